@@ -1,0 +1,1 @@
+//! Drives the emulated host machine for tests.
