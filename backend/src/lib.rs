@@ -1,1 +1,20 @@
-//! x
+//! One process that owns a VFIO device and serves it to a virtual machine over a vhost-user socket.
+//!
+//! The guest's RAM is mapped once into an iommufd address space, so the device moves data straight in and out of it.
+//! `ARCHITECTURE.md` beside this crate shows the rooms and the two paths through them:
+//!
+//! ```text
+//! message   vhost_user::Session -> memory::Plan -> hardware::AddressSpace -> sys -> /dev/iommu       then the ack
+//! kick      engine::Worker -> engine::Request -> driver::Queue::submit .. ring -> Registers          no lock, no copy
+//! ```
+
+#![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests make small numbers"))]
+
+#[cfg(not(all(target_os = "linux", target_endian = "little", target_pointer_width = "64")))]
+compile_error!("vhost-device-vfio needs 64-bit little-endian Linux");
+
+pub mod addr;
+pub mod driver;
+pub mod hardware;
+pub mod memory;
+pub mod sys;

@@ -1,0 +1,132 @@
+//! The devices, each in its own language. The engine knows a device only through the two traits here: [`Driver`] brings
+//! the device up and down, [`Queue`] is one worker's private path to it.
+//!
+//! A worker owns its queue, so nothing here takes a lock. Addresses are the device's own ([`Iova`]); a driver never sees
+//! guest memory.
+
+pub mod nvme;
+
+use std::os::fd::BorrowedFd;
+
+use crate::addr::{Iova, Span};
+
+/// What the disk is, as far as its user can tell. Sizes are in the units named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Size of the disk, logical blocks.
+    pub blocks: u64,
+    /// Size of a logical block, bytes: 512 or 4096.
+    pub block_size: u32,
+    /// Preferred write granularity, bytes; a power-of-two multiple of `block_size`.
+    pub physical_block_size: u32,
+    /// True if writes are refused (by the operator, or by the device).
+    pub read_only: bool,
+    /// True if written data may sit in a cache that loses power: then a flush is needed.
+    pub volatile_cache: bool,
+    /// Serial number, ASCII without padding, at most 20 bytes.
+    pub serial: String,
+    /// Model, ASCII without padding.
+    pub model: String,
+}
+
+/// One command to the device, in logical blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// From the medium to memory.
+    Read {
+        /// First logical block.
+        block: u64,
+        /// How many, at least 1.
+        count: u32,
+    },
+    /// From memory to the medium.
+    Write {
+        /// First logical block.
+        block: u64,
+        /// How many, at least 1.
+        count: u32,
+    },
+    /// Everything completed so far becomes durable.
+    Flush,
+}
+
+/// How a command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Done.
+    Success,
+    /// The device does not know or does not allow the command.
+    Unsupported,
+    /// Anything else.
+    Failed,
+}
+
+/// A finished command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// What [`Queue::submit`] was given.
+    pub tag: u32,
+    /// How it ended.
+    pub outcome: Outcome,
+}
+
+/// How much of a list of buffers one command can take, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Bytes from the given position on; a multiple of the logical block, at least one.
+    pub bytes: u32,
+    /// True if the device reaches these bytes where they are; false if they must be copied through a bounce buffer
+    /// (contiguous, aligned to the device's page).
+    pub direct: bool,
+}
+
+/// The queue is full; try again after a completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Full;
+
+/// One worker's path to the device. All methods are called by that worker alone.
+///
+/// `submit` puts commands into memory, `ring` tells the device. Between the two is the place where a non-coherent device
+/// needs its flush, and any number of commands share one `ring`.
+pub trait Queue: Send {
+    /// How many bytes of `buffers`, from `position` bytes on, the next command can take. `buffers` hold a whole number of
+    /// logical blocks in total; `position` lies inside. Bounced extents never exceed `bounce_limit` bytes.
+    fn extent(&self, buffers: &[Span<Iova>], position: u64, bounce_limit: u32) -> Extent;
+    /// Queues `command` for `bytes` bytes of `buffers` from `position` on (both 0 for a flush); `tag` comes back in its
+    /// [`Completion`].
+    ///
+    /// # Errors
+    /// [`Full`] when no entry is free; nothing has been queued.
+    fn submit(
+        &mut self,
+        command: Command,
+        buffers: &[Span<Iova>],
+        position: u64,
+        bytes: u32,
+        tag: u32,
+    ) -> Result<(), Full>;
+    /// Makes everything submitted so far visible to the device; does nothing if there is nothing new.
+    fn ring(&mut self);
+    /// Takes every finished command off the queue and hands it to `done`.
+    fn reap(&mut self, done: &mut dyn FnMut(Completion));
+    /// Commands submitted and not yet reaped.
+    fn in_flight(&self) -> usize;
+    /// Signalled by the device when a command has finished.
+    fn event(&self) -> BorrowedFd<'_>;
+}
+
+/// A device that has been brought up.
+pub trait Driver: Send {
+    /// What it is.
+    fn geometry(&self) -> &Geometry;
+    /// Hands out the queues, one per worker; the second call gives none.
+    fn take_queues(&mut self) -> Vec<Box<dyn Queue>>;
+    /// Stops all DMA by resetting the device, and brings it up again with fresh queues, whose number is as before. Used
+    /// when commands do not come back. All former queues must have been dropped.
+    ///
+    /// # Errors
+    /// What kept the device from coming back; it does no DMA then.
+    fn recover(&mut self) -> anyhow::Result<Vec<Box<dyn Queue>>>;
+    /// Tells the device to make its data durable and to stop, as before a power-off. All queues must have been dropped.
+    fn shut_down(&mut self);
+}

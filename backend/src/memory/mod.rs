@@ -1,0 +1,129 @@
+//! The table of guest memory: which guest physical ranges exist, where the front-end sees them, and how this process
+//! reaches them. A table is immutable; a change makes a new one, so a worker holds one `Arc` and never a lock.
+//!
+//! Regions arrive validated ([`Region::map`]), are kept sorted by guest address and are disjoint both in guest physical
+//! and in front-end virtual addresses. Nothing here knows about the IOMMU.
+
+mod plan;
+mod region;
+
+use std::sync::Arc;
+
+pub use plan::Plan;
+pub use region::{FileId, Region, RegionError, RegionSpec};
+
+use crate::addr::{Address, Gpa, Iova, Qva, Span};
+use crate::sys::Window;
+
+/// Sorted, disjoint guest regions.
+#[derive(Clone, Default)]
+pub struct MemTable {
+    regions: Vec<Arc<Region>>,
+}
+
+impl MemTable {
+    /// Builds a table from regions in any order.
+    ///
+    /// # Errors
+    /// [`RegionError::Overlap`] names the two regions that collide in guest or front-end addresses.
+    pub fn new(mut regions: Vec<Arc<Region>>) -> Result<Self, RegionError> {
+        regions.sort_by_key(|region| region.gpa().start());
+        for pair in regions.windows(2) {
+            if pair[0].gpa().overlaps(&pair[1].gpa()) {
+                return Err(RegionError::overlap(&pair[0], &pair[1]));
+            }
+        }
+        let mut by_qva: Vec<_> = regions.iter().collect();
+        by_qva.sort_by_key(|region| region.qva().start());
+        for pair in by_qva.windows(2) {
+            if pair[0].qva().overlaps(&pair[1].qva()) {
+                return Err(RegionError::overlap(pair[0], pair[1]));
+            }
+        }
+        Ok(Self { regions })
+    }
+
+    /// The regions, sorted by guest address.
+    #[must_use]
+    pub fn regions(&self) -> &[Arc<Region>] {
+        &self.regions
+    }
+
+    /// True if the front-end has announced no memory.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
+    /// Where the device finds `span`, if all of it is guest memory. It may run over the seam of two adjacent regions,
+    /// which the device does not see.
+    ///
+    /// `hint` is the caller's memory of the last region used, an index that may be stale; a ring's buffers mostly come
+    /// from one region, so this is one comparison.
+    #[inline]
+    #[must_use]
+    pub fn iova(&self, span: Span<Gpa>, hint: &mut usize) -> Option<Span<Iova>> {
+        let (index, _) = self.find(span.start(), hint)?;
+        let mut last = self.regions[index].gpa().last();
+        for next in &self.regions[index + 1..] {
+            if last >= span.last() || last.checked_add(1) != Some(next.gpa().start()) {
+                break;
+            }
+            last = next.gpa().last();
+        }
+        (span.last() <= last).then(|| span.identity_iova())
+    }
+
+    /// This process's view of `span`: the window of its region and the offset in it. `None` unless all of it lies in one
+    /// region.
+    #[inline]
+    #[must_use]
+    pub fn window(&self, span: Span<Gpa>, hint: &mut usize) -> Option<(&Window, usize)> {
+        let (index, offset) = self.find(span.start(), hint)?;
+        let region = &self.regions[index];
+        region.gpa().covers(&span).then(|| (region.window(), offset))
+    }
+
+    /// The guest address of a front-end virtual address range that lies in one region.
+    #[must_use]
+    pub fn gpa(&self, start: Qva, len: u64) -> Option<Span<Gpa>> {
+        let span = Span::new(start, len)?;
+        let region = self.regions.iter().find(|region| region.qva().covers(&span))?;
+        region.gpa().slice(region.qva().offset_of(start)?, len)
+    }
+
+    /// Index of the region that holds `address`, and the offset in it.
+    #[inline]
+    fn find(&self, address: Gpa, hint: &mut usize) -> Option<(usize, usize)> {
+        let hit = |index: usize| {
+            let offset = self.regions.get(index)?.gpa().offset_of(address)?;
+            Some((index, usize::try_from(offset).expect("a mapped region fits the address space")))
+        };
+        if let Some(found) = hit(*hint) {
+            return Some(found);
+        }
+        let after = self.regions.partition_point(|region| region.gpa().start() <= address);
+        let index = after.checked_sub(1)?;
+        *hint = index;
+        hit(index)
+    }
+
+    /// This table with one more region.
+    ///
+    /// # Errors
+    /// See [`Self::new`].
+    pub fn with(&self, region: Arc<Region>) -> Result<Self, RegionError> {
+        let mut regions = self.regions.clone();
+        regions.push(region);
+        Self::new(regions)
+    }
+
+    /// This table without the region that starts at `gpa`, and that region.
+    #[must_use]
+    pub fn without(&self, gpa: Span<Gpa>) -> Option<(Self, Arc<Region>)> {
+        let index = self.regions.iter().position(|region| region.gpa() == gpa)?;
+        let mut regions = self.regions.clone();
+        let removed = regions.remove(index);
+        Some((Self { regions }, removed))
+    }
+}

@@ -1,0 +1,92 @@
+//! Device registers mapped into this process.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{Ordering, fence};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::hardware::Registers;
+
+/// A mapped BAR, or a part of one.
+pub struct Mmio {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone and is unmapped only on drop; device registers accept accesses from any
+// CPU, and each access is one volatile instruction.
+unsafe impl Send for Mmio {}
+// SAFETY: as for Send.
+unsafe impl Sync for Mmio {}
+
+impl Mmio {
+    /// Maps `len` bytes at `offset` of a device file, readable and writable.
+    ///
+    /// # Errors
+    /// The errno of `mmap`.
+    pub fn map(device: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<Self> {
+        // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing of ours.
+        let base = unsafe {
+            mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, device, offset)
+        }?;
+        let base = NonNull::new(base.cast()).expect("mmap never returns address zero");
+        Ok(Self { base, len })
+    }
+
+    #[inline]
+    fn register<T>(&self, offset: usize) -> NonNull<T> {
+        let size = size_of::<T>();
+        assert!(
+            offset.is_multiple_of(size) && offset <= self.len && size <= self.len - offset,
+            "register of {size} bytes at {offset:#x} of {:#x}",
+            self.len
+        );
+        // SAFETY: offset + size <= len, checked above; the mapping lives as long as self and is page-aligned.
+        unsafe { self.base.add(offset) }.cast()
+    }
+}
+
+impl Registers for Mmio {
+    fn size(&self) -> usize {
+        self.len
+    }
+
+    #[inline]
+    fn read32(&self, offset: usize) -> u32 {
+        // SAFETY: `register` checked bounds and alignment.
+        u32::from_le(unsafe { self.register::<u32>(offset).read_volatile() })
+    }
+
+    #[inline]
+    fn read64(&self, offset: usize) -> u64 {
+        // SAFETY: `register` checked bounds and alignment.
+        u64::from_le(unsafe { self.register::<u64>(offset).read_volatile() })
+    }
+
+    #[inline]
+    fn write32(&self, offset: usize, value: u32) {
+        // What the register announces (a queue entry) must be visible before the announcement. x86 keeps stores in order,
+        // so there this only stops the compiler; on aarch64 it is a store barrier.
+        fence(Ordering::SeqCst);
+        // SAFETY: `register` checked bounds and alignment.
+        unsafe { self.register::<u32>(offset).write_volatile(value.to_le()) }
+    }
+
+    #[inline]
+    fn write64(&self, offset: usize, value: u64) {
+        fence(Ordering::SeqCst); // as in write32
+        // SAFETY: `register` checked bounds and alignment.
+        unsafe { self.register::<u64>(offset).write_volatile(value.to_le()) }
+    }
+}
+
+impl Drop for Mmio {
+    fn drop(&mut self) {
+        // SAFETY: base and len are those of our own mapping, and no pointer into it outlives self.
+        if let Err(errno) = unsafe { munmap(self.base.as_ptr().cast(), self.len) } {
+            log::error!("munmap of {:#x} bytes of device registers: {errno}", self.len);
+        }
+    }
+}

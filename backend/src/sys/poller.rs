@@ -1,0 +1,104 @@
+//! An owned epoll instance: the `epoll` crate gives the calls, this gives them an owner, a type for tokens and a timeout
+//! that survives signals.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+use epoll::{ControlOptions, Events};
+
+/// Something has happened on the descriptor that was added with `token`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// What [`Poller::add`] was given.
+    pub token: u64,
+    /// True if the peer has gone or the descriptor is broken; there may still be data to read.
+    pub hang_up: bool,
+}
+
+/// Waits for many descriptors at once, level-triggered.
+pub struct Poller {
+    fd: OwnedFd,
+    ready: Vec<epoll::Event>,
+}
+
+impl Poller {
+    /// A poller that waits for nothing yet.
+    ///
+    /// # Errors
+    /// The errno of `epoll_create1`.
+    pub fn new() -> io::Result<Self> {
+        let raw = epoll::create(true)?;
+        // SAFETY: `epoll::create` has just returned this descriptor and nobody else owns it.
+        let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+        Ok(Self { fd, ready: vec![epoll::Event::new(Events::empty(), 0); 64] })
+    }
+
+    /// Reports `token` while `source` is readable. The descriptor must be removed before it is closed if it has duplicates.
+    ///
+    /// # Errors
+    /// The errno of `epoll_ctl`.
+    pub fn add(&self, source: impl AsFd, token: u64) -> io::Result<()> {
+        self.control(ControlOptions::EPOLL_CTL_ADD, source, token)
+    }
+
+    /// Stops watching `source`.
+    ///
+    /// # Errors
+    /// The errno of `epoll_ctl`.
+    pub fn remove(&self, source: impl AsFd) -> io::Result<()> {
+        self.control(ControlOptions::EPOLL_CTL_DEL, source, 0)
+    }
+
+    fn control(&self, option: ControlOptions, source: impl AsFd, token: u64) -> io::Result<()> {
+        let interest = epoll::Event::new(Events::EPOLLIN, token);
+        epoll::ctl(self.fd.as_raw_fd(), option, source.as_fd().as_raw_fd(), interest)
+    }
+
+    /// Waits until something is ready or `timeout` has passed (`None`: for ever; rounded up to milliseconds) and hands over
+    /// what is ready. A signal ends the wait early with nothing ready.
+    ///
+    /// # Errors
+    /// The errno of `epoll_wait`, except EINTR.
+    pub fn wait(&mut self, timeout: Option<Duration>, mut ready: impl FnMut(Event)) -> io::Result<usize> {
+        let milliseconds = match timeout {
+            None => -1,
+            Some(time) => i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX),
+        };
+        let count = match epoll::wait(self.fd.as_raw_fd(), milliseconds, &mut self.ready) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            other => other?,
+        };
+        for event in &self.ready[..count] {
+            let events = Events::from_bits_truncate(event.events);
+            ready(Event { token: event.data, hang_up: events.intersects(Events::EPOLLHUP | Events::EPOLLERR) });
+        }
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+
+    #[test]
+    fn a_signalled_descriptor_is_reported_with_its_token() {
+        let mut poller = Poller::new().unwrap();
+        let (quiet, loud) = (eventfd(0, EventfdFlags::CLOEXEC).unwrap(), eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+        poller.add(&quiet, 1).unwrap();
+        poller.add(&loud, 2).unwrap();
+        rustix::io::write(&loud, &1_u64.to_ne_bytes()).unwrap();
+
+        let mut seen = Vec::new();
+        poller.wait(None, |event| seen.push(event)).unwrap();
+
+        assert_eq!(seen, [Event { token: 2, hang_up: false }]);
+    }
+
+    #[test]
+    fn a_wait_ends_when_its_time_is_over() {
+        let mut poller = Poller::new().unwrap();
+        assert_eq!(poller.wait(Some(Duration::from_millis(1)), |_| ()).unwrap(), 0);
+    }
+}

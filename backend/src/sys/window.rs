@@ -1,0 +1,300 @@
+//! A piece of mapped memory that someone else may write: guest RAM, or a buffer shared with the device.
+//!
+//! Every access is a copy of one machine word (or a run of them), bounds-checked against the window. Ordering is chosen by
+//! name: `load_acquire` / `store_release` for the words that hand memory over (ring indices, completion phase), plain
+//! volatile access for what lies behind such a word.
+
+use std::any::Any;
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+
+use vm_memory::MmapRegion;
+use zerocopy::{FromBytes, IntoBytes};
+
+/// A bounds-checked view of shared memory; cheap to clone, keeps the mapping alive.
+///
+/// An offset past the end, or a misaligned atomic, panics: callers check guest-supplied ranges *before* they get a window
+/// (see `memory::MemTable::window`), so a bad offset here is a bug in this program.
+#[derive(Clone)]
+pub struct Window {
+    base: NonNull<u8>,
+    len: usize,
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the pointed-to memory is a shared mapping kept alive by `_owner`, which is itself Send + Sync; all access is
+// volatile or atomic, so threads can at most read torn values, as they can with a guest or device writing.
+unsafe impl Send for Window {}
+// SAFETY: as for Send; `&Window` offers nothing that a `Window` does not.
+unsafe impl Sync for Window {}
+
+impl fmt::Debug for Window {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Window({} bytes)", self.len)
+    }
+}
+
+impl Window {
+    /// All of a mapping.
+    ///
+    /// # Panics
+    /// If the mapping starts at address zero, which `mmap` never gives.
+    #[must_use]
+    pub fn of(region: Arc<MmapRegion<()>>) -> Self {
+        let base = NonNull::new(region.as_ptr()).expect("mmap never returns address zero");
+        let len = region.size();
+        Self { base, len, _owner: region }
+    }
+
+    /// `len` bytes from `offset`, or `None` when that is not wholly inside.
+    #[inline]
+    #[must_use]
+    pub fn slice(&self, offset: usize, len: usize) -> Option<Self> {
+        if offset.checked_add(len)? > self.len {
+            return None;
+        }
+        // SAFETY: offset <= self.len, checked above, so the result is inside (or one past) the mapping.
+        let base = unsafe { self.base.add(offset) };
+        Some(Self { base, len, _owner: Arc::clone(&self._owner) })
+    }
+
+    /// Size in bytes.
+    #[inline]
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True if it has no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Pointer to a word of type `T` at `offset`, after the bounds and alignment checks every accessor relies on.
+    #[inline]
+    fn word<T>(&self, offset: usize) -> NonNull<T> {
+        let size = size_of::<T>();
+        assert!(offset <= self.len && size <= self.len - offset, "{size} bytes at {offset} of {self:?}");
+        // SAFETY: offset + size <= len, checked above; the mapping lives as long as `_owner`.
+        let pointer = unsafe { self.base.add(offset) }.cast::<T>();
+        assert!(pointer.is_aligned(), "{size} bytes at {offset} of {self:?} are misaligned");
+        pointer
+    }
+
+    /// Reads one byte.
+    #[inline]
+    #[must_use]
+    pub fn read_u8(&self, offset: usize) -> u8 {
+        // SAFETY: `word` checked bounds and alignment.
+        unsafe { self.word::<u8>(offset).read_volatile() }
+    }
+
+    /// Writes one byte.
+    #[inline]
+    pub fn write_u8(&self, offset: usize, value: u8) {
+        // SAFETY: `word` checked bounds and alignment.
+        unsafe { self.word::<u8>(offset).write_volatile(value) }
+    }
+
+    /// Reads a little-endian 16-bit word without ordering.
+    #[inline]
+    #[must_use]
+    pub fn read_u16(&self, offset: usize) -> u16 {
+        // SAFETY: `word` checked bounds and alignment.
+        u16::from_le(unsafe { self.word::<u16>(offset).read_volatile() })
+    }
+
+    /// Writes a little-endian 16-bit word without ordering.
+    #[inline]
+    pub fn write_u16(&self, offset: usize, value: u16) {
+        // SAFETY: `word` checked bounds and alignment.
+        unsafe { self.word::<u16>(offset).write_volatile(value.to_le()) }
+    }
+
+    /// Reads a little-endian 32-bit word without ordering.
+    #[inline]
+    #[must_use]
+    pub fn read_u32(&self, offset: usize) -> u32 {
+        // SAFETY: `word` checked bounds and alignment.
+        u32::from_le(unsafe { self.word::<u32>(offset).read_volatile() })
+    }
+
+    /// Writes a little-endian 32-bit word without ordering.
+    #[inline]
+    pub fn write_u32(&self, offset: usize, value: u32) {
+        // SAFETY: `word` checked bounds and alignment.
+        unsafe { self.word::<u32>(offset).write_volatile(value.to_le()) }
+    }
+
+    /// Reads a little-endian 64-bit word without ordering.
+    #[inline]
+    #[must_use]
+    pub fn read_u64(&self, offset: usize) -> u64 {
+        // SAFETY: `word` checked bounds and alignment.
+        u64::from_le(unsafe { self.word::<u64>(offset).read_volatile() })
+    }
+
+    /// Writes a little-endian 64-bit word without ordering.
+    #[inline]
+    pub fn write_u64(&self, offset: usize, value: u64) {
+        // SAFETY: `word` checked bounds and alignment.
+        unsafe { self.word::<u64>(offset).write_volatile(value.to_le()) }
+    }
+
+    /// Reads a little-endian 16-bit word; later reads of this thread see at least what its writer had written before it.
+    #[inline]
+    #[must_use]
+    pub fn load_acquire_u16(&self, offset: usize) -> u16 {
+        // SAFETY: `word` checked bounds and alignment; other writers of this word use atomic or device-sized stores.
+        u16::from_le(unsafe { AtomicU16::from_ptr(self.word::<u16>(offset).as_ptr()) }.load(Ordering::Acquire))
+    }
+
+    /// Writes a little-endian 16-bit word after all earlier writes of this thread.
+    #[inline]
+    pub fn store_release_u16(&self, offset: usize, value: u16) {
+        // SAFETY: as for `load_acquire_u16`.
+        unsafe { AtomicU16::from_ptr(self.word::<u16>(offset).as_ptr()) }.store(value.to_le(), Ordering::Release);
+    }
+
+    /// Reads a little-endian 32-bit word with acquire ordering; see [`Self::load_acquire_u16`].
+    #[inline]
+    #[must_use]
+    pub fn load_acquire_u32(&self, offset: usize) -> u32 {
+        // SAFETY: as for `load_acquire_u16`.
+        u32::from_le(unsafe { AtomicU32::from_ptr(self.word::<u32>(offset).as_ptr()) }.load(Ordering::Acquire))
+    }
+
+    /// Reads a wire structure: 64 bits at a time where both sides are aligned, so a structure of whole words (a
+    /// descriptor, a queue entry) is read once, word by word. It may still be torn between words.
+    #[inline]
+    #[must_use]
+    pub fn read<T: FromBytes + IntoBytes>(&self, offset: usize) -> T {
+        let mut value = T::new_zeroed();
+        self.copy_to(offset, value.as_mut_bytes());
+        value
+    }
+
+    /// Writes a wire structure; the counterpart of [`Self::read`].
+    #[inline]
+    pub fn write<T: IntoBytes + zerocopy::Immutable>(&self, offset: usize, value: &T) {
+        self.copy_from(offset, value.as_bytes());
+    }
+
+    /// Copies out `bytes.len()` bytes from `offset`.
+    #[inline]
+    pub fn copy_to(&self, offset: usize, bytes: &mut [u8]) {
+        let words = self.words(offset, bytes.len());
+        let (head, tail) = bytes.split_at_mut(words * 8);
+        for (i, chunk) in head.chunks_exact_mut(8).enumerate() {
+            chunk.copy_from_slice(&self.read_u64(offset + i * 8).to_le_bytes());
+        }
+        for (i, byte) in tail.iter_mut().enumerate() {
+            *byte = self.read_u8(offset + words * 8 + i);
+        }
+    }
+
+    /// Copies `bytes` in at `offset`.
+    #[inline]
+    pub fn copy_from(&self, offset: usize, bytes: &[u8]) {
+        let words = self.words(offset, bytes.len());
+        let (head, tail) = bytes.split_at(words * 8);
+        for (i, chunk) in head.chunks_exact(8).enumerate() {
+            let word = <[u8; 8]>::try_from(chunk).expect("chunks of eight");
+            self.write_u64(offset + i * 8, u64::from_le_bytes(word));
+        }
+        for (i, byte) in tail.iter().enumerate() {
+            self.write_u8(offset + words * 8 + i, *byte);
+        }
+    }
+
+    /// How many whole 64-bit words of a copy of `len` bytes at `offset` can be done as words: all or none.
+    #[inline]
+    fn words(&self, offset: usize, len: usize) -> usize {
+        assert!(offset <= self.len && len <= self.len - offset, "{len} bytes at {offset} of {self:?}");
+        if (self.base.as_ptr() as usize + offset).is_multiple_of(8) { len / 8 } else { 0 }
+    }
+
+    /// Copies `len` bytes to another window, such as between guest RAM and a bounce buffer.
+    pub fn copy_to_window(&self, offset: usize, target: &Self, target_offset: usize, len: usize) {
+        let mut buffer = [0_u8; 512];
+        let mut done = 0;
+        while done < len {
+            let part = buffer.len().min(len - done);
+            self.copy_to(offset + done, &mut buffer[..part]);
+            target.copy_from(target_offset + done, &buffer[..part]);
+            done += part;
+        }
+    }
+
+    /// Sets every byte to zero.
+    pub fn clear(&self) {
+        for offset in 0..self.len {
+            self.write_u8(offset, 0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn window(len: usize) -> Window {
+        Window::of(Arc::new(MmapRegion::new(len).expect("anonymous memory")))
+    }
+
+    #[test]
+    fn copies_of_any_alignment_return_what_was_written() {
+        let window = window(4096);
+        for offset in 0..9 {
+            for len in 0..40_usize {
+                let written: Vec<u8> = (0..len).map(|i| (i * 7 + offset + 1) as u8).collect();
+                window.copy_from(offset, &written);
+                let mut read = vec![0; len];
+                window.copy_to(offset, &mut read);
+                assert_eq!(read, written, "offset {offset}, length {len}");
+            }
+        }
+    }
+
+    #[test]
+    fn words_are_little_endian() {
+        let window = window(4096);
+        window.write_u32(8, 0x0403_0201);
+        assert_eq!(window.read_u8(8), 1);
+        assert_eq!(window.read_u16(10), 0x0403);
+    }
+
+    #[test]
+    #[should_panic(expected = "8 bytes at 4089")]
+    fn an_access_past_the_end_panics() {
+        let _ = window(4096).read_u64(4089);
+    }
+
+    #[test]
+    #[should_panic(expected = "misaligned")]
+    fn a_misaligned_atomic_panics() {
+        let _ = window(4096).load_acquire_u16(1);
+    }
+
+    #[test]
+    fn a_slice_past_the_end_is_refused() {
+        let window = window(4096);
+        assert!(window.slice(4096, 0).is_some());
+        assert!(window.slice(4095, 2).is_none());
+        assert!(window.slice(usize::MAX, 2).is_none());
+    }
+
+    #[test]
+    fn a_copy_between_windows_moves_every_byte() {
+        let (from, to) = (window(4096), window(4096));
+        let bytes: Vec<u8> = (0..1500_u32).map(|i| (i % 251) as u8).collect();
+        from.copy_from(3, &bytes);
+        from.copy_to_window(3, &to, 5, bytes.len());
+        let mut read = vec![0; bytes.len()];
+        to.copy_to(5, &mut read);
+        assert_eq!(read, bytes);
+    }
+}
