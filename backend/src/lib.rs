@@ -14,7 +14,10 @@
 compile_error!("vhost-device-vfio needs 64-bit little-endian Linux");
 
 pub mod addr;
+pub mod config;
 pub mod driver;
 pub mod hardware;
+pub mod iommu;
 pub mod memory;
 pub mod sys;
+pub mod vfio;

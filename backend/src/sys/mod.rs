@@ -6,10 +6,16 @@
 //! copies only, each bounds-checked, and every other room works on those copies.
 #![expect(unsafe_code, reason = "the one room where it is allowed")]
 
+mod iommufd;
 mod mmio;
 mod poller;
+mod signals;
+mod vfio;
 mod window;
 
+pub use iommufd::{DeviceId, HwInfo, HwptId, Ioas, Iommufd};
 pub use mmio::Mmio;
 pub use poller::{Event, Poller};
+pub use signals::signal_fd;
+pub use vfio::Cdev;
 pub use window::Window;

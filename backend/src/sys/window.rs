@@ -73,6 +73,11 @@ impl Window {
         self.len == 0
     }
 
+    /// Where the window starts in this process, for a kernel call that takes an address.
+    pub(super) fn host_address(&self) -> u64 {
+        self.base.as_ptr() as u64
+    }
+
     /// Pointer to a word of type `T` at `offset`, after the bounds and alignment checks every accessor relies on.
     #[inline]
     fn word<T>(&self, offset: usize) -> NonNull<T> {

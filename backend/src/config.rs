@@ -1,0 +1,98 @@
+//! The command line, in the words QEMU's own vhost-user programs use (docs/interop/vhost-user.rst, "Backend program
+//! conventions").
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+
+use crate::vfio::PciAddress;
+
+/// What the user asked for.
+#[derive(Debug, Parser)]
+#[command(version, about = "Serves a VFIO-owned device to QEMU over vhost-user", max_term_width = 100, after_help = AFTER_HELP)]
+pub struct Config {
+    /// Print what this program can do as JSON, and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+    /// Listen on this UNIX socket (at most 107 bytes); created now, removed at exit
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    pub socket_path: Option<PathBuf>,
+    /// Use this inherited descriptor, a listening or a connected UNIX socket
+    #[arg(long, value_name = "FDNUM")]
+    pub fd: Option<RawFd>,
+    /// The NVMe function to serve, bound to vfio-pci
+    #[arg(long, value_name = "DOMAIN:BUS:DEV.FN", required_unless_present = "print_capabilities")]
+    pub device: Option<PciAddress>,
+    /// The namespace to serve [default: the only one]
+    #[arg(long, value_name = "NSID")]
+    pub namespace: Option<u32>,
+    /// Virtqueues to offer; each pair of CPU and NVMe queue serves its share [default: one per CPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub queues: Option<u16>,
+    /// Refuse writes, whatever the guest tries
+    #[arg(long)]
+    pub read_only: bool,
+    /// How long a worker polls for more work before it sleeps, in microseconds
+    #[arg(long, value_name = "US", default_value_t = 50)]
+    pub poll_us: u32,
+    /// error, warn, info, debug or trace; RUST_LOG is heard as well
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    pub log_level: log::LevelFilter,
+}
+
+const AFTER_HELP: &str = "\
+Without --socket-path and --fd, a socket passed by systemd (LISTEN_FDS) is used.
+
+QEMU:
+  -object memory-backend-memfd,id=mem,size=4G,share=on -machine memory-backend=mem
+  -chardev socket,id=c0,path=PATH,reconnect-ms=1000
+  -device vhost-user-blk-pci,chardev=c0,num-queues=N";
+
+impl Config {
+    /// How long a worker polls before it sleeps.
+    #[must_use]
+    pub fn spin(&self) -> Duration {
+        Duration::from_micros(self.poll_us.into())
+    }
+
+    /// How many virtqueues to offer.
+    #[must_use]
+    pub fn queue_count(&self) -> u16 {
+        let cpus = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(64);
+        self.queues.unwrap_or_else(|| u16::try_from(cpus()).expect("at most 64"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Config, String> {
+        Config::try_parse_from(["vhost-device-vfio"].iter().chain(words)).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn capabilities_need_no_device() {
+        assert!(parse(&["--print-capabilities"]).unwrap().print_capabilities);
+    }
+
+    #[test]
+    fn a_path_and_a_descriptor_exclude_each_other() {
+        let error = parse(&["--socket-path", "/run/s", "--fd", "3", "--device", "00:04.0"]).unwrap_err();
+        assert!(error.contains("cannot be used with"), "{error}");
+    }
+
+    #[test]
+    fn a_wrong_address_is_answered_with_an_example() {
+        let error = parse(&["--socket-path", "/run/s", "--device", "nvme0"]).unwrap_err();
+        assert!(error.contains("such as 0000:00:04.0"), "{error}");
+    }
+
+    #[test]
+    fn zero_queues_are_refused() {
+        assert!(parse(&["--device", "00:04.0", "--queues", "0"]).is_err());
+        assert_eq!(parse(&["--device", "00:04.0", "--queues", "64"]).unwrap().queue_count(), 64);
+    }
+}

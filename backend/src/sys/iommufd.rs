@@ -1,0 +1,273 @@
+//! `/dev/iommu`: the calls that `iommufd-ioctls` has, with their errno kept, and the few it lacks.
+//!
+//! Object ids are types, so an address space cannot be handed where a page table is meant. A call either has its effect
+//! or returns the errno; nothing here remembers anything.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use iommufd_bindings::iommufd::{
+    IOMMUFD_CMD_IOAS_COPY, IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_CMD_VFIO_IOAS, IOMMUFD_TYPE, iommu_hw_info,
+    iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD as HW_INFO_INTEL_VTD, iommu_hw_info_vtd, iommu_hwpt_alloc,
+    iommu_ioas_copy, iommu_ioas_iova_ranges, iommu_ioas_map, iommu_ioas_unmap, iommu_iova_range, iommu_vfio_ioas,
+    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA as MAP_FIXED_IOVA,
+    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE as MAP_READABLE,
+    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE as MAP_WRITEABLE,
+    iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_CLEAR as VFIO_IOAS_CLEAR,
+    iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_SET as VFIO_IOAS_SET,
+};
+use iommufd_ioctls::{IommuFd, IommufdError, IommufdIoas};
+use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_DMA_CC_IOMMU, VFIO_TYPE};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::ioctl_io_nr;
+
+use super::Window;
+use crate::addr::{Address, Iova, Span};
+
+ioctl_io_nr!(IOMMU_IOAS_COPY, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_COPY);
+ioctl_io_nr!(IOMMU_IOAS_IOVA_RANGES, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_IOVA_RANGES);
+ioctl_io_nr!(IOMMU_VFIO_IOAS, IOMMUFD_TYPE as u32, IOMMUFD_CMD_VFIO_IOAS);
+ioctl_io_nr!(VFIO_CHECK_EXTENSION, VFIO_TYPE as u32, VFIO_BASE + 1);
+
+/// An open `/dev/iommu`.
+pub struct Iommufd {
+    fd: Arc<IommuFd>,
+}
+
+/// An I/O address space of one [`Iommufd`]; destroyed when the last owner drops it.
+#[derive(Clone)]
+pub struct Ioas(pub(super) Arc<IommufdIoas>);
+
+/// A hardware page table: what a device is attached to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HwptId(pub(super) u32);
+
+/// A bound device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceId(pub(super) u32);
+
+/// What the IOMMU in front of a device says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HwInfo {
+    /// Intel VT-d, with its capability registers (VT-d 4.1 §11.4.2, §11.4.3).
+    IntelVtd {
+        /// Capability Register.
+        cap: u64,
+        /// Extended Capability Register.
+        ecap: u64,
+    },
+    /// Any other, by the number of `enum iommu_hw_info_type`.
+    Other(u32),
+}
+
+impl Iommufd {
+    /// Opens `path`, normally `/dev/iommu`.
+    ///
+    /// # Errors
+    /// The errno of `open`.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::options().read(true).write(true).open(path)?;
+        Ok(Self { fd: Arc::new(IommuFd::new_from_fd(file)) })
+    }
+
+    pub(super) fn inner(&self) -> &Arc<IommuFd> {
+        &self.fd
+    }
+
+    /// A new, empty address space (`IOMMU_IOAS_ALLOC`).
+    ///
+    /// # Errors
+    /// The errno of the call.
+    pub fn ioas(&self) -> io::Result<Ioas> {
+        Ok(Ioas(Arc::new(IommufdIoas::new(Arc::clone(&self.fd)).map_err(errno)?)))
+    }
+
+    /// Pins `span.len()` bytes of `file` from `offset` and maps them at `span`, readable and writable for the device
+    /// (`IOMMU_IOAS_MAP_FILE`).
+    ///
+    /// # Errors
+    /// ENOTTY before Linux 6.13; EINVAL for a file that is neither shmem nor hugetlbfs; ENOMEM past `RLIMIT_MEMLOCK`; …
+    pub fn map_file(&self, ioas: &Ioas, file: BorrowedFd<'_>, offset: u64, span: Span<Iova>) -> io::Result<()> {
+        ioas.0.map_file(file.as_raw_fd(), offset, span.len(), span.start().raw(), true).map_err(errno)
+    }
+
+    /// Pins the pages behind `window` from `offset` and maps them at `span` (`IOMMU_IOAS_MAP`).
+    ///
+    /// # Errors
+    /// The errno of the call; EINVAL when the window is shorter.
+    pub fn map_window(&self, ioas: &Ioas, window: &Window, offset: usize, span: Span<Iova>) -> io::Result<()> {
+        let bytes = usize::try_from(span.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let part = window.slice(offset, bytes).ok_or(io::ErrorKind::InvalidInput)?;
+        let map = iommu_ioas_map {
+            size: size_u32::<iommu_ioas_map>(),
+            flags: MAP_FIXED_IOVA | MAP_READABLE | MAP_WRITEABLE,
+            ioas_id: ioas.0.id(),
+            __reserved: 0,
+            user_va: part.host_address(),
+            length: span.len(),
+            iova: span.start().raw(),
+        };
+        self.fd.map_iommu_ioas(&map).map_err(errno)
+    }
+
+    /// Takes a mapping away and unpins its pages unless another address space holds them (`IOMMU_IOAS_UNMAP`). The
+    /// device cannot reach them once this returns. Partial mappings are refused by the kernel with ENOENT.
+    ///
+    /// # Errors
+    /// The errno of the call.
+    pub fn unmap(&self, ioas: &Ioas, span: Span<Iova>) -> io::Result<()> {
+        let mut unmap = iommu_ioas_unmap {
+            size: size_u32::<iommu_ioas_unmap>(),
+            ioas_id: ioas.0.id(),
+            iova: span.start().raw(),
+            length: span.len(),
+        };
+        self.fd.unmap_iommu_ioas(&mut unmap).map_err(errno)
+    }
+
+    /// Maps what `from` has at `span` at the same place in `to`, sharing its pins (`IOMMU_IOAS_COPY`).
+    ///
+    /// # Errors
+    /// The errno of the call.
+    pub fn copy(&self, from: &Ioas, to: &Ioas, span: Span<Iova>) -> io::Result<()> {
+        let copy = iommu_ioas_copy {
+            size: size_u32::<iommu_ioas_copy>(),
+            flags: MAP_FIXED_IOVA | MAP_READABLE | MAP_WRITEABLE,
+            dst_ioas_id: to.0.id(),
+            src_ioas_id: from.0.id(),
+            length: span.len(),
+            dst_iova: span.start().raw(),
+            src_iova: span.start().raw(),
+        };
+        // SAFETY: the kernel reads a structure of the size it states and touches no other memory of ours.
+        checked(unsafe { ioctl_with_ref(&*self.fd, IOMMU_IOAS_COPY(), &copy) }).map(drop)
+    }
+
+    /// The ranges in which mappings are allowed at present, in order (`IOMMU_IOAS_IOVA_RANGES`). Attaching a device may
+    /// narrow them.
+    ///
+    /// # Errors
+    /// The errno of the call.
+    pub fn iova_ranges(&self, ioas: &Ioas) -> io::Result<Vec<Span<Iova>>> {
+        let mut ranges: Vec<iommu_iova_range> = vec![iommu_iova_range::default(); 16];
+        loop {
+            let mut query = iommu_ioas_iova_ranges {
+                size: size_u32::<iommu_ioas_iova_ranges>(),
+                ioas_id: ioas.0.id(),
+                num_iovas: u32::try_from(ranges.len()).map_err(io::Error::other)?,
+                allowed_iovas: ranges.as_mut_ptr() as u64,
+                ..Default::default()
+            };
+            // SAFETY: the kernel writes at most `num_iovas` entries to `allowed_iovas`, and `ranges` holds that many.
+            let result = checked(unsafe { ioctl_with_mut_ref(&*self.fd, IOMMU_IOAS_IOVA_RANGES(), &mut query) });
+            let count = query.num_iovas as usize;
+            match result {
+                Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) && count > ranges.len() => {
+                    ranges.resize(count, iommu_iova_range::default());
+                }
+                Err(error) => return Err(error),
+                Ok(_) => {
+                    let spans = ranges[..count].iter();
+                    return Ok(spans.filter_map(|r| Span::inclusive(Iova(r.start), Iova(r.last))).collect());
+                }
+            }
+        }
+    }
+
+    /// Makes a page table for `device` that follows `ioas`. From now on, whatever is mapped in `ioas` is pinned, attached or
+    /// not (`IOMMU_HWPT_ALLOC`).
+    ///
+    /// # Errors
+    /// The errno of the call.
+    pub fn page_table(&self, device: DeviceId, ioas: &Ioas) -> io::Result<HwptId> {
+        let mut alloc = iommu_hwpt_alloc {
+            size: size_u32::<iommu_hwpt_alloc>(),
+            dev_id: device.0,
+            pt_id: ioas.0.id(),
+            ..Default::default()
+        };
+        self.fd.alloc_iommu_hwpt(&mut alloc).map_err(errno)?;
+        Ok(HwptId(alloc.out_hwpt_id))
+    }
+
+    /// Frees a page table that no device is attached to (`IOMMU_DESTROY`).
+    ///
+    /// # Errors
+    /// EBUSY while a device is attached.
+    pub fn destroy_page_table(&self, page_table: HwptId) -> io::Result<()> {
+        self.fd.destroy_iommu_object(page_table.0).map_err(errno)
+    }
+
+    /// The kernel's own answer to "does every page table of `ioas` force DMA to snoop the CPU caches?"
+    /// (`VFIO_CHECK_EXTENSION(VFIO_DMA_CC_IOMMU)`). An address space without a page table answers yes, so ask only after
+    /// [`Self::page_table`], whose result is asked for here as proof.
+    ///
+    /// # Errors
+    /// The errno of the calls.
+    pub fn snoop_enforced(&self, ioas: &Ioas, _page_table: HwptId) -> io::Result<bool> {
+        let mut select = iommu_vfio_ioas {
+            size: size_u32::<iommu_vfio_ioas>(),
+            ioas_id: ioas.0.id(),
+            op: u16::try_from(VFIO_IOAS_SET).map_err(io::Error::other)?,
+            __reserved: 0,
+        };
+        // SAFETY: the kernel reads a structure of the size it states.
+        checked(unsafe { ioctl_with_ref(&*self.fd, IOMMU_VFIO_IOAS(), &select) })?;
+        // SAFETY: the argument is a number; no memory is involved.
+        let answer = checked(unsafe { ioctl_with_val(&*self.fd, VFIO_CHECK_EXTENSION(), VFIO_DMA_CC_IOMMU.into()) });
+        // The compatibility slot holds a reference to the IOAS, which could then not be destroyed.
+        select.op = u16::try_from(VFIO_IOAS_CLEAR).map_err(io::Error::other)?;
+        // SAFETY: as above.
+        checked(unsafe { ioctl_with_ref(&*self.fd, IOMMU_VFIO_IOAS(), &select) })?;
+        Ok(answer? == 1)
+    }
+
+    /// What the IOMMU in front of `device` says of itself (`IOMMU_GET_HW_INFO`).
+    ///
+    /// # Errors
+    /// The errno of the call.
+    pub fn hw_info(&self, device: DeviceId) -> io::Result<HwInfo> {
+        let mut vtd = iommu_hw_info_vtd::default();
+        let mut query = iommu_hw_info {
+            size: size_u32::<iommu_hw_info>(),
+            dev_id: device.0,
+            data_len: size_u32::<iommu_hw_info_vtd>(),
+            data_uptr: std::ptr::from_mut(&mut vtd) as u64,
+            ..Default::default()
+        };
+        self.fd.get_hw_info(&mut query).map_err(errno)?;
+        // SAFETY: both members of the union are one u32.
+        let kind = unsafe { query.__bindgen_anon_1.out_data_type };
+        Ok(match kind {
+            HW_INFO_INTEL_VTD => HwInfo::IntelVtd { cap: vtd.cap_reg, ecap: vtd.ecap_reg },
+            other => HwInfo::Other(other),
+        })
+    }
+}
+
+fn size_u32<T>() -> u32 {
+    u32::try_from(size_of::<T>()).expect("kernel structures are small")
+}
+
+fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// The errno inside an error of `iommufd-ioctls`.
+fn errno(error: IommufdError) -> io::Error {
+    use IommufdError as E;
+    match error {
+        E::OpenIommufd(error) => error,
+        E::IommuDestroy(e)
+        | E::IommuIoasAlloc(e)
+        | E::IommuIoasMap(e)
+        | E::IommuIoasMapFile(e)
+        | E::IommuIoasUnmap(e)
+        | E::IommuHwptAlloc(e)
+        | E::IommuGetHwInfo(e) => io::Error::from_raw_os_error(e.errno()),
+        other => io::Error::other(other),
+    }
+}

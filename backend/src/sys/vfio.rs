@@ -1,0 +1,191 @@
+//! A VFIO device file: opened, bound and attached by `vfio-ioctls`; configuration space, interrupts and reset by our own
+//! calls, because that crate swallows their errors.
+
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
+    VFIO_REGION_INFO_FLAG_MMAP, VFIO_TYPE, vfio_irq_set,
+};
+use vfio_ioctls::{VfioDevice, VfioError, VfioIommufd};
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_ref};
+use vmm_sys_util::ioctl_io_nr;
+
+use super::iommufd::{DeviceId, HwptId, Ioas, Iommufd};
+use super::mmio::Mmio;
+
+ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
+ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
+
+/// The most vectors one `VFIO_DEVICE_SET_IRQS` of ours can route.
+const MAX_VECTORS: usize = 256;
+
+/// A device file bound to an [`Iommufd`].
+pub struct Cdev {
+    device: ManuallyDrop<VfioDevice>,
+    id: DeviceId,
+}
+
+/// `struct vfio_irq_set` with room for the eventfds behind it.
+#[repr(C)]
+struct IrqSet {
+    header: vfio_irq_set,
+    eventfds: [i32; MAX_VECTORS],
+}
+
+impl Cdev {
+    /// Opens the cdev of the device at `sysfs` (such as `/sys/bus/pci/devices/0000:00:04.0`) and binds it. KVM is not
+    /// told; that is only possible inside the virtual machine's own process.
+    ///
+    /// # Errors
+    /// The errno of the step that failed: EPERM, EBUSY, EINVAL, ENODEV, whose meaning depends on the device's state.
+    pub fn bind(sysfs: &Path, iommufd: &Iommufd, ioas: &Ioas) -> io::Result<Self> {
+        let context = VfioIommufd::new(Arc::clone(iommufd.inner()), Some(Arc::clone(&ioas.0)), None).map_err(errno)?;
+        let device = VfioDevice::new(sysfs, Arc::new(context), false).map_err(errno)?;
+        let id = device.iommufd_dev_id().ok_or_else(|| io::Error::other("bound, but without an iommufd device id"))?;
+        Ok(Self { device: ManuallyDrop::new(device), id: DeviceId(id) })
+    }
+
+    /// The id under which the iommufd knows the device.
+    #[must_use]
+    pub fn id(&self) -> DeviceId {
+        self.id
+    }
+
+    /// Lets the device reach what `page_table` maps.
+    ///
+    /// # Errors
+    /// The errno of the call.
+    pub fn attach(&self, page_table: HwptId) -> io::Result<()> {
+        self.device.attach_hwpt(page_table.0).map_err(errno)
+    }
+
+    /// Blocks all DMA of the device. What its page table maps stays pinned.
+    ///
+    /// # Errors
+    /// The errno of the call.
+    pub fn detach(&self) -> io::Result<()> {
+        self.device.detach_hwpt().map_err(errno)
+    }
+
+    /// Size of a region in bytes; 0 if the device has no such region.
+    #[must_use]
+    pub fn region_size(&self, index: u32) -> u64 {
+        self.device.get_region_size(index)
+    }
+
+    /// Maps a whole region.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] if the kernel does not let it be mapped; else the errno of `mmap`.
+    pub fn map_region(&self, index: u32) -> io::Result<Mmio> {
+        if self.device.get_region_flags(index) & VFIO_REGION_INFO_FLAG_MMAP == 0 {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let len = usize::try_from(self.region_size(index)).map_err(io::Error::other)?;
+        Mmio::map(self.as_fd(), self.device.get_region_offset(index), len)
+    }
+
+    /// Reads `bytes.len()` bytes of a region at `offset`.
+    ///
+    /// # Errors
+    /// The errno of `pread`; [`io::ErrorKind::UnexpectedEof`] for a short read.
+    pub fn read_region(&self, index: u32, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let place = self.device.get_region_offset(index) + offset;
+        let wanted = bytes.len();
+        let read = rustix::io::pread(self.as_fd(), bytes, place)?;
+        if read == wanted { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+
+    /// Writes `bytes` into a region at `offset`.
+    ///
+    /// # Errors
+    /// The errno of `pwrite`; [`io::ErrorKind::WriteZero`] for a short write.
+    pub fn write_region(&self, index: u32, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let place = self.device.get_region_offset(index) + offset;
+        let written = rustix::io::pwrite(self.as_fd(), bytes, place)?;
+        if written == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    }
+
+    /// How many vectors the interrupt `index` (INTx, MSI, MSI-X …) has.
+    #[must_use]
+    pub fn vectors(&self, index: u32) -> u32 {
+        self.device.get_irq_info(index).map_or(0, |irq| irq.count)
+    }
+
+    /// Routes vectors 0, 1, … of the interrupt `index` to `events`; none turns the interrupt off.
+    ///
+    /// # Errors
+    /// The errno of the call; [`io::ErrorKind::InvalidInput`] for more than 256 vectors.
+    pub fn route_vectors(&self, index: u32, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        if events.len() > MAX_VECTORS {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let data = if events.is_empty() { VFIO_IRQ_SET_DATA_NONE } else { VFIO_IRQ_SET_DATA_EVENTFD };
+        let count = u32::try_from(events.len()).map_err(io::Error::other)?;
+        let header = vfio_irq_set {
+            argsz: u32::try_from(size_of::<vfio_irq_set>() + 4 * events.len()).map_err(io::Error::other)?,
+            flags: data | VFIO_IRQ_SET_ACTION_TRIGGER,
+            index,
+            start: 0,
+            count,
+            ..Default::default()
+        };
+        let mut set = IrqSet { header, eventfds: [-1; MAX_VECTORS] };
+        for (slot, event) in set.eventfds.iter_mut().zip(events) {
+            *slot = event.as_raw_fd();
+        }
+        // SAFETY: the kernel reads `argsz` bytes, all of them inside `set`.
+        if unsafe { ioctl_with_ref(&*self.device, VFIO_DEVICE_SET_IRQS(), &set) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Resets the device.
+    ///
+    /// # Errors
+    /// The errno of the call.
+    pub fn reset(&self) -> io::Result<()> {
+        // SAFETY: no argument, no memory involved.
+        if unsafe { ioctl(&*self.device, VFIO_DEVICE_RESET()) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is owned by `self.device` and lives as long as the borrow of self.
+        unsafe { BorrowedFd::borrow_raw(self.device.as_raw_fd()) }
+    }
+}
+
+impl Drop for Cdev {
+    fn drop(&mut self) {
+        // `VfioDevice::drop` panics if it cannot detach, as happens when the device has been unplugged. A detached device
+        // can be detached again without harm, so success here means success there.
+        match self.detach() {
+            // SAFETY: `device` is dropped once, here, and not used afterwards.
+            Ok(()) => unsafe { ManuallyDrop::drop(&mut self.device) },
+            Err(error) => log::error!("detach the device from its page table: {error}; its file stays open until exit"),
+        }
+    }
+}
+
+/// The errno inside an error of `vfio-ioctls`.
+fn errno(error: VfioError) -> io::Error {
+    use VfioError as E;
+    match error {
+        E::VfioDeviceBindIommufd(e)
+        | E::VfioDeviceAttachIommufdPt(e)
+        | E::VfioDeviceDetachIommufdPt(e)
+        | E::VfioDeviceGetInfo(e)
+        | E::VfioDeviceGetRegionInfo(e) => io::Error::from_raw_os_error(e.errno()),
+        E::OpenDeviceCdev(error) => error,
+        other => io::Error::other(other),
+    }
+}

@@ -1,0 +1,190 @@
+//! One PCI function under VFIO, from "somewhere on the bus" to "does DMA for us". The states are types, and each step
+//! consumes the one before, so a doorbell cannot be rung on a function that is not attached.
+//!
+//! ```text
+//!   Opened ── bind(iommufd) ──► Bound ── attach(space) ──► Attached : Function
+//!     │ sysfs looks right         │ ours alone, DMA blocked     │ DMA reaches what `space` maps
+//!     └ nothing touched           └ drop: released              └ drop: bus master off, reset, detached, released
+//! ```
+
+mod address;
+mod error;
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
+};
+
+pub use address::{NotAnAddress, PciAddress};
+pub use error::VfioError;
+
+use crate::hardware::{Function, Registers};
+use crate::iommu::LiveSpace;
+use crate::sys::{Cdev, DeviceId, Ioas, Iommufd};
+
+/// Command register @ 0x04 : u16 (PCI Local Bus 3.0 §6.2.2).
+const COMMAND: u64 = 0x04;
+/// Memory Space: the function answers accesses to its memory BARs.
+const COMMAND_MEMORY: u16 = 1 << 1;
+/// Bus Master: the function may start DMA, and so send MSI-X messages.
+const COMMAND_BUS_MASTER: u16 = 1 << 2;
+
+/// Opens `/dev/iommu`.
+///
+/// # Errors
+/// [`VfioError::NoIommufd`] says what is missing.
+pub fn open_iommufd(path: &Path) -> Result<Iommufd, VfioError> {
+    Iommufd::open(path).map_err(|source| VfioError::no_iommufd(path, source))
+}
+
+/// A function that looks ready to be taken; nothing has been touched.
+pub struct Opened {
+    address: PciAddress,
+}
+
+impl Opened {
+    /// Looks the function up and checks what can be checked from outside.
+    ///
+    /// # Errors
+    /// What is not as it must be, and how to make it so.
+    pub fn open(address: PciAddress) -> Result<Self, VfioError> {
+        if !address.sysfs().exists() {
+            return Err(VfioError::NoSuchFunction(address));
+        }
+        match address.driver() {
+            Some(driver) if driver == "vfio-pci" => {}
+            Some(driver) => {
+                let unbind = format!("echo {address} > /sys/bus/pci/devices/{address}/driver/unbind; ");
+                return Err(VfioError::NotBound { address, found: format!("bound to {driver}"), unbind });
+            }
+            None => {
+                return Err(VfioError::NotBound { address, found: "no driver".to_owned(), unbind: String::new() });
+            }
+        }
+        if address.group().is_none() {
+            return Err(VfioError::NoIommu(address));
+        }
+        let cdev = address.cdev().ok_or(VfioError::NoCdev(address))?;
+        match rustix::fs::access(&cdev, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK) {
+            Ok(()) => Ok(Self { address }),
+            Err(errno) => Err(VfioError::NoAccess { path: cdev, source: errno.into() }),
+        }
+    }
+
+    /// Takes the function. Its DMA is blocked until it is attached.
+    ///
+    /// # Errors
+    /// Who or what is in the way.
+    pub fn bind(self, iommufd: &Iommufd, ioas: &Ioas) -> Result<Bound, VfioError> {
+        let cdev = Cdev::bind(&self.address.sysfs(), iommufd, ioas);
+        cdev.map(|cdev| Bound { address: self.address, cdev }).map_err(|e| VfioError::bind(self.address, e))
+    }
+}
+
+/// A function that is ours but reaches no memory.
+pub struct Bound {
+    address: PciAddress,
+    cdev: Cdev,
+}
+
+impl Bound {
+    /// Its id, for making a page table.
+    #[must_use]
+    pub fn device_id(&self) -> DeviceId {
+        self.cdev.id()
+    }
+
+    /// Connects it to `space`. Bus master is off afterwards, so no DMA happens yet.
+    ///
+    /// # Errors
+    /// The errno of the step that failed.
+    pub fn attach(self, space: LiveSpace) -> Result<Attached, VfioError> {
+        let address = self.address;
+        let name = address.to_string();
+        let attached = Attached { name, space, cdev: self.cdev };
+        let step = |what| move |source| VfioError::Kernel { address, what, source };
+        attached.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER).map_err(step("write the command register"))?;
+        attached.cdev.attach(attached.space.page_table()).map_err(step("attach to its page table"))?;
+        Ok(attached)
+    }
+}
+
+/// A function whose DMA goes through `space`.
+pub struct Attached {
+    name: String,
+    // Before `cdev`, so that the page table goes while the device it was made for is still open. Both go after our `drop`
+    // has detached the device.
+    space: LiveSpace,
+    cdev: Cdev,
+}
+
+impl Attached {
+    /// Sets and clears bits of the command register.
+    fn set_command(&self, set: u16, clear: u16) -> io::Result<()> {
+        let mut bytes = [0; 2];
+        self.cdev.read_region(VFIO_PCI_CONFIG_REGION_INDEX, COMMAND, &mut bytes)?;
+        let command = (u16::from_le_bytes(bytes) & !clear) | set;
+        self.cdev.write_region(VFIO_PCI_CONFIG_REGION_INDEX, COMMAND, &command.to_le_bytes())
+    }
+}
+
+impl Function for Attached {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn config_read(&self, offset: u16, bytes: &mut [u8]) -> io::Result<()> {
+        self.cdev.read_region(VFIO_PCI_CONFIG_REGION_INDEX, offset.into(), bytes)
+    }
+
+    fn config_write(&self, offset: u16, bytes: &[u8]) -> io::Result<()> {
+        self.cdev.write_region(VFIO_PCI_CONFIG_REGION_INDEX, offset.into(), bytes)
+    }
+
+    fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>> {
+        let region = VFIO_PCI_BAR0_REGION_INDEX + u32::from(bar);
+        if bar > 5 || self.cdev.region_size(region) == 0 {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(Arc::new(self.cdev.map_region(region)?))
+    }
+
+    fn vectors(&self) -> u16 {
+        // PCI Local Bus 3.0 §6.8.2.3: at most 2048 vectors.
+        u16::try_from(self.cdev.vectors(VFIO_PCI_MSIX_IRQ_INDEX)).unwrap_or(2048)
+    }
+
+    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.cdev.route_vectors(VFIO_PCI_MSIX_IRQ_INDEX, events)
+    }
+
+    fn set_bus_master(&self, on: bool) -> io::Result<()> {
+        if on { self.set_command(COMMAND_BUS_MASTER, 0) } else { self.set_command(0, COMMAND_BUS_MASTER) }
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        self.cdev.reset()?;
+        self.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER)
+    }
+}
+
+impl Drop for Attached {
+    /// Stops DMA before the page table can go. Each step is tried even if one before it failed, since a function that has
+    /// been unplugged fails them all and does no DMA either.
+    fn drop(&mut self) {
+        let steps: [(&str, io::Result<()>); 3] = [
+            ("bus master off", self.set_bus_master(false)),
+            ("reset", self.cdev.reset()),
+            ("detach", self.cdev.detach()),
+        ];
+        for (step, result) in steps {
+            if let Err(error) = result {
+                log::warn!("{}: {step}: {error}", self.name);
+            }
+        }
+    }
+}
