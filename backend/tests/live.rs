@@ -1,0 +1,173 @@
+//! The iommu and vfio rooms against the real kernel: real iommufd, a real VFIO function.
+//!
+//! These need a machine with an IOMMU and a function bound to vfio-pci, named in `VDV_DEVICE`, so `cargo test` leaves them
+//! out and `scripts/test` runs them in the testbed, one at a time (a function has one owner).
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vhost_device_vfio::addr::{Gpa, Iova, Qva, Span};
+use vhost_device_vfio::hardware::{AddressSpace, Function, MapError};
+use vhost_device_vfio::iommu::LiveSpace;
+use vhost_device_vfio::memory::{Region, RegionSpec};
+use vhost_device_vfio::vfio::{Attached, Opened, PciAddress, VfioError, open_iommufd};
+
+const MIB: u64 = 1 << 20;
+
+fn device() -> PciAddress {
+    std::env::var("VDV_DEVICE").expect("VDV_DEVICE names the function under test").parse().expect("a PCI address")
+}
+
+fn take() -> Result<(LiveSpace, Attached), VfioError> {
+    let iommufd = Arc::new(open_iommufd(Path::new("/dev/iommu"))?);
+    let ioas = iommufd.ioas().expect("an address space");
+    let bound = Opened::open(device())?.bind(&iommufd, &ioas)?;
+    let space = LiveSpace::new(iommufd, ioas, bound.device_id()).expect("a page table");
+    let attached = bound.attach(space.clone())?;
+    Ok((space, attached))
+}
+
+fn memory(gpa: u64, bytes: u64) -> Arc<Region> {
+    let file: File = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap().into();
+    ftruncate(&file, bytes).unwrap();
+    let spec = RegionSpec {
+        gpa: Span::new(Gpa(gpa), bytes).unwrap(),
+        qva: Qva(0x7f00_0000_0000),
+        offset: 0,
+        file: file.into(),
+    };
+    Arc::new(Region::map(spec).unwrap())
+}
+
+/// Pinned memory of this process, bytes (`VmPin`).
+fn pinned() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPin:")).expect("VmPin in status");
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn an_added_region_is_pinned_once_and_unpinned_when_removed() {
+    let (space, _function) = take().unwrap();
+    let region = memory(0x1_0000_0000, 64 * MIB);
+    let before = pinned();
+
+    space.add(&region).unwrap();
+    let while_added = pinned();
+    space.remove(&region).unwrap();
+
+    assert_eq!(while_added - before, 64 * MIB);
+    assert_eq!(pinned(), before);
+}
+
+#[test]
+fn a_region_over_the_interrupt_window_is_refused_before_the_kernel_is_asked() {
+    let (space, _function) = take().unwrap();
+    let before = pinned();
+
+    let error = space.add(&memory(0xfee0_0000 - MIB, 2 * MIB)).unwrap_err();
+
+    assert!(matches!(error, MapError::NotAllowed { .. }), "{error}");
+    assert_eq!(pinned(), before);
+}
+
+#[test]
+fn a_region_over_another_is_refused_and_the_first_stays() {
+    let (space, _function) = take().unwrap();
+    space.add(&memory(0, 4 * MIB)).unwrap();
+    let before = pinned();
+
+    let error = space.add(&memory(2 * MIB, 4 * MIB)).unwrap_err();
+
+    assert!(matches!(error, MapError::Overlap { taken, .. } if taken.len() == 4 * MIB), "{error}");
+    assert_eq!(pinned(), before);
+}
+
+#[test]
+fn a_region_that_was_never_added_cannot_be_removed() {
+    let (space, _function) = take().unwrap();
+    let error = space.remove(&memory(0, 4 * MIB)).unwrap_err();
+    assert!(matches!(error, MapError::NotMapped { .. }), "{error}");
+}
+
+#[test]
+fn buffers_lie_above_guest_memory_and_go_when_dropped() {
+    let (space, _function) = take().unwrap();
+    let before = pinned();
+
+    let first = space.buffer(1).unwrap();
+    let second = space.buffer(8192).unwrap();
+    let (high, low) = (first.span(), second.span());
+
+    assert!(low.start() > Iova(1 << 38), "{low}");
+    assert!(!high.overlaps(&low));
+    assert_eq!(high.len(), 4096);
+    assert_eq!(pinned() - before, 4096 + 8192);
+    drop((first, second));
+    assert_eq!(pinned(), before);
+}
+
+#[test]
+fn dropping_the_function_and_its_space_unpins_everything_and_frees_the_function() {
+    let before = pinned();
+    let (space, function) = take().unwrap();
+    space.add(&memory(0, 16 * MIB)).unwrap();
+
+    drop((space, function));
+
+    assert_eq!(pinned(), before);
+    take().expect("the function can be taken again");
+}
+
+#[test]
+fn the_function_answers_and_starts_with_bus_master_off() {
+    let (_space, function) = take().unwrap();
+    let (mut class, mut command) = ([0; 3], [0; 2]);
+    function.config_read(0x09, &mut class).unwrap();
+    function.config_read(0x04, &mut command).unwrap();
+
+    assert_eq!(class, [0x02, 0x08, 0x01], "class code of an NVMe controller, lowest byte first");
+    assert_eq!(u16::from_le_bytes(command) & 0b100, 0, "Bus Master Enable");
+    assert_ne!(function.registers(0).unwrap().read64(0), u64::MAX, "CAP");
+    assert!(function.vectors() > 1);
+}
+
+#[test]
+fn a_reset_leaves_bus_master_off_and_memory_decoding_on() {
+    let (_space, function) = take().unwrap();
+    function.set_bus_master(true).unwrap();
+
+    function.reset().unwrap();
+
+    let mut command = [0; 2];
+    function.config_read(0x04, &mut command).unwrap();
+    assert_eq!(u16::from_le_bytes(command) & 0b110, 0b010);
+}
+
+#[test]
+fn a_bar_that_is_not_there_is_not_found() {
+    let (_space, function) = take().unwrap();
+    assert_eq!(function.registers(3).err().map(|e| e.kind()), Some(io::ErrorKind::NotFound));
+}
+
+#[test]
+fn a_function_in_use_is_refused_by_name() {
+    let (_space, _function) = take().unwrap();
+    let error = take().err().expect("taken already");
+    assert!(matches!(error, VfioError::InUse { .. }), "{error}");
+}
+
+#[test]
+fn a_function_that_does_not_exist_is_refused() {
+    let error = Opened::open("ffff:00:00.0".parse().unwrap()).err().expect("nothing there");
+    assert!(matches!(error, VfioError::NoSuchFunction(_)), "{error}");
+}
+
+#[test]
+fn a_missing_iommufd_names_what_the_kernel_lacks() {
+    let error = open_iommufd(Path::new("/dev/no-such-iommu")).err().expect("not there");
+    assert!(matches!(error, VfioError::NoIommufd { .. }), "{error}");
+}
