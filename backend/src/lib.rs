@@ -14,6 +14,7 @@
 compile_error!("vhost-device-vfio needs 64-bit little-endian Linux");
 
 pub mod addr;
+pub mod coherency;
 pub mod config;
 pub mod driver;
 pub mod hardware;
