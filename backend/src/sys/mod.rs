@@ -6,6 +6,7 @@
 //! copies only, each bounds-checked, and every other room works on those copies.
 #![expect(unsafe_code, reason = "the one room where it is allowed")]
 
+mod cache;
 mod iommufd;
 mod mmio;
 mod poller;
@@ -13,6 +14,7 @@ mod signals;
 mod vfio;
 mod window;
 
+pub use cache::{CacheLines, Instruction};
 pub use iommufd::{DeviceId, HwInfo, HwptId, Ioas, Iommufd};
 pub use mmio::Mmio;
 pub use poller::{Event, Poller};
