@@ -9,6 +9,7 @@
 
 mod address;
 mod error;
+pub mod no_snoop;
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -1,0 +1,95 @@
+//! The Enable No Snoop bit of a function: what it can do, and holding it off.
+//!
+//! Reading zero proves nothing: firmware or a host driver may have cleared a bit that can be set again, and a reset gives
+//! it back. So the bit is *tried* — set, read back, restored — while bus master is off and the function can start no DMA.
+
+use std::io;
+
+use crate::coherency::{NoSnoop, NotOurs};
+use crate::hardware::Function;
+
+/// Vendor ID @ 0x00 : u16 (PCI Local Bus 3.0 §6.2.1).
+const VENDOR: u16 = 0x00;
+/// Command @ 0x04 : u16; bit 2 is Bus Master Enable.
+const COMMAND: u16 = 0x04;
+/// Status @ 0x06 : u16; bit 4 says that there is a capability list.
+const STATUS: u16 = 0x06;
+/// Class code, base class @ 0x0b : u8; 3 is a display controller.
+const BASE_CLASS: u16 = 0x0b;
+/// Capabilities pointer @ 0x34 : u8.
+const CAPABILITIES: u16 = 0x34;
+/// PCI Express capability id (PCIe 6.0 §7.5.3.1).
+const EXPRESS: u8 = 0x10;
+/// Device Control, from the start of that capability (PCIe 6.0 §7.5.3.4).
+const DEVICE_CONTROL: u16 = 8;
+/// Enable No Snoop, in Device Control.
+const ENABLE_NO_SNOOP: u16 = 1 << 11;
+const INTEL: u16 = 0x8086;
+
+/// Finds out what the function can do about No Snoop. `virtual_function` is what sysfs says of it.
+///
+/// # Errors
+/// The errno of the configuration access that failed; [`io::ErrorKind::ResourceBusy`] if bus master is on.
+pub fn probe(function: &dyn Function, virtual_function: bool) -> io::Result<NoSnoop> {
+    if virtual_function {
+        return Ok(NoSnoop::NotOurs(NotOurs::VirtualFunction));
+    }
+    if word(function, VENDOR)? == INTEL && byte(function, BASE_CLASS)? == 0x03 {
+        return Ok(NoSnoop::NotOurs(NotOurs::IntegratedGraphics));
+    }
+    let Some(capability) = express(function)? else { return Ok(NoSnoop::NotOurs(NotOurs::NoCapability)) };
+    if word(function, COMMAND)? & (1 << 2) != 0 {
+        return Err(io::ErrorKind::ResourceBusy.into());
+    }
+    let control = word(function, capability + DEVICE_CONTROL)?;
+    set_word(function, capability + DEVICE_CONTROL, control | ENABLE_NO_SNOOP)?;
+    let tried = word(function, capability + DEVICE_CONTROL)?;
+    set_word(function, capability + DEVICE_CONTROL, control)?;
+    Ok(if tried & ENABLE_NO_SNOOP == 0 { NoSnoop::NeverSet } else { NoSnoop::Controllable })
+}
+
+/// Clears the bit and reads it back; false if it would not stay clear.
+///
+/// # Errors
+/// The errno of the configuration access that failed.
+pub fn hold_off(function: &dyn Function) -> io::Result<bool> {
+    let Some(capability) = express(function)? else { return Ok(false) };
+    let control = word(function, capability + DEVICE_CONTROL)?;
+    set_word(function, capability + DEVICE_CONTROL, control & !ENABLE_NO_SNOOP)?;
+    Ok(word(function, capability + DEVICE_CONTROL)? & ENABLE_NO_SNOOP == 0)
+}
+
+/// Where the PCI Express capability is. A list that runs in a circle ends after as many entries as fit (48).
+fn express(function: &dyn Function) -> io::Result<Option<u16>> {
+    if word(function, STATUS)? & (1 << 4) == 0 {
+        return Ok(None);
+    }
+    let mut at = byte(function, CAPABILITIES)?;
+    for _ in 0..48 {
+        let entry = u16::from(at & !3);
+        if entry < 0x40 {
+            return Ok(None);
+        }
+        if byte(function, entry)? == EXPRESS {
+            return Ok(Some(entry));
+        }
+        at = byte(function, entry + 1)?;
+    }
+    Ok(None)
+}
+
+fn byte(function: &dyn Function, offset: u16) -> io::Result<u8> {
+    let mut bytes = [0];
+    function.config_read(offset, &mut bytes)?;
+    Ok(bytes[0])
+}
+
+fn word(function: &dyn Function, offset: u16) -> io::Result<u16> {
+    let mut bytes = [0; 2];
+    function.config_read(offset, &mut bytes)?;
+    Ok(u16::from_le_bytes(bytes))
+}
+
+fn set_word(function: &dyn Function, offset: u16, value: u16) -> io::Result<()> {
+    function.config_write(offset, &value.to_le_bytes())
+}
