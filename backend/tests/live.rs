@@ -11,8 +11,9 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost_device_vfio::addr::{Gpa, Iova, Qva, Span};
 use vhost_device_vfio::hardware::{AddressSpace, Function, MapError};
-use vhost_device_vfio::iommu::LiveSpace;
+use vhost_device_vfio::iommu::{LiveSpace, PageTable};
 use vhost_device_vfio::memory::{Region, RegionSpec};
+use vhost_device_vfio::sys::CacheLines;
 use vhost_device_vfio::vfio::{Attached, Opened, PciAddress, VfioError, open_iommufd};
 
 const MIB: u64 = 1 << 20;
@@ -25,8 +26,12 @@ fn take() -> Result<(LiveSpace, Attached), VfioError> {
     let iommufd = Arc::new(open_iommufd(Path::new("/dev/iommu"))?);
     let ioas = iommufd.ioas().expect("an address space");
     let bound = Opened::open(device())?.bind(&iommufd, &ioas)?;
-    let space = LiveSpace::new(iommufd, ioas, bound.device_id()).expect("a page table");
-    let attached = bound.attach(space.clone())?;
+    let table = Arc::new(PageTable::new(iommufd, ioas, bound.device_id()).expect("a page table"));
+    let attached = bound.attach(Arc::clone(&table))?;
+    let space = match std::env::var("VDV_REGIME").as_deref() {
+        Ok("flushing") => LiveSpace::flushing(table, CacheLines::detect().expect("cache ops")).expect("staging"),
+        _ => LiveSpace::coherent(table),
+    };
     Ok((space, attached))
 }
 

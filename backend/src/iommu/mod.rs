@@ -1,20 +1,20 @@
 //! The device's address space: one live IOAS, one page table made from it for this device alone, and a ledger of what is
 //! mapped there.
 //!
-//! A page table made explicitly (`IOMMU_HWPT_ALLOC`) outlives the attachment: what it maps is pinned before the device is
-//! attached and stays pinned after it is detached. The kernel's automatic page table would be destroyed, and its pages
-//! unpinned, the moment the device is detached.
-//!
 //! ```text
-//! start   page table made ── map buffers ── attach ── bus master on
-//! add     allowed? free? ── map in chunks (pinned and reachable) ── entered in the ledger
-//! remove  struck out ── unmap (unreachable, then unpinned)
-//! stop    bus master off, reset ── detach ── unmap ── page table destroyed
+//! start   page table made ── attached, empty ── buffers mapped ── bus master on
+//! add     allowed? free? ── exposed piece by piece ── entered in the ledger
+//! remove  struck out ── withdrawn piece by piece
+//! stop    bus master off, reset ── detach ── buffers withdrawn ── page table destroyed
 //! ```
 //!
-//! Chunks, because the kernel can never split a mapping; 1 GiB, because that is the largest IOMMU page.
+//! What "expose" and "withdraw" mean is the regime's matter, see `sequence.rs`. Pieces, because the kernel can never split a
+//! mapping; 1 GiB, because that is the largest IOMMU page.
 
+mod flusher;
 mod ledger;
+mod page_table;
+mod sequence;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -25,65 +25,58 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::process::{Resource, getrlimit};
 use vm_memory::{FileOffset, MmapRegion};
 
+pub use flusher::{Flushed, Flusher};
+pub use page_table::{PageTable, Snoop};
+pub use sequence::{Regime, Staging};
+
 use crate::addr::{Address, Bytes, Iova, Span};
 use crate::hardware::{AddressSpace, DmaBuffer, MapError};
 use crate::memory::Region;
-use crate::sys::{DeviceId, HwInfo, HwptId, Ioas, Iommufd, Window};
+use crate::sys::{CacheLines, Ioas, Window};
 use ledger::Ledger;
+use sequence::{Failed, Piece};
 
 /// The largest piece mapped by one call.
 const CHUNK: u64 = 1 << 30;
-/// `ECAP.SC`: the IOMMU can force snooping (VT-d 4.1 §11.4.3).
-const ECAP_SC: u64 = 1 << 7;
 
 /// The address space of one device. Buffers made from it keep it alive.
 #[derive(Clone)]
 pub struct LiveSpace(Arc<Live>);
 
 struct Live {
-    iommufd: Arc<Iommufd>,
-    ioas: Ioas,
-    page_table: HwptId,
+    table: Arc<PageTable>,
+    regime: Regime,
     ledger: Mutex<Ledger>,
-    snoop: Snoop,
-}
-
-/// Whether the IOMMU forces the device's DMA to snoop the CPU caches, and how that is known.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Snoop {
-    /// The kernel's answer for the page table in use (`VFIO_DMA_CC_IOMMU`).
-    pub enforced: bool,
-    /// What the hardware says of itself, in words; evidence only.
-    pub hardware: String,
 }
 
 impl LiveSpace {
-    /// Makes the page table for a bound device. Nothing is mapped, and the device is not attached.
+    /// For a device whose DMA is coherent.
+    #[must_use]
+    pub fn coherent(table: Arc<PageTable>) -> Self {
+        Self::with(table, Regime::Coherent)
+    }
+
+    /// For a device whose DMA may go behind the CPU caches; everything is flushed with `lines` before the device can reach
+    /// it and after it no longer can.
     ///
     /// # Errors
-    /// The errno of the call that failed.
-    pub fn new(iommufd: Arc<Iommufd>, ioas: Ioas, device: DeviceId) -> io::Result<Self> {
-        let page_table = iommufd.page_table(device, &ioas)?;
-        let enforced = iommufd.snoop_enforced(&ioas, page_table)?;
-        let hardware = match iommufd.hw_info(device) {
-            Ok(HwInfo::IntelVtd { ecap, .. }) => format!("Intel VT-d, ECAP.SC={}", u8::from(ecap & ECAP_SC != 0)),
-            Ok(HwInfo::Other(kind)) => format!("IOMMU hardware type {kind}"),
-            Err(error) => format!("IOMMU hardware unknown ({error})"),
-        };
-        let ledger = Mutex::new(Ledger::default());
-        Ok(Self(Arc::new(Live { iommufd, ioas, page_table, ledger, snoop: Snoop { enforced, hardware } })))
+    /// The errno of making the staging page table.
+    pub fn flushing(table: Arc<PageTable>, lines: CacheLines) -> io::Result<Self> {
+        let staging = Staging { table: table.staging()?, flusher: Flusher::new(lines) };
+        Ok(Self::with(table, Regime::Flushing(Box::new(staging))))
     }
 
-    /// The page table to attach the device to.
-    #[must_use]
-    pub fn page_table(&self) -> HwptId {
-        self.0.page_table
+    fn with(table: Arc<PageTable>, regime: Regime) -> Self {
+        Self(Arc::new(Live { table, regime, ledger: Mutex::new(Ledger::default()) }))
     }
 
-    /// Whether snooping is enforced.
+    /// What has been flushed at map and unmap so far; `None` under a coherent verdict.
     #[must_use]
-    pub fn snoop(&self) -> &Snoop {
-        &self.0.snoop
+    pub fn flushed(&self) -> Option<Flushed> {
+        match &self.0.regime {
+            Regime::Coherent => None,
+            Regime::Flushing(staging) => Some(staging.flusher.flushed()),
+        }
     }
 }
 
@@ -95,82 +88,98 @@ impl Live {
     /// The ranges this address space allows now; asked each time, because attaching a device narrows them.
     fn allowed(&self, about: Span<Iova>) -> Result<Vec<Span<Iova>>, MapError> {
         let kernel = |source| MapError::Kernel { what: "IOMMU_IOAS_IOVA_RANGES for", span: about, source };
-        self.iommufd.iova_ranges(&self.ioas).map_err(kernel)
+        self.table.iommufd.iova_ranges(&self.table.ioas).map_err(kernel)
     }
 
-    /// Maps `span` piece by piece with `map`; what had been mapped is unmapped again if a piece fails.
-    fn map_chunks(&self, span: Span<Iova>, map: impl Fn(Span<Iova>) -> io::Result<()>) -> Result<(), MapError> {
-        let mut progress = Progress::new(span);
-        for chunk in span.chunks(CHUNK) {
-            if let Err(error) = map(chunk) {
-                if let Some(done) = Span::new(span.start(), chunk.start().raw() - span.start().raw()) {
-                    self.unmap_chunks(done)?;
+    /// Exposes all of `whole` with `map`, piece by piece; what had been exposed is withdrawn again if a piece fails.
+    fn expose(&self, whole: Piece<'_>, map: impl Fn(&Ioas, Piece<'_>) -> io::Result<()>) -> Result<(), MapError> {
+        let mut progress = Progress::new(whole.span);
+        for piece in pieces(whole) {
+            let exposed = sequence::expose(&self.table, &self.regime, piece, |ioas| map(ioas, piece));
+            if let Err(failed) = exposed {
+                let done = piece.span.start().raw() - whole.span.start().raw();
+                if let Some(span) = Span::new(whole.span.start(), done) {
+                    self.withdraw(Piece { span, ..whole })?;
                 }
-                return Err(self.explain(chunk, error));
+                return Err(self.explain(piece.span, failed));
             }
-            progress.tick(chunk);
+            progress.tick(piece.span);
         }
         Ok(())
     }
 
-    fn unmap_chunks(&self, span: Span<Iova>) -> Result<(), MapError> {
-        for chunk in span.chunks(CHUNK) {
-            let kernel = |source| MapError::Kernel { what: "IOMMU_IOAS_UNMAP", span: chunk, source };
-            self.iommufd.unmap(&self.ioas, chunk).map_err(kernel)?;
+    fn withdraw(&self, whole: Piece<'_>) -> Result<(), MapError> {
+        for piece in pieces(whole) {
+            let kernel = |(what, source)| MapError::Kernel { what, span: piece.span, source };
+            sequence::withdraw(&self.table, &self.regime, piece).map_err(kernel)?;
         }
         Ok(())
     }
 
-    /// Pins one piece of a region's file, or of this process's view of it where the kernel cannot pin the file.
-    fn map_piece(&self, region: &Region, chunk: Span<Iova>) -> io::Result<()> {
-        let inside = chunk.start().raw() - region.gpa().identity_iova().start().raw();
-        if region.pinnable() {
-            let mapped = self.iommufd.map_file(&self.ioas, region.file().as_fd(), region.offset() + inside, chunk);
-            match mapped {
+    /// Pins one piece of a file into `ioas`, or of this process's view of it where the kernel cannot pin the file.
+    fn map_piece(&self, ioas: &Ioas, piece: Piece<'_>, file: Option<(impl AsFd, u64)>) -> io::Result<()> {
+        if let Some((file, offset)) = file {
+            match self.table.iommufd.map_file(ioas, file.as_fd(), offset, piece.span) {
                 // Linux before 6.13 does not know the call.
                 Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {}
                 other => return other,
             }
         }
-        let offset = usize::try_from(inside).map_err(io::Error::other)?;
-        self.iommufd.map_window(&self.ioas, region.window(), offset, chunk)
+        self.table.iommufd.map_window(ioas, piece.window, piece.offset, piece.span)
     }
 
     /// Turns ENOMEM into the limit it stands for, if that is what it is.
-    fn explain(&self, span: Span<Iova>, error: io::Error) -> MapError {
+    fn explain(&self, span: Span<Iova>, (what, source): Failed) -> MapError {
         let limit = getrlimit(Resource::Memlock).current;
         let pinned: u64 = self.ledger().spans().map(|span| span.len()).sum();
         let needed = pinned.saturating_add(span.len());
         match limit {
-            Some(limit) if error.raw_os_error() == Some(libc::ENOMEM) && needed > limit => {
+            Some(limit) if source.raw_os_error() == Some(libc::ENOMEM) && needed > limit => {
                 MapError::MemLock { span, needed_kib: needed / 1024, allowed_kib: limit / 1024 }
             }
-            _ => MapError::Kernel { what: "pin and map for DMA", span, source: error },
+            _ => MapError::Kernel { what, span, source },
         }
     }
 }
 
+/// `whole`, cut at multiples of [`CHUNK`].
+fn pieces(whole: Piece<'_>) -> impl Iterator<Item = Piece<'_>> {
+    whole.span.chunks(CHUNK).map(move |span| {
+        let inside = span.start().raw() - whole.span.start().raw();
+        let offset = whole.offset + usize::try_from(inside).expect("a mapped region fits the address space");
+        Piece { span, offset, ..whole }
+    })
+}
+
+/// All of a region.
+fn region_piece(region: &Region) -> Piece<'_> {
+    Piece { span: region.gpa().identity_iova(), window: region.window(), offset: 0 }
+}
+
 impl AddressSpace for LiveSpace {
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
-        let span = region.gpa().identity_iova();
-        let allowed = self.0.allowed(span)?;
-        if !allowed.iter().any(|range| range.covers(&span)) {
-            return Err(MapError::NotAllowed { span, allowed: list(&allowed) });
+        let whole = region_piece(region);
+        let allowed = self.0.allowed(whole.span)?;
+        if !allowed.iter().any(|range| range.covers(&whole.span)) {
+            return Err(MapError::NotAllowed { span: whole.span, allowed: list(&allowed) });
         }
-        if let Some(taken) = self.0.ledger().conflict(span) {
-            return Err(MapError::Overlap { span, taken });
+        if let Some(taken) = self.0.ledger().conflict(whole.span) {
+            return Err(MapError::Overlap { span: whole.span, taken });
         }
-        self.0.map_chunks(span, |chunk| self.0.map_piece(region, chunk))?;
-        self.0.ledger().enter(span);
+        self.0.expose(whole, |ioas, piece| {
+            let file = region.pinnable().then(|| (region.file(), region.offset() + piece.offset as u64));
+            self.0.map_piece(ioas, piece, file)
+        })?;
+        self.0.ledger().enter(whole.span);
         Ok(())
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
-        let span = region.gpa().identity_iova();
-        if !self.0.ledger().strike(span) {
-            return Err(MapError::NotMapped { span });
+        let whole = region_piece(region);
+        if !self.0.ledger().strike(whole.span) {
+            return Err(MapError::NotMapped { span: whole.span });
         }
-        self.0.unmap_chunks(span).inspect_err(|_| self.0.ledger().enter(span))
+        self.0.withdraw(whole).inspect_err(|_| self.0.ledger().enter(whole.span))
     }
 
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
@@ -185,36 +194,18 @@ impl AddressSpace for LiveSpace {
 
         let zero = Span::new(Iova(0), len as u64).ok_or(MapError::NoIova(bytes))?;
         let allowed = self.0.allowed(zero)?;
-        let mut ledger = self.0.ledger();
-        let span = ledger.highest_gap(&allowed, len as u64, page as u64).ok_or(MapError::NoIova(bytes))?;
-        let mapped = match self.0.iommufd.map_file(&self.0.ioas, place.file().as_fd(), 0, span) {
-            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
-                self.0.iommufd.map_window(&self.0.ioas, &window, 0, span)
-            }
-            other => other,
-        };
-        if let Err(error) = mapped {
-            drop(ledger);
-            return Err(self.0.explain(span, error));
+        let gap = self.0.ledger().highest_gap(&allowed, len as u64, page as u64);
+        let span = gap.ok_or(MapError::NoIova(bytes))?;
+        self.0.ledger().enter(span);
+        let whole = Piece { span, window: &window, offset: 0 };
+        let map =
+            |ioas: &Ioas, piece: Piece<'_>| self.0.map_piece(ioas, piece, Some((place.file(), piece.offset as u64)));
+        if let Err(error) = self.0.expose(whole, map) {
+            self.0.ledger().strike(span);
+            return Err(error);
         }
-        ledger.enter(span);
-        drop(ledger);
-        Ok(DmaBuffer::new(window, span, Box::new(Mapped { space: Arc::clone(&self.0), span })))
-    }
-}
-
-impl Drop for Live {
-    /// The device has been detached by now (see `vfio::Attached`), so nothing here can pull memory from under its DMA.
-    fn drop(&mut self) {
-        let spans: Vec<_> = self.ledger().spans().collect();
-        for span in spans {
-            if let Err(error) = self.unmap_chunks(span) {
-                log::error!("{error}");
-            }
-        }
-        if let Err(error) = self.iommufd.destroy_page_table(self.page_table) {
-            log::error!("destroy the page table: {error}");
-        }
+        let mapping = Mapped { space: Arc::clone(&self.0), span, window: window.clone() };
+        Ok(DmaBuffer::new(window, span, Box::new(mapping)))
     }
 }
 
@@ -222,11 +213,12 @@ impl Drop for Live {
 struct Mapped {
     space: Arc<Live>,
     span: Span<Iova>,
+    window: Window,
 }
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        if let Err(error) = self.space.unmap_chunks(self.span) {
+        if let Err(error) = self.space.withdraw(Piece { span: self.span, window: &self.window, offset: 0 }) {
             log::error!("{error}");
         }
         self.space.ledger().strike(self.span);

@@ -2,8 +2,8 @@
 //! consumes the one before, so a doorbell cannot be rung on a function that is not attached.
 //!
 //! ```text
-//!   Opened ── bind(iommufd) ──► Bound ── attach(space) ──► Attached : Function
-//!     │ sysfs looks right         │ ours alone, DMA blocked     │ DMA reaches what `space` maps
+//!   Opened ── bind(iommufd) ──► Bound ── attach(table) ──► Attached : Function
+//!     │ sysfs looks right         │ ours alone, DMA blocked     │ DMA reaches what `table` maps
 //!     └ nothing touched           └ drop: released              └ drop: bus master off, reset, detached, released
 //! ```
 
@@ -24,7 +24,7 @@ pub use address::{NotAnAddress, PciAddress};
 pub use error::VfioError;
 
 use crate::hardware::{Function, Registers};
-use crate::iommu::LiveSpace;
+use crate::iommu::PageTable;
 use crate::sys::{Cdev, DeviceId, Ioas, Iommufd};
 
 /// Command register @ 0x04 : u16 (PCI Local Bus 3.0 §6.2.2).
@@ -99,27 +99,27 @@ impl Bound {
         self.cdev.id()
     }
 
-    /// Connects it to `space`. Bus master is off afterwards, so no DMA happens yet.
+    /// Connects it to what `table` maps. Bus master is off afterwards, so no DMA happens yet.
     ///
     /// # Errors
     /// The errno of the step that failed.
-    pub fn attach(self, space: LiveSpace) -> Result<Attached, VfioError> {
+    pub fn attach(self, table: Arc<PageTable>) -> Result<Attached, VfioError> {
         let address = self.address;
         let name = address.to_string();
-        let attached = Attached { name, space, cdev: self.cdev };
+        let attached = Attached { name, table, cdev: self.cdev };
         let step = |what| move |source| VfioError::Kernel { address, what, source };
         attached.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER).map_err(step("write the command register"))?;
-        attached.cdev.attach(attached.space.page_table()).map_err(step("attach to its page table"))?;
+        attached.cdev.attach(attached.table.id()).map_err(step("attach to its page table"))?;
         Ok(attached)
     }
 }
 
-/// A function whose DMA goes through `space`.
+/// A function whose DMA goes through `table`.
 pub struct Attached {
     name: String,
     // Before `cdev`, so that the page table goes while the device it was made for is still open. Both go after our `drop`
     // has detached the device.
-    space: LiveSpace,
+    table: Arc<PageTable>,
     cdev: Cdev,
 }
 

@@ -1,0 +1,78 @@
+//! The page table that a device is attached to, and the address space that fills it.
+//!
+//! Made explicitly (`IOMMU_HWPT_ALLOC`), it outlives the attachment: what it maps is pinned before the device is attached
+//! and stays pinned after it is detached. The kernel's automatic page table would be destroyed, and its pages unpinned, the
+//! moment the device is detached.
+
+use std::io;
+use std::sync::Arc;
+
+use crate::sys::{DeviceId, HwInfo, HwptId, Ioas, Iommufd};
+
+/// `ECAP.SC`: the IOMMU can force snooping (VT-d 4.1 §11.4.3).
+const ECAP_SC: u64 = 1 << 7;
+
+/// One address space and its page table for one device. Destroyed on drop, when the device has been detached.
+pub struct PageTable {
+    pub(super) iommufd: Arc<Iommufd>,
+    pub(super) ioas: Ioas,
+    pub(super) device: DeviceId,
+    hwpt: HwptId,
+    snoop: Snoop,
+}
+
+/// Whether the IOMMU forces the device's DMA to snoop the CPU caches, and how that is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snoop {
+    /// The kernel's answer for the page table in use (`VFIO_DMA_CC_IOMMU`).
+    pub enforced: bool,
+    /// What the hardware says of itself, in words; evidence only.
+    pub hardware: String,
+}
+
+impl PageTable {
+    /// Makes a page table for a bound device. Nothing is mapped, and the device is not attached.
+    ///
+    /// # Errors
+    /// The errno of the call that failed.
+    pub fn new(iommufd: Arc<Iommufd>, ioas: Ioas, device: DeviceId) -> io::Result<Self> {
+        let hwpt = iommufd.page_table(device, &ioas)?;
+        let hardware = match iommufd.hw_info(device) {
+            Ok(HwInfo::IntelVtd { ecap, .. }) => format!("Intel VT-d, ECAP.SC={}", u8::from(ecap & ECAP_SC != 0)),
+            Ok(HwInfo::Other(kind)) => format!("IOMMU hardware type {kind}"),
+            Err(error) => format!("IOMMU hardware unknown ({error})"),
+        };
+        let mut made = Self { iommufd, ioas, device, hwpt, snoop: Snoop { enforced: false, hardware } };
+        made.snoop.enforced = made.iommufd.snoop_enforced(&made.ioas, hwpt)?;
+        Ok(made)
+    }
+
+    /// What to attach the device to.
+    #[must_use]
+    pub fn id(&self) -> HwptId {
+        self.hwpt
+    }
+
+    /// Whether snooping is enforced.
+    #[must_use]
+    pub fn snoop(&self) -> &Snoop {
+        &self.snoop
+    }
+
+    /// A second page table for the same device, which will never be attached to it: what is mapped there is pinned and
+    /// cannot be reached.
+    ///
+    /// # Errors
+    /// The errno of the call that failed.
+    pub(super) fn staging(&self) -> io::Result<Self> {
+        Self::new(Arc::clone(&self.iommufd), self.iommufd.ioas()?, self.device)
+    }
+}
+
+impl Drop for PageTable {
+    fn drop(&mut self) {
+        if let Err(error) = self.iommufd.destroy_page_table(self.hwpt) {
+            log::error!("destroy the page table: {error}");
+        }
+    }
+}
