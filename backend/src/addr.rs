@@ -186,6 +186,15 @@ impl Span<Gpa> {
     }
 }
 
+impl Span<Iova> {
+    /// The guest's name for a range of guest RAM that the device knows by this one; see [`Gpa::identity_iova`].
+    #[inline]
+    #[must_use]
+    pub fn identity_gpa(self) -> Span<Gpa> {
+        Span { start: Gpa(self.start.0), len: self.len }
+    }
+}
+
 /// A number of bytes, printed as a person would say it: `2M`, `512K`, `1234`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bytes(pub u64);

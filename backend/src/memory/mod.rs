@@ -7,6 +7,7 @@
 mod plan;
 mod region;
 
+use std::fmt;
 use std::sync::Arc;
 
 pub use plan::Plan;
@@ -107,23 +108,21 @@ impl MemTable {
         *hint = index;
         hit(index)
     }
+}
 
-    /// This table with one more region.
-    ///
-    /// # Errors
-    /// See [`Self::new`].
-    pub fn with(&self, region: Arc<Region>) -> Result<Self, RegionError> {
-        let mut regions = self.regions.clone();
-        regions.push(region);
-        Self::new(regions)
-    }
-
-    /// This table without the region that starts at `gpa`, and that region.
-    #[must_use]
-    pub fn without(&self, gpa: Span<Gpa>) -> Option<(Self, Arc<Region>)> {
-        let index = self.regions.iter().position(|region| region.gpa() == gpa)?;
-        let mut regions = self.regions.clone();
-        let removed = regions.remove(index);
-        Some((Self { regions }, removed))
+/// The guest ranges, for messages: `0x0+2G, 0x100000000+2G`.
+impl fmt::Display for MemTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_empty() {
+            return f.write_str("none");
+        }
+        for (index, region) in self.regions.iter().enumerate() {
+            let separator = if index == 0 { "" } else { ", " };
+            write!(f, "{separator}{}", region.gpa())?;
+        }
+        Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use super::{MemTable, Region, RegionError, RegionSpec};
+use crate::addr::{Gpa, Qva, Span};
 
 /// The difference between two tables.
 pub struct Plan {
@@ -19,9 +20,26 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Compares what is mapped with what the front-end announces now.
+    /// To the table with one more region (`ADD_MEM_REG`). A region that is there already is left alone, so that a front-end
+    /// may repeat itself.
     #[must_use]
-    pub fn new(old: &MemTable, announced: Vec<RegionSpec>) -> Self {
+    pub fn adding(old: &MemTable, spec: RegionSpec) -> Self {
+        let known = old.regions().iter().any(|region| region.serves(&spec));
+        let add = if known { Vec::new() } else { vec![spec] };
+        Self { remove: Vec::new(), keep: old.regions().to_vec(), add }
+    }
+
+    /// To the table without one region (`REM_MEM_REG`), which is named by its guest and front-end addresses and its size;
+    /// `None` if there is no such region.
+    #[must_use]
+    pub fn removing(old: &MemTable, gpa: Span<Gpa>, qva: Qva) -> Option<Self> {
+        let (remove, keep): (Vec<_>, Vec<_>) = old.regions().iter().cloned().partition(|region| region.is(gpa, qva));
+        (!remove.is_empty()).then(|| Self { remove, keep, add: Vec::new() })
+    }
+
+    /// To the announced table (`SET_MEM_TABLE`): compares what is mapped with what the front-end announces now.
+    #[must_use]
+    pub fn replacing(old: &MemTable, announced: Vec<RegionSpec>) -> Self {
         let mut keep = Vec::new();
         let mut add = Vec::new();
         for spec in announced {

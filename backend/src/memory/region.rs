@@ -3,11 +3,13 @@
 //! The front-end is believed in nothing. What it announces is compared with what the file is before a byte of it is
 //! touched: a region past the end of its file would kill this process with SIGBUS at the first access, not at `mmap`.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use rustix::fs::{SealFlags, fcntl_get_seals, fstat, fstatfs};
+use rustix::fs::{FileType, SealFlags, fcntl_get_seals, fstat, fstatfs};
+use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, MmapRegion};
 
 use crate::addr::{Address, Bytes, Gpa, Qva, Span};
@@ -25,6 +27,31 @@ pub struct FileId {
     inode: u64,
 }
 
+impl FileId {
+    /// Which file `file` is.
+    ///
+    /// # Errors
+    /// The errno of `fstat`.
+    pub fn of(file: &File) -> io::Result<Self> {
+        let stat = fstat(file)?;
+        Ok(Self { device: stat.st_dev, inode: stat.st_ino })
+    }
+
+    /// The inode number, as `/proc/PID/maps` shows it.
+    #[must_use]
+    pub fn inode(&self) -> u64 {
+        self.inode
+    }
+}
+
+/// As `/proc/PID/maps` shows it: `00:01 1034`.
+impl fmt::Display for FileId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (major, minor) = (rustix::fs::major(self.device), rustix::fs::minor(self.device));
+        write!(f, "{major:02x}:{minor:02x} {}", self.inode)
+    }
+}
+
 /// A region as the front-end announced it (vhost-user: "Memory region description"), not yet believed.
 #[derive(Clone, Debug)]
 pub struct RegionSpec {
@@ -39,8 +66,12 @@ pub struct RegionSpec {
 }
 
 /// A validated and mapped region.
+///
+/// A region that ends within a page is served to the end of that page: pages are all that an IOMMU can map, and the rest of
+/// the page comes from the same file. (libblkio shares buffers of any size; QEMU's are always whole pages.)
 pub struct Region {
     gpa: Span<Gpa>,
+    announced: u64,
     qva: Span<Qva>,
     offset: u64,
     file: Arc<File>,
@@ -61,7 +92,15 @@ pub enum RegionError {
         /// Length, bytes.
         len: u64,
     },
-    /// The range does not start and end on page boundaries of the memory behind it.
+    /// The file holds no memory that could be shared.
+    #[error("memory region {gpa}: its file descriptor is a {found}, not a file in memory (memfd, tmpfs, hugetlbfs)")]
+    NotMemory {
+        /// The guest range.
+        gpa: Span<Gpa>,
+        /// What it is.
+        found: String,
+    },
+    /// The range or the file offset does not start on a page boundary of the memory behind it.
     #[error("memory region {gpa} at file offset {offset:#x}: not aligned to its pages of {}", Bytes(*page_size))]
     Alignment {
         /// The guest range.
@@ -115,43 +154,37 @@ impl Region {
     /// # Errors
     /// See [`RegionError`]; nothing stays mapped.
     pub fn map(spec: RegionSpec) -> Result<Self, RegionError> {
-        let gpa = spec.gpa;
-        let kernel = |what| move |source: io::Error| RegionError::Kernel { gpa, what, source };
-        let qva = Span::new(spec.qva, gpa.len()).ok_or(RegionError::Range { start: spec.qva.raw(), len: gpa.len() })?;
-        let end =
-            spec.offset.checked_add(gpa.len()).ok_or(RegionError::Range { start: spec.offset, len: gpa.len() })?;
-        let stat = fstat(&*spec.file).map_err(|errno| kernel("fstat")(errno.into()))?;
-        let filesystem = fstatfs(&*spec.file).map_err(|errno| kernel("fstatfs")(errno.into()))?;
-        let hugetlb = filesystem.f_type == HUGETLBFS_MAGIC;
-        let page_size = if hugetlb { filesystem.f_bsize.cast_unsigned() } else { rustix::param::page_size() as u64 };
-        let misaligned = |value: u64| !value.is_multiple_of(page_size);
-        if misaligned(gpa.start().raw()) || misaligned(gpa.len()) || misaligned(spec.offset) {
-            return Err(RegionError::Alignment { gpa, offset: spec.offset, page_size });
-        }
-        let found = stat.st_size.cast_unsigned();
-        if end > found {
-            return Err(RegionError::PastEnd { gpa, needed: end, found });
-        }
-        let len =
-            usize::try_from(gpa.len()).map_err(|_| RegionError::Range { start: gpa.start().raw(), len: gpa.len() })?;
+        let announced = spec.gpa;
+        let kernel = |what| move |source: io::Error| RegionError::Kernel { gpa: announced, what, source };
+        let backing = Backing::of(&spec.file).map_err(kernel("fstat"))?;
+        let gpa = backing.check(&spec)?;
+        let range = |start: u64| RegionError::Range { start, len: gpa.len() };
+        let qva = Span::new(spec.qva, announced.len()).ok_or(range(spec.qva.raw()))?;
+        let len = usize::try_from(gpa.len()).map_err(|_| range(gpa.start().raw()))?;
         let place = FileOffset::from_arc(Arc::clone(&spec.file), spec.offset);
-        let mapping = MmapRegion::from_file(place, len).map_err(|e| kernel("mmap")(io::Error::other(e)))?;
+        let mapping = MmapRegion::from_file(place, len).map_err(|error| kernel("mmap")(mmap_errno(error)))?;
         Ok(Self {
             gpa,
+            announced: announced.len(),
             qva,
             offset: spec.offset,
             file: spec.file,
-            id: FileId { device: stat.st_dev, inode: stat.st_ino },
-            page_size,
-            pinnable: hugetlb || filesystem.f_type == TMPFS_MAGIC,
+            id: backing.id,
+            page_size: backing.page_size,
+            pinnable: backing.in_memory && spec.offset + gpa.len() <= backing.size,
             window: Window::of(Arc::new(mapping)),
         })
     }
 
     /// True if `spec` is this very memory at the same addresses.
     pub(super) fn serves(&self, spec: &RegionSpec) -> bool {
-        let same_file = fstat(&*spec.file).is_ok_and(|s| FileId { device: s.st_dev, inode: s.st_ino } == self.id);
-        same_file && spec.gpa == self.gpa && spec.qva == self.qva.start() && spec.offset == self.offset
+        let same_file = FileId::of(&spec.file).is_ok_and(|id| id == self.id);
+        same_file && self.is(spec.gpa, spec.qva) && spec.offset == self.offset
+    }
+
+    /// True if the front-end announced this region at these addresses and of this size.
+    pub(super) fn is(&self, gpa: Span<Gpa>, qva: Qva) -> bool {
+        self.gpa.start() == gpa.start() && self.announced == gpa.len() && self.qva.start() == qva
     }
 
     /// Guest physical range.
@@ -191,7 +224,8 @@ impl Region {
         self.page_size
     }
 
-    /// True if the kernel can pin the file itself (memfd, tmpfs, hugetlbfs), so that no virtual address is needed.
+    /// True if the kernel can pin the file itself (memfd, tmpfs, hugetlbfs, and all of the last page inside the file), so
+    /// that no virtual address is needed.
     #[must_use]
     pub fn pinnable(&self) -> bool {
         self.pinnable
@@ -208,5 +242,58 @@ impl Region {
     #[must_use]
     pub fn window(&self) -> &Window {
         &self.window
+    }
+}
+
+/// What the kernel says about the file behind a region.
+struct Backing {
+    id: FileId,
+    kind: FileType,
+    size: u64,
+    page_size: u64,
+    in_memory: bool,
+}
+
+impl Backing {
+    fn of(file: &File) -> io::Result<Self> {
+        let stat = fstat(file)?;
+        let filesystem = fstatfs(file)?;
+        let hugetlb = filesystem.f_type == HUGETLBFS_MAGIC;
+        Ok(Self {
+            id: FileId { device: stat.st_dev, inode: stat.st_ino },
+            kind: FileType::from_raw_mode(stat.st_mode),
+            size: stat.st_size.cast_unsigned(),
+            page_size: if hugetlb { filesystem.f_bsize.cast_unsigned() } else { rustix::param::page_size() as u64 },
+            in_memory: hugetlb || filesystem.f_type == TMPFS_MAGIC,
+        })
+    }
+
+    /// The whole pages that `spec` covers, if the file has them.
+    fn check(&self, spec: &RegionSpec) -> Result<Span<Gpa>, RegionError> {
+        let gpa = spec.gpa;
+        if self.kind != FileType::RegularFile {
+            return Err(RegionError::NotMemory { gpa, found: format!("{:?}", self.kind) });
+        }
+        if !gpa.start().is_aligned(self.page_size) || !spec.offset.is_multiple_of(self.page_size) {
+            return Err(RegionError::Alignment { gpa, offset: spec.offset, page_size: self.page_size });
+        }
+        let needed =
+            spec.offset.checked_add(gpa.len()).ok_or(RegionError::Range { start: spec.offset, len: gpa.len() })?;
+        if needed > self.size {
+            return Err(RegionError::PastEnd { gpa, needed, found: self.size });
+        }
+        let pages = gpa.len().checked_next_multiple_of(self.page_size);
+        let rounded = pages.filter(|pages| spec.offset.checked_add(*pages).is_some());
+        rounded
+            .and_then(|pages| Span::new(gpa.start(), pages))
+            .ok_or(RegionError::Range { start: gpa.start().raw(), len: gpa.len() })
+    }
+}
+
+/// The errno inside the error of the mapping crate, which its text would hide.
+fn mmap_errno(error: MmapRegionError) -> io::Error {
+    match error {
+        MmapRegionError::Mmap(source) => source,
+        other => io::Error::other(other),
     }
 }

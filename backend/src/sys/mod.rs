@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "the one room where it is allowed")]
 
 mod cache;
+mod inherited;
 mod iommufd;
 mod mmio;
 mod poller;
@@ -15,6 +16,7 @@ mod vfio;
 mod window;
 
 pub use cache::{CacheLines, Instruction};
+pub use inherited::{Credentials, inherit, peer_credentials, take_variable};
 pub use iommufd::{DeviceId, HwInfo, HwptId, Ioas, Iommufd};
 pub use mmio::Mmio;
 pub use poller::{Event, Poller};

@@ -16,7 +16,7 @@ pub struct Event {
     pub hang_up: bool,
 }
 
-/// Waits for many descriptors at once, level-triggered.
+/// Waits for many descriptors at once, level-triggered unless added with [`Self::add_edge`].
 pub struct Poller {
     fd: OwnedFd,
     ready: Vec<epoll::Event>,
@@ -39,7 +39,17 @@ impl Poller {
     /// # Errors
     /// The errno of `epoll_ctl`.
     pub fn add(&self, source: impl AsFd, token: u64) -> io::Result<()> {
-        self.control(ControlOptions::EPOLL_CTL_ADD, source, token)
+        self.control(ControlOptions::EPOLL_CTL_ADD, source, epoll::Event::new(Events::EPOLLIN, token))
+    }
+
+    /// Reports `token` once each time something arrives at `source` or its peer goes; what was there before the wait and
+    /// has not been read since is not reported again.
+    ///
+    /// # Errors
+    /// The errno of `epoll_ctl`.
+    pub fn add_edge(&self, source: impl AsFd, token: u64) -> io::Result<()> {
+        let interest = Events::EPOLLIN | Events::EPOLLRDHUP | Events::EPOLLET;
+        self.control(ControlOptions::EPOLL_CTL_ADD, source, epoll::Event::new(interest, token))
     }
 
     /// Stops watching `source`.
@@ -47,11 +57,10 @@ impl Poller {
     /// # Errors
     /// The errno of `epoll_ctl`.
     pub fn remove(&self, source: impl AsFd) -> io::Result<()> {
-        self.control(ControlOptions::EPOLL_CTL_DEL, source, 0)
+        self.control(ControlOptions::EPOLL_CTL_DEL, source, epoll::Event::new(Events::empty(), 0))
     }
 
-    fn control(&self, option: ControlOptions, source: impl AsFd, token: u64) -> io::Result<()> {
-        let interest = epoll::Event::new(Events::EPOLLIN, token);
+    fn control(&self, option: ControlOptions, source: impl AsFd, interest: epoll::Event) -> io::Result<()> {
         epoll::ctl(self.fd.as_raw_fd(), option, source.as_fd().as_raw_fd(), interest)
     }
 
@@ -71,7 +80,10 @@ impl Poller {
         };
         for event in &self.ready[..count] {
             let events = Events::from_bits_truncate(event.events);
-            ready(Event { token: event.data, hang_up: events.intersects(Events::EPOLLHUP | Events::EPOLLERR) });
+            ready(Event {
+                token: event.data,
+                hang_up: events.intersects(Events::EPOLLHUP | Events::EPOLLRDHUP | Events::EPOLLERR),
+            });
         }
         Ok(count)
     }
@@ -94,6 +106,23 @@ mod tests {
         poller.wait(None, |event| seen.push(event)).unwrap();
 
         assert_eq!(seen, [Event { token: 2, hang_up: false }]);
+    }
+
+    #[test]
+    fn an_edge_is_reported_once_for_each_arrival() {
+        let mut poller = Poller::new().unwrap();
+        let source = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        poller.add_edge(&source, 7).unwrap();
+        let mut reports = Vec::new();
+
+        for _ in 0..2 {
+            rustix::io::write(&source, &1_u64.to_ne_bytes()).unwrap();
+            for _ in 0..2 {
+                reports.push(poller.wait(Some(Duration::ZERO), |_| ()).unwrap());
+            }
+        }
+
+        assert_eq!(reports, [1, 0, 1, 0]);
     }
 
     #[test]

@@ -1,0 +1,273 @@
+use std::fs::File;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+use super::*;
+
+const PAGE: u64 = 4096;
+
+fn memory(bytes: u64) -> Arc<File> {
+    let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, bytes).unwrap();
+    Arc::new(File::from(fd))
+}
+
+fn spec(file: &Arc<File>, gpa: u64, len: u64, qva: u64, offset: u64) -> RegionSpec {
+    RegionSpec { gpa: Span::new(Gpa(gpa), len).unwrap(), qva: Qva(qva), offset, file: Arc::clone(file) }
+}
+
+fn region(file: &Arc<File>, gpa: u64, len: u64, qva: u64, offset: u64) -> Arc<Region> {
+    Arc::new(Region::map(spec(file, gpa, len, qva, offset)).unwrap())
+}
+
+fn refusal(spec: RegionSpec) -> String {
+    Region::map(spec).err().expect("refused").to_string()
+}
+
+mod a_region {
+    use super::*;
+
+    #[test]
+    fn shows_what_the_file_holds_at_its_offset() {
+        let file = memory(4 * PAGE);
+        rustix::io::pwrite(&*file, b"guest", 2 * PAGE + 10).unwrap();
+
+        let region = region(&file, 0x10_0000, PAGE, 0x7f00_0000, 2 * PAGE);
+
+        let mut seen = [0; 5];
+        region.window().copy_to(10, &mut seen);
+        assert_eq!(&seen, b"guest");
+    }
+
+    #[test]
+    fn past_the_end_of_its_file_is_refused() {
+        let file = memory(2 * PAGE);
+        let message = refusal(spec(&file, 0, 2 * PAGE, 0, PAGE));
+        assert!(message.contains("needs 12288 bytes of its file, which has 8192"), "{message}");
+    }
+
+    #[test]
+    fn that_would_overflow_is_refused() {
+        let file = memory(PAGE);
+        let top = u64::MAX - PAGE + 1;
+        assert!(matches!(Region::map(spec(&file, 0, PAGE, 0, top)), Err(RegionError::Range { .. })), "offset");
+        assert!(
+            matches!(Region::map(spec(&file, 0, PAGE, top + 1, 0)), Err(RegionError::Range { .. })),
+            "user address"
+        );
+        let rounded_past_the_top = spec(&memory(2 * PAGE), top, 1, 0, 0);
+        assert!(Region::map(rounded_past_the_top).is_ok(), "the last page ends where the address space ends");
+    }
+
+    #[test]
+    fn off_its_pages_is_refused() {
+        let file = memory(4 * PAGE);
+        for (gpa, offset) in [(0x800, 0), (0, 0x800), (1, 1)] {
+            let message = refusal(spec(&file, gpa, PAGE, 0, offset));
+            assert!(message.contains("not aligned to its pages of 4K"), "{message}");
+        }
+    }
+
+    #[test]
+    fn that_ends_within_a_page_is_served_to_the_end_of_the_page() {
+        let file = memory(PAGE + 0x123);
+
+        let region = region(&file, 0x1000, PAGE + 0x123, 0x7000, 0);
+
+        assert_eq!(region.gpa(), Span::new(Gpa(0x1000), 2 * PAGE).unwrap());
+        assert_eq!(region.qva().len(), PAGE + 0x123);
+        assert!(!region.pinnable(), "the file itself cannot be pinned past its end");
+        region.window().write_u8(0x1fff, 1);
+    }
+
+    #[test]
+    fn of_a_memfd_is_pinnable() {
+        assert!(region(&memory(PAGE), 0, PAGE, 0, 0).pinnable());
+    }
+
+    #[test]
+    fn that_is_not_a_file_is_refused_by_name() {
+        let (pipe, _writer) = rustix::pipe::pipe().unwrap();
+        let directory = File::open("/").unwrap();
+        let device = File::open("/dev/zero").unwrap();
+        for (fd, name) in [(pipe, "Fifo"), (directory.into(), "Directory"), (device.into(), "CharacterDevice")] {
+            let message = refusal(spec(&Arc::new(File::from(fd)), 0, PAGE, 0, 0));
+            assert!(message.contains(name), "{message}");
+        }
+    }
+
+    #[test]
+    fn that_cannot_be_written_is_refused_with_its_errno() {
+        let file = memory(PAGE);
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&*file));
+        let read_only = Arc::new(File::open(path).unwrap());
+        match Region::map(spec(&read_only, 0, PAGE, 0, 0)) {
+            Err(RegionError::Kernel { what: "mmap", source, .. }) => {
+                assert_eq!(source.raw_os_error(), Some(libc::EACCES));
+            }
+            _ => panic!("a read-only descriptor was mapped"),
+        }
+    }
+
+    #[test]
+    fn of_huge_pages_obeys_their_size() {
+        let Ok(fd) = memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB) else {
+            return; // This kernel has no 2M pages.
+        };
+        let file = Arc::new(File::from(fd));
+        if ftruncate(&*file, 4 << 20).is_err() {
+            return;
+        }
+        let message = refusal(spec(&file, PAGE, 2 << 20, 0, 0));
+        assert!(message.contains("not aligned to its pages of 2M"), "{message}");
+        // Mapping reserves pages, of which there may be none here; then the errno must come through.
+        match Region::map(spec(&file, 0, PAGE, 0, 2 << 20)) {
+            Ok(region) => assert_eq!(region.gpa().len(), 2 << 20),
+            Err(RegionError::Kernel { source, .. }) => assert_eq!(source.raw_os_error(), Some(libc::ENOMEM)),
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn knows_whether_its_file_can_shrink() {
+        let fd = memfd_create("sealed", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&fd, PAGE).unwrap();
+        let file = Arc::new(File::from(fd));
+        let region = region(&file, 0, PAGE, 0, 0);
+        assert!(!region.sealed_against_shrinking());
+
+        rustix::fs::fcntl_add_seals(&*file, rustix::fs::SealFlags::SHRINK).unwrap();
+
+        assert!(region.sealed_against_shrinking());
+    }
+}
+
+mod a_table {
+    use super::*;
+
+    #[test]
+    fn finds_a_span_over_the_seam_of_two_regions_for_the_device_only() {
+        let file = memory(4 * PAGE);
+        let table = MemTable::new(vec![
+            region(&file, 2 * PAGE, PAGE, 0x20_0000, PAGE),
+            region(&file, PAGE, PAGE, 0x10_0000, 0),
+            region(&file, 4 * PAGE, PAGE, 0x30_0000, 3 * PAGE),
+        ])
+        .unwrap();
+        let seam = Span::new(Gpa(2 * PAGE - 8), 16).unwrap();
+        let gap = Span::new(Gpa(3 * PAGE - 8), 16).unwrap();
+        let mut hint = 99;
+
+        assert_eq!(table.iova(seam, &mut hint), Some(seam.identity_iova()));
+        assert!(table.window(seam, &mut hint).is_none());
+        assert_eq!(table.iova(gap, &mut hint), None);
+        assert_eq!(table.to_string(), "0x1000+4K, 0x2000+4K, 0x4000+4K");
+    }
+
+    #[test]
+    fn with_an_overlap_in_either_address_space_is_refused() {
+        let file = memory(4 * PAGE);
+        let first = region(&file, 0, 2 * PAGE, 0x10_0000, 0);
+        let same_gpa = region(&file, PAGE, PAGE, 0x20_0000, 0);
+        let same_qva = region(&file, 0x10_0000, PAGE, 0x10_1000, 0);
+        assert!(matches!(MemTable::new(vec![same_gpa, Arc::clone(&first)]), Err(RegionError::Overlap { .. })));
+        assert!(matches!(MemTable::new(vec![first, same_qva]), Err(RegionError::Overlap { .. })));
+    }
+
+    #[test]
+    fn translates_front_end_addresses_within_one_region() {
+        let file = memory(4 * PAGE);
+        let table = MemTable::new(vec![region(&file, 0x10_0000, 2 * PAGE, 0x7f00_0800, 0)]).unwrap();
+        assert_eq!(table.gpa(Qva(0x7f00_0900), 16), Span::new(Gpa(0x10_0100), 16));
+        assert_eq!(table.gpa(Qva(0x7f00_0800 + 2 * PAGE - 8), 9), None);
+        assert_eq!(table.gpa(Qva(0x7f00_07ff), 1), None);
+        assert_eq!(table.gpa(Qva(u64::MAX), 2), None);
+    }
+}
+
+mod a_plan {
+    use super::*;
+
+    #[test]
+    fn keeps_a_region_that_comes_again_under_another_descriptor() {
+        let file = memory(2 * PAGE);
+        let old = MemTable::new(vec![region(&file, 0, PAGE, 0x1000, PAGE)]).unwrap();
+        let again = Arc::new(file.try_clone().unwrap());
+
+        let plan = Plan::replacing(&old, vec![spec(&again, 0, PAGE, 0x1000, PAGE)]);
+
+        assert!(Arc::ptr_eq(&plan.keep[0], &old.regions()[0]));
+        assert!(plan.add.is_empty() && plan.remove.is_empty());
+        assert!(Plan::adding(&old, spec(&again, 0, PAGE, 0x1000, PAGE)).add.is_empty());
+    }
+
+    #[test]
+    fn replaces_a_region_when_anything_about_it_differs() {
+        let (file, other) = (memory(4 * PAGE), memory(4 * PAGE));
+        let old = MemTable::new(vec![region(&file, 0, PAGE, 0x1000, PAGE)]).unwrap();
+        let different = [
+            spec(&other, 0, PAGE, 0x1000, PAGE),
+            spec(&file, 0, 2 * PAGE, 0x1000, PAGE),
+            spec(&file, PAGE, PAGE, 0x1000, PAGE),
+            spec(&file, 0, PAGE, 0x2000, PAGE),
+            spec(&file, 0, PAGE, 0x1000, 0),
+        ];
+        for spec in different {
+            let plan = Plan::replacing(&old, vec![spec.clone()]);
+            assert_eq!((plan.remove.len(), plan.keep.len(), plan.add.len()), (1, 0, 1), "{spec:?}");
+        }
+    }
+
+    #[test]
+    fn removes_only_the_region_that_is_meant() {
+        let file = memory(2 * PAGE + 0x10);
+        let short = region(&file, 0, PAGE + 0x10, 0x1000, 0);
+        let old = MemTable::new(vec![short]).unwrap();
+        let span = |len| Span::new(Gpa(0), len).unwrap();
+        assert!(Plan::removing(&old, span(PAGE), Qva(0x1000)).is_none(), "another size");
+        assert!(Plan::removing(&old, span(PAGE + 0x10), Qva(0x2000)).is_none(), "another address in the front-end");
+        assert!(Plan::removing(&old, span(PAGE + 0x10), Qva(0x1000)).is_some());
+    }
+
+    /// What a front-end may announce: which of two files, guest page, pages, page in the file.
+    fn announcement() -> impl Strategy<Value = Vec<(usize, u64, u64, u64)>> {
+        prop::collection::vec((0..2_usize, 0..12_u64, 1..4_u64, 0..6_u64), 0..5)
+    }
+
+    proptest! {
+        /// Whatever tables follow each other, the regions at hand are those announced, and none that stays is mapped anew.
+        #[test]
+        fn follows_any_sequence_of_tables(tables in prop::collection::vec(announcement(), 1..8)) {
+            let files = [memory(8 * PAGE), memory(8 * PAGE)];
+            let mut table = MemTable::default();
+            let mut model: Vec<(usize, u64, u64, u64)> = Vec::new();
+            for announced in tables {
+                let specs = announced.iter().map(|&(file, page, pages, offset)| {
+                    spec(&files[file], page * PAGE, pages * PAGE, 0x1000_0000 + page * PAGE, offset * PAGE)
+                });
+                let plan = Plan::replacing(&table, specs.collect());
+                let old: Vec<_> = table.regions().to_vec();
+                let added: Result<Vec<_>, _> = plan.add.iter().cloned().map(|spec| Region::map(spec).map(Arc::new)).collect();
+                let next = added.and_then(|added| plan.table(&added));
+
+                let disjoint = announced.iter().enumerate().all(|(i, a)| {
+                    announced[..i].iter().all(|b| a.1 + a.2 <= b.1 || b.1 + b.2 <= a.1)
+                });
+                let inside = announced.iter().all(|(_, _, pages, offset)| pages + offset <= 8);
+                prop_assert_eq!(next.is_ok(), disjoint && inside);
+                let Ok(next) = next else { continue };
+                for kept in announced.iter().filter(|region| model.contains(region)) {
+                    let find = |regions: &[Arc<Region>]| {
+                        regions.iter().find(|region| region.gpa().start() == Gpa(kept.1 * PAGE)).cloned().unwrap()
+                    };
+                    prop_assert!(Arc::ptr_eq(&find(&old), &find(next.regions())));
+                }
+                prop_assert_eq!(plan.remove.len(), model.iter().filter(|region| !announced.contains(region)).count());
+                prop_assert_eq!(next.regions().len(), announced.len());
+                (table, model) = (next, announced);
+            }
+        }
+    }
+}
