@@ -17,6 +17,7 @@ pub mod addr;
 pub mod coherency;
 pub mod config;
 pub mod driver;
+pub mod emulated;
 pub mod hardware;
 pub mod iommu;
 pub mod memory;

@@ -1,0 +1,195 @@
+//! Admin commands (NVMe 2.0 §5).
+
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+
+use super::controller::Controller;
+use super::events::Events;
+use super::features::Features;
+use super::identify;
+use super::prp::Prps;
+use super::queue::{Cq, Sq};
+use super::wire::{Entry, Status, admin, high16, low16};
+use super::{Options, lock};
+
+/// Bytes of an Identify answer.
+pub(super) const IDENTIFY_BYTES: usize = 4096;
+
+/// What admin commands have left behind; forgotten at a reset.
+pub(super) struct Admin {
+    pub(super) features: Features,
+    pub(super) events: Events,
+}
+
+impl Admin {
+    pub(super) fn new(options: &Options) -> Self {
+        Self { features: Features::new(options), events: Events::default() }
+    }
+}
+
+/// What both Create commands say.
+struct NewQueue {
+    id: u16,
+    entries: u32,
+    base: u64,
+}
+
+/// Dword 0 of a completion, or a status.
+type Answer = Result<u32, Status>;
+
+impl Controller {
+    /// Executes one admin command; `None` when it stays outstanding.
+    pub(super) fn execute_admin(&self, entry: &Entry, sq_head: u16) -> Option<(Status, u32)> {
+        let answer = match entry.opcode() {
+            _ if entry.fuse() != 0 || entry.psdt() != 0 => Err(Status::INVALID_FIELD),
+            admin::DELETE_IO_SQ => self.delete_sq(entry),
+            admin::CREATE_IO_SQ => self.create_sq(entry),
+            admin::DELETE_IO_CQ => self.delete_cq(entry),
+            admin::CREATE_IO_CQ => self.create_cq(entry),
+            admin::IDENTIFY => self.identify(entry),
+            admin::ABORT => Ok(self.abort(entry, sq_head)),
+            admin::SET_FEATURES => self.set_features(entry),
+            admin::GET_FEATURES => lock(&self.admin).features.get(entry),
+            admin::GET_LOG_PAGE => self.get_log_page(entry),
+            admin::ASYNC_EVENT_REQUEST => match self.wait_for_event(entry) {
+                Ok(()) => return None,
+                Err(status) => Err(status),
+            },
+            _ => Err(Status::INVALID_OPCODE),
+        };
+        Some(answer.map_or_else(|status| (status, 0), |result| (Status::SUCCESS, result)))
+    }
+
+    /// Abort (NVMe 2.0 §5.1): bit 0 of the answer says that nothing was aborted. Only held commands and waiting event
+    /// requests can be: all others have run when the Abort is fetched.
+    fn abort(&self, entry: &Entry, sq_head: u16) -> u32 {
+        let (sq, cid) = (low16(entry.cdw(10)), high16(entry.cdw(10)));
+        if sq == 0 {
+            return u32::from(!self.abort_event(cid, sq_head));
+        }
+        let aborted =
+            if self.sq_exists(sq) { self.abort_held(sq, Status::ABORT_REQUESTED, |held| held == cid) } else { 0 };
+        u32::from(aborted == 0)
+    }
+
+    /// Identify (NVMe 2.0 §5.17).
+    fn identify(&self, entry: &Entry) -> Answer {
+        let mut page = [0; IDENTIFY_BYTES];
+        let cns = entry.cdw(10).to_le_bytes()[0];
+        match cns {
+            0x00 => match entry.nsid() {
+                super::nvm::NAMESPACE => identify::namespace(self, &mut page),
+                super::nvm::BROADCAST | 0 => return Err(Status::INVALID_NAMESPACE),
+                _ => {}
+            },
+            0x01 => identify::controller(self, &mut page),
+            0x02 if entry.nsid() >= 0xffff_fffe => return Err(Status::INVALID_NAMESPACE),
+            0x02 => identify::active_namespaces(entry.nsid(), &mut page),
+            0x03 if entry.nsid() != super::nvm::NAMESPACE => return Err(Status::INVALID_NAMESPACE),
+            0x03 => identify::descriptors(&mut page),
+            _ => return Err(Status::INVALID_FIELD),
+        }
+        self.faults.forge(cns, &mut page);
+        self.send(entry, &page)
+    }
+
+    /// Writes `bytes` where the command's data pointer says.
+    pub(super) fn send(&self, entry: &Entry, bytes: &[u8]) -> Answer {
+        let prps = Prps::new(entry, bytes.len() as u64, self.page.load(Relaxed).into());
+        let dma = self.iommu.dma();
+        let (mut list, mut data, mut done) = (0, 0, 0);
+        prps.walk(&dma, &mut list, |span| {
+            let len = usize::try_from(span.len()).expect("part of a slice");
+            dma.write(span.start(), &bytes[done..done + len], &mut data)?;
+            done += len;
+            Ok(())
+        })?;
+        Ok(0)
+    }
+
+    fn set_features(&self, entry: &Entry) -> Answer {
+        let queues_exist = (1..=self.options.queues).any(|id| self.sq_exists(id) || self.cq_exists(id));
+        let features = &mut lock(&self.admin).features;
+        let answer = features.set(entry, queues_exist)?;
+        self.write_cache.store(features.write_cache(), SeqCst);
+        Ok(answer)
+    }
+
+    /// The identifier, size and base that both Create commands name (NVMe 2.0 §5.4, §5.5).
+    fn new_queue(&self, entry: &Entry, granted: u16, exists: bool) -> Result<NewQueue, Status> {
+        let id = low16(entry.cdw(10));
+        if id == 0 || id > granted || exists {
+            return Err(Status::INVALID_QUEUE_ID);
+        }
+        let size = high16(entry.cdw(10));
+        if size == 0 || size >= self.options.queue_entries || !self.entry_sizes_set.load(SeqCst) {
+            return Err(Status::INVALID_QUEUE_SIZE);
+        }
+        if entry.cdw(11) & 1 == 0 {
+            return Err(Status::INVALID_FIELD); // CAP.CQR: queues are physically contiguous
+        }
+        if entry.prp1() & u64::from(self.page.load(Relaxed) - 1) != 0 {
+            return Err(Status::PRP_OFFSET_INVALID);
+        }
+        Ok(NewQueue { id, entries: u32::from(size) + 1, base: entry.prp1() })
+    }
+
+    fn create_cq(&self, entry: &Entry) -> Answer {
+        let granted = lock(&self.admin).features.granted_cqs();
+        let NewQueue { id, entries, base } = self.new_queue(entry, granted, self.cq_exists(low16(entry.cdw(10))))?;
+        let vector = high16(entry.cdw(11));
+        if vector > self.options.queues {
+            return Err(Status::INVALID_VECTOR);
+        }
+        let enabled = entry.cdw(11) & 0b10 != 0;
+        self.open_cq(id, Cq::new(base, entries, enabled.then_some(vector)));
+        Ok(0)
+    }
+
+    fn create_sq(&self, entry: &Entry) -> Answer {
+        let cq = high16(entry.cdw(11));
+        // Identifiers beyond the range are invalid, those inside without a queue name no completion queue (§5.5).
+        if cq == 0 || cq > self.options.queues {
+            return Err(Status::INVALID_QUEUE_ID);
+        }
+        if !self.cq_exists(cq) {
+            return Err(Status::COMPLETION_QUEUE_INVALID);
+        }
+        let granted = lock(&self.admin).features.granted_sqs();
+        let NewQueue { id, entries, base } = self.new_queue(entry, granted, self.sq_exists(low16(entry.cdw(10))))?;
+        self.open_sq(id, Sq::new(base, entries, cq));
+        Ok(0)
+    }
+
+    /// True if `id` is an I/O submission queue. (The admin queue never is; its lock is held by the command that asks.)
+    fn sq_exists(&self, id: u16) -> bool {
+        id != 0 && self.sqs.get(usize::from(id)).is_some_and(|slot| slot.open.load(SeqCst))
+    }
+
+    /// True if `id` is an I/O completion queue.
+    fn cq_exists(&self, id: u16) -> bool {
+        id != 0 && self.cqs.get(usize::from(id)).is_some_and(|slot| slot.open.load(SeqCst))
+    }
+
+    fn delete_sq(&self, entry: &Entry) -> Answer {
+        let id = low16(entry.cdw(10));
+        if !self.sq_exists(id) {
+            return Err(Status::INVALID_QUEUE_ID);
+        }
+        self.abort_held(id, Status::SQ_DELETED, |_| true);
+        self.close_sq(id);
+        Ok(0)
+    }
+
+    fn delete_cq(&self, entry: &Entry) -> Answer {
+        let id = low16(entry.cdw(10));
+        if !self.cq_exists(id) {
+            return Err(Status::INVALID_QUEUE_ID);
+        }
+        let in_use = |state: &super::queue::SqState| state.queue.as_ref().is_some_and(|sq| sq.cq == id);
+        if self.sqs[1..].iter().any(|slot| in_use(&lock(&slot.state))) {
+            return Err(Status::INVALID_QUEUE_DELETION);
+        }
+        self.close_cq(id);
+        Ok(0)
+    }
+}

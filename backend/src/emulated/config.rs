@@ -1,0 +1,120 @@
+//! PCI configuration space: bytes, and a mask that says which bits a write changes (PCI 3.0 §6, PCIe 5.0 §7.5).
+//!
+//! ```text
+//! 0x00 header, class 01 08 02 (NVM Express)     0x40 power management -> 0x50 PCI Express -> 0x90 MSI-X
+//! ```
+//!
+//! Enable No Snoop (device control, bit 11) is hardwired to zero, as PCIe 5.0 §7.5.3.4 allows.
+
+/// Bytes of PCI Express configuration space.
+pub(super) const SIZE: usize = 4096;
+/// Command register: Memory Space Enable, Bus Master Enable, Interrupt Disable.
+pub(super) const COMMAND: usize = 0x04;
+pub(super) const MEMORY_SPACE: u16 = 1 << 1;
+pub(super) const BUS_MASTER: u16 = 1 << 2;
+const INTERRUPT_DISABLE: u16 = 1 << 10;
+
+const POWER: usize = 0x40;
+const EXPRESS: usize = 0x50;
+const MSIX: usize = 0x90;
+/// Initiate Function Level Reset, in the device control register.
+const INITIATE_FLR: u16 = 1 << 15;
+const DEVICE_CONTROL: usize = EXPRESS + 8;
+
+/// No vendor has given this function an identity, so it has one outside those given out.
+pub(super) const VENDOR: u16 = 0xfffe;
+const DEVICE: u16 = 0x0001;
+
+pub(super) struct Config {
+    bytes: [u8; SIZE],
+    writable: [u8; SIZE],
+}
+
+impl Config {
+    /// The space at power-on, with memory decoding on as VFIO leaves it. `bar` is the size of BAR 0 and `table` the offset
+    /// of the MSI-X table of `vectors` entries in it.
+    pub(super) fn new(bar: u32, table: u32, vectors: u16) -> Self {
+        let mut this = Self { bytes: [0; SIZE], writable: [0; SIZE] };
+        this.put16(0x00, VENDOR);
+        this.put16(0x02, DEVICE);
+        this.put16(COMMAND, MEMORY_SPACE);
+        this.allow16(COMMAND, MEMORY_SPACE | BUS_MASTER | INTERRUPT_DISABLE);
+        this.put16(0x06, 1 << 4); // Capabilities List
+        this.put32(0x08, 0x0108_0201); // class code 01 08 02, revision 1
+        this.put32(0x10, 0b100); // BAR 0: memory, 64 bits
+        this.allow32(0x10, !(bar - 1));
+        this.allow32(0x14, u32::MAX);
+        this.put16(0x2c, VENDOR);
+        this.put16(0x2e, DEVICE);
+        this.put8(0x34, POWER);
+        this.allow16(0x3c, 0x00ff); // Interrupt Line
+
+        this.capability(POWER, 0x01, EXPRESS);
+        this.put16(POWER + 2, 0x0003); // version 3
+        this.allow16(POWER + 4, 0b11); // PowerState
+
+        this.capability(EXPRESS, 0x10, MSIX);
+        this.put16(EXPRESS + 2, 0x0002); // version 2, endpoint
+        this.put32(EXPRESS + 4, 1 << 28 | 1 << 15 | 1); // FLR, role-based errors, 256-byte payload
+        this.allow16(DEVICE_CONTROL, 0x70ff | 1 << 8); // without Enable No Snoop
+        this.put32(EXPRESS + 12, 0x0000_0411); // one lane, 2.5 GT/s
+        this.put16(EXPRESS + 18, 0x0011);
+
+        this.capability(MSIX, 0x11, 0);
+        this.put16(MSIX + 2, vectors - 1);
+        this.allow16(MSIX + 2, 0xc000); // MSI-X Enable, Function Mask
+        this.put32(MSIX + 4, table);
+        this.put32(MSIX + 8, table + u32::from(vectors) * 16);
+        this
+    }
+
+    pub(super) fn read(&self, offset: usize, bytes: &mut [u8]) -> Option<()> {
+        bytes.copy_from_slice(self.bytes.get(offset..offset.checked_add(bytes.len())?)?);
+        Some(())
+    }
+
+    /// Writes the writable bits. True if the write initiated a function level reset.
+    pub(super) fn write(&mut self, offset: usize, bytes: &[u8]) -> Option<bool> {
+        let range = offset..offset.checked_add(bytes.len())?;
+        let masks = self.writable.get(range.clone())?;
+        for ((old, mask), new) in self.bytes[range.clone()].iter_mut().zip(masks).zip(bytes) {
+            *old = (*old & !mask) | (new & mask);
+        }
+        let high = DEVICE_CONTROL + 1;
+        Some(range.contains(&high) && bytes[high - offset] & INITIATE_FLR.to_le_bytes()[1] != 0)
+    }
+
+    pub(super) fn command(&self) -> u16 {
+        u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]])
+    }
+
+    pub(super) fn set_bus_master(&mut self, on: bool) {
+        let others = self.command() & !BUS_MASTER;
+        self.put16(COMMAND, if on { others | BUS_MASTER } else { others });
+    }
+
+    fn capability(&mut self, at: usize, id: u8, next: usize) {
+        self.bytes[at] = id;
+        self.put8(at + 1, next);
+    }
+
+    fn put8(&mut self, at: usize, value: usize) {
+        self.bytes[at] = u8::try_from(value).expect("capabilities lie in the first 256 bytes");
+    }
+
+    fn put16(&mut self, at: usize, value: u16) {
+        self.bytes[at..at + 2].copy_from_slice(&value.to_le_bytes());
+    }
+
+    fn put32(&mut self, at: usize, value: u32) {
+        self.bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    }
+
+    fn allow16(&mut self, at: usize, mask: u16) {
+        self.writable[at..at + 2].copy_from_slice(&mask.to_le_bytes());
+    }
+
+    fn allow32(&mut self, at: usize, mask: u32) {
+        self.writable[at..at + 4].copy_from_slice(&mask.to_le_bytes());
+    }
+}

@@ -1,0 +1,284 @@
+//! The controller: who runs when, and what stops it (NVMe 2.0 §3.5, §3.6).
+//!
+//! ```text
+//!             CC.EN 0->1, values good                CC.SHN
+//! Disabled --------------------------> Ready ---------------------> Shut down
+//!   ^  ^  \  values bad --> Fatal <------/ queue memory unreachable     /
+//!   |  +-------------------- CC.EN 1->0, from any state ---------------+
+//!   +---------- function reset, from any state
+//! ```
+//!
+//! Commands run only in Ready and with bus master on. Locks are taken in the order registers, submission queue, completion
+//! queue, IOMMU, admin state; whoever stops the controller clears `ready` and then takes each queue's lock once, so no DMA
+//! is running when it returns.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
+
+use super::admin::Admin;
+use super::fault::Faults;
+use super::iommu::SoftIommu;
+use super::medium::Store;
+use super::queue::{Cq, CqSlot, Sq, SqSlot};
+use super::registers::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN_DONE, CSTS_SHUTDOWN_MASK, RegisterFile};
+use super::{EmulatedError, Mode, Options, lock};
+
+/// What the controller has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Admin commands completed.
+    pub admin: u64,
+    /// Read commands.
+    pub reads: u64,
+    /// Write commands.
+    pub writes: u64,
+    /// Flush commands.
+    pub flushes: u64,
+    /// I/O commands of other kinds.
+    pub others: u64,
+    /// I/O commands that ended in an error.
+    pub errors: u64,
+    /// Bytes of successful reads.
+    pub bytes_read: u64,
+    /// Bytes of successful writes.
+    pub bytes_written: u64,
+    /// Passes over a submission queue that found work: doorbells, less those that came together.
+    pub passes: u64,
+    /// Vectors signalled.
+    pub interrupts: u64,
+    /// Doorbell writes with an impossible value, or to a queue that does not exist.
+    pub bad_doorbells: u64,
+}
+
+pub(super) struct Controller {
+    pub(super) options: Options,
+    /// Size of the disk, logical blocks.
+    pub(super) blocks: u64,
+    pub(super) store: Store,
+    pub(super) iommu: SoftIommu,
+    pub(super) registers: Mutex<RegisterFile>,
+    pub(super) csts: AtomicU32,
+    /// CC.MPS in bytes, while enabled.
+    pub(super) page: AtomicU32,
+    pub(super) write_cache: AtomicBool,
+    pub(super) bus_master: AtomicBool,
+    /// False while memory decoding is off: registers read as all ones.
+    pub(super) decoding: AtomicBool,
+    /// CC.IOSQES and CC.IOCQES hold the sizes of this controller's entries.
+    pub(super) entry_sizes_set: AtomicBool,
+    ready: AtomicBool,
+    pub(super) sqs: Box<[SqSlot]>,
+    pub(super) cqs: Box<[CqSlot]>,
+    pub(super) admin: Mutex<Admin>,
+    pub(super) vectors: RwLock<Vec<OwnedFd>>,
+    pub(super) interrupts: AtomicU32,
+    pub(super) bad_doorbells: AtomicU32,
+    /// True while an event waits for a request, or nobody has looked for one.
+    pub(super) untold: AtomicBool,
+    pub(super) faults: Faults,
+    start: Instant,
+    /// What [`Self::advance`] has added to the clock, nanoseconds.
+    advanced: AtomicU64,
+    /// Who serves doorbells in threaded mode.
+    pub(super) thread: OnceLock<Thread>,
+}
+
+impl Controller {
+    pub(super) fn new(options: Options, iommu: SoftIommu) -> Result<Self, EmulatedError> {
+        let (store, size) = Store::open(&options.medium, options.size)?;
+        let blocks = size / u64::from(options.lba);
+        if blocks == 0 || !size.is_multiple_of(options.lba.into()) {
+            let wanted = "a file of whole logical blocks, at least one";
+            return Err(EmulatedError::Option { option: "size", wanted, found: size });
+        }
+        let pairs = usize::from(options.queues) + 1;
+        Ok(Self {
+            blocks,
+            store,
+            iommu,
+            registers: Mutex::default(),
+            csts: AtomicU32::new(0),
+            page: AtomicU32::new(4096),
+            write_cache: AtomicBool::new(options.volatile_cache),
+            bus_master: AtomicBool::new(false),
+            decoding: AtomicBool::new(true),
+            entry_sizes_set: AtomicBool::new(false),
+            ready: AtomicBool::new(false),
+            sqs: (0..pairs).map(|_| SqSlot::default()).collect(),
+            cqs: (0..pairs).map(|_| CqSlot::default()).collect(),
+            admin: Mutex::new(Admin::new(&options)),
+            vectors: RwLock::default(),
+            interrupts: AtomicU32::new(0),
+            bad_doorbells: AtomicU32::new(0),
+            untold: AtomicBool::new(false),
+            faults: Faults::default(),
+            start: Instant::now(),
+            advanced: AtomicU64::new(0),
+            thread: OnceLock::new(),
+            options,
+        })
+    }
+
+    pub(super) fn may_run(&self) -> bool {
+        self.ready.load(SeqCst) && self.bus_master.load(SeqCst)
+    }
+
+    /// Starts the admin queue. False if the registers hold values that no enable can follow (NVMe 2.0 §3.5.1).
+    pub(super) fn enable(&self, registers: &RegisterFile) -> bool {
+        let Some(page) = registers.page() else { return false };
+        let (sq, cq) = (registers.admin_sq(), registers.admin_cq());
+        let good = |(base, entries): (u64, u32)| entries >= 2 && base.is_multiple_of(page.into());
+        if !registers.command_set_is_nvm() || !good(sq) || !good(cq) {
+            return false;
+        }
+        self.page.store(page, SeqCst);
+        self.open_cq(0, Cq::new(cq.0, cq.1, Some(0)));
+        self.open_sq(0, Sq::new(sq.0, sq.1, 0));
+        self.csts.store(CSTS_READY, SeqCst);
+        self.ready.store(true, SeqCst);
+        true
+    }
+
+    /// Stops everything and forgets all queues and settings, as a controller level reset does (NVMe 2.0 §3.7.2).
+    pub(super) fn disable(&self) {
+        self.ready.store(false, SeqCst);
+        for id in 0..=self.options.queues {
+            self.close_sq(id);
+        }
+        for id in 0..=self.options.queues {
+            self.close_cq(id);
+        }
+        *lock(&self.admin) = Admin::new(&self.options);
+        self.write_cache.store(self.options.volatile_cache, SeqCst);
+    }
+
+    /// Normal or abrupt shutdown: finishes what runs, makes data durable (NVMe 2.0 §3.6.1).
+    pub(super) fn shut_down(&self) {
+        self.ready.store(false, SeqCst);
+        self.settle();
+        if let Err(error) = self.store.flush() {
+            log::error!("emulated function: flush at shutdown: {error}");
+        }
+        self.csts.fetch_and(!CSTS_SHUTDOWN_MASK, SeqCst);
+        self.csts.fetch_or(CSTS_SHUTDOWN_DONE, SeqCst);
+    }
+
+    /// Waits until no command runs that was fetched before.
+    pub(super) fn settle(&self) {
+        for slot in &self.sqs {
+            drop(lock(&slot.state));
+        }
+    }
+
+    /// Queue memory could not be reached: nothing more can be told to the host but this bit.
+    #[cold]
+    pub(super) fn fatal(&self) {
+        self.ready.store(false, SeqCst);
+        self.csts.fetch_or(CSTS_FATAL, SeqCst);
+    }
+
+    pub(super) fn open_sq(&self, id: u16, queue: Sq) {
+        let slot = &self.sqs[usize::from(id)];
+        let mut state = lock(&slot.state);
+        state.queue = Some(queue);
+        slot.tail.store(0, SeqCst);
+        slot.open.store(true, SeqCst);
+    }
+
+    pub(super) fn close_sq(&self, id: u16) {
+        let slot = &self.sqs[usize::from(id)];
+        slot.open.store(false, SeqCst);
+        lock(&slot.state).queue = None;
+    }
+
+    pub(super) fn open_cq(&self, id: u16, queue: Cq) {
+        let slot = &self.cqs[usize::from(id)];
+        let mut state = lock(&slot.queue);
+        *state = Some(queue);
+        slot.head.store(0, SeqCst);
+        slot.starved.store(false, SeqCst);
+        slot.open.store(true, SeqCst);
+    }
+
+    pub(super) fn close_cq(&self, id: u16) {
+        let slot = &self.cqs[usize::from(id)];
+        slot.open.store(false, SeqCst);
+        *lock(&slot.queue) = None;
+    }
+
+    /// A register changed: do what follows, here or on the controller's thread.
+    #[inline]
+    pub(super) fn wake(&self, work: impl FnOnce(&Self)) {
+        match (self.options.mode, self.thread.get()) {
+            (Mode::Inline, _) => work(self),
+            (Mode::Threaded, Some(thread)) => thread.unpark(),
+            (Mode::Threaded, None) => {}
+        }
+    }
+
+    /// Time since power-on. In inline mode it stands still but for [`Self::advance`].
+    pub(super) fn now(&self) -> Duration {
+        let advanced = Duration::from_nanos(self.advanced.load(SeqCst));
+        match self.options.mode {
+            Mode::Inline => advanced,
+            Mode::Threaded => self.start.elapsed().saturating_add(advanced),
+        }
+    }
+
+    /// Moves the clock ahead and does what is due.
+    pub(super) fn advance(&self, time: Duration) {
+        let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let added = |now: u64| Some(now.saturating_add(nanos));
+        self.advanced.fetch_update(SeqCst, SeqCst, added).expect("the sum saturates");
+        self.wake(|this| {
+            this.run_all();
+        });
+    }
+
+    /// Surprise removal: nothing more is done or answered.
+    pub(super) fn remove(&self) {
+        self.faults.removed.store(true, SeqCst);
+        self.ready.store(false, SeqCst);
+    }
+
+    /// Routes vector 0, 1, … to duplicates of `events`.
+    pub(super) fn route(&self, events: &[BorrowedFd<'_>]) -> std::io::Result<()> {
+        let owned: Result<Vec<_>, _> = events.iter().map(BorrowedFd::try_clone_to_owned).collect();
+        *self.vectors.write().unwrap_or_else(PoisonError::into_inner) = owned?;
+        Ok(())
+    }
+
+    pub(super) fn unroute(&self) {
+        self.vectors.write().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    pub(super) fn traffic(&self) -> Traffic {
+        let mut sum = Traffic {
+            interrupts: self.interrupts.load(SeqCst).into(),
+            bad_doorbells: self.bad_doorbells.load(SeqCst).into(),
+            ..self.io_traffic()
+        };
+        sum.admin = lock(&self.sqs[0].state).traffic.admin;
+        sum
+    }
+
+    /// The same for the I/O queues alone, as an admin command may ask.
+    pub(super) fn io_traffic(&self) -> Traffic {
+        let mut sum = Traffic::default();
+        for slot in &self.sqs[1..] {
+            let one = lock(&slot.state).traffic;
+            sum.reads += one.reads;
+            sum.writes += one.writes;
+            sum.flushes += one.flushes;
+            sum.others += one.others;
+            sum.errors += one.errors;
+            sum.bytes_read += one.bytes_read;
+            sum.bytes_written += one.bytes_written;
+            sum.passes += one.passes;
+        }
+        sum
+    }
+}

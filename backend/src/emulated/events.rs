@@ -1,0 +1,143 @@
+//! Errors the host is told about: the Error Information log and asynchronous events (NVMe 2.0 §5.2, §5.16.1.2).
+//!
+//! ```text
+//! something happens --> pending --(a request waits)--> completed, masked --(its log page is read)--> may happen again
+//! ```
+//!
+//! One kind of event is raised here: a doorbell write that makes no sense.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering::SeqCst;
+
+use super::controller::Controller;
+use super::lock;
+use super::queue::Completion;
+use super::run::Pass;
+use super::wire::{Entry, Status};
+
+/// ELPE + 1: entries of the Error Information log.
+pub(super) const ERRORS_KEPT: usize = 16;
+/// AERL + 1: how many Asynchronous Event Requests may wait.
+pub(super) const EVENT_LIMIT: usize = 4;
+/// Log page of the error events.
+pub(super) const ERROR_LOG: u8 = 0x01;
+
+/// What was wrong with a doorbell write: event type Error Status, with its information and log page (§5.2.1, Figure 146).
+#[derive(Clone, Copy)]
+pub(super) enum BadDoorbell {
+    NoQueue = 0x01_00_00,
+    BadValue = 0x01_01_00,
+}
+
+/// A command that failed.
+#[derive(Clone, Copy)]
+pub(super) struct ErrorEntry {
+    pub(super) count: u64,
+    pub(super) sq: u16,
+    pub(super) cid: u16,
+    pub(super) status: Status,
+    pub(super) lba: u64,
+    pub(super) nsid: u32,
+}
+
+#[derive(Default)]
+pub(super) struct Events {
+    /// The newest first.
+    pub(super) errors: VecDeque<ErrorEntry>,
+    pub(super) error_count: u64,
+    /// Identifiers of the waiting Asynchronous Event Requests.
+    waiting: Vec<u16>,
+    /// Dword 0 of an event that nobody has been told.
+    pending: Option<u32>,
+    masked: bool,
+}
+
+impl Events {
+    /// Takes the waiting request `cid` away, if there is one.
+    fn withdraw(&mut self, cid: u16) -> bool {
+        let before = self.waiting.len();
+        self.waiting.retain(|waiting| *waiting != cid);
+        self.waiting.len() != before
+    }
+
+    /// The host has read the error log.
+    pub(super) fn unmask(&mut self) {
+        self.masked = false;
+    }
+}
+
+impl Controller {
+    /// An Asynchronous Event Request: it stays until there is something to tell.
+    pub(super) fn wait_for_event(&self, entry: &Entry) -> Result<(), Status> {
+        let events = &mut lock(&self.admin).events;
+        if events.waiting.len() == EVENT_LIMIT {
+            return Err(Status::EVENT_LIMIT_EXCEEDED);
+        }
+        events.waiting.push(entry.cid());
+        self.untold.store(events.pending.is_some(), SeqCst);
+        Ok(())
+    }
+
+    /// Ends the waiting request `cid`. False if there is none, or no room to say so and answer the Abort.
+    pub(super) fn abort_event(&self, cid: u16, sq_head: u16) -> bool {
+        if lock(&self.cqs[0].queue).as_ref().is_none_or(|cq| cq.free() < 2) {
+            return false;
+        }
+        if !lock(&self.admin).events.withdraw(cid) {
+            return false;
+        }
+        let completion = Completion { result: 0, sq: 0, sq_head, cid, status: Status::ABORT_REQUESTED };
+        self.post_late(0, completion, None, &mut Pass::default());
+        true
+    }
+
+    /// Records a failed command.
+    #[cold]
+    pub(super) fn log_error(&self, sq: u16, entry: &Entry, status: Status) {
+        let events = &mut lock(&self.admin).events;
+        events.error_count += 1;
+        let (count, cid) = (events.error_count, entry.cid());
+        events.errors.truncate(ERRORS_KEPT - 1);
+        events.errors.push_front(ErrorEntry { count, sq, cid, status, lba: entry.u64(40), nsid: entry.nsid() });
+    }
+
+    /// A doorbell write without meaning changes nothing; the host is told when it asks.
+    #[cold]
+    pub(super) fn bad_doorbell(&self, what: BadDoorbell) {
+        self.bad_doorbells.fetch_add(1, SeqCst);
+        let events = &mut lock(&self.admin).events;
+        if !events.masked {
+            events.pending = Some(what as u32);
+            self.untold.store(true, SeqCst);
+        }
+    }
+
+    /// Completes a waiting request with what is pending. Called with no queue locked.
+    #[inline]
+    pub(super) fn tell_events(&self) {
+        if self.untold.load(SeqCst) {
+            self.tell();
+        }
+    }
+
+    #[cold]
+    fn tell(&self) {
+        let state = lock(&self.sqs[0].state);
+        let Some(sq) = state.queue.as_ref().filter(|_| self.may_run()) else { return };
+        if !lock(&self.cqs[0].queue).as_mut().is_some_and(|cq| self.room(&self.cqs[0], cq)) {
+            return;
+        }
+        let (cid, result) = {
+            let events = &mut lock(&self.admin).events;
+            self.untold.store(false, SeqCst);
+            let Some(result) = events.pending.filter(|_| !events.waiting.is_empty()) else { return };
+            events.pending = None;
+            events.masked = true;
+            (events.waiting.remove(0), result)
+        };
+        let mut pass = Pass::default();
+        let completion = Completion { result, sq: 0, sq_head: sq.head(), cid, status: Status::SUCCESS };
+        self.post_late(0, completion, None, &mut pass);
+        self.signal(&pass);
+    }
+}

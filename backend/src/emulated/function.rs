@@ -1,0 +1,206 @@
+//! The PCI side: configuration space, BAR 0, vectors, bus master and reset, as `vfio-pci` would show them.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::hardware::{Function, Registers};
+
+use super::config::{BUS_MASTER, Config, MEMORY_SPACE};
+use super::controller::{Controller, Traffic};
+use super::fault::Fault;
+use super::iommu::SoftIommu;
+use super::registers::{Bar, Layout};
+use super::{EmulatedError, Mode, Options, lock};
+
+/// An NVMe function in this process.
+pub struct EmulatedFunction {
+    controller: Arc<Controller>,
+    layout: Layout,
+    vectors: u16,
+    config: Mutex<Config>,
+    worker: Option<Arc<Worker>>,
+}
+
+/// The controller's thread; dropping it stops the thread.
+pub(super) struct Worker {
+    stop: Arc<AtomicBool>,
+    handle: Option<JoinHandle<()>>,
+}
+
+impl EmulatedFunction {
+    pub(super) fn new(options: Options, iommu: SoftIommu) -> Result<Self, EmulatedError> {
+        let vectors = options.queues + 1;
+        let layout = Layout::new(options.queues, vectors, options.doorbell_stride);
+        let mode = options.mode;
+        let controller = Arc::new(Controller::new(options, iommu)?);
+        let worker = match mode {
+            Mode::Inline => None,
+            Mode::Threaded => Some(Arc::new(Worker::start(&controller)?)),
+        };
+        let config = Mutex::new(Config::new(layout.size, layout.table, vectors));
+        Ok(Self { controller, layout, vectors, config, worker })
+    }
+
+    pub(super) fn traffic(&self) -> Traffic {
+        self.controller.traffic()
+    }
+
+    /// Follows the command register.
+    fn apply_command(&self, config: &Config) {
+        let command = config.command();
+        self.controller.decoding.store(command & MEMORY_SPACE != 0, SeqCst);
+        let on = command & BUS_MASTER != 0;
+        let was = self.controller.bus_master.swap(on, SeqCst);
+        if on && !was {
+            self.controller.wake(|controller| {
+                controller.run_all();
+            });
+        }
+        if was && !on {
+            self.controller.settle();
+        }
+    }
+}
+
+impl Function for EmulatedFunction {
+    fn name(&self) -> &str {
+        "emulated"
+    }
+
+    fn config_read(&self, offset: u16, bytes: &mut [u8]) -> io::Result<()> {
+        if self.removed() {
+            bytes.fill(0xff);
+            return Ok(());
+        }
+        let done = lock(&self.config).read(offset.into(), bytes);
+        done.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+
+    fn config_write(&self, offset: u16, bytes: &[u8]) -> io::Result<()> {
+        if self.removed() {
+            return Ok(());
+        }
+        let mut config = lock(&self.config);
+        let reset = config.write(offset.into(), bytes).ok_or(io::ErrorKind::UnexpectedEof)?;
+        self.apply_command(&config);
+        drop(config);
+        if reset { self.reset() } else { Ok(()) }
+    }
+
+    fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>> {
+        if bar != 0 {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let size = usize::try_from(self.layout.size).expect("a BAR fits the address space");
+        Ok(Arc::new(Bar { controller: Arc::clone(&self.controller), size, _worker: self.worker.clone() }))
+    }
+
+    fn vectors(&self) -> u16 {
+        self.vectors
+    }
+
+    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        if events.len() > self.vectors.into() {
+            return Err(rustix::io::Errno::INVAL.into());
+        }
+        self.controller.route(events)
+    }
+
+    fn set_bus_master(&self, on: bool) -> io::Result<()> {
+        if self.removed() {
+            return Ok(());
+        }
+        let mut config = lock(&self.config);
+        config.set_bus_master(on);
+        self.apply_command(&config);
+        Ok(())
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        if self.removed() {
+            return Err(rustix::io::Errno::NODEV.into());
+        }
+        if self.controller.faults.reset_refused.load(SeqCst) {
+            return Err(rustix::io::Errno::IO.into());
+        }
+        self.power_on();
+        Ok(())
+    }
+}
+
+impl EmulatedFunction {
+    fn removed(&self) -> bool {
+        self.controller.faults.removed.load(SeqCst)
+    }
+
+    pub(super) fn advance(&self, time: Duration) {
+        self.controller.advance(time);
+    }
+
+    pub(super) fn inject(&self, fault: Fault) {
+        let removed = fault == Fault::Removed;
+        self.controller.faults.inject(fault);
+        if removed {
+            self.controller.remove();
+            self.controller.settle();
+        }
+    }
+
+    pub(super) fn heal(&self) {
+        let removed = self.removed();
+        self.controller.faults.heal();
+        if removed {
+            self.power_on();
+            return;
+        }
+        // What was written to CC while it was stuck takes effect now.
+        self.controller.wake(|controller| {
+            controller.run_all();
+        });
+    }
+
+    /// The state in which a function comes out of a reset, or is plugged in.
+    fn power_on(&self) {
+        let mut config = lock(&self.config);
+        self.controller.bus_master.store(false, SeqCst);
+        self.controller.reset_registers();
+        self.controller.unroute();
+        *config = Config::new(self.layout.size, self.layout.table, self.vectors);
+        self.apply_command(&config);
+    }
+}
+
+impl Worker {
+    fn start(controller: &Arc<Controller>) -> Result<Self, EmulatedError> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (until, served) = (Arc::clone(&stop), Arc::clone(controller));
+        let body = move || {
+            while !until.load(SeqCst) {
+                match served.run_all() {
+                    None => std::thread::park(),
+                    Some(due) => std::thread::park_timeout(due.saturating_sub(served.now())),
+                }
+            }
+        };
+        let handle =
+            std::thread::Builder::new().name("emulated-nvme".to_owned()).spawn(body).map_err(EmulatedError::Thread)?;
+        controller.thread.set(handle.thread().clone()).expect("a controller has one thread");
+        Ok(Self { stop, handle: Some(handle) })
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.stop.store(true, SeqCst);
+        if let Some(handle) = self.handle.take() {
+            handle.thread().unpark();
+            if handle.join().is_err() {
+                log::error!("emulated function: its thread has panicked");
+            }
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! The answers to Identify (NVMe 2.0 §5.17.2; NVM Command Set 1.0 §4.1.5). Offsets are those of the figures.
+
+use super::FIRMWARE;
+use super::admin::IDENTIFY_BYTES;
+use super::config::VENDOR;
+use super::controller::Controller;
+use super::events::{ERRORS_KEPT, EVENT_LIMIT};
+use super::nvm::NAMESPACE;
+use super::registers::VERSION;
+use super::sgl;
+
+type Page = [u8; IDENTIFY_BYTES];
+
+const MODEL: &str = "vhost-device-vfio emulated NVMe";
+const EUI64: [u8; 8] = [0x02, 0, 0, 0xff, 0xfe, 0, 0, 0x01]; // locally administered
+
+fn put(page: &mut Page, offset: usize, bytes: &[u8]) {
+    page[offset..offset + bytes.len()].copy_from_slice(bytes);
+}
+
+/// ASCII, padded with spaces (NVMe 2.0 §1.6).
+fn put_text(page: &mut Page, offset: usize, len: usize, text: &str) {
+    page[offset..offset + len].fill(b' ');
+    put(page, offset, text.as_bytes());
+}
+
+/// CNS 01h: Identify Controller.
+pub(super) fn controller(controller: &Controller, page: &mut Page) {
+    let options = &controller.options;
+    put(page, 0, &VENDOR.to_le_bytes());
+    put(page, 2, &VENDOR.to_le_bytes());
+    put_text(page, 4, 20, &options.serial);
+    put_text(page, 24, 40, MODEL);
+    put_text(page, 64, 8, FIRMWARE);
+    page[77] = options.mdts;
+    put(page, 80, &VERSION.to_le_bytes());
+    page[111] = 1; // CNTRLTYPE: I/O controller
+    page[258] = 3; // ACL: four Aborts at once
+    page[259] = u8::try_from(EVENT_LIMIT - 1).expect("a small constant"); // AERL
+    page[260] = 0b11; // FRMW: one slot, read only
+    page[261] = 0b100; // LPA: offsets and long lengths
+    page[262] = u8::try_from(ERRORS_KEPT - 1).expect("a small constant"); // ELPE
+    put(page, 266, &343_u16.to_le_bytes()); // WCTEMP, kelvin
+    put(page, 268, &353_u16.to_le_bytes()); // CCTEMP, kelvin
+    page[512] = 0x66; // SQES: 64 bytes, no other
+    page[513] = 0x44; // CQES: 16 bytes, no other
+    put(page, 516, &NAMESPACE.to_le_bytes()); // NN
+    put(page, 520, &(1_u16 << 2 | 1 << 3).to_le_bytes()); // ONCS: Dataset Management, Write Zeroes
+    page[525] = 0b110 | u8::from(options.volatile_cache); // VWC: Flush takes FFFFFFFFh; cache present
+    if options.sgl {
+        put(page, 536, &sgl::SUPPORT.to_le_bytes());
+    }
+    put(page, 768, b"nqn.2014-08.org.nvmexpress:uuid:6b2c1fd0-0b1e-4a9f-9a53-0d6f0e6a7c11\0");
+}
+
+/// CNS 00h: Identify Namespace.
+pub(super) fn namespace(controller: &Controller, page: &mut Page) {
+    let blocks = controller.blocks;
+    for offset in [0, 8, 16] {
+        put(page, offset, &blocks.to_le_bytes()); // NSZE, NCAP, NUSE
+    }
+    page[33] = 0b01; // DLFEAT: deallocated blocks read as zero
+    let capacity = u128::from(blocks) * u128::from(controller.options.lba);
+    put(page, 48, &capacity.to_le_bytes()); // NVMCAP
+    put(page, 120, &EUI64);
+    let shift = controller.options.lba.trailing_zeros();
+    put(page, 128, &(shift << 16).to_le_bytes()); // LBAF0: LBADS
+}
+
+/// CNS 02h: the namespaces above `after`.
+pub(super) fn active_namespaces(after: u32, page: &mut Page) {
+    if after < NAMESPACE {
+        put(page, 0, &NAMESPACE.to_le_bytes());
+    }
+}
+
+/// CNS 03h: Namespace Identification Descriptors.
+pub(super) fn descriptors(page: &mut Page) {
+    put(page, 0, &[0x01, 8]); // NIDT: EUI-64
+    put(page, 4, &EUI64);
+    put(page, 12, &[0x04, 1]); // NIDT: Command Set Identifier, NVM
+}

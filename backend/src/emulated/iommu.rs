@@ -1,0 +1,290 @@
+//! A software IOMMU: it holds exactly what was mapped, and everything the function does on the bus goes through it. A DMA
+//! to any other address faults, is recorded, and moves no byte.
+//!
+//! A transfer holds the read side of one lock, so when an unmap returns no transfer to that range is running or will run,
+//! as after an IOTLB invalidation. Lock order in this room: submission queue, completion queue, IOMMU.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+
+use vm_memory::MmapRegion;
+
+use crate::addr::{Address, Iova, Span};
+use crate::hardware::{AddressSpace, DmaBuffer, MapError};
+use crate::memory::Region;
+use crate::sys::Window;
+
+use super::lock;
+
+/// Bytes of an IOMMU page; mappings of the driver's own memory are multiples of it.
+const PAGE: u64 = 4096;
+/// How many faults are kept; older ones are forgotten, though counted.
+const FAULTS_KEPT: usize = 1024;
+
+/// Direction of a DMA as the function sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// The function reads memory.
+    Read,
+    /// The function writes memory.
+    Write,
+}
+
+/// A DMA that met no mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DmaFault {
+    /// The first address that is not mapped.
+    pub iova: Iova,
+    /// What the function wanted there.
+    pub access: Access,
+}
+
+struct Mapping {
+    span: Span<Iova>,
+    window: Window,
+}
+
+#[derive(Default)]
+struct FaultLog {
+    kept: VecDeque<DmaFault>,
+    total: u64,
+}
+
+struct Inner {
+    allowed: Vec<Span<Iova>>,
+    /// Sorted by start, disjoint.
+    mappings: RwLock<Vec<Mapping>>,
+    faults: Mutex<FaultLog>,
+}
+
+/// The IOMMU; clones are the same one.
+#[derive(Clone)]
+pub struct SoftIommu {
+    inner: Arc<Inner>,
+}
+
+impl SoftIommu {
+    /// An empty address space of `1 << width` bytes (12 to 57 bits) without `reserved`.
+    #[must_use]
+    pub fn new(width: u8, reserved: &[Span<Iova>]) -> Self {
+        let last = (1 << width.clamp(12, 57)) - 1;
+        let mut reserved = reserved.to_vec();
+        reserved.sort_by_key(Span::start);
+        let mut allowed = Vec::new();
+        let mut next = Some(0);
+        for hole in reserved {
+            let Some(start) = next else { break };
+            if let Some(before) = hole.start().raw().checked_sub(1) {
+                allowed.extend(Span::inclusive(Iova(start), Iova(before.min(last))));
+            }
+            next = hole.last().raw().checked_add(1).map(|after| after.max(start));
+        }
+        if let Some(start) = next {
+            allowed.extend(Span::inclusive(Iova(start), Iova(last)));
+        }
+        Self { inner: Arc::new(Inner { allowed, mappings: RwLock::default(), faults: Mutex::default() }) }
+    }
+
+    /// Maps `window` at `span`.
+    ///
+    /// # Errors
+    /// [`MapError::NotAllowed`] and [`MapError::Overlap`].
+    ///
+    /// # Panics
+    /// If the two differ in length, or do not consist of whole pages of 4096 bytes.
+    pub fn map(&self, span: Span<Iova>, window: Window) -> Result<(), MapError> {
+        assert_eq!(window.len() as u64, span.len(), "both views have one length");
+        assert!(span.start().is_aligned(PAGE) && span.len().is_multiple_of(PAGE), "{span} is not made of whole pages");
+        if !self.inner.allowed.iter().any(|allowed| allowed.covers(&span)) {
+            let allowed: Vec<_> =
+                self.inner.allowed.iter().map(|span| format!("{}-{}", span.start(), span.last())).collect();
+            return Err(MapError::NotAllowed { span, allowed: allowed.join(", ") });
+        }
+        let mut mappings = self.inner.mappings.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(taken) = mappings.iter().find(|mapping| mapping.span.overlaps(&span)) {
+            return Err(MapError::Overlap { span, taken: taken.span });
+        }
+        let place = mappings.partition_point(|mapping| mapping.span.start() < span.start());
+        mappings.insert(place, Mapping { span, window });
+        Ok(())
+    }
+
+    /// Takes away the mapping that is exactly `span`.
+    ///
+    /// # Errors
+    /// [`MapError::NotMapped`].
+    pub fn unmap(&self, span: Span<Iova>) -> Result<(), MapError> {
+        let mut mappings = self.inner.mappings.write().unwrap_or_else(PoisonError::into_inner);
+        let index = mappings.iter().position(|mapping| mapping.span == span).ok_or(MapError::NotMapped { span })?;
+        mappings.remove(index);
+        Ok(())
+    }
+
+    /// What is mapped now, sorted.
+    #[must_use]
+    pub fn mapped(&self) -> Vec<Span<Iova>> {
+        self.dma().mappings.iter().map(|mapping| mapping.span).collect()
+    }
+
+    /// The last faults, oldest first; at most 1024 are kept.
+    #[must_use]
+    pub fn faults(&self) -> Vec<DmaFault> {
+        lock(&self.inner.faults).kept.iter().copied().collect()
+    }
+
+    /// How many DMAs have faulted since the start.
+    #[must_use]
+    pub fn fault_count(&self) -> u64 {
+        lock(&self.inner.faults).total
+    }
+
+    /// The highest free span of `len` bytes, a multiple of the page.
+    fn free_span(&self, len: u64) -> Option<Span<Iova>> {
+        let dma = self.dma();
+        for allowed in self.inner.allowed.iter().rev() {
+            let mut last = allowed.last();
+            loop {
+                let start = last.raw().checked_sub(len - 1)? & !(PAGE - 1);
+                let candidate = Span::new(Iova(start), len)?;
+                if !allowed.covers(&candidate) {
+                    break;
+                }
+                let Some(taken) = dma.mappings.iter().rev().find(|m| m.span.overlaps(&candidate)) else {
+                    return Some(candidate);
+                };
+                let Some(below) = taken.span.start().raw().checked_sub(1) else { break };
+                last = Iova(below);
+            }
+        }
+        None
+    }
+
+    /// Starts a series of transfers; unmapping waits until it is dropped.
+    pub(super) fn dma(&self) -> Dma<'_> {
+        let mappings = self.inner.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        Dma { mappings, faults: &self.inner.faults }
+    }
+}
+
+impl AddressSpace for SoftIommu {
+    fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
+        self.map(region.gpa().identity_iova(), region.window().clone())
+    }
+
+    fn remove(&self, region: &Region) -> Result<(), MapError> {
+        self.unmap(region.gpa().identity_iova())
+    }
+
+    fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
+        let len = (bytes.max(1) as u64).checked_next_multiple_of(PAGE).ok_or(MapError::NoIova(bytes))?;
+        let size = usize::try_from(len).map_err(|_| MapError::NoIova(bytes))?;
+        let memory =
+            MmapRegion::new(size).map_err(|error| MapError::Allocate { bytes, source: io::Error::other(error) })?;
+        let window = Window::of(Arc::new(memory));
+        // Another thread may take the same span between the search and the map; then the search is repeated.
+        loop {
+            let span = self.free_span(len).ok_or(MapError::NoIova(bytes))?;
+            match self.map(span, window.clone()) {
+                Err(MapError::Overlap { .. }) => {}
+                other => {
+                    other?;
+                    return Ok(DmaBuffer::new(window, span, Box::new(Unmap { iommu: self.clone(), span })));
+                }
+            }
+        }
+    }
+}
+
+/// Takes the driver's mapping away when its buffer is dropped.
+struct Unmap {
+    iommu: SoftIommu,
+    span: Span<Iova>,
+}
+
+impl Drop for Unmap {
+    fn drop(&mut self) {
+        self.iommu.unmap(self.span).expect("only this value unmaps the driver's buffer");
+    }
+}
+
+/// The function's access to memory while the mappings stand still.
+pub(super) struct Dma<'a> {
+    mappings: RwLockReadGuard<'a, Vec<Mapping>>,
+    faults: &'a Mutex<FaultLog>,
+}
+
+impl Dma<'_> {
+    /// Calls `part` for each piece of `len` bytes at `at` that lies in one mapping, in order. `hint` is the caller's memory
+    /// of the last mapping used. An unmapped byte is recorded as a fault and ends the walk.
+    #[inline]
+    pub(super) fn each<E: From<DmaFault>>(
+        &self,
+        access: Access,
+        span: Span<Iova>,
+        hint: &mut usize,
+        mut part: impl FnMut(&Window, usize, usize) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut rest = span;
+        loop {
+            let Some(mapping) = self.find(rest.start(), hint) else {
+                return Err(self.fault(rest.start(), access).into());
+            };
+            let offset = mapping.span.offset_of(rest.start()).expect("found by address");
+            let len = rest.len().min(mapping.span.len() - offset);
+            let size = |bytes: u64| usize::try_from(bytes).expect("inside a window");
+            part(&mapping.window, size(offset), size(len))?;
+            match rest.slice(len, rest.len() - len) {
+                Some(next) => rest = next,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// Reads `bytes.len()` bytes at `at`.
+    #[inline]
+    pub(super) fn read(&self, at: Iova, bytes: &mut [u8], hint: &mut usize) -> Result<(), DmaFault> {
+        let span = Span::new(at, bytes.len() as u64).ok_or_else(|| self.fault(at, Access::Read))?;
+        let mut done = 0;
+        self.each(Access::Read, span, hint, |window, offset, len| {
+            window.copy_to(offset, &mut bytes[done..done + len]);
+            done += len;
+            Ok(())
+        })
+    }
+
+    /// Writes `bytes` at `at`.
+    #[inline]
+    pub(super) fn write(&self, at: Iova, bytes: &[u8], hint: &mut usize) -> Result<(), DmaFault> {
+        let span = Span::new(at, bytes.len() as u64).ok_or_else(|| self.fault(at, Access::Write))?;
+        let mut done = 0;
+        self.each(Access::Write, span, hint, |window, offset, len| {
+            window.copy_from(offset, &bytes[done..done + len]);
+            done += len;
+            Ok(())
+        })
+    }
+
+    #[inline]
+    fn find(&self, at: Iova, hint: &mut usize) -> Option<&Mapping> {
+        if let Some(mapping) = self.mappings.get(*hint).filter(|mapping| mapping.span.contains(at)) {
+            return Some(mapping);
+        }
+        let after = self.mappings.partition_point(|mapping| mapping.span.start() <= at);
+        *hint = after.checked_sub(1)?;
+        self.mappings.get(*hint).filter(|mapping| mapping.span.contains(at))
+    }
+
+    /// Records a DMA to an address that is not mapped.
+    #[cold]
+    pub(super) fn fault(&self, iova: Iova, access: Access) -> DmaFault {
+        let fault = DmaFault { iova, access };
+        let mut log = lock(self.faults);
+        log.total += 1;
+        if log.kept.len() == FAULTS_KEPT {
+            log.kept.pop_front();
+        }
+        log.kept.push_back(fault);
+        fault
+    }
+}

@@ -1,0 +1,167 @@
+//! Where the blocks live: in memory, in a file, or nowhere. Offsets and lengths are bytes and have been checked against
+//! the size of the disk by the command that brings them.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use vm_memory::MmapRegion;
+
+use crate::sys::Window;
+
+use super::EmulatedError;
+
+/// What is behind the disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Medium {
+    /// Memory of this process, zero at first, allocated page by page as it is written.
+    Memory,
+    /// Data is neither stored nor produced: reads leave the buffer as it is. Addresses are checked all the same.
+    Null,
+    /// A file, one byte per byte of the disk.
+    File {
+        /// Where it is.
+        path: PathBuf,
+        /// Makes the file when it is missing.
+        create: bool,
+        /// True leaves a new file sparse; false reserves its blocks at once.
+        sparse: bool,
+    },
+}
+
+/// An opened medium.
+pub(super) enum Store {
+    Memory(Window),
+    Null,
+    File(File),
+}
+
+const CHUNK: usize = 4096;
+
+impl Store {
+    /// Opens `medium` and says how many bytes it has; `size` zero takes the size of an existing file.
+    pub(super) fn open(medium: &Medium, size: u64) -> Result<(Self, u64), EmulatedError> {
+        match medium {
+            Medium::Null => Ok((Self::Null, size)),
+            Medium::Memory => {
+                let allocate = |source| EmulatedError::Memory { size, source };
+                let len = usize::try_from(size).map_err(|error| allocate(io::Error::other(error)))?;
+                let memory = MmapRegion::new(len).map_err(|error| allocate(io::Error::other(error)))?;
+                Ok((Self::Memory(Window::of(Arc::new(memory))), size))
+            }
+            Medium::File { path, create, sparse } => {
+                let failed = |what| move |source| EmulatedError::File { path: path.clone(), what, source };
+                let (file, found) = match OpenOptions::new().read(true).write(true).open(path) {
+                    Err(error) if error.kind() == io::ErrorKind::NotFound && *create && size != 0 => {
+                        (Self::create(path, size, *sparse).map_err(failed("create"))?, size)
+                    }
+                    opened => {
+                        let file = opened.map_err(failed("open"))?;
+                        let found = file.metadata().map_err(failed("stat"))?.len();
+                        (file, found)
+                    }
+                };
+                if size != 0 && found != size {
+                    return Err(EmulatedError::FileSize { path: path.clone(), wanted: size, found });
+                }
+                flock(&file, FlockOperation::NonBlockingLockExclusive)
+                    .map_err(|errno| failed("lock (is another process using it?)")(errno.into()))?;
+                Ok((Self::File(file), found))
+            }
+        }
+    }
+
+    fn create(path: &Path, size: u64, sparse: bool) -> io::Result<File> {
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+        let sized = if sparse {
+            file.set_len(size)
+        } else {
+            fallocate(&file, FallocateFlags::empty(), 0, size).map_err(io::Error::from)
+        };
+        if let Err(error) = sized {
+            std::fs::remove_file(path)?;
+            return Err(error);
+        }
+        Ok(file)
+    }
+
+    /// Copies `len` bytes from `offset` of the disk to `at` of `window`.
+    #[inline]
+    pub(super) fn read(&self, offset: u64, window: &Window, at: usize, len: usize) -> io::Result<()> {
+        match self {
+            Self::Null => Ok(()),
+            Self::Memory(memory) => {
+                memory.copy_to_window(index(offset), window, at, len);
+                Ok(())
+            }
+            Self::File(file) => {
+                let mut chunk = [0; CHUNK];
+                for done in (0..len).step_by(CHUNK) {
+                    let part = &mut chunk[..CHUNK.min(len - done)];
+                    file.read_exact_at(part, offset + done as u64)?;
+                    window.copy_from(at + done, part);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Copies `len` bytes from `at` of `window` to `offset` of the disk.
+    #[inline]
+    pub(super) fn write(&self, offset: u64, window: &Window, at: usize, len: usize) -> io::Result<()> {
+        match self {
+            Self::Null => Ok(()),
+            Self::Memory(memory) => {
+                window.copy_to_window(at, memory, index(offset), len);
+                Ok(())
+            }
+            Self::File(file) => {
+                let mut chunk = [0; CHUNK];
+                for done in (0..len).step_by(CHUNK) {
+                    let part = &mut chunk[..CHUNK.min(len - done)];
+                    window.copy_to(at + done, part);
+                    file.write_all_at(part, offset + done as u64)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes `len` bytes from `offset` read as zero; `release` allows the medium to give up the space.
+    pub(super) fn zero(&self, offset: u64, len: u64, release: bool) -> io::Result<()> {
+        match self {
+            Self::Null => Ok(()),
+            Self::Memory(memory) => {
+                memory.slice(index(offset), index(len)).expect("inside the disk").clear();
+                Ok(())
+            }
+            Self::File(file) => {
+                let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                if release && fallocate(file, punch, offset, len).is_ok() {
+                    return Ok(());
+                }
+                let zeroes = [0; CHUNK];
+                for done in (0..len).step_by(CHUNK) {
+                    let part = CHUNK.min(index(len - done));
+                    file.write_all_at(&zeroes[..part], offset + done)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes everything written so far durable.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        match self {
+            Self::Null | Self::Memory(_) => Ok(()),
+            Self::File(file) => file.sync_data(),
+        }
+    }
+}
+
+fn index(offset: u64) -> usize {
+    usize::try_from(offset).expect("the disk was mapped, so its offsets fit")
+}

@@ -1,0 +1,201 @@
+//! I/O commands (NVM Command Set 1.0 §3.2). Each runs to its end where it is fetched.
+
+use std::io;
+use std::sync::atomic::Ordering::Relaxed;
+
+use crate::addr::{Iova, Span};
+
+use super::controller::{Controller, Traffic};
+use super::iommu::{Access, Dma};
+use super::prp::Prps;
+use super::queue::{Hints, Sq};
+use super::sgl::Sgl;
+use super::wire::{Entry, Status, nvm};
+
+/// The only namespace.
+pub(super) const NAMESPACE: u32 = 1;
+/// All namespaces (NVMe 2.0 §3.2.1.2).
+pub(super) const BROADCAST: u32 = u32::MAX;
+/// Force Unit Access, in command dword 12.
+const FUA: u32 = 1 << 30;
+/// Deallocate, in command dword 12 of Write Zeroes.
+const DEALLOCATE: u32 = 1 << 25;
+
+/// A run of logical blocks, in bytes of the disk.
+struct Extent {
+    offset: u64,
+    len: u64,
+}
+
+impl Controller {
+    /// Executes one I/O command.
+    #[inline]
+    pub(super) fn execute_io(&self, sq: &mut Sq, entry: &Entry, dma: &Dma<'_>, traffic: &mut Traffic) -> Status {
+        let result = match entry.opcode() {
+            _ if entry.fuse() != 0 || !self.knows_pointer(entry) => Err(Status::INVALID_FIELD),
+            nvm::READ => self.read(entry, &mut sq.hints, dma).map(|bytes| {
+                traffic.reads += 1;
+                traffic.bytes_read += bytes;
+            }),
+            nvm::WRITE => self.write(entry, &mut sq.hints, dma).map(|bytes| {
+                traffic.writes += 1;
+                traffic.bytes_written += bytes;
+            }),
+            nvm::FLUSH => self.flush(entry).map(|()| traffic.flushes += 1),
+            nvm::WRITE_ZEROES => self.write_zeroes(entry).map(|()| traffic.others += 1),
+            nvm::DATASET_MANAGEMENT => self.deallocate(entry, &mut sq.hints, dma).map(|()| traffic.others += 1),
+            _ => Err(Status::INVALID_OPCODE),
+        };
+        match result {
+            Ok(()) => Status::SUCCESS,
+            Err(status) => {
+                traffic.errors += 1;
+                status
+            }
+        }
+    }
+
+    /// PSDT is one that this controller offers; 11b is reserved.
+    fn knows_pointer(&self, entry: &Entry) -> bool {
+        match entry.psdt() {
+            0 => true,
+            1 | 2 => self.options.sgl,
+            _ => false,
+        }
+    }
+
+    /// Calls `part` for each piece of the `len` bytes that the command's data pointer names.
+    #[inline]
+    fn walk(
+        &self,
+        entry: &Entry,
+        len: u64,
+        dma: &Dma<'_>,
+        hint: &mut usize,
+        part: impl FnMut(Span<Iova>) -> Result<(), Status>,
+    ) -> Result<(), Status> {
+        if entry.psdt() == 0 {
+            Prps::new(entry, len, self.page.load(Relaxed).into()).walk(dma, hint, part)
+        } else {
+            Sgl::new(entry, len).walk(dma, hint, part)
+        }
+    }
+
+    /// The blocks that dwords 10 to 12 name, inside the namespace.
+    fn extent(&self, entry: &Entry) -> Result<Extent, Status> {
+        self.check_namespace(entry)?;
+        self.blocks(entry.u64(40), u64::from(entry.cdw(12) & 0xffff) + 1)
+    }
+
+    fn blocks(&self, first: u64, count: u64) -> Result<Extent, Status> {
+        let end = first.checked_add(count).ok_or(Status::LBA_OUT_OF_RANGE)?;
+        if end > self.blocks {
+            return Err(Status::LBA_OUT_OF_RANGE);
+        }
+        let lba = u64::from(self.options.lba);
+        Ok(Extent { offset: first * lba, len: count * lba })
+    }
+
+    fn check_namespace(&self, entry: &Entry) -> Result<(), Status> {
+        if entry.nsid() == NAMESPACE { Ok(()) } else { Err(Status::INVALID_NAMESPACE) }
+    }
+
+    /// MDTS (NVMe 2.0 §5.17.2.1, byte 77), in units of CAP.MPSMIN, 4096 bytes.
+    pub(super) fn check_size(&self, len: u64) -> Result<(), Status> {
+        let fits = self.options.mdts == 0 || len <= 4096 << self.options.mdts;
+        if fits { Ok(()) } else { Err(Status::INVALID_FIELD) }
+    }
+
+    fn read(&self, entry: &Entry, hints: &mut Hints, dma: &Dma<'_>) -> Result<u64, Status> {
+        let Extent { mut offset, len } = self.extent(entry)?;
+        self.check_size(len)?;
+        let Hints { list, data } = hints;
+        self.walk(entry, len, dma, list, |span| {
+            dma.each(Access::Write, span, data, |window, at, len| {
+                self.store.read(offset, window, at, len).map_err(|error| failed("read", &error, Status::READ_ERROR))?;
+                offset += len as u64;
+                Ok(())
+            })
+        })?;
+        Ok(len)
+    }
+
+    fn write(&self, entry: &Entry, hints: &mut Hints, dma: &Dma<'_>) -> Result<u64, Status> {
+        let Extent { mut offset, len } = self.extent(entry)?;
+        self.check_size(len)?;
+        let Hints { list, data } = hints;
+        self.walk(entry, len, dma, list, |span| {
+            dma.each(Access::Read, span, data, |window, at, len| {
+                self.store
+                    .write(offset, window, at, len)
+                    .map_err(|error| failed("write", &error, write_status(&error)))?;
+                offset += len as u64;
+                Ok(())
+            })
+        })?;
+        self.make_durable(entry)?;
+        Ok(len)
+    }
+
+    /// A write is durable when it completes, unless the cache is on and the command does not insist.
+    fn make_durable(&self, entry: &Entry) -> Result<(), Status> {
+        if self.write_cache.load(Relaxed) && entry.cdw(12) & FUA == 0 {
+            return Ok(());
+        }
+        self.store.flush().map_err(|error| failed("flush", &error, Status::WRITE_FAULT))
+    }
+
+    fn flush(&self, entry: &Entry) -> Result<(), Status> {
+        if entry.nsid() != BROADCAST {
+            self.check_namespace(entry)?;
+        }
+        self.store.flush().map_err(|error| failed("flush", &error, Status::WRITE_FAULT))
+    }
+
+    /// NVM Command Set 1.0 §3.2.8.
+    fn write_zeroes(&self, entry: &Entry) -> Result<(), Status> {
+        let Extent { offset, len } = self.extent(entry)?;
+        let release = entry.cdw(12) & DEALLOCATE != 0;
+        self.store.zero(offset, len, release).map_err(|error| failed("zero", &error, write_status(&error)))?;
+        self.make_durable(entry)
+    }
+
+    /// Dataset Management; deallocated blocks read as zero (NVM Command Set 1.0 §3.2.3).
+    fn deallocate(&self, entry: &Entry, hints: &mut Hints, dma: &Dma<'_>) -> Result<(), Status> {
+        const RANGE_BYTES: usize = 16;
+        self.check_namespace(entry)?;
+        let count = (usize::from(entry.cdw(10).to_le_bytes()[0]) + 1) * RANGE_BYTES;
+        let wanted = entry.cdw(11) & 0b100 != 0;
+        let mut ranges = [0; 256 * RANGE_BYTES];
+        let ranges = &mut ranges[..count];
+        let mut done = 0;
+        let Hints { list, data } = hints;
+        self.walk(entry, count as u64, dma, list, |span| {
+            let len = usize::try_from(span.len()).expect("at most 4096 bytes");
+            dma.read(span.start(), &mut ranges[done..done + len], data)?;
+            done += len;
+            Ok(())
+        })?;
+        for range in ranges.chunks_exact(RANGE_BYTES) {
+            let count = u32::from_le_bytes(range[4..8].try_into().expect("four bytes"));
+            let first = u64::from_le_bytes(range[8..16].try_into().expect("eight bytes"));
+            let extent = self.blocks(first, count.into())?;
+            if wanted && count != 0 {
+                self.store
+                    .zero(extent.offset, extent.len, true)
+                    .map_err(|error| failed("deallocate", &error, write_status(&error)))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn write_status(error: &io::Error) -> Status {
+    if error.kind() == io::ErrorKind::StorageFull { Status::CAPACITY_EXCEEDED } else { Status::WRITE_FAULT }
+}
+
+#[cold]
+fn failed(what: &str, error: &io::Error, status: Status) -> Status {
+    log::error!("emulated function: {what} of its medium: {error}");
+    status
+}

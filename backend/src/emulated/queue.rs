@@ -1,0 +1,224 @@
+//! Submission and completion queues as the controller sees them (NVMe 2.0 §3.3.1.2).
+//!
+//! ```text
+//! submission   head == tail  empty      host moves tail (doorbell), controller moves head and reports it
+//! completion   head == tail  empty      controller moves tail and flips the phase at the end, host moves head (doorbell)
+//! ```
+//!
+//! The doorbell is an atomic beside the queue, so that a register write never waits for a command that runs.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::time::Duration;
+
+use crate::addr::{Address, Iova, Span};
+
+use super::controller::Traffic;
+use super::fault::Effect;
+use super::iommu::{Access, Dma, DmaFault};
+use super::wire::{CQE_BYTES, Entry, SQE_BYTES, Status, low16};
+
+/// Which mapping each of a queue's streams used last.
+#[derive(Default)]
+pub(super) struct Hints {
+    pub(super) list: usize,
+    pub(super) data: usize,
+}
+
+pub(super) struct Sq {
+    base: Iova,
+    entries: u32,
+    head: u32,
+    hint: usize,
+    /// Commands that run later, the next to run first.
+    held: VecDeque<Held>,
+    /// The completion queue its commands complete to.
+    pub(super) cq: u16,
+    pub(super) hints: Hints,
+}
+
+impl Sq {
+    pub(super) fn new(base: u64, entries: u32, cq: u16) -> Self {
+        Self { base: Iova(base), entries, head: 0, hint: 0, held: VecDeque::new(), cq, hints: Hints::default() }
+    }
+
+    /// True if `tail` can be the index of an entry.
+    pub(super) fn accepts(&self, tail: u32) -> bool {
+        tail < self.entries
+    }
+
+    pub(super) fn is_empty(&self, tail: u32) -> bool {
+        self.head == tail
+    }
+
+    pub(super) fn head(&self) -> u16 {
+        low16(self.head)
+    }
+
+    /// Takes the entry at the head. It is read once, word by word, into the caller's place.
+    #[inline]
+    pub(super) fn fetch(&mut self, dma: &Dma<'_>, entry: &mut Entry) -> Result<(), DmaFault> {
+        let at = self.base.checked_add(u64::from(self.head) * SQE_BYTES);
+        let span = at.and_then(|at| Span::new(at, SQE_BYTES)).ok_or_else(|| dma.fault(self.base, Access::Read))?;
+        dma.each::<DmaFault>(Access::Read, span, &mut self.hint, |window, offset, len| {
+            debug_assert_eq!(len as u64, SQE_BYTES, "queues start on a page, so no entry runs over its end");
+            for (i, word) in entry.0.iter_mut().enumerate() {
+                *word = window.read_u64(offset + i * 8);
+            }
+            Ok(())
+        })?;
+        self.head = if self.head + 1 == self.entries { 0 } else { self.head + 1 };
+        Ok(())
+    }
+
+    /// Keeps a command until `due`.
+    pub(super) fn hold(&mut self, due: Duration, entry: &Entry, effect: Option<Effect>) {
+        // With equal waits this is the end of the queue.
+        let place = self.held.partition_point(|held| held.due <= due);
+        self.held.insert(place, Held { due, entry: *entry, effect });
+    }
+
+    /// When the next held command is to run.
+    #[inline]
+    pub(super) fn first_due(&self) -> Option<Duration> {
+        self.held.front().map(|held| held.due)
+    }
+
+    pub(super) fn take_first(&mut self, entry: &mut Entry) -> Option<Option<Effect>> {
+        let held = self.held.pop_front()?;
+        *entry = held.entry;
+        Some(held.effect)
+    }
+
+    /// Lets go of the held commands whose identifier `which` names.
+    pub(super) fn release(&mut self, which: impl Fn(u16) -> bool) -> Vec<Entry> {
+        let (gone, kept) = self.held.drain(..).partition(|held: &Held| which(held.entry.cid()));
+        self.held = kept;
+        let gone: VecDeque<Held> = gone;
+        gone.into_iter().map(|held| held.entry).collect()
+    }
+}
+
+/// A command that runs later.
+struct Held {
+    due: Duration,
+    entry: Entry,
+    effect: Option<Effect>,
+}
+
+/// A completion queue entry before it has a place and a phase (NVMe 2.0 §3.3.3.2).
+#[derive(Clone, Copy)]
+pub(super) struct Completion {
+    /// Dword 0.
+    pub(super) result: u32,
+    pub(super) sq: u16,
+    pub(super) sq_head: u16,
+    pub(super) cid: u16,
+    pub(super) status: Status,
+}
+
+pub(super) struct Cq {
+    base: Iova,
+    entries: u32,
+    tail: u32,
+    head: u32,
+    phase: bool,
+    hint: usize,
+    /// The interrupt vector, if interrupts are enabled.
+    pub(super) vector: Option<u16>,
+}
+
+/// The head doorbell has a value the head cannot have.
+pub(super) struct BadHead;
+
+impl Cq {
+    pub(super) fn new(base: u64, entries: u32, vector: Option<u16>) -> Self {
+        Self { base: Iova(base), entries, tail: 0, head: 0, phase: true, hint: 0, vector }
+    }
+
+    /// Takes over the head doorbell: it may only move forward over entries that were posted.
+    pub(super) fn set_head(&mut self, head: u32) -> Result<(), BadHead> {
+        let distance = |from: u32| (self.tail + self.entries - from) % self.entries;
+        if head >= self.entries || distance(head) > distance(self.head) {
+            return Err(BadHead);
+        }
+        self.head = head;
+        Ok(())
+    }
+
+    #[inline]
+    pub(super) fn has_room(&self) -> bool {
+        let next = if self.tail + 1 == self.entries { 0 } else { self.tail + 1 };
+        next != self.head
+    }
+
+    /// Entries that can be posted, as far as the head is known.
+    pub(super) fn free(&self) -> u32 {
+        (self.head + self.entries - self.tail - 1) % self.entries
+    }
+
+    /// Writes the entry at the tail, the phase with the last word.
+    #[inline]
+    pub(super) fn post(&mut self, dma: &Dma<'_>, completion: &Completion) -> Result<(), DmaFault> {
+        self.write(dma, completion, self.phase)
+    }
+
+    /// The same with the wrong phase: the host takes it for an entry of the last round.
+    pub(super) fn post_unseen(&mut self, dma: &Dma<'_>, completion: &Completion) -> Result<(), DmaFault> {
+        self.write(dma, completion, !self.phase)
+    }
+
+    #[inline]
+    fn write(&mut self, dma: &Dma<'_>, completion: &Completion, phase: bool) -> Result<(), DmaFault> {
+        let at = self.base.checked_add(u64::from(self.tail) * CQE_BYTES);
+        let span = at.and_then(|at| Span::new(at, CQE_BYTES)).ok_or_else(|| dma.fault(self.base, Access::Write))?;
+        let last = completion.status.bits() << 1 | u16::from(phase);
+        dma.each::<DmaFault>(Access::Write, span, &mut self.hint, |window, offset, len| {
+            debug_assert_eq!(len as u64, CQE_BYTES, "queues start on a page, so no entry runs over its end");
+            window.write_u32(offset, completion.result);
+            window.write_u32(offset + 4, 0);
+            window.write_u16(offset + 8, completion.sq_head);
+            window.write_u16(offset + 10, completion.sq);
+            window.write_u16(offset + 12, completion.cid);
+            window.store_release_u16(offset + 14, last);
+            Ok(())
+        })?;
+        self.tail += 1;
+        if self.tail == self.entries {
+            self.tail = 0;
+            self.phase = !self.phase;
+        }
+        Ok(())
+    }
+}
+
+/// One submission queue identifier. Aligned so that two workers' doorbells share no cache line.
+#[derive(Default)]
+#[repr(align(128))]
+pub(super) struct SqSlot {
+    /// The tail doorbell as last written.
+    pub(super) tail: AtomicU32,
+    /// True while there is a queue.
+    pub(super) open: AtomicBool,
+    pub(super) state: Mutex<SqState>,
+}
+
+#[derive(Default)]
+pub(super) struct SqState {
+    pub(super) queue: Option<Sq>,
+    pub(super) traffic: Traffic,
+}
+
+/// One completion queue identifier.
+#[derive(Default)]
+#[repr(align(128))]
+pub(super) struct CqSlot {
+    /// The head doorbell as last written.
+    pub(super) head: AtomicU32,
+    /// True while there is a queue.
+    pub(super) open: AtomicBool,
+    /// A submission queue stopped because this queue was full; a move of the head runs it again.
+    pub(super) starved: AtomicBool,
+    pub(super) queue: Mutex<Option<Cq>>,
+}

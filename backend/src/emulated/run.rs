@@ -1,0 +1,243 @@
+//! From doorbell to completion: one pass over a submission queue.
+//!
+//! ```text
+//! tail moved --> fetch --> strike? --> execute --> post --> signal the vector once per pass
+//!                            |             ^
+//!                            +--> hold ----+  when its time has come (latency, Effect::Delay)
+//! ```
+//!
+//! A pass holds the queue's lock, so whoever stops the controller and then takes that lock knows that no command runs.
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+use super::controller::Controller;
+use super::events::BadDoorbell;
+use super::fault::Effect;
+use super::iommu::Dma;
+use super::lock;
+use super::queue::{Completion, Cq, CqSlot, Sq, SqSlot};
+use super::wire::{Entry, Status};
+
+/// What a pass leaves to its caller.
+#[derive(Default)]
+pub(super) struct Pass {
+    /// The vector to signal.
+    vector: Option<u16>,
+    /// When the first held command is due.
+    due: Option<Duration>,
+}
+
+impl Controller {
+    /// Executes what submission queue `id` holds. Gives the time when the next held command is due.
+    #[inline]
+    pub(super) fn run(&self, id: u16) -> Option<Duration> {
+        let pass = if id == 0 { self.run_admin() } else { self.run_io(id) };
+        self.signal(&pass);
+        self.tell_events();
+        pass.due
+    }
+
+    /// Signals the vector of what was posted.
+    #[inline]
+    pub(super) fn signal(&self, pass: &Pass) {
+        if let Some(vector) = pass.vector {
+            self.interrupt(vector);
+        }
+    }
+
+    /// Does everything there is to do; the body of the controller's thread, and what follows bus master going on.
+    pub(super) fn run_all(&self) -> Option<Duration> {
+        self.apply_configuration();
+        (0..=self.options.queues).filter_map(|id| self.run(id)).min()
+    }
+
+    /// The completion queue has got room: run what waited for it.
+    pub(super) fn run_starved(&self, cq: u16) {
+        if self.cqs[usize::from(cq)].starved.swap(false, SeqCst) {
+            for id in 0..=self.options.queues {
+                if lock(&self.sqs[usize::from(id)].state).queue.as_ref().is_some_and(|sq| sq.cq == cq) {
+                    self.run(id);
+                }
+            }
+        }
+    }
+
+    /// Executes I/O commands until the queue is empty.
+    fn run_io(&self, id: u16) -> Pass {
+        let mut pass = Pass::default();
+        let slot = &self.sqs[usize::from(id)];
+        let mut state = lock(&slot.state);
+        let state = &mut *state;
+        let Some(sq) = state.queue.as_mut() else { return pass };
+        let cq_slot = &self.cqs[usize::from(sq.cq)];
+        let mut cq = lock(&cq_slot.queue);
+        let cq = cq.as_mut().expect("a completion queue outlives its submission queues");
+        let dma = self.iommu.dma();
+        let mut entry = Entry::default();
+        let mut taken = 0;
+        while self.may_run() && self.has_work(slot, sq) && self.room(cq_slot, cq) {
+            taken += 1;
+            let Some(effect) = self.take(sq, id, &dma, &mut entry) else { continue };
+            let status = match effect {
+                Some(Effect::Status(status)) => status,
+                _ => self.execute_io(sq, &entry, &dma, &mut state.traffic),
+            };
+            if status != Status::SUCCESS {
+                self.log_error(id, &entry, status);
+            }
+            let completion = Completion { result: 0, sq: id, sq_head: sq.head(), cid: entry.cid(), status };
+            self.post(cq, &dma, completion, effect, &mut pass);
+        }
+        state.traffic.passes += u64::from(taken != 0);
+        pass.due = sq.first_due();
+        pass
+    }
+
+    /// Executes admin commands until the queue is empty. Neither the IOMMU nor the completion queue is held while a
+    /// command runs: it may wait for another queue, whose pass may wait for them.
+    fn run_admin(&self) -> Pass {
+        let mut pass = Pass::default();
+        let (slot, cq_slot) = (&self.sqs[0], &self.cqs[0]);
+        let mut state = lock(&slot.state);
+        let state = &mut *state;
+        let Some(sq) = state.queue.as_mut() else { return pass };
+        let room = || lock(&cq_slot.queue).as_mut().is_some_and(|cq| self.room(cq_slot, cq));
+        while self.may_run() && self.has_work(slot, sq) && room() {
+            let mut entry = Entry::default();
+            let Some(effect) = self.take(sq, 0, &self.iommu.dma(), &mut entry) else { continue };
+            state.traffic.admin += 1;
+            let answer = match effect {
+                Some(Effect::Status(status)) => Some((status, 0)),
+                _ => self.execute_admin(&entry, sq.head()),
+            };
+            let Some((status, result)) = answer else { continue };
+            if status != Status::SUCCESS {
+                self.log_error(0, &entry, status);
+            }
+            let completion = Completion { result, sq: 0, sq_head: sq.head(), cid: entry.cid(), status };
+            self.post_late(0, completion, effect, &mut pass);
+        }
+        pass.due = sq.first_due();
+        pass
+    }
+
+    /// Posts to completion queue `id` from outside a pass over it. A completion for which there is no room is lost, as the
+    /// host was told when it deleted the queue (NVMe 2.0 §5.6); all others have made sure of it.
+    pub(super) fn post_late(&self, id: u16, completion: Completion, effect: Option<Effect>, pass: &mut Pass) {
+        let slot = &self.cqs[usize::from(id)];
+        let mut cq = lock(&slot.queue);
+        let Some(cq) = cq.as_mut() else { return };
+        if self.room(slot, cq) {
+            self.post(cq, &self.iommu.dma(), completion, effect, pass);
+        }
+    }
+
+    /// Ends the held commands of submission queue `id` that `which` names. Gives how many there were.
+    pub(super) fn abort_held(&self, id: u16, status: Status, which: impl Fn(u16) -> bool) -> usize {
+        let mut pass = Pass::default();
+        let mut state = lock(&self.sqs[usize::from(id)].state);
+        let Some(sq) = state.queue.as_mut() else { return 0 };
+        let aborted = sq.release(which);
+        for entry in &aborted {
+            let completion = Completion { result: 0, sq: id, sq_head: sq.head(), cid: entry.cid(), status };
+            self.post_late(sq.cq, completion, None, &mut pass);
+        }
+        self.signal(&pass);
+        aborted.len()
+    }
+
+    /// True if there is an entry to fetch or a held command is due.
+    #[inline]
+    fn has_work(&self, slot: &SqSlot, sq: &Sq) -> bool {
+        let tail = slot.tail.load(SeqCst);
+        if !sq.accepts(tail) {
+            self.bad_doorbell(BadDoorbell::BadValue);
+            return false;
+        }
+        !sq.is_empty(tail) || sq.first_due().is_some_and(|due| due <= self.now())
+    }
+
+    /// Puts the next command to execute into `entry` and says what strikes it. `None` if it is held instead, or stopped the controller.
+    #[inline]
+    fn take(&self, sq: &mut Sq, id: u16, dma: &Dma<'_>, entry: &mut Entry) -> Option<Option<Effect>> {
+        if sq.first_due().is_some_and(|due| due <= self.now()) {
+            return sq.take_first(entry);
+        }
+        if sq.fetch(dma, entry).is_err() {
+            self.fatal();
+            return None;
+        }
+        let effect = self.faults.strike(id, entry.opcode());
+        let latency = if id == 0 { Duration::ZERO } else { self.options.latency };
+        let (wait, effect) = match effect {
+            Some(Effect::Fatal) => {
+                self.fatal();
+                return None;
+            }
+            Some(Effect::Remove) => {
+                self.remove();
+                return None;
+            }
+            Some(Effect::Delay(time)) => (latency.saturating_add(time), None),
+            other => (latency, other),
+        };
+        if wait.is_zero() {
+            return Some(effect);
+        }
+        sq.hold(self.now().saturating_add(wait), entry, effect);
+        None
+    }
+
+    /// Writes a completion, or what `effect` makes of it.
+    #[inline]
+    fn post(&self, cq: &mut Cq, dma: &Dma<'_>, mut completion: Completion, effect: Option<Effect>, pass: &mut Pass) {
+        let mut posted = match effect {
+            Some(Effect::Lose) => return,
+            Some(Effect::WrongPhase) => cq.post_unseen(dma, &completion),
+            Some(Effect::WrongId(cid)) => {
+                completion.cid = cid;
+                cq.post(dma, &completion)
+            }
+            _ => cq.post(dma, &completion),
+        };
+        if effect == Some(Effect::Twice) && cq.has_room() {
+            posted = posted.and(cq.post(dma, &completion));
+        }
+        if posted.is_err() {
+            self.fatal();
+        } else if effect != Some(Effect::LoseInterrupt) {
+            pass.vector = cq.vector;
+        }
+    }
+
+    /// True if the completion queue can take an entry. Else it is marked, so that its doorbell runs us again; the second
+    /// look closes the gap between the first and the mark.
+    #[inline]
+    pub(super) fn room(&self, slot: &CqSlot, cq: &mut Cq) -> bool {
+        for _ in 0..2 {
+            if cq.set_head(slot.head.load(SeqCst)).is_err() {
+                self.bad_doorbell(BadDoorbell::BadValue);
+            }
+            if cq.has_room() {
+                return true;
+            }
+            slot.starved.store(true, SeqCst);
+        }
+        false
+    }
+
+    fn interrupt(&self, vector: u16) {
+        if !self.options.interrupts || !self.bus_master.load(SeqCst) {
+            return;
+        }
+        let vectors = self.vectors.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(event) = vectors.get(usize::from(vector)) {
+            self.interrupts.fetch_add(1, SeqCst);
+            if let Err(errno) = rustix::io::write(event, &1_u64.to_ne_bytes()) {
+                log::warn!("emulated function: signal vector {vector}: {errno}");
+            }
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! The controller driven by hand, register by register, as a driver would.
+
+mod any;
+mod bring_up;
+mod events;
+mod faults;
+mod host;
+mod io;
+mod iommu;

@@ -1,0 +1,248 @@
+//! Each fault, as the host sees it.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::host::{CC, CC_ON, CSTS, Host, Pair, Sqe, small, threaded};
+use crate::addr::Iova;
+use crate::emulated::{Commands, Effect, Fault, Options, Status};
+use crate::hardware::DmaBuffer;
+
+const READ: u8 = 2;
+
+fn reads() -> Commands {
+    Commands { queue: Some(1), opcode: Some(READ) }
+}
+
+struct Bench {
+    host: Host,
+    pair: Pair,
+    data: DmaBuffer,
+}
+
+impl Bench {
+    fn new(options: Options) -> Self {
+        let mut host = Host::up(options);
+        let pair = host.pair(1, [16; 2]);
+        let data = host.buffer(4096);
+        Self { host, pair, data }
+    }
+
+    /// Submits a read of block 0 and returns its identifier.
+    fn read(&mut self) -> u16 {
+        let cid = self.host.push(&mut self.pair, Sqe::rw(READ, 0, 1).prps(self.data.span().start(), Iova(0)));
+        self.host.ring(&self.pair);
+        cid
+    }
+
+    /// The identifiers and status of everything completed.
+    fn reap(&mut self) -> Vec<(u16, u16)> {
+        let mut done = Vec::new();
+        while let Some(one) = self.host.take(&mut self.pair) {
+            done.push((one.cid, one.status));
+        }
+        done
+    }
+}
+
+#[test]
+fn the_nth_matching_command_is_struck_and_no_other() {
+    let mut bench = Bench::new(small());
+    let effect = Effect::Status(Status::new(2, 0x81));
+    bench.host.machine.inject(Fault::Command { on: reads(), skip: 2, times: 1, effect });
+
+    for _ in 0..4 {
+        bench.read();
+    }
+    let flush = bench.host.push(&mut bench.pair, Sqe::new(0).nsid(1));
+    bench.host.ring(&bench.pair);
+
+    assert_eq!(bench.reap(), [(0, 0), (1, 0), (2, 0x281), (3, 0), (flush, 0)]);
+    assert_eq!(bench.host.machine.traffic().reads, 3, "a failed command is not executed");
+}
+
+#[test]
+fn completions_are_lost_doubled_misnamed_or_unseen() {
+    for (effect, seen) in [
+        (Effect::Lose, vec![(1, 0)]),
+        (Effect::Twice, vec![(0, 0), (0, 0), (1, 0)]),
+        (Effect::WrongId(77), vec![(77, 0), (1, 0)]),
+        (Effect::WrongPhase, vec![]),
+    ] {
+        let mut bench = Bench::new(small());
+        bench.host.machine.inject(Fault::once(reads(), effect));
+
+        bench.read();
+        bench.read();
+
+        assert_eq!(bench.reap(), seen, "{effect:?}");
+        assert_eq!(bench.host.machine.traffic().reads, 2, "{effect:?}: the data were moved");
+    }
+}
+
+#[test]
+fn a_delayed_command_touches_memory_only_when_its_time_has_come() {
+    let mut bench = Bench::new(small());
+    bench.data.window().write_u8(0, 7);
+    bench.host.machine.inject(Fault::once(reads(), Effect::Delay(Duration::from_secs(3))));
+
+    bench.read();
+    bench.read();
+    bench.data.window().write_u8(0, 8);
+    let before = bench.reap();
+    bench.host.machine.advance(Duration::from_millis(2999));
+    let early = (bench.reap(), bench.data.window().read_u8(0));
+    bench.host.machine.advance(Duration::from_millis(1));
+
+    assert_eq!(before, [(1, 0)]);
+    assert_eq!(early, (vec![], 8));
+    assert_eq!((bench.reap(), bench.data.window().read_u8(0)), (vec![(0, 0)], 0));
+}
+
+#[test]
+fn memory_taken_away_under_a_command_in_flight_is_a_recorded_fault() {
+    let mut bench = Bench::new(Options { latency: Duration::from_millis(1), ..small() });
+    bench.read();
+    let gone = bench.data.span().start();
+    bench.data = bench.host.buffer(8192);
+
+    bench.host.machine.advance(Duration::from_millis(1));
+
+    assert_eq!(bench.reap(), [(0, 0x004)]);
+    assert_eq!(bench.host.machine.iommu().faults()[0].iova, gone);
+}
+
+#[test]
+fn commands_in_flight_are_aborted_by_abort_and_by_deletion() {
+    let mut bench = Bench::new(Options { latency: Duration::from_secs(1), ..small() });
+    let cids: Vec<_> = (0..3).map(|_| bench.read()).collect();
+
+    let abort = bench.host.admin(Sqe::new(8).dword(10, u32::from(cids[1]) << 16 | 1));
+    let unknown = bench.host.admin(Sqe::new(8).dword(10, 99 << 16 | 1));
+    let aborted = bench.reap();
+    let deleted = bench.host.admin(Sqe::new(0).dword(10, 1));
+    bench.host.machine.advance(Duration::from_secs(2));
+
+    assert_eq!((abort.result & 1, unknown.result & 1, deleted.status), (0, 1, 0));
+    assert_eq!(aborted, [(1, 0x007)]);
+    assert_eq!(bench.reap(), [(0, 0x008), (2, 0x008)]);
+    assert_eq!(bench.host.machine.traffic().reads, 0);
+}
+
+#[test]
+fn a_threaded_controller_takes_its_latency_and_completes() {
+    let mut bench = Bench::new(Options { latency: Duration::from_millis(2), ..threaded() });
+    let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    bench.host.function.route_vectors(&[event.as_fd(), event.as_fd()]).unwrap();
+
+    bench.read();
+    rustix::io::read(&event, &mut [0; 8]).unwrap();
+
+    assert_eq!(bench.reap(), [(0, 0)]);
+}
+
+#[test]
+fn a_lost_interrupt_leaves_the_completion() {
+    let mut bench = Bench::new(small());
+    let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+    bench.host.function.route_vectors(&[event.as_fd(), event.as_fd()]).unwrap();
+    bench.host.machine.inject(Fault::once(reads(), Effect::LoseInterrupt));
+
+    bench.read();
+
+    assert!(rustix::io::read(&event, &mut [0; 8]).is_err());
+    assert_eq!(bench.reap(), [(0, 0)]);
+}
+
+#[test]
+fn a_fatal_status_stops_the_controller_until_it_is_reset() {
+    let mut bench = Bench::new(small());
+    bench.host.machine.inject(Fault::once(reads(), Effect::Fatal));
+
+    bench.read();
+    bench.read();
+    let (done, csts) = (bench.reap(), bench.host.bar.read32(CSTS));
+    bench.host.bar.write32(CC, 0);
+    let reset = bench.host.bar.read32(CSTS);
+    bench.host.enable();
+
+    assert_eq!((done, csts, reset), (vec![], 0b11, 0));
+}
+
+#[test]
+fn a_stuck_controller_neither_stops_nor_starts() {
+    let mut bench = Bench::new(small());
+    bench.host.machine.inject(Fault::StuckReady);
+
+    bench.host.bar.write32(CC, CC_ON & !1);
+    let stopping = bench.host.bar.read32(CSTS);
+    bench.host.function.reset().unwrap();
+    bench.host.bar.write32(CC, CC_ON);
+    let starting = bench.host.bar.read32(CSTS);
+    bench.host.bar.write32(CC, 0);
+    bench.host.machine.heal();
+    bench.host.function.set_bus_master(true).unwrap();
+    bench.host.enable();
+
+    assert_eq!((stopping, starting), (1, 0));
+}
+
+#[test]
+fn a_refused_reset_changes_nothing() {
+    let mut bench = Bench::new(small());
+    bench.host.machine.inject(Fault::ResetRefused);
+    assert!(bench.host.function.reset().is_err());
+    bench.read();
+    assert_eq!(bench.reap(), [(0, 0)]);
+}
+
+#[test]
+fn a_removed_function_answers_ones_and_comes_back_cold() {
+    for fault in [Fault::Removed, Fault::once(reads(), Effect::Remove)] {
+        let mut bench = Bench::new(small());
+        bench.host.machine.inject(fault);
+        bench.read();
+        let mut id = [0; 4];
+        bench.host.function.config_read(0, &mut id).unwrap();
+
+        assert_eq!((bench.host.bar.read32(CSTS), bench.host.bar.read64(0), id), (u32::MAX, u64::MAX, [0xff; 4]));
+        assert_eq!(bench.reap(), []);
+        assert!(bench.host.function.reset().is_err());
+        bench.host.machine.heal();
+        assert_eq!(bench.host.bar.read32(CSTS), 0);
+        bench.host.function.set_bus_master(true).unwrap();
+        bench.host.enable();
+    }
+}
+
+#[test]
+fn admin_commands_can_be_struck_too() {
+    let mut host = Host::up(small());
+    host.machine.inject(Fault::once(Commands::admin(6), Effect::Status(Status::INTERNAL_ERROR)));
+    let page = host.buffer(4096);
+    let identify = || Sqe::new(6).dword(10, 1).prps(page.span().start(), Iova(0));
+    assert_eq!(host.admin(identify()).status, 0x006);
+    assert_eq!(host.admin(identify()).status, 0);
+}
+
+#[test]
+fn capability_and_identify_can_be_forged_until_healed() {
+    let mut host = Host::up(small());
+    let truth = host.bar.read64(0);
+    let page = host.buffer(4096);
+    let identify = |cns| Sqe::new(6).nsid(1).dword(10, cns).prps(page.span().start(), Iova(0));
+    host.machine.inject(Fault::Capability(u64::MAX));
+    host.machine.inject(Fault::Identify { cns: 0, offset: 4094, bytes: vec![1, 2, 3] });
+
+    host.admin(identify(0));
+    let (forged, bytes) = (host.bar.read64(0), page.window().read_u16(4094));
+    host.admin(identify(1));
+    let other = page.window().read_u16(4094);
+    host.machine.heal();
+    host.admin(identify(0));
+
+    assert_eq!((forged, bytes, other), (u64::MAX, 0x0201, 0));
+    assert_eq!((host.bar.read64(0), page.window().read_u16(4094)), (truth, 0));
+}
