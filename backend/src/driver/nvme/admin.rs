@@ -1,0 +1,178 @@
+//! The admin queue: one command at a time, its completion polled for.
+//!
+//! Admin commands are issued while the controller is brought up and down only, so there is nothing to gain from more
+//! than one in flight, and no second thread to wake.
+
+use std::time::Duration;
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::controller::{AdminRings, Controller, poll};
+use super::error::Cause;
+use super::regs::PAGE_LEN;
+use super::rings::{CompletionRing, Shared, SubmissionRing, completion_bytes, submission_bytes};
+use super::spec::{SubmissionEntry, admin_opcode, feature};
+use super::status::Status;
+
+/// Entries of each admin ring. Few commands are ever outstanding, and those only because they timed out.
+const SIZE: u16 = 32;
+
+/// An admin command, by what the specification calls it.
+pub(super) struct AdminCommand {
+    pub(super) name: &'static str,
+    pub(super) entry: SubmissionEntry,
+}
+
+impl AdminCommand {
+    /// NVMe 2.0 §5.17; the data goes to the admin queue's own page.
+    pub(super) fn identify(name: &'static str, cns: u32, nsid: u32) -> Self {
+        Self { name, entry: SubmissionEntry { opcode: admin_opcode::IDENTIFY, nsid, cdw10: cns, ..Default::default() } }
+    }
+
+    /// NVMe 2.0 §5.27.1.5: asks for `count` pairs of I/O queues (0's based on the wire).
+    pub(super) fn set_number_of_queues(count: u16) -> Self {
+        let wanted = u32::from(count) - 1;
+        let entry = SubmissionEntry {
+            opcode: admin_opcode::SET_FEATURES,
+            cdw10: feature::NUMBER_OF_QUEUES,
+            cdw11: wanted << 16 | wanted,
+            ..Default::default()
+        };
+        Self { name: "Set Features (Number of Queues)", entry }
+    }
+
+    /// NVMe 2.0 §5.27.1.4: is the write cache on? Bit 0 of the result.
+    pub(super) fn get_volatile_write_cache() -> Self {
+        let entry = SubmissionEntry {
+            opcode: admin_opcode::GET_FEATURES,
+            cdw10: feature::VOLATILE_WRITE_CACHE,
+            ..Default::default()
+        };
+        Self { name: "Get Features (Volatile Write Cache)", entry }
+    }
+
+    /// NVMe 2.0 §5.4: physically contiguous, with interrupts on `vector`.
+    pub(super) fn create_completion_queue(id: u16, depth: u16, memory: u64, vector: u16) -> Self {
+        let entry = SubmissionEntry {
+            opcode: admin_opcode::CREATE_IO_CQ,
+            prp1: memory,
+            cdw10: u32::from(depth - 1) << 16 | u32::from(id),
+            cdw11: u32::from(vector) << 16 | 0b11,
+            ..Default::default()
+        };
+        Self { name: "Create I/O Completion Queue", entry }
+    }
+
+    /// NVMe 2.0 §5.5: physically contiguous, completing to the completion queue of the same identifier.
+    pub(super) fn create_submission_queue(id: u16, depth: u16, memory: u64) -> Self {
+        let entry = SubmissionEntry {
+            opcode: admin_opcode::CREATE_IO_SQ,
+            prp1: memory,
+            cdw10: u32::from(depth - 1) << 16 | u32::from(id),
+            cdw11: u32::from(id) << 16 | 1,
+            ..Default::default()
+        };
+        Self { name: "Create I/O Submission Queue", entry }
+    }
+
+    /// NVMe 2.0 §5.7.
+    pub(super) fn delete_submission_queue(id: u16) -> Self {
+        Self::delete("Delete I/O Submission Queue", admin_opcode::DELETE_IO_SQ, id)
+    }
+
+    /// NVMe 2.0 §5.6.
+    pub(super) fn delete_completion_queue(id: u16) -> Self {
+        Self::delete("Delete I/O Completion Queue", admin_opcode::DELETE_IO_CQ, id)
+    }
+
+    fn delete(name: &'static str, opcode: u8, id: u16) -> Self {
+        Self { name, entry: SubmissionEntry { opcode, cdw10: u32::from(id), ..Default::default() } }
+    }
+}
+
+/// The admin queue pair and one page for data.
+pub(super) struct AdminQueue {
+    submissions: SubmissionRing,
+    completions: CompletionRing,
+    data: Shared,
+    next_cid: u16,
+}
+
+impl AdminQueue {
+    /// Takes memory from the controller, which is disabled; returns what [`Controller::enable`] must be told as well.
+    pub(super) fn new(controller: &mut Controller) -> Result<(Self, AdminRings), Cause> {
+        let size = SIZE.min(u16::try_from(controller.capabilities().max_queue_entries()).unwrap_or(SIZE));
+        let (sq_bytes, cq_bytes) = (submission_bytes(size), completion_bytes(size));
+        let memory = controller.memory("the admin queue", sq_bytes + cq_bytes + PAGE_LEN)?;
+        let submissions = memory.part(0, sq_bytes);
+        let completions = memory.part(sq_bytes, cq_bytes);
+        let rings = AdminRings { submissions: submissions.iova, completions: completions.iova, size };
+        let doorbells = controller.doorbells();
+        let queue = Self {
+            submissions: SubmissionRing::new(&submissions, 0, size, &doorbells),
+            completions: CompletionRing::new(&completions, 0, size, &doorbells),
+            data: memory.part(sq_bytes + cq_bytes, PAGE_LEN),
+            next_cid: 0,
+        };
+        Ok((queue, rings))
+    }
+
+    /// Runs `command` to its end and returns dword 0 of its completion.
+    pub(super) fn execute(
+        &mut self,
+        controller: &Controller,
+        command: AdminCommand,
+        limit: Duration,
+    ) -> Result<u32, Cause> {
+        let AdminCommand { name, mut entry } = command;
+        if self.submissions.is_full() {
+            return Err(Cause::NoAnswer { command: name, limit: Duration::ZERO });
+        }
+        entry.cid = self.next_cid;
+        // FFFFh means "no command" (NVMe 2.0 §3.3.3.1).
+        self.next_cid = (self.next_cid + 1) % u16::MAX;
+        self.submissions.push(&entry);
+        self.submissions.ring();
+        let answer = poll(limit, || {
+            let answer = self.take_answer(entry.cid);
+            if answer.is_none() {
+                let status = controller.status()?;
+                if status.fatal() {
+                    return Err(Cause::fatal(status));
+                }
+            }
+            Ok(answer)
+        })?;
+        let (result, status) = answer.ok_or(Cause::NoAnswer { command: name, limit })?;
+        if status.is_success() { Ok(result) } else { Err(Cause::Command { command: name, status }) }
+    }
+
+    /// The completion of `cid`, if it is there; others belong to commands that were given up.
+    fn take_answer(&mut self, cid: u16) -> Option<(u32, Status)> {
+        let entry = self.completions.take()?;
+        self.completions.release();
+        if !self.submissions.consumed_to(entry.sq_head) {
+            log::warn!("admin submission queue head {} is out of range", entry.sq_head);
+        }
+        if entry.sq_id != 0 || entry.cid != cid {
+            log::warn!("dropped a completion for command {:#x} of queue {}", entry.cid, entry.sq_id);
+            return None;
+        }
+        Some((entry.result, Status::from_word(entry.status)))
+    }
+
+    /// Runs an Identify command and returns its data.
+    pub(super) fn identify<T: FromBytes + IntoBytes>(
+        &mut self,
+        controller: &Controller,
+        mut command: AdminCommand,
+        limit: Duration,
+    ) -> Result<T, Cause> {
+        const { assert!(size_of::<T>() == PAGE_LEN) };
+        // A controller that claims success without writing is seen as all zeros, not as the previous answer.
+        self.data.window.clear();
+        command.entry.prp1 = self.data.iova.0;
+        self.execute(controller, command, limit)?;
+        Ok(self.data.window.read(0))
+    }
+}

@@ -1,0 +1,60 @@
+//! Keeps a misbehaving device from filling the log: a few lines per interval, then one that says how many were left out.
+
+use std::time::{Duration, Instant};
+
+/// Lines let through per interval.
+const BURST: u32 = 8;
+/// The interval.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// Counts lines; consulted on error paths only.
+#[derive(Default)]
+pub(super) struct LogLimit {
+    since: Option<Instant>,
+    lines: u32,
+    left_out: u32,
+}
+
+impl LogLimit {
+    /// Writes the line unless too many came before it within the interval.
+    pub(super) fn warn(&mut self, line: impl FnOnce() -> String) {
+        if let Some(left_out) = self.admit(Instant::now()) {
+            if left_out != 0 {
+                log::warn!("({left_out} similar lines left out)");
+            }
+            log::warn!("{}", line());
+        }
+    }
+
+    /// `Some` if a line may be written now, with the number of lines left out since the last one.
+    fn admit(&mut self, now: Instant) -> Option<u32> {
+        if self.since.is_none_or(|since| now.saturating_duration_since(since) >= INTERVAL) {
+            self.since = Some(now);
+            self.lines = 0;
+        }
+        if self.lines == BURST {
+            self.left_out = self.left_out.saturating_add(1);
+            return None;
+        }
+        self.lines += 1;
+        Some(std::mem::take(&mut self.left_out))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_is_cut_and_counted() {
+        let mut limit = LogLimit::default();
+        let start = Instant::now();
+
+        let written = (0..100).filter(|_| limit.admit(start).is_some()).count();
+        let after_the_interval = limit.admit(start + INTERVAL);
+
+        assert_eq!(written, BURST as usize);
+        assert_eq!(after_the_interval, Some(100 - BURST));
+        assert_eq!(limit.admit(start + INTERVAL), Some(0));
+    }
+}

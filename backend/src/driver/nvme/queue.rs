@@ -1,0 +1,259 @@
+//! One I/O queue pair: a worker's private path to the controller.
+//!
+//! Everything a command needs was set aside when the queue was made: a slot per command identifier, holding the caller's
+//! tag, and with it one PRP list page. So submitting allocates nothing and completing searches nothing.
+//!
+//! ```text
+//! slot:   free --submit--> busy --completion with its identifier--> free
+//! memory: submission ring | completion ring | list page of slot 0 | list page of slot 1 | ...
+//! ```
+//!
+//! Between `submit` and `ring` the new entries, and the list pages of the slots named in them, are written but not yet
+//! announced. The completion ring is written by the device, and the device is not trusted: a completion counts only if
+//! it carries the identifier of a busy slot. Identifiers carry a generation, so a completion that comes twice does not
+//! finish the slot's next command.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use super::log_limit::LogLimit;
+use super::prp::{self, Limits};
+use super::regs::PAGE_LEN;
+use super::rings::{CompletionRing, SubmissionRing, completion_bytes, submission_bytes};
+pub use super::rings::{Doorbells, Shared};
+use super::spec::{CompletionEntry, SubmissionEntry, io_opcode};
+use super::status::Status;
+use crate::addr::{Iova, Span};
+use crate::driver::{Command, Completion, Extent, Full, Queue};
+
+/// Entries of an I/O queue where the controller allows as many.
+pub const MAX_DEPTH: u16 = 256;
+/// Bits of a command identifier that name the slot; the rest counts generations.
+const SLOT_BITS: u32 = 8;
+const SLOT_MASK: u16 = MAX_DEPTH - 1;
+const _: () = assert!(MAX_DEPTH == 1 << SLOT_BITS);
+
+/// What a queue is made of.
+pub struct QueueSetup {
+    /// Who the log is about, such as `0000:00:04.0 queue 1`.
+    pub name: String,
+    /// Queue identifier, the same for both rings; 1 is the first.
+    pub id: u16,
+    /// Entries in each ring: 2 to [`MAX_DEPTH`].
+    pub depth: u16,
+    /// Zeroed memory, [`memory_needed`] bytes.
+    pub memory: Shared,
+    /// Where the rings are announced.
+    pub doorbells: Doorbells,
+    /// The namespace all commands go to.
+    pub namespace: u32,
+    /// What one command can carry.
+    pub limits: Limits,
+    /// Signalled by the vector that the completion ring was given.
+    pub event: OwnedFd,
+}
+
+/// Bytes of memory that a queue of `depth` entries needs.
+#[must_use]
+pub fn memory_needed(depth: u16) -> usize {
+    lists_at(depth) + usize::from(slots(depth)) * PAGE_LEN
+}
+
+/// Where the completion ring begins, bytes into the queue's memory; the submission ring is at 0.
+#[must_use]
+pub fn completions_at(depth: u16) -> usize {
+    submission_bytes(depth)
+}
+
+fn lists_at(depth: u16) -> usize {
+    submission_bytes(depth) + completion_bytes(depth)
+}
+
+/// Commands in flight at most: one entry of a ring stays unused. So slot 255 does not exist, and no identifier is FFFFh,
+/// which means "none" (NVMe 2.0 §3.3.3.1).
+fn slots(depth: u16) -> u16 {
+    depth - 1
+}
+
+#[derive(Clone, Copy)]
+struct Slot {
+    /// Identifier of the command in the slot, or of the next one.
+    cid: u16,
+    busy: bool,
+    tag: u32,
+}
+
+/// One I/O queue pair.
+pub struct IoQueue {
+    name: String,
+    id: u16,
+    submissions: SubmissionRing,
+    completions: CompletionRing,
+    slots: Box<[Slot]>,
+    /// Free slots; the one used last comes first, while its list page is warm.
+    free: Vec<u16>,
+    lists: Shared,
+    namespace: u32,
+    limits: Limits,
+    event: OwnedFd,
+    complaints: LogLimit,
+}
+
+impl IoQueue {
+    /// The driver's half; the controller's was made by Create I/O Completion Queue and Create I/O Submission Queue.
+    ///
+    /// # Panics
+    /// If the depth is out of range or the memory too small.
+    #[must_use]
+    pub fn new(setup: QueueSetup) -> Self {
+        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, event } = setup;
+        assert!((2..=MAX_DEPTH).contains(&depth), "queue depth {depth}");
+        assert!(limits.transfer <= prp::MAX_LISTED, "a transfer of {} bytes", limits.transfer);
+        let slots = slots(depth);
+        Self {
+            submissions: SubmissionRing::new(&memory.part(0, submission_bytes(depth)), id, depth, &doorbells),
+            completions: CompletionRing::new(
+                &memory.part(completions_at(depth), completion_bytes(depth)),
+                id,
+                depth,
+                &doorbells,
+            ),
+            slots: (0..slots).map(|slot| Slot { cid: slot, busy: false, tag: 0 }).collect(),
+            free: (0..slots).rev().collect(),
+            lists: memory.part(lists_at(depth), usize::from(slots) * PAGE_LEN),
+            name,
+            id,
+            namespace,
+            limits,
+            event,
+            complaints: LogLimit::default(),
+        }
+    }
+
+    fn complain(&mut self, what: impl FnOnce() -> String) {
+        let name = &self.name;
+        self.complaints.warn(|| format!("{name}: {}", what()));
+    }
+
+    /// Opcode, first block and number of blocks, 0's based (NVM Command Set 1.0 §3.2.4, §3.2.6).
+    ///
+    /// A transfer whose length differs from what its PRPs name would go to memory that nobody named.
+    #[inline]
+    fn transfer(&self, opcode: u8, block: u64, count: u32, bytes: u32) -> SubmissionEntry {
+        assert!(
+            bytes != 0 && u64::from(bytes) == u64::from(count) * u64::from(self.limits.block),
+            "a command of {count} blocks with {bytes} bytes of buffer"
+        );
+        let blocks = u16::try_from(count - 1).expect("the longest transfer is below 65536 blocks");
+        let (low, high) = (block & 0xffff_ffff, block >> 32);
+        SubmissionEntry {
+            opcode,
+            cdw10: u32::try_from(low).expect("masked"),
+            cdw11: u32::try_from(high).expect("shifted"),
+            cdw12: u32::from(blocks),
+            ..SubmissionEntry::default()
+        }
+    }
+
+    /// The list page of `slot`.
+    #[inline]
+    fn list(&self, slot: u16) -> (usize, Iova) {
+        let offset = usize::from(slot) * PAGE_LEN;
+        (offset, Iova(self.lists.iova.0 + offset as u64))
+    }
+
+    /// Checks one completion and frees its slot; `None` if it is none of ours.
+    fn retire(&mut self, entry: &CompletionEntry) -> Option<Completion> {
+        if entry.sq_id != self.id {
+            self.complain(|| format!("dropped a completion for submission queue {}", entry.sq_id));
+            return None;
+        }
+        if !self.submissions.consumed_to(entry.sq_head) {
+            self.complain(|| format!("submission queue head {} is out of range", entry.sq_head));
+        }
+        let index = entry.cid & SLOT_MASK;
+        let Some(slot) = self.slots.get_mut(usize::from(index)).filter(|slot| slot.busy && slot.cid == entry.cid)
+        else {
+            self.complain(|| format!("dropped a completion for command {:#x}, which is not in flight", entry.cid));
+            return None;
+        };
+        slot.busy = false;
+        slot.cid = slot.cid.wrapping_add(1 << SLOT_BITS);
+        let tag = slot.tag;
+        self.free.push(index);
+        let status = Status::from_word(entry.status);
+        if !status.is_success() {
+            self.complain(|| format!("command {:#x}: {status}", entry.cid));
+        }
+        Some(Completion { tag, outcome: status.outcome() })
+    }
+}
+
+impl Queue for IoQueue {
+    fn extent(&self, buffers: &[Span<Iova>], position: u64, bounce_limit: u32) -> Extent {
+        prp::extent(buffers, position, self.limits, bounce_limit)
+    }
+
+    fn submit(
+        &mut self,
+        command: Command,
+        buffers: &[Span<Iova>],
+        position: u64,
+        bytes: u32,
+        tag: u32,
+    ) -> Result<(), Full> {
+        let Some(&index) = self.free.last().filter(|_| !self.submissions.is_full()) else {
+            return Err(Full);
+        };
+        let mut entry = match command {
+            Command::Read { block, count } => self.transfer(io_opcode::READ, block, count, bytes),
+            Command::Write { block, count } => self.transfer(io_opcode::WRITE, block, count, bytes),
+            Command::Flush => SubmissionEntry { opcode: io_opcode::FLUSH, ..SubmissionEntry::default() },
+        };
+        if bytes != 0 {
+            let (at, list) = self.list(index);
+            let pages = &self.lists.window;
+            (entry.prp1, entry.prp2) =
+                prp::build(buffers, position, bytes, list, |i, page| pages.write_u64(at + i as usize * 8, page));
+        }
+        self.free.pop();
+        let slot = &mut self.slots[usize::from(index)];
+        slot.busy = true;
+        slot.tag = tag;
+        entry.cid = slot.cid;
+        entry.nsid = self.namespace;
+        self.submissions.push(&entry);
+        Ok(())
+    }
+
+    fn ring(&mut self) {
+        self.submissions.ring();
+    }
+
+    fn reap(&mut self, done: &mut dyn FnMut(Completion)) {
+        let mut taken = 0;
+        // A controller that writes entries as fast as they are taken would otherwise keep the worker here.
+        while taken < self.completions.size() {
+            let Some(entry) = self.completions.take() else {
+                break;
+            };
+            taken += 1;
+            if let Some(completion) = self.retire(&entry) {
+                done(completion);
+            }
+        }
+        if taken != 0 {
+            self.completions.release();
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,331 @@
+//! The queue against its memory: the test is the controller and writes what one would write, or should not.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+
+use rustix::event::{EventfdFlags, eventfd};
+use vm_memory::MmapRegion;
+use zerocopy::FromZeros;
+
+use super::*;
+use crate::driver::Outcome;
+use crate::hardware::Registers;
+use crate::sys::Window;
+
+const ID: u16 = 3;
+const STRIDE: usize = 8;
+const TAIL: usize = 0x1000 + 6 * STRIDE;
+const HEAD: usize = TAIL + STRIDE;
+
+/// Registers that remember what was written, in order.
+#[derive(Default)]
+struct Recorder(Mutex<Vec<(usize, u32)>>);
+
+impl Recorder {
+    fn take(&self) -> Vec<(usize, u32)> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+impl Registers for Recorder {
+    fn size(&self) -> usize {
+        0x2000
+    }
+    fn read32(&self, _: usize) -> u32 {
+        unreachable!("a queue reads no register")
+    }
+    fn read64(&self, _: usize) -> u64 {
+        unreachable!("a queue reads no register")
+    }
+    fn write32(&self, offset: usize, value: u32) {
+        self.0.lock().unwrap().push((offset, value));
+    }
+    fn write64(&self, _: usize, _: u64) {
+        unreachable!("doorbells have 32 bits")
+    }
+}
+
+/// A queue and its other side.
+struct Bench {
+    queue: IoQueue,
+    registers: Arc<Recorder>,
+    memory: Window,
+    depth: u16,
+    /// Where the controller reads and writes next.
+    sq_head: u16,
+    cq_tail: u16,
+    phase: u16,
+}
+
+const LISTS: Iova = Iova(0x7000_0000);
+
+impl Bench {
+    fn new(depth: u16) -> Self {
+        let memory = Window::of(Arc::new(MmapRegion::new(memory_needed(depth)).unwrap()));
+        let registers = Arc::new(Recorder::default());
+        let queue = IoQueue::new(QueueSetup {
+            name: "test".to_owned(),
+            id: ID,
+            depth,
+            memory: Shared { window: memory.clone(), iova: LISTS },
+            doorbells: Doorbells { registers: Arc::clone(&registers) as Arc<dyn Registers>, stride: STRIDE },
+            namespace: 5,
+            limits: Limits { block: 512, transfer: 1 << 20 },
+            event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
+        });
+        Self { queue, registers, memory, depth, sq_head: 0, cq_tail: 0, phase: 1 }
+    }
+
+    /// What the controller finds at its next place in the submission ring.
+    fn fetch(&mut self) -> SubmissionEntry {
+        let entry = self.memory.read(usize::from(self.sq_head) * 64);
+        self.sq_head = (self.sq_head + 1) % self.depth;
+        entry
+    }
+
+    fn post(&mut self, entry: CompletionEntry) {
+        let at = completions_at(self.depth) + usize::from(self.cq_tail) * 16;
+        self.memory.write(at, &CompletionEntry { status: entry.status << 1 | self.phase, ..entry });
+        self.cq_tail += 1;
+        if self.cq_tail == self.depth {
+            (self.cq_tail, self.phase) = (0, 1 - self.phase);
+        }
+    }
+
+    fn complete(&mut self, cid: u16, status: u16) {
+        self.post(CompletionEntry { cid, status, sq_id: ID, sq_head: self.sq_head, ..CompletionEntry::new_zeroed() });
+    }
+
+    fn read(&mut self, tag: u32) -> Result<(), Full> {
+        let buffer = [Span::new(Iova(0x10_0000), 512).unwrap()];
+        self.queue.submit(Command::Read { block: 7, count: 1 }, &buffer, 0, 512, tag)
+    }
+
+    fn reap(&mut self) -> Vec<(u32, Outcome)> {
+        let mut done = Vec::new();
+        self.queue.reap(&mut |completion| done.push((completion.tag, completion.outcome)));
+        done
+    }
+}
+
+#[test]
+fn a_write_is_laid_out_as_the_specification_says() {
+    let mut bench = Bench::new(4);
+    let buffers = [Span::new(Iova(0x20_0200), 0x4000).unwrap()];
+    let command = Command::Write { block: 0x1_2345_6789, count: 24 };
+
+    bench.queue.submit(command, &buffers, 0x1000, 24 * 512, 99).unwrap();
+
+    let entry = bench.fetch();
+    assert_eq!((entry.opcode, entry.flags, entry.nsid), (1, 0, 5));
+    assert_eq!((entry.cdw10, entry.cdw11, entry.cdw12), (0x2345_6789, 1, 23));
+    let list = memory_needed(4) - 3 * 4096;
+    assert_eq!((entry.prp1, entry.prp2), (0x20_1200, LISTS.0 + list as u64));
+    let pages: Vec<u64> = (0..4).map(|i| bench.memory.read_u64(list + i * 8)).collect();
+    assert_eq!(pages, [0x20_2000, 0x20_3000, 0x20_4000, 0], "three pages follow the first");
+}
+
+#[test]
+fn a_flush_has_no_buffer() {
+    let mut bench = Bench::new(4);
+    bench.queue.submit(Command::Flush, &[], 0, 0, 1).unwrap();
+    let entry = bench.fetch();
+    assert_eq!(entry, SubmissionEntry { nsid: 5, cid: entry.cid, ..SubmissionEntry::default() });
+}
+
+#[test]
+fn the_doorbell_is_written_by_ring_once_and_only_for_news() {
+    let mut bench = Bench::new(8);
+    bench.read(1).unwrap();
+    bench.read(2).unwrap();
+    assert_eq!(bench.registers.take(), []);
+
+    bench.queue.ring();
+    bench.queue.ring();
+
+    assert_eq!(bench.registers.take(), [(TAIL, 2)]);
+}
+
+#[test]
+fn nothing_is_reaped_or_released_while_the_phase_is_old() {
+    let mut bench = Bench::new(4);
+    bench.read(1).unwrap();
+    bench.queue.ring();
+    bench.registers.take();
+
+    assert_eq!(bench.reap(), []);
+
+    assert_eq!(bench.registers.take(), []);
+    assert_eq!(bench.queue.in_flight(), 1);
+}
+
+#[test]
+fn every_depth_wraps_many_times_without_losing_a_command() {
+    for depth in [2, 3, 7, 16, 255, 256] {
+        let mut bench = Bench::new(depth);
+        let mut tag = 0;
+        for round in 0..u32::from(depth) * 4 {
+            let batch = round % u32::from(depth - 1) + 1;
+            let first = tag;
+            for _ in 0..batch {
+                bench.read(tag).unwrap();
+                tag += 1;
+            }
+            bench.queue.ring();
+            let fetched: Vec<u16> = (0..batch).map(|_| bench.fetch().cid).collect();
+            // Controllers complete in any order.
+            for cid in fetched.into_iter().rev() {
+                bench.complete(cid, 0);
+            }
+
+            let done = bench.reap();
+
+            let expected: Vec<_> = (first..tag).rev().map(|tag| (tag, Outcome::Success)).collect();
+            assert_eq!(done, expected, "depth {depth}, round {round}");
+            let written = bench.registers.take();
+            assert_eq!(written, [(TAIL, u32::from(bench.sq_head)), (HEAD, u32::from(bench.cq_tail))]);
+            assert_eq!(bench.queue.in_flight(), 0);
+        }
+    }
+}
+
+#[test]
+fn a_full_queue_says_so_and_takes_one_more_after_a_completion() {
+    let mut bench = Bench::new(4);
+    for tag in 0..3 {
+        bench.read(tag).unwrap();
+    }
+    assert_eq!(bench.read(3), Err(Full));
+    assert_eq!(bench.queue.in_flight(), 3);
+
+    bench.queue.ring();
+    let cid = bench.fetch().cid;
+    bench.complete(cid, 0);
+
+    assert_eq!(bench.reap(), [(0, Outcome::Success)]);
+    assert_eq!(bench.read(3), Ok(()));
+    assert_eq!(bench.read(4), Err(Full));
+}
+
+#[test]
+fn a_status_becomes_an_outcome() {
+    let mut bench = Bench::new(8);
+    for tag in 0..3 {
+        bench.read(tag).unwrap();
+    }
+    bench.queue.ring();
+    for status in [0x0281, 0x4001, 0] {
+        let cid = bench.fetch().cid;
+        bench.complete(cid, status);
+    }
+    assert_eq!(bench.reap(), [(0, Outcome::Failed), (1, Outcome::Unsupported), (2, Outcome::Success)]);
+}
+
+#[test]
+fn completions_for_nothing_in_flight_are_dropped() {
+    let mut bench = Bench::new(8);
+    bench.read(42).unwrap();
+    bench.queue.ring();
+    let cid = bench.fetch().cid;
+    let free = cid ^ 1;
+    for wrong in [free, 7, 0xff, 0x1ff, cid | 0x100, u16::MAX] {
+        bench.complete(wrong, 0);
+    }
+    bench.post(CompletionEntry { cid, sq_id: ID + 1, sq_head: 1, ..CompletionEntry::new_zeroed() });
+
+    assert_eq!(bench.reap(), []);
+    assert_eq!(bench.queue.in_flight(), 1);
+
+    bench.complete(cid, 0);
+    assert_eq!(bench.reap(), [(42, Outcome::Success)]);
+}
+
+#[test]
+fn a_second_completion_does_not_finish_the_next_command_of_the_slot() {
+    let mut bench = Bench::new(8);
+    bench.read(1).unwrap();
+    bench.queue.ring();
+    let first = bench.fetch().cid;
+    bench.complete(first, 0);
+    assert_eq!(bench.reap().len(), 1);
+    bench.read(2).unwrap();
+    bench.queue.ring();
+    let second = bench.fetch().cid;
+    assert_eq!(first & 0xff, second & 0xff, "the slot is used again");
+
+    bench.complete(first, 0);
+
+    assert_eq!(bench.reap(), []);
+    bench.complete(second, 0);
+    assert_eq!(bench.reap(), [(2, Outcome::Success)]);
+}
+
+#[test]
+fn an_impossible_submission_head_frees_no_entry() {
+    let mut bench = Bench::new(4);
+    for tag in 0..3 {
+        bench.read(tag).unwrap();
+    }
+    bench.queue.ring();
+    let cids = [bench.fetch().cid, bench.fetch().cid, bench.fetch().cid];
+    for (cid, sq_head) in cids.into_iter().zip([4, u16::MAX, 77]) {
+        bench.post(CompletionEntry { cid, sq_head, sq_id: ID, ..CompletionEntry::new_zeroed() });
+    }
+
+    assert_eq!(bench.reap().len(), 3, "the commands themselves are done");
+
+    assert_eq!(bench.read(9), Err(Full), "no entry is known to have been read");
+}
+
+#[test]
+fn a_head_beyond_the_doorbell_is_not_believed() {
+    let mut bench = Bench::new(8);
+    bench.read(1).unwrap();
+    bench.queue.ring();
+    bench.read(2).unwrap();
+    let cid = bench.fetch().cid;
+
+    bench.post(CompletionEntry { cid, sq_head: 2, sq_id: ID, ..CompletionEntry::new_zeroed() });
+
+    assert_eq!(bench.reap(), [(1, Outcome::Success)]);
+    for tag in 0..5 {
+        bench.read(tag).unwrap();
+    }
+    bench.queue.ring();
+    assert_eq!(bench.read(6), Err(Full), "entries 0 to 6 are taken");
+}
+
+#[test]
+fn a_pass_ends_though_the_controller_never_stops_completing() {
+    let mut bench = Bench::new(4);
+    bench.read(1).unwrap();
+    bench.queue.ring();
+    let cid = bench.fetch().cid;
+    bench.registers.take();
+    for _ in 0..3 {
+        bench.complete(u16::MAX, 0);
+    }
+    bench.complete(cid, 0);
+    let Bench { queue, memory, .. } = &mut bench;
+    let mut done = 0;
+
+    // While the last entry is handled, the next lap appears, which no honest controller would write before the entries
+    // were released.
+    queue.reap(&mut |_| {
+        done += 1;
+        for entry in 0..3 {
+            memory.write_u32(completions_at(4) + entry * 16 + 12, 0x0000_ffff);
+        }
+    });
+
+    assert_eq!(done, 1);
+    assert_eq!(bench.registers.take(), [(HEAD, 0)], "four entries and no more");
+}
+
+#[test]
+#[should_panic(expected = "a command of 2 blocks with 512 bytes of buffer")]
+fn a_length_that_its_buffer_does_not_have_is_never_sent() {
+    let mut bench = Bench::new(4);
+    let buffer = [Span::new(Iova(0), 512).unwrap()];
+    let _ = bench.queue.submit(Command::Read { block: 0, count: 2 }, &buffer, 0, 512, 0);
+}

@@ -1,0 +1,213 @@
+//! Controller registers: offsets, and the fields this driver reads or writes. A register value is read once into one of
+//! the types here and then only decoded, so decoding is pure and tested without a device.
+//!
+//! | name | offset | NVMe 2.0 § | | name | offset | NVMe 2.0 § |
+//! |---|---|---|---|---|---|---|
+//! | `CAP`  | 00h | 3.1.3.1 | | `AQA`  | 24h | 3.1.3.8 |
+//! | `VS`   | 08h | 3.1.3.2 | | `ASQ`  | 28h | 3.1.3.9 |
+//! | `CC`   | 14h | 3.1.3.5 | | `ACQ`  | 30h | 3.1.3.10 |
+//! | `CSTS` | 1Ch | 3.1.3.6 | | `CRTO` | 68h | 3.1.3.21 |
+//!
+//! Doorbells follow from 1000h on (NVMe over PCIe Transport 1.0 §3.1.2).
+
+use std::fmt;
+use std::time::Duration;
+
+pub(super) const CAP: usize = 0x00;
+pub(super) const VS: usize = 0x08;
+pub(super) const CC: usize = 0x14;
+pub(super) const CSTS: usize = 0x1c;
+pub(super) const AQA: usize = 0x24;
+pub(super) const ASQ: usize = 0x28;
+pub(super) const ACQ: usize = 0x30;
+pub(super) const CRTO: usize = 0x68;
+pub(super) const DOORBELLS: usize = 0x1000;
+
+/// The memory page of this driver (CC.MPS = 0), bytes. PRP entries and lists are made of such pages.
+pub(super) const PAGE: u64 = 4096;
+/// [`PAGE`] as a length in this process.
+pub(super) const PAGE_LEN: usize = 4096;
+
+/// The unit of CAP.TO and CRTO.
+const TIMEOUT_UNIT: Duration = Duration::from_millis(500);
+
+/// `CAP @ 00h`: what the controller can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Capabilities(pub(super) u64);
+
+impl Capabilities {
+    fn field(self, low: u32, bits: u32) -> u64 {
+        (self.0 >> low) & ((1 << bits) - 1)
+    }
+
+    /// MQES: the largest queue, in entries (the field is 0's based).
+    pub(super) fn max_queue_entries(self) -> u32 {
+        u32::try_from(self.field(0, 16)).expect("16 bits") + 1
+    }
+
+    /// TO: how long RDY may take to follow EN; `crto` replaces it where it is longer than TO can say.
+    pub(super) fn ready_timeout(self, crto: impl FnOnce() -> u32) -> Duration {
+        let to = u32::try_from(self.field(24, 8)).expect("8 bits");
+        // CRMS bit 0 (CRWMS): CRTO.CRWMT is valid. NVMe 2.0 §3.1.3.21
+        let crwmt = if self.field(59, 1) == 1 { crto() & 0xffff } else { 0 };
+        TIMEOUT_UNIT * to.max(crwmt).max(1)
+    }
+
+    /// DSTRD: bytes from one doorbell to the next.
+    pub(super) fn doorbell_stride(self) -> usize {
+        4 << self.field(32, 4)
+    }
+
+    /// CSS bit 0: the NVM command set.
+    pub(super) fn nvm_command_set(self) -> bool {
+        self.field(37, 1) == 1
+    }
+
+    /// MPSMIN: the smallest memory page, bytes.
+    pub(super) fn min_page(self) -> u64 {
+        PAGE << self.field(48, 4)
+    }
+
+    /// All ones is what a bus returns for a device that is not there; no controller has such capabilities.
+    pub(super) fn is_gone(self) -> bool {
+        self.0 == u64::MAX
+    }
+}
+
+/// `VS @ 08h`: the version of the specification the controller follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Version(pub(super) u32);
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [tertiary, minor, major_low, major_high] = self.0.to_le_bytes();
+        write!(f, "{}.{minor}", u16::from_le_bytes([major_low, major_high]))?;
+        if tertiary != 0 { write!(f, ".{tertiary}") } else { Ok(()) }
+    }
+}
+
+/// `CC @ 14h`: EN.
+pub(super) const CC_EN: u32 = 1;
+/// `CC @ 14h`: CSS = 0 (NVM), MPS = 0 (4 KiB), AMS = 0 (round robin), submission entries of 2^6 and completion entries
+/// of 2^4 bytes.
+pub(super) const CC_SETTINGS: u32 = 6 << 16 | 4 << 20;
+/// `CC @ 14h`: the SHN field.
+pub(super) const CC_SHN_MASK: u32 = 3 << 14;
+/// `CC @ 14h`: SHN = 01b, normal shutdown.
+pub(super) const CC_SHN_NORMAL: u32 = 1 << 14;
+
+/// `CSTS @ 1Ch`: where the controller stands.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct ControllerStatus(pub(super) u32);
+
+impl ControllerStatus {
+    /// RDY.
+    pub(super) fn ready(self) -> bool {
+        self.0 & 1 != 0
+    }
+
+    /// CFS: controller fatal status.
+    pub(super) fn fatal(self) -> bool {
+        self.0 & 2 != 0
+    }
+
+    /// SHST is not 00b: shutdown processing has begun, and may be complete.
+    pub(super) fn shutting_down(self) -> bool {
+        (self.0 >> 2) & 3 != 0
+    }
+
+    /// SHST = 10b: shutdown processing complete.
+    pub(super) fn shutdown_complete(self) -> bool {
+        (self.0 >> 2) & 3 == 2
+    }
+
+    /// See [`Capabilities::is_gone`].
+    pub(super) fn is_gone(self) -> bool {
+        self.0 == u32::MAX
+    }
+}
+
+impl fmt::Debug for ControllerStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CSTS {:#x} (RDY {}, CFS {}, SHST {})", self.0, self.0 & 1, (self.0 >> 1) & 1, (self.0 >> 2) & 3)
+    }
+}
+
+/// `SQyTDBL`: tail doorbell of submission queue `queue`. PCIe Transport 1.0 §3.1.2.1
+pub(super) fn submission_doorbell(queue: u16, stride: usize) -> usize {
+    DOORBELLS + 2 * usize::from(queue) * stride
+}
+
+/// `CQyHDBL`: head doorbell of completion queue `queue`. PCIe Transport 1.0 §3.1.2.2
+pub(super) fn completion_doorbell(queue: u16, stride: usize) -> usize {
+    submission_doorbell(queue, stride) + stride
+}
+
+/// Bytes of registers needed for queues 0 to `last`.
+pub(super) fn registers_needed(last: u16, stride: usize) -> usize {
+    completion_doorbell(last, stride) + 4
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_of_qemu_decode() {
+        // QEMU's nvme device: MQES 7ff, CQR, TO 0f, DSTRD 0, CSS c1, MPSMIN 0, MPSMAX 4.
+        let cap = Capabilities(0x0040_1820_0f01_07ff);
+
+        assert_eq!(cap.max_queue_entries(), 2048);
+        assert_eq!(cap.ready_timeout(|| unreachable!("CRMS is 0")), Duration::from_millis(7500));
+        assert_eq!(cap.doorbell_stride(), 4);
+        assert!(cap.nvm_command_set());
+        assert_eq!(cap.min_page(), 4096);
+        assert!(!cap.is_gone());
+    }
+
+    #[test]
+    fn crto_replaces_a_saturated_timeout() {
+        let cap = Capabilities(1 << 59 | 0xff << 24);
+        assert_eq!(cap.ready_timeout(|| 0x7777_0200), Duration::from_secs(256));
+        assert_eq!(cap.ready_timeout(|| 0x7777_0001), Duration::from_millis(127_500));
+    }
+
+    #[test]
+    fn a_timeout_of_zero_is_not_no_time_at_all() {
+        assert_eq!(Capabilities(0).ready_timeout(|| 0), Duration::from_millis(500));
+    }
+
+    #[test]
+    fn the_largest_page_and_stride_do_not_overflow() {
+        let cap = Capabilities(u64::MAX);
+        assert_eq!(cap.min_page(), 4096 << 15);
+        assert_eq!(cap.doorbell_stride(), 4 << 15);
+        assert_eq!(cap.max_queue_entries(), 65536);
+        assert!(registers_needed(u16::MAX, cap.doorbell_stride()) > 0x1000);
+    }
+
+    #[test]
+    fn doorbells_interleave_by_stride() {
+        assert_eq!(submission_doorbell(0, 4), 0x1000);
+        assert_eq!(completion_doorbell(0, 4), 0x1004);
+        assert_eq!(submission_doorbell(3, 16), 0x1000 + 6 * 16);
+        assert_eq!(completion_doorbell(3, 16), 0x1000 + 7 * 16);
+        assert_eq!(registers_needed(1, 4), 0x1010);
+    }
+
+    #[test]
+    fn versions_print_as_people_write_them() {
+        assert_eq!(Version(0x0001_0400).to_string(), "1.4");
+        assert_eq!(Version(0x0001_0201).to_string(), "1.2.1");
+    }
+
+    #[test]
+    fn controller_status_fields_are_told_apart() {
+        let shut = ControllerStatus(0b1001);
+        assert!(shut.ready() && shut.shutdown_complete() && !shut.fatal());
+        let on_its_way = ControllerStatus(0b0101);
+        assert!(on_its_way.shutting_down() && !on_its_way.shutdown_complete());
+        assert!(!ControllerStatus(0b0011).shutting_down());
+        assert!(ControllerStatus(u32::MAX).is_gone());
+    }
+}

@@ -1,0 +1,188 @@
+//! What lies in memory between driver and controller: queue entries and Identify data, byte for byte.
+//!
+//! All fields are little-endian and naturally aligned, as is this host (`lib.rs` refuses any other), so each structure is
+//! a plain `repr(C)` one. Sizes and the offsets that matter are asserted at compile time.
+
+use std::mem::offset_of;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Admin opcodes. NVMe 2.0 §5, figure "Opcodes for Admin Commands"
+pub(super) mod admin_opcode {
+    pub(in crate::driver::nvme) const DELETE_IO_SQ: u8 = 0x00;
+    pub(in crate::driver::nvme) const CREATE_IO_SQ: u8 = 0x01;
+    pub(in crate::driver::nvme) const DELETE_IO_CQ: u8 = 0x04;
+    pub(in crate::driver::nvme) const CREATE_IO_CQ: u8 = 0x05;
+    pub(in crate::driver::nvme) const IDENTIFY: u8 = 0x06;
+    pub(in crate::driver::nvme) const SET_FEATURES: u8 = 0x09;
+    pub(in crate::driver::nvme) const GET_FEATURES: u8 = 0x0a;
+}
+
+/// I/O opcodes. NVMe 2.0 §7.1, NVM Command Set 1.0 §3.2
+pub(super) mod io_opcode {
+    pub(in crate::driver::nvme) const FLUSH: u8 = 0x00;
+    pub(in crate::driver::nvme) const WRITE: u8 = 0x01;
+    pub(in crate::driver::nvme) const READ: u8 = 0x02;
+}
+
+/// Feature identifiers. NVMe 2.0 §5.27.1
+pub(super) mod feature {
+    pub(in crate::driver::nvme) const VOLATILE_WRITE_CACHE: u32 = 0x06;
+    pub(in crate::driver::nvme) const NUMBER_OF_QUEUES: u32 = 0x07;
+}
+
+/// CNS: which Identify structure. NVMe 2.0 §5.17.1
+pub(super) mod cns {
+    pub(in crate::driver::nvme) const NAMESPACE: u32 = 0x00;
+    pub(in crate::driver::nvme) const CONTROLLER: u32 = 0x01;
+    pub(in crate::driver::nvme) const ACTIVE_NAMESPACES: u32 = 0x02;
+}
+
+/// Submission queue entry. NVMe 2.0 §3.3.3.1
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct SubmissionEntry {
+    /// Which command.
+    pub(super) opcode: u8,
+    /// FUSE and PSDT; 0: not fused, PRPs.
+    pub(super) flags: u8,
+    /// Command identifier, unique among the commands in flight on the queue.
+    pub(super) cid: u16,
+    /// Namespace, 0 where the command is not about one.
+    pub(super) nsid: u32,
+    /// Command specific.
+    pub(super) cdw2: u32,
+    /// Command specific.
+    pub(super) cdw3: u32,
+    /// Metadata pointer, unused.
+    pub(super) mptr: u64,
+    /// First PRP entry.
+    pub(super) prp1: u64,
+    /// Second PRP entry, or the address of the PRP list.
+    pub(super) prp2: u64,
+    /// Command specific, as are the rest.
+    pub(super) cdw10: u32,
+    /// See [`Self::cdw10`].
+    pub(super) cdw11: u32,
+    /// See [`Self::cdw10`].
+    pub(super) cdw12: u32,
+    /// See [`Self::cdw10`].
+    pub(super) cdw13: u32,
+    /// See [`Self::cdw10`].
+    pub(super) cdw14: u32,
+    /// See [`Self::cdw10`].
+    pub(super) cdw15: u32,
+}
+
+/// Completion queue entry. NVMe 2.0 §3.3.3.2
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct CompletionEntry {
+    /// Command specific.
+    pub(super) result: u32,
+    /// Command specific.
+    pub(super) dw1: u32,
+    /// How far the controller has read the submission queue.
+    pub(super) sq_head: u16,
+    /// Which submission queue.
+    pub(super) sq_id: u16,
+    /// Which command.
+    pub(super) cid: u16,
+    /// Bit 0: phase; bits 15:1: status field.
+    pub(super) status: u16,
+}
+
+/// Where the dword with CID, phase and status stands in a [`CompletionEntry`].
+pub(super) const CQE_DW3: usize = offset_of!(CompletionEntry, cid);
+
+/// Identify Controller data structure, up to what this driver reads. NVMe 2.0 §5.17.2.1
+#[derive(Clone, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct IdentifyController {
+    pub(super) vid: u16,
+    pub(super) ssvid: u16,
+    pub(super) sn: [u8; 20],
+    pub(super) mn: [u8; 40],
+    pub(super) fr: [u8; 8],
+    pub(super) reserved_72: [u8; 5],
+    pub(super) mdts: u8,
+    pub(super) cntlid: u16,
+    pub(super) ver: u32,
+    pub(super) rtd3r: u32,
+    pub(super) rtd3e: u32,
+    pub(super) reserved_92: [u8; 19],
+    pub(super) cntrltype: u8,
+    pub(super) reserved_112: [u8; 400],
+    pub(super) sqes: u8,
+    pub(super) cqes: u8,
+    pub(super) maxcmd: u16,
+    pub(super) nn: u32,
+    pub(super) oncs: u16,
+    pub(super) fuses: u16,
+    pub(super) fna: u8,
+    pub(super) vwc: u8,
+    pub(super) awun: u16,
+    pub(super) awupf: u16,
+    pub(super) reserved_530: [u8; 6],
+    pub(super) sgls: u32,
+    pub(super) reserved_540: [u8; 3556],
+}
+
+/// One LBA format. NVM Command Set 1.0 §4.1.5.1, figure "LBA Format Data Structure"
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct LbaFormat {
+    /// MS: metadata bytes per block.
+    pub(super) metadata: u16,
+    /// LBADS: data bytes per block, as a power of two.
+    pub(super) data_shift: u8,
+    /// RP: relative performance.
+    pub(super) performance: u8,
+}
+
+/// Identify Namespace data structure, up to what this driver reads. NVM Command Set 1.0 §4.1.5.1
+#[derive(Clone, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct IdentifyNamespace {
+    pub(super) nsze: u64,
+    pub(super) ncap: u64,
+    pub(super) nuse: u64,
+    pub(super) nsfeat: u8,
+    pub(super) nlbaf: u8,
+    pub(super) flbas: u8,
+    pub(super) reserved_27: [u8; 9],
+    pub(super) nawupf: u16,
+    pub(super) reserved_38: [u8; 26],
+    pub(super) npwg: u16,
+    pub(super) reserved_66: [u8; 33],
+    pub(super) nsattr: u8,
+    pub(super) reserved_100: [u8; 28],
+    pub(super) lbaf: [LbaFormat; 64],
+    pub(super) reserved_384: [u8; 3712],
+}
+
+const _: () = {
+    assert!(size_of::<SubmissionEntry>() == 64);
+    assert!(offset_of!(SubmissionEntry, prp1) == 24);
+    assert!(offset_of!(SubmissionEntry, cdw10) == 40);
+    assert!(size_of::<CompletionEntry>() == 16);
+    assert!(CQE_DW3 == 12);
+
+    assert!(size_of::<IdentifyController>() == 4096);
+    assert!(offset_of!(IdentifyController, mdts) == 77);
+    assert!(offset_of!(IdentifyController, ver) == 80);
+    assert!(offset_of!(IdentifyController, rtd3e) == 88);
+    assert!(offset_of!(IdentifyController, cntrltype) == 111);
+    assert!(offset_of!(IdentifyController, sqes) == 512);
+    assert!(offset_of!(IdentifyController, nn) == 516);
+    assert!(offset_of!(IdentifyController, vwc) == 525);
+    assert!(offset_of!(IdentifyController, awupf) == 528);
+    assert!(offset_of!(IdentifyController, sgls) == 536);
+
+    assert!(size_of::<IdentifyNamespace>() == 4096);
+    assert!(offset_of!(IdentifyNamespace, flbas) == 26);
+    assert!(offset_of!(IdentifyNamespace, nawupf) == 36);
+    assert!(offset_of!(IdentifyNamespace, npwg) == 64);
+    assert!(offset_of!(IdentifyNamespace, nsattr) == 99);
+    assert!(offset_of!(IdentifyNamespace, lbaf) == 128);
+};

@@ -1,0 +1,150 @@
+//! How a command ended: the status field of a completion, by the names of the specification.
+//!
+//! NVMe 2.0 §3.3.3.2.1; codes 80h and up of SCT 0 and 2: NVM Command Set 1.0 §3.1.2.
+
+use std::fmt;
+
+use crate::driver::Outcome;
+
+/// The status field of a completion without its phase bit: SC, SCT, CRD, M, DNR.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Status(u16);
+
+impl Status {
+    /// From the last word of a completion, phase bit included.
+    #[inline]
+    pub(super) const fn from_word(word: u16) -> Self {
+        Self(word >> 1)
+    }
+
+    /// SC.
+    #[must_use]
+    pub const fn code(self) -> u16 {
+        self.0 & 0xff
+    }
+
+    /// SCT.
+    #[must_use]
+    pub const fn code_type(self) -> u16 {
+        (self.0 >> 8) & 7
+    }
+
+    /// DNR: the same command will fail again.
+    #[must_use]
+    pub const fn do_not_retry(self) -> bool {
+        self.0 & 1 << 14 != 0
+    }
+
+    /// True if the command did what it was asked to.
+    #[inline]
+    #[must_use]
+    pub const fn is_success(self) -> bool {
+        self.0 & 0x7ff == 0
+    }
+
+    /// What the engine is told.
+    #[inline]
+    #[must_use]
+    pub const fn outcome(self) -> Outcome {
+        match (self.code_type(), self.code()) {
+            (0, 0x00) => Outcome::Success,
+            (0, 0x01 | 0x02) => Outcome::Unsupported,
+            _ => Outcome::Failed,
+        }
+    }
+
+    const fn name(self) -> Option<&'static str> {
+        Some(match (self.code_type(), self.code()) {
+            (0, 0x00) => "Successful Completion",
+            (0, 0x01) => "Invalid Command Opcode",
+            (0, 0x02) => "Invalid Field in Command",
+            (0, 0x03) => "Command ID Conflict",
+            (0, 0x04) => "Data Transfer Error",
+            (0, 0x05) => "Commands Aborted due to Power Loss Notification",
+            (0, 0x06) => "Internal Error",
+            (0, 0x07) => "Command Abort Requested",
+            (0, 0x08) => "Command Aborted due to SQ Deletion",
+            (0, 0x0b) => "Invalid Namespace or Format",
+            (0, 0x0c) => "Command Sequence Error",
+            (0, 0x13) => "PRP Offset Invalid",
+            (0, 0x15) => "Operation Denied",
+            (0, 0x1d) => "Sanitize In Progress",
+            (0, 0x20) => "Namespace is Write Protected",
+            (0, 0x21) => "Command Interrupted",
+            (0, 0x22) => "Transient Transport Error",
+            (0, 0x24) => "Admin Command Media Not Ready",
+            (0, 0x80) => "LBA Out of Range",
+            (0, 0x81) => "Capacity Exceeded",
+            (0, 0x82) => "Namespace Not Ready",
+            (0, 0x83) => "Reservation Conflict",
+            (0, 0x84) => "Format In Progress",
+            (1, 0x00) => "Completion Queue Invalid",
+            (1, 0x01) => "Invalid Queue Identifier",
+            (1, 0x02) => "Invalid Queue Size",
+            (1, 0x08) => "Invalid Interrupt Vector",
+            (1, 0x0c) => "Invalid Queue Deletion",
+            (1, 0x80) => "Conflicting Attributes",
+            (1, 0x82) => "Attempted Write to Read Only Range",
+            (2, 0x80) => "Write Fault",
+            (2, 0x81) => "Unrecovered Read Error",
+            (2, 0x82) => "End-to-end Guard Check Error",
+            (2, 0x86) => "Access Denied",
+            (2, 0x87) => "Deallocated or Unwritten Logical Block",
+            (3, 0x00) => "Internal Path Error",
+            _ => return None,
+        })
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.name().unwrap_or("status");
+        write!(f, "{name} (SCT {:x}h, SC {:02x}h", self.code_type(), self.code())?;
+        f.write_str(if self.do_not_retry() { ", do not retry)" } else { ")" })
+    }
+}
+
+impl fmt::Debug for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(code_type: u16, code: u16) -> Status {
+        Status::from_word((code_type << 8 | code) << 1 | 1)
+    }
+
+    #[test]
+    fn the_phase_bit_is_not_part_of_the_status() {
+        assert_eq!(Status::from_word(1).outcome(), Outcome::Success);
+        assert_eq!(Status::from_word(0).outcome(), Outcome::Success);
+    }
+
+    #[test]
+    fn retry_and_more_bits_do_not_make_a_success_fail() {
+        let more_and_retry_delay = Status::from_word(0b0111 << 12);
+        assert!(more_and_retry_delay.is_success());
+        assert_eq!(more_and_retry_delay.outcome(), Outcome::Success);
+    }
+
+    #[test]
+    fn unknown_commands_are_unsupported_and_all_else_has_failed() {
+        assert_eq!(status(0, 1).outcome(), Outcome::Unsupported);
+        assert_eq!(status(0, 2).outcome(), Outcome::Unsupported);
+        assert_eq!(status(0, 6).outcome(), Outcome::Failed);
+        assert_eq!(status(1, 1).outcome(), Outcome::Failed);
+        assert_eq!(status(7, 0).outcome(), Outcome::Failed, "vendor specific zero is not success");
+    }
+
+    #[test]
+    fn statuses_print_name_and_number() {
+        assert_eq!(status(2, 0x81).to_string(), "Unrecovered Read Error (SCT 2h, SC 81h)");
+        assert_eq!(status(7, 0x33).to_string(), "status (SCT 7h, SC 33h)");
+        let final_word = Status::from_word(0x8000 | 0x80 << 1);
+        assert_eq!(final_word.to_string(), "LBA Out of Range (SCT 0h, SC 80h, do not retry)");
+    }
+}

@@ -1,0 +1,7 @@
+//! The driver above the emulated function: the same trait objects that it meets above VFIO.
+
+mod faults;
+mod hostile;
+mod io;
+mod life;
+mod rig;

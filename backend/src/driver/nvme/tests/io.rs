@@ -1,0 +1,199 @@
+//! Data: what is written is what is read, wherever the buffers lie.
+
+use std::collections::HashMap;
+
+use proptest::prelude::*;
+
+use super::rig::{GUEST_BYTES, Rig, collect, places, run, small, span, transfer, wanted};
+use crate::addr::Span;
+use crate::driver::{Command, Driver, Full, Outcome};
+use crate::emulated::{Mode, Options};
+
+/// A byte that tells its place.
+fn pattern(place: usize) -> u8 {
+    (place ^ place >> 8 ^ place >> 16) as u8
+}
+
+fn fill(rig: &Rig, from: usize, len: usize) {
+    for place in from..from + len {
+        rig.guest.write_u8(place, pattern(place));
+    }
+}
+
+#[test]
+fn the_geometry_is_the_drives() {
+    for (lba, volatile_cache) in [(512, true), (4096, false)] {
+        let rig = Rig::new(Options { lba, volatile_cache, serial: "SN 12".to_owned(), ..small() });
+
+        let nvme = rig.bring_up(wanted(2)).unwrap();
+
+        let geometry = nvme.geometry();
+        assert_eq!((geometry.blocks, geometry.block_size), ((8 << 20) / u64::from(lba), lba));
+        assert_eq!((geometry.physical_block_size, geometry.volatile_cache), (lba, volatile_cache));
+        assert_eq!((geometry.serial.as_str(), geometry.read_only), ("SN 12", false));
+        assert!(geometry.model.starts_with("vhost-device-vfio"));
+    }
+}
+
+#[test]
+fn contiguous_data_comes_back_in_commands_as_long_as_mdts_allows() {
+    for lba in [512, 4096] {
+        let rig = Rig::new(Options { lba, mdts: 5, ..small() });
+        let (_nvme, mut queues) = rig.up(1);
+        fill(&rig, 0, 1 << 20);
+
+        let written = transfer(&rig, &mut *queues[0], true, 3, &[span(0, 1 << 20)]);
+        let read = transfer(&rig, &mut *queues[0], false, 3, &[span(2 << 20, 1 << 20)]);
+
+        assert_eq!((written, read), ([8, 0], [8, 0]), "1 MiB in commands of 128 KiB, none bounced");
+        assert!((0..1 << 20).all(|place| rig.guest.read_u8((2 << 20) + place) == pattern(place)));
+        assert_eq!(rig.machine.iommu().faults(), []);
+    }
+}
+
+#[test]
+fn an_unlimited_controller_gets_a_mebibyte_at_once_at_any_dword() {
+    let rig = Rig::new(Options { mdts: 0, ..small() });
+    let (_nvme, mut queues) = rig.up(1);
+    fill(&rig, 0xffc, 1 << 20);
+
+    let written = transfer(&rig, &mut *queues[0], true, 0, &[span(0xffc, 1 << 20)]);
+    let read = transfer(&rig, &mut *queues[0], false, 0, &[span(2 << 20, 1 << 20)]);
+
+    assert_eq!((written, read), ([1, 0], [1, 0]));
+    assert!((0..1 << 20).all(|place| rig.guest.read_u8((2 << 20) + place) == pattern(place + 0xffc)));
+}
+
+#[test]
+fn a_flush_succeeds_with_and_without_a_cache() {
+    for volatile_cache in [true, false] {
+        let rig = Rig::new(Options { volatile_cache, ..small() });
+        let (_nvme, mut queues) = rig.up(1);
+        assert_eq!(run(&mut *queues[0], Command::Flush, &[], 0), Outcome::Success);
+        assert_eq!(rig.machine.traffic().flushes, 1);
+    }
+}
+
+#[test]
+fn a_failed_command_fails_alone() {
+    let rig = Rig::new(small());
+    let (nvme, mut queues) = rig.up(1);
+    let end = nvme.geometry().blocks;
+    let queue = &mut *queues[0];
+    for (tag, block) in [(1, end), (2, end - 1), (3, u64::MAX)] {
+        queue.submit(Command::Read { block, count: 1 }, &[span(0, 512)], 0, 512, tag).unwrap();
+    }
+    queue.ring();
+
+    let done: HashMap<_, _> = collect(queue, 3).into_iter().map(|done| (done.tag, done.outcome)).collect();
+
+    assert_eq!(done, [(1, Outcome::Failed), (2, Outcome::Success), (3, Outcome::Failed)].into());
+}
+
+#[test]
+fn queues_of_every_depth_wrap_many_times() {
+    for queue_entries in [2, 3, 5, 64, 256, 1024] {
+        let rig = Rig::new(Options { queue_entries, ..small() });
+        let (_nvme, mut queues) = rig.up(1);
+        let queue = &mut *queues[0];
+        let most = usize::from(queue_entries.min(256)) - 1;
+        let (mut sent, mut returned) = (0_u32, Vec::new());
+        while sent < 5 * u32::from(queue_entries) {
+            let block = u64::from(sent % 128);
+            match queue.submit(Command::Read { block, count: 1 }, &[span(block * 512, 512)], 0, 512, sent) {
+                Ok(()) => sent += 1,
+                Err(Full) => {
+                    assert_eq!(queue.in_flight(), most);
+                    queue.ring();
+                    returned.extend(collect(queue, 1));
+                }
+            }
+        }
+        queue.ring();
+        let rest = queue.in_flight();
+        returned.extend(collect(queue, rest));
+
+        let mut tags: Vec<u32> = returned.iter().map(|done| done.tag).collect();
+        tags.sort_unstable();
+        assert_eq!(tags, (0..sent).collect::<Vec<_>>());
+        assert!(returned.iter().all(|done| done.outcome == Outcome::Success));
+        assert_eq!(rig.machine.traffic().bad_doorbells, 0);
+    }
+}
+
+#[test]
+fn queues_on_several_threads_do_not_disturb_each_other() {
+    for doorbell_stride in [0, 3] {
+        let rig = Rig::new(Options { mode: Mode::Threaded, doorbell_stride, ..small() });
+        let (_nvme, queues) = rig.up(4);
+        assert_eq!(queues.len(), 4);
+        let share = GUEST_BYTES / 4;
+        fill(&rig, 0, GUEST_BYTES);
+
+        std::thread::scope(|scope| {
+            for (n, mut queue) in queues.into_iter().enumerate() {
+                let rig = &rig;
+                scope.spawn(move || {
+                    let (base, blocks) = (n * share, (share / 2 / 512) as u64);
+                    let first = n as u64 * blocks;
+                    let (from, to) =
+                        (span(base as u64, share as u64 / 2), span((base + share / 2) as u64, share as u64 / 2));
+                    transfer(rig, &mut *queue, true, first, &[from]);
+                    transfer(rig, &mut *queue, false, first, &[to]);
+                    for i in 0..share / 2 {
+                        assert_eq!(rig.guest.read_u8(base + share / 2 + i), pattern(base + i), "queue {n}, byte {i}");
+                    }
+                });
+            }
+        });
+
+        assert_eq!(rig.machine.traffic().bad_doorbells, 0);
+    }
+}
+
+/// Buffers of any alignment, disjoint, whole blocks in sum.
+fn scattered(block: u64) -> impl Strategy<Value = Vec<Span<crate::addr::Iova>>> {
+    let gap = prop_oneof![3 => Just(0_u64), 2 => (0..16_u64).prop_map(|i| i * 512), 1 => 0..5000_u64];
+    let len = prop_oneof![3 => Just(4096_u64), 2 => (1..20_u64).prop_map(|i| i * 512), 1 => 1..9000_u64];
+    (0..4096_u64, prop::collection::vec((gap, len), 1..10)).prop_map(move |(mut at, pieces)| {
+        let mut spans = Vec::new();
+        let mut total = 0;
+        for (gap, len) in pieces {
+            spans.push(span(at + gap, len));
+            at += gap + len;
+            total += len;
+        }
+        if total % block != 0 {
+            spans.push(span(at, block - total % block));
+        }
+        spans
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn scattered_data_comes_back((lba, buffers) in prop_oneof![Just(512_u32), Just(4096)]
+        .prop_flat_map(|lba| (Just(lba), scattered(lba.into()))))
+    {
+        let rig = Rig::new(Options { lba, mdts: 2, ..small() });
+        let (_nvme, mut queues) = rig.up(1);
+        let total: u64 = buffers.iter().map(Span::len).sum();
+        let places = places(&buffers, 0, total as u32);
+        fill(&rig, 0, 1 << 20);
+
+        transfer(&rig, &mut *queues[0], true, 1, &buffers);
+        transfer(&rig, &mut *queues[0], false, 1, &[span(2 << 20, total)]);
+        for (i, place) in places.iter().enumerate() {
+            prop_assert_eq!(rig.guest.read_u8((2 << 20) + i), pattern(*place));
+            rig.guest.write_u8(*place, 0xee);
+        }
+        transfer(&rig, &mut *queues[0], false, 1, &buffers);
+
+        for place in 0..1 << 20 {
+            prop_assert_eq!(rig.guest.read_u8(place), pattern(place), "byte {:#x} in or beside the buffers", place);
+        }
+        prop_assert_eq!(rig.machine.iommu().faults(), []);
+    }
+}

@@ -1,0 +1,197 @@
+//! Up, down, and up again.
+
+use std::sync::atomic::Ordering::SeqCst;
+
+use super::rig::{Rig, collect, run, small, span, wanted};
+use crate::driver::nvme::{Cause, NvmeOptions, change};
+use crate::driver::{Command, Driver, Geometry, Outcome};
+use crate::emulated::{Mode, Options};
+
+const ONE_BLOCK: Command = Command::Read { block: 0, count: 1 };
+
+#[test]
+fn a_shut_down_controller_has_been_told_and_reaches_nothing() {
+    let rig = Rig::new(small());
+    let (mut nvme, mut queues) = rig.up(3);
+    assert_eq!(run(&mut *queues[0], ONE_BLOCK, &[span(0, 512)], 512), Outcome::Success);
+    let commands = rig.machine.traffic().admin;
+    drop(queues);
+
+    nvme.shut_down();
+
+    rig.assert_stopped();
+    assert_eq!(rig.machine.traffic().admin - commands, 6, "three queue pairs were deleted");
+    let on = 1 | 6 << 16 | 4 << 20;
+    let configurations = rig.function.how.configurations.lock().unwrap().clone();
+    assert_eq!(configurations, [on - 1, on, on | 1 << 14, on - 1], "set, enabled, shut down normally, disabled");
+    nvme.shut_down();
+    rig.assert_stopped();
+}
+
+#[test]
+fn a_dropped_controller_reaches_nothing() {
+    let rig = Rig::new(Options { mode: Mode::Threaded, ..small() });
+    let (nvme, mut queues) = rig.up(1);
+    for tag in 0..32 {
+        queues[0].submit(ONE_BLOCK, &[span(0, 512)], 0, 512, tag).unwrap();
+    }
+    queues[0].ring();
+
+    drop(nvme);
+
+    rig.assert_stopped();
+}
+
+#[test]
+fn a_controller_comes_up_again_after_a_shutdown() {
+    let rig = Rig::new(small());
+    let (mut nvme, queues) = rig.up(1);
+    drop(queues);
+    nvme.shut_down();
+
+    let (_nvme, mut queues) = rig.up(1);
+
+    assert_eq!(run(&mut *queues[0], ONE_BLOCK, &[span(0, 512)], 512), Outcome::Success);
+}
+
+#[test]
+fn a_controller_left_running_by_a_former_owner_is_taken_over() {
+    let rig = Rig::new(small());
+    let former = rig.up(2);
+    std::mem::forget(former);
+
+    let (mut nvme, mut queues) = rig.up(1);
+
+    assert_eq!(run(&mut *queues[0], ONE_BLOCK, &[span(0, 512)], 512), Outcome::Success);
+    drop(queues);
+    nvme.shut_down();
+    assert!(!rig.bus_master_is_on());
+}
+
+#[test]
+fn recovery_gives_as_many_fresh_queues_and_keeps_the_data() {
+    let rig = Rig::new(small());
+    let (mut nvme, mut queues) = rig.up(3);
+    rig.guest.write_u64(0, 0x1122_3344);
+    assert_eq!(run(&mut *queues[1], Command::Write { block: 9, count: 1 }, &[span(0, 512)], 512), Outcome::Success);
+    for tag in 0..5 {
+        queues[0].submit(ONE_BLOCK, &[span(0, 512)], 0, 512, tag).unwrap();
+    }
+    drop(queues);
+    let mapped = rig.driver_memory();
+
+    let mut queues = nvme.recover().unwrap();
+
+    assert_eq!((queues.len(), rig.driver_memory()), (3, mapped));
+    for queue in &mut queues {
+        assert_eq!(queue.in_flight(), 0);
+        rig.guest.write_u64(4096, 0);
+        let read = Command::Read { block: 9, count: 1 };
+        assert_eq!(run(&mut **queue, read, &[span(4096, 512)], 512), Outcome::Success);
+        assert_eq!(rig.guest.read_u64(4096), 0x1122_3344);
+    }
+    assert_eq!(rig.machine.iommu().faults(), []);
+}
+
+#[test]
+fn recovery_can_be_repeated_under_load() {
+    let rig = Rig::new(Options { mode: Mode::Threaded, ..small() });
+    let (mut nvme, mut queues) = rig.up(2);
+    for _ in 0..20 {
+        for queue in &mut queues {
+            for tag in 0..100 {
+                queue.submit(ONE_BLOCK, &[span(0, 512)], 0, 512, tag).unwrap();
+            }
+            queue.ring();
+        }
+        drop(queues);
+        queues = nvme.recover().unwrap();
+    }
+    assert_eq!(collect(&mut *queues[0], 0), []);
+    drop(queues);
+    nvme.shut_down();
+    rig.assert_stopped();
+}
+
+#[test]
+fn recovery_with_fewer_queues_is_none() {
+    let rig = Rig::new(small());
+    let (mut nvme, queues) = rig.up(3);
+    drop(queues);
+    rig.function.how.fewer_vectors.store(true, SeqCst);
+
+    let error = nvme.recover().err().unwrap();
+
+    assert_eq!(error.to_string(), "0000:00:04.0: came back changed: 1 queues instead of 3");
+    rig.assert_stopped();
+}
+
+#[test]
+fn another_disk_is_recognised() {
+    let rig = Rig::new(small());
+    let nvme = rig.bring_up(wanted(1)).unwrap();
+    let before = nvme.geometry();
+    assert_eq!(change(before, &Geometry { volatile_cache: false, ..before.clone() }), None);
+    let after = Geometry { blocks: 5, serial: "other".to_owned(), ..before.clone() };
+    let expected = "5 blocks of 512 (serial other) instead of 16384 blocks of 512 (serial EMULATED-0)";
+    assert_eq!(change(before, &after).as_deref(), Some(expected));
+    assert!(change(before, &Geometry { block_size: 4096, ..before.clone() }).is_some());
+}
+
+#[test]
+fn queues_are_handed_out_once() {
+    let rig = Rig::new(small());
+    let (mut nvme, queues) = rig.up(2);
+    assert_eq!(queues.len(), 2);
+    assert!(nvme.take_queues().is_empty());
+}
+
+#[test]
+fn no_more_queues_are_made_than_vectors_grants_and_wishes_allow() {
+    let count = |rig: &Rig, wish| rig.up(wish).1.len();
+    assert_eq!(count(&Rig::new(Options { queues: 4, ..small() }), 3), 3, "as wished");
+    assert_eq!(count(&Rig::new(Options { queues: 4, ..small() }), 9), 4, "as vectors allow");
+    assert_eq!(count(&Rig::tampered(Options { queues: 4, ..small() }, |f| f.vectors = Some(3)), 9), 2, "fewer vectors");
+    assert_eq!(count(&Rig::tampered(Options { queues: 2, ..small() }, |f| f.vectors = Some(3)), 0), 1, "at least one");
+}
+
+#[test]
+fn a_read_only_disk_says_so() {
+    let rig = Rig::new(small());
+    let nvme = rig.bring_up(NvmeOptions { read_only: true, ..wanted(1) }).unwrap();
+    assert!(nvme.geometry().read_only);
+}
+
+#[test]
+fn a_missing_namespace_is_named_with_those_there_are() {
+    let rig = Rig::new(small());
+
+    let error = rig.bring_up(NvmeOptions { namespace: Some(7), ..wanted(1) }).err().unwrap();
+
+    assert_eq!(error.to_string(), "0000:00:04.0: has no active namespace 7; it has: 1");
+    assert!(matches!(error.cause, Cause::NoNamespace { wanted: 7, .. }));
+    rig.assert_stopped();
+    assert!(rig.bring_up(NvmeOptions { namespace: Some(1), ..wanted(1) }).is_ok());
+}
+
+#[test]
+fn another_kind_of_function_is_called_by_its_name() {
+    let rig = Rig::tampered(small(), |function| function.class = Some([0x00, 0x00, 0x02]));
+
+    let error = rig.bring_up(wanted(1)).err().unwrap().to_string();
+
+    assert!(
+        error.starts_with("0000:00:04.0: is not an NVMe controller but a network controller (PCI class code 020000")
+    );
+    rig.assert_stopped();
+}
+
+#[test]
+fn a_function_without_vectors_is_refused() {
+    for (vectors, found) in [(0, "0 (no MSI-X)"), (1, "1")] {
+        let rig = Rig::tampered(small(), |function| function.vectors = Some(vectors));
+        let error = rig.bring_up(wanted(1)).err().unwrap().to_string();
+        assert_eq!(error, format!("0000:00:04.0: number of MSI-X vectors is {found}, but 2 or more is needed"));
+        rig.assert_stopped();
+    }
+}

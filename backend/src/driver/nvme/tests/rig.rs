@@ -1,0 +1,268 @@
+//! A machine with a drive, guest memory, and the little an engine does around a queue.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use vm_memory::MmapRegion;
+
+use crate::addr::{Iova, Span};
+use crate::driver::nvme::{Nvme, NvmeError, NvmeOptions};
+use crate::driver::{Command, Completion, Driver, Outcome, Queue};
+use crate::emulated::{Machine, Options};
+use crate::hardware::{DmaBuffer, Function, Registers};
+use crate::sys::{Poller, Window};
+
+/// Where the guest's memory begins.
+pub(super) const GUEST: Iova = Iova(0x10_0000);
+pub(super) const GUEST_BYTES: usize = 4 << 20;
+
+pub(super) fn small() -> Options {
+    Options { size: 8 << 20, ..Options::default() }
+}
+
+pub(super) fn wanted(queues: u16) -> NvmeOptions {
+    NvmeOptions { namespace: None, queues, read_only: false }
+}
+
+pub(super) fn span(offset: u64, len: u64) -> Span<Iova> {
+    Span::new(Iova(GUEST.0 + offset), len).unwrap()
+}
+
+/// A machine, and a function to tamper with in front of its own.
+pub(super) struct Rig {
+    pub(super) machine: Machine,
+    pub(super) function: Arc<Tampered>,
+    pub(super) guest: Window,
+    /// Bytes of a logical block.
+    pub(super) lba: u32,
+}
+
+impl Rig {
+    pub(super) fn new(options: Options) -> Self {
+        let lba = options.lba;
+        let machine = Machine::new(options).unwrap();
+        let guest = Window::of(Arc::new(MmapRegion::new(GUEST_BYTES).unwrap()));
+        machine.iommu().map(span(0, GUEST_BYTES as u64), guest.clone()).unwrap();
+        let function =
+            Arc::new(Tampered { inner: machine.function(), how: Arc::default(), class: None, vectors: None });
+        Self { machine, function, guest, lba }
+    }
+
+    pub(super) fn tampered(options: Options, tamper: impl FnOnce(&mut Tampered)) -> Self {
+        let mut rig = Self::new(options);
+        tamper(Arc::get_mut(&mut rig.function).unwrap());
+        rig
+    }
+
+    pub(super) fn bring_up(&self, options: NvmeOptions) -> Result<Nvme, NvmeError> {
+        Nvme::bring_up(Arc::clone(&self.function) as Arc<dyn Function>, self.machine.space(), options)
+    }
+
+    pub(super) fn up(&self, queues: u16) -> (Nvme, Vec<Box<dyn Queue>>) {
+        let mut nvme = self.bring_up(wanted(queues)).unwrap();
+        let queues = nvme.take_queues();
+        (nvme, queues)
+    }
+
+    /// What of the driver's own is mapped.
+    pub(super) fn driver_memory(&self) -> usize {
+        self.machine.iommu().mapped().len() - 1
+    }
+
+    pub(super) fn bus_master_is_on(&self) -> bool {
+        let mut command = [0; 2];
+        self.machine.function().config_read(4, &mut command).unwrap();
+        command[0] & 4 != 0
+    }
+
+    pub(super) fn bounce(&self, bytes: usize) -> DmaBuffer {
+        self.machine.space().buffer(bytes).unwrap()
+    }
+
+    /// Asserts what holds after every stop: no DMA is possible, and nothing of the driver's is left.
+    pub(super) fn assert_stopped(&self) {
+        assert!(!self.bus_master_is_on(), "bus mastering is off");
+        assert_eq!(self.driver_memory(), 0, "the driver's memory is unmapped");
+        assert_eq!(self.machine.iommu().faults(), [], "nothing was reached that was not mapped");
+    }
+}
+
+/// How a function misbehaves; changed while a driver runs on it.
+#[derive(Default)]
+pub(super) struct How {
+    /// CSTS.RDY reads as 1 until the function is reset.
+    pub(super) stuck_ready: AtomicBool,
+    /// Every register reads as all ones.
+    pub(super) gone: AtomicBool,
+    pub(super) fatal: AtomicBool,
+    pub(super) reset_fails: AtomicBool,
+    pub(super) bus_master_stays: AtomicBool,
+    /// There are vectors for one I/O queue only, whatever there were before.
+    pub(super) fewer_vectors: AtomicBool,
+    pub(super) resets: AtomicUsize,
+    /// What was written to CC, in order.
+    pub(super) configurations: Mutex<Vec<u32>>,
+}
+
+/// The emulated function with a fault or two.
+pub(super) struct Tampered {
+    inner: Arc<dyn Function>,
+    pub(super) how: Arc<How>,
+    pub(super) class: Option<[u8; 3]>,
+    pub(super) vectors: Option<u16>,
+}
+
+struct TamperedRegisters {
+    inner: Arc<dyn Registers>,
+    how: Arc<How>,
+}
+
+impl Function for Tampered {
+    fn name(&self) -> &str {
+        "0000:00:04.0"
+    }
+    fn config_read(&self, offset: u16, bytes: &mut [u8]) -> io::Result<()> {
+        match (offset, self.class) {
+            (9, Some(class)) => {
+                bytes.copy_from_slice(&class);
+                Ok(())
+            }
+            _ => self.inner.config_read(offset, bytes),
+        }
+    }
+    fn config_write(&self, offset: u16, bytes: &[u8]) -> io::Result<()> {
+        self.inner.config_write(offset, bytes)
+    }
+    fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>> {
+        let inner = self.inner.registers(bar)?;
+        Ok(Arc::new(TamperedRegisters { inner, how: Arc::clone(&self.how) }))
+    }
+    fn vectors(&self) -> u16 {
+        if self.how.fewer_vectors.load(SeqCst) {
+            return 2;
+        }
+        self.vectors.unwrap_or(self.inner.vectors())
+    }
+    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.inner.route_vectors(events)
+    }
+    fn set_bus_master(&self, on: bool) -> io::Result<()> {
+        if !on && self.how.bus_master_stays.load(SeqCst) {
+            return Err(io::Error::from_raw_os_error(5));
+        }
+        self.inner.set_bus_master(on)
+    }
+    fn reset(&self) -> io::Result<()> {
+        self.how.resets.fetch_add(1, SeqCst);
+        if self.how.reset_fails.load(SeqCst) {
+            return Err(io::Error::from_raw_os_error(25));
+        }
+        self.how.stuck_ready.store(false, SeqCst);
+        self.how.fatal.store(false, SeqCst);
+        self.inner.reset()
+    }
+}
+
+impl Registers for TamperedRegisters {
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+    fn read32(&self, offset: usize) -> u32 {
+        let on = |fault: &AtomicBool| fault.load(SeqCst);
+        let mut value = self.inner.read32(offset);
+        if offset == 0x1c {
+            value |= u32::from(on(&self.how.stuck_ready)) | u32::from(on(&self.how.fatal)) << 1;
+        }
+        if on(&self.how.gone) { u32::MAX } else { value }
+    }
+    fn read64(&self, offset: usize) -> u64 {
+        if self.how.gone.load(SeqCst) { u64::MAX } else { self.inner.read64(offset) }
+    }
+    fn write32(&self, offset: usize, value: u32) {
+        if offset == 0x14 {
+            self.how.configurations.lock().unwrap().push(value);
+        }
+        if !self.how.gone.load(SeqCst) {
+            self.inner.write32(offset, value);
+        }
+    }
+    fn write64(&self, offset: usize, value: u64) {
+        if !self.how.gone.load(SeqCst) {
+            self.inner.write64(offset, value);
+        }
+    }
+}
+
+/// Reaps until `count` commands have come back; sleeps on the queue's event in between, as a worker would.
+pub(super) fn collect(queue: &mut dyn Queue, count: usize) -> Vec<Completion> {
+    let mut done = Vec::new();
+    let mut poller = Poller::new().unwrap();
+    poller.add(queue.event(), 0).unwrap();
+    loop {
+        queue.reap(&mut |completion| done.push(completion));
+        if done.len() >= count {
+            return done;
+        }
+        assert_eq!(poller.wait(Some(Duration::from_secs(10)), |_| ()).unwrap(), 1, "no event for {done:?}");
+        let _ = rustix::io::read(queue.event(), &mut [0; 8]);
+    }
+}
+
+/// One command, rung and waited for.
+pub(super) fn run(queue: &mut dyn Queue, command: Command, buffers: &[Span<Iova>], bytes: u32) -> Outcome {
+    queue.submit(command, buffers, 0, bytes, 7).unwrap();
+    queue.ring();
+    collect(queue, 1)[0].outcome
+}
+
+/// Moves all of `buffers` to or from the medium, in as many commands as it takes. Returns how many were direct and how
+/// many bounced.
+pub(super) fn transfer(
+    rig: &Rig,
+    queue: &mut dyn Queue,
+    write: bool,
+    block: u64,
+    buffers: &[Span<Iova>],
+) -> [usize; 2] {
+    let total: u64 = buffers.iter().map(Span::len).sum();
+    let bounce = rig.bounce(16384);
+    let mut counts = [0, 0];
+    let mut position = 0;
+    while position < total {
+        let extent = queue.extent(buffers, position, 16384);
+        let (block, count) = (block + position / u64::from(rig.lba), extent.bytes / rig.lba);
+        let command = if write { Command::Write { block, count } } else { Command::Read { block, count } };
+        let outcome = if extent.direct {
+            queue.submit(command, buffers, position, extent.bytes, 1).unwrap();
+            queue.ring();
+            collect(queue, 1)[0].outcome
+        } else {
+            let places = places(buffers, position, extent.bytes);
+            let copy = |into_bounce: bool| {
+                for (at, place) in places.iter().enumerate() {
+                    match into_bounce {
+                        true => bounce.window().write_u8(at, rig.guest.read_u8(*place)),
+                        false => rig.guest.write_u8(*place, bounce.window().read_u8(at)),
+                    }
+                }
+            };
+            copy(true);
+            let outcome = run(queue, command, &[bounce.span()], extent.bytes);
+            copy(false);
+            outcome
+        };
+        assert_eq!(outcome, Outcome::Success);
+        counts[usize::from(!extent.direct)] += 1;
+        position += u64::from(extent.bytes);
+    }
+    counts
+}
+
+/// Offsets in guest memory of each byte.
+pub(super) fn places(buffers: &[Span<Iova>], position: u64, bytes: u32) -> Vec<usize> {
+    let all = buffers.iter().flat_map(|buffer| (0..buffer.len()).map(|i| buffer.start().0 - GUEST.0 + i));
+    all.skip(position as usize).take(bytes as usize).map(|place| place as usize).collect()
+}
