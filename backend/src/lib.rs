@@ -18,6 +18,7 @@ pub mod coherency;
 pub mod config;
 pub mod driver;
 pub mod emulated;
+pub mod engine;
 pub mod hardware;
 pub mod iommu;
 pub mod memory;

@@ -1,0 +1,184 @@
+//! What one request costs in the ring loop: take the chain, read the header, look the data up for the device, write the
+//! status, give the chain back; published and considered for a notification once per batch of 32. Ours beside
+//! `virtio-queue` over the same bytes in the same run, because only the ratio carries from machine to machine.
+
+#![allow(missing_docs, reason = "criterion's macros make public functions")]
+#![allow(clippy::unwrap_used, reason = "a benchmark may stop")]
+
+use std::fs::File;
+use std::hint::black_box;
+use std::sync::Arc;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vhost_device_vfio::addr::{Gpa, Qva, Span};
+use vhost_device_vfio::driver::Geometry;
+use vhost_device_vfio::engine::RingSetup;
+use vhost_device_vfio::engine::chain::Chain;
+use vhost_device_vfio::engine::guest::Guest;
+use vhost_device_vfio::engine::request::{Disk, Job, Status, parse};
+use vhost_device_vfio::engine::virtqueue::SplitRing;
+use vhost_device_vfio::memory::{MemTable, Region, RegionSpec};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+const SIZE: u16 = 256;
+const BATCH: u16 = 32;
+const REGION: u64 = 16 << 20;
+const DESC: u64 = 0x1000;
+const AVAIL: u64 = 0x3000;
+const USED: u64 = 0x5000;
+const HEADERS: u64 = 0x1_0000;
+const TABLES: u64 = 0x2_0000;
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+/// One guest memory, mapped twice.
+struct Memory {
+    ours: Arc<MemTable>,
+    theirs: GuestMemoryMmap,
+}
+
+fn memory(regions: u64) -> Memory {
+    let mut ours = Vec::new();
+    let mut theirs = Vec::new();
+    for n in 0..regions {
+        // A gap after each region, so that none can be merged with the next.
+        let start = n * 2 * REGION;
+        let file = Arc::new(File::from(memfd_create("bench", MemfdFlags::CLOEXEC).unwrap()));
+        ftruncate(&*file, REGION).unwrap();
+        let gpa = Span::new(Gpa(start), REGION).unwrap();
+        ours.push(Arc::new(Region::map(RegionSpec { gpa, qva: Qva(start), offset: 0, file: file.clone() }).unwrap()));
+        let len = usize::try_from(REGION).unwrap();
+        theirs.push((GuestAddress(start), len, Some(FileOffset::from_arc(file, 0))));
+    }
+    Memory {
+        ours: Arc::new(MemTable::new(ours).unwrap()),
+        theirs: GuestMemoryMmap::from_ranges_with_files(theirs).unwrap(),
+    }
+}
+
+/// Reads of 4 KiB, each of three descriptors, whose data lies in all regions in turn.
+fn fill(memory: &GuestMemoryMmap, regions: u64, indirect: bool) {
+    let put = |at: u64, addr: u64, len: u32, flags: u16, next: u16| {
+        memory.write_obj(addr, GuestAddress(at)).unwrap();
+        memory.write_obj(len, GuestAddress(at + 8)).unwrap();
+        memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
+        memory.write_obj(next, GuestAddress(at + 14)).unwrap();
+    };
+    for n in 0..u64::from(SIZE / 4) {
+        let header = HEADERS + 32 * n;
+        memory.write_obj(0_u64, GuestAddress(header)).unwrap();
+        memory.write_obj(8 * n, GuestAddress(header + 8)).unwrap();
+        let data = (n % regions) * 2 * REGION + 0x10_0000 + 4096 * n;
+        let head = u16::try_from(4 * n).unwrap();
+        let (table, first) = if indirect { (TABLES + 64 * n, 0) } else { (DESC + 64 * n, head) };
+        put(table, header, 16, NEXT, first + 1);
+        put(table + 16, data, 4096, NEXT | WRITE, first + 2);
+        put(table + 32, header + 16, 1, WRITE, 0);
+        if indirect {
+            put(DESC + 64 * n, table, 48, INDIRECT, 0);
+        }
+    }
+    for n in 0..SIZE {
+        memory.write_obj((n * 4) % SIZE, GuestAddress(AVAIL + 4 + 2 * u64::from(n))).unwrap();
+    }
+}
+
+fn offer(memory: &GuestMemoryMmap, index: &mut u16) {
+    *index = index.wrapping_add(BATCH);
+    memory.write_obj(*index, GuestAddress(AVAIL + 2)).unwrap();
+}
+
+fn ours(memory: &Memory) -> impl FnMut() {
+    let span = |start, len| Span::new(Gpa(start), len).unwrap();
+    let setup = RingSetup {
+        index: 0,
+        size: SIZE,
+        desc: span(DESC, 0x1000),
+        avail: span(AVAIL, 0x1000),
+        used: span(USED, 0x1000),
+        base: 0,
+        event_idx: true,
+        indirect: true,
+        kick: None,
+        call: None,
+        err: None,
+    };
+    let disk = Disk::new(&Geometry {
+        blocks: 1 << 20,
+        block_size: 512,
+        physical_block_size: 512,
+        read_only: false,
+        volatile_cache: false,
+        serial: String::new(),
+        model: String::new(),
+    });
+    memory.theirs.write_obj(0_u32, GuestAddress(AVAIL)).unwrap();
+    let mut ring = SplitRing::new(&setup, &memory.ours).unwrap();
+    let mut guest = Guest::default();
+    guest.publish(Arc::clone(&memory.ours));
+    let (mut chain, mut buffers, mut index) = (Chain::default(), Vec::new(), 0);
+    let theirs = memory.theirs.clone();
+    move || {
+        offer(&theirs, &mut index);
+        for _ in 0..ring.available().unwrap() {
+            ring.take(&mut guest, &mut chain).unwrap();
+            let (ticket, job) = parse(&chain, &mut guest, &disk, &mut buffers);
+            assert!(matches!(job, Job::Device { bytes: 4096, .. }));
+            black_box(&buffers);
+            guest.write_status(ticket.status().unwrap(), Status::Ok as u8);
+            ring.push_used(ticket.settle(), 4097);
+        }
+        black_box(ring.publish());
+    }
+}
+
+fn virtio_queue(memory: &Memory) -> impl FnMut() {
+    let memory = memory.theirs.clone();
+    memory.write_obj(0_u32, GuestAddress(AVAIL)).unwrap();
+    let mut queue = Queue::new(SIZE).unwrap();
+    queue.set_desc_table_address(Some(u32::try_from(DESC).unwrap()), Some(0));
+    queue.set_avail_ring_address(Some(u32::try_from(AVAIL).unwrap()), Some(0));
+    queue.set_used_ring_address(Some(u32::try_from(USED).unwrap()), Some(0));
+    queue.set_event_idx(true);
+    queue.set_ready(true);
+    let mut index = 0;
+    move || {
+        offer(&memory, &mut index);
+        let mut done = [0_u16; BATCH as usize];
+        for (chain, slot) in queue.iter(&memory).unwrap().zip(&mut done) {
+            *slot = chain.head_index();
+            for (n, desc) in chain.enumerate() {
+                match n {
+                    0 => drop(black_box(memory.read_obj::<[u8; 16]>(desc.addr()).unwrap())),
+                    1 => drop(black_box(memory.get_slice(desc.addr(), desc.len() as usize).unwrap())),
+                    _ => memory.write_obj(0_u8, desc.addr()).unwrap(),
+                }
+            }
+        }
+        for head in done {
+            queue.add_used(&memory, head, 4097).unwrap();
+        }
+        black_box(queue.needs_notification(&memory).unwrap());
+    }
+}
+
+fn ring_loop(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("request");
+    group.throughput(Throughput::Elements(BATCH.into()));
+    for (layout, indirect) in [("split", false), ("indirect", true)] {
+        for regions in [1, 16] {
+            let memory = memory(regions);
+            fill(&memory.theirs, regions, indirect);
+            let name = format!("{layout}, {regions} regions");
+            group.bench_function(BenchmarkId::new("ours", &name), |bench| bench.iter(ours(&memory)));
+            group.bench_function(BenchmarkId::new("virtio-queue", &name), |bench| bench.iter(virtio_queue(&memory)));
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, ring_loop);
+criterion_main!(benches);

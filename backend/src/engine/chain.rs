@@ -1,0 +1,225 @@
+//! One descriptor chain of a split ring (virtio 1.2 §2.7.5), walked with no trust in its author. Every descriptor is read
+//! once into a local; the number of steps is bounded by the table walked; what is wrong is noted, never acted on.
+//!
+//! Faults come in two kinds. A broken *link* (an index outside the table, a loop, a bad indirect table) ends the walk, and
+//! then nobody knows which byte is the status. A bad *buffer* (wrong order, an address that wraps) leaves the rest of the
+//! chain readable, so the request can still be answered.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::guest::Guest;
+use crate::addr::{Address, Gpa, Span};
+
+/// VIRTQ_DESC_F_NEXT, virtio 1.2 §2.7.5.
+const NEXT: u16 = 1;
+/// VIRTQ_DESC_F_WRITE, virtio 1.2 §2.7.5.
+const WRITE: u16 = 2;
+/// VIRTQ_DESC_F_INDIRECT, virtio 1.2 §2.7.5.
+const INDIRECT: u16 = 4;
+/// Bytes of one descriptor.
+const DESCRIPTOR: u32 = 16;
+
+/// One entry of a descriptor table, virtio 1.2 §2.7.5.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Descriptor {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+/// What is wrong with a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChainFault {
+    /// `next` points outside the table.
+    #[error("a descriptor links to {next} in a table of {entries}")]
+    Index {
+        /// The index.
+        next: u16,
+        /// Entries of the table.
+        entries: u16,
+    },
+    /// More steps than the table has entries: a loop.
+    #[error("the descriptors of a table of {entries} form a loop")]
+    Loop {
+        /// Entries of the table.
+        entries: u16,
+    },
+    /// VIRTIO_RING_F_INDIRECT_DESC was not negotiated.
+    #[error("an indirect descriptor, which was not negotiated")]
+    IndirectNotNegotiated,
+    /// INDIRECT and NEXT together, virtio 1.2 §2.7.5.3.1.
+    #[error("an indirect descriptor with a successor")]
+    IndirectWithNext,
+    /// INDIRECT inside an indirect table, virtio 1.2 §2.7.5.3.1.
+    #[error("an indirect descriptor inside an indirect table")]
+    NestedIndirect,
+    /// Not a whole number of descriptors, none, or too many.
+    #[error("an indirect table of {0} bytes")]
+    IndirectLength(u32),
+    /// The indirect table is not in guest memory.
+    #[error("an indirect table at {0}, which is not guest memory")]
+    IndirectMemory(Gpa),
+    /// Device-readable after device-writable, virtio 1.2 §2.7.4.2.
+    #[error("a readable buffer after a writable one")]
+    Order,
+    /// The buffer runs past the end of the address space.
+    #[error("a buffer at {addr} of {len} bytes, past the end of the address space")]
+    Wraps {
+        /// Where it starts.
+        addr: Gpa,
+        /// Its length.
+        len: u32,
+    },
+}
+
+/// What a walk may do.
+pub struct Walk {
+    /// Entries of the descriptor table.
+    pub size: u16,
+    /// True if indirect tables were negotiated.
+    pub indirect: bool,
+    /// Most entries of an indirect table. Linux builds tables longer than the ring (seg_max + 2), whatever virtio 1.2
+    /// §2.7.5.3.1 says; §2.7.4.1 lets a device have a reasonable limit.
+    pub longest_table: u16,
+}
+
+/// The buffers of one chain, as its descriptors claim them; none has been looked up in guest memory. Reused for every
+/// chain, so that its vectors keep their capacity.
+#[derive(Debug, Default)]
+pub struct Chain {
+    head: u16,
+    readable: Vec<Span<Gpa>>,
+    writable: Vec<Span<Gpa>>,
+    fault: Option<ChainFault>,
+    /// False if the walk ended before the chain did, or the last writable buffer is nowhere.
+    end_known: bool,
+}
+
+impl Chain {
+    /// Index of the first descriptor: the chain's name in the used ring.
+    #[inline]
+    #[must_use]
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// What the device may read, in order. Empty buffers are left out: they carry nothing, and framing means nothing
+    /// (virtio 1.2 §2.7.4.1).
+    #[inline]
+    #[must_use]
+    pub fn readable(&self) -> &[Span<Gpa>] {
+        &self.readable
+    }
+
+    /// What the device may write, in order.
+    #[inline]
+    #[must_use]
+    pub fn writable(&self) -> &[Span<Gpa>] {
+        &self.writable
+    }
+
+    /// The first thing found wrong.
+    #[inline]
+    #[must_use]
+    pub fn fault(&self) -> Option<ChainFault> {
+        self.fault
+    }
+
+    /// The last byte that the device may write, if the chain could be walked to its end.
+    #[inline]
+    #[must_use]
+    pub fn last_writable(&self) -> Option<Gpa> {
+        if self.end_known { self.writable.last().map(Span::last) } else { None }
+    }
+
+    /// Replaces the contents by the chain that starts at `head` of the table that `entry` reads.
+    #[inline]
+    pub fn fill(&mut self, head: u16, walk: &Walk, entry: impl Fn(u16) -> Descriptor, guest: &mut Guest) {
+        self.head = head;
+        self.readable.clear();
+        self.writable.clear();
+        self.fault = None;
+        self.end_known = true;
+        if let Err(fault) = self.walk(walk, entry, guest) {
+            self.fault.get_or_insert(fault);
+            self.end_known = false;
+        }
+    }
+
+    #[inline]
+    fn walk(&mut self, walk: &Walk, entry: impl Fn(u16) -> Descriptor, guest: &mut Guest) -> Result<(), ChainFault> {
+        let entries = walk.size;
+        let mut index = self.head;
+        for _ in 0..entries {
+            let descriptor = entry(index);
+            if descriptor.flags & INDIRECT != 0 {
+                return self.walk_table(walk, descriptor, guest);
+            }
+            self.add(descriptor);
+            if descriptor.flags & NEXT == 0 {
+                return Ok(());
+            }
+            index = descriptor.next;
+            if index >= entries {
+                return Err(ChainFault::Index { next: index, entries });
+            }
+        }
+        Err(ChainFault::Loop { entries })
+    }
+
+    /// Follows an indirect descriptor, the last of its chain; its WRITE flag means nothing (virtio 1.2 §2.7.5.3.2).
+    fn walk_table(&mut self, walk: &Walk, table: Descriptor, guest: &mut Guest) -> Result<(), ChainFault> {
+        if !walk.indirect {
+            return Err(ChainFault::IndirectNotNegotiated);
+        }
+        if table.flags & NEXT != 0 {
+            return Err(ChainFault::IndirectWithNext);
+        }
+        let entries = u16::try_from(table.len / DESCRIPTOR)
+            .ok()
+            .filter(|&n| n > 0 && n <= walk.longest_table && table.len.is_multiple_of(DESCRIPTOR))
+            .ok_or(ChainFault::IndirectLength(table.len))?;
+        let nowhere = ChainFault::IndirectMemory(Gpa(table.addr));
+        let start = Gpa(table.addr);
+        let mut index = 0;
+        for _ in 0..entries {
+            let at = start.checked_add(u64::from(DESCRIPTOR) * u64::from(index)).ok_or(nowhere)?;
+            let descriptor: Descriptor = guest.read_table(at).ok_or(nowhere)?;
+            if descriptor.flags & INDIRECT != 0 {
+                return Err(ChainFault::NestedIndirect);
+            }
+            self.add(descriptor);
+            if descriptor.flags & NEXT == 0 {
+                return Ok(());
+            }
+            index = descriptor.next;
+            if index >= entries {
+                return Err(ChainFault::Index { next: index, entries });
+            }
+        }
+        Err(ChainFault::Loop { entries })
+    }
+
+    #[inline]
+    fn add(&mut self, descriptor: Descriptor) {
+        let Descriptor { addr, len, flags, .. } = descriptor;
+        if len == 0 {
+            return;
+        }
+        let span = Span::new(Gpa(addr), u64::from(len));
+        if span.is_none() {
+            self.fault.get_or_insert(ChainFault::Wraps { addr: Gpa(addr), len });
+        }
+        if flags & WRITE != 0 {
+            self.end_known = span.is_some();
+            self.writable.extend(span);
+        } else {
+            if !self.writable.is_empty() {
+                self.fault.get_or_insert(ChainFault::Order);
+            }
+            self.readable.extend(span);
+        }
+    }
+}

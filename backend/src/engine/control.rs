@@ -1,0 +1,110 @@
+//! The control thread's waiting: for an order's answer, for requests to drain, and, when they do not, for the device to
+//! come back from a reset.
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::Instant;
+
+use super::mailbox::Order;
+use super::{Engine, EngineError};
+use crate::driver::Queue;
+
+impl Engine {
+    /// Which worker serves a virtqueue, and its place there.
+    pub(super) fn seat(&self, index: usize) -> Result<(usize, usize), EngineError> {
+        let rings = self.options.rings;
+        if index >= rings {
+            return Err(EngineError::NoSuchRing { index, rings });
+        }
+        Ok((index % self.workers.len(), index / self.workers.len()))
+    }
+
+    /// Gives an order and waits for its answer.
+    pub(super) fn order<T>(&self, worker: usize, order: impl FnOnce(Sender<T>) -> Order) -> Result<T, EngineError> {
+        self.workers[worker].mailbox.post(order).recv().map_err(|_| EngineError::WorkerGone(worker))
+    }
+
+    /// As [`Self::order`], for changes that cannot be refused.
+    pub(super) fn change(&self, index: usize, order: impl FnOnce(usize, Sender<()>) -> Order) {
+        let done = self.seat(index).and_then(|(worker, seat)| self.order(worker, |answer| order(seat, answer)));
+        if let Err(error) = done {
+            log::error!("virtqueue {index}: {error}");
+        }
+    }
+
+    /// When the patience that begins now ends.
+    pub(super) fn deadline(&self) -> Instant {
+        Instant::now() + self.options.patience
+    }
+
+    /// Waits until requests have drained; resets the device if they have not by `deadline`.
+    pub(super) fn await_drained<T>(
+        &self,
+        worker: usize,
+        answer: &Receiver<T>,
+        deadline: Instant,
+        occasion: &str,
+    ) -> Result<T, EngineError> {
+        match answer.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(value) => return Ok(value),
+            Err(RecvTimeoutError::Disconnected) => return Err(EngineError::WorkerGone(worker)),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        log::error!(
+            "{occasion}: commands have not come back for {:?}; resetting the device, and failing every request in flight",
+            self.options.patience
+        );
+        self.recover();
+        answer.recv().map_err(|_| EngineError::WorkerGone(worker))
+    }
+
+    /// Resets the device under all workers. Until it has been reset no request is answered, because the device may still
+    /// write to its memory; after that every request in flight is answered with an error.
+    fn recover(&self) {
+        let mut driver = self.driver.lock().unwrap_or_else(PoisonError::into_inner);
+        self.recoveries.fetch_add(1, Ordering::Relaxed);
+        self.order_all(|_, answer| Order::HandBack(answer));
+        let mut queues: Vec<Option<Box<dyn Queue>>> = match driver.recover() {
+            Ok(queues) => queues.into_iter().map(Some).collect(),
+            Err(error) => {
+                log::error!("the device did not come back: {error:#}; every request fails from now on");
+                Vec::new()
+            }
+        };
+        queues.resize_with(self.workers.len(), || None);
+        self.order_all(|worker, answer| Order::Adopt(queues[worker].take(), answer));
+    }
+
+    fn order_all(&self, mut order: impl FnMut(usize, Sender<()>) -> Order) {
+        let posts = self.workers.iter().enumerate();
+        let answers: Vec<_> = posts.map(|(n, handle)| handle.mailbox.post(|answer| order(n, answer))).collect();
+        for (worker, answer) in answers.iter().enumerate() {
+            if answer.recv().is_err() {
+                log::error!("{}", EngineError::WorkerGone(worker));
+            }
+        }
+    }
+
+    /// Stops every ring, ends every thread, and shuts the device down, in this order.
+    fn close(&mut self) {
+        for index in 0..self.options.rings {
+            if let Err(error) = self.stop_ring(index) {
+                log::error!("stop virtqueue {index}: {error}");
+            }
+        }
+        for handle in &mut self.workers {
+            handle.mailbox.leave(Order::Quit);
+            if handle.thread.take().is_some_and(|thread| thread.join().is_err()) {
+                log::error!("a worker ended by a bug");
+            }
+        }
+        self.driver.get_mut().unwrap_or_else(PoisonError::into_inner).shut_down();
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,178 @@
+//! Guest memory as one worker sees it: the published table, and while memory is being withdrawn also the table before, for
+//! the requests that were taken under it. Requests never outlive the memory they name, so the two never contradict.
+//!
+//! The fast questions keep a hint each, because header, data, status and indirect tables tend to lie in different regions.
+
+use std::sync::Arc;
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::addr::{Gpa, Iova, Span};
+use crate::memory::{MemTable, Region};
+use crate::sys::Window;
+
+/// One worker's view of guest memory.
+#[derive(Default)]
+pub struct Guest {
+    table: Arc<MemTable>,
+    departing: Option<Arc<MemTable>>,
+    header_hint: usize,
+    data_hint: usize,
+    status_hint: usize,
+    table_hint: usize,
+}
+
+impl Guest {
+    /// What requests are checked against.
+    #[must_use]
+    pub fn table(&self) -> &MemTable {
+        &self.table
+    }
+
+    /// From now on requests are checked against `table`, which has all that the one before had.
+    pub fn publish(&mut self, table: Arc<MemTable>) {
+        self.table = table;
+    }
+
+    /// From now on requests are checked against `table`; the one before serves those in flight until [`Self::forget`].
+    pub fn withdraw(&mut self, table: Arc<MemTable>) {
+        self.departing = Some(std::mem::replace(&mut self.table, table));
+    }
+
+    /// No request in flight needs the former table any more.
+    pub fn forget(&mut self) {
+        self.departing = None;
+    }
+
+    /// Where the device finds a data buffer, if all of it is guest memory.
+    #[inline]
+    pub fn data(&mut self, span: Span<Gpa>) -> Option<Span<Iova>> {
+        self.table.iova(span, &mut self.data_hint)
+    }
+
+    /// True if the byte at `address` is guest memory.
+    #[inline]
+    pub fn has_status(&mut self, address: Gpa) -> bool {
+        Span::new(address, 1).is_some_and(|byte| self.table.window(byte, &mut self.status_hint).is_some())
+    }
+
+    /// Writes a status byte that [`Self::has_status`] has found, perhaps under the former table.
+    #[inline]
+    pub fn write_status(&mut self, address: Gpa, status: u8) {
+        let byte = Span::new(address, 1).expect("one byte never wraps");
+        match self.table.window(byte, &mut self.status_hint) {
+            Some((window, offset)) => window.write_u8(offset, status),
+            None => self.copy_in(byte, &[status]),
+        }
+    }
+
+    /// Reads one entry of an indirect table.
+    #[inline]
+    pub fn read_table<T: FromBytes + IntoBytes>(&mut self, address: Gpa) -> Option<T> {
+        let span = Span::new(address, size_of::<T>() as u64)?;
+        let (window, offset) = self.table.window(span, &mut self.table_hint)?;
+        Some(window.read(offset))
+    }
+
+    /// Reads a wire structure from the front of `spans`, however they cut it.
+    #[inline]
+    pub fn read_header<T: FromBytes + IntoBytes>(&mut self, spans: &[Span<Gpa>]) -> Option<T> {
+        let front = spans.first()?.slice(0, size_of::<T>() as u64);
+        if let Some((window, offset)) = front.and_then(|span| self.table.window(span, &mut self.header_hint)) {
+            return Some(window.read(offset));
+        }
+        self.gather_header(spans)
+    }
+
+    #[cold]
+    fn gather_header<T: FromBytes + IntoBytes>(&self, spans: &[Span<Gpa>]) -> Option<T> {
+        let mut value = T::new_zeroed();
+        let bytes = value.as_mut_bytes();
+        let mut done = 0;
+        for span in spans {
+            let wanted = span.slice(0, span.len().min((bytes.len() - done) as u64));
+            for (window, offset, len) in self.pieces(wanted?) {
+                window?.copy_to(offset, &mut bytes[done..done + len]);
+                done += len;
+            }
+            if done == bytes.len() {
+                return Some(value);
+            }
+        }
+        None
+    }
+
+    /// Copies `bytes` to the front of `span`, which is guest memory.
+    fn copy_in(&self, span: Span<Gpa>, bytes: &[u8]) {
+        let mut done = 0;
+        for (window, offset, len) in self.pieces(span) {
+            let Some(window) = window else { return };
+            let part = len.min(bytes.len() - done);
+            window.copy_from(offset, &bytes[done..done + part]);
+            done += part;
+        }
+    }
+
+    /// Copies `bytes` over `spans` as far as both reach; gives the number of bytes copied.
+    pub fn scatter(&self, spans: &[Span<Iova>], bytes: &[u8]) -> usize {
+        let mut done = 0_usize;
+        for span in spans {
+            let end = bytes.len().min(done.saturating_add(usize::try_from(span.len()).unwrap_or(usize::MAX)));
+            self.copy_in(span.identity_gpa(), &bytes[done..end]);
+            done = end;
+        }
+        done
+    }
+
+    /// Copies `len` bytes between `spans`, from `position` bytes on, and a bounce slot.
+    pub fn bounce(&self, spans: &[Span<Iova>], position: u64, slot: &Slot<'_>, to_guest: bool) {
+        let (mut skip, mut done) = (position, 0);
+        for span in spans {
+            if skip >= span.len() {
+                skip -= span.len();
+                continue;
+            }
+            let len = (span.len() - skip).min((slot.len - done) as u64);
+            let Some(part) = span.slice(skip, len) else { return };
+            skip = 0;
+            for (window, offset, len) in self.pieces(part.identity_gpa()) {
+                let Some(window) = window else { return };
+                if to_guest {
+                    slot.window.copy_to_window(slot.offset + done, window, offset, len);
+                } else {
+                    window.copy_to_window(offset, slot.window, slot.offset + done, len);
+                }
+                done += len;
+            }
+        }
+    }
+
+    /// `span` cut at the seams of regions: window, offset in it, length. A piece that is nowhere has no window and ends it.
+    fn pieces(&self, span: Span<Gpa>) -> impl Iterator<Item = (Option<&Window>, usize, usize)> {
+        let mut rest = Some(span);
+        std::iter::from_fn(move || {
+            let span = rest.take()?;
+            let Some(region) = self.region(span.start()) else { return Some((None, 0, 0)) };
+            let offset = region.gpa().offset_of(span.start()).expect("found by this address");
+            let len = span.len().min(region.gpa().len() - offset);
+            rest = span.slice(len, span.len() - len);
+            let fits = |bytes| usize::try_from(bytes).expect("a mapped region fits the address space");
+            Some((Some(region.window()), fits(offset), fits(len)))
+        })
+    }
+
+    fn region(&self, address: Gpa) -> Option<&Region> {
+        let tables = std::iter::once(&self.table).chain(&self.departing);
+        tables.flat_map(|table| table.regions()).find(|region| region.gpa().contains(address)).map(|region| &**region)
+    }
+}
+
+/// Part of a bounce buffer, as this process sees it.
+pub struct Slot<'a> {
+    /// The whole buffer.
+    pub window: &'a Window,
+    /// Where the slot starts, bytes.
+    pub offset: usize,
+    /// How many bytes of it.
+    pub len: usize,
+}

@@ -1,0 +1,311 @@
+//! The data path: rings in, commands out, completions back. Workers own everything they touch; the [`Engine`] is the
+//! control thread's handle on them.
+//!
+//! ```text
+//!  control thread            worker n (one thread; virtqueues n, n + N, n + 2N …)
+//!  Engine --- mailbox ---->  Worker -> Path::{reap, submit} -> Chain -> request -> Flight -> driver::Queue
+//!         <-- answer -----          <- SplitRing::publish  <-  answer  <- complete <----------
+//! ```
+//!
+//! A worker shares no lock with another and takes none per request. The control thread waits for each order's answer, so
+//! when a method returns, the worker has done it. When commands do not come back in time, the device is reset under all
+//! workers at once: every request in flight is answered with an error, and all go on with fresh queues.
+
+mod bounce;
+pub mod chain;
+mod control;
+mod flights;
+pub mod guest;
+mod log_limit;
+mod mailbox;
+mod pass;
+pub mod request;
+mod ring;
+mod statistics;
+pub mod virtqueue;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+pub use statistics::Statistics;
+
+use crate::addr::{Gpa, Span};
+use crate::driver::{Driver, Geometry, Queue};
+use crate::hardware::{AddressSpace, MapError};
+use crate::memory::MemTable;
+use bounce::Bounce;
+use mailbox::{Mailbox, Order};
+use pass::{Path, Post};
+use request::Disk;
+use statistics::Counters;
+use worker::Worker;
+
+/// What a started ring is made of (virtio 1.2 §2.7). All three areas have been found in the memory table.
+pub struct RingSetup {
+    /// Which virtqueue.
+    pub index: usize,
+    /// Number of descriptors, a power of two ≤ 1024.
+    pub size: u16,
+    /// Descriptor table.
+    pub desc: Span<Gpa>,
+    /// Available ring.
+    pub avail: Span<Gpa>,
+    /// Used ring; the used index goes on from what stands there.
+    pub used: Span<Gpa>,
+    /// First avail index to take (SET_VRING_BASE).
+    pub base: u16,
+    /// VIRTIO_RING_F_EVENT_IDX acked.
+    pub event_idx: bool,
+    /// VIRTIO_RING_F_INDIRECT_DESC acked.
+    pub indirect: bool,
+    /// Signalled by the driver; without it the ring is polled.
+    pub kick: Option<OwnedFd>,
+    /// Signalled to the driver.
+    pub call: Option<OwnedFd>,
+    /// Signalled when the ring is broken.
+    pub err: Option<OwnedFd>,
+}
+
+/// How the engine behaves.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Number of virtqueues offered.
+    pub rings: usize,
+    /// How long a worker polls without finding work before it sleeps.
+    pub spin: Duration,
+    /// How long commands in flight may take to finish when a ring stops or memory goes away, before the device is reset.
+    pub patience: Duration,
+}
+
+/// Why the engine, or a ring, could not be started or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The driver has no queues to give.
+    #[error("the device has no queue to serve virtqueues with")]
+    NoQueues,
+    /// The virtqueue does not exist.
+    #[error("virtqueue {index} of {rings}: no such virtqueue")]
+    NoSuchRing {
+        /// Asked for.
+        index: usize,
+        /// Number offered.
+        rings: usize,
+    },
+    /// The virtqueue is being served already.
+    #[error("virtqueue {0}: running already; stop it first (GET_VRING_BASE)")]
+    RingRunning(usize),
+    /// Not a size this device serves.
+    #[error("virtqueue {index}: size {size} is not a power of two between 1 and 1024")]
+    RingSize {
+        /// Which virtqueue.
+        index: usize,
+        /// Asked for.
+        size: u16,
+    },
+    /// An area is too short, misaligned, or not in one region of guest memory.
+    #[error("virtqueue {index}: {name} at {span}: needs {bytes} bytes in one memory region, aligned to {alignment}")]
+    RingArea {
+        /// Which virtqueue.
+        index: usize,
+        /// Which area.
+        name: &'static str,
+        /// Where it was said to be.
+        span: Span<Gpa>,
+        /// Bytes needed.
+        bytes: u64,
+        /// Alignment needed, bytes.
+        alignment: u64,
+    },
+    /// The kick eventfd cannot be waited for.
+    #[error("virtqueue {index}: watch its kick eventfd: {source}")]
+    Kick {
+        /// Which virtqueue.
+        index: usize,
+        /// The errno.
+        source: io::Error,
+    },
+    /// No memory for bounce buffers.
+    #[error("bounce buffer of worker {worker}: {source}")]
+    Bounce {
+        /// Which worker.
+        worker: usize,
+        /// Why.
+        source: MapError,
+    },
+    /// A worker could not be started.
+    #[error("start worker {worker}: {source}")]
+    Start {
+        /// Which worker.
+        worker: usize,
+        /// The errno.
+        source: io::Error,
+    },
+    /// A worker has ended by a bug; its log line tells where.
+    #[error("worker {0} has ended")]
+    WorkerGone(usize),
+}
+
+/// The control thread's view of one worker.
+struct Handle {
+    mailbox: Arc<Mailbox>,
+    counters: Arc<Counters>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// All workers, and the device.
+///
+/// A virtqueue is served while it is both started and enabled. Enabled is a property of the virtqueue, not of the ring: it
+/// is false at first, may be set before the start, and outlives a stop (vhost-user: "Ring states").
+pub struct Engine {
+    workers: Vec<Handle>,
+    driver: Mutex<Box<dyn Driver>>,
+    geometry: Geometry,
+    options: Options,
+    recoveries: AtomicU64,
+}
+
+impl Engine {
+    /// Starts one worker per queue of `driver`; virtqueue n is served by worker n mod workers.
+    ///
+    /// # Errors
+    /// [`EngineError::NoQueues`], [`EngineError::Bounce`] or [`EngineError::Start`]; the device has been shut down then.
+    pub fn start(
+        mut driver: Box<dyn Driver>,
+        space: &Arc<dyn AddressSpace>,
+        options: Options,
+    ) -> Result<Self, EngineError> {
+        let geometry = driver.geometry().clone();
+        let queues = driver.take_queues();
+        let mut engine = Self {
+            workers: Vec::with_capacity(queues.len()),
+            driver: Mutex::new(driver),
+            geometry,
+            // No virtqueue exists until every worker does.
+            options: Options { rings: 0, ..options },
+            recoveries: AtomicU64::new(0),
+        };
+        if queues.is_empty() {
+            return Err(EngineError::NoQueues);
+        }
+        let workers = queues.len();
+        for (worker, queue) in queues.into_iter().enumerate() {
+            let seats = options.rings.saturating_sub(worker).div_ceil(workers);
+            let handle = engine.hire(Post { worker, workers, seats }, queue, space)?;
+            engine.workers.push(handle);
+        }
+        engine.options = options;
+        Ok(engine)
+    }
+
+    fn hire(&self, post: Post, queue: Box<dyn Queue>, space: &Arc<dyn AddressSpace>) -> Result<Handle, EngineError> {
+        let number = post.worker;
+        let bounce = Bounce::new(space).map_err(|source| EngineError::Bounce { worker: number, source })?;
+        let failed = |source| EngineError::Start { worker: number, source };
+        let mailbox = Arc::new(Mailbox::new().map_err(failed)?);
+        let counters = Arc::new(Counters::default());
+        let path = Path::new(&post, Disk::new(&self.geometry), bounce, Arc::clone(&counters));
+        let worker = Worker::new(path, queue, Arc::clone(&mailbox), self.options.spin).map_err(failed)?;
+        let thread = std::thread::Builder::new()
+            .name(format!("vdv-worker-{number}"))
+            .spawn(move || worker.run())
+            .map_err(failed)?;
+        Ok(Handle { mailbox, counters, thread: Some(thread) })
+    }
+
+    /// What the disk is.
+    #[must_use]
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Starts serving a ring against the published table. Replaces nothing: the ring must be stopped.
+    ///
+    /// # Errors
+    /// [`EngineError`] names the virtqueue and what is wrong with it; it stays stopped.
+    pub fn start_ring(&self, ring: RingSetup) -> Result<(), EngineError> {
+        let (worker, seat) = self.seat(ring.index)?;
+        let ring = Box::new(ring);
+        self.order(worker, |answer| Order::Start(seat, ring, answer))?
+    }
+
+    /// Completes what was taken (or, past `patience`, resets the device and fails it), stops the ring, and returns the next
+    /// avail index. A ring that was never started returns None.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchRing`] or [`EngineError::WorkerGone`].
+    pub fn stop_ring(&self, index: usize) -> Result<Option<u16>, EngineError> {
+        let (worker, seat) = self.seat(index)?;
+        let answer = self.workers[worker].mailbox.post(|answer| Order::Stop(seat, answer));
+        self.await_drained(worker, &answer, self.deadline(), &format!("virtqueue {index} stops"))
+    }
+
+    /// SET_VRING_ENABLE: a disabled ring takes no new requests. May come before the start, and outlives a stop.
+    pub fn set_enabled(&self, index: usize, enabled: bool) {
+        self.change(index, |seat, answer| Order::Enable(seat, enabled, answer));
+    }
+
+    /// SET_VRING_CALL while running; the former eventfd is not signalled any more when this returns.
+    pub fn set_call(&self, index: usize, call: Option<OwnedFd>) {
+        self.change(index, |seat, answer| Order::Call(seat, call, answer));
+    }
+
+    /// SET_VRING_ERR while running.
+    pub fn set_err(&self, index: usize, err: Option<OwnedFd>) {
+        self.change(index, |seat, answer| Order::Err(seat, err, answer));
+    }
+
+    /// SET_VRING_KICK while running; without one the ring is polled.
+    pub fn set_kick(&self, index: usize, kick: Option<OwnedFd>) {
+        self.change(index, |seat, answer| Order::Kick(seat, kick, answer));
+    }
+
+    /// The table that requests are checked against from now on; it only gained regions.
+    pub fn publish(&self, table: Arc<MemTable>) {
+        let post = |handle: &Handle| handle.mailbox.post(|answer| Order::Publish(Arc::clone(&table), answer));
+        let answers: Vec<_> = self.workers.iter().map(post).collect();
+        for (worker, answer) in answers.iter().enumerate() {
+            if answer.recv().is_err() {
+                log::error!("publish memory: {}", EngineError::WorkerGone(worker));
+            }
+        }
+    }
+
+    /// The table that requests are checked against from now on; when this returns, no command in flight touches `removed`.
+    /// Requests elsewhere go on. Rings that live in removed memory must have been stopped; one that was not is broken.
+    ///
+    /// # Errors
+    /// [`EngineError::WorkerGone`]; commands of that worker may then still be in flight.
+    pub fn withdraw(&self, table: Arc<MemTable>, removed: &[Span<Gpa>]) -> Result<(), EngineError> {
+        let removed: Arc<[_]> = removed.into();
+        let post = |handle: &Handle| {
+            handle.mailbox.post(|answer| Order::Withdraw(Arc::clone(&table), Arc::clone(&removed), answer))
+        };
+        let answers: Vec<_> = self.workers.iter().map(post).collect();
+        let deadline = self.deadline();
+        for (worker, answer) in answers.iter().enumerate() {
+            self.await_drained(worker, answer, deadline, "memory is withdrawn")?;
+        }
+        Ok(())
+    }
+
+    /// Counters since start.
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        let mut sum = Statistics { recoveries: self.recoveries.load(Ordering::Relaxed), ..Statistics::default() };
+        self.workers.iter().for_each(|handle| handle.counters.add_to(&mut sum));
+        sum
+    }
+
+    /// Stops all workers, completes or fails what is in flight, and shuts the device down.
+    pub fn shut_down(self) {
+        drop(self);
+    }
+}

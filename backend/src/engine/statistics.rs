@@ -1,0 +1,89 @@
+//! Counters. Each worker writes its own and nobody else's, so counting is a plain load and store; readers sum them up and
+//! may be a moment behind.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counters since start, summed over workers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// Read requests that the device has answered.
+    pub reads: u64,
+    /// Write requests that the device has answered.
+    pub writes: u64,
+    /// Flush requests that the device has answered.
+    pub flushes: u64,
+    /// Bytes read successfully.
+    pub bytes_read: u64,
+    /// Bytes written successfully.
+    pub bytes_written: u64,
+    /// Commands whose data went through a bounce buffer.
+    pub bounced: u64,
+    /// Requests that ended in an error, whoever is to blame.
+    pub errors: u64,
+    /// Times a driver woke a worker.
+    pub kicks: u64,
+    /// Times a driver was notified.
+    pub calls: u64,
+    /// Times the device was told of new commands.
+    pub doorbells: u64,
+    /// Times the device was reset because commands did not come back.
+    pub recoveries: u64,
+}
+
+impl fmt::Display for Statistics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "reads={} writes={} flushes={} ", self.reads, self.writes, self.flushes)?;
+        write!(f, "bytes_read={} bytes_written={} bounced={} ", self.bytes_read, self.bytes_written, self.bounced)?;
+        write!(f, "errors={} kicks={} calls={} ", self.errors, self.kicks, self.calls)?;
+        write!(f, "doorbells={} recoveries={}", self.doorbells, self.recoveries)
+    }
+}
+
+/// A count with one writer.
+#[derive(Debug, Default)]
+pub(super) struct Counter(AtomicU64);
+
+impl Counter {
+    /// Only the owning worker calls this.
+    #[inline]
+    pub(super) fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    pub(super) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// One worker's counters, on cache lines of their own (two, because x86 fetches lines in pairs).
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(super) struct Counters {
+    pub(super) reads: Counter,
+    pub(super) writes: Counter,
+    pub(super) flushes: Counter,
+    pub(super) bytes_read: Counter,
+    pub(super) bytes_written: Counter,
+    pub(super) bounced: Counter,
+    pub(super) errors: Counter,
+    pub(super) kicks: Counter,
+    pub(super) calls: Counter,
+    pub(super) doorbells: Counter,
+}
+
+impl Counters {
+    /// Adds these to `sum`.
+    pub(super) fn add_to(&self, sum: &mut Statistics) {
+        sum.reads += self.reads.get();
+        sum.writes += self.writes.get();
+        sum.flushes += self.flushes.get();
+        sum.bytes_read += self.bytes_read.get();
+        sum.bytes_written += self.bytes_written.get();
+        sum.bounced += self.bounced.get();
+        sum.errors += self.errors.get();
+        sum.kicks += self.kicks.get();
+        sum.calls += self.calls.get();
+        sum.doorbells += self.doorbells.get();
+    }
+}

@@ -1,0 +1,345 @@
+//! A device in memory behind the engine's boundary: it moves real bytes between a `Vec` and the memory its address space
+//! names, completes when and in the order the test says, and can lose commands or refuse to come back.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use rustix::event::{EventfdFlags, eventfd};
+use vm_memory::MmapRegion;
+
+use crate::addr::{Address, Iova, Span};
+use crate::driver::{Command, Completion, Driver, Extent, Full, Geometry, Outcome, Queue};
+use crate::hardware::{AddressSpace, DmaBuffer, MapError};
+use crate::memory::Region;
+use crate::sys::Window;
+
+/// What the disk can do.
+#[derive(Clone)]
+pub(super) struct Abilities {
+    pub(super) queues: usize,
+    pub(super) depth: usize,
+    pub(super) max_transfer: u32,
+    /// Buffers at other addresses or of other lengths must be bounced.
+    pub(super) alignment: u64,
+    pub(super) geometry: Geometry,
+}
+
+impl Default for Abilities {
+    fn default() -> Self {
+        let geometry = Geometry {
+            blocks: 2048,
+            block_size: 512,
+            physical_block_size: 512,
+            read_only: false,
+            volatile_cache: true,
+            serial: "SERIAL".into(),
+            model: "MODEL".into(),
+        };
+        Self { queues: 1, depth: 64, max_transfer: 128 << 10, alignment: 4, geometry }
+    }
+}
+
+/// One command as the device got it.
+#[derive(Clone, Debug)]
+pub(super) struct Entry {
+    pub(super) queue: usize,
+    pub(super) command: Command,
+    data: Vec<Span<Iova>>,
+    tag: u32,
+}
+
+#[derive(Default)]
+struct State {
+    medium: Vec<u8>,
+    memory: Vec<(Span<Iova>, Window)>,
+    next_iova: u64,
+    /// Commands that the device has been told of.
+    held: Vec<Entry>,
+    done: Vec<VecDeque<Completion>>,
+    events: Vec<Option<Arc<OwnedFd>>>,
+    hold: bool,
+    outcome: Option<Outcome>,
+    live_queues: usize,
+    dead: bool,
+    recoveries: usize,
+    shut_down: bool,
+    most_in_flight: usize,
+    rings: usize,
+}
+
+/// The test's hand on the disk; clones share it.
+#[derive(Clone)]
+pub(super) struct Disk {
+    state: Arc<Mutex<State>>,
+    abilities: Arc<Abilities>,
+}
+
+impl Disk {
+    pub(super) fn new(abilities: Abilities) -> Self {
+        let geometry = &abilities.geometry;
+        let medium = vec![0; geometry.blocks as usize * geometry.block_size as usize];
+        let state = State { medium, next_iova: 1 << 44, ..State::default() };
+        Self { state: Arc::new(Mutex::new(state)), abilities: Arc::new(abilities) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// From now on commands wait for [`Self::release`].
+    pub(super) fn hold(&self) {
+        self.state().hold = true;
+    }
+
+    /// From now on commands complete as they are rung; so do those held.
+    pub(super) fn unhold(&self) {
+        self.state().hold = false;
+        while !self.held().is_empty() {
+            self.release(0);
+        }
+    }
+
+    /// The commands held.
+    pub(super) fn held(&self) -> Vec<Entry> {
+        self.state().held.clone()
+    }
+
+    /// Executes the held command at `index` and completes it.
+    pub(super) fn release(&self, index: usize) {
+        let mut state = self.state();
+        let entry = state.held.remove(index);
+        state.execute(&entry, self.abilities.geometry.block_size as usize);
+    }
+
+    /// How all commands end from now on.
+    pub(super) fn set_outcome(&self, outcome: Outcome) {
+        self.state().outcome = Some(outcome);
+    }
+
+    /// After this the device never comes back from a reset.
+    pub(super) fn die(&self) {
+        self.state().dead = true;
+    }
+
+    pub(super) fn recoveries(&self) -> usize {
+        self.state().recoveries
+    }
+
+    pub(super) fn is_shut_down(&self) -> bool {
+        self.state().shut_down
+    }
+
+    pub(super) fn most_in_flight(&self) -> usize {
+        self.state().most_in_flight
+    }
+
+    pub(super) fn rings(&self) -> usize {
+        self.state().rings
+    }
+
+    pub(super) fn read(&self, offset: usize, len: usize) -> Vec<u8> {
+        self.state().medium[offset..offset + len].to_vec()
+    }
+
+    pub(super) fn write(&self, offset: usize, bytes: &[u8]) {
+        self.state().medium[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn queue(&self, number: usize) -> Box<dyn Queue> {
+        let event = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap());
+        let mut state = self.state();
+        state.live_queues += 1;
+        state.events[number] = Some(Arc::clone(&event));
+        Box::new(DiskQueue { disk: self.clone(), number, event, new: Vec::new(), in_flight: 0 })
+    }
+
+    fn queues(&self) -> Vec<Box<dyn Queue>> {
+        let count = self.abilities.queues;
+        let mut state = self.state();
+        state.held.clear();
+        state.done = vec![VecDeque::new(); count];
+        state.events = vec![None; count];
+        drop(state);
+        (0..count).map(|n| self.queue(n)).collect()
+    }
+}
+
+impl State {
+    fn execute(&mut self, entry: &Entry, block_size: usize) {
+        let outcome = self.outcome.unwrap_or(Outcome::Success);
+        if outcome == Outcome::Success {
+            match entry.command {
+                Command::Read { block, count } => {
+                    self.transfer(entry, block as usize, count as usize, block_size, true)
+                }
+                Command::Write { block, count } => {
+                    self.transfer(entry, block as usize, count as usize, block_size, false);
+                }
+                Command::Flush => {}
+            }
+        }
+        self.done[entry.queue].push_back(Completion { tag: entry.tag, outcome });
+        if let Some(event) = &self.events[entry.queue] {
+            rustix::io::write(&**event, &1_u64.to_ne_bytes()).unwrap();
+        }
+    }
+
+    fn transfer(&mut self, entry: &Entry, block: usize, count: usize, block_size: usize, read: bool) {
+        let (mut at, end) = (block * block_size, (block + count) * block_size);
+        for span in &entry.data {
+            for byte in 0..span.len() {
+                let address = span.start().checked_add(byte).unwrap();
+                let found = self.memory.iter().find(|(mapped, _)| mapped.contains(address));
+                let (mapped, window) = found.unwrap_or_else(|| panic!("DMA to {address}, which is not mapped"));
+                let offset = mapped.offset_of(address).unwrap() as usize;
+                if read {
+                    window.write_u8(offset, self.medium[at]);
+                } else {
+                    self.medium[at] = window.read_u8(offset);
+                }
+                at += 1;
+            }
+        }
+        assert_eq!(at, end, "a command moves as many bytes as its buffers hold");
+    }
+}
+
+impl AddressSpace for Disk {
+    fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
+        self.state().memory.push((region.gpa().identity_iova(), region.window().clone()));
+        Ok(())
+    }
+
+    fn remove(&self, region: &Region) -> Result<(), MapError> {
+        self.state().memory.retain(|(span, _)| *span != region.gpa().identity_iova());
+        Ok(())
+    }
+
+    fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
+        let window = Window::of(Arc::new(MmapRegion::new(bytes).unwrap()));
+        let mut state = self.state();
+        let span = Span::new(Iova(state.next_iova), bytes as u64).unwrap();
+        state.next_iova += bytes as u64;
+        state.memory.push((span, window.clone()));
+        Ok(DmaBuffer::new(window, span, Box::new(())))
+    }
+}
+
+impl Driver for Disk {
+    fn geometry(&self) -> &Geometry {
+        &self.abilities.geometry
+    }
+
+    fn take_queues(&mut self) -> Vec<Box<dyn Queue>> {
+        self.queues()
+    }
+
+    fn recover(&mut self) -> anyhow::Result<Vec<Box<dyn Queue>>> {
+        {
+            let mut state = self.state();
+            assert_eq!(state.live_queues, 0, "all former queues have been dropped");
+            state.recoveries += 1;
+            state.held.clear();
+            anyhow::ensure!(!state.dead, "the controller does not become ready");
+        }
+        Ok(self.queues())
+    }
+
+    fn shut_down(&mut self) {
+        let mut state = self.state();
+        assert_eq!(state.live_queues, 0, "all queues have been dropped");
+        state.shut_down = true;
+    }
+}
+
+struct DiskQueue {
+    disk: Disk,
+    number: usize,
+    event: Arc<OwnedFd>,
+    new: Vec<Entry>,
+    in_flight: usize,
+}
+
+impl Drop for DiskQueue {
+    fn drop(&mut self) {
+        self.disk.state().live_queues -= 1;
+    }
+}
+
+/// The pieces of `buffers` that `bytes` bytes from `position` on cover.
+fn cut(buffers: &[Span<Iova>], mut position: u64, mut bytes: u64) -> Vec<Span<Iova>> {
+    let mut pieces = Vec::new();
+    for span in buffers {
+        if position >= span.len() {
+            position -= span.len();
+            continue;
+        }
+        let len = bytes.min(span.len() - position);
+        pieces.extend(span.slice(position, len));
+        position = 0;
+        bytes -= len;
+    }
+    pieces
+}
+
+impl Queue for DiskQueue {
+    fn extent(&self, buffers: &[Span<Iova>], position: u64, bounce_limit: u32) -> Extent {
+        let total: u64 = buffers.iter().map(Span::len).sum();
+        let abilities = &self.disk.abilities;
+        let block = abilities.geometry.block_size;
+        let most = u32::try_from(total - position).unwrap_or(u32::MAX / block * block).min(abilities.max_transfer);
+        let aligned = |span: &Span<Iova>| {
+            span.start().is_aligned(abilities.alignment) && span.len().is_multiple_of(abilities.alignment)
+        };
+        let direct = cut(buffers, position, u64::from(most)).iter().all(aligned);
+        Extent { bytes: if direct { most } else { most.min(bounce_limit) }, direct }
+    }
+
+    fn submit(
+        &mut self,
+        command: Command,
+        buffers: &[Span<Iova>],
+        position: u64,
+        bytes: u32,
+        tag: u32,
+    ) -> Result<(), Full> {
+        if self.in_flight == self.disk.abilities.depth {
+            return Err(Full);
+        }
+        self.in_flight += 1;
+        let mut state = self.disk.state();
+        state.most_in_flight = state.most_in_flight.max(self.in_flight);
+        let data = cut(buffers, position, u64::from(bytes));
+        self.new.push(Entry { queue: self.number, command, data, tag });
+        Ok(())
+    }
+
+    fn ring(&mut self) {
+        let mut state = self.disk.state();
+        state.rings += 1;
+        for entry in self.new.drain(..) {
+            if state.hold {
+                state.held.push(entry);
+            } else {
+                state.execute(&entry, self.disk.abilities.geometry.block_size as usize);
+            }
+        }
+    }
+
+    fn reap(&mut self, done: &mut dyn FnMut(Completion)) {
+        let finished = std::mem::take(&mut self.disk.state().done[self.number]);
+        for completion in finished {
+            self.in_flight -= 1;
+            done(completion);
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}

@@ -1,0 +1,305 @@
+//! Rings and memory come and go; devices too.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::disk::Abilities;
+use super::rig::*;
+use crate::addr::{Gpa, Span};
+use crate::engine::Options;
+use crate::hardware::AddressSpace;
+use crate::memory::{MemTable, Region};
+
+/// Where the second region lies, apart from the first.
+const FAR: u64 = 0x1000_0000;
+
+/// An engine that soon loses patience.
+fn impatient(abilities: Abilities) -> Rig {
+    let options = Options { rings: 4, spin: Duration::ZERO, patience: Duration::from_millis(50) };
+    Rig::with(abilities, options)
+}
+
+/// Runs `wait` on a thread, and `meanwhile` here; `wait` must not end before `meanwhile` has begun.
+fn while_waiting<T: Send>(wait: impl FnOnce() -> T + Send, meanwhile: impl FnOnce()) -> T {
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(wait);
+        std::thread::sleep(Duration::from_millis(30));
+        assert!(!waiter.is_finished(), "it waits");
+        meanwhile();
+        waiter.join().unwrap()
+    })
+}
+
+#[test]
+fn a_ring_that_was_never_started_stops_with_nothing() {
+    let rig = Rig::new(Abilities::default());
+    assert_eq!(rig.engine.stop_ring(3).unwrap(), None);
+    rig.engine.set_call(3, None);
+    rig.engine.set_kick(3, None);
+}
+
+#[test]
+fn a_stop_waits_for_what_was_taken_and_takes_no_more() {
+    let rig = Rig::new(Abilities { depth: 2, ..Abilities::default() });
+    let mut driver = rig.driver(0, Shape::default());
+    rig.disk.hold();
+    for sector in 0..2 {
+        driver.request(IN, sector, &[(DATA, 512)]);
+    }
+    driver.kick();
+    until("two commands", || rig.disk.held().len() == 2);
+
+    let base = while_waiting(
+        || rig.engine.stop_ring(0).unwrap(),
+        || {
+            driver.send(IN, 2, &[(DATA, 512)]);
+            rig.disk.unhold();
+        },
+    );
+
+    assert_eq!(base, Some(2));
+    assert_eq!(driver.used().len(), 2);
+    assert_eq!(driver.used_flags(), 0);
+}
+
+#[test]
+fn a_stopped_ring_goes_on_where_it_was() {
+    let rig = Rig::new(Abilities::default());
+    let (mut driver, setup) = rig.unstarted(0, Shape::default());
+    let base = {
+        rig.engine.start_ring(setup).unwrap();
+        rig.engine.set_enabled(0, true);
+        driver.send(IN, 0, &[(DATA, 512)]);
+        driver.wait(1);
+        rig.engine.stop_ring(0).unwrap().unwrap()
+    };
+    driver.request(IN, 1, &[(DATA, 512)]);
+    let setup = driver.setup(base);
+
+    rig.engine.start_ring(setup).unwrap();
+
+    driver.wait(1);
+}
+
+#[test]
+fn a_disabled_ring_takes_nothing_and_an_enabled_one_goes_on() {
+    let rig = Rig::new(Abilities::default());
+    let (mut driver, setup) = rig.unstarted(0, Shape::default());
+    rig.engine.start_ring(setup).unwrap();
+    driver.send(IN, 0, &[(DATA, 512)]);
+    let mut other = rig.driver(1, Shape::default());
+    other.send(IN, 0, &[(DATA, 512)]);
+    other.wait(1);
+    assert_eq!(driver.used_idx(), 0);
+
+    rig.engine.set_enabled(0, true);
+    driver.wait(1);
+    rig.engine.set_enabled(0, false);
+    driver.send(IN, 0, &[(DATA, 512)]);
+    other.send(IN, 0, &[(DATA, 512)]);
+    other.wait(1);
+
+    assert_eq!(driver.used_idx(), 1);
+}
+
+#[test]
+fn two_workers_serve_their_rings_independently() {
+    let rig = Rig::new(Abilities { queues: 2, ..Abilities::default() });
+    let mut drivers: Vec<_> = (0..4).map(|n| rig.driver(n, Shape::default())).collect();
+    rig.disk.hold();
+
+    for driver in &mut drivers {
+        driver.send(IN, 0, &[(DATA, 512)]);
+    }
+    until("four commands", || rig.disk.held().len() == 4);
+    let mut queues: Vec<_> = rig.disk.held().iter().map(|entry| entry.queue).collect();
+    queues.sort_unstable();
+
+    assert_eq!(queues, [0, 0, 1, 1]);
+    rig.disk.unhold();
+    drivers.iter_mut().for_each(|driver| drop(driver.wait(1)));
+}
+
+fn with(table: &MemTable, region: &Arc<Region>) -> Arc<MemTable> {
+    let regions = table.regions().iter().chain([region]).cloned();
+    Arc::new(MemTable::new(regions.collect()).unwrap())
+}
+
+#[test]
+fn memory_can_be_added_and_buffers_may_cross_the_seam() {
+    let rig = Rig::new(Abilities::default());
+    let mut driver = rig.driver(0, Shape::default());
+    let seam = BASE + LEN;
+    let next = region(seam, 0x1_0000);
+    let refused = driver.send(IN, 0, &[(seam - 256, 512)]);
+    driver.wait(1);
+    assert_eq!(driver.status(refused), 1);
+
+    rig.disk.add(&next).unwrap();
+    rig.engine.publish(with(&rig.table, &next));
+    rig.disk.write(0, &[0x5a; 1024]);
+    let direct = driver.send(IN, 0, &[(seam - 256, 512)]);
+    let bounced = driver.send(IN, 0, &[(seam - 511, 1024)]);
+    driver.wait(2);
+
+    assert_eq!((driver.status(direct), driver.status(bounced)), (0, 0));
+    assert_eq!(driver.bytes(seam - 511, 511), [0x5a; 511]);
+    let mut far = [0; 514];
+    next.window().copy_to(0, &mut far);
+    assert_eq!(far[..513], [0x5a; 513]);
+    assert_eq!(far[513], 0);
+}
+
+/// A rig with a second region, one request held that touches it and one that does not.
+fn far_and_near(rig: &Rig) -> (VirtDriver, Span<Gpa>, Arc<MemTable>) {
+    let far = region(FAR, 0x1_0000);
+    rig.disk.add(&far).unwrap();
+    rig.engine.publish(with(&rig.table, &far));
+    let mut driver = rig.driver(0, Shape::default());
+    rig.disk.write(0, &[0xc3; 512]);
+    rig.disk.hold();
+    driver.request(IN, 0, &[(DATA, 512)]);
+    driver.request(IN, 0, &[(FAR + 1, 512)]); // bounced, so the worker itself writes there at the end
+    driver.kick();
+    until("both commands", || rig.disk.held().len() == 2);
+    (driver, far.gpa(), Arc::clone(&rig.table))
+}
+
+#[test]
+fn a_withdrawal_waits_for_requests_that_touch_it_and_no_others() {
+    let rig = Rig::new(Abilities::default());
+    let (mut driver, far, table) = far_and_near(&rig);
+
+    while_waiting(|| rig.engine.withdraw(table, &[far]).unwrap(), || rig.disk.release(1));
+
+    assert_eq!(rig.disk.held().len(), 1);
+    assert_eq!(driver.wait(1)[0].1, 513);
+    let refused = driver.send(IN, 0, &[(FAR, 512)]);
+    driver.wait(1);
+    assert_eq!(driver.status(refused), 1);
+    rig.disk.unhold();
+    driver.wait(1);
+}
+
+#[test]
+fn a_withdrawal_of_unused_memory_does_not_wait() {
+    let rig = Rig::new(Abilities::default());
+    let (mut driver, far, table) = far_and_near(&rig);
+    rig.disk.release(1);
+    driver.wait(1);
+
+    rig.engine.withdraw(table, &[far]).unwrap();
+
+    assert_eq!(rig.disk.held().len(), 1);
+    rig.disk.unhold();
+    driver.wait(1);
+}
+
+#[test]
+fn a_ring_in_withdrawn_memory_is_broken() {
+    let rig = Rig::new(Abilities::default());
+    let driver = rig.driver(0, Shape::default());
+
+    rig.engine.withdraw(Arc::new(MemTable::default()), &[rig.region.gpa()]).unwrap();
+
+    assert_eq!(count(&driver.err), 1);
+    assert_eq!(rig.engine.stop_ring(0).unwrap(), Some(0));
+}
+
+#[test]
+fn a_device_that_loses_commands_is_reset_and_all_go_on() {
+    let rig = impatient(Abilities { queues: 2, ..Abilities::default() });
+    let mut drivers: Vec<_> = (0..3).map(|n| rig.driver(n, Shape::default())).collect();
+    rig.disk.hold();
+    let sent: Vec<_> = drivers.iter_mut().map(|driver| driver.send(IN, 0, &[(DATA, 512)])).collect();
+    until("three commands", || rig.disk.held().len() == 3);
+
+    assert_eq!(rig.engine.stop_ring(0).unwrap(), Some(1));
+
+    // Every request in flight has failed, on the other rings too.
+    for (driver, sent) in drivers.iter_mut().zip(&sent) {
+        assert_eq!(driver.wait(1), [(u32::from(sent.head), 1)]);
+        assert_eq!(driver.status(*sent), 1);
+    }
+    rig.disk.unhold();
+    for driver in &mut drivers[1..] {
+        let sent = driver.send(IN, 0, &[(DATA, 512)]);
+        driver.wait(1);
+        assert_eq!(driver.status(sent), 0);
+    }
+    assert_eq!(rig.disk.recoveries(), 1);
+    assert_eq!(rig.engine.statistics().recoveries, 1);
+}
+
+#[test]
+fn a_reset_gives_bounce_slots_back_and_ends_half_submitted_requests() {
+    let rig = impatient(Abilities { depth: 1024, ..Abilities::default() });
+    let (mut driver, setup) = rig.unstarted(0, Shape::default());
+    rig.disk.hold();
+    driver.request(IN, 0, &[(DATA + 1, 0xf_fe00)]);
+    driver.request(IN, 0, &[(DATA + 1, 0xf_fe00)]);
+    rig.engine.set_enabled(0, true);
+    rig.engine.start_ring(setup).unwrap();
+    until("all slots in use", || rig.disk.held().len() == 16);
+
+    assert_eq!(rig.engine.stop_ring(0).unwrap(), Some(2));
+
+    assert_eq!(driver.wait(2).iter().map(|&(_, len)| len).collect::<Vec<_>>(), [1, 1]);
+    rig.disk.unhold();
+    rig.engine.start_ring(driver.setup(2)).unwrap();
+    let sent = driver.send(IN, 0, &[(DATA + 1, 0xf_fe00)]);
+    driver.wait(1);
+    assert_eq!(driver.status(sent), 0);
+}
+
+#[test]
+fn a_withdrawal_does_not_wait_for_a_lost_command_for_ever() {
+    let rig = impatient(Abilities::default());
+    let (mut driver, far, table) = far_and_near(&rig);
+
+    rig.engine.withdraw(table, &[far]).unwrap();
+
+    assert_eq!(driver.wait(2).iter().map(|&(_, len)| len).collect::<Vec<_>>(), [1, 1]);
+    assert_eq!(rig.disk.recoveries(), 1);
+}
+
+#[test]
+fn when_the_device_does_not_come_back_every_request_fails_at_once() {
+    let rig = impatient(Abilities::default());
+    let mut driver = rig.driver(0, Shape::default());
+    let mut other = rig.driver(1, Shape::default());
+    rig.disk.hold();
+    driver.send(IN, 0, &[(DATA, 512)]);
+    until("a command", || rig.disk.held().len() == 1);
+    rig.disk.die();
+
+    rig.engine.stop_ring(0).unwrap();
+
+    assert_eq!(driver.wait(1)[0].1, 1);
+    for kind in [IN, OUT, FLUSH] {
+        let data = if kind == FLUSH { vec![] } else { vec![(DATA, 512)] };
+        let sent = other.send(kind, 0, &data);
+        other.wait(1);
+        assert_eq!(other.status(sent), 1);
+    }
+    assert_eq!(rig.engine.stop_ring(1).unwrap(), Some(3));
+}
+
+#[test]
+fn shutting_down_answers_everything_before_the_device_stops() {
+    let rig = Rig::new(Abilities { queues: 2, ..Abilities::default() });
+    let mut drivers: Vec<_> = (0..4).map(|n| rig.driver(n, Shape::default())).collect();
+    rig.disk.hold();
+    for driver in &mut drivers {
+        driver.send(OUT, 0, &[(DATA, 512)]);
+    }
+    until("four commands", || rig.disk.held().len() == 4);
+    let disk = rig.disk.clone();
+
+    while_waiting(|| rig.engine.shut_down(), || disk.unhold());
+
+    assert!(disk.is_shut_down());
+    for driver in &mut drivers {
+        assert_eq!(driver.used().len(), 1);
+    }
+}

@@ -1,0 +1,208 @@
+//! Who tells whom, and when not: calls to the driver, kicks from it, doorbells to the device.
+
+use std::time::Duration;
+
+use super::disk::Abilities;
+use super::rig::*;
+use crate::engine::Options;
+
+/// Completes `n` held requests one pass at a time.
+fn complete_one_by_one(rig: &Rig, driver: &VirtDriver, n: u16) {
+    for _ in 0..n {
+        let before = driver.used_idx();
+        rig.disk.release(0);
+        until("a used entry", || driver.used_idx() == before.wrapping_add(1));
+    }
+}
+
+/// A rig whose worker has taken `n` requests that the disk holds, and is awake.
+fn held(event_idx: bool, n: u64) -> (Rig, VirtDriver) {
+    let rig = Rig::new(Abilities::default());
+    let mut driver = rig.driver(0, Shape { event_idx, ..Shape::default() });
+    rig.disk.hold();
+    for sector in 0..n {
+        driver.request(IN, sector, &[(DATA, 512)]);
+    }
+    driver.kick();
+    until("commands", || rig.disk.held().len() == n as usize);
+    (rig, driver)
+}
+
+/// The worker has answered an order, so the pass before it is over.
+fn settle(rig: &Rig) {
+    rig.engine.set_enabled(0, true);
+}
+
+#[test]
+fn a_batch_costs_one_doorbell_one_publication_and_one_call() {
+    let rig = Rig::new(Abilities::default());
+    let (mut driver, setup) = rig.unstarted(0, Shape::default());
+    for sector in 0..20 {
+        driver.request(IN, sector, &[(DATA, 512)]);
+    }
+    rig.engine.start_ring(setup).unwrap();
+    rig.engine.set_enabled(0, true);
+
+    driver.wait(20);
+    settle(&rig);
+
+    let statistics = rig.engine.statistics();
+    assert_eq!((statistics.doorbells, statistics.calls), (1, 1));
+    assert_eq!(rig.disk.rings(), 1);
+    assert_eq!(count(&driver.call), 1);
+}
+
+#[test]
+fn no_interrupt_suppresses_every_call_and_only_while_it_stands() {
+    let (rig, driver) = held(false, 4);
+
+    driver.set_avail_flags(1);
+    complete_one_by_one(&rig, &driver, 2);
+    settle(&rig);
+    assert_eq!(count(&driver.call), 0);
+    driver.set_avail_flags(0);
+    complete_one_by_one(&rig, &driver, 2);
+    settle(&rig);
+
+    assert_eq!(count(&driver.call), 2);
+}
+
+#[test]
+fn used_event_suppresses_all_calls_but_the_one_asked_for() {
+    let (rig, driver) = held(true, 6);
+
+    // The first publication after a start always calls.
+    complete_one_by_one(&rig, &driver, 1);
+    settle(&rig);
+    assert_eq!(count(&driver.call), 1);
+    // A call is due when the entry at used_event is added: here the fourth.
+    driver.set_used_event(3);
+    for expected in [0, 0, 1, 0, 0] {
+        complete_one_by_one(&rig, &driver, 1);
+        settle(&rig);
+        assert_eq!(count(&driver.call), expected);
+    }
+}
+
+#[test]
+fn without_event_idx_the_driver_is_told_not_to_kick_while_the_worker_polls() {
+    let rig = Rig::with(
+        Abilities::default(),
+        Options { rings: 1, spin: Duration::from_secs(3600), patience: Duration::from_secs(20) },
+    );
+    let mut driver = rig.driver(0, Shape::default());
+
+    assert_eq!(driver.used_flags(), 1);
+    driver.request(IN, 0, &[(DATA, 512)]);
+    driver.wait(1);
+
+    assert_eq!(rig.engine.statistics().kicks, 0);
+}
+
+#[test]
+fn a_sleeping_worker_asks_for_kicks() {
+    for event_idx in [false, true] {
+        let rig = Rig::new(Abilities::default());
+        let mut driver = rig.driver(0, Shape { event_idx, base: 7, ..Shape::default() });
+        driver.send(IN, 0, &[(DATA, 512)]);
+        driver.wait(1);
+
+        if event_idx {
+            until("avail_event moves on", || driver.avail_event() == 8);
+        } else {
+            until("kicks are allowed", || driver.used_flags() == 0);
+        }
+        until("the worker sleeps", || sleeping(&rig));
+        driver.send(IN, 0, &[(DATA, 512)]);
+        driver.wait(1);
+    }
+}
+
+/// True if a worker's thread is blocked, by its kernel state.
+fn sleeping(_rig: &Rig) -> bool {
+    let mut any = false;
+    for task in std::fs::read_dir("/proc/self/task").unwrap().flatten() {
+        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        any |= stat.contains("(vdv-worker-0) S");
+    }
+    any
+}
+
+#[test]
+fn a_completion_wakes_a_sleeping_worker() {
+    let (rig, mut driver) = held(false, 1);
+    std::thread::sleep(Duration::from_millis(20));
+
+    rig.disk.release(0);
+
+    driver.wait(1);
+}
+
+#[test]
+fn kicks_without_requests_do_no_harm() {
+    let (rig, mut driver) = held(true, 1);
+    for _ in 0..100 {
+        driver.kick();
+    }
+    rig.disk.unhold();
+    driver.wait(1);
+    driver.send(IN, 0, &[(DATA, 512)]);
+    driver.wait(1);
+}
+
+#[test]
+fn a_ring_without_a_kick_eventfd_is_polled() {
+    let rig = Rig::new(Abilities::default());
+    let (mut driver, mut setup) = rig.unstarted(0, Shape::default());
+    setup.kick = None;
+    rig.engine.start_ring(setup).unwrap();
+    rig.engine.set_enabled(0, true);
+    std::thread::sleep(Duration::from_millis(5));
+
+    driver.request(IN, 0, &[(DATA, 512)]);
+
+    driver.wait(1);
+}
+
+#[test]
+fn eventfds_can_be_changed_while_the_ring_runs() {
+    let rig = Rig::new(Abilities::default());
+    let mut driver = rig.driver(0, Shape::default());
+    let (kick, call) = (event(), event());
+
+    rig.engine.set_kick(0, Some(kick.try_clone().unwrap()));
+    rig.engine.set_call(0, Some(call.try_clone().unwrap()));
+    driver.request(IN, 0, &[(DATA, 512)]);
+    rustix::io::write(&kick, &1_u64.to_ne_bytes()).unwrap();
+    driver.wait(1);
+
+    assert!(wait_readable(&call, Duration::from_secs(20)));
+    assert_eq!(count(&driver.call), 0);
+}
+
+#[test]
+fn a_full_call_eventfd_does_not_stop_the_worker() {
+    let rig = Rig::new(Abilities::default());
+    let mut driver = rig.driver(0, Shape::default());
+    rustix::io::write(&driver.call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+
+    for _ in 0..3 {
+        driver.send(IN, 0, &[(DATA, 512)]);
+        driver.wait(1);
+    }
+}
+
+#[test]
+fn a_kick_descriptor_that_hangs_up_breaks_the_ring_only() {
+    let rig = Rig::new(Abilities::default());
+    let driver = rig.driver(0, Shape::default());
+    let mut other = rig.driver(1, Shape::default());
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+
+    rig.engine.set_kick(0, Some(reader));
+    drop(writer);
+
+    assert!(wait_readable(&driver.err, Duration::from_secs(20)));
+    other.send(IN, 0, &[(DATA, 512)]);
+    other.wait(1);
+}

@@ -1,0 +1,270 @@
+//! The split ring beside `virtio-queue`, over the same bytes: random chains, valid and hostile, popped by both.
+//!
+//! Where `virtio-queue` is well-defined both must agree. It hides errors, though: a bad link ends a chain early, a loop is
+//! cut after as many descriptors as the ring has, INDIRECT with NEXT and buffers in the wrong order pass. There the oracle is
+//! the specification, written down in [`verdict`] as plainly as possible and without regard to speed.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+
+use super::rig::{INDIRECT, NEXT, WRITE};
+use crate::addr::{Gpa, Qva, Span};
+use crate::engine::RingSetup;
+use crate::engine::chain::{Chain, ChainFault};
+use crate::engine::guest::Guest;
+use crate::engine::virtqueue::SplitRing;
+use crate::memory::{MemTable, Region, RegionSpec};
+
+const SIZE: u16 = 8;
+const DESC: u64 = 0x1000;
+const AVAIL: u64 = 0x2000;
+const USED: u64 = 0x3000;
+/// Two indirect tables of at most sixteen entries.
+const TABLES: [u64; 2] = [0x4000, 0x5000];
+const TABLE_ENTRIES: u16 = 16;
+const MEMORY: u64 = 0x1_0000;
+
+#[derive(Clone, Copy, Debug)]
+struct Desc {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+#[derive(Clone, Debug)]
+struct Scene {
+    table: Vec<Desc>,
+    indirect: [Vec<Desc>; 2],
+    heads: Vec<u16>,
+}
+
+/// What the specification makes of a chain.
+#[derive(Debug, PartialEq)]
+enum Verdict {
+    /// Buffers in order: address, length, writable.
+    Valid(Vec<(u64, u32, bool)>),
+    /// The end of the chain cannot be known.
+    Lost,
+    /// The end is known, but a buffer is wrong.
+    Wrong,
+}
+
+/// Reads a chain as virtio 1.2 §2.7.5 has it.
+fn verdict(scene: &Scene, head: u16) -> Verdict {
+    let mut buffers = Vec::new();
+    let (mut table, mut index, mut nested) = (&scene.table[..], head, false);
+    let mut seen = HashSet::new();
+    loop {
+        let Some(desc) = table.get(usize::from(index)) else { return Verdict::Lost };
+        if !seen.insert((nested, index)) {
+            return Verdict::Lost;
+        }
+        if desc.flags & INDIRECT != 0 {
+            let place = TABLES.iter().position(|&start| start == desc.addr);
+            let entries = desc.len / 16;
+            if nested || desc.flags & NEXT != 0 || !desc.len.is_multiple_of(16) || entries == 0 {
+                return Verdict::Lost;
+            }
+            let Some(place) = place else { return Verdict::Lost };
+            // A table shorter than what is written there: links past its end are bad.
+            table = &scene.indirect[place][..entries as usize];
+            (index, nested) = (0, true);
+            continue;
+        }
+        buffers.push((desc.addr, desc.len, desc.flags & WRITE != 0));
+        if desc.flags & NEXT == 0 {
+            break;
+        }
+        index = desc.next;
+    }
+    let wraps = |&(addr, len, _): &(u64, u32, bool)| len != 0 && addr.checked_add(u64::from(len) - 1).is_none();
+    buffers.retain(|&(_, len, _)| len != 0);
+    let ordered = buffers.is_sorted_by_key(|&(_, _, writable)| writable);
+    if !ordered || buffers.iter().any(wraps) { Verdict::Wrong } else { Verdict::Valid(buffers) }
+}
+
+/// One memory, seen by both.
+struct Stage {
+    ours: Guest,
+    ring: SplitRing,
+    memory: GuestMemoryMmap,
+    theirs: Queue,
+}
+
+fn stage(scene: &Scene) -> Stage {
+    let file = Arc::new(File::from(memfd_create("oracle", MemfdFlags::CLOEXEC).unwrap()));
+    ftruncate(&*file, MEMORY).unwrap();
+    let gpa = Span::new(Gpa(0), MEMORY).unwrap();
+    let spec = RegionSpec { gpa, qva: Qva(0), offset: 0, file: Arc::clone(&file) };
+    let region = Arc::new(Region::map(spec).unwrap());
+    let place = FileOffset::from_arc(file, 0);
+    let memory = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), MEMORY as usize, Some(place))]).unwrap();
+    write(scene, &memory);
+
+    let table = Arc::new(MemTable::new(vec![region]).unwrap());
+    let span = |start, len| Span::new(Gpa(start), len).unwrap();
+    let setup = RingSetup {
+        index: 0,
+        size: SIZE,
+        desc: span(DESC, 0x1000),
+        avail: span(AVAIL, 0x1000),
+        used: span(USED, 0x1000),
+        base: 0,
+        event_idx: false,
+        indirect: true,
+        kick: None,
+        call: None,
+        err: None,
+    };
+    let ring = SplitRing::new(&setup, &table).unwrap();
+    let mut ours = Guest::default();
+    ours.publish(table);
+    let mut theirs = Queue::new(SIZE).unwrap();
+    theirs.set_desc_table_address(Some(DESC as u32), Some(0));
+    theirs.set_avail_ring_address(Some(AVAIL as u32), Some(0));
+    theirs.set_used_ring_address(Some(USED as u32), Some(0));
+    theirs.set_ready(true);
+    assert!(theirs.is_valid(&memory));
+    Stage { ours, ring, memory, theirs }
+}
+
+fn write(scene: &Scene, memory: &GuestMemoryMmap) {
+    let tables = [(DESC, &scene.table), (TABLES[0], &scene.indirect[0]), (TABLES[1], &scene.indirect[1])];
+    for (start, descs) in tables {
+        for (n, desc) in descs.iter().enumerate() {
+            let at = start + 16 * n as u64;
+            memory.write_obj(desc.addr, GuestAddress(at)).unwrap();
+            memory.write_obj(desc.len, GuestAddress(at + 8)).unwrap();
+            memory.write_obj(desc.flags, GuestAddress(at + 12)).unwrap();
+            memory.write_obj(desc.next, GuestAddress(at + 14)).unwrap();
+        }
+    }
+    for (n, head) in scene.heads.iter().enumerate() {
+        memory.write_obj(*head, GuestAddress(AVAIL + 4 + 2 * n as u64)).unwrap();
+    }
+    memory.write_obj(scene.heads.len() as u16, GuestAddress(AVAIL + 2)).unwrap();
+}
+
+fn descriptor(entries: u16) -> impl Strategy<Value = Desc> {
+    let buffer = (0x6000..0x7000_u64, 0..0x800_u32);
+    let odd = prop_oneof![Just((u64::MAX, 1)), Just((u64::MAX, 2)), Just((0x6000, 0)), (any::<u64>(), any::<u32>())];
+    let indirect = (prop::sample::select(TABLES.to_vec()), 0..=u32::from(TABLE_ENTRIES) * 16);
+    let whole_table =
+        (prop::sample::select(TABLES.to_vec()), 1..=u32::from(TABLE_ENTRIES)).prop_map(|(addr, n)| (addr, n * 16));
+    let next = prop_oneof![20 => 0..entries, 1 => any::<u16>()];
+    let plain = prop_oneof![10 => Just(NEXT), 3 => Just(0), 10 => Just(NEXT | WRITE), 6 => Just(WRITE)];
+    prop_oneof![
+        30 => (buffer, plain, next.clone()),
+        1 => (odd, 0..8_u16, next.clone()),
+        2 => (indirect, prop_oneof![9 => Just(INDIRECT), 1 => 0..8_u16], next.clone()),
+        5 => (whole_table, prop_oneof![9 => Just(INDIRECT), 1 => Just(INDIRECT | WRITE)], next),
+    ]
+    .prop_map(|((addr, len), flags, next)| Desc { addr, len, flags, next })
+}
+
+fn scene() -> impl Strategy<Value = Scene> {
+    let table = prop::collection::vec(descriptor(SIZE), usize::from(SIZE));
+    let indirect = || prop::collection::vec(descriptor(TABLE_ENTRIES), usize::from(TABLE_ENTRIES));
+    let heads = prop::collection::vec(0..SIZE, 1..=usize::from(SIZE));
+    (table, indirect(), indirect(), heads).prop_map(|(table, one, two, heads)| Scene {
+        table,
+        indirect: [one, two],
+        heads,
+    })
+}
+
+fn buffers(chain: &Chain) -> Vec<(u64, u32, bool)> {
+    let part = |spans: &[Span<Gpa>], writable| {
+        let flat = spans.iter().map(|span| (span.start().0, span.len() as u32, writable));
+        flat.collect::<Vec<_>>()
+    };
+    [part(chain.readable(), false), part(chain.writable(), true)].concat()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    #[test]
+    fn chains_are_what_virtio_queue_and_the_specification_say(scene in scene()) {
+        let mut stage = stage(&scene);
+        let mut chain = Chain::default();
+        prop_assert_eq!(usize::from(stage.ring.available().unwrap()), scene.heads.len());
+        for &head in &scene.heads {
+            stage.ring.take(&mut stage.ours, &mut chain).unwrap();
+            let theirs = stage.theirs.pop_descriptor_chain(&stage.memory).unwrap();
+            prop_assert_eq!((chain.head(), theirs.head_index()), (head, head));
+            match verdict(&scene, head) {
+                Verdict::Valid(expected) => {
+                    let kept = |desc: &virtio_queue::desc::split::Descriptor| desc.len() != 0;
+                    let theirs: Vec<_> =
+                        theirs.filter(kept).map(|d| (d.addr().0, d.len(), d.is_write_only())).collect();
+                    prop_assert_eq!(&theirs, &expected);
+                    prop_assert_eq!(buffers(&chain), expected);
+                    prop_assert_eq!(chain.fault(), None);
+                }
+                Verdict::Lost => {
+                    prop_assert!(chain.fault().is_some());
+                    prop_assert_eq!(chain.last_writable(), None);
+                }
+                Verdict::Wrong => {
+                    let fault = chain.fault();
+                    prop_assert!(matches!(fault, Some(ChainFault::Order | ChainFault::Wraps { .. })), "{:?}", fault);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn used_entries_and_notifications_are_as_virtio_queue_has_them(
+        batches in prop::collection::vec((1..=SIZE, any::<u16>(), any::<bool>()), 1..200),
+        start in any::<u16>(),
+    ) {
+        let plain = Desc { addr: 0x6000, len: 1, flags: WRITE, next: 0 };
+        let scene = Scene { table: vec![plain; SIZE.into()], indirect: [vec![], vec![]], heads: vec![0] };
+        let mut stage = stage(&scene);
+        let memory = &stage.memory;
+        memory.write_obj(start, GuestAddress(USED + 2)).unwrap();
+        let span = |start, len| Span::new(Gpa(start), len).unwrap();
+        let setup = RingSetup {
+            index: 0, size: SIZE, base: 0, event_idx: true, indirect: true, kick: None, call: None, err: None,
+            desc: span(DESC, 0x1000), avail: span(AVAIL, 0x1000), used: span(USED, 0x1000),
+        };
+        let mut ring = SplitRing::new(&setup, stage.ours.table()).unwrap();
+        stage.theirs.set_next_used(start);
+        stage.theirs.set_event_idx(true);
+        let (mut idx, mut first) = (start, true);
+        for (count, event, near) in batches {
+            // Events near the index are the interesting ones.
+            let event = if near { idx.wrapping_add(event % 16).wrapping_sub(8) } else { event };
+            memory.write_obj(event, GuestAddress(AVAIL + 4 + 2 * u64::from(SIZE))).unwrap();
+            for n in 0..count {
+                stage.theirs.add_used(memory, n, u32::from(event) + u32::from(n)).unwrap();
+            }
+            let expected = stage.theirs.needs_notification(memory).unwrap();
+            let mut theirs = [0_u8; 8 * SIZE as usize];
+            memory.read_slice(&mut theirs, GuestAddress(USED + 4)).unwrap();
+            memory.write_obj(idx, GuestAddress(USED + 2)).unwrap();
+
+            for n in 0..count {
+                ring.push_used(n, u32::from(event) + u32::from(n));
+            }
+            prop_assert!(ring.has_unpublished());
+            prop_assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), idx);
+            // After a start we always notify once, as the kernel's vhost does: an entry from before may be unannounced.
+            prop_assert_eq!(ring.publish(), std::mem::take(&mut first) || expected);
+
+            idx = idx.wrapping_add(count);
+            let mut ours = [0_u8; 8 * SIZE as usize];
+            memory.read_slice(&mut ours, GuestAddress(USED + 4)).unwrap();
+            prop_assert_eq!(ours, theirs);
+            prop_assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), idx);
+        }
+    }
+}

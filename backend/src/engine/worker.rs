@@ -1,0 +1,314 @@
+//! A worker: one thread that owns some rings and one device queue, and shares neither. It polls while there is work and
+//! for a bounded time after, then arms every notification, looks a last time, and sleeps in one epoll.
+//!
+//! ```text
+//!            work               `spin` without work              nothing came in while arming
+//!  Polling -------> Polling ; Polling ------------> Arming ----------------------------------> Sleeping
+//!     ^                                               |  something came in                        | kick, device or order
+//!     +-----------------------------------------------+-------------------------------------------+
+//!
+//!  Device:  Live --HandBack--> Away --Adopt(queue)--> Live
+//!                                   --Adopt(none)---> Gone      every request is answered with an error
+//! ```
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use super::mailbox::{Mailbox, Order};
+use super::pass::Path;
+use super::ring::{Ring, State, drain};
+use super::{EngineError, RingSetup};
+use crate::addr::{Gpa, Span};
+use crate::driver::Queue;
+use crate::memory::MemTable;
+use crate::sys::Poller;
+
+/// Poller token of the device's completion event; rings have their seat's number.
+const DEVICE: u64 = u64::MAX;
+/// Poller token of the mailbox.
+const ORDERS: u64 = u64::MAX - 1;
+
+/// See the drawing above.
+enum Device {
+    Live(Box<dyn Queue>),
+    Away,
+    Gone,
+}
+
+/// An order that is answered when something in flight has ended.
+enum Promise {
+    Stop(usize, Sender<Option<u16>>),
+    Withdraw(Arc<[Span<Gpa>]>, Sender<()>),
+}
+
+/// What one thread owns.
+pub(super) struct Worker {
+    path: Path,
+    device: Device,
+    /// True if the device may have signalled its event since it was last emptied.
+    stale: bool,
+    mailbox: Arc<Mailbox>,
+    poller: Poller,
+    promises: Vec<Promise>,
+    spin: Duration,
+    quit: bool,
+}
+
+impl Worker {
+    pub(super) fn new(
+        path: Path,
+        queue: Box<dyn Queue>,
+        mailbox: Arc<Mailbox>,
+        spin: Duration,
+    ) -> std::io::Result<Self> {
+        let poller = Poller::new()?;
+        poller.add(mailbox.event(), ORDERS)?;
+        poller.add(queue.event(), DEVICE)?;
+        let device = Device::Live(queue);
+        Ok(Self { path, device, stale: false, mailbox, poller, promises: Vec::new(), spin, quit: false })
+    }
+
+    /// The thread's body.
+    pub(super) fn run(mut self) {
+        let mut idle_since = None;
+        while !self.quit {
+            if self.mailbox.has_orders() {
+                self.mailbox.take().into_iter().for_each(|order| self.obey(order));
+                idle_since = None;
+                continue;
+            }
+            if self.pass() {
+                idle_since = None;
+                continue;
+            }
+            let now = Instant::now();
+            if now.duration_since(*idle_since.get_or_insert(now)) < self.spin || self.must_poll() {
+                std::hint::spin_loop();
+            } else {
+                self.sleep();
+                idle_since = None;
+            }
+        }
+    }
+
+    /// Once round: completions, new requests, doorbell, used rings. True if there was anything to do.
+    #[inline]
+    fn pass(&mut self) -> bool {
+        let path = &mut self.path;
+        let mut busy = false;
+        match &mut self.device {
+            Device::Live(queue) => {
+                let queue = &mut **queue;
+                if path.reap(queue) {
+                    self.stale = true;
+                    busy = true;
+                }
+                if path.submit(queue) {
+                    // Entries and data lie in memory, the device does not know yet: what it must see is made visible here.
+                    queue.ring();
+                    path.counters.doorbells.add(1);
+                    busy = true;
+                }
+            }
+            Device::Away => {}
+            Device::Gone => path.refuse(),
+        }
+        busy |= path.publish();
+        if busy && !self.promises.is_empty() {
+            self.keep_promises();
+        }
+        busy
+    }
+
+    /// True if a ring has no kick eventfd: then nothing would end a sleep.
+    fn must_poll(&self) -> bool {
+        self.path.served().any(Ring::is_polled)
+    }
+
+    /// Arms every notification, looks a last time, and waits for one of them.
+    fn sleep(&mut self) {
+        if let Device::Live(queue) = &self.device
+            && std::mem::take(&mut self.stale)
+        {
+            drain(queue.event());
+        }
+        self.path.served().for_each(|ring| ring.queue.arm());
+        // This last pass sees every chain for which there will be no kick.
+        if !self.pass() {
+            self.wait();
+        }
+        self.path.served().for_each(|ring| ring.queue.disarm());
+    }
+
+    fn wait(&mut self) {
+        let Self { poller, path, device, stale, .. } = self;
+        let mut useless = Vec::new();
+        let waited = poller.wait(None, |event| match event.token {
+            ORDERS => {} // emptied when the orders are taken
+            DEVICE => {
+                if let Device::Live(queue) = device {
+                    drain(queue.event());
+                    *stale = false;
+                }
+            }
+            seat => {
+                path.counters.kicks.add(1);
+                let ring = usize::try_from(seat).ok().and_then(|seat| path.seats.get(seat)?.ring.as_ref());
+                if ring.is_some_and(|ring| !ring.drain_kick()) {
+                    useless.push(seat);
+                }
+            }
+        });
+        if let Err(error) = waited {
+            log::error!("wait for notifications: {error}; polling instead");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        for seat in useless.into_iter().filter_map(|seat| usize::try_from(seat).ok()) {
+            self.path.fail_ring(seat, &"its kick descriptor cannot be read");
+            if let Some(ring) = &mut self.path.seats[seat].ring {
+                ring.unwatch(&self.poller);
+            }
+        }
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Start(seat, setup, answer) => tell(&answer, self.start(seat, *setup)),
+            Order::Stop(seat, answer) => self.stop(seat, answer),
+            Order::Enable(seat, enabled, answer) => {
+                self.path.seats[seat].enabled = enabled;
+                tell(&answer, ());
+            }
+            Order::Call(seat, fd, answer) => {
+                self.with_ring(seat, |ring, _| ring.set_call(fd));
+                tell(&answer, ());
+            }
+            Order::Err(seat, fd, answer) => {
+                self.with_ring(seat, |ring, _| ring.set_err(fd));
+                tell(&answer, ());
+            }
+            Order::Kick(seat, fd, answer) => {
+                self.with_ring(seat, |ring, poller| {
+                    if let Err(error) = ring.set_kick(fd, poller, seat as u64) {
+                        log::error!("watch a kick eventfd: {error}; the ring is polled");
+                    }
+                });
+                tell(&answer, ());
+            }
+            Order::Publish(table, answer) => {
+                self.path.guest.publish(table);
+                tell(&answer, ());
+            }
+            Order::Withdraw(table, removed, answer) => self.withdraw(table, removed, answer),
+            Order::HandBack(answer) => {
+                self.hand_back();
+                tell(&answer, ());
+            }
+            Order::Adopt(queue, answer) => {
+                self.adopt(queue);
+                tell(&answer, ());
+            }
+            Order::Quit => self.quit = true,
+        }
+    }
+
+    fn with_ring(&mut self, seat: usize, change: impl FnOnce(&mut Ring, &Poller)) {
+        if let Some(ring) = &mut self.path.seats[seat].ring {
+            change(ring, &self.poller);
+        }
+    }
+
+    fn start(&mut self, seat: usize, setup: RingSetup) -> Result<(), EngineError> {
+        if self.path.seats[seat].ring.is_some() {
+            return Err(EngineError::RingRunning(setup.index));
+        }
+        let size = setup.size;
+        let ring = Ring::start(setup, self.path.guest.table(), &self.poller, seat as u64)?;
+        self.path.flights.reserve(size);
+        self.path.seats[seat].ring = Some(ring);
+        Ok(())
+    }
+
+    fn stop(&mut self, seat: usize, answer: Sender<Option<u16>>) {
+        match &mut self.path.seats[seat].ring {
+            None => tell(&answer, None),
+            Some(ring) => {
+                ring.state = State::Draining;
+                self.promises.push(Promise::Stop(seat, answer));
+                self.keep_promises();
+            }
+        }
+    }
+
+    fn withdraw(&mut self, table: Arc<MemTable>, removed: Arc<[Span<Gpa>]>, answer: Sender<()>) {
+        for seat in 0..self.path.seats.len() {
+            let Some(ring) = &self.path.seats[seat].ring else { continue };
+            let lost = |area: &Span<Gpa>| removed.iter().any(|span| span.overlaps(area));
+            if ring.state == State::Serving && ring.areas.iter().any(lost) {
+                self.path.fail_ring(seat, &"the memory it lies in has been taken away");
+            }
+        }
+        self.path.guest.withdraw(table);
+        self.promises.push(Promise::Withdraw(removed, answer));
+        self.keep_promises();
+    }
+
+    /// Answers the orders whose time has come. Used entries have been published by then.
+    fn keep_promises(&mut self) {
+        self.path.publish();
+        for promise in std::mem::take(&mut self.promises) {
+            match promise {
+                Promise::Stop(seat, answer) => match self.path.seats[seat].ring.take_if(|ring| ring.in_flight == 0) {
+                    Some(mut ring) => {
+                        ring.unwatch(&self.poller);
+                        ring.queue.arm(); // whoever serves it next expects kicks
+                        tell(&answer, Some(ring.queue.next_avail()));
+                    }
+                    None => self.promises.push(Promise::Stop(seat, answer)),
+                },
+                Promise::Withdraw(removed, answer) => {
+                    if self.path.flights.touch(&removed) {
+                        self.promises.push(Promise::Withdraw(removed, answer));
+                    } else {
+                        self.path.guest.forget();
+                        tell(&answer, ());
+                    }
+                }
+            }
+        }
+    }
+
+    fn hand_back(&mut self) {
+        if let Device::Live(queue) = std::mem::replace(&mut self.device, Device::Away)
+            && let Err(error) = self.poller.remove(queue.event())
+        {
+            log::error!("stop watching the device's event: {error}");
+        }
+    }
+
+    fn adopt(&mut self, queue: Option<Box<dyn Queue>>) {
+        self.path.abandon();
+        self.device = match queue {
+            None => Device::Gone,
+            Some(queue) => {
+                if let Err(error) = self.poller.add(queue.event(), DEVICE) {
+                    log::error!("watch the device's event: {error}");
+                }
+                Device::Live(queue)
+            }
+        };
+        self.keep_promises();
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.mailbox.close();
+    }
+}
+
+/// Answers an order. Nobody waits any more if the control thread has given up on it.
+fn tell<T>(answer: &Sender<T>, value: T) {
+    let _ = answer.send(value);
+}
