@@ -24,3 +24,4 @@ pub mod iommu;
 pub mod memory;
 pub mod sys;
 pub mod vfio;
+pub mod vhost_user;

@@ -1,0 +1,164 @@
+//! Where front-ends come from: a path, or a descriptor that someone else has opened for us.
+//!
+//! A path belongs to us from the moment we bound it: a stale socket is removed only after a connect has proved it dead, and
+//! at the end only the file that we made ourselves.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::net::{AddressFamily, SocketType, sockopt};
+
+use super::Error;
+use super::error::MAX_SOCKET_PATH;
+use super::peer::Peer;
+use crate::sys::{inherit, take_variable};
+
+/// systemd passes sockets from this number on (sd_listen_fds(3)).
+const LISTEN_FDS_START: i32 = 3;
+
+/// Where to wait for front-ends.
+pub enum Listen {
+    /// A socket to be made at this path.
+    Path(PathBuf),
+    /// A socket made by someone else: listening, or connected to the one front-end there will be.
+    Fd(OwnedFd),
+}
+
+/// An open [`Listen`].
+pub(super) enum Entrance {
+    Listening(Listener),
+    Connected(UnixStream),
+}
+
+/// A listening socket, and the file it has at its path if that is ours.
+pub(super) struct Listener {
+    pub(super) socket: UnixListener,
+    _file: Option<SocketFile>,
+}
+
+struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Listen {
+    /// The socket that a service manager has passed to this process, if it has (sd_listen_fds(3)).
+    ///
+    /// # Errors
+    /// [`Error::ActivationCount`], [`Error::NotASocket`].
+    pub fn activated() -> Result<Option<Self>, Error> {
+        let (count, pid) = (take_variable("LISTEN_FDS"), take_variable("LISTEN_PID"));
+        let (Some(count), Some(pid)) = (count, pid) else { return Ok(None) };
+        if pid.parse() != Ok(std::process::id()) {
+            return Ok(None);
+        }
+        if count != "1" {
+            return Err(Error::ActivationCount(count));
+        }
+        Self::inherited(LISTEN_FDS_START).map(Some)
+    }
+
+    /// The socket with this number, passed by whoever started this process.
+    ///
+    /// # Errors
+    /// [`Error::NotASocket`] if it is not open, or is not ours to take.
+    pub fn inherited(number: i32) -> Result<Self, Error> {
+        let fd = inherit(number).map_err(|error| Error::NotASocket { number, found: error.to_string() })?;
+        Ok(Self::Fd(fd))
+    }
+
+    pub(super) fn open(self) -> Result<Entrance, Error> {
+        match self {
+            Self::Path(path) => Listener::bind(path).map(Entrance::Listening),
+            Self::Fd(fd) => adopt(fd),
+        }
+    }
+}
+
+/// Tells a listening socket from a connected one.
+fn adopt(fd: OwnedFd) -> Result<Entrance, Error> {
+    let number = fd.as_raw_fd();
+    let wrong = |found: String| Error::NotASocket { number, found };
+    let errno = |error: rustix::io::Errno| Error::NotASocket { number, found: error.to_string() };
+    let domain = sockopt::socket_domain(&fd).map_err(errno)?;
+    let kind = sockopt::socket_type(&fd).map_err(errno)?;
+    if domain != AddressFamily::UNIX || kind != SocketType::STREAM {
+        return Err(wrong("a socket of another family or type".into()));
+    }
+    if !sockopt::socket_acceptconn(&fd).map_err(errno)? {
+        return Ok(Entrance::Connected(UnixStream::from(fd)));
+    }
+    let socket = UnixListener::from(fd);
+    socket.set_nonblocking(true).map_err(Error::system("set O_NONBLOCK"))?;
+    log::info!("listening on inherited socket {number}");
+    Ok(Entrance::Listening(Listener { socket, _file: None }))
+}
+
+impl Listener {
+    fn bind(path: PathBuf) -> Result<Self, Error> {
+        if path.as_os_str().len() > MAX_SOCKET_PATH {
+            return Err(Error::PathTooLong { path });
+        }
+        let socket = match UnixListener::bind(&path) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {
+                remove_if_dead(&path)?;
+                UnixListener::bind(&path).map_err(step(&path, "bind"))?
+            }
+            other => other.map_err(step(&path, "bind"))?,
+        };
+        socket.set_nonblocking(true).map_err(step(&path, "set O_NONBLOCK"))?;
+        let file = fs::symlink_metadata(&path).map_err(step(&path, "stat"))?;
+        let (mode, uid) = (file.permissions().mode() & 0o777, file.uid());
+        log::info!("listening on {} (mode {mode:03o}, uid {uid})", path.display());
+        Ok(Self { socket, _file: Some(SocketFile { path, identity: (file.dev(), file.ino()) }) })
+    }
+
+    /// The next front-end, if one waits.
+    pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
+        match self.socket.accept() {
+            Ok((stream, _)) => Ok(Some(stream)),
+            Err(error) => match error.kind() {
+                ErrorKind::WouldBlock | ErrorKind::ConnectionAborted | ErrorKind::Interrupted => Ok(None),
+                _ => Err(error),
+            },
+        }
+    }
+}
+
+/// For `map_err` on a step that concerns `path`.
+fn step(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Path { path: path.to_owned(), what, source }
+}
+
+/// Removes a socket file that nobody listens on.
+fn remove_if_dead(path: &Path) -> Result<(), Error> {
+    if !fs::symlink_metadata(path).map_err(step(path, "stat"))?.file_type().is_socket() {
+        return Err(Error::NotASocketFile { path: path.to_owned() });
+    }
+    match UnixStream::connect(path) {
+        Ok(stream) => {
+            let holder = Peer::of(&stream).map_or_else(|_| "another process".into(), |peer| peer.to_string());
+            Err(Error::PathTaken { path: path.to_owned(), holder })
+        }
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            log::info!("removing {}, left behind by a process that is gone", path.display());
+            fs::remove_file(path).map_err(step(path, "remove the dead socket"))
+        }
+        Err(error) => Err(step(path, "find out whether someone listens there")(error)),
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let ours = fs::symlink_metadata(&self.path).is_ok_and(|file| (file.dev(), file.ino()) == self.identity);
+        if ours && let Err(error) = fs::remove_file(&self.path) {
+            let path: &OsStr = self.path.as_os_str();
+            log::warn!("removing {path:?}: {error}");
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! Who the front-end is, and what its own view of the shared memory is; for the log, and to catch memory that is shared
+//! with us but not with the guest.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+
+use crate::addr::Qva;
+use crate::sys::{Credentials, peer_credentials};
+
+/// The process at the other end of a socket.
+pub(super) struct Peer {
+    credentials: Credentials,
+    name: String,
+}
+
+impl Peer {
+    pub(super) fn of(socket: impl AsFd) -> io::Result<Self> {
+        let credentials = peer_credentials(socket)?;
+        let comm = credentials.pid.and_then(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).ok());
+        // A process chooses its own name; it must not be able to write control characters into the log.
+        let name = comm.map_or_else(|| "unknown program".into(), |name| name.trim_end().escape_debug().to_string());
+        Ok(Self { credentials, name })
+    }
+
+    /// True if the process is known to see the file with this `inode` at `address` as a private copy: QEMU up to 10 sends
+    /// such memory, although neither we nor the device can reach what the guest has written there.
+    pub(super) fn maps_privately(&self, inode: u64, address: Qva) -> bool {
+        let Some(pid) = self.credentials.pid else { return false };
+        // Not readable for another user, or from another PID namespace; then nothing is known.
+        fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| is_private(&maps, inode, address))
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.credentials.pid {
+            Some(pid) => write!(f, "{} (pid {pid}, uid {})", self.name, self.credentials.uid),
+            None => write!(f, "{} (pid not visible from here, uid {})", self.name, self.credentials.uid),
+        }
+    }
+}
+
+/// Looks up `address` in the text of `/proc/PID/maps` (proc(5)): `start-end perms offset dev inode path`.
+fn is_private(maps: &str, inode: u64, address: Qva) -> bool {
+    let holds = |line: &&str| {
+        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+        let start = u64::from_str_radix(start, 16).ok()?;
+        let end = u64::from_str_radix(end, 16).ok()?;
+        Some(start <= address.0 && address.0 < end)
+    };
+    let Some(line) = maps.lines().find(|line| holds(line) == Some(true)) else { return false };
+    let mut fields = line.split_ascii_whitespace();
+    let private = fields.nth(1).is_some_and(|permissions| permissions.ends_with('p'));
+    let same_file = fields.nth(2).is_some_and(|found| found.parse() == Ok(inode));
+    private && same_file
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    const MAPS: &str = "\
+7f0000000000-7f0000400000 rw-s 00000000 00:01 1034                       /memfd:shared (deleted)
+7f0000400000-7f0000800000 rw-p 00000000 00:01 1035                       /memfd:private (deleted)
+7f0000800000-7f0000900000 rw-p 00000000 00:00 0
+";
+
+    #[test]
+    fn a_private_mapping_of_the_same_file_is_found() {
+        assert!(is_private(MAPS, 1035, Qva(0x7f00_0040_0000)));
+        assert!(is_private(MAPS, 1035, Qva(0x7f00_007f_ffff)));
+    }
+
+    #[test]
+    fn anything_else_is_given_the_benefit_of_the_doubt() {
+        assert!(!is_private(MAPS, 1034, Qva(0x7f00_0000_0000)), "shared");
+        assert!(!is_private(MAPS, 1034, Qva(0x7f00_0040_0000)), "another file");
+        assert!(!is_private(MAPS, 1034, Qva(0x1000)), "nothing there");
+        assert!(!is_private("no maps\n\n-\n", 0, Qva(0)), "not the format we know");
+    }
+
+    #[test]
+    fn a_peer_is_named_with_its_pid() {
+        let (one, _other) = UnixStream::pair().unwrap();
+        let peer = Peer::of(&one).unwrap();
+        assert!(peer.to_string().contains(&format!("pid {}", std::process::id())), "{peer}");
+    }
+}

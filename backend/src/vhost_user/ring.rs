@@ -1,0 +1,306 @@
+//! The life of one virtqueue as the front-end sets it up (vhost-user: "Ring states"). Each state is a type that holds what
+//! is known in it, so a ring that runs always has all its parts, and one that does not can have any of them.
+//!
+//! ```text
+//!          NUM ADDR BASE KICK, in any order          enabled, and all of it in shared memory
+//!  Setup ────────────────────────────────▶ Complete ────────────────────────────────▶ Running
+//!    ▲    with the last of NUM ADDR KICK       ▲                                       │ │
+//!    │                                         └───────────────────────────────────────┘ │
+//!    │                                           suspended: its memory is taken away     │
+//!    └───────────────────────────────────────────────────────────────────────────────────┘
+//!                                        GET_VRING_BASE, reset, front-end gone
+//! ```
+//!
+//! A ring starts only when it is also enabled, so nothing is taken from it before the front-end has said the last word;
+//! disabling it later pauses it without leaving `Running`. The call and error descriptors belong to the ring in every
+//! state: QEMU sends them before the first reset and does not repeat the error descriptor at a restart.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use super::Error;
+use super::features::VirtioFeatures;
+use crate::addr::{Address, Gpa, Qva, Span};
+use crate::engine::{Engine, RingSetup};
+use crate::memory::MemTable;
+
+/// Largest ring, entries; what QEMU allows at most.
+pub(super) const MAX_SIZE: u16 = 1024;
+
+/// Where the front-end says the three parts of a ring are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Addresses {
+    pub(super) desc: Qva,
+    pub(super) avail: Qva,
+    pub(super) used: Qva,
+}
+
+/// How the ring's driver says that there is work. `Polled` is a kick without a descriptor.
+enum Kick {
+    Event(OwnedFd),
+    Polled,
+}
+
+impl Kick {
+    fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
+        match self {
+            Self::Event(fd) => fd.try_clone().map(Some),
+            Self::Polled => Ok(None),
+        }
+    }
+}
+
+/// Some parts are known.
+#[derive(Default)]
+struct Setup {
+    size: Option<u16>,
+    addresses: Option<Addresses>,
+    base: u16,
+    kick: Option<Kick>,
+}
+
+/// All parts are known.
+struct Complete {
+    size: u16,
+    addresses: Addresses,
+    base: u16,
+    kick: Kick,
+}
+
+/// The engine serves it.
+struct Running {
+    complete: Complete,
+    areas: [Span<Gpa>; 3],
+}
+
+enum State {
+    Setup(Setup),
+    Complete(Complete),
+    Running(Running),
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self::Setup(Setup::default())
+    }
+}
+
+impl Setup {
+    fn settle(self) -> State {
+        match self {
+            Self { size: Some(size), addresses: Some(addresses), base, kick: Some(kick) } => {
+                State::Complete(Complete { size, addresses, base, kick })
+            }
+            incomplete => State::Setup(incomplete),
+        }
+    }
+}
+
+impl Complete {
+    fn into_setup(self) -> Setup {
+        Setup { size: Some(self.size), addresses: Some(self.addresses), base: self.base, kick: Some(self.kick) }
+    }
+
+    /// Finds the three parts in guest memory (sizes and alignment: virtio 1.2 §2.7).
+    fn areas(&self, index: usize, table: &MemTable) -> Result<[Span<Gpa>; 3], Error> {
+        if table.is_empty() {
+            return Err(Error::NoMemory { index });
+        }
+        let entries = u64::from(self.size);
+        let find = |part, address: Qva, len, alignment| {
+            let outside = || Error::RingOutside { index, part, address, len, regions: table.to_string() };
+            let area = table.gpa(address, len).ok_or_else(outside)?;
+            let aligned = area.start().is_aligned(alignment);
+            if aligned { Ok(area) } else { Err(Error::RingAlignment { index, part, address, alignment }) }
+        };
+        Ok([
+            find("descriptor table", self.addresses.desc, 16 * entries, 16)?,
+            find("available ring", self.addresses.avail, 6 + 2 * entries, 2)?,
+            find("used ring", self.addresses.used, 6 + 8 * entries, 4)?,
+        ])
+    }
+}
+
+/// What a ring needs to know of the rest in order to start.
+#[derive(Clone, Copy)]
+pub(super) struct Surroundings<'a> {
+    pub(super) engine: &'a Engine,
+    pub(super) table: &'a MemTable,
+    /// `None` until SET_FEATURES, and again after a reset.
+    pub(super) features: Option<VirtioFeatures>,
+}
+
+/// One virtqueue.
+pub(super) struct Ring {
+    index: usize,
+    state: State,
+    enabled: bool,
+    call: Option<OwnedFd>,
+    err: Option<OwnedFd>,
+}
+
+impl Ring {
+    pub(super) fn new(index: usize) -> Self {
+        Self { index, state: State::default(), enabled: false, call: None, err: None }
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        matches!(self.state, State::Running(_))
+    }
+
+    /// SET_VRING_NUM.
+    pub(super) fn set_size(&mut self, size: u32) -> Result<(), Error> {
+        let valid = u16::try_from(size).ok().filter(|size| size.is_power_of_two() && *size <= MAX_SIZE);
+        let size = valid.ok_or(Error::RingSize { index: self.index, size })?;
+        if let State::Running(Running { complete, .. }) = &self.state
+            && complete.size == size
+        {
+            return Ok(());
+        }
+        self.edit("SET_VRING_NUM", |setup| setup.size = Some(size))
+    }
+
+    /// SET_VRING_ADDR. Alignment is checked at the start, on the guest's side of the address.
+    pub(super) fn set_addresses(&mut self, addresses: Addresses, logging: bool) -> Result<(), Error> {
+        if logging {
+            return Err(Error::RingLog(self.index));
+        }
+        if let State::Running(Running { complete, .. }) = &self.state
+            && complete.addresses == addresses
+        {
+            return Ok(());
+        }
+        self.edit("SET_VRING_ADDR", |setup| setup.addresses = Some(addresses))
+    }
+
+    /// SET_VRING_BASE.
+    pub(super) fn set_base(&mut self, base: u32) -> Result<(), Error> {
+        let base = u16::try_from(base).map_err(|_| Error::RingBase { index: self.index, base })?;
+        self.edit("SET_VRING_BASE", |setup| setup.base = base)
+    }
+
+    fn edit(&mut self, what: &'static str, change: impl FnOnce(&mut Setup)) -> Result<(), Error> {
+        let mut setup = match std::mem::take(&mut self.state) {
+            State::Setup(setup) => setup,
+            State::Complete(complete) => complete.into_setup(),
+            running @ State::Running(_) => {
+                self.state = running;
+                return Err(Error::RingRuns { index: self.index, what });
+            }
+        };
+        change(&mut setup);
+        self.state = setup.settle();
+        Ok(())
+    }
+
+    /// SET_VRING_KICK; without a descriptor the ring is polled.
+    pub(super) fn set_kick(&mut self, engine: &Engine, fd: Option<OwnedFd>) -> Result<(), Error> {
+        let kick = fd.map_or(Kick::Polled, Kick::Event);
+        if let State::Running(Running { complete, .. }) = &mut self.state {
+            engine.set_kick(self.index, kick.duplicate().map_err(Error::system("duplicate a kick descriptor"))?);
+            complete.kick = kick;
+            return Ok(());
+        }
+        self.edit("SET_VRING_KICK", |setup| setup.kick = Some(kick))
+    }
+
+    /// SET_VRING_CALL; without a descriptor the driver polls the used ring.
+    pub(super) fn set_call(&mut self, engine: &Engine, fd: Option<OwnedFd>) -> Result<(), Error> {
+        if self.is_running() {
+            engine.set_call(self.index, duplicate(fd.as_ref())?);
+        }
+        self.call = fd;
+        Ok(())
+    }
+
+    /// SET_VRING_ERR.
+    pub(super) fn set_err(&mut self, engine: &Engine, fd: Option<OwnedFd>) -> Result<(), Error> {
+        if self.is_running() {
+            engine.set_err(self.index, duplicate(fd.as_ref())?);
+        }
+        self.err = fd;
+        Ok(())
+    }
+
+    /// SET_VRING_ENABLE; also for rings that have nothing else yet.
+    pub(super) fn set_enabled(&mut self, engine: &Engine, enabled: bool) {
+        self.enabled = enabled;
+        if self.is_running() {
+            engine.set_enabled(self.index, enabled);
+        }
+    }
+
+    /// Starts the ring if it can be started; true if it has been. A ring that waits for a message stays as it is; one that
+    /// waits only for memory is an error, and stays as it is too.
+    pub(super) fn start(&mut self, around: Surroundings<'_>) -> Result<bool, Error> {
+        let State::Complete(complete) = &self.state else { return Ok(false) };
+        let Some(features) = around.features else {
+            return if self.enabled { Err(Error::NotNegotiated { index: self.index }) } else { Ok(false) };
+        };
+        // vhost-user, "Ring states": without the feature, rings are enabled from the beginning.
+        if !self.enabled && features.contains(VirtioFeatures::PROTOCOL_FEATURES) {
+            return Ok(false);
+        }
+        let areas = complete.areas(self.index, around.table)?;
+        let [desc, avail, used] = areas;
+        around.engine.start_ring(RingSetup {
+            index: self.index,
+            size: complete.size,
+            desc,
+            avail,
+            used,
+            base: complete.base,
+            event_idx: features.contains(VirtioFeatures::EVENT_IDX),
+            indirect: features.contains(VirtioFeatures::INDIRECT_DESC),
+            kick: complete.kick.duplicate().map_err(Error::system("duplicate a kick descriptor"))?,
+            call: duplicate(self.call.as_ref())?,
+            err: duplicate(self.err.as_ref())?,
+        })?;
+        around.engine.set_enabled(self.index, true);
+        if let State::Complete(complete) = std::mem::take(&mut self.state) {
+            self.state = State::Running(Running { complete, areas });
+        }
+        Ok(true)
+    }
+
+    /// Drains and stops the ring if any part of it lies in `removed`, so that it can start again when memory is back.
+    pub(super) fn suspend(&mut self, engine: &Engine, removed: &[Span<Gpa>]) -> Result<(), Error> {
+        let State::Running(Running { complete, areas }) = &mut self.state else { return Ok(()) };
+        if !areas.iter().any(|area| removed.iter().any(|gone| gone.overlaps(area))) {
+            return Ok(());
+        }
+        log::warn!("virtqueue {} waits: its memory is being taken away", self.index);
+        complete.base = engine.stop_ring(self.index)?.unwrap_or(complete.base);
+        if let State::Running(Running { complete, .. }) = std::mem::take(&mut self.state) {
+            self.state = State::Complete(complete);
+        }
+        Ok(())
+    }
+
+    /// GET_VRING_BASE: drains and stops the ring and returns its next index. The next kick starts it again.
+    pub(super) fn stop(&mut self, engine: &Engine) -> Result<u16, Error> {
+        let stopped = if self.is_running() { engine.stop_ring(self.index) } else { Ok(None) };
+        let mut setup = match std::mem::take(&mut self.state) {
+            State::Setup(setup) => setup,
+            State::Complete(complete) | State::Running(Running { complete, .. }) => complete.into_setup(),
+        };
+        setup.kick = None;
+        let known = setup.base;
+        let base = stopped.map(|next| next.unwrap_or(known));
+        setup.base = *base.as_ref().unwrap_or(&known);
+        self.state = State::Setup(setup);
+        Ok(base?)
+    }
+
+    /// Back to the beginning, but for the call and error descriptors.
+    pub(super) fn reset(&mut self, engine: &Engine) -> Result<(), Error> {
+        let stopped = self.stop(engine);
+        self.state = State::default();
+        self.enabled = false;
+        stopped.map(|_| ())
+    }
+}
+
+fn duplicate(fd: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Error> {
+    fd.map(OwnedFd::try_clone).transpose().map_err(Error::system("duplicate an event descriptor"))
+}

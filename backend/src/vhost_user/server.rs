@@ -1,0 +1,182 @@
+//! The control thread: one loop over the listening socket, the front-end's socket and a stop descriptor.
+//!
+//! ```text
+//!             front-end connects            it leaves, or is sent away
+//!  Waiting ────────────────────────▶ Serving ────────────────────────▶ Waiting …
+//!     │                                 │   meanwhile any other front-end is closed at once
+//!     └──────────── stop ───────────────┴──▶ end: rings drained, memory given back
+//! ```
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use super::connection::{Connection, Progress};
+use super::listen::{Entrance, Listener};
+use super::peer::Peer;
+use super::{Device, Error, Listen};
+use crate::sys::Poller;
+
+const STOP: u64 = 0;
+const LISTENER: u64 = 1;
+const FRONT_END: u64 = 2;
+
+/// How long to leave the listening socket alone after `accept` has failed for want of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves one device to one front-end at a time.
+pub struct Server {
+    entrance: Entrance,
+    device: Device,
+}
+
+/// What a wait has found.
+#[derive(Default)]
+struct Ready {
+    stop: bool,
+    listener: bool,
+    front_end: bool,
+}
+
+impl Server {
+    /// Opens the socket; front-ends can connect from now on, and are served by [`Self::run`].
+    ///
+    /// # Errors
+    /// Why there is no socket.
+    pub fn new(listen: Listen, device: Device) -> Result<Self, Error> {
+        Ok(Self { entrance: listen.open()?, device })
+    }
+
+    /// Serves front-ends until `stop` becomes readable or, on a connected socket, until the front-end leaves. No ring runs
+    /// and no guest memory is mapped afterwards.
+    ///
+    /// # Errors
+    /// The control loop or the engine cannot go on. A front-end's mistakes only end its own conversation.
+    pub fn run(&mut self, stop: OwnedFd) -> Result<(), Error> {
+        let poller = Poller::new().map_err(Error::system("epoll_create1"))?;
+        poller.add(&stop, STOP).map_err(Error::system("epoll_ctl"))?;
+        let mut serving = Serving { device: &self.device, poller, connection: None, pending: false };
+        match &self.entrance {
+            Entrance::Listening(listener) => {
+                serving.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
+                serving.serve_all(listener)
+            }
+            Entrance::Connected(socket) => {
+                let socket = socket.try_clone().map_err(Error::system("duplicate the socket"))?;
+                serving.adopt(socket)?;
+                serving.serve_one()
+            }
+        }
+    }
+
+    /// Gives the device back, to be shut down; the socket is closed and, if it was made here, removed.
+    #[must_use]
+    pub fn into_device(self) -> Device {
+        self.device
+    }
+}
+
+/// The loop's state.
+struct Serving<'d> {
+    device: &'d Device,
+    poller: Poller,
+    connection: Option<Connection<'d>>,
+    /// The front-end's socket may hold a whole message; its arrival has been reported already.
+    pending: bool,
+}
+
+impl Serving<'_> {
+    fn serve_all(&mut self, listener: &Listener) -> Result<(), Error> {
+        loop {
+            let ready = self.wait()?;
+            if ready.stop {
+                return self.disconnect("stopping");
+            }
+            self.step(&ready)?;
+            // A front-end that has left makes room before the next one is looked at: many close and connect again.
+            let leaving = self.connection.as_ref().is_some_and(|connection| connection.hung_up().unwrap_or(true));
+            if leaving {
+                self.pending = true;
+            } else if ready.listener {
+                self.welcome(listener)?;
+            }
+        }
+    }
+
+    fn serve_one(&mut self) -> Result<(), Error> {
+        while self.connection.is_some() {
+            let ready = self.wait()?;
+            if ready.stop {
+                return self.disconnect("stopping");
+            }
+            self.step(&ready)?;
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<Ready, Error> {
+        let mut ready = Ready::default();
+        let timeout = self.pending.then_some(Duration::ZERO);
+        let note = |event: crate::sys::Event| match event.token {
+            STOP => ready.stop = true,
+            LISTENER => ready.listener = true,
+            _ => ready.front_end = true,
+        };
+        self.poller.wait(timeout, note).map_err(Error::system("epoll_wait"))?;
+        Ok(ready)
+    }
+
+    /// Serves one message of the front-end, if it may have sent one.
+    fn step(&mut self, ready: &Ready) -> Result<(), Error> {
+        let Some(connection) = &mut self.connection else { return Ok(()) };
+        if !self.pending && !ready.front_end {
+            return Ok(());
+        }
+        match connection.serve() {
+            Ok(Progress::Served) => self.pending = true,
+            Ok(Progress::Idle) => self.pending = false,
+            Ok(Progress::Gone) => self.disconnect("it has left")?,
+            Err(error) => self.disconnect(&error.to_string())?,
+        }
+        Ok(())
+    }
+
+    /// Takes the next front-end in, or sends it away if there is one already.
+    fn welcome(&mut self, listener: &Listener) -> Result<(), Error> {
+        let socket = match listener.accept() {
+            Ok(Some(socket)) => socket,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                log::error!("accept: {error}");
+                std::thread::sleep(ACCEPT_PAUSE);
+                return Ok(());
+            }
+        };
+        let Some(connection) = &self.connection else { return self.adopt(socket) };
+        let newcomer = Peer::of(&socket).map_or_else(|error| error.to_string(), |peer| peer.to_string());
+        log::warn!("sent {newcomer} away: this device is being used by {}", connection.session().peer());
+        Ok(())
+    }
+
+    fn adopt(&mut self, socket: UnixStream) -> Result<(), Error> {
+        let connection = Connection::new(socket, self.device).map_err(Error::system("take a connection"))?;
+        log::info!("front-end connected: {}", connection.session().peer());
+        self.poller.add_edge(connection.socket().as_fd(), FRONT_END).map_err(Error::system("epoll_ctl"))?;
+        self.connection = Some(connection);
+        self.pending = true;
+        Ok(())
+    }
+
+    /// Ends the conversation: rings drained, memory given back, socket closed.
+    fn disconnect(&mut self, why: &str) -> Result<(), Error> {
+        let Some(connection) = self.connection.take() else { return Ok(()) };
+        self.pending = false;
+        let start = Instant::now();
+        self.poller.remove(connection.socket().as_fd()).map_err(Error::system("epoll_ctl"))?;
+        let mut session = connection.session();
+        let closed = session.close();
+        let took = start.elapsed().as_millis();
+        log::info!("front-end disconnected: {}: {why}; rings stopped, memory unmapped in {took} ms", session.peer());
+        closed
+    }
+}

@@ -1,0 +1,110 @@
+//! Bytes travel: from guest memory through a ring to the drive, and back.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::rig::Rig;
+use crate::rings::{AVAIL, DESC, RAM, USED, running};
+use crate::wire::{request::*, state, words};
+
+/// Where header, data and status of the one request lie in guest memory.
+const HEADER: u64 = 0x4000;
+const DATA: u64 = 0x5000;
+const STATUS: u64 = 0x6000;
+
+const BLK_IN: u32 = 0;
+const BLK_OUT: u32 = 1;
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+
+/// Waits for a signal; a server that sends none fails the test rather than hang it.
+fn wait_for(event: &OwnedFd) {
+    let mut fds = [PollFd::new(event, PollFlags::IN)];
+    let patience = Timespec { tv_sec: 20, tv_nsec: 0 };
+    assert_eq!(poll(&mut fds, Some(&patience)).unwrap(), 1, "no call");
+    rustix::io::read(event, &mut [0; 8]).unwrap();
+}
+
+/// Puts one request of 512 bytes at sector 3 into ring 0, as the `number`th since the start of the ring.
+fn put(ram: &std::fs::File, kind: u32, number: u16) {
+    let write = |offset: u64, bytes: &[u8]| ram.write_all_at(bytes, offset).unwrap();
+    let data_flags = if kind == BLK_IN { NEXT | WRITE } else { NEXT };
+    let chain = [(HEADER, 16_u32, NEXT, 1_u16), (DATA, 512, data_flags, 2), (STATUS, 1, WRITE, 0)];
+    for (slot, (at, len, flags, next)) in (0..).zip(chain) {
+        let words = [&(RAM.gpa + at).to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()];
+        write(DESC + slot * 16, &words.concat());
+    }
+    write(HEADER, &[&kind.to_le_bytes()[..], &[0; 4], &3_u64.to_le_bytes()].concat());
+    write(STATUS, &[0xff]);
+    // EVENT_IDX: call for this very request.
+    write(AVAIL + 4 + 2 * 8, &number.to_le_bytes());
+    write(AVAIL + 4 + 2 * u64::from(number % 8), &0_u16.to_le_bytes());
+    write(AVAIL + 2, &(number + 1).to_le_bytes());
+}
+
+fn read<const N: usize>(ram: &std::fs::File, offset: u64) -> [u8; N] {
+    let mut bytes = [0; N];
+    ram.read_exact_at(&mut bytes, offset).unwrap();
+    bytes
+}
+
+#[test]
+fn what_one_guest_wrote_the_next_one_reads() {
+    let rig = Rig::new();
+    let (wire, ram, ends) = running(&rig);
+    let pattern: Vec<u8> = (0..=255).chain((0..=255).rev()).collect();
+    ram.write_all_at(&pattern, DATA).unwrap();
+    put(&ram, BLK_OUT, 0);
+    rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
+    wait_for(&ends.call);
+    assert_eq!(read::<1>(&ram, STATUS), [0]);
+    assert_eq!(read::<2>(&ram, USED + 2), [1, 0]);
+    drop(wire);
+
+    let (wire, ram, ends) = running(&rig);
+    put(&ram, BLK_IN, 0);
+    rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
+    wait_for(&ends.call);
+
+    assert_eq!(read::<1>(&ram, STATUS), [0]);
+    assert_eq!(read::<512>(&ram, DATA).to_vec(), pattern);
+    assert_eq!(wire.stop_ring(0), 1, "one request has been taken");
+}
+
+#[test]
+fn a_request_waits_in_a_disabled_ring_and_survives_a_stop() {
+    let rig = Rig::new();
+    let (wire, ram, ends) = running(&rig);
+    assert_eq!(wire.ask(SET_VRING_ENABLE, &state(0, 0), &[]), 0);
+    put(&ram, BLK_IN, 0);
+    rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
+    assert_eq!(wire.stop_ring(0), 0, "not taken");
+    assert_eq!(read::<1>(&ram, STATUS), [0xff]);
+
+    // The call descriptor is not sent again, nor is the kick signalled again: what is there is found at the start.
+    assert_eq!(wire.ask(SET_VRING_KICK, &words(&[0]), &[ends.kick.as_fd()]), 0);
+    assert_eq!(wire.ask(SET_VRING_ENABLE, &state(0, 1), &[]), 0);
+    wait_for(&ends.call);
+
+    assert_eq!(read::<1>(&ram, STATUS), [0]);
+    assert_eq!(wire.stop_ring(0), 1);
+}
+
+#[test]
+fn memory_can_grow_and_shrink_under_a_running_ring() {
+    let rig = Rig::new();
+    let (wire, ram, ends) = running(&rig);
+    let dimm = crate::rig::memory("dimm", 1 << 20);
+    let place = crate::wire::Place { gpa: 1 << 32, len: 1 << 20, qva: 1 << 45, offset: 0 };
+    for number in 0..20 {
+        put(&ram, BLK_IN, number);
+        rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
+        let changed = if number % 2 == 0 { wire.add_region(place, dimm.as_fd()) } else { wire.remove_region(place) };
+        assert_eq!(changed, 0);
+        wait_for(&ends.call);
+        assert_eq!(read::<1>(&ram, STATUS), [0]);
+    }
+    assert_eq!(wire.stop_ring(0), 20);
+}

@@ -1,0 +1,198 @@
+//! A server with everything behind it, in this process: socket, session, engine, NVMe driver, emulated controller.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vhost_device_vfio::addr::{Iova, Span};
+use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
+use vhost_device_vfio::emulated::{Machine, Options};
+use vhost_device_vfio::engine::{self, Engine};
+use vhost_device_vfio::hardware::{AddressSpace, DmaBuffer, MapError};
+use vhost_device_vfio::memory::Region;
+use vhost_device_vfio::vhost_user::{Device, Error, Listen, Server};
+use vmm_sys_util::tempdir::TempDir;
+
+use crate::wire::Wire;
+
+/// Virtqueues that the server offers.
+pub(crate) const QUEUES: u16 = 4;
+
+/// An address space that can be told to fail.
+pub(crate) struct Fallible {
+    inner: Arc<dyn AddressSpace>,
+    plan: Arc<FailurePlan>,
+}
+
+/// When changes of the address space fail.
+struct FailurePlan {
+    /// How many more changes succeed before one fails; negative: all.
+    successes: AtomicI64,
+    /// That one, or all that follow it, too.
+    for_good: AtomicBool,
+}
+
+impl FailurePlan {
+    fn none() -> Arc<Self> {
+        Arc::new(Self { successes: AtomicI64::new(-1), for_good: AtomicBool::new(false) })
+    }
+}
+
+impl Fallible {
+    fn check(&self, span: Span<Iova>) -> Result<(), MapError> {
+        let left = self.plan.successes.load(Ordering::SeqCst);
+        if left > 0 || left == 0 && !self.plan.for_good.load(Ordering::SeqCst) {
+            self.plan.successes.store(left - 1, Ordering::SeqCst);
+        }
+        let source = std::io::Error::from_raw_os_error(libc::ENOMEM);
+        if left == 0 { Err(MapError::Kernel { what: "told to fail", span, source }) } else { Ok(()) }
+    }
+}
+
+impl AddressSpace for Fallible {
+    fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
+        self.check(region.gpa().identity_iova())?;
+        self.inner.add(region)
+    }
+
+    fn remove(&self, region: &Region) -> Result<(), MapError> {
+        self.check(region.gpa().identity_iova())?;
+        self.inner.remove(region)
+    }
+
+    fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
+        self.inner.buffer(bytes)
+    }
+}
+
+/// A running server. Dropping it stops the server and fails the test if that did not go well.
+pub(crate) struct Rig {
+    _directory: TempDir,
+    pub(crate) path: PathBuf,
+    machine: Machine,
+    driver_memory: Vec<Span<Iova>>,
+    failures: Arc<FailurePlan>,
+    stop: OwnedFd,
+    thread: Option<JoinHandle<Result<(), Error>>>,
+}
+
+impl Rig {
+    /// A server that listens on a path.
+    pub(crate) fn new() -> Self {
+        Self::listening(Listen::Path)
+    }
+
+    /// A server on the socket that `listen` makes of a path.
+    pub(crate) fn listening(listen: impl FnOnce(PathBuf) -> Listen) -> Self {
+        let directory = TempDir::new().unwrap();
+        let path = directory.as_path().join("socket");
+        let machine = Machine::new(Options { size: 16 << 20, queues: 2, ..Options::default() }).unwrap();
+        let failures = FailurePlan::none();
+        let device = device(&machine, Arc::clone(&failures));
+        let driver_memory = machine.iommu().mapped();
+        let mut server = Server::new(listen(path.clone()), device).unwrap();
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let server_stop = stop.try_clone().unwrap();
+        let thread = std::thread::spawn(move || server.run(server_stop));
+        Self { _directory: directory, path, machine, driver_memory, failures, stop, thread: Some(thread) }
+    }
+
+    /// A new front-end.
+    pub(crate) fn connect(&self) -> Wire {
+        Wire::new(UnixStream::connect(&self.path).unwrap())
+    }
+
+    /// Guest memory that the device can reach now.
+    pub(crate) fn guest_memory(&self) -> Vec<(u64, u64)> {
+        let spans = self.machine.iommu().mapped();
+        let guest = spans.iter().filter(|span| !self.driver_memory.contains(span));
+        guest.map(|span| (span.start().0, span.len())).collect()
+    }
+
+    /// After `successes` more changes of the address space one fails.
+    pub(crate) fn fail_after(&self, successes: i64) {
+        self.failures.for_good.store(false, Ordering::SeqCst);
+        self.failures.successes.store(successes, Ordering::SeqCst);
+    }
+
+    /// After `successes` more changes of the address space all fail.
+    pub(crate) fn fail_for_good_after(&self, successes: i64) {
+        self.failures.for_good.store(true, Ordering::SeqCst);
+        self.failures.successes.store(successes, Ordering::SeqCst);
+    }
+
+    /// Tells the server to stop and waits for it.
+    pub(crate) fn stop(mut self) {
+        self.end().unwrap();
+    }
+
+    /// Waits for a server that ends by itself.
+    pub(crate) fn join(mut self) {
+        self.thread.take().unwrap().join().unwrap().unwrap();
+    }
+
+    fn end(&mut self) -> Result<(), Error> {
+        let Some(thread) = self.thread.take() else { return Ok(()) };
+        rustix::io::write(&self.stop, &1_u64.to_ne_bytes()).unwrap();
+        thread.join().unwrap()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let ended = self.end();
+        assert!(std::thread::panicking() || ended.is_ok(), "{ended:?}");
+    }
+}
+
+/// A server on `listen`, opened and not run.
+pub(crate) fn open(listen: Listen) -> Result<Server, Error> {
+    let machine = Machine::new(Options { size: 1 << 20, queues: 2, ..Options::default() }).unwrap();
+    Server::new(listen, device(&machine, FailurePlan::none()))
+}
+
+fn device(machine: &Machine, plan: Arc<FailurePlan>) -> Device {
+    let space: Arc<dyn AddressSpace> = Arc::new(Fallible { inner: machine.space(), plan });
+    let options = NvmeOptions { namespace: None, queues: 2, read_only: false };
+    let driver = Nvme::bring_up(machine.function(), Arc::clone(&space), options).unwrap();
+    let options =
+        engine::Options { rings: QUEUES.into(), spin: Duration::from_micros(10), patience: Duration::from_secs(5) };
+    let engine = Engine::start(Box::new(driver), &space, options).unwrap();
+    Device { engine, space, queues: QUEUES }
+}
+
+/// A memory file of its own, as a front-end makes one.
+pub(crate) fn memory(name: &str, bytes: u64) -> File {
+    let fd = memfd_create(name, MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, bytes).unwrap();
+    File::from(fd)
+}
+
+/// An eventfd, as a front-end makes one.
+pub(crate) fn event() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
+}
+
+/// The flags of every descriptor in this process that refers to the same object as `of`, itself left out: memory files
+/// are told apart by inode, eventfds by their kernel id.
+pub(crate) fn copies_of(of: impl AsFd) -> Vec<u32> {
+    let own = of.as_fd().as_raw_fd();
+    let identity = |number: &str| {
+        let target = std::fs::read_link(format!("/proc/self/fd/{number}")).ok()?;
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}")).ok()?;
+        let field = |name| info.lines().find_map(|line| line.strip_prefix(name)).map(|value| value.trim().to_owned());
+        let flags = u32::from_str_radix(&field("flags:")?, 8).ok()?;
+        Some(((target, field("ino:"), field("eventfd-id:")), flags))
+    };
+    let (wanted, _) = identity(&own.to_string()).unwrap();
+    let names = std::fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().file_name());
+    let names = names.map(|name| name.into_string().unwrap()).filter(|name| *name != own.to_string());
+    names.filter_map(|name| identity(&name)).filter(|(found, _)| *found == wanted).map(|(_, flags)| flags).collect()
+}

@@ -1,0 +1,81 @@
+//! The ways to a socket: a path that is free, taken, dead or impossible; a descriptor passed in.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixListener};
+
+use vhost_device_vfio::vhost_user::{Error, Listen};
+use vmm_sys_util::tempdir::TempDir;
+
+use crate::rig::Rig;
+use crate::wire::Wire;
+
+#[test]
+fn a_dead_socket_is_replaced() {
+    let rig = Rig::listening(|path| {
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "left behind");
+        Listen::Path(path)
+    });
+    rig.connect().negotiate();
+}
+
+#[test]
+fn a_socket_that_someone_else_put_there_is_not_removed() {
+    let rig = Rig::new();
+    let path = rig.path.clone();
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "someone else's").unwrap();
+    let kept = TempDir::new().unwrap();
+    let elsewhere = kept.as_path().join("socket");
+    std::fs::hard_link(&path, &elsewhere).unwrap();
+
+    rig.stop();
+
+    assert_eq!(std::fs::read_to_string(elsewhere).unwrap(), "someone else's");
+}
+
+#[test]
+fn a_listening_descriptor_is_served_and_its_path_left_alone() {
+    let rig = Rig::listening(|path| Listen::Fd(UnixListener::bind(path).unwrap().into()));
+    for _ in 0..2 {
+        rig.connect().negotiate();
+    }
+    let directory = rig.path.clone();
+    assert!(directory.exists());
+}
+
+#[test]
+fn what_is_no_socket_is_refused() {
+    let (datagrams, _peer) = UnixDatagram::pair().unwrap();
+    let file = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+    for fd in [datagrams.into(), file] {
+        let refused = crate::rig::open(Listen::Fd(fd));
+        assert!(matches!(refused, Err(Error::NotASocket { .. })), "{:?}", refused.err());
+    }
+}
+
+#[test]
+fn a_path_in_use_names_who_uses_it() {
+    let rig = Rig::new();
+    let refused = crate::rig::open(Listen::Path(rig.path.clone()));
+    let message = refused.err().expect("refused").to_string();
+    assert!(message.contains(&format!("pid {}", std::process::id())), "{message}");
+    Wire::new(std::os::unix::net::UnixStream::connect(&rig.path).unwrap()).settle();
+}
+
+#[test]
+fn impossible_paths_are_refused_with_the_reason() {
+    let directory = TempDir::new().unwrap();
+    let long = directory.as_path().join("x".repeat(108));
+    let file = directory.as_path().join("file");
+    std::fs::write(&file, "precious").unwrap();
+    let nowhere = directory.as_path().join("no/such/directory");
+
+    assert!(matches!(crate::rig::open(Listen::Path(long)), Err(Error::PathTooLong { .. })));
+    assert!(matches!(crate::rig::open(Listen::Path(file.clone())), Err(Error::NotASocketFile { .. })));
+    assert_eq!(std::fs::read_to_string(file).unwrap(), "precious");
+    match crate::rig::open(Listen::Path(nowhere)) {
+        Err(Error::Path { what: "bind", source, .. }) => assert_eq!(source.raw_os_error(), Some(libc::ENOENT)),
+        other => panic!("{:?}", other.err()),
+    }
+}
