@@ -18,6 +18,7 @@ mod sequence;
 
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,7 @@ struct Live {
     table: Arc<PageTable>,
     regime: Regime,
     ledger: Mutex<Ledger>,
+    maps: AtomicU64,
 }
 
 impl LiveSpace {
@@ -67,7 +69,13 @@ impl LiveSpace {
     }
 
     fn with(table: Arc<PageTable>, regime: Regime) -> Self {
-        Self(Arc::new(Live { table, regime, ledger: Mutex::new(Ledger::default()) }))
+        Self(Arc::new(Live { table, regime, ledger: Mutex::new(Ledger::default()), maps: AtomicU64::new(0) }))
+    }
+
+    /// How many times memory has been mapped so far: regions and buffers, by pieces of 1 GiB; never requests.
+    #[must_use]
+    pub fn maps(&self) -> u64 {
+        self.0.maps.load(Ordering::Relaxed)
     }
 
     /// What has been flushed at map and unmap so far; `None` under a coherent verdict.
@@ -103,6 +111,7 @@ impl Live {
                 }
                 return Err(self.explain(piece.span, failed));
             }
+            self.maps.fetch_add(1, Ordering::Relaxed);
             progress.tick(piece.span);
         }
         Ok(())

@@ -77,6 +77,12 @@ impl PciAddress {
         link_name(&self.sysfs().join("iommu_group"))
     }
 
+    /// True for an SR-IOV virtual function.
+    #[must_use]
+    pub fn is_virtual_function(&self) -> bool {
+        self.sysfs().join("physfn").exists()
+    }
+
     /// Its VFIO character device, if the kernel offers one.
     #[must_use]
     pub fn cdev(&self) -> Option<PathBuf> {
