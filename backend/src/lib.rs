@@ -23,5 +23,6 @@ pub mod hardware;
 pub mod iommu;
 pub mod memory;
 pub mod sys;
+pub mod take;
 pub mod vfio;
 pub mod vhost_user;

@@ -1,7 +1,6 @@
 //! The program: takes the function, brings it up, listens, serves, and shuts down in the reverse order.
 
 use std::io::Write;
-use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,15 +8,15 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
 
-use vhost_device_vfio::coherency::{CacheOps, Coherent, Facts, Personality, Policy, Verdict, decide};
+use vhost_device_vfio::coherency::{Personality, Policy, decide};
 use vhost_device_vfio::config::Config;
-use vhost_device_vfio::driver::Driver;
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
 use vhost_device_vfio::engine::{Engine, Options};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
-use vhost_device_vfio::iommu::{LiveSpace, PageTable};
-use vhost_device_vfio::sys::{CacheLines, Instruction, inherit, signal_fd};
-use vhost_device_vfio::vfio::{Opened, PciAddress, no_snoop, open_iommufd};
+use vhost_device_vfio::iommu::LiveSpace;
+use vhost_device_vfio::sys::{inherit, signal_fd};
+use vhost_device_vfio::take::Taken;
+use vhost_device_vfio::vfio::PciAddress;
 use vhost_device_vfio::vhost_user::{Device, Listen, Server, capabilities};
 
 /// How long commands in flight may take when a ring stops or memory goes away, before the device is reset.
@@ -50,8 +49,6 @@ fn run(config: &Config) -> Result<()> {
     let options = NvmeOptions { namespace: config.namespace, queues, read_only: config.read_only };
     let dma: Arc<dyn AddressSpace> = Arc::new(space.clone());
     let nvme = Nvme::bring_up(function, Arc::clone(&dma), options)?;
-    let disk = nvme.geometry();
-    log::info!("{address}: {} {}, {} blocks of {} bytes", disk.model, disk.serial, disk.blocks, disk.block_size);
     let options = Options { rings: usize::from(queues), spin: config.spin(), patience: PATIENCE };
     let engine = Engine::start(Box::new(nvme), &dma, options)?;
 
@@ -77,59 +74,17 @@ fn listen(config: &Config) -> Result<Listen> {
     }
 }
 
-/// Takes the function, decides about its caches, and gives it an address space to match.
+/// Takes the function, says what is known about the caches and what follows, and obeys.
 fn take(address: PciAddress) -> Result<(Arc<dyn Function>, LiveSpace)> {
-    let iommufd = Arc::new(open_iommufd(Path::new("/dev/iommu"))?);
-    let ioas = iommufd.ioas().context("allocate an address space on /dev/iommu")?;
-    let bound = Opened::open(address)?.bind(&iommufd, &ioas)?;
-    let table =
-        PageTable::new(iommufd, ioas, bound.device_id()).with_context(|| format!("{address}: make a page table"))?;
-    let table = Arc::new(table);
-    let function = bound.attach(Arc::clone(&table))?;
-    let space = coherent_space(address, &function, table)?;
-    Ok((Arc::new(function), space))
-}
-
-fn coherent_space(address: PciAddress, function: &dyn Function, table: Arc<PageTable>) -> Result<LiveSpace> {
-    let lines = CacheLines::detect();
-    let facts = Facts {
-        snoop_enforced: table.snoop().enforced,
-        no_snoop: no_snoop::probe(function, address.is_virtual_function()).context("try the No Snoop bit")?,
-        policy: Policy::default(),
-        personality: Personality::Mediated,
-        cache_ops: lines.map_or(CacheOps::None, cache_ops),
-        shim: false,
-    };
-    let verdict = decide(&facts);
-    log::info!(
-        "{address}: {}; snooping enforced: {}; No Snoop: {:?}",
-        table.snoop().hardware,
-        facts.snoop_enforced,
-        facts.no_snoop
-    );
-    log::info!("{address}: DMA is {verdict}");
+    let taken = Taken::take(address)?;
+    let facts = taken.evidence().facts(Personality::Mediated, Policy::default(), false);
+    log::info!("{address}: {}; {}", taken.evidence().snoop, facts.no_snoop);
+    log::info!("{address}: DMA is {}", decide(&facts));
     if !facts.snoop_enforced {
         log::warn!(
-            "{address}: this IOMMU does not enforce snooping, so a device that sets PCI No Snoop could go behind the CPU caches"
+            "{address}: this IOMMU does not enforce snooping; a device that uses PCI No Snoop could go behind the CPU caches"
         );
     }
-    match verdict {
-        Verdict::Coherent(Coherent::HeldOff { .. }) if !no_snoop::hold_off(function)? => {
-            Err(anyhow!("{address}: its Enable No Snoop bit does not stay clear"))
-        }
-        Verdict::Coherent(_) => Ok(LiveSpace::coherent(table)),
-        Verdict::Flush(_) => {
-            let lines = lines.ok_or_else(|| anyhow!("no cache-line operations"))?;
-            LiveSpace::flushing(table, lines).with_context(|| format!("{address}: make a staging page table"))
-        }
-        Verdict::Refuse(refusal) => Err(anyhow!("{address}: {refusal}")),
-    }
-}
-
-fn cache_ops(lines: CacheLines) -> CacheOps {
-    match lines.instruction() {
-        Instruction::ClflushOpt => CacheOps::ClflushOpt,
-        Instruction::Clflush => CacheOps::Clflush,
-        Instruction::DcCivac => CacheOps::DcCivac,
-    }
+    let (function, space) = taken.settle(&facts)?;
+    Ok((Arc::new(function), space))
 }

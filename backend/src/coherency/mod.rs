@@ -188,6 +188,18 @@ fn flush(facts: &Facts) -> Verdict {
     }
 }
 
+impl fmt::Display for NoSnoop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NeverSet => "No Snoop never set (the bit is hardwired to 0)",
+            Self::Controllable => "No Snoop controllable (the bit can be set and cleared)",
+            Self::NotOurs(NotOurs::VirtualFunction) => "No Snoop governed by the physical function",
+            Self::NotOurs(NotOurs::NoCapability) => "No Snoop unknown (no PCI Express capability)",
+            Self::NotOurs(NotOurs::IntegratedGraphics) => "No Snoop unknown (integrated graphics ignores the bit)",
+        })
+    }
+}
+
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

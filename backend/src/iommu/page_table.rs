@@ -4,6 +4,7 @@
 //! and stays pinned after it is detached. The kernel's automatic page table would be destroyed, and its pages unpinned, the
 //! moment the device is detached.
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 
@@ -28,6 +29,13 @@ pub struct Snoop {
     pub enforced: bool,
     /// What the hardware says of itself, in words; evidence only.
     pub hardware: String,
+}
+
+impl fmt::Display for Snoop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = if self.enforced { "enforced" } else { "not enforced" };
+        write!(f, "snooping {word} (VFIO_DMA_CC_IOMMU; {})", self.hardware)
+    }
 }
 
 impl PageTable {
