@@ -5,14 +5,19 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::coherency::Policy;
 use crate::vfio::PciAddress;
 
 /// What the user asked for.
 #[derive(Debug, Parser)]
+#[command(args_conflicts_with_subcommands = true)]
 #[command(version, about = "Serves a VFIO-owned device to QEMU over vhost-user", max_term_width = 100, after_help = AFTER_HELP)]
 pub struct Config {
+    /// Ask instead of serve
+    #[command(subcommand)]
+    pub question: Option<Question>,
     /// Print what this program can do as JSON, and exit
     #[arg(long)]
     pub print_capabilities: bool,
@@ -34,12 +39,59 @@ pub struct Config {
     /// Refuse writes, whatever the guest tries
     #[arg(long)]
     pub read_only: bool,
+    /// What to do about a device that could go behind the CPU caches
+    #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
+    pub no_snoop: NoSnoopPolicy,
     /// How long a worker polls for more work before it sleeps, in microseconds
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub poll_us: u32,
     /// error, warn, info, debug or trace; RUST_LOG is heard as well
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: log::LevelFilter,
+}
+
+/// What can be asked instead of served.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Question {
+    /// Show what is known about a function's caches, where it is known from, and what follows
+    Inspect {
+        /// The function
+        #[arg(value_name = "DOMAIN:BUS:DEV.FN")]
+        address: PciAddress,
+        /// As one JSON object
+        #[arg(long)]
+        json: bool,
+        /// As it would be served with this policy
+        #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
+        no_snoop: NoSnoopPolicy,
+    },
+    /// Show every function behind an IOMMU
+    List,
+}
+
+/// `--no-snoop`: what to do about a device that could go behind the CPU caches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum NoSnoopPolicy {
+    /// Hold its Enable No Snoop bit off where that is possible, else flush
+    #[default]
+    Suppress,
+    /// Let it, and flush
+    Allow,
+    /// Serve only what is coherent by itself
+    Refuse,
+    /// Take it that the device goes behind the caches, whatever its bit says, and flush
+    Assume,
+}
+
+impl From<NoSnoopPolicy> for Policy {
+    fn from(policy: NoSnoopPolicy) -> Self {
+        match policy {
+            NoSnoopPolicy::Suppress => Self::Suppress,
+            NoSnoopPolicy::Allow => Self::Allow,
+            NoSnoopPolicy::Refuse => Self::Refuse,
+            NoSnoopPolicy::Assume => Self::Assume,
+        }
+    }
 }
 
 const AFTER_HELP: &str = "\

@@ -20,6 +20,7 @@ pub mod driver;
 pub mod emulated;
 pub mod engine;
 pub mod hardware;
+pub mod inspect;
 pub mod iommu;
 pub mod memory;
 pub mod sys;

@@ -9,10 +9,11 @@ use anyhow::{Context, Result, anyhow};
 use clap::Parser;
 
 use vhost_device_vfio::coherency::{Personality, Policy, decide};
-use vhost_device_vfio::config::Config;
+use vhost_device_vfio::config::{Config, Question};
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
 use vhost_device_vfio::engine::{Engine, Options};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
+use vhost_device_vfio::inspect::{Report, list};
 use vhost_device_vfio::iommu::LiveSpace;
 use vhost_device_vfio::sys::{inherit, signal_fd};
 use vhost_device_vfio::take::Taken;
@@ -29,6 +30,10 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     env_logger::Builder::new().filter_level(config.log_level).parse_default_env().init();
+    if let Some(question) = &config.question {
+        answer(question);
+        return ExitCode::SUCCESS;
+    }
     match run(&config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -38,12 +43,22 @@ fn main() -> ExitCode {
     }
 }
 
+fn answer(question: &Question) {
+    match question {
+        Question::List => list().iter().for_each(|line| println!("{line}")),
+        Question::Inspect { address, json: true, no_snoop } => {
+            println!("{}", Report::new(*address, (*no_snoop).into()).json())
+        }
+        Question::Inspect { address, json: false, no_snoop } => print!("{}", Report::new(*address, (*no_snoop).into())),
+    }
+}
+
 fn run(config: &Config) -> Result<()> {
     // Before any thread is started, so that all of them have the signals blocked.
     let stop = signal_fd(&[libc::SIGTERM, libc::SIGINT]).context("catch SIGTERM and SIGINT")?;
     let listen = listen(config)?;
     let address = config.device.ok_or_else(|| anyhow!("no device; give --device DOMAIN:BUS:DEVICE.FUNCTION"))?;
-    let (function, space) = take(address)?;
+    let (function, space) = take(address, config.no_snoop.into())?;
 
     let queues = config.queue_count();
     let options = NvmeOptions { namespace: config.namespace, queues, read_only: config.read_only };
@@ -75,9 +90,9 @@ fn listen(config: &Config) -> Result<Listen> {
 }
 
 /// Takes the function, says what is known about the caches and what follows, and obeys.
-fn take(address: PciAddress) -> Result<(Arc<dyn Function>, LiveSpace)> {
+fn take(address: PciAddress, policy: Policy) -> Result<(Arc<dyn Function>, LiveSpace)> {
     let taken = Taken::take(address)?;
-    let facts = taken.evidence().facts(Personality::Mediated, Policy::default(), false);
+    let facts = taken.evidence().facts(Personality::Mediated, policy, false);
     log::info!("{address}: {}; {}", taken.evidence().snoop, facts.no_snoop);
     log::info!("{address}: DMA is {}", decide(&facts));
     if !facts.snoop_enforced {

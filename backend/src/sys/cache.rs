@@ -66,6 +66,12 @@ impl CacheLines {
         self.instruction
     }
 
+    /// Size of a cache line, bytes.
+    #[must_use]
+    pub fn line(&self) -> usize {
+        self.line
+    }
+
     /// Writes back and invalidates every line that holds one of `len` bytes from `offset`. When this returns, DRAM holds
     /// what the CPUs had written before, and the next read of a CPU comes from DRAM.
     ///
