@@ -181,8 +181,11 @@ impl Controller {
         }
         let value = value & 0xffff;
         if is_head {
-            self.cqs[usize::from(id)].head.store(value, SeqCst);
-            self.wake(|this| this.run_starved(id));
+            let slot = &self.cqs[usize::from(id)];
+            slot.head.store(value, SeqCst);
+            if slot.starved.load(SeqCst) && slot.starved.swap(false, SeqCst) {
+                self.wake(|this| this.run_fed_by(id));
+            }
         } else {
             self.sqs[usize::from(id)].tail.store(value, SeqCst);
             self.wake(|this| {

@@ -53,13 +53,12 @@ impl Controller {
         (0..=self.options.queues).filter_map(|id| self.run(id)).min()
     }
 
-    /// The completion queue has got room: run what waited for it.
-    pub(super) fn run_starved(&self, cq: u16) {
-        if self.cqs[usize::from(cq)].starved.swap(false, SeqCst) {
-            for id in 0..=self.options.queues {
-                if lock(&self.sqs[usize::from(id)].state).queue.as_ref().is_some_and(|sq| sq.cq == cq) {
-                    self.run(id);
-                }
+    /// Completion queue `cq` has got room: run what completes to it.
+    #[cold]
+    pub(super) fn run_fed_by(&self, cq: u16) {
+        for id in 0..=self.options.queues {
+            if lock(&self.sqs[usize::from(id)].state).queue.as_ref().is_some_and(|sq| sq.cq == cq) {
+                self.run(id);
             }
         }
     }

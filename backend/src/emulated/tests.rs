@@ -7,3 +7,4 @@ mod faults;
 mod host;
 mod io;
 mod iommu;
+mod threads;

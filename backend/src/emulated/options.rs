@@ -1,0 +1,238 @@
+//! What the function is made of, from Rust or from one line of text:
+//! `size=4G,lba=4096,queues=2,medium=null,mode=threaded`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::addr::{Iova, Span};
+
+use super::{EmulatedError, Medium};
+
+/// When commands run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// A doorbell write executes what it announces before it returns, on the thread that wrote it.
+    Inline,
+    /// A thread of the controller's own executes commands some time after the doorbell.
+    Threaded,
+}
+
+/// What the function is made of.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Size of the disk, bytes; a multiple of `lba`. Zero takes the size of an existing file.
+    pub size: u64,
+    /// Size of a logical block, bytes: 512 or 4096.
+    pub lba: u32,
+    /// Most I/O queue pairs the controller grants.
+    pub queues: u16,
+    /// Most entries of an I/O queue (CAP.MQES + 1).
+    pub queue_entries: u16,
+    /// MDTS: largest transfer is `4096 << mdts` bytes; 0 means no limit.
+    pub mdts: u8,
+    /// True if I/O commands may use Scatter Gather Lists.
+    pub sgl: bool,
+    /// CAP.DSTRD: doorbells are `4 << doorbell_stride` bytes apart.
+    pub doorbell_stride: u8,
+    /// Where the blocks live.
+    pub medium: Medium,
+    /// True if the controller has a volatile write cache (on at first).
+    pub volatile_cache: bool,
+    /// When commands run.
+    pub mode: Mode,
+    /// How long each I/O command takes. In inline mode time stands still but for [`Machine::advance`](super::Machine::advance), so with any latency
+    /// commands stay in flight until then.
+    pub latency: Duration,
+    /// False keeps MSI-X vectors silent, for a driver that only polls and wants to measure itself.
+    pub interrupts: bool,
+    /// Width of the IOMMU's addresses, bits; 57 is what five levels of tables give.
+    pub address_width: u8,
+    /// Address ranges the platform keeps for itself.
+    pub reserved: Vec<Span<Iova>>,
+    /// Serial number, at most 20 ASCII characters.
+    pub serial: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            size: 1 << 30,
+            lba: 512,
+            queues: 4,
+            queue_entries: 1024,
+            mdts: 5,
+            sgl: false,
+            doorbell_stride: 0,
+            medium: Medium::Memory,
+            volatile_cache: true,
+            mode: Mode::Inline,
+            latency: Duration::ZERO,
+            interrupts: true,
+            address_width: 48,
+            // The MSI window of x86 (Intel SDM vol. 3 §11.11.1).
+            reserved: Span::new(Iova(0xfee0_0000), 1 << 20).into_iter().collect(),
+            serial: "EMULATED-0".to_owned(),
+        }
+    }
+}
+
+impl Options {
+    /// Refuses what no controller can have, before anything is opened.
+    pub(super) fn check(&self) -> Result<(), EmulatedError> {
+        let check = |good: bool, option, wanted, found| {
+            if good { Ok(()) } else { Err(EmulatedError::Option { option, wanted, found }) }
+        };
+        let from_file = matches!(self.medium, Medium::File { .. });
+        check(matches!(self.lba, 512 | 4096), "lba", "512 or 4096", self.lba.into())?;
+        check(self.size != 0 || from_file, "size", "at least one logical block", self.size)?;
+        check(self.size.is_multiple_of(self.lba.into()), "size", "a multiple of the logical block", self.size)?;
+        check((1..=1023).contains(&self.queues), "queues", "1 to 1023", self.queues.into())?;
+        check(self.queue_entries >= 2, "queue entries", "at least 2", self.queue_entries.into())?;
+        check(self.mdts <= 15, "mdts", "0 to 15", self.mdts.into())?;
+        check(self.doorbell_stride <= 8, "doorbell stride", "0 to 8", self.doorbell_stride.into())?;
+        check((16..=57).contains(&self.address_width), "address width", "16 to 57", self.address_width.into())?;
+        let serial_fits = self.serial.len() <= 20 && self.serial.is_ascii();
+        check(serial_fits, "serial", "at most 20 ASCII characters", self.serial.len() as u64)
+    }
+}
+
+/// The names that [`Options::from_str`] knows.
+const KNOWN: &str = "size, lba, queues, entries, mdts, sgl, stride, medium, file, create, sparse, wcache, mode, latency, interrupts, width, serial";
+
+impl FromStr for Options {
+    type Err = EmulatedError;
+
+    /// Reads `name=value` pairs separated by commas; what is not named is as in [`Options::default`]. Sizes take K, M, G or
+    /// T, times ns, us, ms or s. With `file=` the size may be left out; `create=on` makes a missing file, sparse unless
+    /// `sparse=off`.
+    fn from_str(text: &str) -> Result<Self, EmulatedError> {
+        let mut options = Self { size: 0, ..Self::default() };
+        let (mut file, mut create, mut sparse) = (None, false, true);
+        for pair in text.split(',').filter(|pair| !pair.is_empty()) {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            match name {
+                "size" => options.size = size("size", value)?,
+                "lba" => options.lba = number("lba", value)?,
+                "queues" => options.queues = number("queues", value)?,
+                "entries" => options.queue_entries = number("entries", value)?,
+                "mdts" => options.mdts = number("mdts", value)?,
+                "sgl" => options.sgl = switch("sgl", value)?,
+                "stride" => options.doorbell_stride = number("stride", value)?,
+                "medium" => options.medium = medium(value)?,
+                "file" => file = Some(PathBuf::from(value)),
+                "create" => create = switch("create", value)?,
+                "sparse" => sparse = switch("sparse", value)?,
+                "wcache" => options.volatile_cache = switch("wcache", value)?,
+                "mode" => options.mode = mode(value)?,
+                "latency" => options.latency = time("latency", value)?,
+                "interrupts" => options.interrupts = switch("interrupts", value)?,
+                "width" => options.address_width = number("width", value)?,
+                "serial" => value.clone_into(&mut options.serial),
+                _ => return Err(EmulatedError::Unknown { option: name.to_owned(), known: KNOWN }),
+            }
+        }
+        match file {
+            Some(path) => options.medium = Medium::File { path, create, sparse },
+            None if options.size == 0 => options.size = Self::default().size,
+            None => {}
+        }
+        options.check()?;
+        Ok(options)
+    }
+}
+
+fn value_error(option: &'static str, wanted: &'static str, found: &str) -> EmulatedError {
+    EmulatedError::Value { option, wanted, found: found.to_owned() }
+}
+
+fn number<T: FromStr>(option: &'static str, text: &str) -> Result<T, EmulatedError> {
+    text.parse().map_err(|_| value_error(option, "a small whole number", text))
+}
+
+fn switch(option: &'static str, text: &str) -> Result<bool, EmulatedError> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(value_error(option, "on or off", text)),
+    }
+}
+
+fn medium(text: &str) -> Result<Medium, EmulatedError> {
+    match text {
+        "memory" => Ok(Medium::Memory),
+        "null" => Ok(Medium::Null),
+        _ => Err(value_error("medium", "memory or null", text)),
+    }
+}
+
+fn mode(text: &str) -> Result<Mode, EmulatedError> {
+    match text {
+        "inline" => Ok(Mode::Inline),
+        "threaded" => Ok(Mode::Threaded),
+        _ => Err(value_error("mode", "inline or threaded", text)),
+    }
+}
+
+/// A whole number and a unit: the first of `units` that `text` ends with.
+fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
+    let (digits, scale) = units.iter().find_map(|(unit, scale)| Some((text.strip_suffix(unit)?, *scale)))?;
+    digits.parse::<u64>().ok()?.checked_mul(scale)
+}
+
+fn size(option: &'static str, text: &str) -> Result<u64, EmulatedError> {
+    let units = [("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30), ("T", 1 << 40), ("", 1)];
+    scaled(text, &units).ok_or_else(|| value_error(option, "bytes, with K, M, G or T if you like", text))
+}
+
+fn time(option: &'static str, text: &str) -> Result<Duration, EmulatedError> {
+    let units = [("ns", 1), ("us", 1_000), ("ms", 1_000_000), ("s", 1_000_000_000)];
+    let nanos = scaled(text, &units).ok_or_else(|| value_error(option, "a number of ns, us, ms or s", text))?;
+    Ok(Duration::from_nanos(nanos))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line_says_what_the_function_is() {
+        let options: Options =
+            "size=4G,lba=4096,queues=2,medium=null,mode=threaded,latency=80us,wcache=off".parse().unwrap();
+        assert_eq!((options.size, options.lba, options.queues), (4 << 30, 4096, 2));
+        assert_eq!((options.medium, options.mode), (Medium::Null, Mode::Threaded));
+        assert_eq!((options.latency, options.volatile_cache), (Duration::from_micros(80), false));
+    }
+
+    #[test]
+    fn nothing_at_all_is_the_default() {
+        let options: Options = "".parse().unwrap();
+        assert_eq!((options.size, options.medium), (1 << 30, Medium::Memory));
+    }
+
+    #[test]
+    fn a_file_gives_the_size_when_none_is_named() {
+        let options: Options = "file=/x/y,create=on".parse().unwrap();
+        assert_eq!(options.size, 0);
+        assert_eq!(options.medium, Medium::File { path: "/x/y".into(), create: true, sparse: true });
+    }
+
+    #[test]
+    fn wrong_options_are_named_in_one_line() {
+        for (text, part) in [
+            ("sise=1G", "no option `sise`"),
+            ("size=1X", "size=1X: wanted bytes"),
+            ("size=99999999999999999999", "size="),
+            ("size=16777216T", "size="),
+            ("lba=513", "lba: wanted 512 or 4096, found 513"),
+            ("size=1000", "size: wanted a multiple of the logical block"),
+            ("wcache", "wcache=: wanted on or off"),
+            ("queues=70000", "queues=70000"),
+            ("latency=5", "latency=5: wanted a number of ns"),
+            ("medium=disk", "medium=disk: wanted memory or null"),
+        ] {
+            let error = text.parse::<Options>().expect_err(text).to_string();
+            assert!(error.contains(part) && !error.contains('\n'), "{text}: {error}");
+        }
+    }
+}
