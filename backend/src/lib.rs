@@ -22,6 +22,7 @@ pub mod engine;
 pub mod hardware;
 pub mod inspect;
 pub mod iommu;
+mod log_limit;
 pub mod memory;
 pub mod sys;
 pub mod take;

@@ -8,7 +8,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::guest::Guest;
-use crate::addr::{Address, Gpa, Span};
+use crate::addr::{Gpa, Span};
 
 /// VIRTQ_DESC_F_NEXT, virtio 1.2 §2.7.5.
 const NEXT: u16 = 1;
@@ -150,26 +150,14 @@ impl Chain {
 
     #[inline]
     fn walk(&mut self, walk: &Walk, entry: impl Fn(u16) -> Descriptor, guest: &mut Guest) -> Result<(), ChainFault> {
-        let entries = walk.size;
-        let mut index = self.head;
-        for _ in 0..entries {
-            let descriptor = entry(index);
-            if descriptor.flags & INDIRECT != 0 {
-                return self.walk_table(walk, descriptor, guest);
-            }
-            self.add(descriptor);
-            if descriptor.flags & NEXT == 0 {
-                return Ok(());
-            }
-            index = descriptor.next;
-            if index >= entries {
-                return Err(ChainFault::Index { next: index, entries });
-            }
+        match self.follow(self.head, walk.size, |index| Ok(entry(index)))? {
+            None => Ok(()),
+            Some(table) => self.walk_table(walk, table, guest),
         }
-        Err(ChainFault::Loop { entries })
     }
 
     /// Follows an indirect descriptor, the last of its chain; its WRITE flag means nothing (virtio 1.2 §2.7.5.3.2).
+    #[inline]
     fn walk_table(&mut self, walk: &Walk, table: Descriptor, guest: &mut Guest) -> Result<(), ChainFault> {
         if !walk.indirect {
             return Err(ChainFault::IndirectNotNegotiated);
@@ -182,17 +170,45 @@ impl Chain {
             .filter(|&n| n > 0 && n <= walk.longest_table && table.len.is_multiple_of(DESCRIPTOR))
             .ok_or(ChainFault::IndirectLength(table.len))?;
         let nowhere = ChainFault::IndirectMemory(Gpa(table.addr));
-        let start = Gpa(table.addr);
-        let mut index = 0;
+        let span = Span::new(Gpa(table.addr), u64::from(table.len)).ok_or(nowhere)?;
+        let nested = if let Some((window, offset)) = guest.table_window(span) {
+            self.follow(0, entries, |index| Ok(window.read(offset + 16 * usize::from(index))))?
+        } else {
+            self.follow_across(span, entries, guest)?
+        };
+        nested.map_or(Ok(()), |_| Err(ChainFault::NestedIndirect))
+    }
+
+    /// [`Self::follow`] in a table that does not lie in one region, which is fine as long as each entry does.
+    #[cold]
+    fn follow_across(
+        &mut self,
+        table: Span<Gpa>,
+        entries: u16,
+        guest: &mut Guest,
+    ) -> Result<Option<Descriptor>, ChainFault> {
+        let at = |index| table.slice(u64::from(DESCRIPTOR) * u64::from(index), u64::from(DESCRIPTOR));
+        let mut read = |entry| guest.table_window(entry).map(|(window, offset)| window.read(offset));
+        let nowhere = ChainFault::IndirectMemory(table.start());
+        self.follow(0, entries, |index| at(index).and_then(&mut read).ok_or(nowhere))
+    }
+
+    /// Adds the buffers of linked descriptors from `index` on, up to the last, or up to an indirect one, which is returned.
+    #[inline]
+    fn follow(
+        &mut self,
+        mut index: u16,
+        entries: u16,
+        mut entry: impl FnMut(u16) -> Result<Descriptor, ChainFault>,
+    ) -> Result<Option<Descriptor>, ChainFault> {
         for _ in 0..entries {
-            let at = start.checked_add(u64::from(DESCRIPTOR) * u64::from(index)).ok_or(nowhere)?;
-            let descriptor: Descriptor = guest.read_table(at).ok_or(nowhere)?;
+            let descriptor = entry(index)?;
             if descriptor.flags & INDIRECT != 0 {
-                return Err(ChainFault::NestedIndirect);
+                return Ok(Some(descriptor));
             }
             self.add(descriptor);
             if descriptor.flags & NEXT == 0 {
-                return Ok(());
+                return Ok(None);
             }
             index = descriptor.next;
             if index >= entries {

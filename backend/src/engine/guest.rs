@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::addr::{Gpa, Iova, Span};
+use crate::addr::{Address, Gpa, Iova, Span};
 use crate::memory::{MemTable, Region};
 use crate::sys::Window;
 
@@ -16,6 +16,8 @@ use crate::sys::Window;
 pub struct Guest {
     table: Arc<MemTable>,
     departing: Option<Arc<MemTable>>,
+    /// The table's regions, neighbours joined: all that a data buffer must be checked against, without a pointer to follow.
+    ranges: Vec<Span<Gpa>>,
     header_hint: usize,
     data_hint: usize,
     status_hint: usize,
@@ -31,11 +33,13 @@ impl Guest {
 
     /// From now on requests are checked against `table`, which has all that the one before had.
     pub fn publish(&mut self, table: Arc<MemTable>) {
+        self.ranges = ranges(&table);
         self.table = table;
     }
 
     /// From now on requests are checked against `table`; the one before serves those in flight until [`Self::forget`].
     pub fn withdraw(&mut self, table: Arc<MemTable>) {
+        self.ranges = ranges(&table);
         self.departing = Some(std::mem::replace(&mut self.table, table));
     }
 
@@ -47,7 +51,13 @@ impl Guest {
     /// Where the device finds a data buffer, if all of it is guest memory.
     #[inline]
     pub fn data(&mut self, span: Span<Gpa>) -> Option<Span<Iova>> {
-        self.table.iova(span, &mut self.data_hint)
+        if self.ranges.get(self.data_hint).is_some_and(|range| range.covers(&span)) {
+            return Some(span.identity_iova());
+        }
+        let after = self.ranges.partition_point(|range| range.start() <= span.start());
+        let index = after.checked_sub(1)?;
+        self.data_hint = index;
+        self.ranges[index].covers(&span).then(|| span.identity_iova())
     }
 
     /// True if the byte at `address` is guest memory.
@@ -66,12 +76,10 @@ impl Guest {
         }
     }
 
-    /// Reads one entry of an indirect table.
+    /// Where an indirect table, or one entry of it, can be read; `None` unless all of it lies in one region.
     #[inline]
-    pub fn read_table<T: FromBytes + IntoBytes>(&mut self, address: Gpa) -> Option<T> {
-        let span = Span::new(address, size_of::<T>() as u64)?;
-        let (window, offset) = self.table.window(span, &mut self.table_hint)?;
-        Some(window.read(offset))
+    pub fn table_window(&mut self, span: Span<Gpa>) -> Option<(&Window, usize)> {
+        self.table.window(span, &mut self.table_hint)
     }
 
     /// Reads a wire structure from the front of `spans`, however they cut it.
@@ -165,6 +173,20 @@ impl Guest {
         let tables = std::iter::once(&self.table).chain(&self.departing);
         tables.flat_map(|table| table.regions()).find(|region| region.gpa().contains(address)).map(|region| &**region)
     }
+}
+
+/// The regions of `table`, sorted, adjacent ones as one: the device does not see the seam.
+fn ranges(table: &MemTable) -> Vec<Span<Gpa>> {
+    let mut ranges: Vec<Span<Gpa>> = Vec::new();
+    for span in table.regions().iter().map(|region| region.gpa()) {
+        match ranges.last_mut() {
+            Some(last) if last.last().checked_add(1) == Some(span.start()) => {
+                *last = Span::inclusive(last.start(), span.last()).expect("sorted and disjoint");
+            }
+            _ => ranges.push(span),
+        }
+    }
+    ranges
 }
 
 /// Part of a bounce buffer, as this process sees it.

@@ -16,7 +16,6 @@ pub mod chain;
 mod control;
 mod flights;
 pub mod guest;
-mod log_limit;
 mod mailbox;
 mod pass;
 pub mod request;

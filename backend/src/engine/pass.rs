@@ -14,7 +14,7 @@ use super::bounce::{Bounce, Piece, SLOT_BYTES};
 use super::chain::Chain;
 use super::flights::{Flight, Flights};
 use super::guest::Guest;
-use super::log_limit::LogLimit;
+use crate::log_limit::LogLimit;
 use super::request::{Disk, Job, Operation, RequestFault, Status, Ticket, parse};
 use super::ring::{Ring, State};
 use super::statistics::Counters;
@@ -74,7 +74,7 @@ impl Path {
             bounce,
             disk,
             chain: Chain::default(),
-            limit: LogLimit::new(),
+            limit: LogLimit::default(),
             half: None,
             turn: 0,
             worker: post.worker,

@@ -306,3 +306,20 @@ fn collect(
     }
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "dropped without an answer")]
+    fn a_request_dropped_without_an_answer_is_a_bug_that_says_so() {
+        drop(Ticket { head: 3, status: None });
+    }
+
+    #[test]
+    fn a_request_that_is_settled_may_go() {
+        assert_eq!(Ticket { head: 3, status: None }.settle(), 3);
+    }
+}

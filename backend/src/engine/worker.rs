@@ -29,6 +29,9 @@ const DEVICE: u64 = u64::MAX;
 /// Poller token of the mailbox.
 const ORDERS: u64 = u64::MAX - 1;
 
+/// How long a worker sleeps at most while commands are in flight: an interrupt may get lost, its completion does not.
+const LONGEST_NAP: Duration = Duration::from_millis(500);
+
 /// See the drawing above.
 enum Device {
     Live(Box<dyn Queue>),
@@ -143,8 +146,9 @@ impl Worker {
 
     fn wait(&mut self) {
         let Self { poller, path, device, stale, .. } = self;
+        let in_flight = matches!(device, Device::Live(queue) if queue.in_flight() != 0);
         let mut useless = Vec::new();
-        let waited = poller.wait(None, |event| match event.token {
+        let waited = poller.wait(in_flight.then_some(LONGEST_NAP), |event| match event.token {
             ORDERS => {} // emptied when the orders are taken
             DEVICE => {
                 if let Device::Live(queue) = device {

@@ -177,9 +177,34 @@ impl Window {
     #[inline]
     #[must_use]
     pub fn read<T: FromBytes + IntoBytes>(&self, offset: usize) -> T {
+        let size = size_of::<T>();
+        let mut value = T::new_zeroed();
+        if self.words(offset, size) * 8 == size {
+            self.copy_words(offset, value.as_mut_bytes());
+            return value;
+        }
+        self.read_bytes(offset)
+    }
+
+    /// [`Self::read`] where it cannot be done in words; apart, so that its byte stores do not take the fast path's value
+    /// to pieces.
+    #[cold]
+    fn read_bytes<T: FromBytes + IntoBytes>(&self, offset: usize) -> T {
         let mut value = T::new_zeroed();
         self.copy_to(offset, value.as_mut_bytes());
         value
+    }
+
+    /// Copies out whole words.
+    #[inline]
+    fn copy_words(&self, offset: usize, bytes: &mut [u8]) {
+        for (i, chunk) in bytes.chunks_exact_mut(8).enumerate() {
+            let word = self.read_u64(offset + i * 8).to_le();
+            // One store per word: through a byte array the compiler makes eight, and whoever reads a field of a structure
+            // right after waits for all of them (failed store forwarding).
+            // SAFETY: a chunk has exactly eight bytes; the store needs no alignment.
+            unsafe { chunk.as_mut_ptr().cast::<u64>().write_unaligned(word) };
+        }
     }
 
     /// Writes a wire structure; the counterpart of [`Self::read`].
@@ -193,13 +218,7 @@ impl Window {
     pub fn copy_to(&self, offset: usize, bytes: &mut [u8]) {
         let words = self.words(offset, bytes.len());
         let (head, tail) = bytes.split_at_mut(words * 8);
-        for (i, chunk) in head.chunks_exact_mut(8).enumerate() {
-            let word = self.read_u64(offset + i * 8).to_le();
-            // One store per word: through a byte array the compiler makes eight, and whoever reads a field of a structure
-            // right after waits for all of them (failed store forwarding).
-            // SAFETY: a chunk has exactly eight bytes; the store needs no alignment.
-            unsafe { chunk.as_mut_ptr().cast::<u64>().write_unaligned(word) };
-        }
+        self.copy_words(offset, head);
         for (i, byte) in tail.iter_mut().enumerate() {
             *byte = self.read_u8(offset + words * 8 + i);
         }

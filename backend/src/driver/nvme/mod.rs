@@ -14,7 +14,6 @@ mod bring_up;
 mod controller;
 mod error;
 mod identify;
-mod log_limit;
 pub mod prp;
 pub mod queue;
 mod regs;

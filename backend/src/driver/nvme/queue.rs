@@ -15,7 +15,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use super::log_limit::LogLimit;
+use crate::log_limit::LogLimit;
 use super::prp::{self, Limits};
 use super::regs::PAGE_LEN;
 use super::rings::{CompletionRing, SubmissionRing, completion_bytes, submission_bytes};

@@ -1,9 +1,11 @@
-//! Real workers over a disk in memory, driven by a virtio driver in the test.
+//! Real workers over a disk in memory, and over the NVMe driver above the emulated controller, driven by a virtio driver in
+//! the test.
 
 mod disk;
 mod hostile;
 mod lifecycle;
 mod notify;
+mod nvme;
 mod oracle;
 mod rig;
 mod round_trip;

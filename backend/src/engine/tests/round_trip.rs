@@ -111,6 +111,21 @@ fn the_worst_command_decides_the_request() {
 }
 
 #[test]
+fn after_a_failed_command_the_rest_is_not_submitted() {
+    let rig = Rig::new(Abilities { depth: 1, max_transfer: 4096, ..Abilities::default() });
+    let mut driver = rig.driver(0, Shape::default());
+    rig.disk.hold();
+    let read = driver.send(IN, 0, &[(DATA, 8 * 4096)]);
+    until("the first command", || rig.disk.held().len() == 1);
+
+    rig.disk.set_outcome(Outcome::Failed);
+    rig.disk.release(0);
+
+    assert_eq!(driver.wait(1), [(u32::from(read.head), 1)]);
+    assert_eq!((driver.status(read), rig.disk.rings()), (1, 1));
+}
+
+#[test]
 fn used_entries_come_in_completion_order() {
     let rig = Rig::new(Abilities::default());
     let mut driver = rig.driver(0, Shape::default());

@@ -1,4 +1,4 @@
-//! Keeps a misbehaving device from filling the log: a few lines per interval, then one that says how many were left out.
+//! Keeps a misbehaving guest or device from filling the log: a few lines per interval, then one that says how many were left out.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ const INTERVAL: Duration = Duration::from_secs(10);
 
 /// Counts lines; consulted on error paths only.
 #[derive(Default)]
-pub(super) struct LogLimit {
+pub(crate) struct LogLimit {
     since: Option<Instant>,
     lines: u32,
     left_out: u32,
@@ -17,7 +17,7 @@ pub(super) struct LogLimit {
 
 impl LogLimit {
     /// Writes the line unless too many came before it within the interval.
-    pub(super) fn warn(&mut self, line: impl FnOnce() -> String) {
+    pub(crate) fn warn(&mut self, line: impl FnOnce() -> String) {
         if let Some(left_out) = self.admit(Instant::now()) {
             if left_out != 0 {
                 log::warn!("({left_out} similar lines left out)");
@@ -27,7 +27,7 @@ impl LogLimit {
     }
 
     /// `Some` if a line may be written now, with the number of lines left out since the last one.
-    fn admit(&mut self, now: Instant) -> Option<u32> {
+    pub(crate) fn admit(&mut self, now: Instant) -> Option<u32> {
         if self.since.is_none_or(|since| now.saturating_duration_since(since) >= INTERVAL) {
             self.since = Some(now);
             self.lines = 0;

@@ -1,0 +1,237 @@
+//! The whole data path: a virtio driver, the workers, the NVMe driver, and the emulated controller behind its IOMMU.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::rig::*;
+use crate::driver::nvme::{Nvme, NvmeOptions};
+use crate::emulated::{Commands, Effect, Fault, Machine, Mode, Options, Status};
+use crate::engine::Engine;
+use crate::memory::{MemTable, Region};
+
+/// Opcodes of the NVM command set, NVMe NVM 1.0 §3.2.
+const NVM_READ: u8 = 2;
+const NVM_WRITE: u8 = 1;
+
+struct Drive {
+    engine: Engine,
+    machine: Machine,
+    region: Arc<Region>,
+}
+
+impl Drive {
+    fn new(options: Options, spin: Duration, patience: Duration) -> Self {
+        let queues = options.queues;
+        let machine = Machine::new(options).unwrap();
+        let wanted = NvmeOptions { namespace: None, queues, read_only: false };
+        let nvme = Nvme::bring_up(machine.function(), machine.space(), wanted).unwrap();
+        let options = crate::engine::Options { rings: 4, spin, patience };
+        let engine = Engine::start(Box::new(nvme), &machine.space(), options).unwrap();
+        let region = region(BASE, LEN);
+        machine.space().add(&region).unwrap();
+        engine.publish(Arc::new(MemTable::new(vec![Arc::clone(&region)]).unwrap()));
+        Self { engine, machine, region }
+    }
+
+    fn threaded(queues: u16, lba: u32) -> Self {
+        let options = Options { size: 16 << 20, queues, lba, mode: Mode::Threaded, ..Options::default() };
+        Self::new(options, Duration::from_micros(20), Duration::from_secs(20))
+    }
+
+    fn driver(&self, index: usize, shape: Shape) -> VirtDriver {
+        let (driver, setup) = VirtDriver::new(self.region.window().clone(), index, shape);
+        self.engine.start_ring(setup).unwrap();
+        self.engine.set_enabled(index, true);
+        driver
+    }
+}
+
+/// A repeatable sequence of numbers (xorshift64).
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self, below: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % below
+    }
+}
+
+/// Cuts `len` bytes at `start` into up to four buffers.
+fn cut(numbers: &mut Numbers, start: u64, len: u64) -> Vec<(u64, u32)> {
+    let mut parts = Vec::new();
+    let (mut at, mut left) = (start, len);
+    while left != 0 {
+        let part = if parts.len() == 3 { left } else { 1 + numbers.next(left) };
+        let part = if numbers.next(2) == 0 { part } else { part.next_multiple_of(512).min(left) };
+        parts.push((at, part as u32));
+        (at, left) = (at + part, left - part);
+    }
+    parts
+}
+
+/// One ring's life: random reads and writes in its own eighth of the disk, compared with a model.
+fn soak(driver: &mut VirtDriver, lba: u64, rounds: u64) {
+    let area = (1 << 20) + (2 << 20) * driver.index as u64;
+    let blocks = 64;
+    let mut model = vec![0_u8; (blocks * lba) as usize];
+    let mut numbers = Numbers(0x9e37_79b9 + driver.index as u64);
+    let memory = DATA + 0x8_0000 * driver.index as u64;
+    for round in 0..rounds {
+        let first = numbers.next(blocks);
+        let len = (1 + numbers.next((blocks - first).min(16))) * lba;
+        let start = memory + numbers.next(4096);
+        let start = if numbers.next(2) == 0 { start } else { start & !511 };
+        let parts = cut(&mut numbers, start, len);
+        let sector = (area + first * lba) / 512;
+        let on_disk = (first * lba) as usize..(first * lba + len) as usize;
+        if numbers.next(2) == 0 {
+            let bytes: Vec<u8> = (0..len).map(|i| (i * 7 + round) as u8).collect();
+            driver.fill(start, &bytes);
+            model[on_disk].copy_from_slice(&bytes);
+            let sent = driver.send(OUT, sector, &parts);
+            assert_eq!(driver.wait(1), [(u32::from(sent.head), 1)]);
+            assert_eq!(driver.status(sent), 0);
+        } else {
+            driver.fill(start, &vec![0xee; len as usize]);
+            let sent = driver.send(IN, sector, &parts);
+            assert_eq!(driver.wait(1), [(u32::from(sent.head), len as u32 + 1)]);
+            assert_eq!(driver.status(sent), 0);
+            assert!(driver.bytes(start, len as usize) == model[on_disk], "round {round}");
+        }
+    }
+}
+
+#[test]
+fn random_reads_and_writes_agree_with_a_model_on_every_ring() {
+    for (queues, lba) in [(1, 512), (2, 512), (3, 4096)] {
+        let drive = Drive::threaded(queues, lba);
+        let shape = |n| Shape { event_idx: n % 2 == 0, ..Shape::default() };
+        let mut drivers: Vec<_> = (0..4).map(|n| drive.driver(n, shape(n))).collect();
+
+        std::thread::scope(|scope| {
+            for driver in &mut drivers {
+                scope.spawn(move || soak(driver, lba.into(), 100));
+            }
+        });
+
+        let statistics = drive.engine.statistics();
+        assert_eq!(statistics.reads + statistics.writes, 400);
+        assert_eq!((statistics.errors, statistics.recoveries), (0, 0));
+        assert!(statistics.bounced != 0);
+        assert_eq!(drive.machine.iommu().faults().len(), 0);
+    }
+}
+
+#[test]
+fn a_deep_queue_completes_every_request() {
+    let options = Options { size: 16 << 20, queues: 1, queue_entries: 8, mode: Mode::Threaded, ..Options::default() };
+    let drive = Drive::new(options, Duration::ZERO, Duration::from_secs(20));
+    let mut driver = drive.driver(0, Shape { size: 256, event_idx: true, base: 0 });
+
+    for round in 0..20 {
+        for n in 0..64 {
+            driver.request(IN, 8 * n, &[(DATA + 4096 * n, 4096)]);
+        }
+        driver.kick();
+        assert!(driver.wait(64).iter().all(|&(_, len)| len == 4097), "round {round}");
+    }
+    assert_eq!(drive.engine.statistics().bytes_read, 20 * 64 * 4096);
+}
+
+#[test]
+fn the_identity_is_the_controllers_serial_number() {
+    let drive = Drive::threaded(1, 512);
+    let mut driver = drive.driver(0, Shape::default());
+
+    driver.send(GET_ID, 0, &[(DATA, 20)]);
+    driver.wait(1);
+
+    assert_eq!(driver.bytes(DATA, 20), *b"EMULATED-0\0\0\0\0\0\0\0\0\0\0");
+}
+
+#[test]
+fn an_error_of_the_device_is_an_error_status_once() {
+    let drive = Drive::threaded(1, 512);
+    let mut driver = drive.driver(0, Shape::default());
+    let status = Status::LBA_OUT_OF_RANGE;
+    let reads = Commands { queue: Some(1), opcode: Some(NVM_READ) };
+    drive.machine.inject(Fault::once(reads, Effect::Status(status)));
+
+    let failed = driver.send(IN, 0, &[(DATA, 512)]);
+    driver.wait(1);
+    let good = driver.send(IN, 0, &[(DATA, 512)]);
+    driver.wait(1);
+
+    assert_eq!((driver.status(failed), driver.status(good)), (1, 0));
+    assert_eq!(drive.engine.statistics().errors, 1);
+}
+
+#[test]
+fn a_lost_interrupt_delays_and_does_not_hang() {
+    let options = Options { size: 16 << 20, queues: 1, mode: Mode::Threaded, ..Options::default() };
+    let drive = Drive::new(options, Duration::ZERO, Duration::from_secs(20));
+    let mut driver = drive.driver(0, Shape::default());
+    drive.machine.inject(Fault::once(Commands::of_queue(1), Effect::LoseInterrupt));
+
+    let sent = driver.send(IN, 0, &[(DATA, 512)]);
+
+    driver.wait(1);
+    assert_eq!(driver.status(sent), 0);
+}
+
+#[test]
+fn a_lost_command_resets_the_controller_and_all_go_on() {
+    let options = Options { size: 16 << 20, queues: 2, mode: Mode::Threaded, ..Options::default() };
+    let drive = Drive::new(options, Duration::ZERO, Duration::from_millis(100));
+    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+    drive.machine.inject(Fault::once(Commands { queue: Some(1), opcode: Some(NVM_WRITE) }, Effect::Lose));
+    let lost = drivers[0].send(OUT, 0, &[(DATA, 512)]);
+    std::thread::sleep(Duration::from_millis(50));
+
+    assert_eq!(drive.engine.stop_ring(0).unwrap(), Some(1));
+
+    assert_eq!(drivers[0].wait(1), [(u32::from(lost.head), 1)]);
+    assert_eq!(drivers[0].status(lost), 1);
+    drive.engine.start_ring(drivers[0].setup(1)).unwrap();
+    for driver in &mut drivers {
+        let sent = driver.send(IN, 0, &[(DATA, 512)]);
+        driver.wait(1);
+        assert_eq!(driver.status(sent), 0);
+    }
+    assert_eq!(drive.engine.statistics().recoveries, 1);
+    assert_eq!(drive.machine.iommu().faults().len(), 0);
+}
+
+#[test]
+fn a_drive_that_is_pulled_out_fails_every_request() {
+    let options = Options { size: 16 << 20, queues: 1, mode: Mode::Threaded, ..Options::default() };
+    let drive = Drive::new(options, Duration::ZERO, Duration::from_millis(100));
+    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+    drive.machine.inject(Fault::Removed);
+    let lost = drivers[0].send(IN, 0, &[(DATA, 512)]);
+    std::thread::sleep(Duration::from_millis(50));
+
+    drive.engine.stop_ring(0).unwrap();
+
+    assert_eq!(drivers[0].wait(1), [(u32::from(lost.head), 1)]);
+    let refused = drivers[1].send(IN, 0, &[(DATA, 512)]);
+    drivers[1].wait(1);
+    assert_eq!(drivers[1].status(refused), 1);
+}
+
+#[test]
+fn nothing_stays_mapped_after_the_end() {
+    let drive = Drive::threaded(2, 512);
+    let mut driver = drive.driver(0, Shape::default());
+    driver.send(OUT, 0, &[(DATA + 1, 512)]);
+    driver.wait(1);
+    let Drive { engine, machine, region } = drive;
+
+    engine.shut_down();
+
+    machine.space().remove(&region).unwrap();
+    assert_eq!(machine.iommu().mapped().len(), 0);
+    assert_eq!(machine.iommu().faults().len(), 0);
+}
