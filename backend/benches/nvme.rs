@@ -109,7 +109,7 @@ fn commands(c: &mut Criterion) {
         name: "bench".to_owned(),
         id: 1,
         depth: MAX_DEPTH,
-        memory: Shared { window: memory, iova: Iova(0x7000_0000) },
+        memory: Shared { window: memory, iova: Iova(0x7000_0000), caches: None },
         doorbells: Doorbells { registers: Arc::new(Silent), stride: 4 },
         namespace: 1,
         limits: LIMITS,

@@ -78,11 +78,22 @@ pub trait AddressSpace: Send + Sync {
     /// # Errors
     /// See [`MapError`]; the region then counts as still mapped.
     fn remove(&self, region: &Region) -> Result<(), MapError>;
+    /// What makes CPU caches and DRAM agree around each DMA to what is mapped here; `None` where DMA is coherent.
+    fn caches(&self) -> Option<Arc<dyn CacheFlush>> {
+        None
+    }
     /// Zeroed memory for the driver's own use, mapped until dropped, at an IOVA outside all guest regions.
     ///
     /// # Errors
     /// See [`MapError`].
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError>;
+}
+
+/// Makes CPU caches and DRAM agree about a piece of memory, for a device whose DMA goes behind the caches.
+pub trait CacheFlush: Send + Sync {
+    /// Writes back and invalidates every cache line that holds one of `len` bytes of `window` from `offset`: the device then
+    /// reads what the CPUs wrote, and the CPUs read what the device wrote.
+    fn flush(&self, window: &Window, offset: usize, len: usize);
 }
 
 /// Why memory could not be mapped for, or taken away from, the device.

@@ -15,7 +15,7 @@ use vhost_device_vfio::engine::{Engine, Options};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::inspect::{Report, list};
 use vhost_device_vfio::iommu::LiveSpace;
-use vhost_device_vfio::sys::{inherit, signal_fd};
+use vhost_device_vfio::sys::signal_fd;
 use vhost_device_vfio::take::Taken;
 use vhost_device_vfio::vfio::PciAddress;
 use vhost_device_vfio::vhost_user::{Device, Listen, Server, capabilities};
@@ -79,11 +79,7 @@ fn run(config: &Config) -> Result<()> {
 fn listen(config: &Config) -> Result<Listen> {
     match (&config.socket_path, config.fd) {
         (Some(path), _) => Ok(Listen::Path(path.clone())),
-        (None, Some(number)) => {
-            let fd =
-                inherit(number).with_context(|| format!("--fd {number}: not a descriptor passed to this process"))?;
-            Ok(Listen::Fd(fd))
-        }
+        (None, Some(number)) => Ok(Listen::inherited(number)?),
         (None, None) => Listen::activated()?
             .ok_or_else(|| anyhow!("no socket; give --socket-path or --fd, or start it by a systemd socket unit")),
     }

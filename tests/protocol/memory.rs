@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 
 use proptest::prelude::*;
+use vm_memory::{FileOffset, MmapRegion};
 
 use crate::rig::{Rig, memory};
 use crate::rings::{RAM, running};
@@ -73,6 +74,21 @@ fn memory_that_is_no_memory_is_refused() {
     assert_eq!(wire.add_region(page(1), wire.socket.as_fd()), 1);
     let directory = std::fs::File::open("/").unwrap();
     assert_eq!(wire.add_region(page(1), directory.as_fd()), 1);
+}
+
+#[test]
+fn memory_that_the_front_end_itself_sees_as_a_private_copy_is_refused() {
+    let rig = Rig::new();
+    let (wire, file) = (rig.connect(), memory("ram", PAGE));
+    wire.negotiate();
+    for (how, told) in [(libc::MAP_PRIVATE, 1), (libc::MAP_SHARED, 0)] {
+        let place = FileOffset::new(file.try_clone().unwrap(), 0);
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let size = usize::try_from(PAGE).unwrap();
+        let mapping = MmapRegion::<()>::build(Some(place), size, access, how).unwrap();
+        let seen = Place { qva: mapping.as_ptr() as u64, offset: 0, ..page(1) };
+        assert_eq!(wire.add_region(seen, file.as_fd()), told);
+    }
 }
 
 #[test]

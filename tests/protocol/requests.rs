@@ -108,3 +108,19 @@ fn memory_can_grow_and_shrink_under_a_running_ring() {
     }
     assert_eq!(wire.stop_ring(0), 20);
 }
+
+#[test]
+fn descriptors_exchanged_while_the_ring_runs_are_used_from_then_on() {
+    let rig = Rig::new();
+    let (wire, ram, old) = running(&rig);
+    let fresh = crate::rings::ends();
+    assert_eq!(wire.ask(SET_VRING_CALL, &words(&[0]), &[fresh.call.as_fd()]), 0);
+    assert_eq!(wire.ask(SET_VRING_KICK, &words(&[0]), &[fresh.kick.as_fd()]), 0);
+
+    put(&ram, BLK_IN, 0);
+    rustix::io::write(&fresh.kick, &1_u64.to_ne_bytes()).unwrap();
+    wait_for(&fresh.call);
+
+    assert_eq!(read::<1>(&ram, STATUS), [0]);
+    assert!(rustix::io::read(&old.call, &mut [0; 8]).is_err(), "the old one is silent");
+}

@@ -133,6 +133,12 @@ impl Rig {
         self.end().unwrap();
     }
 
+    /// As [`Self::stop`]; `check` runs while the directory of the socket is still there.
+    pub(crate) fn stop_then(mut self, check: impl FnOnce()) {
+        self.end().unwrap();
+        check();
+    }
+
     /// Waits for a server that ends by itself.
     pub(crate) fn join(mut self) {
         self.thread.take().unwrap().join().unwrap().unwrap();

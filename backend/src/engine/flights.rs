@@ -53,6 +53,12 @@ impl Flight {
         self.whole = self.position >= self.bytes;
     }
 
+    /// Bytes that no command covers yet, up to `limit`.
+    #[inline]
+    pub(super) fn left(&self, limit: u32) -> u32 {
+        u32::try_from(self.bytes - self.position).map_or(limit, |left| left.min(limit))
+    }
+
     /// The command for the next `bytes` bytes.
     #[inline]
     pub(super) fn command(&self, bytes: u32, block_shift: u32) -> Command {

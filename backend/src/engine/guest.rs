@@ -8,6 +8,7 @@ use std::sync::Arc;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::addr::{Address, Gpa, Iova, Span};
+use crate::hardware::CacheFlush;
 use crate::memory::{MemTable, Region};
 use crate::sys::Window;
 
@@ -151,6 +152,24 @@ impl Guest {
                     window.copy_to_window(offset, slot.window, slot.offset + done, len);
                 }
                 done += len;
+            }
+        }
+    }
+
+    /// Makes caches and DRAM agree on `len` bytes of `spans` from `position` on.
+    pub fn flush(&self, spans: &[Span<Iova>], position: u64, len: u64, caches: &dyn CacheFlush) {
+        let (mut skip, mut left) = (position, len);
+        for span in spans {
+            if skip >= span.len() {
+                skip -= span.len();
+                continue;
+            }
+            let Some(part) = span.slice(skip, (span.len() - skip).min(left)) else { return };
+            skip = 0;
+            left -= part.len();
+            for (window, offset, len) in self.pieces(part.identity_gpa()) {
+                let Some(window) = window else { return };
+                caches.flush(window, offset, len);
             }
         }
     }

@@ -12,6 +12,7 @@
 //! workers at once: every request in flight is answered with an error, and all go on with fresh queues.
 
 mod bounce;
+mod caches;
 pub mod chain;
 mod control;
 mod flights;
@@ -41,6 +42,7 @@ use crate::driver::{Driver, Geometry, Queue};
 use crate::hardware::{AddressSpace, MapError};
 use crate::memory::MemTable;
 use bounce::Bounce;
+use caches::Caches;
 use mailbox::{Mailbox, Order};
 use pass::{Path, Post};
 use request::Disk;
@@ -210,7 +212,8 @@ impl Engine {
         let failed = |source| EngineError::Start { worker: number, source };
         let mailbox = Arc::new(Mailbox::new().map_err(failed)?);
         let counters = Arc::new(Counters::default());
-        let path = Path::new(&post, Disk::new(&self.geometry), bounce, Arc::clone(&counters));
+        let caches = Caches::new(space.caches(), Arc::clone(&counters));
+        let path = Path::new(&post, Disk::new(&self.geometry), bounce, caches, Arc::clone(&counters));
         let worker = Worker::new(path, queue, Arc::clone(&mailbox), self.options.spin).map_err(failed)?;
         let thread = std::thread::Builder::new()
             .name(format!("vdv-worker-{number}"))

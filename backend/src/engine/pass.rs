@@ -11,14 +11,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::bounce::{Bounce, Piece, SLOT_BYTES};
+use super::caches::Caches;
 use super::chain::Chain;
 use super::flights::{Flight, Flights};
 use super::guest::Guest;
-use crate::log_limit::LogLimit;
 use super::request::{Disk, Job, Operation, RequestFault, Status, Ticket, parse};
 use super::ring::{Ring, State};
 use super::statistics::Counters;
 use crate::driver::{Completion, Outcome, Queue};
+use crate::log_limit::LogLimit;
 
 /// Set in the tag of a command that goes through a bounce slot; the rest is the slot, else the request.
 const BOUNCED: u32 = 1 << 31;
@@ -38,6 +39,7 @@ pub(super) struct Path {
     pub(super) flights: Flights,
     pub(super) counters: Arc<Counters>,
     bounce: Bounce,
+    caches: Caches,
     disk: Disk,
     chain: Chain,
     limit: LogLimit,
@@ -65,13 +67,14 @@ enum Room {
 }
 
 impl Path {
-    pub(super) fn new(post: &Post, disk: Disk, bounce: Bounce, counters: Arc<Counters>) -> Self {
+    pub(super) fn new(post: &Post, disk: Disk, bounce: Bounce, caches: Caches, counters: Arc<Counters>) -> Self {
         Self {
             seats: (0..post.seats).map(|_| Seat::default()).collect(),
             guest: Guest::default(),
             flights: Flights::default(),
             counters,
             bounce,
+            caches,
             disk,
             chain: Chain::default(),
             limit: LogLimit::default(),
@@ -229,6 +232,7 @@ impl Path {
         while !flight.whole {
             let (bytes, direct) = match flight.operation {
                 Operation::Flush => (0, true),
+                operation if self.caches.keep_apart(operation, buffers) => (flight.left(SLOT_BYTES), false),
                 _ => {
                     let extent = queue.extent(buffers, flight.position, SLOT_BYTES);
                     (extent.bytes, extent.direct)
@@ -236,7 +240,11 @@ impl Path {
             };
             let command = flight.command(bytes, self.disk.block_shift());
             let submitted = if direct {
-                queue.submit(command, buffers, flight.position, bytes, index).is_ok()
+                let done = queue.submit(command, buffers, flight.position, bytes, index).is_ok();
+                if done {
+                    self.caches.buffers(&self.guest, buffers, flight.position, bytes.into());
+                }
+                done
             } else {
                 let Some(slot) = self.bounce.take(Piece { flight: index, position: flight.position, bytes }) else {
                     self.half = Some(index);
@@ -247,6 +255,7 @@ impl Path {
                 }
                 let done = queue.submit(command, &[self.bounce.span(slot)], 0, bytes, BOUNCED | slot).is_ok();
                 if done {
+                    self.caches.slot(&self.bounce, slot, bytes);
                     self.counters.bounced.add(1);
                 } else {
                     self.bounce.give_back(slot);
@@ -284,6 +293,7 @@ impl Path {
             && flight.operation == Operation::Read
             && outcome == Outcome::Success
         {
+            self.caches.slot(&self.bounce, tag & !BOUNCED, piece.bytes);
             let slot = self.bounce.slot(tag & !BOUNCED, piece.bytes);
             self.guest.bounce(buffers, piece.position, &slot, true);
         }
@@ -297,6 +307,11 @@ impl Path {
     /// Answers a request that the device is done with.
     #[inline]
     fn finish(&mut self, index: u32) {
+        if let Some((flight, buffers)) = self.flights.get(index)
+            && flight.operation == Operation::Read
+        {
+            self.caches.buffers(&self.guest, buffers, 0, flight.bytes);
+        }
         let Some(flight) = self.flights.remove(index) else { return };
         let success = flight.outcome == Outcome::Success;
         let moved = if success { flight.bytes } else { 0 };

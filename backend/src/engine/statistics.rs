@@ -27,6 +27,10 @@ pub struct Statistics {
     pub calls: u64,
     /// Times the device was told of new commands.
     pub doorbells: u64,
+    /// Bytes whose cache lines were flushed around requests; 0 under a coherent verdict.
+    pub flushed_bytes: u64,
+    /// Time that took, nanoseconds.
+    pub flush_nanoseconds: u64,
     /// Times the device was reset because commands did not come back.
     pub recoveries: u64,
 }
@@ -36,7 +40,8 @@ impl fmt::Display for Statistics {
         write!(f, "reads={} writes={} flushes={} ", self.reads, self.writes, self.flushes)?;
         write!(f, "bytes_read={} bytes_written={} bounced={} ", self.bytes_read, self.bytes_written, self.bounced)?;
         write!(f, "errors={} kicks={} calls={} ", self.errors, self.kicks, self.calls)?;
-        write!(f, "doorbells={} recoveries={}", self.doorbells, self.recoveries)
+        write!(f, "doorbells={} recoveries={} ", self.doorbells, self.recoveries)?;
+        write!(f, "flushed_bytes={} flush_us={}", self.flushed_bytes, self.flush_nanoseconds / 1000)
     }
 }
 
@@ -70,6 +75,8 @@ pub(super) struct Counters {
     pub(super) kicks: Counter,
     pub(super) calls: Counter,
     pub(super) doorbells: Counter,
+    pub(super) flushed_bytes: Counter,
+    pub(super) flush_nanoseconds: Counter,
 }
 
 impl Counters {
@@ -85,5 +92,7 @@ impl Counters {
         sum.kicks += self.kicks.get();
         sum.calls += self.calls.get();
         sum.doorbells += self.doorbells.get();
+        sum.flushed_bytes += self.flushed_bytes.get();
+        sum.flush_nanoseconds += self.flush_nanoseconds.get();
     }
 }

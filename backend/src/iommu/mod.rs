@@ -31,7 +31,7 @@ pub use page_table::{PageTable, Snoop};
 pub use sequence::{Regime, Staging};
 
 use crate::addr::{Address, Bytes, Iova, Span};
-use crate::hardware::{AddressSpace, DmaBuffer, MapError};
+use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError};
 use crate::memory::Region;
 use crate::sys::{CacheLines, Ioas, Window};
 use ledger::Ledger;
@@ -189,6 +189,13 @@ impl AddressSpace for LiveSpace {
             return Err(MapError::NotMapped { span: whole.span });
         }
         self.0.withdraw(whole).inspect_err(|_| self.0.ledger().enter(whole.span))
+    }
+
+    fn caches(&self) -> Option<Arc<dyn CacheFlush>> {
+        match &self.0.regime {
+            Regime::Coherent => None,
+            Regime::Flushing(staging) => Some(Arc::new(staging.flusher.lines())),
+        }
     }
 
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {

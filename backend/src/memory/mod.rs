@@ -93,6 +93,16 @@ impl MemTable {
         region.gpa().slice(region.qva().offset_of(start)?, len)
     }
 
+    /// This table with one more region.
+    ///
+    /// # Errors
+    /// See [`Self::new`].
+    pub fn with(&self, region: Arc<Region>) -> Result<Self, RegionError> {
+        let mut regions = self.regions.clone();
+        regions.push(region);
+        Self::new(regions)
+    }
+
     /// Index of the region that holds `address`, and the offset in it.
     #[inline]
     fn find(&self, address: Gpa, hint: &mut usize) -> Option<(usize, usize)> {

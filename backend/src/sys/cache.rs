@@ -6,6 +6,7 @@
 //! mapped: a [`Window`] is.
 
 use super::Window;
+use crate::hardware::CacheFlush;
 
 /// The instruction this CPU has, and the size of its cache lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +92,12 @@ impl CacheLines {
             line += self.line;
         }
         barrier();
+    }
+}
+
+impl CacheFlush for CacheLines {
+    fn flush(&self, window: &Window, offset: usize, len: usize) {
+        Self::flush(self, window, offset, len);
     }
 }
 

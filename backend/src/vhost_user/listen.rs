@@ -68,8 +68,11 @@ impl Listen {
     /// # Errors
     /// [`Error::NotASocket`] if it is not open, or is not ours to take.
     pub fn inherited(number: i32) -> Result<Self, Error> {
-        let fd = inherit(number).map_err(|error| Error::NotASocket { number, found: error.to_string() })?;
-        Ok(Self::Fd(fd))
+        let found = |error: io::Error| match error.kind() {
+            ErrorKind::PermissionDenied => "it was not passed to this process".into(),
+            _ => error.to_string(),
+        };
+        inherit(number).map(Self::Fd).map_err(|error| Error::NotASocket { number, found: found(error) })
     }
 
     pub(super) fn open(self) -> Result<Entrance, Error> {

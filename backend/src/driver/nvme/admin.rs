@@ -171,8 +171,10 @@ impl AdminQueue {
         const { assert!(size_of::<T>() == PAGE_LEN) };
         // A controller that claims success without writing is seen as all zeros, not as the previous answer.
         self.data.window.clear();
+        self.data.flush(0, PAGE_LEN);
         command.entry.prp1 = self.data.iova.0;
         self.execute(controller, command, limit)?;
+        self.data.flush(0, PAGE_LEN);
         Ok(self.data.window.read(0))
     }
 }

@@ -142,7 +142,7 @@ impl Controller {
     pub(super) fn memory(&mut self, what: &'static str, bytes: usize) -> Result<Shared, Cause> {
         let buffer = self.space.buffer(bytes).map_err(|source| Cause::Memory { what, source })?;
         assert!(buffer.span().start().is_aligned(PAGE), "queue memory at {}", buffer.span());
-        let shared = Shared::of(&buffer);
+        let shared = Shared::of(&buffer, self.space.caches());
         self.memory.push(buffer);
         Ok(shared)
     }

@@ -15,7 +15,6 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use crate::log_limit::LogLimit;
 use super::prp::{self, Limits};
 use super::regs::PAGE_LEN;
 use super::rings::{CompletionRing, SubmissionRing, completion_bytes, submission_bytes};
@@ -24,6 +23,7 @@ use super::spec::{CompletionEntry, SubmissionEntry, io_opcode};
 use super::status::Status;
 use crate::addr::{Iova, Span};
 use crate::driver::{Command, Completion, Extent, Full, Queue};
+use crate::log_limit::LogLimit;
 
 /// Entries of an I/O queue where the controller allows as many.
 pub const MAX_DEPTH: u16 = 256;
@@ -214,6 +214,9 @@ impl Queue for IoQueue {
             let pages = &self.lists.window;
             (entry.prp1, entry.prp2) =
                 prp::build(buffers, position, bytes, list, |i, page| pages.write_u64(at + i as usize * 8, page));
+            if entry.prp2 == list.0 {
+                self.lists.flush(at, PAGE_LEN);
+            }
         }
         self.free.pop();
         let slot = &mut self.slots[usize::from(index)];

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use super::regs::{PAGE_LEN, completion_doorbell, submission_doorbell};
 use super::spec::{CQE_DW3, CompletionEntry, SubmissionEntry};
 use crate::addr::Iova;
-use crate::hardware::{DmaBuffer, Registers};
+use crate::hardware::{CacheFlush, DmaBuffer, Registers};
 use crate::sys::Window;
 
 /// A piece of memory that both sides see: where this process and where the device finds it. The mapping itself is kept
@@ -24,19 +24,29 @@ pub struct Shared {
     pub window: Window,
     /// The device's address of its first byte.
     pub iova: Iova,
+    /// What makes the two views agree, if they do not by themselves.
+    pub caches: Option<Arc<dyn CacheFlush>>,
 }
 
 impl Shared {
     /// Both views of `buffer`, which must be kept until the device has stopped.
     #[must_use]
-    pub fn of(buffer: &DmaBuffer) -> Self {
-        Self { window: buffer.window().clone(), iova: buffer.span().start() }
+    pub fn of(buffer: &DmaBuffer, caches: Option<Arc<dyn CacheFlush>>) -> Self {
+        Self { window: buffer.window().clone(), iova: buffer.span().start(), caches }
+    }
+
+    /// Makes both views agree on `len` bytes from `offset`: after writing and before the doorbell, or before reading.
+    #[inline]
+    pub(super) fn flush(&self, offset: usize, len: usize) {
+        if let Some(caches) = &self.caches {
+            caches.flush(&self.window, offset, len);
+        }
     }
 
     /// `len` bytes from `offset`; the driver has sized the memory for what it keeps there.
     pub(super) fn part(&self, offset: usize, len: usize) -> Self {
         let window = self.window.slice(offset, len).expect("queue memory is sized for its parts");
-        Self { window, iova: Iova(self.iova.0 + offset as u64) }
+        Self { window, iova: Iova(self.iova.0 + offset as u64), caches: self.caches.clone() }
     }
 }
 
@@ -73,7 +83,7 @@ pub(super) fn completion_bytes(entries: u16) -> usize {
 
 /// Commands on their way to the controller.
 pub(super) struct SubmissionRing {
-    entries: Window,
+    entries: Shared,
     size: u16,
     /// Next entry the controller may not have read yet, as far as it said.
     head: u16,
@@ -88,7 +98,7 @@ impl SubmissionRing {
     pub(super) fn new(memory: &Shared, queue: u16, size: u16, doorbells: &Doorbells) -> Self {
         let offset = submission_doorbell(queue, doorbells.stride);
         let doorbell = Doorbell { registers: Arc::clone(&doorbells.registers), offset };
-        Self { entries: memory.window.clone(), size, head: 0, tail: 0, rung: 0, doorbell }
+        Self { entries: memory.clone(), size, head: 0, tail: 0, rung: 0, doorbell }
     }
 
     #[inline]
@@ -106,8 +116,21 @@ impl SubmissionRing {
     #[inline]
     pub(super) fn push(&mut self, entry: &SubmissionEntry) {
         debug_assert!(!self.is_full());
-        self.entries.write(usize::from(self.tail) * size_of::<SubmissionEntry>(), entry);
+        self.entries.window.write(usize::from(self.tail) * size_of::<SubmissionEntry>(), entry);
         self.tail = self.next(self.tail);
+    }
+
+    /// Makes the entries written since the last doorbell visible to a controller that does not snoop.
+    #[inline]
+    fn flush(&self) {
+        let at = |index: u16| usize::from(index) * size_of::<SubmissionEntry>();
+        let (from, to) = (at(self.rung), at(self.tail));
+        if from < to {
+            self.entries.flush(from, to - from);
+        } else {
+            self.entries.flush(from, at(self.size) - from);
+            self.entries.flush(0, to);
+        }
     }
 
     /// Announces what has been written; false if there was nothing new.
@@ -116,6 +139,7 @@ impl SubmissionRing {
         if self.rung == self.tail {
             return false;
         }
+        self.flush();
         self.doorbell.write(self.tail);
         self.rung = self.tail;
         true
@@ -135,7 +159,7 @@ impl SubmissionRing {
 
 /// Completions on their way back.
 pub(super) struct CompletionRing {
-    entries: Window,
+    entries: Shared,
     size: u16,
     head: u16,
     /// The value of the phase bit that marks an entry of the current lap as new.
@@ -148,7 +172,7 @@ impl CompletionRing {
     pub(super) fn new(memory: &Shared, queue: u16, size: u16, doorbells: &Doorbells) -> Self {
         let offset = completion_doorbell(queue, doorbells.stride);
         let doorbell = Doorbell { registers: Arc::clone(&doorbells.registers), offset };
-        Self { entries: memory.window.clone(), size, head: 0, phase: true, doorbell }
+        Self { entries: memory.clone(), size, head: 0, phase: true, doorbell }
     }
 
     /// How many entries there are, hence the most that one honest pass can find.
@@ -160,13 +184,16 @@ impl CompletionRing {
     #[inline]
     pub(super) fn take(&mut self) -> Option<CompletionEntry> {
         let at = usize::from(self.head) * size_of::<CompletionEntry>();
+        // The controller may have written behind a cached line; this process never writes it, so the flush only drops it.
+        self.entries.flush(at, size_of::<CompletionEntry>());
+        let entries = &self.entries.window;
         // Acquire: the other words are read after the phase bit that vouches for them.
-        let (cid, status) = halves(self.entries.load_acquire_u32(at + CQE_DW3));
+        let (cid, status) = halves(entries.load_acquire_u32(at + CQE_DW3));
         if (status & 1 == 1) != self.phase {
             return None;
         }
-        let (sq_head, sq_id) = halves(self.entries.read_u32(at + 8));
-        let result = self.entries.read_u32(at);
+        let (sq_head, sq_id) = halves(entries.read_u32(at + 8));
+        let result = entries.read_u32(at);
         self.head += 1;
         if self.head == self.size {
             self.head = 0;

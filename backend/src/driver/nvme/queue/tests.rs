@@ -67,7 +67,7 @@ impl Bench {
             name: "test".to_owned(),
             id: ID,
             depth,
-            memory: Shared { window: memory.clone(), iova: LISTS },
+            memory: Shared { window: memory.clone(), iova: LISTS, caches: None },
             doorbells: Doorbells { registers: Arc::clone(&registers) as Arc<dyn Registers>, stride: STRIDE },
             namespace: 5,
             limits: Limits { block: 512, transfer: 1 << 20 },
