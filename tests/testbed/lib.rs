@@ -1,1 +1,3 @@
-//! Drives the emulated host machine for tests.
+//! What the testbed's programs and tests share. The machine itself is `scripts/testbed`.
+
+pub mod iommu;

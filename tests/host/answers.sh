@@ -1,0 +1,18 @@
+#!/bin/sh
+# profiles: vtd vtd-snoop vtd-scalable amd-iommu virtio-iommu
+# What the kernel says of the function's IOMMU is what the profile was made for.
+
+# shellcheck source=tests/host/lib.sh
+. /testbed/tests/lib.sh
+
+iommu-probe >/run/answers || exit
+
+answered() { contains "$1" /run/answers; }
+
+while read -r answer; do
+    claim "the kernel answers $answer" answered "$answer"
+done <<END
+$(sed -n 's/^answer = //p' /testbed/profile)
+END
+
+finished

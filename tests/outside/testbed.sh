@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# What scripts/testbed promises, seen from the machine it is started on.
+set -u
+
+cd "$(dirname "$0")/../.." || exit
+# shellcheck source=tests/testbed/claims.sh
+. tests/testbed/claims.sh
+
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+
+# One boot for all that can be seen of a run which ends well.
+truncate -s 64M "$WORK/drive.img"
+printf 'written outside' | dd of="$WORK/drive.img" conv=notrunc status=none
+echo 'a plain file' >"$WORK/plain"
+# shellcheck disable=SC2016 # for the shell inside
+scripts/testbed run --drive "$WORK/drive.img" --no-bind --mem 2G --smp 1 --timeout 60 --out "$WORK/out" \
+    --add "$WORK/plain" --add /usr/bin/od:/usr/local/bin/octal -- sh -c '
+    echo "to stdout: it'"'"'s $1"; echo "to stderr" >&2
+    cat /proc/cmdline >/dev/console
+    dd if=/dev/nvme0n1 bs=15 count=1 2>/dev/null >/out/from-drive
+    printf "written inside" | dd of=/dev/nvme0n1 bs=512 seek=8 conv=sync 2>/dev/null
+    cat /plain >/out/plain; octal --version >/out/version
+    nproc >/out/processors; grep MemTotal /proc/meminfo >/out/memory
+    exit 7' - 'a "word"' >"$WORK/stdout" 2>"$WORK/stderr"
+STATUS=$?
+
+status_passes() { equal 7 "$STATUS" "exit status"; }
+output_apart() {
+    equal "to stdout: it's a \"word\"" "$(cat "$WORK/stdout")" stdout
+    equal "to stderr" "$(cat "$WORK/stderr")" stderr
+}
+out_comes_back() { equal 'a plain file' "$(cat "$WORK/out/plain")" /out/plain; }
+drive_in() { equal 'written outside' "$(cat "$WORK/out/from-drive")" "start of the drive"; }
+drive_out() { equal 'written inside' "$(dd if="$WORK/drive.img" bs=1 skip=4096 count=14 status=none)" "the image"; }
+added_program() { contains 'GNU coreutils' "$WORK/out/version"; }
+sized() {
+    equal 1 "$(cat "$WORK/out/processors")" processors
+    # The kernel keeps a part for itself.
+    awk '$2 < 1.8e6 || $2 > 2.1e6 { exit 1 }' "$WORK/out/memory"
+}
+
+claim "a command's exit status passes through" status_passes
+claim "stdout, stderr and the console stay apart, arguments whole" output_apart
+claim "what a command leaves in /out comes back" out_comes_back
+claim "the host reads what the drive image holds" drive_in
+claim "what the host writes is in the drive image" drive_out
+claim "a program is added with its libraries" added_program
+claim "memory and processors are as asked" sized
+
+bound_function() {
+    scripts/testbed run --timeout 60 -- sh -c \
+        'basename "$(readlink /sys/bus/pci/devices/0000:00:04.0/driver)"; ls /dev/vfio/devices' >"$WORK/stdout"
+    equal 'vfio-pci vfio0' "$(paste -sd ' ' "$WORK/stdout")" "driver and device"
+}
+hang() {
+    local status=0
+    scripts/testbed run --timeout 8 -- sh -c 'echo last words >/dev/console; sleep 100' 2>"$WORK/stderr" || status=$?
+    equal 124 "$status" "exit status"
+    contains 'last words' "$WORK/stderr"
+    contains 'did not end within 8 s' "$WORK/stderr"
+}
+panicked() {
+    local status=0
+    scripts/testbed run --timeout 60 -- sh -c 'echo c >/proc/sysrq-trigger' 2>"$WORK/stderr" || status=$?
+    equal 125 "$status" "exit status"
+    contains 'Kernel panic - not syncing: sysrq triggered crash' "$WORK/stderr"
+}
+refused() {
+    local status=0
+    scripts/testbed run --profile nonesuch -- true 2>"$WORK/stderr" || status=$?
+    equal 125 "$status" "exit status"
+    contains 'no profile named nonesuch; there are: amd-iommu' "$WORK/stderr"
+}
+
+claim "the NVMe function is bound to vfio-pci" bound_function
+claim "a command that hangs ends with status 124 and the console" hang
+claim "a kernel panic ends with status 125 and the console" panicked
+claim "an unknown profile is refused with the list of profiles" refused
+finished

@@ -1,0 +1,77 @@
+# shellcheck shell=sh
+# Claims and assertions, for tests on both sides of the emulated host: plain POSIX shell.
+#
+# A test file sources this, makes claims, and ends with `finished`. Each claim prints one line,
+# "ok - …" or "not ok - …"; after a broken one stands what its command said.
+
+CLAIMS=0
+BROKEN=0
+
+# claim NAME COMMAND…: holds if COMMAND, usually a function of the test, runs to its end without a
+# failing step. It runs in a subshell: what it leaves to later claims, it leaves in files.
+claim() {
+    name=$1
+    shift
+    CLAIMS=$((CLAIMS + 1))
+    said=$(mktemp)
+    (
+        set -e
+        "$@"
+    ) >"$said" 2>&1
+    status=$?
+    if [ "$status" -eq 0 ]; then
+        echo "ok - $name"
+    else
+        BROKEN=$((BROKEN + 1))
+        echo "not ok - $name"
+        echo "#   status $status"
+        sed 's/^/#   /' "$said"
+    fi
+    rm -f "$said"
+}
+
+# finished: the plan, at the end; without it the file is known to have died on the way.
+finished() {
+    echo "1..$CLAIMS"
+    [ "$BROKEN" -eq 0 ]
+    exit
+}
+
+# equal WANTED FOUND [WHAT]
+equal() {
+    [ "$1" = "$2" ] || {
+        echo "${3:-value}: wanted '$1', found '$2'"
+        return 1
+    }
+}
+
+# contains TEXT FILE
+contains() {
+    grep -qF -e "$1" "$2" || {
+        echo "wanted in $2: '$1'; found:"
+        tail -n 20 "$2"
+        return 1
+    }
+}
+
+# lacks TEXT FILE
+lacks() {
+    ! grep -F -e "$1" "$2" || {
+        echo "not wanted in $2: '$1'"
+        return 1
+    }
+}
+
+# within SECONDS COMMAND…: until COMMAND succeeds.
+within() {
+    limit=$1
+    shift
+    began=$(cut -d . -f 1 /proc/uptime)
+    until "$@" >/dev/null 2>&1; do
+        [ $(($(cut -d . -f 1 /proc/uptime) - began)) -lt "$limit" ] || {
+            echo "not within $limit s: $*"
+            return 1
+        }
+        sleep 0.1
+    done
+}

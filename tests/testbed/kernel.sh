@@ -1,0 +1,118 @@
+# shellcheck shell=bash
+# The testbed's kernel: Debian's source, the configuration beside this file, built once and cached.
+# No stock Debian kernel has CONFIG_IOMMUFD.
+
+readonly KERNEL_SERIES=linux-source-7.2
+# Lines make prints for this configuration; only the percentage shown depends on it.
+readonly KERNEL_STEPS=2240
+
+# kernel_key: what the image depends on. Empty until a source was chosen.
+kernel_key() {
+    local version=$TESTBED_CACHE/linux-source/version
+    if [[ -n ${TESTBED_KERNEL:-} ]]; then
+        [[ -r $TESTBED_KERNEL ]] || die "TESTBED_KERNEL=$TESTBED_KERNEL: no such file (wanted: a bzImage)"
+        hash_of "$(sha256sum <"$TESTBED_KERNEL")"
+    elif [[ -e $version ]]; then
+        hash_of "$(cat "$version" "$TESTBED_DIR/kernel.config"; gcc --version 2>/dev/null | head -n 1)"
+    fi
+}
+
+# kernel_image: the path of the image for the present key, whether it exists or not.
+kernel_image() { echo "$TESTBED_CACHE/kernel-$(kernel_key)/bzImage"; }
+
+build_kernel() {
+    local image dir
+    if [[ -n ${TESTBED_KERNEL:-} ]]; then
+        install -D -m 644 "$TESTBED_KERNEL" "$(kernel_image)"
+        return
+    fi
+    image=$(kernel_image)
+    [[ ! -e $image ]] || return 0
+    need gcc=gcc make=make flex=flex bison=bison bc=bc xz=xz-utils zstd=zstd perl=perl \
+        /usr/include/libelf.h=libelf-dev /usr/include/stdio.h=libc6-dev
+    fetch_kernel_source
+    image=$(kernel_image)
+    [[ ! -e $image ]] || return 0
+    dir=${image%/bzImage}.build
+    unpack_kernel_source "$dir"
+    watched "configuring Linux $(cut -d ' ' -f 2 "$TESTBED_CACHE/linux-source/version")" "$dir/configure.log" \
+        kernel_progress configure_kernel "$dir"
+    KERNEL_LOG=$dir/build.log
+    watched "building the kernel (about 15 minutes of one processor, once)" "$KERNEL_LOG" \
+        kernel_progress make -C "$dir/source" O="$dir/objects" -j"$(nproc)" bzImage
+    mkdir -p "${image%/bzImage}"
+    cp "$dir/objects/.config" "${image%/bzImage}/config"
+    mv "$dir/objects/arch/x86/boot/bzImage" "$image"
+    rm -rf "$dir"
+    say "kernel: $image ($(du -h "$image" | cut -f 1))"
+}
+
+# Asks for the series this testbed was tried with, and takes the newest when Debian has moved on.
+fetch_kernel_source() {
+    local dir=$TESTBED_CACHE/linux-source codename suite package
+    [[ ! -e $dir/version ]] || return 0
+    codename=$(debian_codename)
+    case $codename in
+    bookworm | trixie) suite=trixie-backports ;;
+    *) suite=$codename ;;
+    esac
+    apt_private "kernel" deb "$suite"
+    mkdir -p "$dir"
+    watched "reading the package list of $suite" "$dir/apt.log" true apt-get "${APT_PRIVATE[@]}" update
+    package=$KERNEL_SERIES
+    if ! apt-cache "${APT_PRIVATE[@]}" show "$package" >/dev/null 2>&1; then
+        package=$(apt-cache "${APT_PRIVATE[@]}" search --names-only '^linux-source-[0-9.]+$' |
+            cut -d ' ' -f 1 | sort -V | tail -n 1)
+        [[ -n $package ]] || die "no linux-source package in $suite; name a kernel of your own with" \
+            "TESTBED_KERNEL=/path/to/bzImage (its configuration: $TESTBED_DIR/kernel.config)"
+        say "$KERNEL_SERIES is not in $suite any more; taking $package"
+    fi
+    watched "fetching $package (about 160 MB)" "$dir/apt.log" kernel_fetch_progress \
+        env -C "$dir" apt-get "${APT_PRIVATE[@]}" download "$package"
+    # One name for the whole file: it appears only when apt has verified the download.
+    (cd "$dir" && ls "$package"_*.deb) | tr _ ' ' >"$dir/version.new"
+    mv "$dir/version.new" "$dir/version"
+}
+kernel_fetch_progress() { du -sh "$TESTBED_CACHE/linux-source" | sed 's/\s.*/ fetched/'; }
+
+unpack_kernel_source() {
+    local dir=$1 package rest
+    [[ ! -d $dir/source ]] || return 0
+    read -r package rest <"$TESTBED_CACHE/linux-source/version"
+    rm -rf "$dir.new"
+    mkdir -p "$dir.new/source" "$dir.new/objects" "$dir"
+    KERNEL_LOG=/dev/null
+    watched "unpacking $package" "$dir/unpack.log" unpack_progress unpack_deb \
+        "$(echo "$TESTBED_CACHE/linux-source/${package}"_*.deb)" "$dir.new"
+    mv "$dir.new/objects" "$dir.new/source" "$dir"
+    rm -rf "$dir.new"
+}
+unpack_deb() {
+    dpkg-deb --extract "$1" "$2/deb" &&
+        tar --extract --xz --strip-components=1 --directory "$2/source" --file "$2"/deb/usr/src/linux-source-*.tar.xz
+}
+unpack_progress() { echo "unpacking"; }
+
+configure_kernel() {
+    local source=$1/source objects=$1/objects
+    make -C "$source" O="$objects" tinyconfig &&
+        (cd "$source" && scripts/kconfig/merge_config.sh -m -O "$objects" "$objects/.config" "$TESTBED_DIR/kernel.config") &&
+        make -C "$source" O="$objects" olddefconfig && check_configuration "$objects/.config"
+}
+
+# merge_config drops, silently, what its dependencies do not allow.
+check_configuration() {
+    local wanted refused=0
+    while read -r wanted; do
+        [[ $wanted == CONFIG_*=* && $wanted != *=n ]] || continue
+        grep -qxF "$wanted" "$1" || { echo "this kernel does not take $wanted" && refused=1; }
+    done <"$TESTBED_DIR/kernel.config"
+    return "$refused"
+}
+
+kernel_progress() {
+    local lines percent
+    lines=$(wc -l <"${KERNEL_LOG:-/dev/null}")
+    percent=$((lines * 100 / KERNEL_STEPS))
+    echo "$((percent > 99 ? 99 : percent)) %"
+}

@@ -1,0 +1,145 @@
+# shellcheck shell=bash
+# What every part of the testbed shares: words to the user, one cache, one lock, Debian packages.
+
+TESTBED_CACHE=${TESTBED_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vhost-device-vfio}
+# mkfs.ext4 and debugfs live in sbin, which a plain user's PATH leaves out.
+PATH=$PATH:/usr/sbin:/sbin
+
+# The testbed's own failures, told apart from those of the command it runs.
+# shellcheck disable=SC2034 # read by those who source this
+readonly EXIT_TIMEOUT=124 EXIT_TESTBED=125
+
+say() { printf 'testbed: %s\n' "$*" >&2; }
+die() {
+    say "$*"
+    exit "$EXIT_TESTBED"
+}
+
+# hash_of TEXT: a short name for everything TEXT says.
+hash_of() { printf '%s' "$1" | sha256sum | cut -c1-16; }
+
+# take_lock: two builds share one cache; the second waits and then finds the first one's work.
+take_lock() {
+    mkdir -p "$TESTBED_CACHE"
+    exec {TESTBED_LOCK}>"$TESTBED_CACHE/lock"
+    flock -n "$TESTBED_LOCK" && return
+    say "another build is using $TESTBED_CACHE; waiting for it"
+    flock "$TESTBED_LOCK"
+}
+drop_lock() { exec {TESTBED_LOCK}>&-; }
+
+# watched TITLE LOG MEASURE COMMAND…: runs COMMAND with its output in LOG; MEASURE is a command
+# that prints how far it has come, asked every ten seconds.
+watched() {
+    local title=$1 log=$2 measure=$3 began=$SECONDS said=$SECONDS pid
+    shift 3
+    say "$title"
+    "$@" >"$log" 2>&1 &
+    pid=$!
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 0.3
+        ((SECONDS - said < 10)) && continue
+        said=$SECONDS
+        say "  $($measure) after $((SECONDS - began)) s"
+    done
+    if ! wait "$pid"; then
+        tail -n 30 "$log" >&2
+        die "failed: $title; the whole log is $log"
+    fi
+    say "  done in $((SECONDS - began)) s"
+}
+
+# need NAME=PACKAGE…: NAME is a program to find on PATH, or a file when it starts with a slash.
+need() {
+    local pair name missing=()
+    for pair; do
+        name=${pair%%=*}
+        if [[ $name == /* ]]; then
+            [[ -e $name ]] || missing+=("${pair#*=}")
+        else
+            command -v "$name" >/dev/null || missing+=("${pair#*=}")
+        fi
+    done
+    ((${#missing[@]} == 0)) || install_packages "${missing[@]}"
+}
+
+# install_packages PACKAGE…: from the suites this machine already uses.
+install_packages() {
+    ((EUID == 0)) || die "missing Debian packages: $*; install them with: sudo apt-get install -y $*"
+    mkdir -p "$TESTBED_CACHE"
+    watched "installing Debian packages: $*" "$TESTBED_CACHE/apt-install.log" apt_progress \
+        apt_install_system "$@"
+}
+apt_progress() { tail -n 1 "$TESTBED_CACHE/apt-install.log"; }
+apt_install_system() {
+    export DEBIAN_FRONTEND=noninteractive
+    # A fresh container has no package lists at all; an old list names versions that are gone.
+    apt-get install -y --no-install-recommends "$@" && return
+    apt-get update && apt-get install -y --no-install-recommends "$@"
+}
+
+# debian_mirror: the address this machine fetches Debian from, as its own configuration has it.
+debian_mirror() {
+    local mirror
+    # shellcheck disable=SC2016 # apt fills these in
+    mirror=$(apt-get indextargets --no-release-info \
+        --format '$(CREATED_BY) $(REPO_URI) $(RELEASE) $(COMPONENT)' 2>/dev/null |
+        awk '$1 == "Packages" && $4 == "main" && $3 !~ /-/ && $2 ~ /debian(\.list)?\/?$/ { print $2; exit }')
+    [[ -n $mirror ]] || die "no Debian mirror in apt's configuration (wanted: a source ending in /debian," \
+        "component main); name a kernel of your own with TESTBED_KERNEL=/path/to/bzImage"
+    echo "$mirror"
+}
+
+debian_keyring() {
+    local keyring
+    for keyring in /usr/share/keyrings/debian-archive-keyring.{gpg,pgp}; do
+        [[ ! -e $keyring ]] || { echo "$keyring" && return; }
+    done
+    die "no Debian keyring in /usr/share/keyrings; install it with:" \
+        "sudo apt-get install -y debian-archive-keyring"
+}
+
+# apt_private NAME TYPE SUITE: fills APT_PRIVATE with the options of a configuration of our own, which
+# sees one suite and keeps its lists in the cache; nothing in /etc/apt changes.
+apt_private() {
+    local dir=$TESTBED_CACHE/apt/$1 mirror keyring
+    mirror=$(debian_mirror)
+    keyring=$(debian_keyring)
+    mkdir -p "$dir/lists/partial" "$dir/cache/archives/partial"
+    echo "$2 [signed-by=$keyring] $mirror $3 main" >"$dir/sources.list"
+    # shellcheck disable=SC2034 # read by the caller
+    APT_PRIVATE=(-o "Dir::Etc::sourcelist=$dir/sources.list" -o Dir::Etc::sourceparts=/dev/null
+        -o "Dir::State::Lists=$dir/lists" -o "Dir::Cache=$dir/cache" -o APT::Sandbox::User=root)
+}
+
+debian_codename() {
+    # shellcheck source=/dev/null
+    (. /etc/os-release && echo "${VERSION_CODENAME:-sid}")
+}
+
+# need_qemu: QEMU 10 or newer. Debian 12 has it in its backports, which are used here without
+# becoming a source of this machine.
+need_qemu() {
+    local found codename dir=$TESTBED_CACHE/apt/qemu
+    found=$(qemu-system-x86_64 --version 2>/dev/null | sed -n 's/^QEMU emulator version \([0-9]*\).*/\1/p')
+    ((${found:-0} < 10)) || { need qemu-img=qemu-utils qemu-storage-daemon=qemu-system-common && return; }
+    codename=$(debian_codename)
+    if [[ $codename != bookworm ]]; then
+        install_packages qemu-system-x86 qemu-utils
+        return
+    fi
+    ((EUID == 0)) || die "QEMU 10 or newer is wanted, found ${found:-none}; install it" \
+        "from bookworm-backports with: sudo $0 packages"
+    mkdir -p "$dir/lists/partial"
+    { cat /etc/apt/sources.list 2>/dev/null || true; } >"$dir/sources.list"
+    echo "deb [signed-by=$(debian_keyring)] $(debian_mirror) bookworm-backports main" >>"$dir/sources.list"
+    watched "installing QEMU from bookworm-backports" "$TESTBED_CACHE/apt-install.log" apt_progress \
+        apt_install_qemu "$dir"
+}
+apt_install_qemu() {
+    local own=(-o "Dir::Etc::sourcelist=$1/sources.list" -o "Dir::State::Lists=$1/lists" -o APT::Sandbox::User=root)
+    export DEBIAN_FRONTEND=noninteractive
+    # Some other source of this machine may be broken: what counts is whether the install succeeds.
+    apt-get "${own[@]}" update || true
+    apt-get "${own[@]}" install -y --no-install-recommends -t bookworm-backports qemu-system-x86 qemu-utils
+}

@@ -1,0 +1,99 @@
+# shellcheck shell=bash
+# The emulated host machine: a profile and some options become one QEMU command line.
+
+# read_profile NAME: fills PROFILE_MACHINE, PROFILE_KERNEL, PROFILE_DEVICES and PROFILE_ANSWERS from
+# "key = value" lines; "device" and "answer" may occur more than once.
+read_profile() {
+    local file=$TESTBED_DIR/profiles/$1.profile line key value
+    [[ -r $file ]] || die "no profile named $1; there are: $(profile_names)"
+    PROFILE_MACHINE='' PROFILE_KERNEL='' PROFILE_DEVICES=() PROFILE_ANSWERS=()
+    while read -r line; do
+        [[ $line != '' && $line != \#* ]] || continue
+        key=${line%% *} value=${line#* = }
+        case $key in
+        machine) PROFILE_MACHINE=$value ;;
+        kernel) PROFILE_KERNEL=$value ;;
+        device) PROFILE_DEVICES+=(-device "$value") ;;
+        answer) PROFILE_ANSWERS+=("$value") ;;
+        *) die "$file: unknown key '$key' (known: machine, kernel, device, answer)" ;;
+        esac
+    done <"$file"
+    if [[ $* == *scalable* ]] && ! qemu-system-x86_64 -device intel-iommu,help | grep -q x-scalable-mode; then
+        PROFILE_DEVICES=("${PROFILE_DEVICES[@]//x-scalable-mode/scalable-mode}")
+        PROFILE_DEVICES=("${PROFILE_DEVICES[@]//x-flts/fsts}")
+    fi
+}
+profile_names() { (cd "$TESTBED_DIR/profiles" && ls -- *.profile) | sed 's/\.profile$//' | paste -sd ' '; }
+
+# quoted ARGUMENT…: one line a POSIX shell reads back as the same arguments.
+quoted() {
+    local argument line=''
+    for argument; do line+="'${argument//\'/\'\\\'\'}' "; done
+    echo "$line"
+}
+
+# stage_checkout ROOT: what comes anew at each start: this checkout's programs and scripts, the files
+# added by hand, and the command.
+stage_checkout() {
+    local root=$1 target=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release file dest
+    mkdir -p "$root"/{testbed,usr/local/bin,usr/local/lib}
+    place "$root" /init "$TESTBED_DIR/host/init"
+    place "$root" /testbed/guest-init "$TESTBED_DIR/guest/init"
+    place "$root" /testbed/claims.sh "$TESTBED_DIR/claims.sh"
+    place "$root" /testbed/profile "$TESTBED_DIR/profiles/$OPT_PROFILE.profile"
+    for file in "$TESTBED_DIR"/host/bin/*; do place "$root" "/usr/local/bin/${file##*/}" "$file"; done
+    for file in "$TESTBED_ROOT"/tests/host/*; do place "$root" "/testbed/tests/${file##*/}" "$file"; done
+    if [[ -d $target ]]; then
+        while read -r file; do
+            case $file in
+            *.so) stage_program "$root" "$file" "/usr/local/lib/${file##*/}" ;;
+            *) stage_program "$root" "$file" "/usr/local/bin/${file##*/}" ;;
+            esac
+        done < <(find "$target" -maxdepth 1 -type f -perm -u+x)
+    fi
+    for file in "${OPT_ADD[@]}"; do
+        dest=''
+        [[ $file != *:* ]] || { dest=${file##*:} && file=${file%:*}; }
+        [[ -e $file ]] || die "--add $file: no such file"
+        if [[ -d $file ]]; then
+            mkdir -p "$root${dest:-/${file##*/}}" && cp -rL "$file/." "$root${dest:-/${file##*/}}"
+        elif [[ -x $file ]]; then
+            stage_program "$root" "$(realpath "$file")" "${dest:-/usr/local/bin/${file##*/}}"
+        else
+            place "$root" "${dest:-/${file##*/}}" "$file"
+        fi
+    done
+}
+
+# stage_program ROOT FILE DEST: FILE with those of its libraries the host's image lacks.
+stage_program() {
+    local library
+    place "$1" "$3" "$2"
+    closure "$2" | while read -r library; do
+        grep -qxF "$library" "$HOST_IMAGE.files" || place "$1" "$library" "$library"
+    done
+}
+
+# machine_arguments WORK: fills QEMU_ARGUMENTS. The IOMMU comes before the functions it translates
+# for; virtio stays out of its way, at 10 and above.
+machine_arguments() {
+    local work=$1
+    QEMU_ARGUMENTS=(
+        -name testbed -machine "$PROFILE_MACHINE" -accel tcg,thread=multi -cpu max
+        -smp "$OPT_SMP" -m "$OPT_MEM" -nodefaults -no-user-config -display none -no-reboot
+        -kernel "$(kernel_image)" -initrd "$work/initrd"
+        -append "console=ttyS0 quiet panic=-1 oops=panic random.trust_cpu=on $PROFILE_KERNEL $OPT_KERNEL"
+        -serial "file:$work/console.log"
+        "${PROFILE_DEVICES[@]}"
+        -drive "if=none,id=drive,format=raw,cache=unsafe,discard=unmap,file=$OPT_DRIVE"
+        -device "nvme,drive=drive,serial=testbed,addr=4${OPT_NVME:+,$OPT_NVME}"
+        -device virtio-serial-pci,id=ports,addr=10
+        -chardev "file,id=status,path=$work/status"
+        -device virtserialport,bus=ports.0,chardev=status,name=status
+    )
+    if [[ -n $OPT_OUT ]]; then
+        QEMU_ARGUMENTS+=(-fsdev "local,id=out,path=$OPT_OUT,security_model=none"
+            -device virtio-9p-pci,fsdev=out,mount_tag=out,addr=11)
+    fi
+    QEMU_ARGUMENTS+=("${OPT_QEMU[@]}")
+}

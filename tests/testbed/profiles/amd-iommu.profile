@@ -1,0 +1,10 @@
+# AMD-Vi, which always enforces snooping. With pt=on, its default, QEMU 10 translates no DMA at all.
+# Under TCG the timer does not come through a remapped IO-APIC; noapic leaves interrupts unremapped,
+# and VFIO must be told that this is acceptable.
+machine = q35,kernel-irqchip=split
+device = amd-iommu,pt=off
+kernel = noapic iommufd.allow_unsafe_interrupts=1 vfio_iommu_type1.allow_unsafe_interrupts=1
+answer = iommu=amd
+answer = hw_type=4
+answer = dma_cc=1
+answer = iova_ranges=0x0-0xfedfffff,0xfef00000-0xfcffffffff,0x10000000000-0xffffffffffffffff

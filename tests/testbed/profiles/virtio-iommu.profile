@@ -1,0 +1,9 @@
+# The paravirtual IOMMU: 39 bits of address, no hardware information, no promise about snooping.
+# It remaps no interrupts, and VFIO must be told that this is acceptable.
+machine = q35,kernel-irqchip=split
+device = virtio-iommu-pci,addr=2
+kernel = iommufd.allow_unsafe_interrupts=1 vfio_iommu_type1.allow_unsafe_interrupts=1
+answer = iommu=virtio
+answer = hw_type=0
+answer = dma_cc=0
+answer = iova_ranges=0x0-0xfedfffff,0xfef00000-0x7fffffffff

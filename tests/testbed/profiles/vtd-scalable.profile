@@ -1,0 +1,11 @@
+# Intel VT-d in scalable mode: PASID tables, and first-stage page tables, 47 bits wide, for DMA.
+# QEMU 11 drops the x- of the two names and calls the stage by another; scripts/testbed knows both.
+machine = q35,kernel-irqchip=split
+device = intel-iommu,intremap=on,aw-bits=48,snoop-control=off,x-scalable-mode=on,x-flts=on
+kernel = intel_iommu=on,sm_on
+answer = iommu=intel
+answer = hw_type=1
+answer = vtd_ecap_sc=0
+answer = vtd_ecap_smts=1
+answer = dma_cc=0
+answer = iova_ranges=0x0-0xfedfffff,0xfef00000-0x7fffffffffff

@@ -1,0 +1,10 @@
+# Intel VT-d that enforces snooping: every DMA goes through the processor's caches.
+machine = q35,kernel-irqchip=split
+device = intel-iommu,intremap=on,aw-bits=48,snoop-control=on
+kernel = intel_iommu=on
+answer = iommu=intel
+answer = hw_type=1
+answer = vtd_ecap_sc=1
+answer = vtd_ecap_smts=0
+answer = dma_cc=1
+answer = iova_ranges=0x0-0xfedfffff,0xfef00000-0xffffffffffff

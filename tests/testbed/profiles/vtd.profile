@@ -1,0 +1,10 @@
+# Intel VT-d that does not enforce snooping: a function may DMA past the processor's caches.
+machine = q35,kernel-irqchip=split
+device = intel-iommu,intremap=on,aw-bits=48,snoop-control=off
+kernel = intel_iommu=on
+answer = iommu=intel
+answer = hw_type=1
+answer = vtd_ecap_sc=0
+answer = vtd_ecap_smts=0
+answer = dma_cc=0
+answer = iova_ranges=0x0-0xfedfffff,0xfef00000-0xffffffffffff
