@@ -42,3 +42,34 @@ statistic() { sed -n "s/.*statistics: .*\\b$1=\\([0-9]*\\).*/\\1/p" "$BACKEND_LO
 
 # guest_start [OPTION of "guest start"]…: a guest with the backend's disk as /dev/vda.
 guest_start() { guest start --socket "$SOCKET" "$@"; }
+
+# descriptors, cpu_ticks: what else the backend holds and uses.
+descriptors() { find "/proc/$(cat "$BACKEND_PID")/fd" -mindepth 1 | wc -l; }
+cpu_ticks() { awk '{ print $14 + $15 }' "/proc/$(cat "$BACKEND_PID")/stat"; }
+
+# logged PATTERN, times_logged PATTERN: extended regular expressions, over the backend's log.
+logged() {
+    grep -qE -e "$1" "$BACKEND_LOG" || {
+        echo "wanted in the log: $1; found:"
+        tail -n 20 "$BACKEND_LOG"
+        return 1
+    }
+}
+times_logged() { grep -cE -e "$1" "$BACKEND_LOG"; }
+logged_more_than() { [ "$(times_logged "$2")" -gt "$1" ]; }
+
+# A workload that checks every byte it reads back: any size from a sector to a megabyte, many at once, flushes between.
+VERIFY='fio --name=verify --filename=/dev/vda --direct=1 --rw=randrw --bsrange=512-1M --blockalign=512 --size=48M
+--iodepth=32 --fsync=50 --ioengine=io_uring --verify=crc32c --verify_fatal=1 --randrepeat=0 --output=/tmp/fio.log'
+
+# verifying: runs it in the guest, and shows what it says if it finds a wrong byte.
+verifying() { guest exec --timeout 400 -- "$(echo "$VERIFY" | tr '\n' ' ') $* || { cat /tmp/fio.log; exit 1; }"; }
+
+# verifying_meanwhile [OPTION…], verified_meanwhile: the same in the background, and its outcome.
+verifying_meanwhile() {
+    guest exec -- "rm -f /tmp/verified; ($(echo "$VERIFY" | tr '\n' ' ') $* >/dev/null 2>&1; echo \$? >/tmp/verified) >/dev/null 2>&1 &"
+}
+verified_meanwhile() {
+    guest exec --timeout 400 -- 'while [ ! -e /tmp/verified ]; do sleep 1; done
+        [ "$(cat /tmp/verified)" = 0 ] || { cat /tmp/fio.log; exit 1; }'
+}

@@ -1,0 +1,72 @@
+#!/bin/sh
+# profiles: vtd
+# options: --no-bind --qemu-arg -device --qemu-arg edu,addr=6
+# What a first-time user gets wrong, and what the program answers: the object, the cause, the fix.
+
+# shellcheck source=tests/host/lib.sh
+. /testbed/tests/lib.sh
+
+EDU=0000:00:06.0
+
+# answers PATTERN COMMAND…: COMMAND fails and says something that matches.
+answers() {
+    pattern=$1
+    shift
+    if "$@" >/run/answer 2>&1; then echo "succeeded" && return 1; fi
+    grep -qE -e "$pattern" /run/answer || {
+        echo "wanted: $pattern; found:"
+        cat /run/answer
+        return 1
+    }
+}
+serve() { timeout 30 vhost-device-vfio --socket-path "${2:-/run/other.sock}" --device "$1"; }
+bind() {
+    echo vfio-pci >"/sys/bus/pci/devices/$1/driver_override"
+    [ ! -e "/sys/bus/pci/devices/$1/driver" ] || echo "$1" >"/sys/bus/pci/devices/$1/driver/unbind"
+    echo "$1" >/sys/bus/pci/drivers_probe
+}
+
+no_iommufd() {
+    mv /dev/iommu /dev/iommu.away
+    status=0
+    answers '/dev/iommu: No such file.*not passed in here' serve "$FUNCTION" || status=$?
+    mv /dev/iommu.away /dev/iommu
+    return "$status"
+}
+not_nvme() {
+    bind "$EDU"
+    answers "$EDU: .*(NVMe|NVM Express)" serve "$EDU"
+}
+socket_taken() { answers "$SOCKET.*in use" timeout 30 vhost-device-vfio --socket-path "$SOCKET" --device "$EDU"; }
+private_memory() {
+    guest_start --mem 256M --timeout 40 --qemu-arg -object --qemu-arg memory-backend-ram,id=private,size=256M \
+        --qemu-arg -machine --qemu-arg memory-backend=private || true
+    guest kill || true
+    logged 'share=on'
+}
+# Enough for the driver's own queues, not for the guest's memory.
+lockable_memory() {
+    backend_stop
+    chmod 666 /dev/iommu /dev/vfio/devices/*
+    mkdir -p /run/nobody && chown 65534 /run/nobody
+    answers 'KiB must be locked, RLIMIT_MEMLOCK allows 64 KiB.*ulimit -l' setuidgid 65534 \
+        sh -c "ulimit -l 64; exec timeout 30 vhost-device-vfio --socket-path /run/nobody/s --device $FUNCTION"
+}
+
+claim "a function of another driver: the command that binds it" \
+    answers "wanted bound to vfio-pci, found bound to nvme.*driverctl set-override $FUNCTION" serve "$FUNCTION"
+bind "$FUNCTION"
+claim "a function without a driver: the command that binds it" answers 'found no driver' serve "$EDU"
+claim "an address where nothing is: said so" answers '0000:07:00.0: no such PCI function' serve 07:00.0
+claim "a word that is no address: an example" answers 'not a PCI address.*0000:00:04.0' serve nvme0
+claim "no /dev/iommu: what is missing" no_iommufd
+claim "a function that is no NVMe controller: what it is" not_nvme
+claim "a namespace that is not there: those that are" answers 'namespace 9.*it has: 1' \
+    timeout 30 vhost-device-vfio --socket-path /run/other.sock --device "$FUNCTION" --namespace 9
+claim "a socket path that is too long: how long it may be" answers 107 serve "$FUNCTION" "/run/$(printf '%0200d' 0)"
+backend_start || exit
+claim "a function in use: by whom" answers "in use by process [0-9]+ \\(vhost-device" serve "$FUNCTION"
+claim "a socket in use: not taken over" socket_taken
+claim "memory that is not shared: the fix, in the log" private_memory
+claim "too little lockable memory: how much is needed, how much allowed, the fix" lockable_memory
+finished
