@@ -56,7 +56,8 @@ fn answer(question: &Question) {
 fn run(config: &Config) -> Result<()> {
     // Before any thread is started, so that all of them have the signals blocked.
     let stop = signal_fd(&[libc::SIGTERM, libc::SIGINT]).context("catch SIGTERM and SIGINT")?;
-    let listen = listen(config)?;
+    // Before the device is touched: a mistake in the path should not cost a controller reset.
+    let entrance = listen(config)?.open()?;
     let address = config.device.ok_or_else(|| anyhow!("no device; give --device DOMAIN:BUS:DEVICE.FUNCTION"))?;
     let (function, space) = take(address, config.no_snoop.into())?;
 
@@ -67,7 +68,7 @@ fn run(config: &Config) -> Result<()> {
     let options = Options { rings: usize::from(queues), spin: config.spin(), patience: PATIENCE };
     let engine = Engine::start(Box::new(nvme), &dma, options)?;
 
-    let mut server = Server::new(listen, Device { engine, space: dma, queues })?;
+    let mut server = Server::new(entrance, Device { engine, space: dma, queues });
     let served = server.run(stop);
     let device = server.into_device();
     log::info!("statistics: {} maps={}", device.engine.statistics(), space.maps());

@@ -21,7 +21,7 @@ above_4g() {
 }
 plugged() {
     guest_start --mem 512M --qemu-arg -m --qemu-arg 512M,slots=2,maxmem=4G
-    verifying_meanwhile --loops=2
+    verifying_meanwhile --size=160M
     before=$(times_logged 'region .* mapped in')
     guest qmp object-add '{"qom-type":"memory-backend-memfd","id":"m1","size":268435456,"share":true}'
     guest qmp device_add '{"driver":"pc-dimm","id":"dimm","memdev":"m1"}'

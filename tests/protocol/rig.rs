@@ -97,7 +97,7 @@ impl Rig {
         let failures = FailurePlan::none();
         let device = device(&machine, Arc::clone(&failures));
         let driver_memory = machine.iommu().mapped();
-        let mut server = Server::new(listen(path.clone()), device).unwrap();
+        let mut server = Server::new(listen(path.clone()).open().unwrap(), device);
         let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let server_stop = stop.try_clone().unwrap();
         let thread = std::thread::spawn(move || server.run(server_stop));
@@ -161,7 +161,8 @@ impl Drop for Rig {
 /// A server on `listen`, opened and not run.
 pub(crate) fn open(listen: Listen) -> Result<Server, Error> {
     let machine = Machine::new(Options { size: 1 << 20, queues: 2, ..Options::default() }).unwrap();
-    Server::new(listen, device(&machine, FailurePlan::none()))
+    let entrance = listen.open()?;
+    Ok(Server::new(entrance, device(&machine, FailurePlan::none())))
 }
 
 fn device(machine: &Machine, plan: Arc<FailurePlan>) -> Device {

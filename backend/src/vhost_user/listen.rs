@@ -29,8 +29,10 @@ pub enum Listen {
     Fd(OwnedFd),
 }
 
-/// An open [`Listen`].
-pub(super) enum Entrance {
+/// An open [`Listen`]. Dropping it closes the socket and removes the file made for it.
+pub struct Entrance(pub(super) Socket);
+
+pub(super) enum Socket {
     Listening(Listener),
     Connected(UnixStream),
 }
@@ -75,9 +77,13 @@ impl Listen {
         inherit(number).map(Self::Fd).map_err(|error| Error::NotASocket { number, found: found(error) })
     }
 
-    pub(super) fn open(self) -> Result<Entrance, Error> {
+    /// Opens it: front-ends can connect from now on, and wait until they are served.
+    ///
+    /// # Errors
+    /// Why there is no socket: its path is too long or taken, or the descriptor is no UNIX stream socket.
+    pub fn open(self) -> Result<Entrance, Error> {
         match self {
-            Self::Path(path) => Listener::bind(path).map(Entrance::Listening),
+            Self::Path(path) => Listener::bind(path).map(Socket::Listening).map(Entrance),
             Self::Fd(fd) => adopt(fd),
         }
     }
@@ -94,12 +100,12 @@ fn adopt(fd: OwnedFd) -> Result<Entrance, Error> {
         return Err(wrong("a socket of another family or type".into()));
     }
     if !sockopt::socket_acceptconn(&fd).map_err(errno)? {
-        return Ok(Entrance::Connected(UnixStream::from(fd)));
+        return Ok(Entrance(Socket::Connected(UnixStream::from(fd))));
     }
     let socket = UnixListener::from(fd);
     socket.set_nonblocking(true).map_err(Error::system("set O_NONBLOCK"))?;
     log::info!("listening on inherited socket {number}");
-    Ok(Entrance::Listening(Listener { socket, _file: None }))
+    Ok(Entrance(Socket::Listening(Listener { socket, _file: None })))
 }
 
 impl Listener {

@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
-pub use listen::Listen;
+pub use listen::{Entrance, Listen};
 pub use server::Server;
 
 use crate::engine::Engine;

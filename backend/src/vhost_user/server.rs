@@ -12,9 +12,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use super::connection::{Connection, Progress};
-use super::listen::{Entrance, Listener};
+use super::listen::{Entrance, Listener, Socket};
 use super::peer::Peer;
-use super::{Device, Error, Listen};
+use super::{Device, Error};
 use crate::sys::Poller;
 
 const STOP: u64 = 0;
@@ -39,12 +39,10 @@ struct Ready {
 }
 
 impl Server {
-    /// Opens the socket; front-ends can connect from now on, and are served by [`Self::run`].
-    ///
-    /// # Errors
-    /// Why there is no socket.
-    pub fn new(listen: Listen, device: Device) -> Result<Self, Error> {
-        Ok(Self { entrance: listen.open()?, device })
+    /// Front-ends that have connected meanwhile are served by [`Self::run`].
+    #[must_use]
+    pub fn new(entrance: Entrance, device: Device) -> Self {
+        Self { entrance, device }
     }
 
     /// Serves front-ends until `stop` becomes readable or, on a connected socket, until the front-end leaves. No ring runs
@@ -56,12 +54,12 @@ impl Server {
         let poller = Poller::new().map_err(Error::system("epoll_create1"))?;
         poller.add(&stop, STOP).map_err(Error::system("epoll_ctl"))?;
         let mut serving = Serving { device: &self.device, poller, connection: None, pending: false };
-        match &self.entrance {
-            Entrance::Listening(listener) => {
+        match &self.entrance.0 {
+            Socket::Listening(listener) => {
                 serving.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
                 serving.serve_all(listener)
             }
-            Entrance::Connected(socket) => {
+            Socket::Connected(socket) => {
                 let socket = socket.try_clone().map_err(Error::system("duplicate the socket"))?;
                 serving.adopt(socket)?;
                 serving.serve_one()
