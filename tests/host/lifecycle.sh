@@ -1,5 +1,6 @@
 #!/bin/sh
 # profiles: vtd
+# options: --iops 500
 # What a virtual machine does in its life: reset, stop and continue, leave and return, die with requests in flight.
 
 # shellcheck source=tests/host/lib.sh

@@ -13,7 +13,7 @@ kernel_key() {
         [[ -r $TESTBED_KERNEL ]] || die "TESTBED_KERNEL=$TESTBED_KERNEL: no such file (wanted: a bzImage)"
         hash_of "$(sha256sum <"$TESTBED_KERNEL")"
     elif [[ -e $version ]]; then
-        hash_of "$(cat "$version" "$TESTBED_DIR/kernel.config"; gcc --version 2>/dev/null | head -n 1)"
+        hash_of "$(cat "$version" "$TESTBED_DIR/kernel.config"; gcc --version 2>/dev/null | head -n 1 || true)"
     fi
 }
 

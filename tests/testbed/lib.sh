@@ -121,7 +121,7 @@ debian_codename() {
 # becoming a source of this machine.
 need_qemu() {
     local found codename dir=$TESTBED_CACHE/apt/qemu
-    found=$(qemu-system-x86_64 --version 2>/dev/null | sed -n 's/^QEMU emulator version \([0-9]*\).*/\1/p')
+    found=$(qemu-system-x86_64 --version 2>/dev/null | sed -n 's/^QEMU emulator version \([0-9]*\).*/\1/p' || true)
     ((${found:-0} < 10)) || { need qemu-img=qemu-utils qemu-storage-daemon=qemu-system-common && return; }
     codename=$(debian_codename)
     if [[ $codename != bookworm ]]; then

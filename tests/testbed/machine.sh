@@ -85,7 +85,7 @@ machine_arguments() {
         -append "console=ttyS0 quiet panic=-1 oops=panic random.trust_cpu=on $PROFILE_KERNEL $OPT_KERNEL"
         -serial "file:$work/console.log"
         "${PROFILE_DEVICES[@]}"
-        -drive "if=none,id=drive,format=raw,cache=unsafe,discard=unmap,file=$OPT_DRIVE"
+        -drive "if=none,id=drive,format=raw,cache=unsafe,discard=unmap,file=$OPT_DRIVE${OPT_IOPS:+,throttling.iops-total=$OPT_IOPS}"
         -device "nvme,drive=drive,serial=testbed,addr=4${OPT_NVME:+,$OPT_NVME}"
         -device virtio-serial-pci,id=ports,addr=10
         -chardev "file,id=status,path=$work/status"

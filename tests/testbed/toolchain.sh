@@ -5,7 +5,7 @@
 PATH=$PATH:$HOME/.cargo/bin
 
 rust_wanted() { sed -n 's/^rust-version = "\(.*\)"/\1/p' "$TESTBED_ROOT/Cargo.toml"; }
-rust_found() { cargo --version 2>/dev/null | cut -d ' ' -f 2; }
+rust_found() { cargo --version 2>/dev/null | cut -d ' ' -f 2 || true; }
 
 # at_least VERSION WANTED
 at_least() { [[ -n $1 && $(printf '%s\n' "$2" "$1" | sort -V | head -n 1) == "$2" ]]; }
@@ -15,7 +15,7 @@ need_rust() {
     wanted=$(rust_wanted)
     need cc=gcc /usr/include/stdio.h=libc6-dev
     ! at_least "$(rust_found)" "$wanted" || return 0
-    say "Rust $wanted or newer is wanted, found: $(rust_found || true)"
+    say "Rust $wanted or newer is wanted, found: $(rust_found)"
     if command -v rustup >/dev/null; then
         rust_by_rustup
     else
@@ -28,11 +28,11 @@ need_rust() {
             rust_by_rustup
         fi
     fi
-    at_least "$(rust_found)" "$wanted" || die "no Rust $wanted in this Debian (found: $(rust_found || true));" \
+    at_least "$(rust_found)" "$wanted" || die "no Rust $wanted in this Debian (found: $(rust_found));" \
         "install it by rustup, as https://rustup.rs says, and start again"
 }
 
-apt_candidate() { apt-cache policy "$1" 2>/dev/null | sed -n 's/^ *Candidate: \([^(].*\)/\1/p'; }
+apt_candidate() { apt-cache policy "$1" 2>/dev/null | sed -n 's/^ *Candidate: \([^(].*\)/\1/p' || true; }
 
 # Without a change to the default the user has chosen.
 rust_by_rustup() {
