@@ -8,8 +8,9 @@
 
 reads_well() { guest exec -- 'dd if=/dev/vda of=/dev/null bs=64k count=64 iflag=direct 2>/dev/null'; }
 load_in_background() {
-    guest exec -- '(fio --name=load --filename=/dev/vda --direct=1 --rw=randrw --bs=4k --size=64M --iodepth=64
-        --ioengine=io_uring --time_based --runtime=300 >/dev/null 2>&1 &); sleep 2'
+    guest exec -- 'fio --name=load --filename=/dev/vda --direct=1 --rw=randrw --bs=4k --size=64M --iodepth=64 \
+        --ioengine=io_uring --time_based --runtime=300 >/dev/null 2>&1 &
+        sleep 2'
 }
 killed() {
     before=$(times_logged 'front-end disconnected' || true)
