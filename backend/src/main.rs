@@ -69,6 +69,7 @@ fn run(config: &Config) -> Result<()> {
     let engine = Engine::start(Box::new(nvme), &dma, options)?;
 
     let mut server = Server::new(entrance, Device { engine, space: dma, queues });
+    log::info!("serving {address} on {queues} virtqueues");
     let served = server.run(stop);
     let device = server.into_device();
     log::info!("statistics: {} maps={}", device.engine.statistics(), space.maps());

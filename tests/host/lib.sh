@@ -10,7 +10,7 @@ BACKEND_LOG=/run/backend.log
 BACKEND_PID=/run/backend.pid
 BACKEND_STATUS=/run/backend.status
 
-# backend_start [ARGUMENT…]: serves $FUNCTION on $SOCKET; returns when the socket is there.
+# backend_start [ARGUMENT…]: serves $FUNCTION on $SOCKET; returns when the drive is up.
 backend_start() {
     rm -f "$BACKEND_STATUS"
     (
@@ -19,7 +19,7 @@ backend_start() {
         echo $? >"$BACKEND_STATUS"
     ) </dev/null >"$BACKEND_LOG" 2>&1 &
     # Controller reset included, and the processors are emulated.
-    within 20 test -S "$SOCKET" || {
+    within 20 logged 'serving ' || {
         cat "$BACKEND_LOG"
         return 1
     }
