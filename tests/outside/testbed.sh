@@ -8,6 +8,8 @@ cd "$(dirname "$0")/../.." || exit
 
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
+# A failed run leaves its console there, for people.
+export TMPDIR=$WORK
 
 # One boot for all that can be seen of a run which ends well.
 truncate -s 64M "$WORK/drive.img"

@@ -13,7 +13,8 @@ at_least() { [[ -n $1 && $(printf '%s\n' "$2" "$1" | sort -V | head -n 1) == "$2
 need_rust() {
     local wanted candidate
     wanted=$(rust_wanted)
-    need cc=gcc /usr/include/stdio.h=libc6-dev
+    # Crates and toolchains come over TLS.
+    need cc=gcc /usr/include/stdio.h=libc6-dev /etc/ssl/certs/ca-certificates.crt=ca-certificates
     ! at_least "$(rust_found)" "$wanted" || return 0
     say "Rust $wanted or newer is wanted, found: $(rust_found)"
     if command -v rustup >/dev/null; then
