@@ -1,0 +1,187 @@
+//! A VMM small enough to be read in a minute, for the tests of the preloaded library: it does one thing per line of its
+//! input, through libc as QEMU does, and prints what came of it. Its guest writes the caches back and halts, at each `run`.
+//!
+//! `vm`, `vcpu`, `run`, `vfio` (KVM_CREATE_DEVICE), `vfio-test` (the same with KVM_CREATE_DEVICE_TEST), `close NAME`,
+//! `memory` (2 MiB of a memfd, mapped shared), `huge` (the same as one huge page), `image` (a memfd that is not mapped),
+//! `private` (2 MiB of anonymous memory),
+//! `dontfork`, `punch NAME`, `madvise NAME remove|dontneed|free`, `blocks NAME`, `first-byte NAME`, `mask`.
+#![expect(unsafe_code, reason = "it speaks C")]
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::io::{self, BufRead, Write};
+use std::ptr;
+
+use libc::{c_int, c_uint, c_ulong, c_void};
+
+/// Of each memory: one huge page.
+const SIZE: usize = 2 << 20;
+const KVM_CREATE_VM: c_ulong = 0xae01;
+const KVM_CREATE_VCPU: c_ulong = 0xae41;
+const KVM_GET_VCPU_MMAP_SIZE: c_ulong = 0xae04;
+const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
+const KVM_RUN: c_ulong = 0xae80;
+const KVM_CREATE_DEVICE: c_ulong = 0xc00c_aee0;
+
+#[derive(Default)]
+struct Toy {
+    files: HashMap<String, c_int>,
+    maps: HashMap<String, usize>,
+    run: usize,
+}
+
+fn done(result: c_int) -> String {
+    if result < 0 {
+        io::Error::last_os_error().raw_os_error().map_or("?".into(), |e| format!("errno {e}"))
+    } else {
+        result.to_string()
+    }
+}
+
+fn map(fd: c_int, flags: c_int, bytes: usize) -> usize {
+    // SAFETY: a new mapping, in nobody's way.
+    unsafe { libc::mmap(ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) }.addr()
+}
+
+fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
+    // SAFETY: each caller gives `request` the argument it wants.
+    unsafe { libc::ioctl(fd, request, argument) }
+}
+
+impl Toy {
+    fn file(&self, name: &str) -> c_int {
+        self.files.get(name).copied().unwrap_or(-1)
+    }
+
+    fn open(&mut self, name: &str, fd: c_int) -> String {
+        self.files.insert(name.into(), fd);
+        done(fd)
+    }
+
+    fn vm(&mut self, name: &str) -> String {
+        let path = CString::from(c"/dev/kvm");
+        // SAFETY: a path that ends in 0.
+        let kvm = unsafe { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+        self.files.insert("kvm".into(), kvm);
+        let vm = ioctl(kvm, KVM_CREATE_VM, ptr::null_mut());
+        self.open(name, vm)
+    }
+
+    fn vcpu(&mut self) -> String {
+        let bytes = usize::try_from(ioctl(self.file("kvm"), KVM_GET_VCPU_MMAP_SIZE, ptr::null_mut())).unwrap_or(4096);
+        let vcpu = ioctl(self.file("vm"), KVM_CREATE_VCPU, ptr::null_mut());
+        self.run = map(vcpu, libc::MAP_SHARED, bytes);
+        let page = map(-1, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, 4096);
+        // The reset vector, 16 bytes below 4 GiB: WBINVD, HLT, and back.
+        let reset_vector = ptr::with_exposed_provenance_mut::<[u8; 5]>(page + 0xff0);
+        // SAFETY: within the mapping made just now.
+        unsafe { reset_vector.write([0x0f, 0x09, 0xf4, 0xeb, 0xfb]) };
+        let mut region: [u64; 4] = [0, 0xffff_f000, 4096, page as u64];
+        let set = ioctl(self.file("vm"), KVM_SET_USER_MEMORY_REGION, region.as_mut_ptr().cast());
+        self.open("vcpu", if set < 0 { set } else { vcpu })
+    }
+
+    fn vfio(&mut self, flags: u32) -> String {
+        let mut create: [u32; 3] = [4, u32::MAX, flags];
+        let result = ioctl(self.file("vm"), KVM_CREATE_DEVICE, create.as_mut_ptr().cast());
+        if result == 0 && flags == 0 {
+            self.files.insert("vfio".into(), create[1].cast_signed());
+        }
+        done(result)
+    }
+
+    fn memory(&mut self, name: &str, mapped: bool, flags: c_uint) -> String {
+        let path = CString::new(name).expect("a word");
+        // SAFETY: a name that ends in 0, then numbers.
+        let fd = unsafe { libc::memfd_create(path.as_ptr(), libc::MFD_CLOEXEC | flags) };
+        // SAFETY: numbers.
+        unsafe { libc::ftruncate(fd, SIZE.cast_signed() as libc::off_t) };
+        let address = map(fd, libc::MAP_SHARED, SIZE);
+        // SAFETY: the mapping made just now.
+        unsafe { ptr::with_exposed_provenance_mut::<u8>(address).write(b'x') };
+        if mapped {
+            self.maps.insert(name.into(), address);
+        } else {
+            // SAFETY: the mapping made just now, to which nothing refers any more.
+            unsafe { libc::munmap(ptr::with_exposed_provenance_mut(address), SIZE) };
+        }
+        self.open(name, fd)
+    }
+
+    fn private(&mut self) -> String {
+        let address = map(-1, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, SIZE);
+        // SAFETY: the mapping made just now.
+        unsafe { ptr::with_exposed_provenance_mut::<u8>(address).write(b'x') };
+        self.maps.insert("private".into(), address);
+        done(0)
+    }
+
+    fn advise(&self, name: &str, advice: c_int) -> String {
+        let address = ptr::with_exposed_provenance_mut(self.maps[name]);
+        // SAFETY: one of the mappings made above; nothing refers to their contents.
+        done(unsafe { libc::madvise(address, SIZE, advice) })
+    }
+
+    fn punch(&self, name: &str) -> String {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: numbers.
+        done(unsafe { libc::fallocate64(self.file(name), mode, 0, SIZE.cast_signed() as libc::off64_t) })
+    }
+
+    fn blocks(&self, name: &str) -> String {
+        // SAFETY: `stat` is plain data, and the kernel writes it.
+        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+        // SAFETY: as above.
+        unsafe { libc::fstat(self.file(name), &raw mut stat) };
+        stat.st_blocks.to_string()
+    }
+
+    fn first_byte(&self, name: &str) -> String {
+        let address = ptr::with_exposed_provenance::<u8>(self.maps[name]);
+        // SAFETY: one of the mappings made above.
+        unsafe { address.read_volatile() }.to_string()
+    }
+
+    fn close(&mut self, name: &str) -> String {
+        // SAFETY: a number.
+        let result = unsafe { libc::close(self.file(name)) };
+        if name == "vm" {
+            self.files.remove("vm");
+        }
+        done(result)
+    }
+
+    fn obey(&mut self, line: &str) -> String {
+        match *line.split_whitespace().collect::<Vec<_>>() {
+            ["vm"] => self.vm("vm"),
+            ["vm", name] => self.vm(name),
+            ["vcpu"] => self.vcpu(),
+            ["run"] => done(ioctl(self.file("vcpu"), KVM_RUN, ptr::null_mut())),
+            ["vfio"] => self.vfio(0),
+            ["vfio-test"] => self.vfio(1),
+            ["close", name] => self.close(name),
+            ["memory"] => self.memory("memory", true, 0),
+            ["huge"] => self.memory("huge", true, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB),
+            ["image"] => self.memory("image", false, 0),
+            ["private"] => self.private(),
+            ["dontfork"] => self.advise("memory", libc::MADV_DONTFORK),
+            ["punch", name] => self.punch(name),
+            ["madvise", name, "remove"] => self.advise(name, libc::MADV_REMOVE),
+            ["madvise", name, "dontneed"] => self.advise(name, libc::MADV_DONTNEED),
+            ["madvise", name, "free"] => self.advise(name, libc::MADV_FREE),
+            ["blocks", name] => self.blocks(name),
+            ["first-byte", name] => self.first_byte(name),
+            _ => "what?".into(),
+        }
+    }
+}
+
+fn main() -> io::Result<()> {
+    let mut toy = Toy::default();
+    for line in io::stdin().lock().lines() {
+        let answer = toy.obey(&line?);
+        println!("{answer}");
+        io::stdout().flush()?;
+    }
+    Ok(())
+}

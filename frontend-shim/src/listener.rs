@@ -1,0 +1,126 @@
+//! The socket in the file system: made with mode 0600 from its first moment on, taken over only from the dead.
+
+use std::fs::Permissions;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use rustix::fs::{Mode, Uid, fchmod};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
+
+/// Waiting connections; each is taken at once, or refused with a reply.
+const BACKLOG: i32 = 16;
+
+fn seqpacket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    Ok(socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
+}
+
+/// Listens at `path`. `peer`, if another user than this process's, is made the socket's owner.
+///
+/// # Errors
+/// EADDRINUSE when another process listens there or the path is no socket, ENAMETOOLONG, EACCES, …
+pub(crate) fn listen_at(path: &Path, peer: Option<Uid>) -> io::Result<OwnedFd> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = seqpacket()?;
+    // Before the bind, which takes the mode over: at no time can anyone else connect.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    match bind(&socket, &address) {
+        Err(Errno::ADDRINUSE) if is_dead(path, &address)? => {
+            std::fs::remove_file(path)?;
+            bind(&socket, &address)?;
+        }
+        other => other?,
+    }
+    let own = rustix::process::geteuid();
+    check(path, own)?;
+    if let Some(peer) = peer.filter(|&peer| peer != own) {
+        // Without the privilege for it the socket stays ours, and of other users only root can connect.
+        match std::os::unix::fs::chown(path, Some(peer.as_raw()), None) {
+            Err(error) if error.kind() != io::ErrorKind::PermissionDenied => return Err(error),
+            _ => {}
+        }
+    }
+    listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
+/// True for a socket of ours on which nobody listens: left by a VMM that was killed.
+fn is_dead(path: &Path, address: &SocketAddrUnix) -> io::Result<bool> {
+    let found = path.symlink_metadata()?;
+    let ours = found.file_type().is_socket() && found.uid() == rustix::process::geteuid().as_raw();
+    Ok(ours && connect(&seqpacket()?, address) == Err(Errno::CONNREFUSED))
+}
+
+/// What stands at `path` is what was made.
+fn check(path: &Path, own: Uid) -> io::Result<()> {
+    let made = path.symlink_metadata()?;
+    let as_made = made.file_type().is_socket() && made.uid() == own.as_raw();
+    if as_made && made.permissions() == Permissions::from_mode(made.mode() & !0o777 | 0o600) {
+        Ok(())
+    } else {
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, "the socket's owner or mode is not what was asked for"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    /// A directory of one test's own.
+    struct Directory(PathBuf);
+
+    impl Directory {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("shim-listener-{}-{name}", std::process::id()));
+            std::fs::create_dir(&path).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for Directory {
+        fn drop(&mut self) {
+            _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn only_the_owner_can_connect() {
+        let directory = Directory::new("mode");
+        let path = directory.0.join("s");
+        let _socket = listen_at(&path, None).unwrap();
+        assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_dead_socket_is_taken_over_and_a_living_one_is_not() {
+        let directory = Directory::new("dead");
+        let path = directory.0.join("s");
+        drop(listen_at(&path, None).unwrap());
+
+        let living = listen_at(&path, None).unwrap();
+        let second = listen_at(&path, None).unwrap_err();
+
+        assert_eq!(second.kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(connect(seqpacket().unwrap(), &SocketAddrUnix::new(&path).unwrap()), Ok(()));
+        drop(living);
+    }
+
+    #[test]
+    fn what_is_no_socket_stays() {
+        let directory = Directory::new("file");
+        let path = directory.0.join("s");
+        std::fs::write(&path, "precious").unwrap();
+        assert_eq!(listen_at(&path, None).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_path_too_long_is_refused() {
+        let path = PathBuf::from("/tmp/".to_owned() + &"x".repeat(120));
+        assert_eq!(listen_at(&path, None).unwrap_err().raw_os_error(), Some(libc::ENAMETOOLONG));
+    }
+}
