@@ -113,6 +113,7 @@ fn commands(c: &mut Criterion) {
         doorbells: Doorbells { registers: Arc::new(Silent), stride: 4 },
         namespace: 1,
         limits: LIMITS,
+        sgl: None,
         event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
     });
     group.bench_function("submit, ring, completed, reap", |b| {

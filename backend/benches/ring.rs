@@ -16,7 +16,7 @@ use vhost_device_vfio::driver::Geometry;
 use vhost_device_vfio::engine::RingSetup;
 use vhost_device_vfio::engine::chain::Chain;
 use vhost_device_vfio::engine::guest::Guest;
-use vhost_device_vfio::engine::request::{Disk, Job, Status, parse};
+use vhost_device_vfio::engine::request::{Data, Disk, Job, Status, parse};
 use vhost_device_vfio::engine::virtqueue::SplitRing;
 use vhost_device_vfio::memory::{MemTable, Region, RegionSpec};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -106,28 +106,21 @@ fn ours(memory: &Memory) -> impl FnMut() {
         call: None,
         err: None,
     };
-    let disk = Disk::new(&Geometry {
-        blocks: 1 << 20,
-        block_size: 512,
-        physical_block_size: 512,
-        read_only: false,
-        volatile_cache: false,
-        serial: String::new(),
-        model: String::new(),
-    });
+    let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 512, ..Geometry::default() };
+    let disk = Disk::new(&geometry, Arc::default());
     memory.theirs.write_obj(0_u32, GuestAddress(AVAIL)).unwrap();
     let mut ring = SplitRing::new(&setup, &memory.ours).unwrap();
     let mut guest = Guest::default();
     guest.publish(Arc::clone(&memory.ours));
-    let (mut chain, mut buffers, mut index) = (Chain::default(), Vec::new(), 0);
+    let (mut chain, mut data, mut index) = (Chain::default(), Data::default(), 0);
     let theirs = memory.theirs.clone();
     move || {
         offer(&theirs, &mut index);
         for _ in 0..ring.available().unwrap() {
             ring.take(&mut guest, &mut chain).unwrap();
-            let (ticket, job) = parse(&chain, &mut guest, &disk, &mut buffers);
+            let (ticket, job) = parse(&chain, &mut guest, &disk, &mut data);
             assert!(matches!(job, Job::Device { bytes: 4096, .. }));
-            black_box(&buffers);
+            black_box(&data.buffers);
             guest.write_status(ticket.status().unwrap(), Status::Ok as u8);
             ring.push_used(ticket.settle(), 4097);
         }

@@ -3,7 +3,7 @@
 //! function.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::addr::{Iova, Span};
@@ -59,6 +59,14 @@ pub trait Function: Send + Sync {
     /// # Errors
     /// The errno of the kernel.
     fn set_bus_master(&self, on: bool) -> io::Result<()>;
+    /// Readable when the host asks for the function back, as when an administrator unbinds it; that waits until this process
+    /// has dropped the function and its registers. `None` where nobody asks.
+    ///
+    /// # Errors
+    /// The errno of the kernel.
+    fn removal_event(&self) -> io::Result<Option<OwnedFd>> {
+        Ok(None)
+    }
     /// Resets the function. Afterwards bus master is off and configuration is as it was at open.
     ///
     /// # Errors

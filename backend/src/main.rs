@@ -11,7 +11,7 @@ use clap::Parser;
 use vhost_device_vfio::coherency::{Personality, Policy, decide};
 use vhost_device_vfio::config::{Config, Question};
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
-use vhost_device_vfio::engine::{Engine, Options};
+use vhost_device_vfio::engine::{Engine, Options, Watch};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::inspect::{Report, list};
 use vhost_device_vfio::iommu::LiveSpace;
@@ -65,7 +65,8 @@ fn run(config: &Config) -> Result<()> {
     let options = NvmeOptions { namespace: config.namespace, queues, read_only: config.read_only };
     let dma: Arc<dyn AddressSpace> = Arc::new(space.clone());
     let nvme = Nvme::bring_up(function, Arc::clone(&dma), options)?;
-    let options = Options { rings: usize::from(queues), spin: config.spin(), patience: PATIENCE };
+    let options =
+        Options { rings: usize::from(queues), spin: config.spin(), patience: PATIENCE, watch: Watch::default() };
     let engine = Engine::start(Box::new(nvme), &dma, options)?;
 
     let mut server = Server::new(entrance, Device { engine, space: dma, queues });

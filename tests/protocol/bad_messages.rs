@@ -55,7 +55,12 @@ fn each_is_answered_or_ends_the_conversation() {
         ("a misaligned ring", Goodbye, message(SET_VRING_ADDR, 0, &[state(0, 0), words(&[8, 0, 0, 0])].concat())),
         ("neither enabled nor disabled", Goodbye, message(SET_VRING_ENABLE, NEED_REPLY, &state(0, 2))),
         ("a kick that announces a descriptor and has none", Goodbye, message(SET_VRING_KICK, NEED_REPLY, &words(&[0]))),
-        ("a write to configuration space", No, message(SET_CONFIG, NEED_REPLY, &[state(32, 1), vec![0; 5]].concat())),
+        ("a write to configuration space", No, message(SET_CONFIG, NEED_REPLY, &[state(33, 1), vec![0; 5]].concat())),
+        (
+            "a cache switched to nonsense",
+            No,
+            message(SET_CONFIG, NEED_REPLY, &[state(32, 1), vec![0, 0, 0, 0, 2]].concat()),
+        ),
         ("configuration space past any end", Goodbye, message(GET_CONFIG, 0, &[state(4096, 1), vec![0; 5]].concat())),
         ("a configuration size that lies", Goodbye, message(GET_CONFIG, 0, &[state(0, 60), vec![0; 20]].concat())),
         ("a table without regions", No, message(SET_MEM_TABLE, NEED_REPLY, &state(0, 0))),

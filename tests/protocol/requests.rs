@@ -7,7 +7,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::rig::Rig;
 use crate::rings::{AVAIL, DESC, RAM, USED, running};
-use crate::wire::{request::*, state, words};
+use crate::wire::{FEATURES, Reply, Wire, request::*, state, words};
 
 /// Where header, data and status of the one request lie in guest memory.
 const HEADER: u64 = 0x4000;
@@ -123,4 +123,34 @@ fn descriptors_exchanged_while_the_ring_runs_are_used_from_then_on() {
 
     assert_eq!(read::<1>(&ram, STATUS), [0]);
     assert!(rustix::io::read(&old.call, &mut [0; 8]).is_err(), "the old one is silent");
+}
+
+/// The byte `writeback` of configuration space.
+fn writeback(wire: &Wire) -> u8 {
+    wire.send(GET_CONFIG, &[state(32, 1), vec![0; 5]].concat(), &[]);
+    match wire.reply() {
+        Reply::Message(GET_CONFIG, payload) => payload[12],
+        other => panic!("expected configuration space, got {other:?}"),
+    }
+}
+
+#[test]
+fn the_driver_switches_the_write_cache_and_one_that_never_flushes_has_none() {
+    const FLUSH: u64 = 1 << 9;
+    let rig = Rig::new();
+    let wire = rig.connect();
+    wire.negotiate();
+    let without = wire.ask(SET_FEATURES, &words(&[FEATURES & !FLUSH]), &[]);
+    assert_eq!((without, writeback(&wire)), (0, 0), "it would lose what it takes for durable");
+    assert_eq!(wire.ask(SET_FEATURES, &words(&[FEATURES | FLUSH]), &[]), 0);
+    assert_eq!(writeback(&wire), 1, "as the drive had it");
+
+    for value in [0, 0, 1, 0] {
+        assert_eq!(wire.ask(SET_CONFIG, &[state(32, 1), vec![0, 0, 0, 0, value]].concat(), &[]), 0);
+        assert_eq!(writeback(&wire), value);
+    }
+
+    assert_eq!(wire.ask(SET_STATUS, &words(&[0]), &[]), 0);
+    assert_eq!(wire.ask(SET_FEATURES, &words(&[FEATURES | FLUSH]), &[]), 0);
+    assert_eq!(writeback(&wire), 1, "a reset forgets the switch");
 }

@@ -169,8 +169,12 @@ fn device(machine: &Machine, plan: Arc<FailurePlan>) -> Device {
     let space: Arc<dyn AddressSpace> = Arc::new(Fallible { inner: machine.space(), plan });
     let options = NvmeOptions { namespace: None, queues: 2, read_only: false };
     let driver = Nvme::bring_up(machine.function(), Arc::clone(&space), options).unwrap();
-    let options =
-        engine::Options { rings: QUEUES.into(), spin: Duration::from_micros(10), patience: Duration::from_secs(5) };
+    let options = engine::Options {
+        rings: QUEUES.into(),
+        spin: Duration::from_micros(10),
+        patience: Duration::from_secs(5),
+        watch: engine::Watch::default(),
+    };
     let engine = Engine::start(Box::new(driver), &space, options).unwrap();
     Device { engine, space, queues: QUEUES }
 }

@@ -1,11 +1,13 @@
 //! The PCI side: configuration space, BAR 0, vectors, bus master and reset, as `vfio-pci` would show them.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
 
 use crate::hardware::{Function, Registers};
 
@@ -23,6 +25,8 @@ pub struct EmulatedFunction {
     vectors: u16,
     config: Mutex<Config>,
     worker: Option<Arc<Worker>>,
+    /// Signalled to ask the owner to give the function back.
+    removal: OwnedFd,
 }
 
 /// The controller's thread; dropping it stops the thread.
@@ -42,7 +46,9 @@ impl EmulatedFunction {
             Mode::Threaded => Some(Arc::new(Worker::start(&controller)?)),
         };
         let config = Mutex::new(Config::new(layout.size, layout.table, vectors));
-        Ok(Self { controller, layout, vectors, config, worker })
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let removal = event.map_err(|errno| EmulatedError::Event(errno.into()))?;
+        Ok(Self { controller, layout, vectors, config, worker, removal })
     }
 
     pub(super) fn traffic(&self) -> Traffic {
@@ -110,6 +116,10 @@ impl Function for EmulatedFunction {
         self.controller.route(events)
     }
 
+    fn removal_event(&self) -> io::Result<Option<OwnedFd>> {
+        self.removal.try_clone().map(Some)
+    }
+
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
         if self.removed() {
             return Ok(());
@@ -133,6 +143,13 @@ impl Function for EmulatedFunction {
 }
 
 impl EmulatedFunction {
+    /// Signals the event of [`Function::removal_event`].
+    pub(super) fn ask_back(&self) {
+        if let Err(errno) = rustix::io::write(&self.removal, &1_u64.to_ne_bytes()) {
+            log::warn!("emulated function: ask for it back: {errno}");
+        }
+    }
+
     fn removed(&self) -> bool {
         self.controller.faults.removed.load(SeqCst)
     }

@@ -59,7 +59,7 @@ pub(super) fn namespace(controller: &Controller, page: &mut Page) {
     for offset in [0, 8, 16] {
         put(page, offset, &blocks.to_le_bytes()); // NSZE, NCAP, NUSE
     }
-    page[33] = 0b01; // DLFEAT: deallocated blocks read as zero
+    page[33] = 0b1001; // DLFEAT: Write Zeroes deallocates, deallocated blocks read as zero
     let capacity = u128::from(blocks) * u128::from(controller.options.lba);
     put(page, 48, &capacity.to_le_bytes()); // NVMCAP
     put(page, 120, &EUI64);

@@ -116,6 +116,9 @@ pub enum EmulatedError {
     /// The controller's thread could not be started.
     #[error("emulated function: start its thread: {0}")]
     Thread(io::Error),
+    /// The event that asks for it back could not be made.
+    #[error("emulated function: make an eventfd: {0}")]
+    Event(io::Error),
 }
 
 /// A function and the IOMMU it stands behind.
@@ -152,6 +155,11 @@ impl Machine {
     #[must_use]
     pub fn iommu(&self) -> &SoftIommu {
         &self.iommu
+    }
+
+    /// Asks the owner to give the function back, as the host does when an administrator unbinds it.
+    pub fn ask_back(&self) {
+        self.function.ask_back();
     }
 
     /// What the controller has done since the start, summed over its queues.

@@ -1,14 +1,12 @@
 //! The control thread's waiting: for an order's answer, for requests to drain, and, when they do not, for the device to
 //! come back from a reset.
 
-use std::sync::PoisonError;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Instant;
 
+use super::keeper::Orphans;
 use super::mailbox::Order;
 use super::{Engine, EngineError};
-use crate::driver::Queue;
 
 impl Engine {
     /// Which worker serves a virtqueue, and its place there.
@@ -51,39 +49,18 @@ impl Engine {
             Err(RecvTimeoutError::Disconnected) => return Err(EngineError::WorkerGone(worker)),
             Err(RecvTimeoutError::Timeout) => {}
         }
+        let mut kept = self.keeper.lock();
+        // The guard may have had the device until now.
+        if let Ok(value) = answer.try_recv() {
+            return Ok(value);
+        }
         log::error!(
             "{occasion}: commands have not come back for {:?}; resetting the device, and failing every request in flight",
             self.options.patience
         );
-        self.recover();
+        self.keeper.reset(&mut kept, Orphans::Fail);
+        drop(kept);
         answer.recv().map_err(|_| EngineError::WorkerGone(worker))
-    }
-
-    /// Resets the device under all workers. Until it has been reset no request is answered, because the device may still
-    /// write to its memory; after that every request in flight is answered with an error.
-    fn recover(&self) {
-        let mut driver = self.driver.lock().unwrap_or_else(PoisonError::into_inner);
-        self.recoveries.fetch_add(1, Ordering::Relaxed);
-        self.order_all(|_, answer| Order::HandBack(answer));
-        let mut queues: Vec<Option<Box<dyn Queue>>> = match driver.recover() {
-            Ok(queues) => queues.into_iter().map(Some).collect(),
-            Err(error) => {
-                log::error!("the device did not come back: {error:#}; every request fails from now on");
-                Vec::new()
-            }
-        };
-        queues.resize_with(self.workers.len(), || None);
-        self.order_all(|worker, answer| Order::Adopt(queues[worker].take(), answer));
-    }
-
-    fn order_all(&self, mut order: impl FnMut(usize, Sender<()>) -> Order) {
-        let posts = self.workers.iter().enumerate();
-        let answers: Vec<_> = posts.map(|(n, handle)| handle.mailbox.post(|answer| order(n, answer))).collect();
-        for (worker, answer) in answers.iter().enumerate() {
-            if answer.recv().is_err() {
-                log::error!("{}", EngineError::WorkerGone(worker));
-            }
-        }
     }
 
     /// Stops every ring, ends every thread, and shuts the device down, in this order.
@@ -93,13 +70,14 @@ impl Engine {
                 log::error!("stop virtqueue {index}: {error}");
             }
         }
+        self.guard = None;
         for handle in &mut self.workers {
             handle.mailbox.leave(Order::Quit);
             if handle.thread.take().is_some_and(|thread| thread.join().is_err()) {
                 log::error!("a worker ended by a bug");
             }
         }
-        self.driver.get_mut().unwrap_or_else(PoisonError::into_inner).shut_down();
+        self.keeper.lock().driver.shut_down();
     }
 }
 

@@ -1,9 +1,9 @@
 //! Requests on their way through the device. The table grows with the rings and never shrinks; the buffer list of a place
 //! stays with the place, so a warm table allocates nothing.
 
-use super::request::{Operation, Ticket};
-use crate::addr::{Gpa, Iova, Span};
-use crate::driver::{Command, Outcome};
+use super::request::{Data, Operation, Ticket};
+use crate::addr::{Gpa, Span};
+use crate::driver::Outcome;
 
 /// One request that the device works on.
 pub(super) struct Flight {
@@ -13,14 +13,16 @@ pub(super) struct Flight {
     pub(super) operation: Operation,
     /// First logical block.
     pub(super) block: u64,
-    /// Bytes of data.
+    /// Bytes of data; for a discard, ranges.
     pub(super) bytes: u64,
-    /// Bytes of data that commands have been submitted for.
+    /// How much of that commands have been submitted for.
     pub(super) position: u64,
     /// True if there is nothing left to submit.
     pub(super) whole: bool,
     /// Commands submitted and not yet completed.
     pub(super) outstanding: u32,
+    /// True if it has been submitted again after a reset.
+    pub(super) again: bool,
     /// The worst so far.
     pub(super) outcome: Outcome,
 }
@@ -30,6 +32,16 @@ impl Flight {
     #[inline]
     pub(super) fn is_over(&self) -> bool {
         self.whole && self.outstanding == 0
+    }
+
+    /// Back to the beginning, for a device that has forgotten its commands; false if that has been done before, or a command
+    /// has failed.
+    pub(super) fn restart(&mut self) -> bool {
+        if self.outcome != Outcome::Success || std::mem::replace(&mut self.again, true) {
+            return false;
+        }
+        (self.position, self.whole, self.outstanding) = (0, false, 0);
+        true
     }
 
     /// Notes how a command ended; the worst outcome is the request's. After a failure there is no use in submitting the
@@ -45,11 +57,11 @@ impl Flight {
         self.whole = true;
     }
 
-    /// Notes that `bytes` more bytes are covered by a command.
+    /// Notes that so much more is covered by a command.
     #[inline]
-    pub(super) fn submitted(&mut self, bytes: u32) {
+    pub(super) fn submitted(&mut self, amount: u64) {
         self.outstanding += 1;
-        self.position += u64::from(bytes);
+        self.position += amount;
         self.whole = self.position >= self.bytes;
     }
 
@@ -58,25 +70,12 @@ impl Flight {
     pub(super) fn left(&self, limit: u32) -> u32 {
         u32::try_from(self.bytes - self.position).map_or(limit, |left| left.min(limit))
     }
-
-    /// The command for the next `bytes` bytes.
-    #[inline]
-    pub(super) fn command(&self, bytes: u32, block_shift: u32) -> Command {
-        let block = self.block + (self.position >> block_shift);
-        let count = bytes >> block_shift;
-        match self.operation {
-            Operation::Read => Command::Read { block, count },
-            Operation::Write => Command::Write { block, count },
-            Operation::Flush => Command::Flush,
-        }
-    }
 }
 
 /// A place for a request.
 #[derive(Default)]
 pub(super) struct Place {
-    /// Its data, as the device names it.
-    pub(super) buffers: Vec<Span<Iova>>,
+    pub(super) data: Data,
     /// `None` while the place is free.
     pub(super) flight: Option<Flight>,
 }
@@ -114,11 +113,11 @@ impl Flights {
         self.places[index as usize].flight = Some(flight);
     }
 
-    /// The request and its buffers.
+    /// The request and what it is about.
     #[inline]
-    pub(super) fn get(&mut self, index: u32) -> Option<(&mut Flight, &[Span<Iova>])> {
+    pub(super) fn get(&mut self, index: u32) -> Option<(&mut Flight, &Data)> {
         let place = self.places.get_mut(index as usize)?;
-        Some((place.flight.as_mut()?, &place.buffers))
+        Some((place.flight.as_mut()?, &place.data))
     }
 
     /// Takes a request out.
@@ -134,7 +133,7 @@ impl Flights {
         let in_use = |place: &Place| {
             let Some(flight) = &place.flight else { return false };
             let status = flight.ticket.status();
-            let data = |span: &Span<Gpa>| place.buffers.iter().any(|buffer| buffer.identity_gpa().overlaps(span));
+            let data = |span: &Span<Gpa>| place.data.buffers.iter().any(|buffer| buffer.identity_gpa().overlaps(span));
             spans.iter().any(|span| status.is_some_and(|byte| span.contains(byte)) || data(span))
         };
         self.places.iter().any(in_use)

@@ -133,6 +133,17 @@ impl Guest {
         done
     }
 
+    /// Copies the front of `spans`, which are guest memory, to `bytes`.
+    pub fn gather(&self, spans: &[Span<Iova>], bytes: &mut [u8]) {
+        let mut done = 0;
+        for (window, offset, len) in spans.iter().flat_map(|span| self.pieces(span.identity_gpa())) {
+            let Some(window) = window else { return };
+            let part = len.min(bytes.len() - done);
+            window.copy_to(offset, &mut bytes[done..done + part]);
+            done += part;
+        }
+    }
+
     /// Copies `len` bytes between `spans`, from `position` bytes on, and a bounce slot.
     pub fn bounce(&self, spans: &[Span<Iova>], position: u64, slot: &Slot<'_>, to_guest: bool) {
         let (mut skip, mut done) = (position, 0);

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::keeper::Orphans;
 use super::ring::{drain, signal};
 use super::{EngineError, RingSetup};
 use crate::addr::{Gpa, Span};
@@ -27,10 +28,12 @@ pub(super) enum Order {
     Publish(Arc<MemTable>, Sender<()>),
     /// Answered when no request in flight touches the spans.
     Withdraw(Arc<MemTable>, Arc<[Span<Gpa>]>, Sender<()>),
+    /// Answered when everything completed so far is durable; false if the device could not do that.
+    Flush(Sender<bool>),
     /// Drop the device queue; the device is about to be reset.
     HandBack(Sender<()>),
-    /// The device has been reset: fail what was in flight, and go on with this queue, or without a device.
-    Adopt(Option<Box<dyn Queue>>, Sender<()>),
+    /// The device has been reset: go on with this queue, or without a device.
+    Adopt(Option<Box<dyn Queue>>, Orphans, Sender<()>),
     /// End the thread. All rings have been stopped.
     Quit,
 }

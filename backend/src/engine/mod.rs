@@ -12,13 +12,17 @@
 //! workers at once: every request in flight is answered with an error, and all go on with fresh queues.
 
 mod bounce;
+mod cache_switch;
 mod caches;
 pub mod chain;
 mod control;
 mod flights;
+mod guard;
 pub mod guest;
+mod keeper;
 mod mailbox;
 mod pass;
+pub mod ranges;
 pub mod request;
 mod ring;
 mod statistics;
@@ -30,11 +34,12 @@ mod tests;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+pub use guard::Watch;
 pub use statistics::Statistics;
 
 use crate::addr::{Gpa, Span};
@@ -43,6 +48,8 @@ use crate::hardware::{AddressSpace, MapError};
 use crate::memory::MemTable;
 use bounce::Bounce;
 use caches::Caches;
+use guard::{Alarm, Guard};
+use keeper::Keeper;
 use mailbox::{Mailbox, Order};
 use pass::{Path, Post};
 use request::Disk;
@@ -84,6 +91,8 @@ pub struct Options {
     pub spin: Duration,
     /// How long commands in flight may take to finish when a ring stops or memory goes away, before the device is reset.
     pub patience: Duration,
+    /// How long the device is waited for.
+    pub watch: Watch,
 }
 
 /// Why the engine, or a ring, could not be started or stopped.
@@ -149,6 +158,21 @@ pub enum EngineError {
         /// The errno.
         source: io::Error,
     },
+    /// The guard could not be started.
+    #[error("start the guard: {0}")]
+    Guard(
+        /// The errno.
+        #[source]
+        io::Error,
+    ),
+    /// The write cache cannot be switched.
+    #[error("switch the write cache {}: {source:#}", if *.on { "on" } else { "off" })]
+    WriteCache {
+        /// To which state.
+        on: bool,
+        /// Why not.
+        source: anyhow::Error,
+    },
     /// A worker has ended by a bug; its log line tells where.
     #[error("worker {0} has ended")]
     WorkerGone(usize),
@@ -167,10 +191,13 @@ struct Handle {
 /// is false at first, may be set before the start, and outlives a stop (vhost-user: "Ring states").
 pub struct Engine {
     workers: Vec<Handle>,
-    driver: Mutex<Box<dyn Driver>>,
+    keeper: Arc<Keeper>,
+    /// `None` only at the end.
+    guard: Option<Guard>,
     geometry: Geometry,
     options: Options,
-    recoveries: AtomicU64,
+    /// True while the device has a volatile write cache, and it is on.
+    cache_on: Arc<AtomicBool>,
 }
 
 impl Engine {
@@ -185,13 +212,17 @@ impl Engine {
     ) -> Result<Self, EngineError> {
         let geometry = driver.geometry().clone();
         let queues = driver.take_queues();
+        let alarm = Arc::new(Alarm::new().map_err(EngineError::Guard)?);
+        let keeper = Arc::new(Keeper::new(driver, Arc::clone(&alarm)));
+        let guard = Guard::start(Arc::clone(&keeper), alarm, options.watch).map_err(EngineError::Guard)?;
         let mut engine = Self {
             workers: Vec::with_capacity(queues.len()),
-            driver: Mutex::new(driver),
+            keeper,
+            guard: Some(guard),
+            cache_on: Arc::new(AtomicBool::new(geometry.volatile_cache && geometry.cache_on)),
             geometry,
             // No virtqueue exists until every worker does.
             options: Options { rings: 0, ..options },
-            recoveries: AtomicU64::new(0),
         };
         if queues.is_empty() {
             return Err(EngineError::NoQueues);
@@ -213,8 +244,16 @@ impl Engine {
         let mailbox = Arc::new(Mailbox::new().map_err(failed)?);
         let counters = Arc::new(Counters::default());
         let caches = Caches::new(space.caches(), Arc::clone(&counters));
-        let path = Path::new(&post, Disk::new(&self.geometry), bounce, caches, Arc::clone(&counters));
-        let worker = Worker::new(path, queue, Arc::clone(&mailbox), self.options.spin).map_err(failed)?;
+        let path = Path::new(
+            &post,
+            Disk::new(&self.geometry, Arc::clone(&self.cache_on)),
+            bounce,
+            caches,
+            Arc::clone(&counters),
+        );
+        let sentry = self.guard.as_ref().expect("there until the end").sentry();
+        let worker = Worker::new(path, queue, Arc::clone(&mailbox), (self.options.spin, sentry)).map_err(failed)?;
+        self.keeper.enlist(Arc::clone(&mailbox));
         let thread = std::thread::Builder::new()
             .name(format!("vdv-worker-{number}"))
             .spawn(move || worker.run())
@@ -301,7 +340,9 @@ impl Engine {
     /// Counters since start.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
-        let mut sum = Statistics { recoveries: self.recoveries.load(Ordering::Relaxed), ..Statistics::default() };
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let Keeper { recoveries, aborts, .. } = &*self.keeper;
+        let mut sum = Statistics { recoveries: count(recoveries), aborts: count(aborts), ..Statistics::default() };
         self.workers.iter().for_each(|handle| handle.counters.add_to(&mut sum));
         sum
     }

@@ -7,22 +7,36 @@
 //! ```
 //! At most one request is half-submitted: behind it nothing is taken, so order of service stays fair and nothing starves.
 
+mod submit;
+
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::bounce::{Bounce, Piece, SLOT_BYTES};
+use super::bounce::Bounce;
 use super::caches::Caches;
 use super::chain::Chain;
 use super::flights::{Flight, Flights};
 use super::guest::Guest;
+use super::keeper::Orphans;
 use super::request::{Disk, Job, Operation, RequestFault, Status, Ticket, parse};
 use super::ring::{Ring, State};
 use super::statistics::Counters;
-use crate::driver::{Completion, Outcome, Queue};
+use crate::driver::{Command, Completion, Outcome, Queue};
 use crate::log_limit::LogLimit;
 
 /// Set in the tag of a command that goes through a bounce slot; the rest is the slot, else the request.
 const BOUNCED: u32 = 1 << 31;
+
+/// The tag of a flush that no request asked for.
+const OWN_FLUSH: u32 = BOUNCED - 1;
+
+/// Where a flush that no request asked for stands.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OwnFlush {
+    Wanted,
+    Submitted,
+    Over(bool),
+}
 
 /// A virtqueue's place with its worker.
 #[derive(Default)]
@@ -43,8 +57,11 @@ pub(super) struct Path {
     disk: Disk,
     chain: Chain,
     limit: LogLimit,
+    own_flush: Option<OwnFlush>,
     /// The request whose rest waits for room.
     half: Option<u32>,
+    /// Requests to be submitted once more.
+    again: Vec<u32>,
     /// Where the next pass starts, so that a full device does not always favour the same ring.
     turn: usize,
     /// Names the rings in the log: virtqueue = seat × workers + worker.
@@ -78,7 +95,9 @@ impl Path {
             disk,
             chain: Chain::default(),
             limit: LogLimit::default(),
+            own_flush: None,
             half: None,
+            again: Vec::new(),
             turn: 0,
             worker: post.worker,
             workers: post.workers,
@@ -106,10 +125,13 @@ impl Path {
     #[inline]
     pub(super) fn submit(&mut self, queue: &mut dyn Queue) -> bool {
         let before = queue.in_flight();
-        if let Some(index) = self.half.take()
-            && self.advance(queue, index) == Room::None
-        {
-            return queue.in_flight() != before;
+        if self.own_flush == Some(OwnFlush::Wanted) && queue.submit(Command::Flush, &[], 0, 0, OWN_FLUSH).is_ok() {
+            self.own_flush = Some(OwnFlush::Submitted);
+        }
+        while let Some(index) = self.half.take().or_else(|| self.again.pop()) {
+            if self.advance(queue, index) == Room::None {
+                return queue.in_flight() != before;
+            }
         }
         let seats = self.seats.len();
         for n in 0..seats {
@@ -122,11 +144,33 @@ impl Path {
         queue.in_flight() != before
     }
 
-    /// Takes every available request and fails it: there is no device.
-    pub(super) fn refuse(&mut self) {
+    /// From now on a flush is on its way; see [`Self::flushed`].
+    pub(super) fn wants_flush(&mut self) {
+        self.own_flush = Some(OwnFlush::Wanted);
+    }
+
+    /// How the flush ended, once it has.
+    pub(super) fn flushed(&mut self) -> Option<bool> {
+        let Some(OwnFlush::Over(done)) = self.own_flush else { return None };
+        self.own_flush = None;
+        Some(done)
+    }
+
+    /// A flush that is not over has failed; true if there was one.
+    fn fail_flush(&mut self) -> bool {
+        let pending = matches!(self.own_flush, Some(OwnFlush::Wanted | OwnFlush::Submitted));
+        if pending {
+            self.own_flush = Some(OwnFlush::Over(false));
+        }
+        pending
+    }
+
+    /// Takes every available request and fails it: there is no device. True if somebody else waits for that.
+    pub(super) fn refuse(&mut self) -> bool {
         for seat in 0..self.seats.len() {
             self.serve(None, seat);
         }
+        self.fail_flush()
     }
 
     /// Publishes the used entries of every ring that has any; true if there were some.
@@ -144,12 +188,20 @@ impl Path {
         any
     }
 
-    /// Fails every request in flight. The device has been reset, so it touches their memory no more.
-    pub(super) fn abandon(&mut self) {
+    /// Ends what the requests in flight had of the device, which has been reset and touches their memory no more: fails
+    /// them, or lets them begin again if they have not before.
+    pub(super) fn abandon(&mut self, orphans: Orphans) {
         self.half = None;
+        self.again.clear();
+        self.fail_flush();
         self.bounce.give_back_all();
         for index in self.flights.names() {
             if let Some((flight, _)) = self.flights.get(index) {
+                if orphans == Orphans::Resubmit && flight.restart() {
+                    self.again.push(index);
+                    self.counters.resubmitted.add(1);
+                    continue;
+                }
                 flight.outcome = Outcome::Failed;
             }
             self.finish(index);
@@ -192,7 +244,7 @@ impl Path {
     #[inline]
     fn begin(&mut self, queue: Option<&mut dyn Queue>, seat: usize) -> Room {
         let (index, place) = self.flights.vacant();
-        let (ticket, job) = parse(&self.chain, &mut self.guest, &self.disk, &mut place.buffers);
+        let (ticket, job) = parse(&self.chain, &mut self.guest, &self.disk, &mut place.data);
         match job {
             Job::Device { operation, block, bytes } => {
                 let Some(queue) = queue else {
@@ -207,13 +259,14 @@ impl Path {
                     bytes,
                     position: 0,
                     whole: false,
+                    again: false,
                     outstanding: 0,
                     outcome: Outcome::Success,
                 });
                 return self.advance(queue, index);
             }
             Job::Identify => {
-                let written = self.guest.scatter(&place.buffers, self.disk.id());
+                let written = self.guest.scatter(&place.data.buffers, self.disk.id());
                 self.answer(ticket, seat, Status::Ok, written as u64);
             }
             Job::Answer(status) => self.answer(ticket, seat, status, 0),
@@ -225,59 +278,14 @@ impl Path {
         Room::Left
     }
 
-    /// Submits what is left of a request.
-    #[inline]
-    fn advance(&mut self, queue: &mut dyn Queue, index: u32) -> Room {
-        let Some((flight, buffers)) = self.flights.get(index) else { return Room::Left };
-        while !flight.whole {
-            let (bytes, direct) = match flight.operation {
-                Operation::Flush => (0, true),
-                operation if self.caches.keep_apart(operation, buffers) => (flight.left(SLOT_BYTES), false),
-                _ => {
-                    let extent = queue.extent(buffers, flight.position, SLOT_BYTES);
-                    (extent.bytes, extent.direct)
-                }
-            };
-            let command = flight.command(bytes, self.disk.block_shift());
-            let submitted = if direct {
-                let done = queue.submit(command, buffers, flight.position, bytes, index).is_ok();
-                if done {
-                    self.caches.buffers(&self.guest, buffers, flight.position, bytes.into());
-                }
-                done
-            } else {
-                let Some(slot) = self.bounce.take(Piece { flight: index, position: flight.position, bytes }) else {
-                    self.half = Some(index);
-                    return Room::None;
-                };
-                if flight.operation == Operation::Write {
-                    self.guest.bounce(buffers, flight.position, &self.bounce.slot(slot, bytes), false);
-                }
-                let done = queue.submit(command, &[self.bounce.span(slot)], 0, bytes, BOUNCED | slot).is_ok();
-                if done {
-                    self.caches.slot(&self.bounce, slot, bytes);
-                    self.counters.bounced.add(1);
-                } else {
-                    self.bounce.give_back(slot);
-                }
-                done
-            };
-            if !submitted {
-                self.half = Some(index);
-                return Room::None;
-            }
-            flight.submitted(bytes);
-        }
-        if flight.is_over() {
-            self.finish(index);
-        }
-        Room::Left
-    }
-
     /// Takes note of a finished command, and of the end of its request.
     #[inline]
     fn complete(&mut self, completion: Completion) {
         let Completion { tag, outcome } = completion;
+        if tag == OWN_FLUSH {
+            self.own_flush = Some(OwnFlush::Over(outcome == Outcome::Success));
+            return;
+        }
         let (index, piece) = if tag & BOUNCED == 0 {
             (tag, None)
         } else {
@@ -286,7 +294,7 @@ impl Path {
                 None => return log::error!("the device completed a bounced command that was not submitted"),
             }
         };
-        let Some((flight, buffers)) = self.flights.get(index).filter(|(flight, _)| flight.outstanding != 0) else {
+        let Some((flight, data)) = self.flights.get(index).filter(|(flight, _)| flight.outstanding != 0) else {
             return log::error!("the device completed a command that was not submitted");
         };
         if let Some(piece) = piece
@@ -295,7 +303,7 @@ impl Path {
         {
             self.caches.slot(&self.bounce, tag & !BOUNCED, piece.bytes);
             let slot = self.bounce.slot(tag & !BOUNCED, piece.bytes);
-            self.guest.bounce(buffers, piece.position, &slot, true);
+            self.guest.bounce(&data.buffers, piece.position, &slot, true);
         }
         flight.note(outcome);
         // A half-submitted request is finished where it is resumed.
@@ -307,10 +315,10 @@ impl Path {
     /// Answers a request that the device is done with.
     #[inline]
     fn finish(&mut self, index: u32) {
-        if let Some((flight, buffers)) = self.flights.get(index)
+        if let Some((flight, data)) = self.flights.get(index)
             && flight.operation == Operation::Read
         {
-            self.caches.buffers(&self.guest, buffers, 0, flight.bytes);
+            self.caches.buffers(&self.guest, &data.buffers, 0, flight.bytes);
         }
         let Some(flight) = self.flights.remove(index) else { return };
         let success = flight.outcome == Outcome::Success;
@@ -329,6 +337,14 @@ impl Path {
             }
             Operation::Flush => {
                 counters.flushes.add(1);
+                (flight.outcome, 0)
+            }
+            Operation::Discard => {
+                counters.discards.add(1);
+                (flight.outcome, 0)
+            }
+            Operation::WriteZeroes { .. } => {
+                counters.write_zeroes.add(1);
                 (flight.outcome, 0)
             }
         };

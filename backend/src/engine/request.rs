@@ -5,15 +5,19 @@
 //! Every question about the guest's claims is asked here, once; what leaves this file names guest memory and blocks that
 //! exist. A chain taken is a debt: its [`Ticket`] must be settled with a used entry.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::chain::{Chain, ChainFault};
 use super::guest::Guest;
+use super::ranges::{self, Kind, RangeLimits};
 use crate::addr::{Gpa, Iova, Span};
-use crate::driver::Geometry;
+use crate::driver::{Blocks, Command, DiscardLimits, Geometry, ZeroesLimits};
 
 /// The unit of `sector`, whatever the block size (virtio 1.2 §5.2.6).
-const SECTOR_SHIFT: u32 = 9;
+pub(super) const SECTOR_SHIFT: u32 = 9;
 /// Bytes of the header.
 const HEADER: u64 = 16;
 /// Bytes of the identity string, virtio 1.2 §5.2.6.
@@ -24,6 +28,8 @@ const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
 const T_FLUSH: u32 = 4;
 const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
 
 /// How a request ended, as the driver reads it (virtio 1.2 §5.2.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +95,22 @@ pub enum RequestFault {
         /// Sectors of the disk.
         sectors: u64,
     },
+    /// No list of segments, or one too long.
+    #[error("a list of {bytes} bytes: wanted 1 to {segments} segments of 16 bytes")]
+    SegmentList {
+        /// Its length.
+        bytes: u64,
+        /// Most segments.
+        segments: u32,
+    },
+    /// A segment longer than the configuration space allows.
+    #[error("a segment of {sectors} sectors; at most {limit} can be")]
+    SegmentLength {
+        /// Its length.
+        sectors: u32,
+        /// The limit.
+        limit: u32,
+    },
     /// A write to a read-only disk.
     #[error("a write to a read-only disk")]
     ReadOnly,
@@ -101,14 +123,18 @@ pub struct Disk {
     block_size: u32,
     block_shift: u32,
     read_only: bool,
-    volatile_cache: bool,
+    cache_on: Arc<AtomicBool>,
+    pub(super) discard: Option<RangeLimits>,
+    pub(super) zeroes: Option<RangeLimits>,
+    pub(super) discard_command: Option<DiscardLimits>,
+    pub(super) zeroes_command: Option<ZeroesLimits>,
     id: [u8; ID_BYTES],
 }
 
 impl Disk {
-    /// The disk that `geometry` describes.
+    /// The disk that `geometry` describes; `cache_on` says whether a flush is for the device.
     #[must_use]
-    pub fn new(geometry: &Geometry) -> Self {
+    pub fn new(geometry: &Geometry, cache_on: Arc<AtomicBool>) -> Self {
         let mut id = [0; ID_BYTES];
         for (to, from) in id.iter_mut().zip(geometry.serial.bytes()) {
             *to = from;
@@ -119,7 +145,11 @@ impl Disk {
             block_size: geometry.block_size,
             block_shift,
             read_only: geometry.read_only,
-            volatile_cache: geometry.volatile_cache,
+            cache_on,
+            discard: RangeLimits::discard(geometry),
+            zeroes: RangeLimits::write_zeroes(geometry),
+            discard_command: geometry.discard,
+            zeroes_command: geometry.zeroes,
             id,
         }
     }
@@ -136,9 +166,16 @@ impl Disk {
         self.block_shift
     }
 
+    /// The command that moves the `bytes` bytes from `position` on of a request that starts at `block`.
+    #[inline]
+    pub(super) fn transfer(&self, operation: Operation, block: u64, position: u64, bytes: u32) -> Command {
+        let (block, count) = (block + (position >> self.block_shift), bytes >> self.block_shift);
+        if operation == Operation::Read { Command::Read { block, count } } else { Command::Write { block, count } }
+    }
+
     /// The first block of a transfer, if all of it exists.
     #[inline]
-    fn block(&self, sector: u64, bytes: u64) -> Result<u64, RequestFault> {
+    pub(super) fn block(&self, sector: u64, bytes: u64) -> Result<u64, RequestFault> {
         let sectors_per_block = 1 << (self.block_shift - SECTOR_SHIFT);
         if bytes & u64::from(self.block_size - 1) != 0 || sector & (sectors_per_block - 1) != 0 {
             return Err(RequestFault::Alignment { sector, bytes, block_size: self.block_size });
@@ -191,12 +228,29 @@ pub enum Operation {
     Write,
     /// VIRTIO_BLK_T_FLUSH
     Flush,
+    /// VIRTIO_BLK_T_DISCARD
+    Discard,
+    /// VIRTIO_BLK_T_WRITE_ZEROES
+    WriteZeroes {
+        /// True if the blocks may be deallocated.
+        unmap: bool,
+    },
+}
+
+/// What a request is about, beside its header. Reused, so that its vectors keep their capacity.
+#[derive(Debug, Default)]
+pub struct Data {
+    /// Its data, as the device names it.
+    pub buffers: Vec<Span<Iova>>,
+    /// The blocks of a discard or write-zeroes request.
+    pub ranges: Vec<Blocks>,
 }
 
 /// What is to be done about a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Job {
-    /// Something for the device, with `bytes` of data from `block` on (both 0 for a flush).
+    /// Something for the device, with `bytes` of data from `block` on (both 0 for a flush). For a discard, `bytes` is the
+    /// number of ranges; for write-zeroes, the bytes in all of them.
     Device {
         /// What.
         operation: Operation,
@@ -213,10 +267,11 @@ pub enum Job {
     Refuse(RequestFault),
 }
 
-/// Turns a chain into a request; `buffers` receives its data as the device names it.
+/// Turns a chain into a request; `data` receives what it is about.
 #[inline]
-pub fn parse(chain: &Chain, guest: &mut Guest, disk: &Disk, buffers: &mut Vec<Span<Iova>>) -> (Ticket, Job) {
-    buffers.clear();
+pub fn parse(chain: &Chain, guest: &mut Guest, disk: &Disk, data: &mut Data) -> (Ticket, Job) {
+    data.buffers.clear();
+    data.ranges.clear();
     let status = chain.last_writable().filter(|&byte| guest.has_status(byte));
     let ticket = Ticket { head: chain.head(), status };
     if let Some(fault) = chain.fault() {
@@ -225,12 +280,13 @@ pub fn parse(chain: &Chain, guest: &mut Guest, disk: &Disk, buffers: &mut Vec<Sp
     if status.is_none() {
         return (ticket, Job::Refuse(RequestFault::NoStatus));
     }
-    let job = job(chain, guest, disk, buffers).unwrap_or_else(Job::Refuse);
+    let job = job(chain, guest, disk, data).unwrap_or_else(Job::Refuse);
     (ticket, job)
 }
 
 #[inline]
-fn job(chain: &Chain, guest: &mut Guest, disk: &Disk, buffers: &mut Vec<Span<Iova>>) -> Result<Job, RequestFault> {
+fn job(chain: &Chain, guest: &mut Guest, disk: &Disk, data: &mut Data) -> Result<Job, RequestFault> {
+    let buffers = &mut data.buffers;
     let header: Header = guest.read_header(chain.readable()).ok_or(RequestFault::NoHeader)?;
     match header.kind {
         T_IN => {
@@ -250,7 +306,11 @@ fn job(chain: &Chain, guest: &mut Guest, disk: &Disk, buffers: &mut Vec<Span<Iov
             let bytes = collect_readable(chain, guest, buffers)?;
             transfer(Operation::Write, disk.block(header.sector, bytes)?, bytes)
         }
-        T_FLUSH if disk.volatile_cache => Ok(Job::Device { operation: Operation::Flush, block: 0, bytes: 0 }),
+        T_DISCARD => range_job(Kind::Discard, chain, guest, disk, data),
+        T_WRITE_ZEROES => range_job(Kind::WriteZeroes, chain, guest, disk, data),
+        T_FLUSH if disk.cache_on.load(Ordering::Relaxed) => {
+            Ok(Job::Device { operation: Operation::Flush, block: 0, bytes: 0 })
+        }
         T_FLUSH => Ok(Job::Answer(Status::Ok)),
         T_GET_ID => {
             collect_writable(chain, guest, buffers)?;
@@ -258,6 +318,18 @@ fn job(chain: &Chain, guest: &mut Guest, disk: &Disk, buffers: &mut Vec<Span<Iov
         }
         _ => Ok(Job::Answer(Status::Unsupported)),
     }
+}
+
+#[cold]
+fn range_job(kind: Kind, chain: &Chain, guest: &mut Guest, disk: &Disk, data: &mut Data) -> Result<Job, RequestFault> {
+    if total(chain.writable()) != 1 {
+        return Err(RequestFault::Direction);
+    }
+    if disk.read_only {
+        return Err(RequestFault::ReadOnly);
+    }
+    let bytes = collect_readable(chain, guest, &mut data.buffers)?;
+    ranges::job(kind, bytes, guest, disk, data)
 }
 
 /// A transfer of nothing is done already; the device has no command for it.

@@ -13,10 +13,16 @@ pub struct Statistics {
     pub writes: u64,
     /// Flush requests that the device has answered.
     pub flushes: u64,
+    /// Discard requests that the device has answered.
+    pub discards: u64,
+    /// Write-zeroes requests that the device has answered.
+    pub write_zeroes: u64,
     /// Bytes read successfully.
     pub bytes_read: u64,
     /// Bytes written successfully.
     pub bytes_written: u64,
+    /// Commands that named their data by a list of buffers (an SGL), because whole pages could not.
+    pub sgl: u64,
     /// Commands whose data went through a bounce buffer.
     pub bounced: u64,
     /// Requests that ended in an error, whoever is to blame.
@@ -31,6 +37,10 @@ pub struct Statistics {
     pub flushed_bytes: u64,
     /// Time that took, nanoseconds.
     pub flush_nanoseconds: u64,
+    /// Commands that were aborted because they took too long.
+    pub aborts: u64,
+    /// Requests submitted once more after the device was reset.
+    pub resubmitted: u64,
     /// Times the device was reset because commands did not come back.
     pub recoveries: u64,
 }
@@ -38,9 +48,12 @@ pub struct Statistics {
 impl fmt::Display for Statistics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "reads={} writes={} flushes={} ", self.reads, self.writes, self.flushes)?;
-        write!(f, "bytes_read={} bytes_written={} bounced={} ", self.bytes_read, self.bytes_written, self.bounced)?;
+        write!(f, "discards={} write_zeroes={} ", self.discards, self.write_zeroes)?;
+        write!(f, "bytes_read={} bytes_written={} ", self.bytes_read, self.bytes_written)?;
+        write!(f, "sgl={} bounced={} ", self.sgl, self.bounced)?;
         write!(f, "errors={} kicks={} calls={} ", self.errors, self.kicks, self.calls)?;
-        write!(f, "doorbells={} recoveries={} ", self.doorbells, self.recoveries)?;
+        write!(f, "doorbells={} aborts={} ", self.doorbells, self.aborts)?;
+        write!(f, "recoveries={} resubmitted={} ", self.recoveries, self.resubmitted)?;
         write!(f, "flushed_bytes={} flush_us={}", self.flushed_bytes, self.flush_nanoseconds / 1000)
     }
 }
@@ -68,13 +81,17 @@ pub(super) struct Counters {
     pub(super) reads: Counter,
     pub(super) writes: Counter,
     pub(super) flushes: Counter,
+    pub(super) discards: Counter,
+    pub(super) write_zeroes: Counter,
     pub(super) bytes_read: Counter,
     pub(super) bytes_written: Counter,
+    pub(super) sgl: Counter,
     pub(super) bounced: Counter,
     pub(super) errors: Counter,
     pub(super) kicks: Counter,
     pub(super) calls: Counter,
     pub(super) doorbells: Counter,
+    pub(super) resubmitted: Counter,
     pub(super) flushed_bytes: Counter,
     pub(super) flush_nanoseconds: Counter,
 }
@@ -85,13 +102,17 @@ impl Counters {
         sum.reads += self.reads.get();
         sum.writes += self.writes.get();
         sum.flushes += self.flushes.get();
+        sum.discards += self.discards.get();
+        sum.write_zeroes += self.write_zeroes.get();
         sum.bytes_read += self.bytes_read.get();
         sum.bytes_written += self.bytes_written.get();
+        sum.sgl += self.sgl.get();
         sum.bounced += self.bounced.get();
         sum.errors += self.errors.get();
         sum.kicks += self.kicks.get();
         sum.calls += self.calls.get();
         sum.doorbells += self.doorbells.get();
+        sum.resubmitted += self.resubmitted.get();
         sum.flushed_bytes += self.flushed_bytes.get();
         sum.flush_nanoseconds += self.flush_nanoseconds.get();
     }

@@ -9,12 +9,15 @@
 //!
 //!  Device:  Live --HandBack--> Away --Adopt(queue)--> Live
 //!                                   --Adopt(none)---> Gone      every request is answered with an error
+//!  Gone --Adopt(queue)--> Live
 //! ```
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
+use super::guard::Sentry;
+use super::keeper::Orphans;
 use super::mailbox::{Mailbox, Order};
 use super::pass::Path;
 use super::ring::{Ring, State, drain};
@@ -32,6 +35,9 @@ const ORDERS: u64 = u64::MAX - 1;
 /// How long a worker sleeps at most while commands are in flight: an interrupt may get lost, its completion does not.
 const LONGEST_NAP: Duration = Duration::from_millis(500);
 
+/// Busy passes between two looks at the clock.
+const PASSES_PER_LOOK: u32 = 256;
+
 /// See the drawing above.
 enum Device {
     Live(Box<dyn Queue>),
@@ -43,6 +49,7 @@ enum Device {
 enum Promise {
     Stop(usize, Sender<Option<u16>>),
     Withdraw(Arc<[Span<Gpa>]>, Sender<()>),
+    Flush(Sender<bool>),
 }
 
 /// What one thread owns.
@@ -55,6 +62,7 @@ pub(super) struct Worker {
     poller: Poller,
     promises: Vec<Promise>,
     spin: Duration,
+    sentry: Sentry,
     quit: bool,
 }
 
@@ -63,18 +71,19 @@ impl Worker {
         path: Path,
         queue: Box<dyn Queue>,
         mailbox: Arc<Mailbox>,
-        spin: Duration,
+        (spin, sentry): (Duration, Sentry),
     ) -> std::io::Result<Self> {
         let poller = Poller::new()?;
         poller.add(mailbox.event(), ORDERS)?;
         poller.add(queue.event(), DEVICE)?;
         let device = Device::Live(queue);
-        Ok(Self { path, device, stale: false, mailbox, poller, promises: Vec::new(), spin, quit: false })
+        Ok(Self { path, device, stale: false, mailbox, poller, promises: Vec::new(), spin, sentry, quit: false })
     }
 
     /// The thread's body.
     pub(super) fn run(mut self) {
         let mut idle_since = None;
+        let mut busy_passes = 0_u32;
         while !self.quit {
             if self.mailbox.has_orders() {
                 self.mailbox.take().into_iter().for_each(|order| self.obey(order));
@@ -83,9 +92,14 @@ impl Worker {
             }
             if self.pass() {
                 idle_since = None;
+                busy_passes = busy_passes.wrapping_add(1);
+                if busy_passes.is_multiple_of(PASSES_PER_LOOK) {
+                    self.look(Instant::now());
+                }
                 continue;
             }
             let now = Instant::now();
+            self.look(now);
             if now.duration_since(*idle_since.get_or_insert(now)) < self.spin || self.must_poll() {
                 std::hint::spin_loop();
             } else {
@@ -115,13 +129,21 @@ impl Worker {
                 }
             }
             Device::Away => {}
-            Device::Gone => path.refuse(),
+            Device::Gone => busy = path.refuse(),
         }
         busy |= path.publish();
         if busy && !self.promises.is_empty() {
             self.keep_promises();
         }
         busy
+    }
+
+    /// Sees after commands that are late.
+    #[inline]
+    fn look(&mut self, now: Instant) {
+        if let Device::Live(queue) = &mut self.device {
+            self.sentry.look(&mut **queue, now);
+        }
     }
 
     /// True if a ring has no kick eventfd: then nothing would end a sleep.
@@ -145,10 +167,10 @@ impl Worker {
     }
 
     fn wait(&mut self) {
-        let Self { poller, path, device, stale, .. } = self;
+        let Self { poller, path, device, stale, sentry, .. } = self;
         let in_flight = matches!(device, Device::Live(queue) if queue.in_flight() != 0);
         let mut useless = Vec::new();
-        let waited = poller.wait(in_flight.then_some(LONGEST_NAP), |event| match event.token {
+        let waited = poller.wait(in_flight.then_some(LONGEST_NAP.min(sentry.beat())), |event| match event.token {
             ORDERS => {} // emptied when the orders are taken
             DEVICE => {
                 if let Device::Live(queue) = device {
@@ -205,12 +227,16 @@ impl Worker {
                 tell(&answer, ());
             }
             Order::Withdraw(table, removed, answer) => self.withdraw(table, removed, answer),
+            Order::Flush(answer) => {
+                self.path.wants_flush();
+                self.promises.push(Promise::Flush(answer));
+            }
             Order::HandBack(answer) => {
                 self.hand_back();
                 tell(&answer, ());
             }
-            Order::Adopt(queue, answer) => {
-                self.adopt(queue);
+            Order::Adopt(queue, orphans, answer) => {
+                self.adopt(queue, orphans);
                 tell(&answer, ());
             }
             Order::Quit => self.quit = true,
@@ -271,6 +297,10 @@ impl Worker {
                     }
                     None => self.promises.push(Promise::Stop(seat, answer)),
                 },
+                Promise::Flush(answer) => match self.path.flushed() {
+                    Some(done) => tell(&answer, done),
+                    None => self.promises.push(Promise::Flush(answer)),
+                },
                 Promise::Withdraw(removed, answer) => {
                     if self.path.flights.touch(&removed) {
                         self.promises.push(Promise::Withdraw(removed, answer));
@@ -291,8 +321,10 @@ impl Worker {
         }
     }
 
-    fn adopt(&mut self, queue: Option<Box<dyn Queue>>) {
-        self.path.abandon();
+    fn adopt(&mut self, queue: Option<Box<dyn Queue>>, orphans: Orphans) {
+        // Whoever waits for requests to end has waited long enough.
+        let wanted = queue.is_some() && self.promises.is_empty();
+        self.path.abandon(if wanted { orphans } else { Orphans::Fail });
         self.device = match queue {
             None => Device::Gone,
             Some(queue) => {

@@ -1,10 +1,17 @@
 //! The configuration space of the disk, as the guest reads it (virtio 1.2 §5.2.4).
 //!
-//! It never changes while the device lives, so it is built per request from the drive's geometry.
+//! All of it but `writeback` follows from the drive's geometry, so it is built anew each time it is read. `writeback` is the
+//! one field that a driver may write.
+
+use std::mem::offset_of;
 
 use zerocopy::{Immutable, IntoBytes};
 
+use super::features::VirtioFeatures;
+use super::{Device, Error};
 use crate::driver::Geometry;
+use crate::engine::Engine;
+use crate::engine::ranges::RangeLimits;
 
 /// Buffers per request: an indirect table of 128 descriptors without those of header and status.
 pub(super) const SEG_MAX: u32 = 126;
@@ -12,7 +19,8 @@ pub(super) const SEG_MAX: u32 = 126;
 /// Bytes per unit of `capacity` (virtio 1.2 §5.2.4).
 const SECTOR: u64 = 512;
 
-/// `struct virtio_blk_config` up to the first field after `num_queues`; the rest belongs to features that are not offered and reads as zero.
+/// `struct virtio_blk_config` up to the limits of write-zeroes; the rest belongs to features that are not offered and reads
+/// as zero.
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
 struct BlkConfig {
@@ -31,14 +39,27 @@ struct BlkConfig {
     unused: u8,
     num_queues: u16,
     max_discard_sectors: u32,
+    max_discard_seg: u32,
+    discard_sector_alignment: u32,
+    max_write_zeroes_sectors: u32,
+    max_write_zeroes_seg: u32,
+    write_zeroes_may_unmap: u8,
+    unused1: [u8; 3],
+    reserved: u32,
 }
 
+/// Where `writeback` stands.
+const WRITEBACK: usize = offset_of!(BlkConfig, writeback);
+
 impl BlkConfig {
-    fn new(geometry: &Geometry, queues: u16) -> Self {
+    fn new(geometry: &Geometry, queues: u16, writeback: bool) -> Self {
         let ratio = (geometry.physical_block_size / geometry.block_size).max(1);
+        let none = RangeLimits { segments: 0, sectors: 0 };
+        let discard = RangeLimits::discard(geometry).unwrap_or(none);
+        let zeroes = RangeLimits::write_zeroes(geometry).unwrap_or(none);
         Self {
             capacity: geometry.blocks.saturating_mul(u64::from(geometry.block_size) / SECTOR),
-            size_max: 0,
+            size_max: geometry.max_transfer,
             seg_max: SEG_MAX,
             cylinders: 0,
             heads: 0,
@@ -48,23 +69,55 @@ impl BlkConfig {
             alignment_offset: 0,
             min_io_size: u16::try_from(ratio).unwrap_or(u16::MAX),
             opt_io_size: 0,
-            writeback: 0,
+            writeback: u8::from(writeback),
             unused: 0,
             num_queues: queues,
-            max_discard_sectors: 0,
+            max_discard_sectors: discard.sectors,
+            max_discard_seg: discard.segments,
+            discard_sector_alignment: if discard.segments == 0 { 0 } else { geometry.block_size / 512 },
+            max_write_zeroes_sectors: zeroes.sectors,
+            max_write_zeroes_seg: zeroes.segments,
+            write_zeroes_may_unmap: u8::from(geometry.zeroes.is_some_and(|limits| limits.deallocates)),
+            unused1: [0; 3],
+            reserved: 0,
         }
     }
 }
 
 /// `size` bytes of configuration space from `offset`; zero past its end.
-pub(super) fn read(geometry: &Geometry, queues: u16, offset: usize, size: usize) -> Vec<u8> {
-    let config = BlkConfig::new(geometry, queues);
+pub(super) fn read(device: &Device, offset: usize, size: usize) -> Vec<u8> {
+    let Device { engine, queues, .. } = device;
+    part(&BlkConfig::new(engine.geometry(), *queues, engine.write_cache()), offset, size)
+}
+
+/// SET_CONFIG: the write cache's switch, and nothing else, can be written.
+pub(super) fn write(engine: &Engine, offset: u32, bytes: &[u8]) -> Result<(), Error> {
+    match (usize::try_from(offset), bytes) {
+        (Ok(WRITEBACK), &[value @ (0 | 1)]) => engine.set_write_cache(value == 1).map_err(Error::Engine),
+        _ => Err(Error::ReadOnlyConfig),
+    }
+}
+
+/// What acknowledged features mean for the write cache: a driver that will never flush must not be left with one (virtio
+/// 1.2 §5.2.6.2); any other gets it as the drive had it.
+pub(super) fn follow(engine: &Engine, acked: VirtioFeatures) {
+    let disk = engine.geometry();
+    let on = disk.cache_on && acked.contains(VirtioFeatures::FLUSH);
+    if disk.volatile_cache
+        && let Err(error) = engine.set_write_cache(on)
+    {
+        log::warn!("the driver does not flush, but {error}; it may lose writes when power fails");
+    }
+}
+
+fn part(config: &BlkConfig, offset: usize, size: usize) -> Vec<u8> {
     config.as_bytes().iter().copied().chain(std::iter::repeat(0)).skip(offset).take(size).collect()
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::driver::{DiscardLimits, ZeroesLimits};
 
     pub(crate) fn geometry() -> Geometry {
         Geometry {
@@ -73,14 +126,22 @@ pub(super) mod tests {
             physical_block_size: 16384,
             read_only: false,
             volatile_cache: true,
+            cache_on: true,
             serial: "S1".into(),
             model: "disk".into(),
+            max_transfer: 128 << 10,
+            discard: Some(DiscardLimits { ranges: 32, range_blocks: 1000, blocks: u64::MAX }),
+            zeroes: Some(ZeroesLimits { blocks: 32, deallocates: true }),
         }
+    }
+
+    fn config() -> BlkConfig {
+        BlkConfig::new(&geometry(), 3, true)
     }
 
     fn field(offset: usize, size: usize) -> u64 {
         let mut bytes = [0; 8];
-        bytes[..size].copy_from_slice(&read(&geometry(), 3, offset, size));
+        bytes[..size].copy_from_slice(&part(&config(), offset, size));
         u64::from_le_bytes(bytes)
     }
 
@@ -88,21 +149,25 @@ pub(super) mod tests {
     fn each_field_stands_where_the_specification_puts_it() {
         let fields = [("capacity", 0, 8), ("size_max", 8, 4), ("seg_max", 12, 4), ("blk_size", 20, 4)];
         let values = fields.map(|(_, offset, size)| field(offset, size));
-        assert_eq!(values, [0x8000, 0, 126, 4096]);
+        assert_eq!(values, [0x8000, 128 << 10, 126, 4096]);
 
         let topology = [field(24, 1), field(25, 1), field(26, 2), field(28, 4)];
         assert_eq!(topology, [2, 0, 4, 0], "16K physical blocks are four logical ones");
 
-        assert_eq!(field(34, 2), 3, "num_queues");
+        assert_eq!((field(32, 1), field(34, 2)), (1, 3), "writeback, num_queues");
+        assert_eq!(WRITEBACK, 32);
+
+        assert_eq!([field(36, 4), field(40, 4), field(44, 4)], [8000, 32, 8], "discard, in sectors of 512");
+        assert_eq!([field(48, 4), field(52, 4), field(56, 1)], [32 * 16 * 8, 16, 1], "write-zeroes");
     }
 
     #[test]
     fn any_part_can_be_read_and_is_zero_past_the_end() {
-        let whole = read(&geometry(), 3, 0, 60);
+        let whole = part(&config(), 0, 64);
         for offset in 0..70 {
-            for size in [1, 3, 57, 60] {
+            for size in [1, 3, 57, 64] {
                 let expected: Vec<u8> = (offset..offset + size).map(|i| whole.get(i).copied().unwrap_or(0)).collect();
-                assert_eq!(read(&geometry(), 3, offset, size), expected, "offset {offset} size {size}");
+                assert_eq!(part(&config(), offset, size), expected, "offset {offset} size {size}");
             }
         }
     }

@@ -6,10 +6,10 @@
 //! | `SEG_MAX` | always | 126 buffers and two for header and status fill an indirect table of 128 |
 //! | `RO` | read-only disk | the engine refuses writes whether or not the guest looked |
 //! | `BLK_SIZE`, `TOPOLOGY` | always | the drive's own block sizes |
-//! | `FLUSH` | volatile cache | without a cache that loses power, every completed write is durable already |
+//! | `FLUSH`, `CONFIG_WCE` | volatile cache | without a cache that loses power, every completed write is durable already |
 //! | `MQ` | always | one virtqueue per vCPU, spread over the workers |
-//! | `SIZE_MAX` | never | requests are cut to the drive's limit here; a limit per buffer would only make guests send smaller ones |
-//! | `CONFIG_WCE`, `DISCARD`, `WRITE_ZEROES` | never | not implemented |
+//! | `SIZE_MAX` | the drive's longest transfer is known | longer buffers work and are cut, but nothing is gained by them |
+//! | `DISCARD`, `WRITE_ZEROES` | the drive has the commands, and is not read-only | their limits follow from the drive's |
 //!
 //! | ring | offered | because |
 //! |---|---|---|
@@ -34,11 +34,14 @@ use std::fmt;
 use bitflags::{Flags, bitflags};
 
 use crate::driver::Geometry;
+use crate::engine::ranges::RangeLimits;
 
 bitflags! {
     /// Feature bits of the virtio device (virtio 1.2 §5.2.3, §6).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct VirtioFeatures: u64 {
+        /// `VIRTIO_BLK_F_SIZE_MAX`
+        const SIZE_MAX = 1 << 1;
         /// `VIRTIO_BLK_F_SEG_MAX`
         const SEG_MAX = 1 << 2;
         /// `VIRTIO_BLK_F_RO`
@@ -49,8 +52,14 @@ bitflags! {
         const FLUSH = 1 << 9;
         /// `VIRTIO_BLK_F_TOPOLOGY`
         const TOPOLOGY = 1 << 10;
+        /// `VIRTIO_BLK_F_CONFIG_WCE`
+        const CONFIG_WCE = 1 << 11;
         /// `VIRTIO_BLK_F_MQ`
         const MQ = 1 << 12;
+        /// `VIRTIO_BLK_F_DISCARD`
+        const DISCARD = 1 << 13;
+        /// `VIRTIO_BLK_F_WRITE_ZEROES`
+        const WRITE_ZEROES = 1 << 14;
         /// `VIRTIO_F_RING_INDIRECT_DESC`
         const INDIRECT_DESC = 1 << 28;
         /// `VIRTIO_F_RING_EVENT_IDX`
@@ -85,10 +94,13 @@ impl VirtioFeatures {
     /// What a disk of this `geometry` offers.
     #[must_use]
     pub fn offered(geometry: &Geometry) -> Self {
-        let always = Self::all() - Self::RO - Self::FLUSH;
-        let read_only = if geometry.read_only { Self::RO } else { Self::empty() };
-        let flush = if geometry.volatile_cache { Self::FLUSH } else { Self::empty() };
-        always | read_only | flush
+        let mut offered = Self::all();
+        offered.set(Self::SIZE_MAX, geometry.max_transfer != 0);
+        offered.set(Self::RO, geometry.read_only);
+        offered.set(Self::FLUSH | Self::CONFIG_WCE, geometry.volatile_cache);
+        offered.set(Self::DISCARD, RangeLimits::discard(geometry).is_some());
+        offered.set(Self::WRITE_ZEROES, RangeLimits::write_zeroes(geometry).is_some());
+        offered
     }
 }
 
@@ -125,14 +137,16 @@ mod tests {
         let offered = VirtioFeatures::offered(&disk);
 
         assert!(offered.contains(VirtioFeatures::RO));
-        assert!(!offered.contains(VirtioFeatures::FLUSH));
+        let refused =
+            VirtioFeatures::FLUSH | VirtioFeatures::CONFIG_WCE | VirtioFeatures::DISCARD | VirtioFeatures::WRITE_ZEROES;
+        assert!(!offered.intersects(refused));
     }
 
     #[test]
     fn only_implemented_bits_are_offered() {
         let offered = VirtioFeatures::offered(&geometry());
-        // SEG_MAX BLK_SIZE FLUSH TOPOLOGY MQ, INDIRECT EVENT_IDX PROTOCOL_FEATURES, VERSION_1.
-        assert_eq!(offered.bits(), 0x1644 | 7 << 28 | 1 << 32);
+        // SIZE_MAX SEG_MAX BLK_SIZE FLUSH TOPOLOGY CONFIG_WCE MQ DISCARD WRITE_ZEROES, INDIRECT EVENT_IDX PROTOCOL_FEATURES, VERSION_1.
+        assert_eq!(offered.bits(), 0x7e46 | 7 << 28 | 1 << 32);
         assert_eq!(ProtocolFeatures::all().bits(), 0x1_a209);
     }
 

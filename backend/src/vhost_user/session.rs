@@ -194,6 +194,7 @@ impl<'d> Session<'d> {
             return Err(Error::NotOffered { what: "SET_FEATURES", names: Names(unknown).to_string() });
         }
         self.features = Some(acked);
+        config::follow(&self.device.engine, acked);
         self.resume_rings();
         Ok(())
     }
@@ -333,12 +334,12 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Answer<Vec<u8>> {
-        let (offset, size) = (offset as usize, size as usize);
-        Ok(config::read(self.device.engine.geometry(), self.device.queues, offset, size))
+        Ok(config::read(self.device, offset as usize, size as usize))
     }
 
-    fn set_config(&mut self, _offset: u32, _buf: &[u8], _flags: VhostUserConfigFlags) -> Answer<()> {
-        self.answer(Err(Error::ReadOnlyConfig))
+    fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Answer<()> {
+        let result = config::write(&self.device.engine, offset, bytes);
+        self.answer(result)
     }
 
     fn get_max_mem_slots(&mut self) -> Answer<u64> {

@@ -1,7 +1,7 @@
 //! The admin queue: one command at a time, its completion polled for.
 //!
-//! Admin commands are issued while the controller is brought up and down only, so there is nothing to gain from more
-//! than one in flight, and no second thread to wake.
+//! Admin commands are issued while the controller is brought up and down, and rarely in between, so there is nothing to gain
+//! from more than one in flight, and no second thread to wake.
 
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use super::regs::PAGE_LEN;
 use super::rings::{CompletionRing, Shared, SubmissionRing, completion_bytes, submission_bytes};
 use super::spec::{SubmissionEntry, admin_opcode, feature};
 use super::status::Status;
+use crate::driver::CommandId;
 
 /// Entries of each admin ring. Few commands are ever outstanding, and those only because they timed out.
 const SIZE: u16 = 32;
@@ -49,6 +50,24 @@ impl AdminCommand {
             ..Default::default()
         };
         Self { name: "Get Features (Volatile Write Cache)", entry }
+    }
+
+    /// NVMe 2.0 §5.1: bit 0 of the result says that nothing was aborted.
+    pub(super) fn abort(id: CommandId) -> Self {
+        let CommandId { queue, command } = id;
+        let cdw10 = u32::from(command) << 16 | u32::from(queue);
+        Self { name: "Abort", entry: SubmissionEntry { opcode: admin_opcode::ABORT, cdw10, ..Default::default() } }
+    }
+
+    /// NVMe 2.0 §5.27.1.4: bit 0 is WCE.
+    pub(super) fn set_volatile_write_cache(on: bool) -> Self {
+        let entry = SubmissionEntry {
+            opcode: admin_opcode::SET_FEATURES,
+            cdw10: feature::VOLATILE_WRITE_CACHE,
+            cdw11: u32::from(on),
+            ..Default::default()
+        };
+        Self { name: "Set Features (Volatile Write Cache)", entry }
     }
 
     /// NVMe 2.0 §5.4: physically contiguous, with interrupts on `vector`.

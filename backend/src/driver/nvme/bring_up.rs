@@ -14,11 +14,12 @@ use super::NvmeOptions;
 use super::admin::{AdminCommand, AdminQueue};
 use super::controller::Controller;
 use super::error::Cause;
-use super::identify::{Identity, Namespace, active_namespaces, choose, listed};
+use super::identify::{Identity, Namespace, active_namespaces, choose, listed, range_limits};
 use super::prp::Limits;
 use super::queue::{IoQueue, MAX_DEPTH, QueueSetup, completions_at, memory_needed};
 use super::regs::Version;
-use super::spec::{IdentifyController, IdentifyNamespace, cns};
+use super::sgl::Granularity;
+use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, cns};
 use crate::addr::Bytes;
 use crate::driver::Geometry;
 
@@ -44,7 +45,9 @@ pub(super) fn bring_up(controller: &mut Controller, options: &NvmeOptions) -> Re
         admin.identify(controller, AdminCommand::identify("Identify Controller", cns::CONTROLLER, 0), ADMIN_LIMIT)?;
     let identity = Identity::decode(&data)?;
     let namespace = find_namespace(controller, &mut admin, &identity, options.namespace)?;
-    let volatile_cache = identity.write_cache && write_cache_is_on(controller, &mut admin);
+    let command_limits = identify_limits(controller, &mut admin)?;
+    let (discard, zeroes) = range_limits(&identity, &namespace, command_limits.as_ref());
+    let cache_on = identity.write_cache && write_cache_is_on(controller, &mut admin);
     events.truncate(negotiate_queues(controller, &mut admin, events.len())?);
     let limits = Limits { block: namespace.block_size, transfer: identity.max_transfer };
     let depth = u16::try_from(controller.capabilities().max_queue_entries()).map_or(MAX_DEPTH, |n| n.min(MAX_DEPTH));
@@ -53,7 +56,7 @@ pub(super) fn bring_up(controller: &mut Controller, options: &NvmeOptions) -> Re
         queues.push(create_queue(
             controller,
             &mut admin,
-            Wanted { id, depth, namespace: namespace.id, limits, event },
+            Wanted { id, depth, namespace: namespace.id, limits, sgl: identity.sgl, event },
         )?);
     }
     let geometry = Geometry {
@@ -61,9 +64,13 @@ pub(super) fn bring_up(controller: &mut Controller, options: &NvmeOptions) -> Re
         block_size: namespace.block_size,
         physical_block_size: namespace.physical_block_size,
         read_only: options.read_only || namespace.write_protected,
-        volatile_cache,
+        volatile_cache: identity.write_cache,
+        cache_on,
         serial: identity.serial.clone(),
         model: identity.model.clone(),
+        max_transfer: limits.transfer,
+        discard,
+        zeroes,
     };
     let name = controller.function().name();
     log::info!(
@@ -75,10 +82,19 @@ pub(super) fn bring_up(controller: &mut Controller, options: &NvmeOptions) -> Re
         namespace.id,
         namespace.blocks,
         namespace.block_size,
-        if volatile_cache { "on" } else { "off" },
+        match (identity.write_cache, cache_on) {
+            (false, _) => "none",
+            (true, false) => "off",
+            (true, true) => "on",
+        },
     );
     let transfer = Bytes(limits.transfer.into());
-    log::info!("{name}: {} queues of {depth} entries, transfers up to {transfer}", queues.len());
+    let sgl = match identity.sgl {
+        None => "",
+        Some(Granularity::Byte) => ", SGLs",
+        Some(Granularity::Dword) => ", SGLs of dwords",
+    };
+    log::info!("{name}: {} queues of {depth} entries, transfers up to {transfer}{sgl}", queues.len());
     Ok(Up { admin, geometry, queues, shutdown_limit: identity.shutdown_limit })
 }
 
@@ -147,6 +163,21 @@ fn identify_namespace(
     Namespace::decode(id, &data, identity)
 }
 
+/// The limits of commands that move no data, from a controller that tells them. The data structure came after NVMe 1.4
+/// without a bit to announce it, so a controller that does not know it is no surprise.
+fn identify_limits(controller: &Controller, admin: &mut AdminQueue) -> Result<Option<IdentifyNvmController>, Cause> {
+    if controller.version() < Version(0x0001_0400) {
+        return Ok(None);
+    }
+    let name = "Identify (I/O Command Set Specific Controller)";
+    let command = AdminCommand::identify(name, cns::COMMAND_SET_CONTROLLER, 0);
+    match admin.identify(controller, command, ADMIN_LIMIT) {
+        Ok(limits) => Ok(Some(limits)),
+        Err(Cause::Command { .. }) => Ok(None),
+        Err(cause) => Err(cause),
+    }
+}
+
 /// Asks whether the write cache that is there is on. In doubt it is: a needless flush costs time, a missing one data.
 fn write_cache_is_on(controller: &Controller, admin: &mut AdminQueue) -> bool {
     match admin.execute(controller, AdminCommand::get_volatile_write_cache(), ADMIN_LIMIT) {
@@ -176,11 +207,12 @@ struct Wanted {
     depth: u16,
     namespace: u32,
     limits: Limits,
+    sgl: Option<Granularity>,
     event: OwnedFd,
 }
 
 fn create_queue(controller: &mut Controller, admin: &mut AdminQueue, wanted: Wanted) -> Result<IoQueue, Cause> {
-    let Wanted { id, depth, namespace, limits, event } = wanted;
+    let Wanted { id, depth, namespace, limits, sgl, event } = wanted;
     let memory = controller.memory("an I/O queue", memory_needed(depth))?;
     let completions = memory.iova.0 + completions_at(depth) as u64;
     admin.execute(controller, AdminCommand::create_completion_queue(id, depth, completions, id), ADMIN_LIMIT)?;
@@ -194,6 +226,7 @@ fn create_queue(controller: &mut Controller, admin: &mut AdminQueue, wanted: Wan
         doorbells: controller.doorbells(),
         namespace,
         limits,
+        sgl,
         event,
     }))
 }

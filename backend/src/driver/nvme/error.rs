@@ -49,6 +49,9 @@ pub enum Cause {
     /// Registers read as all ones.
     #[error("does not answer (its registers read as all ones): removed, powered down, or its memory space disabled")]
     Gone,
+    /// It has been stopped, and has not come back.
+    #[error("is stopped")]
+    Stopped,
     /// CSTS.CFS is set.
     #[error("has stopped with a fatal error ({0})")]
     Fatal(

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use super::error::Cause;
 use super::prp::MAX_LISTED;
-use super::spec::{IdentifyController, IdentifyNamespace};
+use super::sgl::Granularity;
+use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, MAX_RANGES};
+use crate::driver::{DiscardLimits, ZeroesLimits};
 
 /// The longest transfer of a controller that names no limit, bytes.
 const UNLIMITED_TRANSFER: u32 = 1 << 20;
@@ -31,6 +33,12 @@ pub(super) struct Identity {
     pub(super) namespaces: u32,
     /// AWUPF, as blocks.
     atomic_blocks: u32,
+    /// SGLS: what SGLs can name, if there are any.
+    pub(super) sgl: Option<Granularity>,
+    /// ONCS bit 2: Dataset Management.
+    dataset_management: bool,
+    /// ONCS bit 3: Write Zeroes.
+    write_zeroes: bool,
 }
 
 impl Identity {
@@ -53,8 +61,47 @@ impl Identity {
             shutdown_limit: Duration::from_micros(data.rtd3e.into()).clamp(least, most),
             namespaces: data.nn,
             atomic_blocks: u32::from(data.awupf) + 1,
+            sgl: Granularity::decode(data.sgls),
+            dataset_management: data.oncs & 1 << 2 != 0,
+            write_zeroes: data.oncs & 1 << 3 != 0,
         })
     }
+}
+
+/// What discard and write-zeroes can take on a namespace; `limits` are those of the controller, if it tells them.
+pub(super) fn range_limits(
+    identity: &Identity,
+    namespace: &Namespace,
+    limits: Option<&IdentifyNvmController>,
+) -> (Option<DiscardLimits>, Option<ZeroesLimits>) {
+    (
+        identity.dataset_management.then(|| discard_limits(limits)),
+        identity.write_zeroes.then(|| zeroes_limits(identity, namespace, limits)),
+    )
+}
+
+/// Zero is no limit.
+fn discard_limits(limits: Option<&IdentifyNvmController>) -> DiscardLimits {
+    let (dmrl, dmrsl, dmsl) = limits.map_or((0, 0, 0), |limits| (limits.dmrl, limits.dmrsl, limits.dmsl));
+    let blocks = if dmsl == 0 { u64::MAX } else { dmsl };
+    let range_blocks = if dmrsl == 0 { u32::MAX } else { dmrsl };
+    DiscardLimits {
+        ranges: if dmrl == 0 { MAX_RANGES } else { dmrl.into() },
+        range_blocks: u32::try_from(blocks).map_or(range_blocks, |blocks| blocks.min(range_blocks)),
+        blocks,
+    }
+}
+
+/// Without WZSL, MDTS bounds the command: it should not (NVM Command Set 1.0 §3.2.8), but there are controllers on which it
+/// does, and Linux is as careful.
+fn zeroes_limits(identity: &Identity, namespace: &Namespace, limits: Option<&IdentifyNvmController>) -> ZeroesLimits {
+    let bytes = match limits.map_or(0, |limits| limits.wzsl) {
+        0 => u64::from(identity.max_transfer),
+        // A power of two of the smallest page, which is 4 KiB here.
+        shift => 4096 << shift.min(32),
+    };
+    let blocks = (bytes / u64::from(namespace.block_size)).min(1 << 16);
+    ZeroesLimits { blocks: u32::try_from(blocks).expect("at most 65536"), deallocates: namespace.zeroes_deallocate }
 }
 
 /// SQES and CQES: the smallest size in bits 3:0, the largest in bits 7:4, as powers of two.
@@ -94,6 +141,8 @@ pub(super) struct Namespace {
     pub(super) physical_block_size: u32,
     /// NSATTR bit 0.
     pub(super) write_protected: bool,
+    /// DLFEAT: Write Zeroes may deallocate (bit 3), and deallocated blocks read as zeroes (bits 2:0 = 001b).
+    pub(super) zeroes_deallocate: bool,
 }
 
 impl Namespace {
@@ -121,7 +170,8 @@ impl Namespace {
         }
         let physical_block_size = physical_block(data, identity, block_size);
         let write_protected = data.nsattr & 1 == 1;
-        Ok(Some(Self { id, blocks: data.nsze, block_size, physical_block_size, write_protected }))
+        let zeroes_deallocate = data.dlfeat & 0b1111 == 0b1001;
+        Ok(Some(Self { id, blocks: data.nsze, block_size, physical_block_size, write_protected, zeroes_deallocate }))
     }
 }
 

@@ -29,7 +29,7 @@ pub struct Limits {
 }
 
 /// The parts of `buffers` from `position` bytes on. Nothing if the position lies outside.
-fn parts(buffers: &[Span<Iova>], position: u64) -> impl Iterator<Item = Span<Iova>> {
+pub(super) fn parts(buffers: &[Span<Iova>], position: u64) -> impl Iterator<Item = Span<Iova>> {
     let mut skip = position;
     buffers.iter().filter_map(move |buffer| {
         let part = buffer.slice(skip, buffer.len().saturating_sub(skip));
@@ -61,12 +61,18 @@ pub fn extent(buffers: &[Span<Iova>], position: u64, limits: Limits, bounce_limi
     };
     let direct = whole_blocks(direct_prefix(buffers, position, limits.transfer), limits.transfer);
     if direct != 0 {
-        return Extent { bytes: direct, direct: true };
+        return Extent { bytes: direct, direct: true, listed: false };
     }
     let rest = parts(buffers, position).fold(0_u64, |sum, part| sum.saturating_add(part.len()));
     let bounced = whole_blocks(rest, bounce_limit.min(limits.transfer));
     debug_assert!(bounced != 0, "less than a block at {position} of {buffers:?}, bounce limit {bounce_limit}");
-    Extent { bytes: bounced, direct: false }
+    Extent { bytes: bounced, direct: false, listed: false }
+}
+
+/// True if PRPs can name `bytes` bytes from `position` on.
+#[inline]
+pub(super) fn fit(buffers: &[Span<Iova>], position: u64, bytes: u32) -> bool {
+    direct_prefix(buffers, position, bytes) >= bytes.into()
 }
 
 /// Bytes from `position` on that PRPs can name; stops looking once there are `enough`.

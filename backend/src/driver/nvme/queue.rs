@@ -1,7 +1,7 @@
 //! One I/O queue pair: a worker's private path to the controller.
 //!
 //! Everything a command needs was set aside when the queue was made: a slot per command identifier, holding the caller's
-//! tag, and with it one PRP list page. So submitting allocates nothing and completing searches nothing.
+//! tag, and with it one list page (for PRPs, an SGL, or ranges). So submitting allocates nothing and completing searches nothing.
 //!
 //! ```text
 //! slot:   free --submit--> busy --completion with its identifier--> free
@@ -19,10 +19,13 @@ use super::prp::{self, Limits};
 use super::regs::PAGE_LEN;
 use super::rings::{CompletionRing, SubmissionRing, completion_bytes, submission_bytes};
 pub use super::rings::{Doorbells, Shared};
-use super::spec::{CompletionEntry, SubmissionEntry, io_opcode};
+use super::sgl::{self, Granularity};
+use super::spec::{
+    CompletionEntry, DEALLOCATE, DEALLOCATE_ZEROED, DatasetRange, MAX_RANGES, SubmissionEntry, io_opcode,
+};
 use super::status::Status;
 use crate::addr::{Iova, Span};
-use crate::driver::{Command, Completion, Extent, Full, Queue};
+use crate::driver::{Blocks, Command, CommandId, Completion, Extent, Full, Lateness, Queue};
 use crate::log_limit::LogLimit;
 
 /// Entries of an I/O queue where the controller allows as many.
@@ -48,6 +51,8 @@ pub struct QueueSetup {
     pub namespace: u32,
     /// What one command can carry.
     pub limits: Limits,
+    /// What SGLs can name, if the controller knows them.
+    pub sgl: Option<Granularity>,
     /// Signalled by the vector that the completion ring was given.
     pub event: OwnedFd,
 }
@@ -80,6 +85,9 @@ struct Slot {
     cid: u16,
     busy: bool,
     tag: u32,
+    /// The beat in which it was submitted, or its Abort was.
+    since: u32,
+    aborted: bool,
 }
 
 /// One I/O queue pair.
@@ -94,8 +102,11 @@ pub struct IoQueue {
     lists: Shared,
     namespace: u32,
     limits: Limits,
+    sgl: Option<Granularity>,
     event: OwnedFd,
     complaints: LogLimit,
+    /// Beats so far.
+    beats: u32,
 }
 
 impl IoQueue {
@@ -105,7 +116,7 @@ impl IoQueue {
     /// If the depth is out of range or the memory too small.
     #[must_use]
     pub fn new(setup: QueueSetup) -> Self {
-        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, event } = setup;
+        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, sgl, event } = setup;
         assert!((2..=MAX_DEPTH).contains(&depth), "queue depth {depth}");
         assert!(limits.transfer <= prp::MAX_LISTED, "a transfer of {} bytes", limits.transfer);
         let slots = slots(depth);
@@ -117,15 +128,17 @@ impl IoQueue {
                 depth,
                 &doorbells,
             ),
-            slots: (0..slots).map(|slot| Slot { cid: slot, busy: false, tag: 0 }).collect(),
+            slots: (0..slots).map(|slot| Slot { cid: slot, busy: false, tag: 0, since: 0, aborted: false }).collect(),
             free: (0..slots).rev().collect(),
             lists: memory.part(lists_at(depth), usize::from(slots) * PAGE_LEN),
             name,
             id,
             namespace,
             limits,
+            sgl,
             event,
             complaints: LogLimit::default(),
+            beats: 0,
         }
     }
 
@@ -143,7 +156,13 @@ impl IoQueue {
             bytes != 0 && u64::from(bytes) == u64::from(count) * u64::from(self.limits.block),
             "a command of {count} blocks with {bytes} bytes of buffer"
         );
-        let blocks = u16::try_from(count - 1).expect("the longest transfer is below 65536 blocks");
+        Self::range(opcode, block, count)
+    }
+
+    /// The same without data.
+    #[inline]
+    fn range(opcode: u8, block: u64, count: u32) -> SubmissionEntry {
+        let blocks = u16::try_from(count - 1).expect("no command is for more than 65536 blocks");
         let (low, high) = (block & 0xffff_ffff, block >> 32);
         SubmissionEntry {
             opcode,
@@ -159,6 +178,50 @@ impl IoQueue {
     fn list(&self, slot: u16) -> (usize, Iova) {
         let offset = usize::from(slot) * PAGE_LEN;
         (offset, Iova(self.lists.iova.0 + offset as u64))
+    }
+
+    /// Fills in the data pointer of the command of slot `index`: PRPs where they can name the buffers, else an SGL.
+    #[inline]
+    fn name_data(&self, entry: &mut SubmissionEntry, index: u16, buffers: &[Span<Iova>], position: u64, bytes: u32) {
+        let (at, list) = self.list(index);
+        let page = &self.lists.window;
+        if self.sgl.is_some() && !prp::fit(buffers, position, bytes) {
+            let ([low, high], count) = sgl::build(buffers, position, bytes, list, |i, words| {
+                page.write_u64(at + i * 16, words[0]);
+                page.write_u64(at + i * 16 + 8, words[1]);
+            });
+            (entry.prp1, entry.prp2) = (low, high);
+            entry.flags = sgl::PSDT;
+            if count != 0 {
+                self.lists.flush(at, count * 16);
+            }
+            return;
+        }
+        (entry.prp1, entry.prp2) =
+            prp::build(buffers, position, bytes, list, |i, entry| page.write_u64(at + i as usize * 8, entry));
+        if entry.prp2 == list.0 {
+            self.lists.flush(at, PAGE_LEN);
+        }
+    }
+
+    /// The slot of the next command, if there is room for one.
+    #[inline]
+    fn vacant(&self) -> Result<u16, Full> {
+        self.free.last().copied().filter(|_| !self.submissions.is_full()).ok_or(Full)
+    }
+
+    /// Puts `entry` into the ring as the command of slot `index`, the one that [`Self::vacant`] has shown.
+    #[inline]
+    fn push(&mut self, index: u16, mut entry: SubmissionEntry, tag: u32) {
+        self.free.pop();
+        let slot = &mut self.slots[usize::from(index)];
+        slot.busy = true;
+        slot.tag = tag;
+        slot.since = self.beats;
+        slot.aborted = false;
+        entry.cid = slot.cid;
+        entry.nsid = self.namespace;
+        self.submissions.push(&entry);
     }
 
     /// Checks one completion and frees its slot; `None` if it is none of ours.
@@ -190,7 +253,11 @@ impl IoQueue {
 
 impl Queue for IoQueue {
     fn extent(&self, buffers: &[Span<Iova>], position: u64, bounce_limit: u32) -> Extent {
-        prp::extent(buffers, position, self.limits, bounce_limit)
+        let pages = prp::extent(buffers, position, self.limits, bounce_limit);
+        let Some(granularity) = self.sgl else { return pages };
+        let bytes = sgl::reach(buffers, position, self.limits, granularity);
+        let by_pages = if pages.direct { pages.bytes } else { 0 };
+        if bytes > by_pages { Extent { bytes, direct: true, listed: true } } else { pages }
     }
 
     fn submit(
@@ -201,30 +268,42 @@ impl Queue for IoQueue {
         bytes: u32,
         tag: u32,
     ) -> Result<(), Full> {
-        let Some(&index) = self.free.last().filter(|_| !self.submissions.is_full()) else {
-            return Err(Full);
-        };
+        let index = self.vacant()?;
         let mut entry = match command {
             Command::Read { block, count } => self.transfer(io_opcode::READ, block, count, bytes),
             Command::Write { block, count } => self.transfer(io_opcode::WRITE, block, count, bytes),
+            Command::WriteZeroes { block, count, deallocate } => {
+                let mut entry = Self::range(io_opcode::WRITE_ZEROES, block, count);
+                entry.cdw12 |= if deallocate { DEALLOCATE_ZEROED } else { 0 };
+                entry
+            }
             Command::Flush => SubmissionEntry { opcode: io_opcode::FLUSH, ..SubmissionEntry::default() },
         };
         if bytes != 0 {
-            let (at, list) = self.list(index);
-            let pages = &self.lists.window;
-            (entry.prp1, entry.prp2) =
-                prp::build(buffers, position, bytes, list, |i, page| pages.write_u64(at + i as usize * 8, page));
-            if entry.prp2 == list.0 {
-                self.lists.flush(at, PAGE_LEN);
-            }
+            self.name_data(&mut entry, index, buffers, position, bytes);
         }
-        self.free.pop();
-        let slot = &mut self.slots[usize::from(index)];
-        slot.busy = true;
-        slot.tag = tag;
-        entry.cid = slot.cid;
-        entry.nsid = self.namespace;
-        self.submissions.push(&entry);
+        self.push(index, entry, tag);
+        Ok(())
+    }
+
+    /// Dataset Management with the ranges in the slot's list page, which is one PRP.
+    fn discard(&mut self, ranges: &[Blocks], tag: u32) -> Result<(), Full> {
+        assert!((1..=usize::from(MAX_RANGES)).contains(&ranges.len()), "{} ranges in one command", ranges.len());
+        let index = self.vacant()?;
+        let (at, list) = self.list(index);
+        for (n, &Blocks { first, count }) in ranges.iter().enumerate() {
+            let range = DatasetRange { attributes: 0, count, first };
+            self.lists.window.write(at + n * size_of::<DatasetRange>(), &range);
+        }
+        self.lists.flush(at, ranges.len() * size_of::<DatasetRange>());
+        let entry = SubmissionEntry {
+            opcode: io_opcode::DATASET_MANAGEMENT,
+            prp1: list.0,
+            cdw10: u32::try_from(ranges.len() - 1).expect("at most 255"),
+            cdw11: DEALLOCATE,
+            ..SubmissionEntry::default()
+        };
+        self.push(index, entry, tag);
         Ok(())
     }
 
@@ -247,6 +326,23 @@ impl Queue for IoQueue {
         if taken != 0 {
             self.completions.release();
         }
+    }
+
+    fn beat(&mut self, limit: u32) -> Lateness {
+        self.beats = self.beats.wrapping_add(1);
+        let mut found = Lateness::default();
+        for slot in self.slots.iter_mut().filter(|slot| slot.busy) {
+            // The beat in which it was submitted had begun before.
+            let whole_beats = self.beats.wrapping_sub(slot.since).saturating_sub(1);
+            found.late |= whole_beats >= 1;
+            if slot.aborted {
+                found.stuck |= whole_beats >= (limit / 4).max(1);
+            } else if whole_beats >= limit {
+                (slot.aborted, slot.since) = (true, self.beats);
+                found.overdue.push(CommandId { queue: self.id, command: slot.cid });
+            }
+        }
+        found
     }
 
     fn in_flight(&self) -> usize {

@@ -14,6 +14,7 @@ pub(super) mod admin_opcode {
     pub(in crate::driver::nvme) const DELETE_IO_CQ: u8 = 0x04;
     pub(in crate::driver::nvme) const CREATE_IO_CQ: u8 = 0x05;
     pub(in crate::driver::nvme) const IDENTIFY: u8 = 0x06;
+    pub(in crate::driver::nvme) const ABORT: u8 = 0x08;
     pub(in crate::driver::nvme) const SET_FEATURES: u8 = 0x09;
     pub(in crate::driver::nvme) const GET_FEATURES: u8 = 0x0a;
 }
@@ -23,6 +24,8 @@ pub(super) mod io_opcode {
     pub(in crate::driver::nvme) const FLUSH: u8 = 0x00;
     pub(in crate::driver::nvme) const WRITE: u8 = 0x01;
     pub(in crate::driver::nvme) const READ: u8 = 0x02;
+    pub(in crate::driver::nvme) const WRITE_ZEROES: u8 = 0x08;
+    pub(in crate::driver::nvme) const DATASET_MANAGEMENT: u8 = 0x09;
 }
 
 /// Feature identifiers. NVMe 2.0 §5.27.1
@@ -36,6 +39,26 @@ pub(super) mod cns {
     pub(in crate::driver::nvme) const NAMESPACE: u32 = 0x00;
     pub(in crate::driver::nvme) const CONTROLLER: u32 = 0x01;
     pub(in crate::driver::nvme) const ACTIVE_NAMESPACES: u32 = 0x02;
+    pub(in crate::driver::nvme) const COMMAND_SET_CONTROLLER: u32 = 0x06;
+}
+
+/// Write Zeroes, command dword 12: DEAC. NVM Command Set 1.0 §3.2.8
+pub(super) const DEALLOCATE_ZEROED: u32 = 1 << 25;
+/// Dataset Management, command dword 11: AD. NVM Command Set 1.0 §3.2.3
+pub(super) const DEALLOCATE: u32 = 1 << 2;
+/// Ranges of one Dataset Management command: they fill a page. NVM Command Set 1.0 §3.2.3
+pub(super) const MAX_RANGES: u16 = 256;
+
+/// One range of Dataset Management. NVM Command Set 1.0 §3.2.3, figure "Dataset Management – Range Definition"
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct DatasetRange {
+    /// Context attributes, hints that this driver does not give.
+    pub(super) attributes: u32,
+    /// Logical blocks.
+    pub(super) count: u32,
+    /// First logical block.
+    pub(super) first: u64,
 }
 
 /// Submission queue entry. NVMe 2.0 §3.3.3.1
@@ -128,6 +151,23 @@ pub(super) struct IdentifyController {
     pub(super) reserved_540: [u8; 3556],
 }
 
+/// I/O Command Set Specific Identify Controller for the NVM command set. NVM Command Set 1.0 §4.1.5.4
+#[derive(Clone, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct IdentifyNvmController {
+    pub(super) vsl: u8,
+    /// Write Zeroes Size Limit: a power of two of the smallest page; 0: none.
+    pub(super) wzsl: u8,
+    pub(super) wusl: u8,
+    /// Dataset Management Ranges Limit; 0: none.
+    pub(super) dmrl: u8,
+    /// Dataset Management Range Size Limit, logical blocks; 0: none.
+    pub(super) dmrsl: u32,
+    /// Dataset Management Size Limit, logical blocks; 0: none.
+    pub(super) dmsl: u64,
+    pub(super) reserved_16: [u8; 4080],
+}
+
 /// One LBA format. NVM Command Set 1.0 §4.1.5.1, figure "LBA Format Data Structure"
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -150,7 +190,9 @@ pub(super) struct IdentifyNamespace {
     pub(super) nsfeat: u8,
     pub(super) nlbaf: u8,
     pub(super) flbas: u8,
-    pub(super) reserved_27: [u8; 9],
+    pub(super) reserved_27: [u8; 6],
+    pub(super) dlfeat: u8,
+    pub(super) reserved_34: [u8; 2],
     pub(super) nawupf: u16,
     pub(super) reserved_38: [u8; 26],
     pub(super) npwg: u16,
@@ -179,7 +221,14 @@ const _: () = {
     assert!(offset_of!(IdentifyController, awupf) == 528);
     assert!(offset_of!(IdentifyController, sgls) == 536);
 
+    assert!(size_of::<DatasetRange>() * MAX_RANGES as usize == 4096);
+    assert!(offset_of!(IdentifyController, oncs) == 520);
+
+    assert!(size_of::<IdentifyNvmController>() == 4096);
+    assert!(offset_of!(IdentifyNvmController, dmsl) == 8);
+
     assert!(size_of::<IdentifyNamespace>() == 4096);
+    assert!(offset_of!(IdentifyNamespace, dlfeat) == 33);
     assert!(offset_of!(IdentifyNamespace, flbas) == 26);
     assert!(offset_of!(IdentifyNamespace, nawupf) == 36);
     assert!(offset_of!(IdentifyNamespace, npwg) == 64);

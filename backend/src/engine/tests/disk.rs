@@ -9,7 +9,10 @@ use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::MmapRegion;
 
 use crate::addr::{Address, Iova, Span};
-use crate::driver::{Command, Completion, Driver, Extent, Full, Geometry, Outcome, Queue};
+use crate::driver::{
+    Blocks, Command, CommandId, Completion, DiscardLimits, Driver, Extent, Full, Geometry, Lateness, Outcome, Queue,
+    ZeroesLimits,
+};
 use crate::hardware::{AddressSpace, DmaBuffer, MapError};
 use crate::memory::Region;
 use crate::sys::Window;
@@ -33,8 +36,12 @@ impl Default for Abilities {
             physical_block_size: 512,
             read_only: false,
             volatile_cache: true,
+            cache_on: true,
             serial: "SERIAL".into(),
             model: "MODEL".into(),
+            max_transfer: 128 << 10,
+            discard: Some(DiscardLimits { ranges: 4, range_blocks: 64, blocks: 100 }),
+            zeroes: Some(ZeroesLimits { blocks: 16, deallocates: true }),
         };
         Self { queues: 1, depth: 64, max_transfer: 128 << 10, alignment: 4, geometry }
     }
@@ -46,6 +53,7 @@ pub(super) struct Entry {
     pub(super) queue: usize,
     pub(super) command: Command,
     data: Vec<Span<Iova>>,
+    pub(super) ranges: Vec<Blocks>,
     tag: u32,
 }
 
@@ -62,6 +70,7 @@ struct State {
     outcome: Option<Outcome>,
     live_queues: usize,
     dead: bool,
+    cache_switches: Vec<bool>,
     recoveries: usize,
     shut_down: bool,
     most_in_flight: usize,
@@ -176,7 +185,16 @@ impl State {
                 Command::Write { block, count } => {
                     self.transfer(entry, block as usize, count as usize, block_size, false);
                 }
-                Command::Flush => {}
+                Command::WriteZeroes { block, count, .. } => {
+                    self.medium[block as usize * block_size..][..count as usize * block_size].fill(0);
+                }
+                // A discarded block says so.
+                Command::Flush => {
+                    for range in &entry.ranges {
+                        let start = range.first as usize * block_size;
+                        self.medium[start..start + range.count as usize * block_size].fill(0xdd);
+                    }
+                }
             }
         }
         self.done[entry.queue].push_back(Completion { tag: entry.tag, outcome });
@@ -246,6 +264,27 @@ impl Driver for Disk {
         Ok(self.queues())
     }
 
+    fn check(&self) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn abort(&mut self, _: &[CommandId]) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn removal(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn release(&mut self) {
+        self.shut_down();
+    }
+
+    fn set_write_cache(&mut self, on: bool) -> anyhow::Result<()> {
+        self.state().cache_switches.push(on);
+        Ok(())
+    }
+
     fn shut_down(&mut self) {
         let mut state = self.state();
         assert_eq!(state.live_queues, 0, "all queues have been dropped");
@@ -293,7 +332,7 @@ impl Queue for DiskQueue {
             span.start().is_aligned(abilities.alignment) && span.len().is_multiple_of(abilities.alignment)
         };
         let direct = cut(buffers, position, u64::from(most)).iter().all(aligned);
-        Extent { bytes: if direct { most } else { most.min(bounce_limit) }, direct }
+        Extent { bytes: if direct { most } else { most.min(bounce_limit) }, direct, listed: false }
     }
 
     fn submit(
@@ -311,7 +350,17 @@ impl Queue for DiskQueue {
         let mut state = self.disk.state();
         state.most_in_flight = state.most_in_flight.max(self.in_flight);
         let data = cut(buffers, position, u64::from(bytes));
-        self.new.push(Entry { queue: self.number, command, data, tag });
+        self.new.push(Entry { queue: self.number, command, data, ranges: Vec::new(), tag });
+        Ok(())
+    }
+
+    fn discard(&mut self, ranges: &[Blocks], tag: u32) -> Result<(), Full> {
+        let limits = self.disk.abilities.geometry.discard.unwrap();
+        let blocks: u64 = ranges.iter().map(|range| u64::from(range.count)).sum();
+        assert!((1..=usize::from(limits.ranges)).contains(&ranges.len()) && blocks <= limits.blocks);
+        assert!(ranges.iter().all(|range| (1..=limits.range_blocks).contains(&range.count)));
+        self.submit(Command::Flush, &[], 0, 0, tag)?;
+        self.new.last_mut().unwrap().ranges = ranges.to_vec();
         Ok(())
     }
 
@@ -333,6 +382,10 @@ impl Queue for DiskQueue {
             self.in_flight -= 1;
             done(completion);
         }
+    }
+
+    fn beat(&mut self, _: u32) -> Lateness {
+        Lateness::default()
     }
 
     fn in_flight(&self) -> usize {

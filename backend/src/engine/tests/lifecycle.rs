@@ -15,7 +15,12 @@ const FAR: u64 = 0x1000_0000;
 
 /// An engine that soon loses patience.
 fn impatient(abilities: Abilities) -> Rig {
-    let options = Options { rings: 4, spin: Duration::ZERO, patience: Duration::from_millis(50) };
+    let options = Options {
+        rings: 4,
+        spin: Duration::ZERO,
+        patience: Duration::from_millis(50),
+        watch: crate::engine::Watch::default(),
+    };
     Rig::with(abilities, options)
 }
 

@@ -2,10 +2,12 @@
 //! the test.
 
 mod disk;
+mod faults;
 mod hostile;
 mod lifecycle;
 mod notify;
 mod nvme;
 mod oracle;
+mod ranges;
 mod rig;
 mod round_trip;

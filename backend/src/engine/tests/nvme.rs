@@ -10,22 +10,26 @@ use crate::engine::Engine;
 use crate::memory::{MemTable, Region};
 
 /// Opcodes of the NVM command set, NVMe NVM 1.0 §3.2.
-const NVM_READ: u8 = 2;
-const NVM_WRITE: u8 = 1;
+pub(super) const NVM_READ: u8 = 2;
+pub(super) const NVM_WRITE: u8 = 1;
 
-struct Drive {
-    engine: Engine,
-    machine: Machine,
+pub(super) struct Drive {
+    pub(super) engine: Engine,
+    pub(super) machine: Machine,
     region: Arc<Region>,
 }
 
 impl Drive {
     fn new(options: Options, spin: Duration, patience: Duration) -> Self {
+        Self::watched(options, spin, patience, crate::engine::Watch::default())
+    }
+
+    pub(super) fn watched(options: Options, spin: Duration, patience: Duration, watch: crate::engine::Watch) -> Self {
         let queues = options.queues;
         let machine = Machine::new(options).unwrap();
         let wanted = NvmeOptions { namespace: None, queues, read_only: false };
         let nvme = Nvme::bring_up(machine.function(), machine.space(), wanted).unwrap();
-        let options = crate::engine::Options { rings: 4, spin, patience };
+        let options = crate::engine::Options { rings: 4, spin, patience, watch };
         let engine = Engine::start(Box::new(nvme), &machine.space(), options).unwrap();
         let region = region(BASE, LEN);
         machine.space().add(&region).unwrap();
@@ -38,7 +42,7 @@ impl Drive {
         Self::new(options, Duration::from_micros(20), Duration::from_secs(20))
     }
 
-    fn driver(&self, index: usize, shape: Shape) -> VirtDriver {
+    pub(super) fn driver(&self, index: usize, shape: Shape) -> VirtDriver {
         let (driver, setup) = VirtDriver::new(self.region.window().clone(), index, shape);
         self.engine.start_ring(setup).unwrap();
         self.engine.set_enabled(index, true);
@@ -72,7 +76,7 @@ fn cut(numbers: &mut Numbers, start: u64, len: u64) -> Vec<(u64, u32)> {
 }
 
 /// One ring's life: random reads and writes in its own eighth of the disk, compared with a model.
-fn soak(driver: &mut VirtDriver, lba: u64, rounds: u64) {
+pub(super) fn soak(driver: &mut VirtDriver, lba: u64, rounds: u64) {
     let area = (1 << 20) + (2 << 20) * driver.index as u64;
     let blocks = 64;
     let mut model = vec![0_u8; (blocks * lba) as usize];
@@ -105,8 +109,9 @@ fn soak(driver: &mut VirtDriver, lba: u64, rounds: u64) {
 
 #[test]
 fn random_reads_and_writes_agree_with_a_model_on_every_ring() {
-    for (queues, lba) in [(1, 512), (2, 512), (3, 4096)] {
-        let drive = Drive::threaded(queues, lba);
+    for (queues, lba, sgl) in [(1, 512, false), (2, 512, true), (3, 4096, false)] {
+        let options = Options { size: 16 << 20, queues, lba, sgl, mode: Mode::Threaded, ..Options::default() };
+        let drive = Drive::new(options, Duration::from_micros(20), Duration::from_secs(20));
         let shape = |n| Shape { event_idx: n % 2 == 0, ..Shape::default() };
         let mut drivers: Vec<_> = (0..4).map(|n| drive.driver(n, shape(n))).collect();
 
@@ -119,7 +124,7 @@ fn random_reads_and_writes_agree_with_a_model_on_every_ring() {
         let statistics = drive.engine.statistics();
         assert_eq!(statistics.reads + statistics.writes, 400);
         assert_eq!((statistics.errors, statistics.recoveries), (0, 0));
-        assert!(statistics.bounced != 0);
+        assert_eq!((statistics.sgl != 0, statistics.bounced != 0), (sgl, !sgl), "{statistics}");
         assert_eq!(drive.machine.iommu().faults().len(), 0);
     }
 }
@@ -234,4 +239,65 @@ fn nothing_stays_mapped_after_the_end() {
     machine.space().remove(&region).unwrap();
     assert_eq!(machine.iommu().mapped().len(), 0);
     assert_eq!(machine.iommu().faults().len(), 0);
+}
+
+#[test]
+fn flushes_reach_the_controller_while_its_write_cache_is_on() {
+    let drive = Drive::threaded(2, 512);
+    let mut driver = drive.driver(1, Shape::default());
+    let mut flushes = |expected: u64, why: &str| {
+        let sent = driver.send(FLUSH, 0, &[]);
+        driver.wait(1);
+        assert_eq!(driver.status(sent), 0);
+        assert_eq!(drive.machine.traffic().flushes, expected, "{why}");
+    };
+    flushes(1, "on");
+
+    drive.engine.set_write_cache(false).unwrap();
+    flushes(2, "off: one for what was written before");
+    drive.engine.set_write_cache(false).unwrap();
+    flushes(2, "off already");
+    drive.engine.set_write_cache(true).unwrap();
+    flushes(3, "on again");
+}
+
+#[test]
+fn a_cache_that_does_not_go_off_goes_on_being_flushed() {
+    const SET_FEATURES: u8 = 9;
+    let drive = Drive::threaded(1, 512);
+    let mut driver = drive.driver(0, Shape::default());
+    let refusal = Effect::Status(Status::INVALID_FIELD);
+    drive.machine.inject(Fault::once(Commands::admin(SET_FEATURES), refusal));
+
+    let error = drive.engine.set_write_cache(false).unwrap_err().to_string();
+    assert!(error.starts_with("switch the write cache off: emulated: Set Features"), "{error}");
+    drive.machine.inject(Fault::once(Commands { queue: Some(1), opcode: Some(0) }, refusal));
+    assert!(drive.engine.set_write_cache(false).is_err(), "its contents are not known to be safe");
+
+    assert!(drive.engine.write_cache());
+    driver.send(FLUSH, 0, &[]);
+    driver.wait(1);
+    assert_eq!(drive.machine.traffic().flushes, 1);
+}
+
+#[test]
+fn a_request_longer_than_any_command_is_completed_once_however_its_commands_end() {
+    let options =
+        Options { size: 16 << 20, queues: 1, mdts: 1, queue_entries: 8, mode: Mode::Threaded, ..Options::default() };
+    let drive = Drive::new(options, Duration::ZERO, Duration::from_secs(20));
+    let mut driver = drive.driver(0, Shape::default());
+
+    let whole = driver.send(IN, 0, &[(DATA, 1 << 20)]);
+    assert_eq!(driver.wait(1), [(u32::from(whole.head), (1 << 20) + 1)]);
+    assert_eq!(drive.machine.traffic().reads, 128, "commands of 8 KiB");
+
+    let on = Commands { queue: Some(1), opcode: Some(NVM_READ) };
+    let effect = Effect::Status(Status::LBA_OUT_OF_RANGE);
+    drive.machine.inject(Fault::Command { on, skip: 60, times: 3, effect });
+    let failed = driver.send(IN, 0, &[(DATA, 1 << 20)]);
+    assert_eq!(driver.wait(1), [(u32::from(failed.head), 1)]);
+    drive.machine.heal();
+    let good = driver.send(IN, 0, &[(DATA, 512)]);
+    assert_eq!(driver.wait(1), [(u32::from(good.head), 513)], "and no other used entry in between");
+    assert_eq!((driver.status(whole), driver.status(failed), driver.status(good)), (0, 1, 0));
 }

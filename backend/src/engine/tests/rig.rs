@@ -76,7 +76,15 @@ pub(super) struct Rig {
 
 impl Rig {
     pub(super) fn new(abilities: Abilities) -> Self {
-        Self::with(abilities, Options { rings: 4, spin: Duration::from_micros(50), patience: Duration::from_secs(20) })
+        Self::with(
+            abilities,
+            Options {
+                rings: 4,
+                spin: Duration::from_micros(50),
+                patience: Duration::from_secs(20),
+                watch: crate::engine::Watch::default(),
+            },
+        )
     }
 
     pub(super) fn with(abilities: Abilities, options: Options) -> Self {

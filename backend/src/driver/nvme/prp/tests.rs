@@ -171,7 +171,7 @@ fn a_buffer_of_virtually_contiguous_pages_is_one_command() {
 
     let extent = extent(&buffers, 0, limits(512, MAX_LISTED), 4096);
 
-    assert_eq!(extent, Extent { bytes: 0x2000, direct: true });
+    assert_eq!(extent, Extent { bytes: 0x2000, direct: true, listed: false });
     let mut list = Vec::new();
     let prps = build(&buffers, 0, 0x2000, BIG_LIST, |_, entry| list.push(entry));
     assert_eq!((prps, list), ((0x1200, BIG_LIST.raw()), vec![0x8000, 0x5000]));
@@ -186,16 +186,25 @@ fn two_pages_need_no_list() {
 #[test]
 fn a_hole_ends_the_extent_at_the_last_whole_block() {
     let buffers = [span(0x1000, 0x1300), span(0x8000, 0xd00)];
-    assert_eq!(extent(&buffers, 0, limits(512, MAX_LISTED), 4096), Extent { bytes: 0x1200, direct: true });
+    assert_eq!(
+        extent(&buffers, 0, limits(512, MAX_LISTED), 4096),
+        Extent { bytes: 0x1200, direct: true, listed: false }
+    );
     // The block across the hole, and what follows it, cannot be named.
-    assert_eq!(extent(&buffers, 0x1200, limits(512, MAX_LISTED), 4096), Extent { bytes: 0xe00, direct: false });
+    assert_eq!(
+        extent(&buffers, 0x1200, limits(512, MAX_LISTED), 4096),
+        Extent { bytes: 0xe00, direct: false, listed: false }
+    );
 }
 
 #[test]
 fn an_odd_start_is_bounced_up_to_the_limit() {
     let buffers = [span(0x1002, 0x4000)];
-    assert_eq!(extent(&buffers, 0, limits(512, MAX_LISTED), 4096), Extent { bytes: 4096, direct: false });
-    assert_eq!(extent(&buffers, 0, limits(512, 1024), 4096), Extent { bytes: 1024, direct: false });
+    assert_eq!(
+        extent(&buffers, 0, limits(512, MAX_LISTED), 4096),
+        Extent { bytes: 4096, direct: false, listed: false }
+    );
+    assert_eq!(extent(&buffers, 0, limits(512, 1024), 4096), Extent { bytes: 1024, direct: false, listed: false });
 }
 
 #[test]
@@ -212,7 +221,10 @@ fn the_longest_transfer_fits_one_list_page_at_the_worst_offset() {
 #[test]
 fn the_top_of_the_address_space_can_be_named() {
     let buffers = [span(0x1000, 0x1000), span(u64::MAX - 0xfff, 0x1000)];
-    assert_eq!(extent(&buffers, 0, limits(4096, MAX_LISTED), 4096), Extent { bytes: 0x2000, direct: true });
+    assert_eq!(
+        extent(&buffers, 0, limits(4096, MAX_LISTED), 4096),
+        Extent { bytes: 0x2000, direct: true, listed: false }
+    );
     let prps = build(&buffers, 0, 0x2000, BIG_LIST, |_, _| panic!("no list"));
     assert_eq!(prps, (0x1000, u64::MAX - 0xfff));
 }

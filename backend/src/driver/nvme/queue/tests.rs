@@ -71,6 +71,7 @@ impl Bench {
             doorbells: Doorbells { registers: Arc::clone(&registers) as Arc<dyn Registers>, stride: STRIDE },
             namespace: 5,
             limits: Limits { block: 512, transfer: 1 << 20 },
+            sgl: None,
             event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
         });
         Self { queue, registers, memory, depth, sq_head: 0, cq_tail: 0, phase: 1 }
@@ -328,4 +329,39 @@ fn a_length_that_its_buffer_does_not_have_is_never_sent() {
     let mut bench = Bench::new(4);
     let buffer = [Span::new(Iova(0), 512).unwrap()];
     let _ = bench.queue.submit(Command::Read { block: 0, count: 2 }, &buffer, 0, 512, 0);
+}
+
+#[test]
+fn a_command_is_late_then_overdue_once_then_stuck() {
+    let mut bench = Bench::new(4);
+    bench.read(1).unwrap();
+    bench.queue.ring();
+    let cid = bench.fetch().cid;
+    let overdue = vec![CommandId { queue: ID, command: cid }];
+    let late = |overdue: &[CommandId], stuck| Lateness { late: true, overdue: overdue.to_vec(), stuck };
+
+    let found: Vec<_> = (0..8).map(|_| bench.queue.beat(4)).collect();
+
+    let quiet = late(&[], false);
+    assert_eq!(found[0], Lateness::default(), "the first beat may have been short");
+    assert_eq!(found[1..4], [quiet.clone(), quiet.clone(), quiet]);
+    assert_eq!(found[4], late(&overdue, false));
+    assert_eq!(found[5], Lateness::default(), "its Abort is new");
+    assert_eq!(found[6..], [late(&[], true), late(&[], true)]);
+}
+
+#[test]
+fn a_slot_used_again_is_young_again() {
+    let mut bench = Bench::new(2);
+    for tag in 0..10 {
+        bench.read(tag).unwrap();
+        bench.queue.ring();
+        let cid = bench.fetch().cid;
+        for _ in 0..5 {
+            assert!(!bench.queue.beat(5).stuck && bench.queue.in_flight() == 1);
+        }
+        bench.complete(cid, 0);
+        assert_eq!(bench.reap(), [(tag, Outcome::Success)]);
+        assert_eq!(bench.queue.beat(5), Lateness::default(), "nothing is in flight");
+    }
 }

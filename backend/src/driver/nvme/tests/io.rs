@@ -6,8 +6,8 @@ use proptest::prelude::*;
 
 use super::rig::{GUEST_BYTES, Rig, collect, places, run, small, span, transfer, wanted};
 use crate::addr::Span;
-use crate::driver::{Command, Driver, Full, Outcome};
-use crate::emulated::{Mode, Options};
+use crate::driver::{Blocks, Command, DiscardLimits, Driver, Full, Outcome, Queue, ZeroesLimits};
+use crate::emulated::{Commands, Effect, Fault, Mode, Options, Status};
 
 /// A byte that tells its place.
 fn pattern(place: usize) -> u8 {
@@ -195,5 +195,123 @@ proptest! {
             prop_assert_eq!(rig.guest.read_u8(place), pattern(place), "byte {:#x} in or beside the buffers", place);
         }
         prop_assert_eq!(rig.machine.iommu().faults(), []);
+    }
+}
+
+/// What the medium holds in `count` blocks from `block` on, read through `queue`.
+fn on_medium(rig: &Rig, queue: &mut dyn Queue, block: u64, count: usize) -> Vec<u8> {
+    let bytes = count * rig.lba as usize;
+    transfer(rig, queue, false, block, &[span(1 << 20, bytes as u64)]);
+    (0..bytes).map(|at| rig.guest.read_u8((1 << 20) + at)).collect()
+}
+
+#[test]
+fn discarded_ranges_and_zeroed_blocks_read_as_zero_and_their_neighbours_do_not() {
+    for lba in [512, 4096] {
+        let rig = Rig::new(Options { lba, ..small() });
+        let (nvme, mut queues) = rig.up(1);
+        let queue = &mut *queues[0];
+        (0..64 << 10).for_each(|place| rig.guest.write_u8(place, 0x5a));
+        transfer(&rig, queue, true, 0, &[span(0, 16 * u64::from(lba))]);
+        let limits = nvme.geometry().discard.unwrap();
+        assert_eq!((limits.ranges, limits.range_blocks), (256, u32::MAX));
+        assert!(nvme.geometry().zeroes.unwrap().deallocates);
+
+        queue.discard(&[Blocks { first: 1, count: 2 }, Blocks { first: 5, count: 1 }], 3).unwrap();
+        queue.ring();
+        let done = collect(queue, 1);
+        assert_eq!((done[0].tag, done[0].outcome), (3, Outcome::Success));
+        for (block, deallocate) in [(8, false), (10, true)] {
+            let command = Command::WriteZeroes { block, count: 1, deallocate };
+            assert_eq!(run(queue, command, &[], 0), Outcome::Success);
+        }
+
+        let found = on_medium(&rig, queue, 0, 16);
+        for (block, bytes) in found.chunks(lba as usize).enumerate() {
+            let wanted = if [1, 2, 5, 8, 10].contains(&block) { 0 } else { 0x5a };
+            assert!(bytes.iter().all(|&byte| byte == wanted), "block {block} of {lba}");
+        }
+        assert_eq!(rig.machine.iommu().faults(), []);
+    }
+}
+
+#[test]
+fn a_command_may_discard_256_ranges() {
+    let rig = Rig::new(small());
+    let (_nvme, mut queues) = rig.up(1);
+    let ranges: Vec<_> = (0..256).map(|n| Blocks { first: 2 * n, count: 1 }).collect();
+    (0..512 << 9).for_each(|place| rig.guest.write_u8(place, 1));
+    transfer(&rig, &mut *queues[0], true, 0, &[span(0, 512 << 9)]);
+
+    queues[0].discard(&ranges, 0).unwrap();
+    queues[0].ring();
+
+    assert_eq!(collect(&mut *queues[0], 1)[0].outcome, Outcome::Success);
+    let found = on_medium(&rig, &mut *queues[0], 0, 512);
+    assert!(found.chunks(512).enumerate().all(|(block, bytes)| bytes[0] == (block % 2) as u8));
+}
+
+#[test]
+fn ranges_past_the_end_fail() {
+    let rig = Rig::new(small());
+    let (nvme, mut queues) = rig.up(1);
+    let blocks = nvme.geometry().blocks;
+    queues[0].discard(&[Blocks { first: blocks - 1, count: 2 }], 0).unwrap();
+    queues[0].ring();
+    assert_eq!(collect(&mut *queues[0], 1)[0].outcome, Outcome::Failed);
+}
+
+#[test]
+fn limits_are_what_the_controller_says_in_either_identify_page() {
+    let rig = Rig::new(small());
+    let limits = [&[0, 2, 0, 3][..], &7_u32.to_le_bytes(), &20_u64.to_le_bytes()].concat();
+    rig.machine.inject(Fault::Identify { cns: 6, offset: 0, bytes: limits });
+    let geometry = rig.bring_up(wanted(1)).unwrap().geometry().clone();
+    assert_eq!(geometry.discard, Some(DiscardLimits { ranges: 3, range_blocks: 7, blocks: 20 }));
+    assert_eq!(geometry.zeroes, Some(ZeroesLimits { blocks: 32, deallocates: true }), "WZSL: 16 KiB");
+
+    rig.machine.heal();
+    rig.machine.inject(Fault::always(Commands::admin(6), Effect::Status(Status::INVALID_FIELD)));
+    assert!(rig.bring_up(wanted(1)).is_err(), "Identify Controller itself is needed");
+
+    rig.machine.heal();
+    rig.machine.inject(Fault::Identify { cns: 1, offset: 520, bytes: vec![0, 0] });
+    let geometry = rig.bring_up(wanted(1)).unwrap().geometry().clone();
+    assert_eq!((geometry.discard, geometry.zeroes), (None, None), "ONCS says there are none");
+}
+
+#[test]
+fn a_controller_without_limits_of_its_own_keeps_zeroes_within_its_longest_transfer() {
+    let rig = Rig::new(Options { mdts: 3, ..small() });
+    let fourth_identify =
+        Fault::Command { on: Commands::admin(6), skip: 3, times: 1, effect: Effect::Status(Status::INVALID_FIELD) };
+    rig.machine.inject(fourth_identify);
+
+    let geometry = rig.bring_up(wanted(1)).unwrap().geometry().clone();
+
+    assert_eq!(geometry.zeroes.unwrap().blocks, (4096 << 3) / 512);
+    assert_eq!(geometry.discard.unwrap().ranges, 256);
+}
+
+#[test]
+fn an_sgl_names_what_prps_cannot_and_nothing_is_bounced() {
+    for (sgls, bounced) in [(1, 0), (2, 1)] {
+        let rig = Rig::new(Options { sgl: true, ..small() });
+        rig.machine.inject(Fault::Identify { cns: 1, offset: 536, bytes: vec![sgls] });
+        let (_nvme, mut queues) = rig.up(1);
+        fill(&rig, 0, 1 << 16);
+        let holes = [span(0x0204, 0x1800), span(0x3008, 0x0200), span(0x5ff0, 0x2000)];
+        let odd = [span(0x9001, 300), span(0xa003, 212)];
+
+        let lists = transfer(&rig, &mut *queues[0], true, 0, &holes);
+        let bytes = transfer(&rig, &mut *queues[0], true, 100, &odd);
+
+        assert_eq!(lists, [1, 0], "one command for three buffers with holes between them");
+        assert_eq!(bytes, [1 - bounced, bounced], "single bytes only where the controller takes them");
+        let wanted: Vec<u8> = places(&odd, 0, 512).into_iter().map(pattern).collect();
+        assert_eq!(on_medium(&rig, &mut *queues[0], 100, 1), wanted);
+        let wanted: Vec<u8> = places(&holes, 0, 0x3a00).into_iter().map(pattern).collect();
+        assert_eq!(on_medium(&rig, &mut *queues[0], 0, 0x1d), wanted);
+        assert_eq!(rig.machine.iommu().faults(), []);
     }
 }

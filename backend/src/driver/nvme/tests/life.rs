@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use super::rig::{Rig, collect, run, small, span, wanted};
 use crate::driver::nvme::{Cause, NvmeOptions, change};
 use crate::driver::{Command, Driver, Geometry, Outcome};
-use crate::emulated::{Mode, Options};
+use crate::emulated::{Commands, Effect, Fault, Mode, Options, Status};
 
 const ONE_BLOCK: Command = Command::Read { block: 0, count: 1 };
 
@@ -194,4 +194,23 @@ fn a_function_without_vectors_is_refused() {
         assert_eq!(error, format!("0000:00:04.0: number of MSI-X vectors is {found}, but 2 or more is needed"));
         rig.assert_stopped();
     }
+}
+
+#[test]
+fn the_write_cache_stays_as_switched_over_a_recovery_or_there_is_none() {
+    const SET_FEATURES: u8 = 9;
+    let rig = Rig::new(small());
+    let (mut nvme, queues) = rig.up(1);
+    nvme.set_write_cache(false).unwrap();
+    drop(queues);
+    drop(nvme.recover().unwrap());
+
+    // The first is for the number of queues, the second for the cache.
+    let refusal = Effect::Status(Status::INVALID_FIELD);
+    rig.machine.inject(Fault::Command { on: Commands::admin(SET_FEATURES), skip: 1, times: 1, effect: refusal });
+    let error = nvme.recover().err().unwrap().to_string();
+
+    assert!(error.contains("Set Features (Volatile Write Cache) failed"), "{error}");
+    rig.assert_stopped();
+    assert!(nvme.set_write_cache(true).is_err(), "a stopped controller has no cache to switch");
 }

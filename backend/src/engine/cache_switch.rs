@@ -1,0 +1,50 @@
+//! The write cache's switch (virtio 1.2 §5.2.5, `writeback`). While it is off, a completed write is durable and the driver
+//! sends no flush; so what was written before the switch must be flushed here, and no flush may be left out before the
+//! device has said that the cache is off.
+//!
+//! ```text
+//! on:   workers pass flushes on ; device: cache on
+//! off:  device: cache off ; one flush for what was written before ; workers answer flushes themselves
+//! ```
+
+use std::sync::atomic::Ordering;
+
+use super::mailbox::Order;
+use super::{Engine, EngineError};
+
+impl Engine {
+    /// True if completed writes may sit in a volatile cache until a flush.
+    #[must_use]
+    pub fn write_cache(&self) -> bool {
+        self.cache_on.load(Ordering::Relaxed)
+    }
+
+    /// Switches the volatile write cache; off means that from now on every completed write is durable, those before
+    /// included.
+    ///
+    /// # Errors
+    /// [`EngineError::WriteCache`]; flushes then go on reaching the device.
+    pub fn set_write_cache(&self, on: bool) -> Result<(), EngineError> {
+        if on == self.write_cache() {
+            return Ok(());
+        }
+        let failed = |source| EngineError::WriteCache { on, source };
+        if !self.geometry.volatile_cache {
+            return Err(failed(anyhow::anyhow!("the device has none")));
+        }
+        if on {
+            self.cache_on.store(true, Ordering::Relaxed);
+        }
+        let switched = self.keeper.lock().driver.set_write_cache(on);
+        switched.map_err(failed)?;
+        if !on {
+            let answer = self.workers[0].mailbox.post(Order::Flush);
+            if !self.await_drained(0, &answer, self.deadline(), "the write cache is flushed")? {
+                return Err(failed(anyhow::anyhow!("what it holds could not be flushed")));
+            }
+            self.cache_on.store(false, Ordering::Relaxed);
+        }
+        log::info!("write cache {}", if on { "on" } else { "off" });
+        Ok(())
+    }
+}

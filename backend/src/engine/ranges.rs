@@ -1,0 +1,176 @@
+//! Discard and write-zeroes (virtio 1.2 §5.2.6): requests whose data is a list of segments that name sectors. The list is
+//! copied once, checked against the limits that the configuration space tells, and turned into ranges of blocks.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::guest::Guest;
+use super::request::{Data, Disk, Job, Operation, RequestFault, SECTOR_SHIFT, Status};
+use crate::driver::{Blocks, DiscardLimits, Geometry};
+
+/// VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
+const UNMAP: u32 = 1;
+/// Most segments of a write-zeroes request, and most commands that one of them may take: a request is never more than 256
+/// commands, which a device gets done while somebody waits for a ring to stop.
+const ZEROES_SEGMENTS: u32 = 16;
+const ZEROES_COMMANDS: u32 = 16;
+/// Bytes of the longest list: as many segments as a discard command can have ranges.
+const LONGEST_LIST: usize = 256 * size_of::<Segment>();
+
+/// `struct virtio_blk_discard_write_zeroes`
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Segment {
+    sector: u64,
+    sectors: u32,
+    flags: u32,
+}
+
+/// What one request may ask for, as the configuration space tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeLimits {
+    /// Most segments.
+    pub segments: u32,
+    /// Most sectors of 512 bytes in one of them; whole blocks.
+    pub sectors: u32,
+}
+
+impl RangeLimits {
+    fn new(segments: u32, blocks: u32, geometry: &Geometry) -> Self {
+        let sectors_per_block = geometry.block_size >> SECTOR_SHIFT;
+        Self { segments, sectors: blocks.min(u32::MAX / sectors_per_block) * sectors_per_block }
+    }
+
+    /// For discard, if the disk can do it: what one command can take.
+    #[must_use]
+    pub fn discard(geometry: &Geometry) -> Option<Self> {
+        let DiscardLimits { ranges, range_blocks, .. } = geometry.discard.filter(|_| !geometry.read_only)?;
+        Some(Self::new(ranges.into(), range_blocks, geometry))
+    }
+
+    /// For write-zeroes, if the disk can do it: a few commands of the longest.
+    #[must_use]
+    pub fn write_zeroes(geometry: &Geometry) -> Option<Self> {
+        let limits = geometry.zeroes.filter(|_| !geometry.read_only)?;
+        Some(Self::new(ZEROES_SEGMENTS, limits.blocks.saturating_mul(ZEROES_COMMANDS), geometry))
+    }
+}
+
+/// Which of the two requests.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Discard,
+    WriteZeroes,
+}
+
+/// Turns the list in `data.buffers`, `bytes` long, into `data.ranges`; the list itself is not needed any more.
+pub(super) fn job(kind: Kind, bytes: u64, guest: &Guest, disk: &Disk, data: &mut Data) -> Result<Job, RequestFault> {
+    let limits = if kind == Kind::Discard { disk.discard } else { disk.zeroes };
+    let Some(limits) = limits else { return Ok(Job::Answer(Status::Unsupported)) };
+    let mut list = [0; LONGEST_LIST];
+    let most = u64::from(limits.segments) * size_of::<Segment>() as u64;
+    let list = usize::try_from(bytes).ok().filter(|_| bytes <= most).and_then(|bytes| list.get_mut(..bytes));
+    let list = list.filter(|list| !list.is_empty() && list.len().is_multiple_of(size_of::<Segment>()));
+    let list = list.ok_or(RequestFault::SegmentList { bytes, segments: limits.segments })?;
+    guest.gather(&data.buffers, list);
+    data.buffers.clear();
+    let mut unmap = true;
+    for segment in list.chunks_exact(size_of::<Segment>()) {
+        let segment = Segment::read_from_bytes(segment).expect("cut to its size");
+        // Unknown flags, and UNMAP in a discard: VIRTIO_BLK_S_UNSUPP (virtio 1.2 §5.2.6.2).
+        let known = if kind == Kind::WriteZeroes { UNMAP } else { 0 };
+        if segment.flags & !known != 0 {
+            return Ok(Job::Answer(Status::Unsupported));
+        }
+        unmap &= segment.flags & UNMAP != 0;
+        data.ranges.extend(blocks(segment, limits, disk)?);
+    }
+    Ok(match kind {
+        _ if data.ranges.is_empty() => Job::Answer(Status::Ok),
+        Kind::Discard => Job::Device { operation: Operation::Discard, block: 0, bytes: data.ranges.len() as u64 },
+        Kind::WriteZeroes => {
+            let blocks: u64 = data.ranges.iter().map(|range| u64::from(range.count)).sum();
+            let deallocates = disk.zeroes_command.is_some_and(|limits| limits.deallocates);
+            let operation = Operation::WriteZeroes { unmap: unmap && deallocates };
+            Job::Device { operation, block: 0, bytes: blocks << disk.block_shift() }
+        }
+    })
+}
+
+/// The blocks of one segment; none for an empty one.
+fn blocks(segment: Segment, limits: RangeLimits, disk: &Disk) -> Result<Option<Blocks>, RequestFault> {
+    let Segment { sector, sectors, .. } = segment;
+    if sectors > limits.sectors {
+        return Err(RequestFault::SegmentLength { sectors, limit: limits.sectors });
+    }
+    let bytes = u64::from(sectors) << SECTOR_SHIFT;
+    let first = disk.block(sector, bytes)?;
+    let count = u32::try_from(bytes >> disk.block_shift()).expect("fewer blocks than sectors");
+    Ok((count != 0).then_some(Blocks { first, count }))
+}
+
+/// How many of `ranges` the next discard command takes.
+pub(super) fn batch(ranges: &[Blocks], limits: DiscardLimits) -> usize {
+    let mut left = limits.blocks;
+    let fits = |range: &&Blocks| {
+        let rest = left.checked_sub(u64::from(range.count));
+        left = rest.unwrap_or(left);
+        rest.is_some()
+    };
+    // No range alone is longer than all may be together.
+    ranges.iter().take(limits.ranges.into()).take_while(fits).count().max(1)
+}
+
+/// The next blocks to write zeroes to, when `done` of the blocks in `ranges` have been; at most `limit`.
+pub(super) fn next(ranges: &[Blocks], done: u64, limit: u32) -> Blocks {
+    let mut skip = done;
+    for &Blocks { first, count } in ranges {
+        if skip < u64::from(count) {
+            let left = u32::try_from(u64::from(count) - skip).expect("less than a count");
+            return Blocks { first: first + skip, count: left.min(limit) };
+        }
+        skip -= u64::from(count);
+    }
+    unreachable!("a request for {done} blocks and more has them")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(first: u64, count: u32) -> Blocks {
+        Blocks { first, count }
+    }
+
+    #[test]
+    fn a_command_takes_as_many_ranges_and_blocks_as_it_may() {
+        let ranges = [range(0, 10), range(20, 10), range(40, 10)];
+        let limits = DiscardLimits { ranges: 256, range_blocks: 10, blocks: u64::MAX };
+        assert_eq!(batch(&ranges, limits), 3);
+        assert_eq!(batch(&ranges, DiscardLimits { ranges: 2, ..limits }), 2);
+        assert_eq!(batch(&ranges, DiscardLimits { blocks: 29, ..limits }), 2);
+        assert_eq!(batch(&ranges, DiscardLimits { blocks: 10, ..limits }), 1);
+    }
+
+    #[test]
+    fn zeroes_go_on_where_the_last_command_ended() {
+        let ranges = [range(100, 5), range(7, 3)];
+        let mut commands = Vec::new();
+        let mut done = 0;
+        while done < 8 {
+            let blocks = next(&ranges, done, 4);
+            done += u64::from(blocks.count);
+            commands.push(blocks);
+        }
+        assert_eq!(commands, [range(100, 4), range(104, 1), range(7, 3)]);
+    }
+
+    #[test]
+    fn limits_are_whole_blocks_and_none_for_a_read_only_disk() {
+        let discard = Some(DiscardLimits { ranges: 4, range_blocks: u32::MAX, blocks: u64::MAX });
+        let geometry = Geometry { block_size: 4096, discard, ..Geometry::default() };
+        let limits = RangeLimits::discard(&geometry).unwrap();
+        assert_eq!((limits.segments, limits.sectors), (4, u32::MAX - 7));
+        assert_eq!(RangeLimits::discard(&Geometry { read_only: true, ..geometry.clone() }), None);
+        assert_eq!(RangeLimits::write_zeroes(&geometry), None);
+    }
+}

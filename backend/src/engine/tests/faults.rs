@@ -1,0 +1,167 @@
+//! A controller that fails while requests are in flight: each ends in bounded time, with its data or with an error, and the
+//! same engine goes on when the controller does. Nobody stops a ring here; the guard alone sees to it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::nvme::{Drive, NVM_READ, NVM_WRITE, soak};
+use super::rig::*;
+use crate::emulated::{Commands, Effect, Fault, Mode, Options};
+use crate::engine::Watch;
+
+const ABORT: u8 = 8;
+
+/// A drive whose commands may take 200 ms.
+fn drive(queues: u16) -> Drive {
+    let watch = Watch { timeout: Duration::from_millis(200), retry: Duration::from_millis(10) };
+    let options = Options { size: 16 << 20, queues, mode: Mode::Threaded, ..Options::default() };
+    Drive::watched(options, Duration::ZERO, Duration::from_secs(20), watch)
+}
+
+fn opcode(opcode: u8) -> Commands {
+    Commands { queue: Some(1), opcode: Some(opcode) }
+}
+
+fn read(driver: &mut VirtDriver) -> u8 {
+    let sent = driver.send(IN, 0, &[(DATA, 512)]);
+    driver.wait(1);
+    driver.status(sent)
+}
+
+#[test]
+fn a_command_that_takes_too_long_is_aborted_and_nothing_else_suffers() {
+    let drive = drive(1);
+    let mut driver = drive.driver(0, Shape::default());
+    drive.machine.inject(Fault::once(opcode(NVM_WRITE), Effect::Delay(Duration::from_secs(3600))));
+
+    let slow = driver.send(OUT, 0, &[(DATA, 512)]);
+    let good = driver.send(IN, 8, &[(DATA + 4096, 512)]);
+    driver.wait(2);
+
+    assert_eq!((driver.status(slow), driver.status(good)), (1, 0));
+    let statistics = drive.engine.statistics();
+    assert_eq!((statistics.aborts, statistics.recoveries), (1, 0), "{statistics}");
+    assert_eq!(read(&mut driver), 0);
+}
+
+#[test]
+fn a_command_that_is_lost_is_submitted_once_more_after_a_reset() {
+    let drive = drive(2);
+    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+    drivers[0].fill(DATA, &[0x77; 512]);
+    drive.machine.inject(Fault::once(opcode(NVM_WRITE), Effect::Lose));
+
+    let lost = drivers[0].send(OUT, 5, &[(DATA, 512)]);
+    assert_eq!(drivers[0].wait(1), [(u32::from(lost.head), 1)]);
+
+    assert_eq!(drivers[0].status(lost), 0);
+    let statistics = drive.engine.statistics();
+    assert_eq!((statistics.recoveries, statistics.resubmitted, statistics.errors), (1, 1, 0), "{statistics}");
+    let back = drivers[1].send(IN, 5, &[(DATA + 8192, 512)]);
+    drivers[1].wait(1);
+    assert_eq!((drivers[1].status(back), drivers[1].bytes(DATA + 8192, 512)), (0, vec![0x77; 512]));
+}
+
+#[test]
+fn a_command_that_is_lost_twice_fails_and_others_go_on() {
+    let drive = drive(1);
+    let mut driver = drive.driver(0, Shape::default());
+    drive.machine.inject(Fault::always(opcode(NVM_WRITE), Effect::Lose));
+
+    let lost = driver.send(OUT, 0, &[(DATA, 512)]);
+    driver.wait(1);
+
+    assert_eq!(driver.status(lost), 1);
+    assert_eq!(drive.engine.statistics().recoveries, 2);
+    assert_eq!(read(&mut driver), 0);
+}
+
+#[test]
+fn a_controller_that_does_not_answer_an_abort_either_is_reset() {
+    let drive = drive(1);
+    let mut driver = drive.driver(0, Shape::default());
+    drive.machine.inject(Fault::once(opcode(NVM_READ), Effect::Lose));
+    drive.machine.inject(Fault::once(Commands::admin(ABORT), Effect::Lose));
+
+    assert_eq!(read(&mut driver), 0);
+
+    assert_eq!(drive.engine.statistics().recoveries, 1);
+}
+
+#[test]
+fn a_fatal_status_is_noticed_long_before_the_timeout() {
+    let watch = Watch { timeout: Duration::from_secs(3600), ..Watch::default() };
+    let options = Options { size: 16 << 20, queues: 2, mode: Mode::Threaded, ..Options::default() };
+    let drive = Drive::watched(options, Duration::ZERO, Duration::from_secs(20), watch);
+    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+    drive.machine.inject(Fault::once(opcode(NVM_READ), Effect::Fatal));
+
+    for driver in &mut drivers {
+        assert_eq!(read(driver), 0);
+    }
+
+    assert_eq!(drive.engine.statistics().recoveries, 1);
+}
+
+#[test]
+fn a_drive_pulled_out_fails_requests_at_once_and_is_served_again_when_it_is_back() {
+    let drive = drive(2);
+    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+    for _ in 0..3 {
+        drive.machine.inject(Fault::once(opcode(NVM_READ), Effect::Remove));
+        for driver in &mut drivers {
+            assert_eq!(read(driver), 1);
+        }
+
+        drive.machine.heal();
+
+        until("the drive is back", || read(&mut drivers[0]) == 0);
+        assert_eq!(read(&mut drivers[1]), 0);
+    }
+    assert_eq!(drive.machine.iommu().faults().len(), 0);
+}
+
+#[test]
+fn a_drive_that_the_host_wants_back_is_let_go_and_requests_fail() {
+    let drive = drive(2);
+    let function = drive.machine.function();
+    let held = Arc::strong_count(&function);
+    let mut driver = drive.driver(0, Shape::default());
+    assert_eq!(read(&mut driver), 0);
+    drive.machine.inject(Fault::once(opcode(NVM_WRITE), Effect::Lose));
+    let lost = driver.send(OUT, 0, &[(DATA, 512)]);
+
+    drive.machine.ask_back();
+
+    driver.wait(1);
+    assert_eq!(driver.status(lost), 1);
+    until("the function is let go", || Arc::strong_count(&function) == held - 1);
+    assert_eq!(read(&mut driver), 1);
+    assert!(drive.engine.set_write_cache(false).is_err());
+    let mut command = [0; 2];
+    function.config_read(4, &mut command).unwrap();
+    assert_eq!(command[0] & 4, 0, "bus mastering is off");
+    assert_eq!(drive.engine.stop_ring(0).unwrap(), Some(3));
+}
+
+#[test]
+fn data_survives_a_controller_that_keeps_losing_commands() {
+    let drive = drive(2);
+    let mut drivers: Vec<_> = (0..4).map(|n| drive.driver(n, Shape::default())).collect();
+    for n in 1..4 {
+        // Bounced and split requests are among those in flight.
+        let on = Commands { queue: Some(1), opcode: None };
+        drive.machine.inject(Fault::Command { on, skip: 60 * n, times: 1, effect: Effect::Lose });
+    }
+
+    std::thread::scope(|scope| {
+        for driver in &mut drivers {
+            scope.spawn(move || soak(driver, 512, 150));
+        }
+    });
+
+    let statistics = drive.engine.statistics();
+    assert_eq!((statistics.reads + statistics.writes, statistics.errors), (600, 0), "{statistics}");
+    assert!(statistics.recoveries != 0 && statistics.resubmitted != 0, "{statistics}");
+    assert_eq!(drive.machine.iommu().faults().len(), 0);
+}
