@@ -69,7 +69,7 @@ fn run(config: &Config) -> Result<()> {
         Options { rings: usize::from(queues), spin: config.spin(), patience: PATIENCE, watch: Watch::default() };
     let engine = Engine::start(Box::new(nvme), &dma, options)?;
 
-    let mut server = Server::new(entrance, Device { engine, space: dma, queues });
+    let mut server = Server::new(entrance, Device { engine, space: dma, queues })?;
     log::info!("serving {address} on {queues} virtqueues");
     let served = server.run(stop);
     let device = server.into_device();

@@ -39,7 +39,7 @@ fn each_is_answered_or_ends_the_conversation() {
         ("a payload where none belongs", Goodbye, message(GET_FEATURES, 0, &[0; 8])),
         ("too short", Goodbye, message(SET_FEATURES, NEED_REPLY, &[0; 4])),
         ("too long", Goodbye, message(SET_VRING_NUM, NEED_REPLY, &[0; 12])),
-        ("a feature not offered", No, message(SET_FEATURES, NEED_REPLY, &words(&[FEATURES | 1 << 34]))),
+        ("a feature not offered", No, message(SET_FEATURES, NEED_REPLY, &words(&[FEATURES | 1 << 33]))),
         (
             "a protocol feature not offered",
             No,

@@ -7,7 +7,7 @@ use vhost_device_vfio::vhost_user::Listen;
 
 use crate::rig::{Rig, copies_of, memory};
 use crate::rings::{RAM, running};
-use crate::wire::{PROTOCOL, Reply, Wire, message, request::*, state, words};
+use crate::wire::{OFFERED, Reply, Wire, message, request::*, state, words};
 
 #[test]
 fn everything_is_given_back_when_a_front_end_goes() {
@@ -89,7 +89,7 @@ fn a_second_front_end_is_sent_away_and_the_first_does_not_notice() {
     for _ in 0..3 {
         assert!(rig.connect().is_closed());
     }
-    assert_eq!(first.get(GET_PROTOCOL_FEATURES), PROTOCOL);
+    assert_eq!(first.get(GET_PROTOCOL_FEATURES), OFFERED);
 }
 
 #[test]

@@ -3,9 +3,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod backend_channel;
 mod bad_messages;
+mod gpa_addresses;
 mod lifecycle;
 mod memory;
+mod mistakes;
+mod packed;
+mod qemu;
 mod reference;
 mod requests;
 mod rig;

@@ -18,7 +18,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use crate::rig::{QUEUES, Rig, memory};
 use crate::rings::{AVAIL, DESC, RAM, USED};
-use crate::wire::{FEATURES, PROTOCOL, Place};
+use crate::wire::{FEATURES, OFFERED, PROTOCOL, Place};
 
 /// The reference does not know SET_STATUS.
 const STATUS: u64 = 1 << 16;
@@ -46,7 +46,7 @@ impl VhostUserBackendMut for Reference {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::from_bits_retain(PROTOCOL & !STATUS)
+        VhostUserProtocolFeatures::from_bits_retain(OFFERED & !STATUS)
     }
 
     fn set_event_idx(&mut self, _enabled: bool) {}

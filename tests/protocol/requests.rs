@@ -10,17 +10,17 @@ use crate::rings::{AVAIL, DESC, RAM, USED, running};
 use crate::wire::{FEATURES, Reply, Wire, request::*, state, words};
 
 /// Where header, data and status of the one request lie in guest memory.
-const HEADER: u64 = 0x4000;
-const DATA: u64 = 0x5000;
-const STATUS: u64 = 0x6000;
+pub(crate) const HEADER: u64 = 0x4000;
+pub(crate) const DATA: u64 = 0x5000;
+pub(crate) const STATUS: u64 = 0x6000;
 
-const BLK_IN: u32 = 0;
-const BLK_OUT: u32 = 1;
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
+pub(crate) const BLK_IN: u32 = 0;
+pub(crate) const BLK_OUT: u32 = 1;
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
 
 /// Waits for a signal; a server that sends none fails the test rather than hang it.
-fn wait_for(event: &OwnedFd) {
+pub(crate) fn wait_for(event: &OwnedFd) {
     let mut fds = [PollFd::new(event, PollFlags::IN)];
     let patience = Timespec { tv_sec: 20, tv_nsec: 0 };
     assert_eq!(poll(&mut fds, Some(&patience)).unwrap(), 1, "no call");
@@ -28,7 +28,7 @@ fn wait_for(event: &OwnedFd) {
 }
 
 /// Puts one request of 512 bytes at sector 3 into ring 0, as the `number`th since the start of the ring.
-fn put(ram: &std::fs::File, kind: u32, number: u16) {
+pub(crate) fn put(ram: &std::fs::File, kind: u32, number: u16) {
     let write = |offset: u64, bytes: &[u8]| ram.write_all_at(bytes, offset).unwrap();
     let data_flags = if kind == BLK_IN { NEXT | WRITE } else { NEXT };
     let chain = [(HEADER, 16_u32, NEXT, 1_u16), (DATA, 512, data_flags, 2), (STATUS, 1, WRITE, 0)];
@@ -44,7 +44,7 @@ fn put(ram: &std::fs::File, kind: u32, number: u16) {
     write(AVAIL + 2, &(number + 1).to_le_bytes());
 }
 
-fn read<const N: usize>(ram: &std::fs::File, offset: u64) -> [u8; N] {
+pub(crate) fn read<const N: usize>(ram: &std::fs::File, offset: u64) -> [u8; N] {
     let mut bytes = [0; N];
     ram.read_exact_at(&mut bytes, offset).unwrap();
     bytes

@@ -17,7 +17,7 @@ use vhost_device_vfio::emulated::{Machine, Options};
 use vhost_device_vfio::engine::{self, Engine};
 use vhost_device_vfio::hardware::{AddressSpace, DmaBuffer, MapError};
 use vhost_device_vfio::memory::Region;
-use vhost_device_vfio::vhost_user::{Device, Error, Listen, Server};
+use vhost_device_vfio::vhost_user::{Announcer, Device, Error, Listen, Server};
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::wire::Wire;
@@ -51,8 +51,7 @@ impl Fallible {
         if left > 0 || left == 0 && !self.plan.for_good.load(Ordering::SeqCst) {
             self.plan.successes.store(left - 1, Ordering::SeqCst);
         }
-        let source = std::io::Error::from_raw_os_error(libc::ENOMEM);
-        if left == 0 { Err(MapError::Kernel { what: "told to fail", span, source }) } else { Ok(()) }
+        if left == 0 { Err(MapError::MemLock { span, needed_kib: 2048, allowed_kib: 64 }) } else { Ok(()) }
     }
 }
 
@@ -80,6 +79,7 @@ pub(crate) struct Rig {
     driver_memory: Vec<Span<Iova>>,
     failures: Arc<FailurePlan>,
     stop: OwnedFd,
+    pub(crate) announcer: Announcer,
     thread: Option<JoinHandle<Result<(), Error>>>,
 }
 
@@ -97,11 +97,12 @@ impl Rig {
         let failures = FailurePlan::none();
         let device = device(&machine, Arc::clone(&failures));
         let driver_memory = machine.iommu().mapped();
-        let mut server = Server::new(listen(path.clone()).open().unwrap(), device);
+        let mut server = Server::new(listen(path.clone()).open().unwrap(), device).unwrap();
         let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let server_stop = stop.try_clone().unwrap();
+        let announcer = server.announcer();
         let thread = std::thread::spawn(move || server.run(server_stop));
-        Self { _directory: directory, path, machine, driver_memory, failures, stop, thread: Some(thread) }
+        Self { _directory: directory, path, machine, driver_memory, failures, stop, announcer, thread: Some(thread) }
     }
 
     /// A new front-end.
@@ -162,7 +163,7 @@ impl Drop for Rig {
 pub(crate) fn open(listen: Listen) -> Result<Server, Error> {
     let machine = Machine::new(Options { size: 1 << 20, queues: 2, ..Options::default() }).unwrap();
     let entrance = listen.open()?;
-    Ok(Server::new(entrance, device(&machine, FailurePlan::none())))
+    Server::new(entrance, device(&machine, FailurePlan::none()))
 }
 
 fn device(machine: &Machine, plan: Arc<FailurePlan>) -> Device {

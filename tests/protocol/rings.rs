@@ -42,7 +42,7 @@ pub(crate) fn ends() -> Ends {
     Ends { kick: event(), call: event(), err: event() }
 }
 
-fn send_all(wire: &Wire, steps: &[(u32, Vec<u8>, Vec<&OwnedFd>)]) {
+pub(crate) fn send_all(wire: &Wire, steps: &[(u32, Vec<u8>, Vec<&OwnedFd>)]) {
     for (request, payload, fds) in steps {
         let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
         assert_eq!(wire.ask(*request, payload, &fds), 0, "request {request}");

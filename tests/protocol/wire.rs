@@ -29,6 +29,7 @@ pub(crate) mod request {
     pub(crate) const GET_QUEUE_NUM: u32 = 17;
     pub(crate) const SET_VRING_ENABLE: u32 = 18;
     pub(crate) const SEND_RARP: u32 = 19;
+    pub(crate) const SET_BACKEND_REQ_FD: u32 = 21;
     pub(crate) const GET_CONFIG: u32 = 24;
     pub(crate) const SET_CONFIG: u32 = 25;
     pub(crate) const GET_INFLIGHT_FD: u32 = 31;
@@ -47,6 +48,11 @@ pub(crate) const NEED_REPLY: u32 = 8;
 pub(crate) const FEATURES: u64 = 1 << 32 | 7 << 28;
 /// MQ REPLY_ACK CONFIG RESET_DEVICE CONFIGURE_MEM_SLOTS STATUS.
 pub(crate) const PROTOCOL: u64 = 0x1_a209;
+pub(crate) const BACKEND_REQ: u64 = 1 << 5;
+pub(crate) const GPA_ADDRESSES: u64 = 1 << 21;
+/// All protocol features that are offered.
+pub(crate) const OFFERED: u64 = PROTOCOL | BACKEND_REQ | GPA_ADDRESSES;
+pub(crate) const RING_PACKED: u64 = 1 << 34;
 
 /// What came back.
 #[derive(Debug, PartialEq, Eq)]
@@ -169,11 +175,15 @@ impl Wire {
 
     /// The beginning of every conversation: features of both kinds.
     pub(crate) fn negotiate(&self) -> &Self {
-        self.get(GET_FEATURES);
-        self.get(GET_PROTOCOL_FEATURES);
-        self.send(SET_PROTOCOL_FEATURES, &words(&[PROTOCOL]), &[]);
+        self.negotiate_with(FEATURES, PROTOCOL)
+    }
+
+    pub(crate) fn negotiate_with(&self, features: u64, protocol: u64) -> &Self {
+        assert_eq!(features & !self.get(GET_FEATURES), 0, "offered");
+        assert_eq!(protocol & !self.get(GET_PROTOCOL_FEATURES), 0, "offered");
+        self.send(SET_PROTOCOL_FEATURES, &words(&[protocol]), &[]);
         self.send(SET_OWNER, &[], &[]);
-        assert_eq!(self.ask(SET_FEATURES, &words(&[FEATURES]), &[]), 0);
+        assert_eq!(self.ask(SET_FEATURES, &words(&[features]), &[]), 0);
         self
     }
 

@@ -1,5 +1,6 @@
-//! One descriptor chain of a split ring (virtio 1.2 §2.7.5), walked with no trust in its author. Every descriptor is read
-//! once into a local; the number of steps is bounded by the table walked; what is wrong is noted, never acted on.
+//! One descriptor chain of a split ring (virtio 1.2 §2.7.5) or a packed one (§2.8.6), walked with no trust in its author.
+//! Every descriptor is read once into a local; the number of steps is bounded by the table walked; what is wrong is noted,
+//! never acted on.
 //!
 //! Faults come in two kinds. A broken *link* (an index outside the table, a loop, a bad indirect table) ends the walk, and
 //! then nobody knows which byte is the status. A bad *buffer* (wrong order, an address that wraps) leaves the rest of the
@@ -10,6 +11,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use super::guest::Guest;
 use crate::addr::{Gpa, Span};
 
+// The flags are the same in both layouts.
 /// VIRTQ_DESC_F_NEXT, virtio 1.2 §2.7.5.
 const NEXT: u16 = 1;
 /// VIRTQ_DESC_F_WRITE, virtio 1.2 §2.7.5.
@@ -27,6 +29,55 @@ pub struct Descriptor {
     len: u32,
     flags: u16,
     next: u16,
+}
+
+/// One entry of a packed ring or of its indirect tables, virtio 1.2 §2.8.13.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct PackedDescriptor {
+    addr: u64,
+    len: u32,
+    id: u16,
+    flags: u16,
+}
+
+impl PackedDescriptor {
+    /// The same with flags that were read before.
+    #[inline]
+    #[must_use]
+    pub fn with_flags(self, flags: u16) -> Self {
+        Self { flags, ..self }
+    }
+}
+
+/// What a chain is given back by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Head {
+    id: u16,
+    entries: u16,
+}
+
+impl Head {
+    /// A head with this ID, of so many descriptors.
+    #[inline]
+    #[must_use]
+    pub fn new(id: u16, entries: u16) -> Self {
+        Self { id, entries }
+    }
+
+    /// Split: index of the first descriptor. Packed: the buffer ID.
+    #[inline]
+    #[must_use]
+    pub fn id(self) -> u16 {
+        self.id
+    }
+
+    /// How many descriptors of the ring it takes up; of no use in a split ring, and 0 there.
+    #[inline]
+    #[must_use]
+    pub fn entries(self) -> u16 {
+        self.entries
+    }
 }
 
 /// What is wrong with a chain.
@@ -52,6 +103,9 @@ pub enum ChainFault {
     /// INDIRECT and NEXT together, virtio 1.2 §2.7.5.3.1.
     #[error("an indirect descriptor with a successor")]
     IndirectWithNext,
+    /// INDIRECT in a chain of a packed ring, virtio 1.2 §2.8.19.
+    #[error("an indirect descriptor in a chain")]
+    IndirectInChain,
     /// INDIRECT inside an indirect table, virtio 1.2 §2.7.5.3.1.
     #[error("an indirect descriptor inside an indirect table")]
     NestedIndirect,
@@ -76,7 +130,7 @@ pub enum ChainFault {
 
 /// What a walk may do.
 pub struct Walk {
-    /// Entries of the descriptor table.
+    /// Entries of the descriptor table; of a packed ring, those that the driver owns.
     pub size: u16,
     /// True if indirect tables were negotiated.
     pub indirect: bool,
@@ -89,7 +143,7 @@ pub struct Walk {
 /// chain, so that its vectors keep their capacity.
 #[derive(Debug, Default)]
 pub struct Chain {
-    head: u16,
+    head: Head,
     readable: Vec<Span<Gpa>>,
     writable: Vec<Span<Gpa>>,
     fault: Option<ChainFault>,
@@ -98,10 +152,10 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Index of the first descriptor: the chain's name in the used ring.
+    /// The chain's name among used ones.
     #[inline]
     #[must_use]
-    pub fn head(&self) -> u16 {
+    pub fn head(&self) -> Head {
         self.head
     }
 
@@ -137,12 +191,55 @@ impl Chain {
     /// Replaces the contents by the chain that starts at `head` of the table that `entry` reads.
     #[inline]
     pub fn fill(&mut self, head: u16, walk: &Walk, entry: impl Fn(u16) -> Descriptor, guest: &mut Guest) {
-        self.head = head;
+        self.clear();
+        self.head = Head::new(head, 0);
+        let walked = self.walk(walk, entry, guest);
+        self.conclude(walked);
+    }
+
+    /// Replaces the contents by the chain whose descriptors, in order, `entry` reads; false if it has no end within
+    /// `walk.size` of them.
+    #[inline]
+    pub fn fill_packed(&mut self, walk: &Walk, entry: impl Fn(u16) -> PackedDescriptor, guest: &mut Guest) -> bool {
+        self.clear();
+        let first = entry(0);
+        if first.flags & (INDIRECT | NEXT) == INDIRECT {
+            self.head = Head::new(first.id, 1);
+            let walked = self.walk_packed_table(walk, first, guest);
+            self.conclude(walked);
+            return true;
+        }
+        let (mut descriptor, mut walked) = (first, Ok(()));
+        for entries in 1..=walk.size {
+            if descriptor.flags & INDIRECT != 0 {
+                walked = Err(ChainFault::IndirectInChain);
+            } else {
+                self.add(descriptor.addr, descriptor.len, descriptor.flags);
+            }
+            if descriptor.flags & NEXT == 0 {
+                // The last one has the name (virtio 1.2 §2.8.6).
+                self.head = Head::new(descriptor.id, entries);
+                self.conclude(walked);
+                return true;
+            }
+            if entries < walk.size {
+                descriptor = entry(entries);
+            }
+        }
+        false
+    }
+
+    #[inline]
+    fn clear(&mut self) {
         self.readable.clear();
         self.writable.clear();
         self.fault = None;
         self.end_known = true;
-        if let Err(fault) = self.walk(walk, entry, guest) {
+    }
+
+    #[inline]
+    fn conclude(&mut self, walked: Result<(), ChainFault>) {
+        if let Err(fault) = walked {
             self.fault.get_or_insert(fault);
             self.end_known = false;
         }
@@ -150,7 +247,7 @@ impl Chain {
 
     #[inline]
     fn walk(&mut self, walk: &Walk, entry: impl Fn(u16) -> Descriptor, guest: &mut Guest) -> Result<(), ChainFault> {
-        match self.follow(self.head, walk.size, |index| Ok(entry(index)))? {
+        match self.follow(self.head.id, walk.size, |index| Ok(entry(index)))? {
             None => Ok(()),
             Some(table) => self.walk_table(walk, table, guest),
         }
@@ -165,12 +262,7 @@ impl Chain {
         if table.flags & NEXT != 0 {
             return Err(ChainFault::IndirectWithNext);
         }
-        let entries = u16::try_from(table.len / DESCRIPTOR)
-            .ok()
-            .filter(|&n| n > 0 && n <= walk.longest_table && table.len.is_multiple_of(DESCRIPTOR))
-            .ok_or(ChainFault::IndirectLength(table.len))?;
-        let nowhere = ChainFault::IndirectMemory(Gpa(table.addr));
-        let span = Span::new(Gpa(table.addr), u64::from(table.len)).ok_or(nowhere)?;
+        let (span, entries) = table_span(walk, table.addr, table.len)?;
         let nested = if let Some((window, offset)) = guest.table_window(span) {
             self.follow(0, entries, |index| Ok(window.read(offset + 16 * usize::from(index))))?
         } else {
@@ -193,6 +285,39 @@ impl Chain {
         self.follow(0, entries, |index| at(index).and_then(&mut read).ok_or(nowhere))
     }
 
+    /// Adds the buffers of an indirect table of a packed ring: all its entries in order, whatever NEXT and the ID say
+    /// (virtio 1.2 §2.8.7).
+    #[inline]
+    fn walk_packed_table(&mut self, walk: &Walk, table: PackedDescriptor, guest: &mut Guest) -> Result<(), ChainFault> {
+        if !walk.indirect {
+            return Err(ChainFault::IndirectNotNegotiated);
+        }
+        let (span, entries) = table_span(walk, table.addr, table.len)?;
+        if let Some((window, offset)) = guest.table_window(span) {
+            for n in 0..usize::from(entries) {
+                self.add_from_table(window.read(offset + 16 * n))?;
+            }
+            return Ok(());
+        }
+        // In pieces, which is fine as long as each entry lies in one region.
+        for n in 0..u64::from(entries) {
+            let entry = span.slice(u64::from(DESCRIPTOR) * n, u64::from(DESCRIPTOR));
+            let read = entry.and_then(|entry| guest.table_window(entry)).map(|(window, offset)| window.read(offset));
+            self.add_from_table(read.ok_or(ChainFault::IndirectMemory(span.start()))?)?;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn add_from_table(&mut self, descriptor: PackedDescriptor) -> Result<(), ChainFault> {
+        let PackedDescriptor { addr, len, flags, .. } = descriptor;
+        if flags & INDIRECT != 0 {
+            return Err(ChainFault::NestedIndirect);
+        }
+        self.add(addr, len, flags);
+        Ok(())
+    }
+
     /// Adds the buffers of linked descriptors from `index` on, up to the last, or up to an indirect one, which is returned.
     #[inline]
     fn follow(
@@ -206,7 +331,7 @@ impl Chain {
             if descriptor.flags & INDIRECT != 0 {
                 return Ok(Some(descriptor));
             }
-            self.add(descriptor);
+            self.add(descriptor.addr, descriptor.len, descriptor.flags);
             if descriptor.flags & NEXT == 0 {
                 return Ok(None);
             }
@@ -219,8 +344,7 @@ impl Chain {
     }
 
     #[inline]
-    fn add(&mut self, descriptor: Descriptor) {
-        let Descriptor { addr, len, flags, .. } = descriptor;
+    fn add(&mut self, addr: u64, len: u32, flags: u16) {
         if len == 0 {
             return;
         }
@@ -238,4 +362,15 @@ impl Chain {
             self.readable.extend(span);
         }
     }
+}
+
+/// Where an indirect table is said to be, and how many entries it has, if it can be walked.
+#[inline]
+fn table_span(walk: &Walk, addr: u64, len: u32) -> Result<(Span<Gpa>, u16), ChainFault> {
+    let entries = u16::try_from(len / DESCRIPTOR)
+        .ok()
+        .filter(|&n| n > 0 && n <= walk.longest_table && len.is_multiple_of(DESCRIPTOR))
+        .ok_or(ChainFault::IndirectLength(len))?;
+    let span = Span::new(Gpa(addr), u64::from(len)).ok_or(ChainFault::IndirectMemory(Gpa(addr)))?;
+    Ok((span, entries))
 }

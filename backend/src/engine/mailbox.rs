@@ -20,7 +20,7 @@ use crate::memory::MemTable;
 pub(super) enum Order {
     Start(usize, Box<RingSetup>, Sender<Result<(), EngineError>>),
     /// Answered when the last request taken from the ring is in the used ring.
-    Stop(usize, Sender<Option<u16>>),
+    Stop(usize, Sender<Option<u32>>),
     Enable(usize, bool, Sender<()>),
     Call(usize, Option<OwnedFd>, Sender<()>),
     Err(usize, Option<OwnedFd>, Sender<()>),

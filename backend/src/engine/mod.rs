@@ -4,7 +4,7 @@
 //! ```text
 //!  control thread            worker n (one thread; virtqueues n, n + N, n + 2N …)
 //!  Engine --- mailbox ---->  Worker -> Path::{reap, submit} -> Chain -> request -> Flight -> driver::Queue
-//!         <-- answer -----          <- SplitRing::publish  <-  answer  <- complete <----------
+//!         <-- answer -----          <- Virtqueue::publish  <-  answer  <- complete <----------
 //! ```
 //!
 //! A worker shares no lock with another and takes none per request. The control thread waits for each order's answer, so
@@ -21,10 +21,13 @@ mod guard;
 pub mod guest;
 mod keeper;
 mod mailbox;
+pub mod packed;
 mod pass;
 pub mod ranges;
 pub mod request;
 mod ring;
+mod seat;
+pub mod split;
 mod statistics;
 pub mod virtqueue;
 mod worker;
@@ -41,6 +44,7 @@ use std::time::Duration;
 
 pub use guard::Watch;
 pub use statistics::Statistics;
+pub use virtqueue::Layout;
 
 use crate::addr::{Gpa, Span};
 use crate::driver::{Driver, Geometry, Queue};
@@ -51,25 +55,29 @@ use caches::Caches;
 use guard::{Alarm, Guard};
 use keeper::Keeper;
 use mailbox::{Mailbox, Order};
-use pass::{Path, Post};
+use pass::Path;
 use request::Disk;
+use seat::Post;
 use statistics::Counters;
 use worker::Worker;
 
-/// What a started ring is made of (virtio 1.2 §2.7). All three areas have been found in the memory table.
+/// What a started ring is made of (virtio 1.2 §2.7, §2.8). All three areas have been found in the memory table.
 pub struct RingSetup {
     /// Which virtqueue.
     pub index: usize,
-    /// Number of descriptors, a power of two ≤ 1024.
+    /// VIRTIO_F_RING_PACKED acked, or not.
+    pub layout: Layout,
+    /// Number of descriptors; see [`Layout::allows`].
     pub size: u16,
-    /// Descriptor table.
+    /// Descriptor table or descriptor ring.
     pub desc: Span<Gpa>,
-    /// Available ring.
+    /// Available ring, or the driver's event suppression structure.
     pub avail: Span<Gpa>,
-    /// Used ring; the used index goes on from what stands there.
+    /// Used ring, or the device's event suppression structure. A split ring's used index goes on from what stands there.
     pub used: Span<Gpa>,
-    /// First avail index to take (SET_VRING_BASE).
-    pub base: u16,
+    /// Where to go on (SET_VRING_BASE). Split: first avail index to take. Packed: next available descriptor and next used
+    /// one, 15 bits each with their wrap counters on top (vhost-user: "Vring descriptor indices for packed virtqueues").
+    pub base: u32,
     /// VIRTIO_RING_F_EVENT_IDX acked.
     pub event_idx: bool,
     /// VIRTIO_RING_F_INDIRECT_DESC acked.
@@ -113,12 +121,24 @@ pub enum EngineError {
     #[error("virtqueue {0}: running already; stop it first (GET_VRING_BASE)")]
     RingRunning(usize),
     /// Not a size this device serves.
-    #[error("virtqueue {index}: size {size} is not a power of two between 1 and 1024")]
+    #[error("virtqueue {index}: the size of a {layout} ring is {}, not {size}", layout.sizes())]
     RingSize {
         /// Which virtqueue.
         index: usize,
         /// Asked for.
         size: u16,
+        /// Split or packed.
+        layout: Layout,
+    },
+    /// A place to go on that the ring does not have.
+    #[error("virtqueue {index}: base {base:#x} is no place in a ring of {size}")]
+    RingBase {
+        /// Which virtqueue.
+        index: usize,
+        /// Number of descriptors.
+        size: u16,
+        /// Asked for.
+        base: u32,
     },
     /// An area is too short, misaligned, or not in one region of guest memory.
     #[error("virtqueue {index}: {name} at {span}: needs {bytes} bytes in one memory region, aligned to {alignment}")]
@@ -277,12 +297,12 @@ impl Engine {
         self.order(worker, |answer| Order::Start(seat, ring, answer))?
     }
 
-    /// Completes what was taken (or, past `patience`, resets the device and fails it), stops the ring, and returns the next
-    /// avail index. A ring that was never started returns None.
+    /// Completes what was taken (or, past `patience`, resets the device and fails it), stops the ring, and returns where to
+    /// go on, as [`RingSetup::base`] has it. A ring that was never started returns None.
     ///
     /// # Errors
     /// [`EngineError::NoSuchRing`] or [`EngineError::WorkerGone`].
-    pub fn stop_ring(&self, index: usize) -> Result<Option<u16>, EngineError> {
+    pub fn stop_ring(&self, index: usize) -> Result<Option<u32>, EngineError> {
         let (worker, seat) = self.seat(index)?;
         let answer = self.workers[worker].mailbox.post(|answer| Order::Stop(seat, answer));
         self.await_drained(worker, &answer, self.deadline(), &format!("virtqueue {index} stops"))

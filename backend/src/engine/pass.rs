@@ -14,12 +14,13 @@ use std::time::Instant;
 
 use super::bounce::Bounce;
 use super::caches::Caches;
-use super::chain::Chain;
+use super::chain::{Chain, ChainFault};
 use super::flights::{Flight, Flights};
 use super::guest::Guest;
 use super::keeper::Orphans;
 use super::request::{Disk, Job, Operation, RequestFault, Status, Ticket, parse};
 use super::ring::{Ring, State};
+use super::seat::{Post, Seat};
 use super::statistics::Counters;
 use crate::driver::{Command, Completion, Outcome, Queue};
 use crate::log_limit::LogLimit;
@@ -36,14 +37,6 @@ enum OwnFlush {
     Wanted,
     Submitted,
     Over(bool),
-}
-
-/// A virtqueue's place with its worker.
-#[derive(Default)]
-pub(super) struct Seat {
-    /// SET_VRING_ENABLE; outlives the ring.
-    pub(super) enabled: bool,
-    pub(super) ring: Option<Ring>,
 }
 
 /// Everything of a worker but its thread and its device queue.
@@ -67,13 +60,6 @@ pub(super) struct Path {
     /// Names the rings in the log: virtqueue = seat × workers + worker.
     worker: usize,
     workers: usize,
-}
-
-/// Which worker of how many, with how many rings.
-pub(super) struct Post {
-    pub(super) worker: usize,
-    pub(super) workers: usize,
-    pub(super) seats: usize,
 }
 
 /// How far a submission came.
@@ -226,9 +212,13 @@ impl Path {
         let count = offered.min(ring.queue.size() - ring.in_flight);
         for _ in 0..count {
             let Some(ring) = &mut self.seats[seat].ring else { break };
-            if let Err(broken) = ring.queue.take(&mut self.guest, &mut self.chain) {
-                self.fail_ring(seat, &broken);
-                break;
+            match ring.queue.take(&mut self.guest, &mut self.chain) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(broken) => {
+                    self.fail_ring(seat, &broken);
+                    break;
+                }
             }
             ring.in_flight += 1;
             // Not `Option::as_deref_mut`: the reborrow must be as short as the call.
@@ -379,9 +369,16 @@ impl Path {
     #[cold]
     fn log_fault(&mut self, seat: usize, fault: &RequestFault) {
         let virtqueue = self.virtqueue(seat);
-        if let Some(suppressed) = self.limit.admit(Instant::now()) {
-            log::warn!("virtqueue {virtqueue}: request refused: {fault} ({suppressed} such lines left out before)");
-        }
+        let Some(suppressed) = self.limit.admit(Instant::now()) else { return };
+        // The likeliest cause is not the guest's: RAM that it has and the front-end does not share with us.
+        let hint = match fault {
+            RequestFault::Memory { .. } | RequestFault::Chain(ChainFault::IndirectMemory(_)) => format!(
+                "; shared is {}: if the guest has RAM there, such as a DIMM or a NUMA node, give its memory backend share=on",
+                self.guest.table()
+            ),
+            _ => String::new(),
+        };
+        log::warn!("virtqueue {virtqueue}: request refused: {fault}{hint} ({suppressed} such lines left out before)");
     }
 
     #[cold]

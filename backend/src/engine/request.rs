@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::chain::{Chain, ChainFault};
+use super::chain::{Chain, ChainFault, Head};
 use super::guest::Guest;
 use super::ranges::{self, Kind, RangeLimits};
 use crate::addr::{Gpa, Iova, Span};
@@ -191,7 +191,7 @@ impl Disk {
 #[must_use = "a chain taken must come back in the used ring"]
 #[derive(Debug)]
 pub struct Ticket {
-    head: u16,
+    head: Head,
     status: Option<Gpa>,
 }
 
@@ -205,7 +205,7 @@ impl Ticket {
 
     /// Ends the debt: the caller puts the head returned into the used ring, or gives the ring up.
     #[inline]
-    pub fn settle(self) -> u16 {
+    pub fn settle(self) -> Head {
         let head = self.head;
         std::mem::forget(self);
         head
@@ -214,7 +214,7 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        log::error!("bug: the request at descriptor {} was dropped without an answer", self.head);
+        log::error!("bug: the request at descriptor {} was dropped without an answer", self.head.id());
         debug_assert!(std::thread::panicking(), "a request was dropped without an answer");
     }
 }
@@ -387,11 +387,11 @@ mod tests {
     #[cfg(debug_assertions)]
     #[should_panic(expected = "dropped without an answer")]
     fn a_request_dropped_without_an_answer_is_a_bug_that_says_so() {
-        drop(Ticket { head: 3, status: None });
+        drop(Ticket { head: Head::new(3, 1), status: None });
     }
 
     #[test]
     fn a_request_that_is_settled_may_go() {
-        assert_eq!(Ticket { head: 3, status: None }.settle(), 3);
+        assert_eq!(Ticket { head: Head::new(3, 1), status: None }.settle().id(), 3);
     }
 }

@@ -16,7 +16,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
 use super::statistics::Counters;
-use super::virtqueue::SplitRing;
+use super::virtqueue::Virtqueue;
 use super::{EngineError, RingSetup};
 use crate::memory::MemTable;
 use crate::sys::Poller;
@@ -31,7 +31,7 @@ pub(super) enum State {
 
 /// A started ring.
 pub(super) struct Ring {
-    pub(super) queue: SplitRing,
+    pub(super) queue: Virtqueue,
     pub(super) state: State,
     /// Chains taken and not yet given back.
     pub(super) in_flight: u16,
@@ -45,7 +45,7 @@ pub(super) struct Ring {
 impl Ring {
     /// Resolves the ring's memory and starts to watch its kicks under `token`.
     pub(super) fn start(setup: RingSetup, table: &MemTable, poller: &Poller, token: u64) -> Result<Self, EngineError> {
-        let queue = SplitRing::new(&setup, table)?;
+        let queue = Virtqueue::new(&setup, table)?;
         queue.disarm();
         let areas = [setup.desc, setup.avail, setup.used];
         let mut ring = Self { queue, state: State::Serving, in_flight: 0, areas, kick: None, call: None, err: None };

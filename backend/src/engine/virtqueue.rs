@@ -1,19 +1,16 @@
-//! The split virtqueue, device side (virtio 1.2 §2.7). The three areas are resolved to windows once, when the ring
-//! starts; after that a ring is four indices and reads of shared memory, each word read once.
+//! A virtqueue, device side, in either of its layouts: split (virtio 1.2 §2.7) or packed (§2.8). What the rest of the
+//! engine sees is the same for both, and stands here; what is peculiar to one stands in [`super::split`] or
+//! [`super::packed`].
 //!
-//! The ring knows nothing of requests: it hands out [`Chain`]s of *claimed* buffers, takes back heads and lengths, and
-//! says when the driver wants to be told. All that is peculiar to the split layout stands in this file and in
-//! [`super::chain`].
-//!
-//! ```text
-//!   published ≤ next_used              used entries the driver sees, used entries written so far
-//!   next_avail ≤ avail.idx             taken so far, offered so far; at most `size` apart
-//! ```
+//! A ring knows nothing of requests: it hands out [`Chain`]s of *claimed* buffers, takes back their heads with lengths, and
+//! says when the driver wants to be told.
 
-use std::sync::atomic::{Ordering, fence};
+use std::fmt;
 
-use super::chain::{Chain, Descriptor, Walk};
+use super::chain::{Chain, Head};
 use super::guest::Guest;
+use super::packed::PackedRing;
+use super::split::SplitRing;
 use super::{EngineError, RingSetup};
 use crate::addr::{Address, Gpa, Span};
 use crate::memory::MemTable;
@@ -21,14 +18,84 @@ use crate::sys::Window;
 
 /// Largest ring this device offers; also the longest indirect table it takes.
 pub const MAX_SIZE: u16 = 1024;
-/// VIRTQ_AVAIL_F_NO_INTERRUPT, virtio 1.2 §2.7.6.
-const AVAIL_F_NO_INTERRUPT: u16 = 1;
-/// VIRTQ_USED_F_NO_NOTIFY, virtio 1.2 §2.7.8.
-const USED_F_NO_NOTIFY: u16 = 1;
-/// `idx` follows `flags` in both rings, virtio 1.2 §2.7.6 and §2.7.8.
-const IDX: usize = 2;
-/// The entries follow `idx`.
-const RING: usize = 4;
+
+/// How a virtqueue lies in memory: `VIRTIO_F_RING_PACKED` decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// Three areas, each written by one side (virtio 1.2 §2.7).
+    Split,
+    /// One ring that both sides write, and a structure each for notifications (virtio 1.2 §2.8).
+    Packed,
+}
+
+/// One of a ring's three areas.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Area {
+    /// What the specification calls it.
+    pub name: &'static str,
+    /// Its size.
+    pub bytes: u64,
+    /// What its address must be a multiple of.
+    pub alignment: u64,
+}
+
+impl Layout {
+    /// True if a ring can have this many descriptors.
+    #[must_use]
+    pub fn allows(self, size: u16) -> bool {
+        (1..=MAX_SIZE).contains(&size) && (self == Self::Packed || size.is_power_of_two())
+    }
+
+    /// Which sizes are allowed, in words.
+    #[must_use]
+    pub fn sizes(self) -> &'static str {
+        match self {
+            Self::Split => "a power of two from 1 to 1024",
+            Self::Packed => "a number from 1 to 1024",
+        }
+    }
+
+    /// What SET_VRING_BASE says of a ring that has never run: index 0, and for a packed ring both wrap counters 1
+    /// (virtio 1.2 §2.8.1).
+    #[must_use]
+    pub fn first_base(self) -> u32 {
+        match self {
+            Self::Split => 0,
+            Self::Packed => 0x8000_8000,
+        }
+    }
+
+    /// The areas in the order descriptors, driver, device.
+    #[must_use]
+    pub fn areas(self, size: u16, event_idx: bool) -> [Area; 3] {
+        let entries = u64::from(size);
+        let event = if event_idx { 2 } else { 0 };
+        let area = |name, bytes, alignment| Area { name, bytes, alignment };
+        match self {
+            // virtio 1.2 §2.7
+            Self::Split => [
+                area("descriptor table", 16 * entries, 16),
+                area("avail ring", 4 + 2 * entries + event, 2),
+                area("used ring", 4 + 8 * entries + event, 4),
+            ],
+            // virtio 1.2 §2.8.10.1
+            Self::Packed => [
+                area("descriptor ring", 16 * entries, 16),
+                area("driver event suppression structure", 4, 4),
+                area("device event suppression structure", 4, 4),
+            ],
+        }
+    }
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Split => "split",
+            Self::Packed => "packed",
+        })
+    }
+}
 
 /// The driver has broken the ring's own rules; nothing in the ring can be believed any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -51,164 +118,133 @@ pub enum Broken {
         /// Ring size.
         size: u16,
     },
+    /// A chain of a packed ring runs into descriptors that the device has not given back. Its last descriptor, which
+    /// carries its name (virtio 1.2 §2.8.6), does not exist.
+    #[error("the chain at descriptor {slot} does not end within the {room} descriptors that the driver owns")]
+    Endless {
+        /// Where it starts.
+        slot: u16,
+        /// Descriptors that the driver could have used.
+        room: u16,
+    },
 }
 
-/// One running split virtqueue.
-pub struct SplitRing {
-    desc: Window,
-    avail: Window,
-    used: Window,
-    size: u16,
-    event_idx: bool,
-    indirect: bool,
-    next_avail: u16,
-    next_used: u16,
-    published: u16,
-    /// used.idx when the driver was last considered for a notification; `None` until the first time.
-    considered: Option<u16>,
+/// One running virtqueue.
+pub enum Virtqueue {
+    /// See [`Layout::Split`].
+    Split(SplitRing),
+    /// See [`Layout::Packed`].
+    Packed(PackedRing),
 }
 
-impl SplitRing {
-    /// Finds the three areas in `table`. The used index goes on from where the used ring stands.
+/// One line for both layouts.
+macro_rules! either {
+    ($self:ident, $ring:ident => $call:expr) => {
+        match $self {
+            Self::Split($ring) => $call,
+            Self::Packed($ring) => $call,
+        }
+    };
+}
+
+impl Virtqueue {
+    /// Finds the three areas in `table`, and goes on where `setup` says.
     ///
     /// # Errors
-    /// [`EngineError::RingSize`] or [`EngineError::RingArea`] if the ring could not be served without touching memory it
-    /// does not own.
+    /// [`EngineError::RingSize`], [`EngineError::RingArea`] or [`EngineError::RingBase`] if the ring could not be served
+    /// without touching memory it does not own.
     pub fn new(setup: &RingSetup, table: &MemTable) -> Result<Self, EngineError> {
-        let (index, size) = (setup.index, setup.size);
-        if !size.is_power_of_two() || size > MAX_SIZE {
-            return Err(EngineError::RingSize { index, size });
+        let RingSetup { index, size, layout, .. } = *setup;
+        if !layout.allows(size) {
+            return Err(EngineError::RingSize { index, size, layout });
         }
-        let entries = u64::from(size);
-        let event = if setup.event_idx { 2 } else { 0 };
-        let area = |name, span: Span<Gpa>, bytes: u64, alignment| {
-            let refused = || EngineError::RingArea { index, name, span, bytes, alignment };
-            let exact = span.slice(0, bytes).filter(|span| span.start().is_aligned(alignment)).ok_or_else(refused)?;
-            let (window, offset) = table.window(exact, &mut 0).ok_or_else(refused)?;
-            let len = usize::try_from(bytes).map_err(|_| refused())?;
-            window.slice(offset, len).ok_or_else(refused)
-        };
-        // Sizes and alignments: virtio 1.2 §2.7.
-        let desc = area("descriptor table", setup.desc, 16 * entries, 16)?;
-        let avail = area("avail ring", setup.avail, 4 + 2 * entries + event, 2)?;
-        let used = area("used ring", setup.used, 4 + 8 * entries + event, 4)?;
-        let next_used = used.read_u16(IDX);
-        Ok(Self {
-            desc,
-            avail,
-            used,
-            size,
-            event_idx: setup.event_idx,
-            indirect: setup.indirect,
-            next_avail: setup.base,
-            next_used,
-            published: next_used,
-            considered: None,
-        })
+        match layout {
+            Layout::Split => SplitRing::new(setup, table).map(Self::Split),
+            Layout::Packed => PackedRing::new(setup, table).map(Self::Packed),
+        }
     }
 
     /// Number of descriptors.
     #[inline]
     #[must_use]
     pub fn size(&self) -> u16 {
-        self.size
+        either!(self, ring => ring.size())
     }
 
-    /// Next avail index to take.
+    /// Where to go on, as GET_VRING_BASE has it.
     #[must_use]
-    pub fn next_avail(&self) -> u16 {
-        self.next_avail
+    pub fn base(&self) -> u32 {
+        either!(self, ring => ring.base())
     }
 
-    /// How many chains are offered and not yet taken. What the driver wrote before it offered them is visible afterwards.
+    /// How many chains may be taken now, at most: 0 if there is none. What the driver wrote before it offered them is
+    /// visible afterwards.
     ///
     /// # Errors
     /// [`Broken`]
     #[inline]
     pub fn available(&self) -> Result<u16, Broken> {
-        let offered = self.avail.load_acquire_u16(IDX);
-        let count = offered.wrapping_sub(self.next_avail);
-        if count > self.size {
-            return Err(Broken::AvailIndex { taken: self.next_avail, offered, size: self.size });
+        match self {
+            Self::Split(ring) => ring.available(),
+            Self::Packed(ring) => Ok(ring.available()),
         }
-        Ok(count)
     }
 
-    /// Takes the next chain; the caller has learnt from [`Self::available`] that there is one.
+    /// Takes the next chain; false if there is none after all. No more may be taken than [`Self::available`] said.
     ///
     /// # Errors
     /// [`Broken`]; nothing has been taken.
     #[inline]
-    pub fn take(&mut self, guest: &mut Guest, chain: &mut Chain) -> Result<(), Broken> {
-        let head = self.avail.read_u16(RING + 2 * self.slot(self.next_avail));
-        if head >= self.size {
-            return Err(Broken::Head { head, size: self.size });
+    pub fn take(&mut self, guest: &mut Guest, chain: &mut Chain) -> Result<bool, Broken> {
+        match self {
+            Self::Split(ring) => ring.take(guest, chain).map(|()| true),
+            Self::Packed(ring) => ring.take(guest, chain),
         }
-        self.next_avail = self.next_avail.wrapping_add(1);
-        let walk = Walk { size: self.size, indirect: self.indirect, longest_table: MAX_SIZE };
-        let desc = &self.desc;
-        chain.fill(head, &walk, |index| desc.read::<Descriptor>(16 * usize::from(index)), guest);
-        Ok(())
     }
 
     /// Gives a chain back with `len` bytes written to it. The driver sees it after [`Self::publish`].
     #[inline]
-    pub fn push_used(&mut self, head: u16, len: u32) {
-        let offset = RING + 8 * self.slot(self.next_used);
-        self.used.write_u32(offset, u32::from(head));
-        self.used.write_u32(offset + 4, len);
-        self.next_used = self.next_used.wrapping_add(1);
+    pub fn push_used(&mut self, head: Head, len: u32) {
+        either!(self, ring => ring.push_used(head, len));
     }
 
     /// True if there is something to publish.
     #[inline]
     #[must_use]
     pub fn has_unpublished(&self) -> bool {
-        self.next_used != self.published
+        either!(self, ring => ring.has_unpublished())
     }
 
     /// Shows the driver every chain given back so far; true if it wants to be notified.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        self.used.store_release_u16(IDX, self.next_used);
-        self.published = self.next_used;
-        // The driver writes its wish, then looks at used.idx; we write used.idx, then look at its wish. Without a full
-        // fence both could miss the other (virtio 1.2 §2.7.7.1).
-        fence(Ordering::SeqCst);
-        if !self.event_idx {
-            return self.avail.read_u16(0) & AVAIL_F_NO_INTERRUPT == 0;
-        }
-        let before = self.considered.replace(self.next_used);
-        let used_event = self.avail.read_u16(RING + 2 * usize::from(self.size));
-        // virtio 1.2 §2.7.10: notify if used_event lies among the entries added since `before`.
-        before.is_none_or(|before| {
-            self.next_used.wrapping_sub(used_event).wrapping_sub(1) < self.next_used.wrapping_sub(before)
-        })
+        either!(self, ring => ring.publish())
     }
 
     /// Asks the driver for a kick at the next chain. One that came in meanwhile gets none, so the caller must look once
     /// more before it sleeps.
     pub fn arm(&self) {
-        if self.event_idx {
-            self.used.write_u16(RING + 8 * usize::from(self.size), self.next_avail);
-        } else {
-            self.used.write_u16(0, 0);
-        }
-        // The counterpart of the fence in `publish`: our wish first, then a last look.
-        fence(Ordering::SeqCst);
+        either!(self, ring => ring.arm());
     }
 
-    /// Tells the driver that kicks are not needed while we look by ourselves. With EVENT_IDX there is nothing to write:
-    /// an avail_event left behind stays silent until the index comes round again.
+    /// Tells the driver that kicks are not needed while we look by ourselves.
     pub fn disarm(&self) {
-        if !self.event_idx {
-            self.used.write_u16(0, USED_F_NO_NOTIFY);
-        }
+        either!(self, ring => ring.disarm());
     }
+}
 
-    /// Place of a free-running index in a ring.
-    #[inline]
-    fn slot(&self, index: u16) -> usize {
-        usize::from(index & (self.size - 1))
-    }
+/// Finds the areas of a ring in guest memory.
+pub(super) fn windows(setup: &RingSetup, table: &MemTable) -> Result<[Window; 3], EngineError> {
+    let [desc, driver, device] = setup.layout.areas(setup.size, setup.event_idx);
+    let find = |area, span| window(setup.index, area, span, table);
+    Ok([find(desc, setup.desc)?, find(driver, setup.avail)?, find(device, setup.used)?])
+}
+
+fn window(index: usize, area: Area, span: Span<Gpa>, table: &MemTable) -> Result<Window, EngineError> {
+    let Area { name, bytes, alignment } = area;
+    let refused = || EngineError::RingArea { index, name, span, bytes, alignment };
+    let exact = span.slice(0, bytes).filter(|span| span.start().is_aligned(alignment)).ok_or_else(refused)?;
+    let (window, offset) = table.window(exact, &mut 0).ok_or_else(refused)?;
+    let len = usize::try_from(bytes).map_err(|_| refused())?;
+    window.slice(offset, len).ok_or_else(refused)
 }

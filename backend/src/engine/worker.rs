@@ -47,7 +47,7 @@ enum Device {
 
 /// An order that is answered when something in flight has ended.
 enum Promise {
-    Stop(usize, Sender<Option<u16>>),
+    Stop(usize, Sender<Option<u32>>),
     Withdraw(Arc<[Span<Gpa>]>, Sender<()>),
     Flush(Sender<bool>),
 }
@@ -260,7 +260,7 @@ impl Worker {
         Ok(())
     }
 
-    fn stop(&mut self, seat: usize, answer: Sender<Option<u16>>) {
+    fn stop(&mut self, seat: usize, answer: Sender<Option<u32>>) {
         match &mut self.path.seats[seat].ring {
             None => tell(&answer, None),
             Some(ring) => {
@@ -293,7 +293,7 @@ impl Worker {
                     Some(mut ring) => {
                         ring.unwatch(&self.poller);
                         ring.queue.arm(); // whoever serves it next expects kicks
-                        tell(&answer, Some(ring.queue.next_avail()));
+                        tell(&answer, Some(ring.queue.base()));
                     }
                     None => self.promises.push(Promise::Stop(seat, answer)),
                 },

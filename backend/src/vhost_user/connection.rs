@@ -2,17 +2,18 @@
 //! there, so that nothing a front-end sends, or stops sending, can block the control thread.
 //!
 //! The codec reads with blocking calls, retries where it should give up (more than 32 descriptors), and does not know
-//! `SET_STATUS` and `GET_STATUS`. So each message is peeked at first:
+//! `SET_STATUS` and `GET_STATUS`; and it would wait for an acknowledgement on the back-end's own channel. So each message is peeked at first:
 //!
 //! ```text
 //!            ┌─ not complete ──────────▶ come back when more has arrived
 //!  peek ─────┼─ no message, or hostile ▶ end of the conversation
-//!            ├─ SET_STATUS GET_STATUS ─▶ answered here
+//!            ├─ SET_STATUS GET_STATUS SET_BACKEND_REQ_FD ─▶ answered here
 //!            └─ anything else ─────────▶ codec ─▶ Session
 //! ```
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -24,7 +25,7 @@ use vhost::vhost_user::message::FrontendReq;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::error::MAX_MESSAGE;
-use super::features::ProtocolFeatures;
+use super::features::{Names, ProtocolFeatures};
 use super::peer::Peer;
 use super::session::Session;
 use super::{Device, Error};
@@ -138,6 +139,7 @@ impl<'d> Connection<'d> {
         match FrontendReq::try_from(header.request) {
             Ok(FrontendReq::SET_STATUS) => self.set_status(header)?,
             Ok(FrontendReq::GET_STATUS) => self.get_status(header)?,
+            Ok(FrontendReq::SET_BACKEND_REQ_FD) => self.set_backend_channel(header)?,
             _ => return self.decode(header),
         }
         Ok(Progress::Served)
@@ -210,8 +212,34 @@ impl<'d> Connection<'d> {
     }
 
     fn set_status(&mut self, header: Header) -> Result<(), Error> {
-        let status = u64::from_ne_bytes(self.take(header)?);
+        self.expect(header, ProtocolFeatures::STATUS)?;
+        let status = u64::from_ne_bytes(self.take(header, &mut RecvAncillaryBuffer::default())?);
         let done = self.session().set_status(status);
+        self.acknowledge(header, done)
+    }
+
+    fn set_backend_channel(&mut self, header: Header) -> Result<(), Error> {
+        self.expect(header, ProtocolFeatures::BACKEND_REQ)?;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let [] = self.take(header, &mut control)?;
+        // There may be room for two: control messages are padded.
+        let mut sockets: Vec<OwnedFd> = Vec::new();
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                sockets.extend(fds);
+            }
+        }
+        let what = "not one file descriptor";
+        let (Some(socket), true) = (sockets.pop(), sockets.is_empty()) else {
+            return Err(Error::Descriptors { request: header.name(), what });
+        };
+        let done = self.session().set_channel(socket);
+        self.acknowledge(header, done)
+    }
+
+    /// Logs a refusal, and tells the front-end how it went if it wants to know.
+    fn acknowledge(&self, header: Header, done: Result<(), Error>) -> Result<(), Error> {
         if let Err(error) = &done {
             log::error!("refused: {error}");
         }
@@ -223,27 +251,33 @@ impl<'d> Connection<'d> {
     }
 
     fn get_status(&mut self, header: Header) -> Result<(), Error> {
-        let [] = self.take(header)?;
+        self.expect(header, ProtocolFeatures::STATUS)?;
+        let [] = self.take(header, &mut RecvAncillaryBuffer::default())?;
         let status = self.session().status();
         self.reply(header, status)
     }
 
-    /// Takes the message whose header has been seen; its payload has `N` bytes and no descriptors.
-    fn take<const N: usize>(&self, header: Header) -> Result<[u8; N], Error> {
-        if !self.session().protocol().contains(ProtocolFeatures::STATUS) {
-            return Err(header.malformed("protocol feature STATUS has not been negotiated"));
+    /// Refuses a message that belongs to a feature which was not agreed on.
+    fn expect(&self, header: Header, feature: ProtocolFeatures) -> Result<(), Error> {
+        if self.session().protocol().contains(feature) {
+            return Ok(());
         }
+        Err(header.malformed(format!("protocol feature {} has not been negotiated", Names(feature))))
+    }
+
+    /// Takes the message whose header has been seen; its payload has `N` bytes, and descriptors go to `control`.
+    fn take<const N: usize>(&self, header: Header, control: &mut RecvAncillaryBuffer<'_>) -> Result<[u8; N], Error> {
         if header.flags & !NEED_REPLY != VERSION_1 || header.size as usize != N {
             return Err(header.malformed(format!("flags {:#x} size {}", header.flags, header.size)));
         }
         let mut message = [0; HEADER_SIZE + 8];
         let message = &mut message[..HEADER_SIZE + N];
         let mut iov = [IoSliceMut::new(message)];
-        // No room for descriptors: should any have come, the kernel closes them.
-        let taken = recvmsg(&self.socket, &mut iov, &mut RecvAncillaryBuffer::default(), RecvFlags::DONTWAIT)
-            .map_err(Error::system("receive"))?;
+        // Descriptors that there is no room for are closed by the kernel.
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let taken = recvmsg(&self.socket, &mut iov, control, flags).map_err(Error::system("receive"))?;
         if taken.bytes != HEADER_SIZE + N || taken.flags.contains(ReturnFlags::CTRUNC) {
-            return Err(Error::Descriptors { request: header.name(), what: "file descriptors where none belong" });
+            return Err(Error::Descriptors { request: header.name(), what: "more file descriptors than belong there" });
         }
         Ok(*message[HEADER_SIZE..].first_chunk().expect("N bytes"))
     }

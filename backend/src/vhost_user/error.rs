@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::addr::{Bytes, Gpa, Qva, Span};
-use crate::engine::EngineError;
+use crate::engine::{EngineError, Layout};
 use crate::hardware::MapError;
 use crate::memory::RegionError;
 
@@ -103,6 +103,11 @@ pub enum Error {
         /// The features.
         names: String,
     },
+    /// The guest's addresses were to be translated by a virtual IOMMU.
+    #[error(
+        "SET_FEATURES acknowledges ACCESS_PLATFORM, which was not offered: addresses are taken as guest-physical, a virtual IOMMU is not served; leave out iommu_platform=on and ats=on"
+    )]
+    AccessPlatform,
     /// A request for something that is not offered.
     #[error("{0} belongs to a protocol feature that is not offered")]
     NotImplemented(&'static str),
@@ -117,13 +122,15 @@ pub enum Error {
         /// Offered.
         queues: u16,
     },
-    /// A queue size that no split ring can have, or that is larger than what is served.
-    #[error("virtqueue {index}: size {size} is not a power of two from 1 to {}", crate::vhost_user::ring::MAX_SIZE)]
+    /// A queue size that no ring of its layout can have, or that is larger than what is served.
+    #[error("virtqueue {index}: the size of a {layout} ring is {}, not {size}; change queue-size", layout.sizes())]
     RingSize {
         /// The queue.
         index: usize,
         /// Asked for.
         size: u32,
+        /// Split or packed.
+        layout: Layout,
     },
     /// An index that does not fit a split ring.
     #[error("virtqueue {index}: first index {base} does not fit the 16 bits of a split ring")]
@@ -134,7 +141,7 @@ pub enum Error {
         base: u32,
     },
     /// A ring part at an address that the specification rules out.
-    #[error("virtqueue {index}: {part} at {address} is not aligned to {alignment} bytes (virtio 1.2 §2.7)")]
+    #[error("virtqueue {index}: {part} at {address} is not aligned to {alignment} bytes (virtio 1.2 §2.7, §2.8)")]
     RingAlignment {
         /// The queue.
         index: usize,

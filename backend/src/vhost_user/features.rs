@@ -14,8 +14,9 @@
 //! | ring | offered | because |
 //! |---|---|---|
 //! | `INDIRECT_DESC`, `EVENT_IDX` | always | the engine does both |
+//! | `RING_PACKED` | always | both layouts are served |
 //! | `VERSION_1` | always | a modern device |
-//! | `PACKED`, `ACCESS_PLATFORM` | never | no packed rings, no IOTLB messages |
+//! | `ACCESS_PLATFORM` | never | no IOTLB messages |
 //! | `LOG_ALL` | never | the device's own writes to memory would escape the log |
 //!
 //! | protocol | because |
@@ -25,16 +26,22 @@
 //! | `CONFIG` | vhost-user-blk does not start without it |
 //! | `CONFIGURE_MEM_SLOTS` | memory comes and goes one region at a time |
 //! | `RESET_DEVICE`, `STATUS` | a guest's reset reaches the rings |
+//! | `BACKEND_REQ` | the guest learns of a new size of the disk while it runs |
+//! | `GPA_ADDRESSES` | guest addresses are what the device is given; the front-end's own need not be told |
 //!
-//! Bits 14, 17 and 21 (`INBAND_NOTIFICATIONS`, `XEN_MMAP`, `GPA_ADDRESSES`) would be acknowledged by QEMU if they were
-//! offered, and change the meaning of other messages.
+//! Bits 14 and 17 (`INBAND_NOTIFICATIONS`, `XEN_MMAP`) would be acknowledged by QEMU if they were offered, and change the
+//! meaning of other messages.
 
 use std::fmt;
 
 use bitflags::{Flags, bitflags};
 
 use crate::driver::Geometry;
+use crate::engine::Layout;
 use crate::engine::ranges::RangeLimits;
+
+/// `VIRTIO_F_ACCESS_PLATFORM`, which is never offered: descriptors would hold addresses that a virtual IOMMU translates.
+pub(super) const ACCESS_PLATFORM: u64 = 1 << 33;
 
 bitflags! {
     /// Feature bits of the virtio device (virtio 1.2 §5.2.3, §6).
@@ -68,6 +75,8 @@ bitflags! {
         const PROTOCOL_FEATURES = 1 << 30;
         /// `VIRTIO_F_VERSION_1`
         const VERSION_1 = 1 << 32;
+        /// `VIRTIO_F_RING_PACKED`
+        const RING_PACKED = 1 << 34;
     }
 }
 
@@ -79,6 +88,8 @@ bitflags! {
         const MQ = 1;
         /// A request may ask for an acknowledgement.
         const REPLY_ACK = 1 << 3;
+        /// A second socket, for messages that the back-end starts.
+        const BACKEND_REQ = 1 << 5;
         /// Configuration space by message.
         const CONFIG = 1 << 9;
         /// The `RESET_DEVICE` message.
@@ -87,6 +98,8 @@ bitflags! {
         const CONFIGURE_MEM_SLOTS = 1 << 15;
         /// The device status by message.
         const STATUS = 1 << 16;
+        /// Ring and region addresses are guest-physical ones.
+        const GPA_ADDRESSES = 1 << 21;
     }
 }
 
@@ -101,6 +114,12 @@ impl VirtioFeatures {
         offered.set(Self::DISCARD, RangeLimits::discard(geometry).is_some());
         offered.set(Self::WRITE_ZEROES, RangeLimits::write_zeroes(geometry).is_some());
         offered
+    }
+
+    /// How rings lie in memory under these features.
+    #[must_use]
+    pub fn layout(self) -> Layout {
+        if self.contains(Self::RING_PACKED) { Layout::Packed } else { Layout::Split }
     }
 }
 
@@ -126,6 +145,8 @@ impl<F: Flags<Bits = u64>> fmt::Display for Names<F> {
 
 #[cfg(test)]
 mod tests {
+    use vhost::vhost_user::message::VhostUserProtocolFeatures;
+
     use super::*;
     use crate::vhost_user::config::tests::geometry;
 
@@ -145,9 +166,12 @@ mod tests {
     #[test]
     fn only_implemented_bits_are_offered() {
         let offered = VirtioFeatures::offered(&geometry());
-        // SIZE_MAX SEG_MAX BLK_SIZE FLUSH TOPOLOGY CONFIG_WCE MQ DISCARD WRITE_ZEROES, INDIRECT EVENT_IDX PROTOCOL_FEATURES, VERSION_1.
-        assert_eq!(offered.bits(), 0x7e46 | 7 << 28 | 1 << 32);
-        assert_eq!(ProtocolFeatures::all().bits(), 0x1_a209);
+        // SIZE_MAX SEG_MAX BLK_SIZE FLUSH TOPOLOGY CONFIG_WCE MQ DISCARD WRITE_ZEROES, INDIRECT EVENT_IDX PROTOCOL_FEATURES,
+        // VERSION_1, PACKED.
+        assert_eq!(offered.bits(), 0x7e46 | 7 << 28 | 1 << 32 | 1 << 34);
+        assert_eq!(ProtocolFeatures::all().bits(), 0x21_a229);
+        // The codec gave this bit to another feature once (rust-vmm/vhost#367).
+        assert_eq!(VhostUserProtocolFeatures::GPA_ADDRESSES.bits(), ProtocolFeatures::GPA_ADDRESSES.bits());
     }
 
     #[test]

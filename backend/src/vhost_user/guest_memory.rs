@@ -10,7 +10,7 @@
 //! more than the user may lock. Regions in both tables are not touched, so requests to them go on.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Error;
 use super::error::MAX_SLOTS;
@@ -18,6 +18,10 @@ use crate::addr::{Bytes, Gpa, Span};
 use crate::engine::Engine;
 use crate::hardware::{AddressSpace, MapError};
 use crate::memory::{MemTable, Plan, Region, RegionSpec};
+
+/// Mapping that takes longer than this deserves advice.
+const SLOW: Duration = Duration::from_secs(1);
+const FASTER: &str = "prealloc=on lets QEMU touch its memory before, and hugetlb=on makes fewer pages of it";
 
 /// The memory of the present front-end.
 pub(super) struct GuestMemory<'d> {
@@ -77,7 +81,11 @@ impl<'d> GuestMemory<'d> {
         for region in added {
             let start = Instant::now();
             self.space.add(region)?;
-            log::info!("region {} mapped in {} ms", describe(region), start.elapsed().as_millis());
+            let took = start.elapsed();
+            log::info!("region {} mapped in {} ms", describe(region), took.as_millis());
+            if took >= SLOW {
+                log::warn!("the guest stood still for {} s of mapping; {FASTER}", took.as_secs());
+            }
             done.push(Step::Added(Arc::clone(region)));
         }
         Ok(())

@@ -9,6 +9,7 @@
 //!  sockets    whole messages             meaning └──▶ GuestMemory ──▶ hardware::AddressSpace, engine
 //! ```
 
+mod backend_channel;
 mod config;
 mod connection;
 mod error;
@@ -25,7 +26,7 @@ use std::sync::Arc;
 pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
 pub use listen::{Entrance, Listen};
-pub use server::Server;
+pub use server::{Announcer, Server};
 
 use crate::engine::Engine;
 use crate::hardware::AddressSpace;

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::AsFd;
 
 use crate::addr::Qva;
+use crate::memory::FileId;
 use crate::sys::{Credentials, peer_credentials};
 
 /// The process at the other end of a socket.
@@ -24,12 +25,15 @@ impl Peer {
         Ok(Self { credentials, name })
     }
 
-    /// True if the process is known to see the file with this `inode` at `address` as a private copy: QEMU up to 10 sends
-    /// such memory, although neither we nor the device can reach what the guest has written there.
-    pub(super) fn maps_privately(&self, inode: u64, address: Qva) -> bool {
+    /// True if the process is known to see this file at `address`, or wherever it has mapped it, as a private copy: QEMU up
+    /// to 10 sends such memory, although neither we nor the device can reach what the guest has written there.
+    pub(super) fn maps_privately(&self, file: FileId, address: Option<Qva>) -> bool {
         let Some(pid) = self.credentials.pid else { return false };
         // Not readable for another user, or from another PID namespace; then nothing is known.
-        fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| is_private(&maps, inode, address))
+        fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| match address {
+            Some(address) => is_private(&maps, file.inode(), address),
+            None => is_private_everywhere(&maps, &file.to_string()),
+        })
     }
 }
 
@@ -57,6 +61,18 @@ fn is_private(maps: &str, inode: u64, address: Qva) -> bool {
     private && same_file
 }
 
+/// Looks up all mappings of the file that `/proc/PID/maps` shows as `file`: device and inode.
+fn is_private_everywhere(maps: &str, file: &str) -> bool {
+    let permissions = |line: &str| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let permissions = fields.next()?.to_owned();
+        let found = format!("{} {}", fields.nth(1)?, fields.next()?);
+        (found == file).then_some(permissions)
+    };
+    let mut found = maps.lines().filter_map(permissions).peekable();
+    found.peek().is_some() && found.all(|permissions| permissions.ends_with('p'))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,6 +96,14 @@ mod tests {
         assert!(!is_private(MAPS, 1034, Qva(0x7f00_0040_0000)), "another file");
         assert!(!is_private(MAPS, 1034, Qva(0x1000)), "nothing there");
         assert!(!is_private("no maps\n\n-\n", 0, Qva(0)), "not the format we know");
+    }
+
+    #[test]
+    fn a_file_that_is_mapped_privately_everywhere_is_found_without_an_address() {
+        assert!(is_private_everywhere(MAPS, "00:01 1035"));
+        assert!(!is_private_everywhere(MAPS, "00:01 1034"), "shared");
+        assert!(!is_private_everywhere(MAPS, "00:02 1035"), "another device");
+        assert!(!is_private_everywhere(&MAPS.replace("1035", "1034"), "00:01 1034"), "both");
     }
 
     #[test]

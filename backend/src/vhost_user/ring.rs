@@ -21,13 +21,12 @@ use std::os::fd::OwnedFd;
 use super::Error;
 use super::features::VirtioFeatures;
 use crate::addr::{Address, Gpa, Qva, Span};
-use crate::engine::{Engine, RingSetup};
+use crate::engine::virtqueue::Area;
+use crate::engine::{Engine, Layout, RingSetup};
 use crate::memory::MemTable;
 
-/// Largest ring, entries; what QEMU allows at most.
-pub(super) const MAX_SIZE: u16 = 1024;
-
-/// Where the front-end says the three parts of a ring are.
+/// Where the front-end says the three parts of a ring are. Of a packed ring, `avail` is the driver's event suppression
+/// structure and `used` the device's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Addresses {
     pub(super) desc: Qva,
@@ -55,7 +54,7 @@ impl Kick {
 struct Setup {
     size: Option<u16>,
     addresses: Option<Addresses>,
-    base: u16,
+    base: Option<u32>,
     kick: Option<Kick>,
 }
 
@@ -63,7 +62,8 @@ struct Setup {
 struct Complete {
     size: u16,
     addresses: Addresses,
-    base: u16,
+    /// `None`: as a ring that has never run.
+    base: Option<u32>,
     kick: Kick,
 }
 
@@ -101,23 +101,21 @@ impl Complete {
         Setup { size: Some(self.size), addresses: Some(self.addresses), base: self.base, kick: Some(self.kick) }
     }
 
-    /// Finds the three parts in guest memory (sizes and alignment: virtio 1.2 §2.7).
-    fn areas(&self, index: usize, table: &MemTable) -> Result<[Span<Gpa>; 3], Error> {
+    /// Finds the three parts in guest memory. Room for the event indices is there whether they are used or not.
+    fn areas(&self, index: usize, layout: Layout, table: &MemTable) -> Result<[Span<Gpa>; 3], Error> {
         if table.is_empty() {
             return Err(Error::NoMemory { index });
         }
-        let entries = u64::from(self.size);
-        let find = |part, address: Qva, len, alignment| {
+        let find = |area: Area, address: Qva| {
+            let Area { name: part, bytes: len, alignment } = area;
             let outside = || Error::RingOutside { index, part, address, len, regions: table.to_string() };
             let area = table.gpa(address, len).ok_or_else(outside)?;
             let aligned = area.start().is_aligned(alignment);
             if aligned { Ok(area) } else { Err(Error::RingAlignment { index, part, address, alignment }) }
         };
-        Ok([
-            find("descriptor table", self.addresses.desc, 16 * entries, 16)?,
-            find("available ring", self.addresses.avail, 6 + 2 * entries, 2)?,
-            find("used ring", self.addresses.used, 6 + 8 * entries, 4)?,
-        ])
+        let [desc, driver, device] = layout.areas(self.size, true);
+        let at = self.addresses;
+        Ok([find(desc, at.desc)?, find(driver, at.avail)?, find(device, at.used)?])
     }
 }
 
@@ -148,10 +146,11 @@ impl Ring {
         matches!(self.state, State::Running(_))
     }
 
-    /// SET_VRING_NUM.
-    pub(super) fn set_size(&mut self, size: u32) -> Result<(), Error> {
-        let valid = u16::try_from(size).ok().filter(|size| size.is_power_of_two() && *size <= MAX_SIZE);
-        let size = valid.ok_or(Error::RingSize { index: self.index, size })?;
+    /// SET_VRING_NUM. Before features are known, what either layout allows is taken, and looked at again at the start.
+    pub(super) fn set_size(&mut self, size: u32, layout: Option<Layout>) -> Result<(), Error> {
+        let layout = layout.unwrap_or(Layout::Packed);
+        let valid = u16::try_from(size).ok().filter(|size| layout.allows(*size));
+        let size = valid.ok_or(Error::RingSize { index: self.index, size, layout })?;
         if let State::Running(Running { complete, .. }) = &self.state
             && complete.size == size
         {
@@ -173,10 +172,12 @@ impl Ring {
         self.edit("SET_VRING_ADDR", |setup| setup.addresses = Some(addresses))
     }
 
-    /// SET_VRING_BASE.
-    pub(super) fn set_base(&mut self, base: u32) -> Result<(), Error> {
-        let base = u16::try_from(base).map_err(|_| Error::RingBase { index: self.index, base })?;
-        self.edit("SET_VRING_BASE", |setup| setup.base = base)
+    /// SET_VRING_BASE. What a packed ring makes of it depends on its size, so that is looked at when the ring starts.
+    pub(super) fn set_base(&mut self, base: u32, layout: Option<Layout>) -> Result<(), Error> {
+        if layout == Some(Layout::Split) && u16::try_from(base).is_err() {
+            return Err(Error::RingBase { index: self.index, base });
+        }
+        self.edit("SET_VRING_BASE", |setup| setup.base = Some(base))
     }
 
     fn edit(&mut self, what: &'static str, change: impl FnOnce(&mut Setup)) -> Result<(), Error> {
@@ -241,15 +242,17 @@ impl Ring {
         if !self.enabled && features.contains(VirtioFeatures::PROTOCOL_FEATURES) {
             return Ok(false);
         }
-        let areas = complete.areas(self.index, around.table)?;
+        let layout = features.layout();
+        let areas = complete.areas(self.index, layout, around.table)?;
         let [desc, avail, used] = areas;
         around.engine.start_ring(RingSetup {
             index: self.index,
+            layout,
             size: complete.size,
             desc,
             avail,
             used,
-            base: complete.base,
+            base: complete.base.unwrap_or(layout.first_base()),
             event_idx: features.contains(VirtioFeatures::EVENT_IDX),
             indirect: features.contains(VirtioFeatures::INDIRECT_DESC),
             kick: complete.kick.duplicate().map_err(Error::system("duplicate a kick descriptor"))?,
@@ -270,26 +273,29 @@ impl Ring {
             return Ok(());
         }
         log::warn!("virtqueue {} waits: its memory is being taken away", self.index);
-        complete.base = engine.stop_ring(self.index)?.unwrap_or(complete.base);
+        complete.base = engine.stop_ring(self.index)?.or(complete.base);
         if let State::Running(Running { complete, .. }) = std::mem::take(&mut self.state) {
             self.state = State::Complete(complete);
         }
         Ok(())
     }
 
-    /// GET_VRING_BASE: drains and stops the ring and returns its next index. The next kick starts it again.
-    pub(super) fn stop(&mut self, engine: &Engine) -> Result<u16, Error> {
+    /// GET_VRING_BASE: drains and stops the ring and returns where to go on, if that was ever said. The next kick starts it
+    /// again.
+    pub(super) fn stop(&mut self, engine: &Engine) -> Result<Option<u32>, Error> {
         let stopped = if self.is_running() { engine.stop_ring(self.index) } else { Ok(None) };
         let mut setup = match std::mem::take(&mut self.state) {
             State::Setup(setup) => setup,
             State::Complete(complete) | State::Running(Running { complete, .. }) => complete.into_setup(),
         };
         setup.kick = None;
-        let known = setup.base;
-        let base = stopped.map(|next| next.unwrap_or(known));
-        setup.base = *base.as_ref().unwrap_or(&known);
+        if let Ok(Some(next)) = stopped {
+            setup.base = Some(next);
+        }
+        let base = setup.base;
         self.state = State::Setup(setup);
-        Ok(base?)
+        stopped?;
+        Ok(base)
     }
 
     /// Back to the beginning, but for the call and error descriptors.

@@ -9,7 +9,10 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
 
 use super::connection::{Connection, Progress};
 use super::listen::{Entrance, Listener, Socket};
@@ -20,6 +23,7 @@ use crate::sys::Poller;
 const STOP: u64 = 0;
 const LISTENER: u64 = 1;
 const FRONT_END: u64 = 2;
+const NOTICE: u64 = 3;
 
 /// How long to leave the listening socket alone after `accept` has failed for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -28,6 +32,22 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Server {
     entrance: Entrance,
     device: Device,
+    notice: Arc<OwnedFd>,
+}
+
+/// Tells a server's control thread, from any other, what a front-end should know.
+#[derive(Clone)]
+pub struct Announcer {
+    notice: Arc<OwnedFd>,
+}
+
+impl Announcer {
+    /// The disk's configuration space reads differently now: its size has changed, say. The front-end is told if there is
+    /// one; one that comes later reads it anyway.
+    pub fn config_changed(&self) {
+        // Full (EAGAIN) is as good as written: the server has not looked yet.
+        let _ = rustix::io::write(&*self.notice, &1_u64.to_ne_bytes());
+    }
 }
 
 /// What a wait has found.
@@ -36,13 +56,23 @@ struct Ready {
     stop: bool,
     listener: bool,
     front_end: bool,
+    notice: bool,
 }
 
 impl Server {
     /// Front-ends that have connected meanwhile are served by [`Self::run`].
+    ///
+    /// # Errors
+    /// The errno of `eventfd`.
+    pub fn new(entrance: Entrance, device: Device) -> Result<Self, Error> {
+        let notice = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::system("eventfd"))?;
+        Ok(Self { entrance, device, notice: Arc::new(notice) })
+    }
+
+    /// For whoever learns that the disk has changed.
     #[must_use]
-    pub fn new(entrance: Entrance, device: Device) -> Self {
-        Self { entrance, device }
+    pub fn announcer(&self) -> Announcer {
+        Announcer { notice: Arc::clone(&self.notice) }
     }
 
     /// Serves front-ends until `stop` becomes readable or, on a connected socket, until the front-end leaves. No ring runs
@@ -53,7 +83,9 @@ impl Server {
     pub fn run(&mut self, stop: OwnedFd) -> Result<(), Error> {
         let poller = Poller::new().map_err(Error::system("epoll_create1"))?;
         poller.add(&stop, STOP).map_err(Error::system("epoll_ctl"))?;
-        let mut serving = Serving { device: &self.device, poller, connection: None, pending: false };
+        poller.add(&*self.notice, NOTICE).map_err(Error::system("epoll_ctl"))?;
+        let (device, notice) = (&self.device, &*self.notice);
+        let mut serving = Serving { device, notice, poller, connection: None, pending: false };
         match &self.entrance.0 {
             Socket::Listening(listener) => {
                 serving.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
@@ -77,6 +109,7 @@ impl Server {
 /// The loop's state.
 struct Serving<'d> {
     device: &'d Device,
+    notice: &'d OwnedFd,
     poller: Poller,
     connection: Option<Connection<'d>>,
     /// The front-end's socket may hold a whole message; its arrival has been reported already.
@@ -118,6 +151,7 @@ impl Serving<'_> {
         let note = |event: crate::sys::Event| match event.token {
             STOP => ready.stop = true,
             LISTENER => ready.listener = true,
+            NOTICE => ready.notice = true,
             _ => ready.front_end = true,
         };
         self.poller.wait(timeout, note).map_err(Error::system("epoll_wait"))?;
@@ -126,6 +160,12 @@ impl Serving<'_> {
 
     /// Serves one message of the front-end, if it may have sent one.
     fn step(&mut self, ready: &Ready) -> Result<(), Error> {
+        if ready.notice {
+            rustix::io::read(self.notice, &mut [0; 8]).map_err(Error::system("read a notice"))?;
+            if let Some(connection) = &self.connection {
+                connection.session().config_changed();
+            }
+        }
         let Some(connection) = &mut self.connection else { return Ok(()) };
         if !self.pending && !ready.front_end {
             return Ok(());

@@ -4,9 +4,10 @@
 //!
 //! A refusal is logged here, with its reason, because the wire carries none.
 
+mod memory;
+
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use rustix::io::{FdFlags, fcntl_setfd};
 use vhost::vhost_user::message::{
@@ -16,13 +17,14 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{GpuBackend, VhostUserBackendReqHandlerMut};
 
-use super::features::{Names, ProtocolFeatures, VirtioFeatures};
+use super::backend_channel::BackendChannel;
+use super::features::{ACCESS_PLATFORM, Names, ProtocolFeatures, VirtioFeatures};
 use super::guest_memory::GuestMemory;
 use super::peer::Peer;
 use super::ring::{Addresses, Ring, Surroundings};
 use super::{Device, Error, config};
-use crate::addr::{Address, Gpa, Qva, Span};
-use crate::memory::{FileId, Plan, RegionSpec};
+use crate::addr::Qva;
+use crate::engine::Layout;
 
 /// The codec's result; its error only says *that* something failed, the reason stays in [`Session::refusal`].
 type Answer<T> = vhost::vhost_user::Result<T>;
@@ -42,6 +44,7 @@ pub(super) struct Session<'d> {
     memory: GuestMemory<'d>,
     rings: Vec<Ring>,
     announced: bool,
+    channel: Option<BackendChannel>,
     refusal: Option<Error>,
     refusals: u32,
 }
@@ -58,6 +61,7 @@ impl<'d> Session<'d> {
             memory: GuestMemory::new(&device.engine, &*device.space),
             rings: (0..usize::from(device.queues)).map(Ring::new).collect(),
             announced: false,
+            channel: None,
             refusal: None,
             refusals: 0,
         }
@@ -87,6 +91,21 @@ impl<'d> Session<'d> {
     pub(super) fn set_status(&mut self, status: u64) -> Result<(), Error> {
         self.status = status;
         if status == 0 { self.reset() } else { Ok(()) }
+    }
+
+    /// SET_BACKEND_REQ_FD.
+    pub(super) fn set_channel(&mut self, socket: OwnedFd) -> Result<(), Error> {
+        self.channel = Some(BackendChannel::new(socket)?);
+        Ok(())
+    }
+
+    /// The disk is not what it was when the front-end read the configuration space: tells it, if it listens.
+    pub(super) fn config_changed(&mut self) {
+        if self.protocol.contains(ProtocolFeatures::CONFIG)
+            && self.channel.as_ref().is_some_and(|it| !it.config_changed())
+        {
+            self.channel = None;
+        }
     }
 
     /// Stops the rings and gives all memory back, whatever happens on the way.
@@ -135,16 +154,6 @@ impl<'d> Session<'d> {
         Ok(())
     }
 
-    /// Carries a change of memory through, with the rings that stand in its way stopped meanwhile.
-    fn change_memory(&mut self, plan: Plan) -> Result<(), Error> {
-        let engine = &self.device.engine;
-        let gone: Vec<Span<Gpa>> = plan.remove.iter().map(|region| region.gpa()).collect();
-        let stopped = self.rings.iter_mut().map(|ring| ring.suspend(engine, &gone)).fold(Ok(()), Result::and);
-        let changed = stopped.and_then(|()| self.memory.apply(plan));
-        self.resume_rings();
-        changed
-    }
-
     /// Starts every ring that has now what it waited for.
     fn resume_rings(&mut self) {
         let around = Surroundings { engine: &self.device.engine, table: self.memory.table(), features: self.features };
@@ -156,39 +165,11 @@ impl<'d> Session<'d> {
         }
     }
 
-    /// Gives the raw numbers of a region their kinds, and turns away memory that the front-end does not share with itself.
-    fn spec(&self, region: &VhostUserMemoryRegion, file: File) -> Result<RegionSpec, Error> {
-        let gpa = guest_range(region)?;
-        let qva = Qva(region.user_addr);
-        let id = FileId::of(&file).map_err(Error::system("fstat of a memory descriptor"))?;
-        if self.peer.maps_privately(id.inode(), qva) {
-            return Err(Error::PrivateMemory { gpa });
-        }
-        Ok(RegionSpec { gpa, qva, offset: region.mmap_offset, file: Arc::new(file) })
-    }
-
-    fn replace_memory(&mut self, regions: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<(), Error> {
-        let files = files.into_iter().map(keep_from_children);
-        let announced = regions.iter().zip(files).map(|(region, file)| self.spec(region, file?));
-        let announced = announced.collect::<Result<Vec<_>, _>>()?;
-        self.change_memory(Plan::replacing(self.memory.table(), announced))
-    }
-
-    fn add_memory(&mut self, region: &VhostUserMemoryRegion, file: File) -> Result<(), Error> {
-        let spec = self.spec(region, keep_from_children(file)?)?;
-        self.change_memory(Plan::adding(self.memory.table(), spec))
-    }
-
-    fn remove_memory(&mut self, region: &VhostUserMemoryRegion) -> Result<(), Error> {
-        let (gpa, qva) = (guest_range(region)?, Qva(region.user_addr));
-        let table = self.memory.table();
-        let plan = Plan::removing(table, gpa, qva);
-        let plan = plan.ok_or_else(|| Error::UnknownRegion { gpa, qva, regions: table.to_string() })?;
-        self.change_memory(plan)
-    }
-
     fn accept_features(&mut self, raw: u64) -> Result<(), Error> {
         let acked = VirtioFeatures::from_bits_retain(raw);
+        if raw & ACCESS_PLATFORM != 0 {
+            return Err(Error::AccessPlatform);
+        }
         let unknown = VirtioFeatures::from_bits_retain(raw & !self.offered.bits());
         if !unknown.is_empty() {
             return Err(Error::NotOffered { what: "SET_FEATURES", names: Names(unknown).to_string() });
@@ -208,14 +189,14 @@ impl<'d> Session<'d> {
         Ok(())
     }
 
+    /// How rings lie in memory, once that has been agreed on.
+    fn layout(&self) -> Option<Layout> {
+        self.features.map(VirtioFeatures::layout)
+    }
+
     fn refuse<T>(&mut self, message: &'static str) -> Answer<T> {
         self.answer(Err(Error::NotImplemented(message)))
     }
-}
-
-fn guest_range(region: &VhostUserMemoryRegion) -> Result<Span<Gpa>, Error> {
-    let (start, len) = (region.guest_phys_addr, region.memory_size);
-    Span::new(Gpa::from_raw(start), len).ok_or(Error::RegionRange { start, len })
 }
 
 /// The codec receives descriptors without close-on-exec.
@@ -263,7 +244,8 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Answer<()> {
-        let result = self.set_up_ring(index, |ring| ring.set_size(num));
+        let layout = self.layout();
+        let result = self.set_up_ring(index, |ring| ring.set_size(num, layout));
         self.answer(result)
     }
 
@@ -283,14 +265,16 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Answer<()> {
-        let result = self.set_up_ring(index, |ring| ring.set_base(base));
+        let layout = self.layout();
+        let result = self.set_up_ring(index, |ring| ring.set_base(base, layout));
         self.answer(result)
     }
 
     fn get_vring_base(&mut self, index: u32) -> Answer<VhostUserVringState> {
         let engine = &self.device.engine;
+        let first = self.layout().unwrap_or(Layout::Split).first_base();
         let base = self.ring(index).and_then(|ring| ring.stop(engine));
-        self.answer(base).map(|base| VhostUserVringState::new(index, u32::from(base)))
+        self.answer(base).map(|base| VhostUserVringState::new(index, base.unwrap_or(first)))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Answer<()> {

@@ -79,7 +79,7 @@ fn a_stopped_ring_goes_on_where_it_was() {
         rig.engine.stop_ring(0).unwrap().unwrap()
     };
     driver.request(IN, 1, &[(DATA, 512)]);
-    let setup = driver.setup(base);
+    let setup = driver.setup(u16::try_from(base).unwrap());
 
     rig.engine.start_ring(setup).unwrap();
 

@@ -16,7 +16,7 @@ pub(super) const NVM_WRITE: u8 = 1;
 pub(super) struct Drive {
     pub(super) engine: Engine,
     pub(super) machine: Machine,
-    region: Arc<Region>,
+    pub(super) region: Arc<Region>,
 }
 
 impl Drive {
@@ -25,13 +25,16 @@ impl Drive {
     }
 
     pub(super) fn watched(options: Options, spin: Duration, patience: Duration, watch: crate::engine::Watch) -> Self {
+        Self::with(options, crate::engine::Options { rings: 4, spin, patience, watch }, LEN)
+    }
+
+    pub(super) fn with(options: Options, engine: crate::engine::Options, memory: u64) -> Self {
         let queues = options.queues;
         let machine = Machine::new(options).unwrap();
         let wanted = NvmeOptions { namespace: None, queues, read_only: false };
         let nvme = Nvme::bring_up(machine.function(), machine.space(), wanted).unwrap();
-        let options = crate::engine::Options { rings: 4, spin, patience, watch };
-        let engine = Engine::start(Box::new(nvme), &machine.space(), options).unwrap();
-        let region = region(BASE, LEN);
+        let engine = Engine::start(Box::new(nvme), &machine.space(), engine).unwrap();
+        let region = region(BASE, memory);
         machine.space().add(&region).unwrap();
         engine.publish(Arc::new(MemTable::new(vec![Arc::clone(&region)]).unwrap()));
         Self { engine, machine, region }
@@ -51,10 +54,10 @@ impl Drive {
 }
 
 /// A repeatable sequence of numbers (xorshift64).
-struct Numbers(u64);
+pub(super) struct Numbers(pub(super) u64);
 
 impl Numbers {
-    fn next(&mut self, below: u64) -> u64 {
+    pub(super) fn next(&mut self, below: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;

@@ -15,10 +15,10 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::rig::{INDIRECT, NEXT, WRITE};
 use crate::addr::{Gpa, Qva, Span};
-use crate::engine::RingSetup;
-use crate::engine::chain::{Chain, ChainFault};
+use crate::engine::chain::{Chain, ChainFault, Head};
 use crate::engine::guest::Guest;
-use crate::engine::virtqueue::SplitRing;
+use crate::engine::split::SplitRing;
+use crate::engine::{Layout, RingSetup};
 use crate::memory::{MemTable, Region, RegionSpec};
 
 const SIZE: u16 = 8;
@@ -112,6 +112,7 @@ fn stage(scene: &Scene) -> Stage {
     let span = |start, len| Span::new(Gpa(start), len).unwrap();
     let setup = RingSetup {
         index: 0,
+        layout: Layout::Split,
         size: SIZE,
         desc: span(DESC, 0x1000),
         avail: span(AVAIL, 0x1000),
@@ -199,7 +200,7 @@ proptest! {
         for &head in &scene.heads {
             stage.ring.take(&mut stage.ours, &mut chain).unwrap();
             let theirs = stage.theirs.pop_descriptor_chain(&stage.memory).unwrap();
-            prop_assert_eq!((chain.head(), theirs.head_index()), (head, head));
+            prop_assert_eq!((chain.head().id(), theirs.head_index()), (head, head));
             match verdict(&scene, head) {
                 Verdict::Valid(expected) => {
                     let kept = |desc: &virtio_queue::desc::split::Descriptor| desc.len() != 0;
@@ -233,7 +234,7 @@ proptest! {
         memory.write_obj(start, GuestAddress(USED + 2)).unwrap();
         let span = |start, len| Span::new(Gpa(start), len).unwrap();
         let setup = RingSetup {
-            index: 0, size: SIZE, base: 0, event_idx: true, indirect: true, kick: None, call: None, err: None,
+            index: 0, layout: Layout::Split, size: SIZE, base: 0, event_idx: true, indirect: true, kick: None, call: None, err: None,
             desc: span(DESC, 0x1000), avail: span(AVAIL, 0x1000), used: span(USED, 0x1000),
         };
         let mut ring = SplitRing::new(&setup, stage.ours.table()).unwrap();
@@ -253,7 +254,7 @@ proptest! {
             memory.write_obj(idx, GuestAddress(USED + 2)).unwrap();
 
             for n in 0..count {
-                ring.push_used(n, u32::from(event) + u32::from(n));
+                ring.push_used(Head::new(n, 0), u32::from(event) + u32::from(n));
             }
             prop_assert!(ring.has_unpublished());
             prop_assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), idx);

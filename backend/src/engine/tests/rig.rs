@@ -10,7 +10,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::disk::{Abilities, Disk};
 use crate::addr::{Gpa, Qva, Span};
-use crate::engine::{Engine, Options, RingSetup};
+use crate::engine::{Engine, Layout, Options, RingSetup};
 use crate::hardware::AddressSpace;
 use crate::memory::{MemTable, Region, RegionSpec};
 use crate::sys::Window;
@@ -156,8 +156,14 @@ pub(super) struct VirtDriver {
 
 impl VirtDriver {
     pub(super) fn new(memory: Window, index: usize, shape: Shape) -> (Self, RingSetup) {
+        let (desc, headers) = (BASE + RING_STRIDE * index as u64, BASE + HEADERS + 0x1_0000 * index as u64);
+        Self::at_place(memory, index, shape, (desc, headers))
+    }
+
+    /// A driver whose ring and headers, 64 KiB each, lie where the test says.
+    pub(super) fn at_place(memory: Window, index: usize, shape: Shape, place: (u64, u64)) -> (Self, RingSetup) {
         let Shape { size, event_idx, base } = shape;
-        let desc = BASE + RING_STRIDE * index as u64;
+        let (desc, next_header) = place;
         let (avail, used) = (desc + 0x4000, desc + 0x8000);
         let driver = Self {
             memory,
@@ -170,7 +176,7 @@ impl VirtDriver {
             avail_idx: base,
             used_seen: base,
             next_desc: 0,
-            next_header: BASE + HEADERS + 0x1_0000 * index as u64,
+            next_header,
             kick: event(),
             call: event(),
             err: event(),
@@ -188,11 +194,12 @@ impl VirtDriver {
         let n = u64::from(self.size);
         RingSetup {
             index: self.index,
+            layout: Layout::Split,
             size: self.size,
             desc: span(self.desc, 16 * n),
             avail: span(self.avail, 6 + 2 * n),
             used: span(self.used, 6 + 8 * n),
-            base,
+            base: base.into(),
             event_idx: self.event_idx,
             indirect: true,
             kick: theirs(&self.kick),
@@ -274,9 +281,9 @@ impl VirtDriver {
     }
 
     /// Waits for `n` used entries on the call eventfd alone, asking for a call only when there is nothing to do.
-    pub(super) fn wait_for_calls(&mut self, n: usize) {
-        let mut seen = 0;
-        while seen < n {
+    pub(super) fn wait_for_calls(&mut self, n: usize) -> Vec<(u32, u32)> {
+        let mut seen = Vec::new();
+        while seen.len() < n {
             if self.event_idx {
                 self.set_used_event(self.used_seen);
             } else {
@@ -290,8 +297,9 @@ impl VirtDriver {
             if !self.event_idx {
                 self.set_avail_flags(1);
             }
-            seen += self.used().len();
+            seen.extend(self.used());
         }
+        seen
     }
 
     /// A header in guest memory and a status byte behind it, which says 0xff.

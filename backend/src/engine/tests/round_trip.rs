@@ -258,6 +258,6 @@ fn indices_wrap_around_sixteen_bits() {
             assert_eq!(driver.wait(1), [(u32::from(sent.head), 513)]);
         }
 
-        assert_eq!(rig.engine.stop_ring(index).unwrap(), Some(0xfffd_u16.wrapping_add(20)));
+        assert_eq!(rig.engine.stop_ring(index).unwrap(), Some(0xfffd_u16.wrapping_add(20).into()));
     }
 }

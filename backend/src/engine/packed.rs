@@ -1,0 +1,303 @@
+//! The packed virtqueue, device side (virtio 1.2 §2.8). Driver and device go round one ring of descriptors; the driver makes
+//! descriptors available, the device overwrites them with used ones. Whose a descriptor is, its flags say: AVAIL and USED,
+//! compared with a wrap counter that each side turns over when it passes the end.
+//!
+//! ```text
+//!             next_used                      next_avail
+//!  ... driver ... | ...... taken: ours ......... | ... driver's, perhaps available ...
+//!                 | used ones are written here   | looked at here
+//! ```
+//! The device is never more than one round ahead of itself: `next_avail` is at most `size` descriptors past what the driver
+//! has got back. Chains come back in any order; each moves `next_used` on by as many descriptors as it had.
+
+use std::sync::atomic::{Ordering, fence};
+
+use super::chain::{Chain, Head, PackedDescriptor, Walk};
+use super::guest::Guest;
+use super::virtqueue::{Broken, MAX_SIZE, windows};
+use super::{EngineError, RingSetup};
+use crate::memory::MemTable;
+use crate::sys::Window;
+
+/// VIRTQ_DESC_F_WRITE, in a used descriptor: something has been written (virtio 1.2 §2.8.3).
+const WRITE: u16 = 1 << 1;
+/// VIRTQ_DESC_F_AVAIL, virtio 1.2 §2.8.1.
+const AVAIL: u16 = 1 << 7;
+/// VIRTQ_DESC_F_USED, virtio 1.2 §2.8.1.
+const USED: u16 = 1 << 15;
+/// The wrap counter in a `desc_event_off_wrap` (virtio 1.2 §2.8.14), and in each half of a base (vhost-user: "Vring
+/// descriptor indices for packed virtqueues").
+const WRAP: u16 = 1 << 15;
+
+/// Bytes of a descriptor, and where its parts are (virtio 1.2 §2.8.13).
+const DESCRIPTOR: usize = 16;
+const LEN: usize = 8;
+const ID: usize = 12;
+const FLAGS: usize = 14;
+
+// desc_event_flags, virtio 1.2 §2.8.14. Both fields of the structure are moved as one word, `off_wrap` in the lower half.
+const EVENT_FLAGS_DISABLE: u16 = 1;
+const EVENT_FLAGS_DESC: u16 = 2;
+const EVENT_FLAGS_MASK: u16 = 3;
+
+/// A place in the ring, with the wrap counter that goes with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Position {
+    slot: u16,
+    wrap: bool,
+}
+
+impl Position {
+    /// Reads `desc_event_off_wrap` or half of a base; `None` if the ring has no such place.
+    #[inline]
+    fn from_raw(raw: u16, size: u16) -> Option<Self> {
+        let slot = raw & !WRAP;
+        (slot < size).then_some(Self { slot, wrap: raw & WRAP != 0 })
+    }
+
+    #[inline]
+    fn raw(self) -> u16 {
+        self.slot | if self.wrap { WRAP } else { 0 }
+    }
+
+    #[inline]
+    fn offset(self) -> usize {
+        DESCRIPTOR * usize::from(self.slot)
+    }
+
+    /// `by` ≤ `size` descriptors on.
+    #[inline]
+    fn advance(self, by: u16, size: u16) -> Self {
+        let slot = self.slot + by;
+        if slot < size { Self { slot, ..self } } else { Self { slot: slot - size, wrap: !self.wrap } }
+    }
+
+    /// How many descriptors `later` is ahead; after two rounds the wrap counter is the same again.
+    #[inline]
+    fn distance(self, later: Self, size: u16) -> u16 {
+        match (self.wrap == later.wrap, later.slot >= self.slot) {
+            (true, true) => later.slot - self.slot,
+            (true, false) => 2 * size - (self.slot - later.slot),
+            (false, _) => size + later.slot - self.slot,
+        }
+    }
+}
+
+/// Used descriptors that have been written but for the first one's flags, which the driver must not see before the rest.
+#[derive(Clone, Copy)]
+struct Hidden {
+    offset: usize,
+    flags: u16,
+    /// How many descriptors become the driver's with them.
+    entries: u16,
+}
+
+/// One running packed virtqueue.
+pub struct PackedRing {
+    desc: Window,
+    driver_event: Window,
+    device_event: Window,
+    size: u16,
+    event_idx: bool,
+    indirect: bool,
+    next_avail: Position,
+    next_used: Position,
+    /// Descriptors that the driver has not got back: those between the two, and those hidden.
+    taken: u16,
+    /// What has been given back since the last publication.
+    hidden: Option<Hidden>,
+    /// `next_used` when the driver was last considered for a notification; `None` until the first time.
+    considered: Option<Position>,
+}
+
+impl PackedRing {
+    /// Finds the three areas in `table`.
+    ///
+    /// # Errors
+    /// [`EngineError::RingArea`] or [`EngineError::RingBase`].
+    pub fn new(setup: &RingSetup, table: &MemTable) -> Result<Self, EngineError> {
+        let RingSetup { index, size, base, .. } = *setup;
+        let [desc, driver_event, device_event] = windows(setup, table)?;
+        let (next_avail, next_used) = positions(base, size).ok_or(EngineError::RingBase { index, size, base })?;
+        Ok(Self {
+            desc,
+            driver_event,
+            device_event,
+            size,
+            event_idx: setup.event_idx,
+            indirect: setup.indirect,
+            next_avail,
+            next_used,
+            taken: next_used.distance(next_avail, size),
+            hidden: None,
+            considered: None,
+        })
+    }
+
+    /// Number of descriptors.
+    #[inline]
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Both positions, as GET_VRING_BASE has them.
+    #[must_use]
+    pub fn base(&self) -> u32 {
+        u32::from(self.next_avail.raw()) | u32::from(self.next_used.raw()) << 16
+    }
+
+    /// How many chains there may be, at most; 0 if there is none.
+    #[inline]
+    #[must_use]
+    pub fn available(&self) -> u16 {
+        if self.offered().is_some() { self.size - self.taken } else { 0 }
+    }
+
+    /// The flags of the next descriptor, if the driver has made it available. All that it wrote before is visible then.
+    #[inline]
+    fn offered(&self) -> Option<u16> {
+        if self.taken == self.size {
+            return None; // the descriptor is one that we have not given back
+        }
+        let flags = self.desc.load_acquire_u16(self.next_avail.offset() + FLAGS);
+        let wrap = self.next_avail.wrap;
+        ((flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap).then_some(flags)
+    }
+
+    /// Takes the next chain; false if there is none.
+    ///
+    /// # Errors
+    /// [`Broken::Endless`]; nothing has been taken.
+    #[inline]
+    pub fn take(&mut self, guest: &mut Guest, chain: &mut Chain) -> Result<bool, Broken> {
+        let Some(flags) = self.offered() else { return Ok(false) };
+        let (desc, size, start) = (&self.desc, self.size, self.next_avail);
+        let walk = Walk { size: size - self.taken, indirect: self.indirect, longest_table: MAX_SIZE };
+        // Only the first descriptor's flags are looked at for availability: the driver writes them last (virtio 1.2
+        // §2.8.21), and what was seen then is what counts.
+        let entry = |n| {
+            let descriptor: PackedDescriptor = desc.read(start.advance(n, size).offset());
+            if n == 0 { descriptor.with_flags(flags) } else { descriptor }
+        };
+        if !chain.fill_packed(&walk, entry, guest) {
+            return Err(Broken::Endless { slot: start.slot, room: walk.size });
+        }
+        let entries = chain.head().entries();
+        self.next_avail = start.advance(entries, size);
+        self.taken += entries;
+        Ok(true)
+    }
+
+    /// Gives a chain back with `len` bytes written to it. The driver sees it after [`Self::publish`]: until then the flags
+    /// of the first are kept back, and it does not look behind a descriptor that is not used.
+    #[inline]
+    pub fn push_used(&mut self, head: Head, len: u32) {
+        let Position { wrap, .. } = self.next_used;
+        let offset = self.next_used.offset();
+        self.desc.write_u32(offset + LEN, len);
+        self.desc.write_u16(offset + ID, head.id());
+        let flags = if wrap { AVAIL | USED } else { 0 } | if len == 0 { 0 } else { WRITE };
+        match &mut self.hidden {
+            Some(hidden) => {
+                self.desc.write_u16(offset + FLAGS, flags);
+                hidden.entries += head.entries();
+            }
+            hidden @ None => *hidden = Some(Hidden { offset: offset + FLAGS, flags, entries: head.entries() }),
+        }
+        self.next_used = self.next_used.advance(head.entries(), self.size);
+    }
+
+    /// True if there is something to publish.
+    #[inline]
+    #[must_use]
+    pub fn has_unpublished(&self) -> bool {
+        self.hidden.is_some()
+    }
+
+    /// Shows the driver every chain given back so far; true if it wants to be notified.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        if let Some(Hidden { offset, flags, entries }) = self.hidden.take() {
+            self.desc.store_release_u16(offset, flags);
+            self.taken -= entries;
+        }
+        // The driver writes its wish, then looks for used descriptors; we write those, then look at its wish. Without a
+        // full fence both could miss the other (virtio 1.2 §2.8.22).
+        fence(Ordering::SeqCst);
+        let [low, high, flags, _] = self.driver_event.read_u32(0).to_le_bytes();
+        let before = self.considered.replace(self.next_used);
+        match u16::from(flags) & EVENT_FLAGS_MASK {
+            EVENT_FLAGS_DISABLE => false,
+            EVENT_FLAGS_DESC if self.event_idx => {
+                // A place that does not exist would never be reached: rather one notification too many.
+                let event = Position::from_raw(u16::from_le_bytes([low, high]), self.size);
+                let (Some(before), Some(event)) = (before, event) else { return true };
+                before.distance(event, self.size) < before.distance(self.next_used, self.size)
+            }
+            _ => true,
+        }
+    }
+
+    /// Asks the driver for a kick at the next chain; the caller must look once more before it sleeps.
+    pub fn arm(&self) {
+        let event = u32::from(self.next_avail.raw()) | u32::from(EVENT_FLAGS_DESC) << 16;
+        self.device_event.write_u32(0, if self.event_idx { event } else { 0 });
+        // The counterpart of the fence in `publish`: our wish first, then a last look.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Tells the driver that kicks are not needed. With EVENT_IDX, too: a place left behind comes round again.
+    pub fn disarm(&self) {
+        self.device_event.write_u32(0, u32::from(EVENT_FLAGS_DISABLE) << 16);
+    }
+}
+
+/// Where to go on: next available and next used (vhost-user: "Vring descriptor indices for packed virtqueues"). DPDK says
+/// only the first and leaves the upper half zero; whoever stopped the ring had given back all it had taken.
+fn positions(base: u32, size: u16) -> Option<(Position, Position)> {
+    let [a, b, c, d] = base.to_le_bytes();
+    let (avail, used) = (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]));
+    let next_avail = Position::from_raw(avail, size)?;
+    let next_used = if used == 0 { next_avail } else { Position::from_raw(used, size)? };
+    (next_used.distance(next_avail, size) <= size).then_some((next_avail, next_used))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_go_round_twice_before_they_repeat() {
+        for size in [1, 2, 3, 7, 1024] {
+            let start = Position { slot: 0, wrap: true };
+            let mut at = start;
+            for step in 0..2 * size {
+                assert_eq!(start.distance(at, size), step, "size {size}");
+                assert_eq!(Position::from_raw(at.raw(), size), Some(at));
+                for by in [0, 1, size / 2, size] {
+                    assert_eq!(at.distance(at.advance(by, size), size), by, "size {size} at {at:?}");
+                }
+                at = at.advance(1, size);
+            }
+            assert_eq!(at, start);
+        }
+    }
+
+    #[test]
+    fn a_base_is_both_positions_or_the_first_alone() {
+        let at = |slot, wrap| Position { slot, wrap };
+        for (base, expected) in [
+            (0x8000_8000, Some((at(0, true), at(0, true)))),
+            (0x8003_0001, Some((at(1, false), at(3, true)))),
+            (0x0000_8000, Some((at(0, true), at(0, true)))), // DPDK at the start
+            (0x0000_0004, Some((at(4, false), at(4, false)))),
+            (0x8001_8001, Some((at(1, true), at(1, true)))),
+            (0x8000_8005, None), // no such descriptor
+            (0x8005_8000, None),
+            (0x8001_8000, None), // used overtakes available
+        ] {
+            assert_eq!(positions(base, 5), expected, "{base:#x}");
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! The split virtqueue, device side (virtio 1.2 §2.7). The three areas are resolved to windows once, when the ring
+//! starts; after that a ring is four indices and reads of shared memory, each word read once.
+//!
+//! ```text
+//!   published ≤ next_used              used entries the driver sees, used entries written so far
+//!   next_avail ≤ avail.idx             taken so far, offered so far; at most `size` apart
+//! ```
+
+use std::sync::atomic::{Ordering, fence};
+
+use super::chain::{Chain, Descriptor, Head, Walk};
+use super::guest::Guest;
+use super::virtqueue::{Broken, MAX_SIZE, windows};
+use super::{EngineError, RingSetup};
+use crate::memory::MemTable;
+use crate::sys::Window;
+
+/// VIRTQ_AVAIL_F_NO_INTERRUPT, virtio 1.2 §2.7.6.
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
+/// VIRTQ_USED_F_NO_NOTIFY, virtio 1.2 §2.7.8.
+const USED_F_NO_NOTIFY: u16 = 1;
+/// `idx` follows `flags` in both rings, virtio 1.2 §2.7.6 and §2.7.8.
+const IDX: usize = 2;
+/// The entries follow `idx`.
+const RING: usize = 4;
+
+/// One running split virtqueue.
+pub struct SplitRing {
+    desc: Window,
+    avail: Window,
+    used: Window,
+    size: u16,
+    event_idx: bool,
+    indirect: bool,
+    next_avail: u16,
+    next_used: u16,
+    published: u16,
+    /// used.idx when the driver was last considered for a notification; `None` until the first time.
+    considered: Option<u16>,
+}
+
+impl SplitRing {
+    /// Finds the three areas in `table`. The used index goes on from where the used ring stands.
+    ///
+    /// # Errors
+    /// [`EngineError::RingArea`] or [`EngineError::RingBase`].
+    pub fn new(setup: &RingSetup, table: &MemTable) -> Result<Self, EngineError> {
+        let RingSetup { index, size, base, .. } = *setup;
+        let [desc, avail, used] = windows(setup, table)?;
+        let next_avail = u16::try_from(base).map_err(|_| EngineError::RingBase { index, size, base })?;
+        let next_used = used.read_u16(IDX);
+        Ok(Self {
+            desc,
+            avail,
+            used,
+            size,
+            event_idx: setup.event_idx,
+            indirect: setup.indirect,
+            next_avail,
+            next_used,
+            published: next_used,
+            considered: None,
+        })
+    }
+
+    /// Number of descriptors.
+    #[inline]
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Next avail index to take, as GET_VRING_BASE has it.
+    #[must_use]
+    pub fn base(&self) -> u32 {
+        self.next_avail.into()
+    }
+
+    /// How many chains are offered and not yet taken. What the driver wrote before it offered them is visible afterwards.
+    ///
+    /// # Errors
+    /// [`Broken`]
+    #[inline]
+    pub fn available(&self) -> Result<u16, Broken> {
+        let offered = self.avail.load_acquire_u16(IDX);
+        let count = offered.wrapping_sub(self.next_avail);
+        if count > self.size {
+            return Err(Broken::AvailIndex { taken: self.next_avail, offered, size: self.size });
+        }
+        Ok(count)
+    }
+
+    /// Takes the next chain; the caller has learnt from [`Self::available`] that there is one.
+    ///
+    /// # Errors
+    /// [`Broken`]; nothing has been taken.
+    #[inline]
+    pub fn take(&mut self, guest: &mut Guest, chain: &mut Chain) -> Result<(), Broken> {
+        let head = self.avail.read_u16(RING + 2 * self.slot(self.next_avail));
+        if head >= self.size {
+            return Err(Broken::Head { head, size: self.size });
+        }
+        self.next_avail = self.next_avail.wrapping_add(1);
+        let walk = Walk { size: self.size, indirect: self.indirect, longest_table: MAX_SIZE };
+        let desc = &self.desc;
+        chain.fill(head, &walk, |index| desc.read::<Descriptor>(16 * usize::from(index)), guest);
+        Ok(())
+    }
+
+    /// Gives a chain back with `len` bytes written to it. The driver sees it after [`Self::publish`].
+    #[inline]
+    pub fn push_used(&mut self, head: Head, len: u32) {
+        let offset = RING + 8 * self.slot(self.next_used);
+        self.used.write_u32(offset, u32::from(head.id()));
+        self.used.write_u32(offset + 4, len);
+        self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// True if there is something to publish.
+    #[inline]
+    #[must_use]
+    pub fn has_unpublished(&self) -> bool {
+        self.next_used != self.published
+    }
+
+    /// Shows the driver every chain given back so far; true if it wants to be notified.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        self.used.store_release_u16(IDX, self.next_used);
+        self.published = self.next_used;
+        // The driver writes its wish, then looks at used.idx; we write used.idx, then look at its wish. Without a full
+        // fence both could miss the other (virtio 1.2 §2.7.7.1).
+        fence(Ordering::SeqCst);
+        if !self.event_idx {
+            return self.avail.read_u16(0) & AVAIL_F_NO_INTERRUPT == 0;
+        }
+        let before = self.considered.replace(self.next_used);
+        let used_event = self.avail.read_u16(RING + 2 * usize::from(self.size));
+        // virtio 1.2 §2.7.10: notify if used_event lies among the entries added since `before`.
+        before.is_none_or(|before| {
+            self.next_used.wrapping_sub(used_event).wrapping_sub(1) < self.next_used.wrapping_sub(before)
+        })
+    }
+
+    /// Asks the driver for a kick at the next chain. One that came in meanwhile gets none, so the caller must look once
+    /// more before it sleeps.
+    pub fn arm(&self) {
+        if self.event_idx {
+            self.used.write_u16(RING + 8 * usize::from(self.size), self.next_avail);
+        } else {
+            self.used.write_u16(0, 0);
+        }
+        // The counterpart of the fence in `publish`: our wish first, then a last look.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Tells the driver that kicks are not needed while we look by ourselves. With EVENT_IDX there is nothing to write:
+    /// an avail_event left behind stays silent until the index comes round again.
+    pub fn disarm(&self) {
+        if !self.event_idx {
+            self.used.write_u16(0, USED_F_NO_NOTIFY);
+        }
+    }
+
+    /// Place of a free-running index in a ring.
+    #[inline]
+    fn slot(&self, index: u16) -> usize {
+        usize::from(index & (self.size - 1))
+    }
+}

@@ -1,0 +1,139 @@
+//! Mistakes on QEMU's command line. QEMU says "Input/output error" whatever it was, or nothing; so each must leave one line
+//! in our log that names what is wrong and what to change.
+
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, Once};
+
+use vm_memory::{FileOffset, MmapRegion};
+
+use crate::requests::{BLK_IN, put, wait_for};
+use crate::rig::{Rig, memory};
+use crate::rings::{RAM, addresses, ends, running, send_all, steps};
+use crate::wire::{FEATURES, Place, request::*, state, words};
+
+/// All lines of this process, whichever test they come from.
+struct Lines(Mutex<Vec<String>>);
+
+static LINES: Lines = Lines(Mutex::new(Vec::new()));
+
+impl log::Log for Lines {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::Level::Warn
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            self.0.lock().unwrap().push(record.args().to_string());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+fn listen_to_the_log() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        log::set_logger(&LINES).unwrap();
+        log::set_max_level(log::LevelFilter::Warn);
+    });
+}
+
+/// The line that has all these parts.
+fn line(parts: &[&str]) -> String {
+    let lines = LINES.0.lock().unwrap();
+    let found = lines.iter().find(|line| parts.iter().all(|part| line.contains(part)));
+    found.unwrap_or_else(|| panic!("no line with {parts:?} in {lines:#?}")).clone()
+}
+
+#[test]
+fn no_memory_at_all() {
+    listen_to_the_log();
+    let rig = Rig::new();
+    let (wire, ends) = (rig.connect(), ends());
+    wire.negotiate();
+    send_all(&wire, &steps(&ends));
+    assert_eq!(wire.ask(SET_VRING_ENABLE, &state(0, 1), &[]), 1);
+    line(&["virtqueue 0 cannot start", "shared no memory", "memory-backend-memfd", "share=on", "memory-backend=mem"]);
+}
+
+#[test]
+fn private_memory() {
+    listen_to_the_log();
+    let rig = Rig::new();
+    let (wire, file) = (rig.connect(), memory("ram", RAM.len));
+    wire.negotiate();
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let place = FileOffset::new(file.try_clone().unwrap(), 0);
+    let mapping = MmapRegion::<()>::build(Some(place), 1 << 20, access, libc::MAP_PRIVATE).unwrap();
+    let seen = Place { gpa: 0x77_0000_0000, qva: mapping.as_ptr() as u64, ..RAM };
+    assert_eq!(wire.add_region(seen, file.as_fd()), 1);
+    line(&["0x7700000000", "mapped this memory privately", "share=on"]);
+}
+
+#[test]
+fn a_ring_in_memory_that_is_not_shared() {
+    listen_to_the_log();
+    let rig = Rig::new();
+    let (wire, _ram, _ends) = running(&rig);
+    let hole = 0x1234_5678_0000;
+    assert_eq!(wire.ask(SET_VRING_NUM, &state(1, 8), &[]), 0);
+    assert_eq!(wire.ask(SET_VRING_ADDR, &addresses(1, hole, hole, hole), &[]), 0);
+    assert_eq!(wire.ask(SET_VRING_ENABLE, &state(1, 1), &[]), 0);
+    assert_eq!(wire.ask(SET_VRING_KICK, &words(&[1 | 0x100]), &[]), 1);
+    line(&["virtqueue 1 cannot start", "0x123456780000", "shared: 0x100000+1M", "each NUMA node and DIMM", "share=on"]);
+}
+
+#[test]
+fn a_dimm_that_is_not_shared() {
+    listen_to_the_log();
+    let rig = Rig::new();
+    let (_wire, ram, ends) = running(&rig);
+    put(&ram, BLK_IN, 0);
+    // Data where the guest has a DIMM that no message told of.
+    ram.write_all_at(&0x99_0000_0000_u64.to_le_bytes(), crate::rings::DESC + 16).unwrap();
+    rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
+    wait_for(&ends.call);
+    line(&["virtqueue 0: request refused", "0x9900000000", "shared is 0x100000+1M", "DIMM", "share=on"]);
+}
+
+#[test]
+fn a_limit_on_locked_memory() {
+    listen_to_the_log();
+    let rig = Rig::new();
+    let (wire, ram) = (rig.connect(), memory("ram", RAM.len));
+    wire.negotiate();
+    rig.fail_after(0);
+    assert_eq!(wire.add_region(Place { gpa: 0x55_0000_0000, ..RAM }, ram.as_fd()), 1);
+    line(&["0x5500000000", "2048 KiB must be locked", "64 KiB", "ulimit -l", "LimitMEMLOCK=", "CAP_IPC_LOCK"]);
+}
+
+#[test]
+fn a_virtual_iommu() {
+    listen_to_the_log();
+    let rig = Rig::new();
+    let wire = rig.connect();
+    wire.negotiate();
+    assert_eq!(wire.ask(SET_FEATURES, &words(&[FEATURES | 1 << 33]), &[]), 1);
+    line(&["ACCESS_PLATFORM", "not offered", "iommu_platform=on"]);
+}
+
+#[test]
+fn too_many_queues() {
+    listen_to_the_log();
+    let rig = Rig::new();
+    let wire = rig.connect();
+    wire.negotiate();
+    assert_eq!(wire.ask(SET_VRING_NUM, &state(77, 8), &[]), 1);
+    line(&["virtqueue 77 does not exist", "num-queues=4"]);
+}
+
+#[test]
+fn a_ring_too_large() {
+    listen_to_the_log();
+    let rig = Rig::new();
+    let wire = rig.connect();
+    wire.negotiate();
+    assert_eq!(wire.ask(SET_VRING_NUM, &state(2, 4096), &[]), 1);
+    line(&["virtqueue 2", "a power of two from 1 to 1024, not 4096", "queue-size"]);
+}
