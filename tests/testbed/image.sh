@@ -115,23 +115,26 @@ build_fio() {
     local dir=$TESTBED_CACHE/fio
     [[ ! -x $dir/fio ]] || return 0
     need gcc=gcc make=make /usr/include/stdio.h=libc6-dev xz=xz-utils
-    apt_private fio deb-src "$(debian_codename)"
-    rm -rf "$dir"
-    mkdir -p "$dir/source"
     watched "fetching and building fio" "$dir.log" fio_progress make_fio "$dir"
 }
 make_fio() {
-    local archive
-    local part without=(--build-static --disable-native)
-    apt-get "${APT_PRIVATE[@]}" update && (cd "$1" && apt-get "${APT_PRIVATE[@]}" source --download-only fio) || return 1
-    archive=$(find "$1" -maxdepth 1 -name 'fio_*.orig.tar.?z')
-    tar --extract --strip-components=1 --directory "$1/source" --file "$archive" || return 1
-    cd "$1/source" || return 1
+    local dir=$1 suite archive part without=(--build-static --disable-native)
+    # Any version serves; not every mirror has the sources of every suite.
+    for suite in "$(debian_codename)" trixie bookworm sid; do
+        rm -rf "$dir"
+        mkdir -p "$dir/source"
+        apt_private "fio-$suite" deb-src "$suite"
+        apt-get "${APT_PRIVATE[@]}" update || continue
+        (cd "$dir" && apt-get "${APT_PRIVATE[@]}" source --download-only fio) && break
+    done
+    archive=$(find "$dir" -maxdepth 1 -name 'fio_*.orig.tar.?z')
+    tar --extract --strip-components=1 --directory "$dir/source" --file "$archive" || return 1
+    cd "$dir/source" || return 1
     # The parts that want libraries; a version that does not know one of them must not be told.
     for part in numa rdma rados rbd http gfapi pmem libnfs xnvme libzbc libblkio tcmalloc; do
         ! grep -q -e "--disable-$part)" configure || without+=("--disable-$part")
     done
     ./configure "${without[@]}" &&
-        make -j"$(nproc)" fio && strip fio && mv fio "$1/fio.new" && mv "$1/fio.new" "$1/fio"
+        make -j"$(nproc)" fio && strip fio && mv fio "$dir/fio.new" && mv "$dir/fio.new" "$dir/fio"
 }
 fio_progress() { echo "still at it"; }
