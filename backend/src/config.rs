@@ -3,12 +3,13 @@
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::coherency::Policy;
-use crate::vfio::PciAddress;
+use crate::vfio::{NotAnAddress, PciAddress};
 
 /// What the user asked for.
 #[derive(Debug, Parser)]
@@ -27,9 +28,13 @@ pub struct Config {
     /// Use this inherited descriptor, a listening or a connected UNIX socket
     #[arg(long, value_name = "FDNUM")]
     pub fd: Option<RawFd>,
-    /// The NVMe function to serve, bound to vfio-pci
-    #[arg(long, value_name = "DOMAIN:BUS:DEV.FN", required_unless_present = "print_capabilities")]
-    pub device: Option<PciAddress>,
+    /// The NVMe function to serve: one bound to vfio-pci, or one emulated in this process
+    #[arg(
+        long,
+        value_name = "DOMAIN:BUS:DEV.FN|emulated[:NAME=VALUE,…]",
+        required_unless_present = "print_capabilities"
+    )]
+    pub device: Option<DeviceArg>,
     /// The namespace to serve [default: the only one]
     #[arg(long, value_name = "NSID")]
     pub namespace: Option<u32>,
@@ -48,6 +53,31 @@ pub struct Config {
     /// error, warn, info, debug or trace; RUST_LOG is heard as well
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: log::LevelFilter,
+}
+
+/// `--device`: which function is served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceArg {
+    /// One bound to vfio-pci.
+    Pci(PciAddress),
+    /// One in this process; the text says what it is made of, see [`emulated::Options`](crate::emulated::Options).
+    Emulated(String),
+}
+
+/// Not a device.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}; or emulated[:NAME=VALUE,…]")]
+pub struct NotADevice(NotAnAddress);
+
+impl FromStr for DeviceArg {
+    type Err = NotADevice;
+
+    fn from_str(text: &str) -> Result<Self, NotADevice> {
+        match text.split_once(':').unwrap_or((text, "")) {
+            ("emulated", options) => Ok(Self::Emulated(options.to_owned())),
+            _ => text.parse().map(Self::Pci).map_err(NotADevice),
+        }
+    }
 }
 
 /// What can be asked instead of served.
@@ -97,6 +127,11 @@ impl From<NoSnoopPolicy> for Policy {
 const AFTER_HELP: &str = "\
 Without --socket-path and --fd, a socket passed by systemd (LISTEN_FDS) is used.
 
+--device emulated needs no hardware and no privilege: a disk of 1 GiB in memory. Further:
+  size=4G  file=PATH,create=on  lba=512|4096  queues=N  medium=memory|null  latency=80us  wcache=on|off
+  mdts=N  sgl=on|off  serial=TEXT  mode=threaded|inline  no-snoop=never|controllable  snoop-enforced=on|off
+  faults=FILE (a list of what goes wrong: backend/src/emulated/faults.toml)
+
 QEMU:
   -object memory-backend-memfd,id=mem,size=4G,share=on -machine memory-backend=mem
   -chardev socket,id=c0,path=PATH,reconnect-ms=1000
@@ -139,7 +174,16 @@ mod tests {
     #[test]
     fn a_wrong_address_is_answered_with_an_example() {
         let error = parse(&["--socket-path", "/run/s", "--device", "nvme0"]).unwrap_err();
-        assert!(error.contains("such as 0000:00:04.0"), "{error}");
+        assert!(error.contains("such as 0000:00:04.0; or emulated"), "{error}");
+    }
+
+    #[test]
+    fn a_device_is_an_address_or_emulated() {
+        let device = |word: &str| parse(&["--device", word]).unwrap().device.unwrap();
+        assert_eq!(device("00:04.0"), DeviceArg::Pci("0000:00:04.0".parse().unwrap()));
+        assert_eq!(device("emulated"), DeviceArg::Emulated(String::new()));
+        assert_eq!(device("emulated:file=/a:b"), DeviceArg::Emulated("file=/a:b".to_owned()));
+        assert!(parse(&["--device", "emulatedx"]).is_err());
     }
 
     #[test]

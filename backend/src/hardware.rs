@@ -1,6 +1,6 @@
-//! The two traits that stand between the rooms and a device: what a PCI function can be asked, and what an address space
-//! can be told. Drivers, engine and session know only these, so they run unchanged above VFIO and above an emulated
-//! function.
+//! The traits that stand between the rooms and a device: what a PCI function can be asked, what an address space can be
+//! told, and how a cache line is flushed. Drivers, engine and session know only these, so they run unchanged above VFIO and
+//! above an emulated function.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};

@@ -1,27 +1,39 @@
 //! The program: takes the function, brings it up, listens, serves, and shuts down in the reverse order.
 
+use std::fmt::Display;
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
 
-use vhost_device_vfio::coherency::{Personality, Policy, decide};
-use vhost_device_vfio::config::{Config, Question};
+use vhost_device_vfio::coherency::{Coherent, Facts, Personality, Policy, Verdict, decide};
+use vhost_device_vfio::config::{Config, DeviceArg, Question};
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
+use vhost_device_vfio::emulated::{EmulatedError, Machine};
 use vhost_device_vfio::engine::{Engine, Options, Watch};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::inspect::{Report, list};
-use vhost_device_vfio::iommu::LiveSpace;
 use vhost_device_vfio::sys::signal_fd;
 use vhost_device_vfio::take::Taken;
 use vhost_device_vfio::vfio::PciAddress;
+use vhost_device_vfio::vfio::no_snoop::HeldOff;
 use vhost_device_vfio::vhost_user::{Device, Listen, Server, capabilities};
 
 /// How long commands in flight may take when a ring stops or memory goes away, before the device is reset.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Exit status for a command line that cannot be obeyed, as clap has it.
+const USAGE: u8 = 2;
+
+/// A function ready for its driver, and the address space it lives in.
+struct Hardware {
+    function: Arc<dyn Function>,
+    space: Arc<dyn AddressSpace>,
+    /// How many times memory has been mapped so far.
+    maps: Box<dyn Fn() -> u64>,
+}
 
 fn main() -> ExitCode {
     let config = Config::parse();
@@ -38,7 +50,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "vhost-device-vfio: {error:#}");
-            ExitCode::FAILURE
+            if error.is::<EmulatedError>() { USAGE.into() } else { ExitCode::FAILURE }
         }
     }
 }
@@ -56,24 +68,33 @@ fn answer(question: &Question) {
 fn run(config: &Config) -> Result<()> {
     // Before any thread is started, so that all of them have the signals blocked.
     let stop = signal_fd(&[libc::SIGTERM, libc::SIGINT]).context("catch SIGTERM and SIGINT")?;
-    // Before the device is touched: a mistake in the path should not cost a controller reset.
-    let entrance = listen(config)?.open()?;
-    let address = config.device.ok_or_else(|| anyhow!("no device; give --device DOMAIN:BUS:DEVICE.FUNCTION"))?;
-    let (function, space) = take(address, config.no_snoop.into())?;
+    let listen = listen(config)?;
+    let Some(device) = &config.device else { bail!("no device; give --device DOMAIN:BUS:DEVICE.FUNCTION") };
+    let machine = match device {
+        DeviceArg::Pci(_) => None,
+        DeviceArg::Emulated(options) => Some(Machine::new(options.parse()?)?),
+    };
+    // Before a real device is touched: a mistake in the path should not cost a controller reset.
+    let entrance = listen.open()?;
+    let Hardware { function, space, maps } = match (device, machine) {
+        (_, Some(machine)) => emulate(&machine, config.no_snoop.into())?,
+        (DeviceArg::Pci(address), None) => take(*address, config.no_snoop.into())?,
+        (DeviceArg::Emulated(_), None) => unreachable!("made above"),
+    };
+    let name = function.name().to_owned();
 
     let queues = config.queue_count();
     let options = NvmeOptions { namespace: config.namespace, queues, read_only: config.read_only };
-    let dma: Arc<dyn AddressSpace> = Arc::new(space.clone());
-    let nvme = Nvme::bring_up(function, Arc::clone(&dma), options)?;
+    let nvme = Nvme::bring_up(function, Arc::clone(&space), options)?;
     let options =
         Options { rings: usize::from(queues), spin: config.spin(), patience: PATIENCE, watch: Watch::default() };
-    let engine = Engine::start(Box::new(nvme), &dma, options)?;
+    let engine = Engine::start(Box::new(nvme), &space, options)?;
 
-    let mut server = Server::new(entrance, Device { engine, space: dma, queues })?;
-    log::info!("serving {address} on {queues} virtqueues");
+    let mut server = Server::new(entrance, Device { engine, space, queues })?;
+    log::info!("serving {name} on {queues} virtqueues");
     let served = server.run(stop);
     let device = server.into_device();
-    log::info!("statistics: {} maps={}", device.engine.statistics(), space.maps());
+    log::info!("statistics: {} maps={}", device.engine.statistics(), maps());
     device.engine.shut_down();
     Ok(served?)
 }
@@ -89,16 +110,46 @@ fn listen(config: &Config) -> Result<Listen> {
 }
 
 /// Takes the function, says what is known about the caches and what follows, and obeys.
-fn take(address: PciAddress, policy: Policy) -> Result<(Arc<dyn Function>, LiveSpace)> {
+fn take(address: PciAddress, policy: Policy) -> Result<Hardware> {
     let taken = Taken::take(address)?;
     let facts = taken.evidence().facts(Personality::Mediated, policy, false);
-    log::info!("{address}: {}; {}", taken.evidence().snoop, facts.no_snoop);
-    log::info!("{address}: DMA is {}", decide(&facts));
+    announce(&address, &taken.evidence().snoop, &facts);
+    let (function, space) = taken.settle(&facts)?;
+    let counted = space.clone();
+    let function = obey(Arc::new(function), decide(&facts))?;
+    Ok(Hardware { function, space: Arc::new(space), maps: Box::new(move || counted.maps()) })
+}
+
+/// The same for a function made here.
+fn emulate(machine: &Machine, policy: Policy) -> Result<Hardware> {
+    let facts = machine.facts(policy)?;
+    announce(&"emulated", &"software IOMMU", &facts);
+    let (verdict, iommu) = (decide(&facts), machine.iommu().clone());
+    let space = match verdict {
+        Verdict::Coherent(_) => machine.space(),
+        Verdict::Flush(_) => machine.flushed_space(),
+        Verdict::Refuse(refusal) => bail!("emulated: {refusal}"),
+    };
+    Ok(Hardware { function: obey(machine.function(), verdict)?, space, maps: Box::new(move || iommu.maps()) })
+}
+
+/// Holds the Enable No Snoop bit off if that is the verdict.
+fn obey(function: Arc<dyn Function>, verdict: Verdict) -> Result<Arc<dyn Function>> {
+    if !matches!(verdict, Verdict::Coherent(Coherent::HeldOff { .. })) {
+        return Ok(function);
+    }
+    let name = function.name().to_owned();
+    let held = HeldOff::new(function).with_context(|| format!("{name}: clear the Enable No Snoop bit"))?;
+    Ok(Arc::new(held.ok_or_else(|| anyhow!("{name}: its Enable No Snoop bit cannot be cleared"))?))
+}
+
+/// Says what the decision rests on and how it comes out.
+fn announce(name: &dyn Display, snoop: &dyn Display, facts: &Facts) {
+    log::info!("{name}: {snoop}; {}", facts.no_snoop);
+    log::info!("{name}: DMA is {}", decide(facts));
     if !facts.snoop_enforced {
         log::warn!(
-            "{address}: this IOMMU does not enforce snooping; a device that uses PCI No Snoop could go behind the CPU caches"
+            "{name}: this IOMMU does not enforce snooping; a device that uses PCI No Snoop could go behind the CPU caches"
         );
     }
-    let (function, space) = taken.settle(&facts)?;
-    Ok((Arc::new(function), space))
 }

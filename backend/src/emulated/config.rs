@@ -4,7 +4,8 @@
 //! 0x00 header, class 01 08 02 (NVM Express)     0x40 power management -> 0x50 PCI Express -> 0x90 MSI-X
 //! ```
 //!
-//! Enable No Snoop (device control, bit 11) is hardwired to zero, as PCIe 5.0 §7.5.3.4 allows.
+//! Enable No Snoop (device control, bit 11) is hardwired to zero, as PCIe 5.0 §7.5.3.4 allows, or can be changed; then it is
+//! one at power-on, as that section has it.
 
 /// Bytes of PCI Express configuration space.
 pub(super) const SIZE: usize = 4096;
@@ -20,6 +21,8 @@ const MSIX: usize = 0x90;
 /// Initiate Function Level Reset, in the device control register.
 const INITIATE_FLR: u16 = 1 << 15;
 const DEVICE_CONTROL: usize = EXPRESS + 8;
+/// Enable No Snoop, in the device control register.
+const NO_SNOOP: u16 = 1 << 11;
 
 /// No vendor has given this function an identity, so it has one outside those given out.
 pub(super) const VENDOR: u16 = 0xfffe;
@@ -32,8 +35,8 @@ pub(super) struct Config {
 
 impl Config {
     /// The space at power-on, with memory decoding on as VFIO leaves it. `bar` is the size of BAR 0 and `table` the offset
-    /// of the MSI-X table of `vectors` entries in it.
-    pub(super) fn new(bar: u32, table: u32, vectors: u16) -> Self {
+    /// of the MSI-X table of `vectors` entries in it; `no_snoop` says that the function can set No Snoop.
+    pub(super) fn new(bar: u32, table: u32, vectors: u16, no_snoop: bool) -> Self {
         let mut this = Self { bytes: [0; SIZE], writable: [0; SIZE] };
         this.put16(0x00, VENDOR);
         this.put16(0x02, DEVICE);
@@ -56,7 +59,8 @@ impl Config {
         this.capability(EXPRESS, 0x10, MSIX);
         this.put16(EXPRESS + 2, 0x0002); // version 2, endpoint
         this.put32(EXPRESS + 4, 1 << 28 | 1 << 15 | 1); // FLR, role-based errors, 256-byte payload
-        this.allow16(DEVICE_CONTROL, 0x70ff | 1 << 8); // without Enable No Snoop
+        this.allow16(DEVICE_CONTROL, 0x70ff | 1 << 8 | if no_snoop { NO_SNOOP } else { 0 });
+        this.put16(DEVICE_CONTROL, if no_snoop { NO_SNOOP } else { 0 });
         this.put32(EXPRESS + 12, 0x0000_0411); // one lane, 2.5 GT/s
         this.put16(EXPRESS + 18, 0x0011);
 
@@ -86,6 +90,11 @@ impl Config {
 
     pub(super) fn command(&self) -> u16 {
         u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]])
+    }
+
+    /// Enable No Snoop is set.
+    pub(super) fn no_snoop(&self) -> bool {
+        u16::from_le_bytes([self.bytes[DEVICE_CONTROL], self.bytes[DEVICE_CONTROL + 1]]) & NO_SNOOP != 0
     }
 
     pub(super) fn set_bus_master(&mut self, on: bool) {

@@ -238,6 +238,12 @@ impl Controller {
         });
     }
 
+    /// Nothing more is done, and CC is not heard.
+    pub(super) fn stick(&self) {
+        self.faults.stuck_ready.store(true, SeqCst);
+        self.ready.store(false, SeqCst);
+    }
+
     /// Surprise removal: nothing more is done or answered.
     pub(super) fn remove(&self) {
         self.faults.removed.store(true, SeqCst);

@@ -101,6 +101,9 @@ pub enum Effect {
     Delay(Duration),
     /// It is executed and completed, and the vector is not signalled for it.
     LoseInterrupt,
+    /// The controller does nothing any more and CSTS.RDY keeps its value, as with [`Fault::StuckReady`]; the command is
+    /// lost.
+    Stick,
     /// The controller stops with Controller Fatal Status before it is executed.
     Fatal,
     /// The function is gone from then on, as with [`Fault::Removed`].

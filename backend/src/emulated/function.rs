@@ -45,18 +45,21 @@ impl EmulatedFunction {
             Mode::Inline => None,
             Mode::Threaded => Some(Arc::new(Worker::start(&controller)?)),
         };
-        let config = Mutex::new(Config::new(layout.size, layout.table, vectors));
+        let no_snoop = controller.options.no_snoop;
+        let config = Config::new(layout.size, layout.table, vectors, no_snoop);
+        controller.iommu.set_no_snoop(config.no_snoop());
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let removal = event.map_err(|errno| EmulatedError::Event(errno.into()))?;
-        Ok(Self { controller, layout, vectors, config, worker, removal })
+        Ok(Self { controller, layout, vectors, config: Mutex::new(config), worker, removal })
     }
 
     pub(super) fn traffic(&self) -> Traffic {
         self.controller.traffic()
     }
 
-    /// Follows the command register.
+    /// Follows the command and device control registers.
     fn apply_command(&self, config: &Config) {
+        self.controller.iommu.set_no_snoop(config.no_snoop());
         let command = config.command();
         self.controller.decoding.store(command & MEMORY_SPACE != 0, SeqCst);
         let on = command & BUS_MASTER != 0;
@@ -186,7 +189,7 @@ impl EmulatedFunction {
         self.controller.bus_master.store(false, SeqCst);
         self.controller.reset_registers();
         self.controller.unroute();
-        *config = Config::new(self.layout.size, self.layout.table, self.vectors);
+        *config = Config::new(self.layout.size, self.layout.table, self.vectors, self.controller.options.no_snoop);
         self.apply_command(&config);
     }
 }

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use vm_memory::MmapRegion;
@@ -15,6 +16,7 @@ use crate::hardware::{AddressSpace, DmaBuffer, MapError};
 use crate::memory::Region;
 use crate::sys::Window;
 
+use super::cache::Cache;
 use super::lock;
 
 /// Bytes of an IOMMU page; mappings of the driver's own memory are multiples of it.
@@ -56,6 +58,11 @@ struct Inner {
     /// Sorted by start, disjoint.
     mappings: RwLock<Vec<Mapping>>,
     faults: Mutex<FaultLog>,
+    maps: AtomicU64,
+    /// The caches in front of memory, if snooping them is not enforced.
+    cache: Option<Arc<Cache>>,
+    /// The function marks its transactions No Snoop.
+    no_snoop: AtomicBool,
 }
 
 /// The IOMMU; clones are the same one.
@@ -65,9 +72,14 @@ pub struct SoftIommu {
 }
 
 impl SoftIommu {
-    /// An empty address space of `1 << width` bytes (12 to 57 bits) without `reserved`.
+    /// An empty address space of `1 << width` bytes (12 to 57 bits) without `reserved`, that enforces snooping.
     #[must_use]
     pub fn new(width: u8, reserved: &[Span<Iova>]) -> Self {
+        Self::in_front_of(None, width, reserved)
+    }
+
+    /// The same that lets transactions go behind `cache`, if there is one.
+    pub(super) fn in_front_of(cache: Option<Arc<Cache>>, width: u8, reserved: &[Span<Iova>]) -> Self {
         let last = (1 << width.clamp(12, 57)) - 1;
         let mut reserved = reserved.to_vec();
         reserved.sort_by_key(Span::start);
@@ -83,7 +95,16 @@ impl SoftIommu {
         if let Some(start) = next {
             allowed.extend(Span::inclusive(Iova(start), Iova(last)));
         }
-        Self { inner: Arc::new(Inner { allowed, mappings: RwLock::default(), faults: Mutex::default() }) }
+        Self {
+            inner: Arc::new(Inner {
+                allowed,
+                mappings: RwLock::default(),
+                faults: Mutex::default(),
+                maps: AtomicU64::new(0),
+                cache,
+                no_snoop: AtomicBool::new(false),
+            }),
+        }
     }
 
     /// Maps `window` at `span`.
@@ -107,6 +128,7 @@ impl SoftIommu {
         }
         let place = mappings.partition_point(|mapping| mapping.span.start() < span.start());
         mappings.insert(place, Mapping { span, window });
+        self.inner.maps.fetch_add(1, Relaxed);
         Ok(())
     }
 
@@ -119,6 +141,12 @@ impl SoftIommu {
         let index = mappings.iter().position(|mapping| mapping.span == span).ok_or(MapError::NotMapped { span })?;
         mappings.remove(index);
         Ok(())
+    }
+
+    /// How many times memory has been mapped so far.
+    #[must_use]
+    pub fn maps(&self) -> u64 {
+        self.inner.maps.load(Relaxed)
     }
 
     /// What is mapped now, sorted.
@@ -163,7 +191,13 @@ impl SoftIommu {
     /// Starts a series of transfers; unmapping waits until it is dropped.
     pub(super) fn dma(&self) -> Dma<'_> {
         let mappings = self.inner.mappings.read().unwrap_or_else(PoisonError::into_inner);
-        Dma { mappings, faults: &self.inner.faults }
+        let cache = self.inner.cache.as_deref().filter(|_| self.inner.no_snoop.load(SeqCst));
+        Dma { mappings, faults: &self.inner.faults, cache }
+    }
+
+    /// The function marks its transactions No Snoop from now on, or no longer does. Transfers under way may end as before.
+    pub(super) fn set_no_snoop(&self, on: bool) {
+        self.inner.no_snoop.store(on, SeqCst);
     }
 }
 
@@ -212,6 +246,8 @@ impl Drop for Unmap {
 pub(super) struct Dma<'a> {
     mappings: RwLockReadGuard<'a, Vec<Mapping>>,
     faults: &'a Mutex<FaultLog>,
+    /// What these transfers go behind.
+    cache: Option<&'a Cache>,
 }
 
 impl Dma<'_> {
@@ -233,7 +269,10 @@ impl Dma<'_> {
             let offset = mapping.span.offset_of(rest.start()).expect("found by address");
             let len = rest.len().min(mapping.span.len() - offset);
             let size = |bytes: u64| usize::try_from(bytes).expect("inside a window");
-            part(&mapping.window, size(offset), size(len))?;
+            match self.cache {
+                None => part(&mapping.window, size(offset), size(len))?,
+                Some(cache) => cache.transfer(access, &mapping.window, (size(offset), size(len)), &mut part)?,
+            }
             match rest.slice(len, rest.len() - len) {
                 Some(next) => rest = next,
                 None => return Ok(()),

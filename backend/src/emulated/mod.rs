@@ -12,11 +12,14 @@
 //! its own table of offsets. It can be simple because it has one namespace and its commands never wait.
 
 mod admin;
+mod cache;
 mod config;
 mod controller;
 mod events;
 mod fault;
+mod fault_file;
 mod features;
+mod flushed;
 mod function;
 mod identify;
 mod iommu;
@@ -38,7 +41,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::hardware::{AddressSpace, Function};
+use crate::coherency::{CacheOps, Facts, Personality, Policy};
+use crate::hardware::{AddressSpace, CacheFlush, Function};
+use crate::vfio::no_snoop;
+
+use cache::Cache;
+use flushed::FlushedSpace;
 
 pub use controller::Traffic;
 pub use fault::{Commands, Effect, Fault};
@@ -82,6 +90,14 @@ pub enum EmulatedError {
         /// What was given.
         found: String,
     },
+    /// The list of faults is not one.
+    #[error("emulated function: faults={}: {what}", path.display())]
+    Faults {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
     /// The file could not be used.
     #[error("emulated function: {what} {}: {source}", path.display())]
     File {
@@ -113,6 +129,9 @@ pub enum EmulatedError {
         /// The errno.
         source: io::Error,
     },
+    /// Memory for the model of the caches could not be had.
+    #[error("emulated function: allocate memory for a model of the caches: {0}")]
+    Cache(io::Error),
     /// The controller's thread could not be started.
     #[error("emulated function: start its thread: {0}")]
     Thread(io::Error),
@@ -125,6 +144,8 @@ pub enum EmulatedError {
 pub struct Machine {
     function: Arc<EmulatedFunction>,
     iommu: SoftIommu,
+    cache: Option<Arc<Cache>>,
+    snoop_enforced: bool,
 }
 
 impl Machine {
@@ -134,9 +155,12 @@ impl Machine {
     /// See [`EmulatedError`]; no file is made or changed when an option is wrong.
     pub fn new(options: Options) -> Result<Self, EmulatedError> {
         options.check()?;
-        let iommu = SoftIommu::new(options.address_width, &options.reserved);
+        let (snoop_enforced, faults) = (options.snoop_enforced, options.faults.clone());
+        let cache = if snoop_enforced { None } else { Some(Arc::new(Cache::new().map_err(EmulatedError::Cache)?)) };
+        let iommu = SoftIommu::in_front_of(cache.clone(), options.address_width, &options.reserved);
         let function = Arc::new(EmulatedFunction::new(options, iommu.clone())?);
-        Ok(Self { function, iommu })
+        faults.into_iter().for_each(|fault| function.inject(fault));
+        Ok(Self { function, iommu, cache, snoop_enforced })
     }
 
     /// The function, for a driver.
@@ -149,6 +173,37 @@ impl Machine {
     #[must_use]
     pub fn space(&self) -> Arc<dyn AddressSpace> {
         Arc::new(self.iommu.clone())
+    }
+
+    /// How to flush the caches that the function may go behind; none if the IOMMU enforces snooping.
+    #[must_use]
+    pub fn cache(&self) -> Option<Arc<dyn CacheFlush>> {
+        self.cache.clone().map(|cache| cache as Arc<dyn CacheFlush>)
+    }
+
+    /// The address space for a function that goes behind the caches: memory is flushed as it becomes reachable and when it
+    /// no longer is. As [`Self::space`] if snooping is enforced.
+    #[must_use]
+    pub fn flushed_space(&self) -> Arc<dyn AddressSpace> {
+        match self.cache() {
+            None => self.space(),
+            Some(cache) => Arc::new(FlushedSpace { iommu: self.iommu.clone(), cache }),
+        }
+    }
+
+    /// What a decision about the CPU caches rests on.
+    ///
+    /// # Errors
+    /// As [`no_snoop::probe`]: bus master must be off.
+    pub fn facts(&self, policy: Policy) -> io::Result<Facts> {
+        Ok(Facts {
+            snoop_enforced: self.snoop_enforced,
+            no_snoop: no_snoop::probe(&*self.function, false)?,
+            policy,
+            personality: Personality::Mediated,
+            cache_ops: CacheOps::ClflushOpt,
+            shim: false,
+        })
     }
 
     /// The IOMMU itself, to ask what is mapped and what has faulted.

@@ -1,13 +1,13 @@
 //! What the function is made of, from Rust or from one line of text:
 //! `size=4G,lba=4096,queues=2,medium=null,mode=threaded`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use crate::addr::{Iova, Span};
 
-use super::{EmulatedError, Medium};
+use super::{EmulatedError, Fault, Medium, fault_file};
 
 /// When commands run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +50,13 @@ pub struct Options {
     pub address_width: u8,
     /// Address ranges the platform keeps for itself.
     pub reserved: Vec<Span<Iova>>,
+    /// True if Enable No Snoop can be set, and is at power-on; false if it is hardwired to zero.
+    pub no_snoop: bool,
+    /// True if the IOMMU overrides No Snoop. If not, memory is modelled as CPU caches in front of DRAM: a function that sets
+    /// No Snoop sees only what was flushed, see [`Machine::cache`](super::Machine::cache).
+    pub snoop_enforced: bool,
+    /// What goes wrong from the start.
+    pub faults: Vec<Fault>,
     /// Serial number, at most 20 ASCII characters.
     pub serial: String,
 }
@@ -72,6 +79,9 @@ impl Default for Options {
             address_width: 48,
             // The MSI window of x86 (Intel SDM vol. 3 §11.11.1).
             reserved: Span::new(Iova(0xfee0_0000), 1 << 20).into_iter().collect(),
+            no_snoop: false,
+            snoop_enforced: true,
+            faults: Vec::new(),
             serial: "EMULATED-0".to_owned(),
         }
     }
@@ -98,16 +108,17 @@ impl Options {
 }
 
 /// The names that [`Options::from_str`] knows.
-const KNOWN: &str = "size, lba, queues, entries, mdts, sgl, stride, medium, file, create, sparse, wcache, mode, latency, interrupts, width, serial";
+const KNOWN: &str = "size, lba, queues, entries, mdts, sgl, stride, medium, file, create, sparse, wcache, mode, latency, interrupts, width, no-snoop, snoop-enforced, faults, serial";
 
 impl FromStr for Options {
     type Err = EmulatedError;
 
-    /// Reads `name=value` pairs separated by commas; what is not named is as in [`Options::default`]. Sizes take K, M, G or
-    /// T, times ns, us, ms or s. With `file=` the size may be left out; `create=on` makes a missing file, sparse unless
-    /// `sparse=off`.
+    /// Reads `name=value` pairs separated by commas; what is not named is as in [`Options::default`], but that commands run
+    /// on a thread of the controller's own. Sizes take K, M, G or T, times ns, us, ms or s. With `file=` the size may be left
+    /// out; `create=on` makes a missing file, sparse unless `sparse=off`. `faults=` names a file, see `faults.toml` beside
+    /// this one.
     fn from_str(text: &str) -> Result<Self, EmulatedError> {
-        let mut options = Self { size: 0, ..Self::default() };
+        let mut options = Self { size: 0, mode: Mode::Threaded, ..Self::default() };
         let (mut file, mut create, mut sparse) = (None, false, true);
         for pair in text.split(',').filter(|pair| !pair.is_empty()) {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -128,6 +139,9 @@ impl FromStr for Options {
                 "latency" => options.latency = time("latency", value)?,
                 "interrupts" => options.interrupts = switch("interrupts", value)?,
                 "width" => options.address_width = number("width", value)?,
+                "no-snoop" => options.no_snoop = no_snoop(value)?,
+                "snoop-enforced" => options.snoop_enforced = switch("snoop-enforced", value)?,
+                "faults" => options.faults = fault_file::read(Path::new(value))?,
                 "serial" => value.clone_into(&mut options.serial),
                 _ => return Err(EmulatedError::Unknown { option: name.to_owned(), known: KNOWN }),
             }
@@ -166,6 +180,14 @@ fn medium(text: &str) -> Result<Medium, EmulatedError> {
     }
 }
 
+fn no_snoop(text: &str) -> Result<bool, EmulatedError> {
+    match text {
+        "never" => Ok(false),
+        "controllable" => Ok(true),
+        _ => Err(value_error("no-snoop", "never or controllable", text)),
+    }
+}
+
 fn mode(text: &str) -> Result<Mode, EmulatedError> {
     match text {
         "inline" => Ok(Mode::Inline),
@@ -186,9 +208,13 @@ fn size(option: &'static str, text: &str) -> Result<u64, EmulatedError> {
 }
 
 fn time(option: &'static str, text: &str) -> Result<Duration, EmulatedError> {
+    duration(text).ok_or_else(|| value_error(option, "a number of ns, us, ms or s", text))
+}
+
+/// A time with its unit.
+pub(super) fn duration(text: &str) -> Option<Duration> {
     let units = [("ns", 1), ("us", 1_000), ("ms", 1_000_000), ("s", 1_000_000_000)];
-    let nanos = scaled(text, &units).ok_or_else(|| value_error(option, "a number of ns, us, ms or s", text))?;
-    Ok(Duration::from_nanos(nanos))
+    scaled(text, &units).map(Duration::from_nanos)
 }
 
 #[cfg(test)]
@@ -198,16 +224,16 @@ mod tests {
     #[test]
     fn one_line_says_what_the_function_is() {
         let options: Options =
-            "size=4G,lba=4096,queues=2,medium=null,mode=threaded,latency=80us,wcache=off".parse().unwrap();
+            "size=4G,lba=4096,queues=2,medium=null,mode=inline,latency=80us,wcache=off".parse().unwrap();
         assert_eq!((options.size, options.lba, options.queues), (4 << 30, 4096, 2));
-        assert_eq!((options.medium, options.mode), (Medium::Null, Mode::Threaded));
+        assert_eq!((options.medium, options.mode), (Medium::Null, Mode::Inline));
         assert_eq!((options.latency, options.volatile_cache), (Duration::from_micros(80), false));
     }
 
     #[test]
     fn nothing_at_all_is_the_default() {
         let options: Options = "".parse().unwrap();
-        assert_eq!((options.size, options.medium), (1 << 30, Medium::Memory));
+        assert_eq!((options.size, options.medium, options.mode), (1 << 30, Medium::Memory, Mode::Threaded));
     }
 
     #[test]
@@ -230,6 +256,7 @@ mod tests {
             ("queues=70000", "queues=70000"),
             ("latency=5", "latency=5: wanted a number of ns"),
             ("medium=disk", "medium=disk: wanted memory or null"),
+            ("no-snoop=off", "no-snoop=off: wanted never or controllable"),
         ] {
             let error = text.parse::<Options>().expect_err(text).to_string();
             assert!(error.contains(part) && !error.contains('\n'), "{text}: {error}");

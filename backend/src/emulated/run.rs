@@ -175,6 +175,10 @@ impl Controller {
                 self.fatal();
                 return None;
             }
+            Some(Effect::Stick) => {
+                self.stick();
+                return None;
+            }
             Some(Effect::Remove) => {
                 self.remove();
                 return None;

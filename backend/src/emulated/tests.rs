@@ -2,6 +2,7 @@
 
 mod any;
 mod bring_up;
+mod cache;
 mod events;
 mod faults;
 mod host;

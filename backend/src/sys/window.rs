@@ -7,8 +7,8 @@
 use std::any::Any;
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
 
 use vm_memory::MmapRegion;
 use zerocopy::{FromBytes, IntoBytes};
@@ -73,8 +73,13 @@ impl Window {
         self.len == 0
     }
 
-    /// Where the window starts in this process, for a kernel call that takes an address.
-    pub(super) fn host_address(&self) -> u64 {
+    /// Tells, by having no strong count, that the mapping is gone and its addresses may belong to another.
+    pub(crate) fn mapping(&self) -> Weak<dyn Any + Send + Sync> {
+        Arc::downgrade(&self._owner)
+    }
+
+    /// Where the window starts in this process, for a kernel call that takes an address, or to tell memory from memory.
+    pub(crate) fn host_address(&self) -> u64 {
         self.base.as_ptr() as u64
     }
 

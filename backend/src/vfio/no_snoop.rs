@@ -4,9 +4,11 @@
 //! it back. So the bit is *tried* — set, read back, restored — while bus master is off and the function can start no DMA.
 
 use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use crate::coherency::{NoSnoop, NotOurs};
-use crate::hardware::Function;
+use crate::hardware::{Function, Registers};
 
 /// Vendor ID @ 0x00 : u16 (PCI Local Bus 3.0 §6.2.1).
 const VENDOR: u16 = 0x00;
@@ -57,6 +59,50 @@ pub fn hold_off(function: &dyn Function) -> io::Result<bool> {
     let control = word(function, capability + DEVICE_CONTROL)?;
     set_word(function, capability + DEVICE_CONTROL, control & !ENABLE_NO_SNOOP)?;
     Ok(word(function, capability + DEVICE_CONTROL)? & ENABLE_NO_SNOOP == 0)
+}
+
+/// A function whose bit is held at zero: it is cleared, and read back, each time the function is about to get bus master,
+/// which it loses in every reset, and a reset may bring the bit back.
+pub struct HeldOff(Arc<dyn Function>);
+
+impl HeldOff {
+    /// Clears the bit of `function`; `None` if it would not stay clear.
+    ///
+    /// # Errors
+    /// The errno of the configuration access that failed.
+    pub fn new(function: Arc<dyn Function>) -> io::Result<Option<Self>> {
+        Ok(hold_off(&*function)?.then_some(Self(function)))
+    }
+}
+
+impl Function for HeldOff {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+    fn config_read(&self, offset: u16, bytes: &mut [u8]) -> io::Result<()> {
+        self.0.config_read(offset, bytes)
+    }
+    fn config_write(&self, offset: u16, bytes: &[u8]) -> io::Result<()> {
+        self.0.config_write(offset, bytes)
+    }
+    fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>> {
+        self.0.registers(bar)
+    }
+    fn vectors(&self) -> u16 {
+        self.0.vectors()
+    }
+    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.0.route_vectors(events)
+    }
+    fn set_bus_master(&self, on: bool) -> io::Result<()> {
+        if on && !hold_off(&*self.0)? {
+            return Err(io::Error::other("its Enable No Snoop bit reads 1 after it was cleared"));
+        }
+        self.0.set_bus_master(on)
+    }
+    fn reset(&self) -> io::Result<()> {
+        self.0.reset()
+    }
 }
 
 /// Where the PCI Express capability is. A list that runs in a circle ends after as many entries as fit (48).

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::addr::{Address, Iova};
 use crate::emulated::{Machine, Mode, Options};
-use crate::hardware::{AddressSpace, DmaBuffer, Function, Registers};
+use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, Function, Registers};
 
 pub(super) const CC: usize = 0x14;
 pub(super) const CSTS: usize = 0x1c;
@@ -70,6 +70,8 @@ pub(super) struct Host {
     pub(super) space: Arc<dyn AddressSpace>,
     pub(super) bar: Arc<dyn Registers>,
     pub(super) admin: Pair,
+    /// Flushes the host's queues, and memory as it is allocated, where the function goes behind the caches.
+    pub(super) cache: Option<Arc<dyn CacheFlush>>,
     stride: usize,
 }
 
@@ -81,11 +83,11 @@ impl Host {
     /// Function found, admin queue memory there, controller still disabled.
     pub(super) fn cold(options: Options) -> Self {
         let machine = Machine::new(options).unwrap();
-        let (function, space) = (machine.function(), machine.space());
+        let (function, space, cache) = (machine.function(), machine.flushed_space(), machine.cache());
         let bar = function.registers(0).unwrap();
         let stride = 4 << (bar.read64(0) >> 32 & 0xf);
         let admin = Pair::new(&*space, 0, [ADMIN_ENTRIES; 2]);
-        Self { machine, function, space, bar, admin, stride }
+        Self { machine, function, space, bar, admin, cache, stride }
     }
 
     /// Controller enabled and ready.
@@ -126,6 +128,7 @@ impl Host {
         pair.next_cid += 1;
         sqe.0[2..4].copy_from_slice(&cid.to_le_bytes());
         pair.sq.window().copy_from(pair.tail as usize * 64, &sqe.0);
+        self.flush(&pair.sq, pair.tail as usize * 64, 64);
         pair.tail = (pair.tail + 1) % pair.sq_entries;
         cid
     }
@@ -134,8 +137,15 @@ impl Host {
         self.bar.write32(self.doorbell(2 * usize::from(pair.id)), pair.tail);
     }
 
+    pub(super) fn flush(&self, buffer: &DmaBuffer, offset: usize, len: usize) {
+        if let Some(cache) = &self.cache {
+            cache.flush(buffer.window(), offset, len);
+        }
+    }
+
     /// Takes a completion if there is one and tells the controller.
     pub(super) fn take(&self, pair: &mut Pair) -> Option<Done> {
+        self.flush(&pair.cq, pair.head as usize * 16, 16);
         let done = pair.peek()?;
         pair.head = (pair.head + 1) % pair.cq_entries;
         if pair.head == 0 {

@@ -1,0 +1,100 @@
+//! A guest that writes anything into its ring: the input is all of its memory. Nothing panics, every chain that is taken
+//! ends, and no buffer leaves the memory.
+#![no_main]
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::sync::Arc;
+
+use libfuzzer_sys::fuzz_target;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vhost_device_vfio::addr::{Gpa, Qva, Span};
+use vhost_device_vfio::driver::Geometry;
+use vhost_device_vfio::engine::RingSetup;
+use vhost_device_vfio::engine::chain::Chain;
+use vhost_device_vfio::engine::guest::Guest;
+use vhost_device_vfio::engine::request::{Disk, Status, parse};
+use vhost_device_vfio::engine::virtqueue::SplitRing;
+use vhost_device_vfio::memory::{MemTable, Region, RegionSpec};
+
+const SIZE: u16 = 16;
+const DESC: u64 = 0;
+const AVAIL: u64 = 0x100;
+const USED: u64 = 0x140;
+/// Two regions with a gap between them.
+const REGIONS: [(u64, u64); 2] = [(0, 0x1000), (0x3000, 0x2000)];
+
+thread_local! {
+    static TABLE: RefCell<Arc<MemTable>> = RefCell::new(Arc::new(table()));
+}
+
+fn table() -> MemTable {
+    let regions = REGIONS.map(|(start, len)| {
+        let file = File::from(memfd_create("fuzz", MemfdFlags::CLOEXEC).unwrap());
+        ftruncate(&file, len).unwrap();
+        let gpa = Span::new(Gpa(start), len).unwrap();
+        Arc::new(Region::map(RegionSpec { gpa, qva: Qva(start), offset: 0, file: Arc::new(file) }).unwrap())
+    });
+    MemTable::new(regions.to_vec()).unwrap()
+}
+
+fn serve(table: &Arc<MemTable>) {
+    let span = |start, len| Span::new(Gpa(start), len).unwrap();
+    let setup = RingSetup {
+        index: 0,
+        size: SIZE,
+        desc: span(DESC, 0x100),
+        avail: span(AVAIL, 6 + 2 * 16),
+        used: span(USED, 6 + 8 * 16),
+        base: 0,
+        event_idx: true,
+        indirect: true,
+        kick: None,
+        call: None,
+        err: None,
+    };
+    let disk = Disk::new(&Geometry {
+        blocks: 1 << 20,
+        block_size: 512,
+        physical_block_size: 4096,
+        read_only: false,
+        volatile_cache: true,
+        serial: "fuzz".to_owned(),
+        model: "fuzz".to_owned(),
+    });
+    let mut ring = SplitRing::new(&setup, table).unwrap();
+    let mut guest = Guest::default();
+    guest.publish(Arc::clone(table));
+    let (mut chain, mut buffers) = (Chain::default(), Vec::new());
+    let Ok(available) = ring.available() else { return };
+    for _ in 0..available {
+        if ring.take(&mut guest, &mut chain).is_err() {
+            return;
+        }
+        buffers.clear();
+        let (ticket, _) = parse(&chain, &mut guest, &disk, &mut buffers);
+        for buffer in &buffers {
+            let inside = |(start, len): &(u64, u64)| buffer.start().0 >= *start && buffer.last().0 < start + len;
+            assert!(REGIONS.iter().any(inside), "{buffer} is no guest memory");
+        }
+        if let Some(status) = ticket.status() {
+            guest.write_status(status, Status::Ok as u8);
+        }
+        ring.push_used(ticket.settle(), 1);
+    }
+    ring.publish();
+    ring.arm();
+}
+
+fuzz_target!(|memory: &[u8]| {
+    TABLE.with_borrow(|table| {
+        let mut rest = memory;
+        for region in table.regions() {
+            let part = rest.len().min(region.window().len());
+            region.window().clear();
+            region.window().copy_from(0, &rest[..part]);
+            rest = &rest[part..];
+        }
+        serve(table);
+    });
+});

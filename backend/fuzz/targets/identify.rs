@@ -1,0 +1,30 @@
+//! A controller that says anything of itself: the input stands in its answers to Identify. The driver refuses it with a
+//! reason, or serves a disk that makes sense.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use vhost_device_vfio::driver::Driver;
+use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
+use vhost_device_vfio::emulated::{Fault, Machine, Medium, Options};
+
+fuzz_target!(|input: &[u8]| {
+    let machine = Machine::new(Options { size: 1 << 20, medium: Medium::Null, ..Options::default() }).unwrap();
+    // Each part: kind of answer, place in it, length, bytes.
+    let mut rest = input;
+    while let [kind, low, high, len, more @ ..] = rest {
+        let (bytes, after) = more.split_at(more.len().min((*len).into()));
+        let offset = usize::from(u16::from_le_bytes([*low, *high])) % 4096;
+        machine.inject(Fault::Identify { cns: kind % 3, offset, bytes: bytes.to_vec() });
+        rest = after;
+    }
+    let options = NvmeOptions { namespace: None, queues: 1, read_only: false };
+    if let Ok(mut nvme) = Nvme::bring_up(machine.function(), machine.space(), options) {
+        let geometry = nvme.geometry();
+        assert!(matches!(geometry.block_size, 512 | 4096) && geometry.blocks > 0, "{geometry:?}");
+        assert!(geometry.blocks.checked_mul(geometry.block_size.into()).is_some(), "{geometry:?}");
+        assert!(geometry.physical_block_size.is_power_of_two(), "{geometry:?}");
+        drop(nvme.take_queues());
+        nvme.shut_down();
+    }
+    assert_eq!(machine.iommu().fault_count(), 0, "DMA to what is not mapped");
+});

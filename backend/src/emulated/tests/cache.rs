@@ -1,0 +1,235 @@
+//! A function that goes behind the caches: what it and the CPUs see of each other, with every flush and without one.
+
+use std::sync::Arc;
+
+use super::host::{Done, Host, Pair, Sqe, small};
+use crate::addr::{Iova, Span};
+use crate::coherency::{Coherent, NoSnoop, Policy, Verdict, decide};
+use crate::emulated::{Machine, Options};
+use crate::hardware::{DmaBuffer, Function};
+use crate::vfio::no_snoop::{HeldOff, probe};
+
+const READ: u8 = 2;
+const WRITE: u8 = 1;
+const DEVICE_CONTROL: u16 = 0x58;
+const NO_SNOOP: u16 = 1 << 11;
+
+fn behind() -> Options {
+    Options { no_snoop: true, snoop_enforced: false, ..small() }
+}
+
+/// A host that flushes its queues, and one block of memory that it does not.
+struct Bench {
+    host: Host,
+    pair: Pair,
+    data: DmaBuffer,
+}
+
+impl Bench {
+    fn new(options: Options) -> Self {
+        let mut host = Host::up(options);
+        let pair = host.pair(1, [16; 2]);
+        let data = host.buffer(4096);
+        Self { host, pair, data }
+    }
+
+    fn run(&mut self, opcode: u8) -> Done {
+        self.host.run(&mut self.pair, Sqe::rw(opcode, 0, 1).prps(self.data.span().start(), Iova(0)))
+    }
+
+    fn flush(&self) {
+        self.host.flush(&self.data, 0, 512);
+    }
+
+    /// All 512 bytes, which must be alike.
+    fn seen(&self) -> u8 {
+        let mut bytes = [0; 512];
+        self.data.window().copy_to(0, &mut bytes);
+        assert!(bytes.iter().all(|byte| *byte == bytes[0]), "{bytes:x?}");
+        bytes[0]
+    }
+
+    fn fill(&self, value: u8) {
+        self.data.window().copy_from(0, &[value; 512]);
+    }
+
+    /// What the medium holds, read with everything flushed.
+    fn stored(&mut self) -> u8 {
+        self.flush();
+        assert_eq!(self.run(READ).status, 0);
+        self.flush();
+        self.seen()
+    }
+}
+
+#[test]
+fn with_every_flush_data_are_right() {
+    let mut bench = Bench::new(behind());
+    for value in [1, 2] {
+        bench.fill(value);
+        bench.flush();
+        assert_eq!(bench.run(WRITE).status, 0);
+        bench.fill(0xff);
+        assert_eq!(bench.stored(), value);
+    }
+}
+
+#[test]
+fn a_write_without_a_flush_stores_what_was_there_before() {
+    let mut bench = Bench::new(behind());
+    bench.fill(1);
+
+    bench.run(WRITE);
+
+    assert_eq!(bench.stored(), 0);
+}
+
+#[test]
+fn a_read_without_a_flush_after_it_shows_the_old_data() {
+    let mut bench = Bench::new(behind());
+    bench.fill(1);
+    bench.flush();
+    bench.run(WRITE);
+    bench.fill(2);
+    bench.flush();
+
+    bench.run(READ);
+
+    assert_eq!(bench.seen(), 2);
+    bench.flush();
+    assert_eq!(bench.seen(), 1);
+}
+
+#[test]
+fn a_read_into_lines_not_flushed_before_is_overwritten_by_them() {
+    let mut bench = Bench::new(behind());
+    bench.fill(1);
+    bench.flush();
+    bench.run(WRITE);
+    bench.fill(2);
+
+    bench.run(READ);
+    bench.flush();
+
+    assert_eq!(bench.seen(), 2, "the line was dirty while the function wrote to DRAM");
+}
+
+#[test]
+fn a_neighbour_in_the_same_line_is_as_bad() {
+    let mut bench = Bench::new(behind());
+    bench.fill(1);
+    bench.flush();
+    bench.run(WRITE);
+    bench.fill(2);
+    bench.flush();
+
+    bench.run(READ);
+    bench.data.window().write_u8(511, 3);
+    bench.flush();
+
+    assert_eq!([447, 448, 510].map(|at| bench.data.window().read_u8(at)), [1, 2, 2]);
+}
+
+#[test]
+fn memory_mapped_without_a_flush_shows_neither_side_the_other() {
+    let mut bench = Bench::new(behind());
+    let page = crate::sys::Window::of(Arc::new(vm_memory::MmapRegion::new(4096).unwrap()));
+    let at = Span::new(Iova(0x1000), 4096).unwrap();
+    page.copy_from(0, &[7; 512]);
+    bench.host.machine.iommu().map(at, page).unwrap();
+
+    let done = bench.host.run(&mut bench.pair, Sqe::rw(WRITE, 0, 1).prps(at.start(), Iova(0)));
+
+    assert_eq!(done.status, 0);
+    assert_eq!(bench.stored(), 0xdb);
+}
+
+#[test]
+fn an_entry_that_was_not_flushed_is_not_the_one_that_runs() {
+    let mut bench = Bench::new(behind());
+    let cache = bench.host.cache.take();
+    bench.host.push(&mut bench.pair, Sqe::rw(READ, 0, 1).prps(bench.data.span().start(), Iova(0)));
+    bench.host.ring(&bench.pair);
+    bench.host.cache = cache;
+
+    // The memory was zero when it was flushed: the command found there is a Flush of no namespace.
+    let done = bench.host.take(&mut bench.pair).unwrap();
+
+    assert_eq!((done.cid, done.status), (0, 0x00b));
+    assert_eq!(bench.host.machine.traffic().reads, 0);
+}
+
+#[test]
+fn a_completion_is_not_seen_before_its_line_is_flushed() {
+    let mut bench = Bench::new(behind());
+    bench.host.push(&mut bench.pair, Sqe::rw(READ, 0, 1).prps(bench.data.span().start(), Iova(0)));
+    bench.host.ring(&bench.pair);
+
+    assert_eq!(bench.pair.peek(), None);
+
+    assert_eq!(bench.host.take(&mut bench.pair).unwrap().status, 0);
+}
+
+#[test]
+fn nothing_need_be_flushed_if_snooping_is_enforced_or_the_bit_is_clear_or_fixed() {
+    let held = |bench: Bench| {
+        bench.host.function.config_write(DEVICE_CONTROL, &0_u16.to_le_bytes()).unwrap();
+        bench
+    };
+    for mut bench in [
+        Bench::new(Options { snoop_enforced: true, ..behind() }),
+        Bench::new(Options { no_snoop: false, ..behind() }),
+        held(Bench::new(behind())),
+    ] {
+        bench.host.cache = None;
+        for value in [1, 2] {
+            bench.fill(value);
+            bench.run(WRITE);
+            bench.fill(0xff);
+            bench.run(READ);
+            assert_eq!(bench.seen(), value);
+        }
+    }
+}
+
+fn control(function: &dyn Function) -> u16 {
+    let mut bytes = [0; 2];
+    function.config_read(DEVICE_CONTROL, &mut bytes).unwrap();
+    u16::from_le_bytes(bytes)
+}
+
+#[test]
+fn the_bit_is_one_at_power_on_and_after_a_reset_if_it_exists_at_all() {
+    for (no_snoop, bit, found) in [(false, 0, NoSnoop::NeverSet), (true, NO_SNOOP, NoSnoop::Controllable)] {
+        let function = Machine::new(Options { no_snoop, ..small() }).unwrap().function();
+        assert_eq!(control(&*function) & NO_SNOOP, bit);
+        assert_eq!(probe(&*function, false).unwrap(), found);
+        function.config_write(DEVICE_CONTROL, &0_u16.to_le_bytes()).unwrap();
+        assert_eq!(control(&*function) & NO_SNOOP, 0);
+        function.reset().unwrap();
+        assert_eq!(control(&*function) & NO_SNOOP, bit);
+    }
+}
+
+#[test]
+fn a_bit_held_off_is_clear_whenever_the_function_may_do_dma() {
+    let machine = Machine::new(behind()).unwrap();
+    let function = HeldOff::new(machine.function()).unwrap().unwrap();
+    for _ in 0..2 {
+        function.set_bus_master(true).unwrap();
+        assert_eq!(control(&function) & NO_SNOOP, 0);
+        function.reset().unwrap();
+        assert_eq!(control(&function) & NO_SNOOP, NO_SNOOP, "a reset brings it back");
+    }
+}
+
+#[test]
+fn the_facts_are_what_the_options_say() {
+    let verdict = |options: Options, policy| decide(&Machine::new(options).unwrap().facts(policy).unwrap());
+    let held = Verdict::Coherent(Coherent::HeldOff { mask_guest_writes: false });
+    assert_eq!(verdict(small(), Policy::Allow), Verdict::Coherent(Coherent::Enforced));
+    assert_eq!(verdict(Options { no_snoop: false, ..behind() }, Policy::Allow), Verdict::Coherent(Coherent::NeverSet));
+    assert_eq!(verdict(behind(), Policy::Suppress), held);
+    assert!(matches!(verdict(behind(), Policy::Allow), Verdict::Flush(_)));
+    assert!(matches!(verdict(behind(), Policy::Refuse), Verdict::Refuse(_)));
+}

@@ -1,0 +1,149 @@
+#!/usr/bin/env bash
+# The emulated drive in stock QEMU under TCG, directly on this machine: no root, no KVM, no emulated host.
+# shellcheck disable=SC2317 # functions are called by name, through claim
+set -u
+
+cd "$(dirname "$0")/../.." || exit
+TESTBED_ROOT=$PWD
+TESTBED_DIR=$TESTBED_ROOT/tests/testbed
+# shellcheck source=tests/testbed/lib.sh
+. "$TESTBED_DIR/lib.sh"
+# shellcheck source=tests/testbed/kernel.sh
+. "$TESTBED_DIR/kernel.sh"
+# shellcheck source=tests/testbed/image.sh
+. "$TESTBED_DIR/image.sh"
+# shellcheck source=tests/testbed/claims.sh
+. "$TESTBED_DIR/claims.sh"
+
+BACKEND=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release/vhost-device-vfio
+WORK=$(mktemp -d)
+SOCKET=$WORK/disk.sock
+DISK=$WORK/disk.img
+PATH=$WORK/bin:${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release:$PATH
+
+# By the ids of what was started here, whatever state it is in.
+clean_up() {
+    local file
+    for file in "$WORK"/*.pid "$WORK"/guest-*/pid; do
+        [[ ! -s $file ]] || kill -9 "$(<"$file")" 2>/dev/null
+    done
+    rm -rf "$WORK"
+}
+trap clean_up EXIT
+
+# The guest of the emulated host, with its files here and without KVM.
+prepare_guest() {
+    local applet
+    mkdir -p "$WORK/files/testbed" "$WORK/bin"
+    (cd "$WORK/files" && cpio --extract --quiet testbed/guest.cpio <"$(host_image)")
+    cp "$(kernel_image)" "$WORK/files/testbed/bzImage"
+    cp "$TESTBED_DIR/guest/init" "$WORK/files/testbed/guest-init"
+    sed -e "s#/testbed/#$WORK/files/testbed/#g; s#/run/guest-#$WORK/guest-#g; s#-accel kvm -cpu host#-accel tcg,thread=multi -cpu max#" \
+        "$TESTBED_DIR/host/bin/guest" >"$WORK/bin/guest"
+    ! grep -qE -e ' /testbed/| /run/|accel kvm' <(grep -v '^#' "$WORK/bin/guest") || die "the guest's script has other words now"
+    chmod +x "$WORK/bin/guest"
+    for applet in usleep awk; do ln -s "$(command -v busybox)" "$WORK/bin/$applet"; done
+}
+
+# backend_start OPTIONS: serves an emulated drive made of these, and waits for its socket.
+backend_start() {
+    (
+        exec "$BACKEND" --socket-path "$SOCKET" --device "emulated:$1" --queues 2
+    ) </dev/null >>"$WORK/backend.log" 2>&1 &
+    echo $! >"$WORK/backend.pid"
+    within 20 test -S "$SOCKET"
+}
+backend_stop() {
+    kill -TERM "$(<"$WORK/backend.pid")"
+    within 20 test ! -S "$SOCKET"
+    within 20 grep -q 'statistics: ' "$WORK/backend.log"
+    rm "$WORK/backend.pid"
+}
+
+# guest_start [OPTION of "guest start"]…
+guest_start() { guest start --socket "$SOCKET" --queues 2 --mem 256M --timeout 180 "$@"; }
+
+starts() {
+    backend_start "file=$DISK,create=on,size=64M"
+    guest_start --allow-reset --qemu-arg -m --qemu-arg slots=2,maxmem=1G
+    contains 'DMA is coherent: the IOMMU enforces snooping' "$WORK/backend.log"
+}
+capacity() { equal 131072 "$(guest exec -- 'cat /sys/block/vda/size')" "sectors"; }
+data_get_out() {
+    guest exec -- 'dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
+        dd if=/tmp/data of=/dev/vda bs=256k seek=16 oflag=direct 2>/dev/null && sync && sha256sum </tmp/data' >"$WORK/sum"
+    equal "$(cat "$WORK/sum")" "$(dd if="$DISK" bs=1M skip=4 count=8 status=none | sha256sum)" "the file behind the drive"
+}
+data_are_there() {
+    equal "$(cat "$WORK/sum")" \
+        "$(guest exec -- 'dd if=/dev/vda bs=256k skip=16 count=32 iflag=direct 2>/dev/null | sha256sum')" "the data read back"
+}
+fio_verifies() {
+    guest exec --timeout 200 -- 'fio --name=verify --filename=/dev/vda --offset=32M --size=8M --rw=randrw --bs=4k-64k \
+        --direct=1 --ioengine=io_uring --iodepth=16 --verify=crc32c --do_verify=1 --verify_fatal=1 >/dev/null'
+}
+file_system() {
+    guest exec --timeout 200 -- 'dd if=/dev/zero of=/dev/vda bs=1M count=1 2>/dev/null; mkfs.ext4 -qF /dev/vda 3M &&
+        mount /dev/vda /mnt && echo kept >/mnt/file && umount /mnt && e2fsck -fn /dev/vda >/dev/null'
+}
+memory_grows() {
+    guest qmp object-add '{"qom-type":"memory-backend-memfd","id":"more","size":134217728,"share":true}'
+    guest qmp device_add '{"driver":"pc-dimm","id":"dimm","memdev":"more"}'
+    within 20 grep -q 'region 0x100000000+128M' "$WORK/backend.log"
+    data_are_there
+}
+reset_and_back() {
+    guest qmp system_reset
+    guest ready --timeout 180
+    data_are_there
+}
+killed_and_back() {
+    guest exec -- 'dd if=/dev/vda of=/dev/null bs=4k iflag=direct & sleep 0.2'
+    guest kill
+    within 20 grep -q 'it has left' "$WORK/backend.log"
+    guest_start
+    data_are_there
+    guest exec -- 'mount -o ro /dev/vda /mnt && grep -q kept /mnt/file'
+}
+ends() {
+    guest stop
+    backend_stop
+    contains 'errors=0 ' "$WORK/backend.log"
+    lacks 'ERROR' "$WORK/backend.log"
+}
+
+prepare_guest
+claim "a guest boots beside an emulated drive" starts
+claim "the guest sees its size" capacity
+claim "what the guest writes is in the file behind the drive" data_get_out
+claim "fio in the guest verifies" fio_verifies
+claim "the guest makes a file system and it is clean" file_system
+claim "memory is added while the guest runs" memory_grows
+claim "the data survive a reset of the guest" reset_and_back
+claim "and QEMU killed in the middle of I/O" killed_and_back
+claim "the backend ends without having met an error" ends
+
+# A boot sector that fetches the next one by the BIOS and prints what stands there on the debug port.
+#   xor ax,ax; mov ds,ax; mov es,ax; mov ax,0x0201; mov bx,0x7e00; mov cx,2; xor dh,dh; int 0x13
+#   mov si,0x7e00; next: lodsb; test al,al; jz end; out 0xe9,al; jmp next; end: hlt; jmp end
+boot_disk() {
+    truncate -s 1M "$DISK"
+    printf '%b' '\x31\xc0\x8e\xd8\x8e\xc0\xb8\x01\x02\xbb\x00\x7e\xb9\x02\x00\x30\xf6\xcd\x13' \
+        '\xbe\x00\x7e\xac\x84\xc0\x74\x04\xe6\xe9\xeb\xf7\xf4\xeb\xfd' | dd of="$DISK" conv=notrunc status=none
+    printf '\x55\xaa' | dd of="$DISK" bs=1 seek=510 conv=notrunc status=none
+    printf 'the second sector' | dd of="$DISK" bs=512 seek=1 conv=notrunc status=none
+}
+firmware_boots() {
+    rm -f "$DISK" && boot_disk
+    backend_start "file=$DISK"
+    qemu-system-x86_64 -accel tcg -m 64M -nodefaults -no-user-config -display none \
+        -object memory-backend-memfd,id=ram,size=64M,share=on -machine q35,memory-backend=ram \
+        -chardev "socket,id=disk,path=$SOCKET" -device vhost-user-blk-pci,chardev=disk,bootindex=0 \
+        -chardev "file,id=debug,path=$WORK/debug" -device isa-debugcon,iobase=0xe9,chardev=debug >"$WORK/qemu.log" 2>&1 &
+    echo $! >"$WORK/qemu.pid"
+    within 60 grep -q 'the second sector' "$WORK/debug" || { cat "$WORK/qemu.log" "$WORK/backend.log" && return 1; }
+    kill "$(<"$WORK/qemu.pid")"
+    backend_stop
+}
+claim "SeaBIOS boots from the drive" firmware_boots
+finished

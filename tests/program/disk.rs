@@ -1,0 +1,133 @@
+//! A real front-end with a guest's rings, through the process to the emulated drive and back.
+
+use testbed::client::{Request, Shape};
+
+use crate::process::{LIMIT, Process};
+
+/// Bytes that differ from sector to sector.
+fn pattern(sector: u64, bytes: usize) -> Vec<u8> {
+    (0..bytes as u64).map(|i| ((sector + i / 512).wrapping_mul(31) + i).to_le_bytes()[0]).collect()
+}
+
+#[test]
+fn what_is_written_is_read_back_at_every_size() {
+    for options in ["size=16M", "size=16M,lba=4096", "size=16M,sgl=on,mdts=1", "size=16M,mode=inline"] {
+        let process = Process::serve(options);
+        let mut client = process.client();
+        assert_eq!(client.capacity(), 16 << 11);
+        for (sector, bytes) in [(0, 4096), (8, 8192), (1024, 65536), ((16 << 11) - 8, 4096)] {
+            let written = pattern(sector, bytes);
+            client.write(sector, &written).unwrap();
+            let mut found = vec![0; bytes];
+            client.read(sector, &mut found).unwrap();
+            assert!(found == written, "{options}: {bytes} bytes at {sector}");
+        }
+        client.flush().unwrap();
+    }
+}
+
+#[test]
+fn a_request_past_the_end_fails_and_the_next_one_does_not() {
+    let process = Process::serve("size=1M");
+    let mut client = process.client();
+    let error = client.read(2048, &mut [0; 512]).unwrap_err().to_string();
+    assert!(error.contains("status 1"), "{error}");
+    client.read(2047, &mut [0; 512]).unwrap();
+}
+
+#[test]
+fn a_read_only_disk_refuses_writes() {
+    let process = Process::serve_with("size=1M", &["--read-only"]);
+    let mut client = process.client();
+    assert!(client.write(0, &[1; 512]).is_err());
+    client.read(0, &mut [0; 512]).unwrap();
+}
+
+#[test]
+fn a_file_keeps_the_data_from_one_process_to_the_next() {
+    let mut first = Process::serve("file=DIR/disk,create=on,size=4M");
+    first.client().write(16, &pattern(16, 4096)).unwrap();
+    let file = first.path("disk");
+    first.stop();
+    assert!(std::fs::read(&file).unwrap()[8192..12288] == pattern(16, 4096));
+
+    let second = Process::serve(&format!("file={}", file.display()));
+
+    let mut found = vec![0; 4096];
+    second.client().read(16, &mut found).unwrap();
+    assert!(found == pattern(16, 4096));
+}
+
+#[test]
+fn many_requests_in_flight_on_two_queues_all_come_back_with_their_data() {
+    let process = Process::serve("size=16M,latency=100us");
+    for indirect in [false, true] {
+        let mut client = process.client_of(Shape { queues: 2, depth: 32, bytes: 4096, indirect });
+        for (queue, ring) in client.rings.iter_mut().enumerate() {
+            let sectors: Vec<u64> = (0..32).map(|n| (queue as u64 * 32 + n) * 8).collect();
+            let mut wanted = [0; 32];
+            for sector in &sectors {
+                let slot = ring.submit(Request::Write { sector: *sector, bytes: 4096 });
+                ring.set_data(slot, &pattern(*sector, 4096));
+            }
+            ring.publish();
+            for _ in &sectors {
+                assert_eq!(ring.wait(LIMIT).unwrap().expect("in time").status, 0);
+            }
+            for sector in &sectors {
+                let slot = ring.submit(Request::Read { sector: *sector, bytes: 4096 });
+                ring.set_data(slot, &[0xcc; 4096]);
+                wanted[usize::from(slot)] = *sector;
+            }
+            ring.publish();
+            for _ in &sectors {
+                let done = ring.wait(LIMIT).unwrap().expect("in time");
+                let mut found = vec![0; 4096];
+                ring.data(done.slot, &mut found);
+                assert!(done.status == 0 && found == pattern(wanted[usize::from(done.slot)], 4096), "{done:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_drive_that_could_go_behind_the_caches_is_held_off_or_refused() {
+    let mut process = Process::serve("size=1M,no-snoop=controllable,snoop-enforced=off");
+    let mut client = process.client();
+    client.write(8, &pattern(8, 4096)).unwrap();
+    let mut found = vec![0; 4096];
+    client.read(8, &mut found).unwrap();
+    assert!(found == pattern(8, 4096));
+    let log = process.stop().log;
+    assert!(log.contains("DMA is coherent: No Snoop is held off"), "{log}");
+
+    let device = "emulated:no-snoop=controllable,snoop-enforced=off";
+    let ended = Process::run(&["--socket-path", "DIR/socket", "--device", device, "--no-snoop", "refuse"]);
+    assert_eq!(ended.status.code(), Some(1));
+    assert!(ended.log.contains("refused: the device can go behind the CPU caches"), "{}", ended.log);
+}
+
+#[test]
+fn the_log_tells_what_is_served_and_what_was_done() {
+    let mut process = Process::serve("size=16M,serial=ABC");
+    let mut client = process.client();
+    client.write(0, &[1; 4096]).unwrap();
+    client.read(0, &mut [0; 4096]).unwrap();
+    client.flush().unwrap();
+    drop(client);
+
+    let log = process.stop().log;
+
+    for part in [
+        "emulated: software IOMMU; No Snoop never set",
+        "emulated: DMA is coherent: the IOMMU enforces snooping",
+        "(serial ABC, ",
+        "listening on ",
+        "front-end connected: ",
+        "front-end disconnected: ",
+        "statistics: reads=1 writes=1 ",
+        "errors=0 ",
+    ] {
+        assert!(log.contains(part), "{part} is not in:\n{log}");
+    }
+}

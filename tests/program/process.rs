@@ -1,0 +1,150 @@
+//! A process that runs the program. Nobody waits for it without a limit, and none is left behind.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use testbed::client::{Client, Shape};
+use vmm_sys_util::tempdir::TempDir;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-device-vfio");
+
+/// Until anything expected of the program has happened; generous, since other tests share the processors.
+pub(crate) const LIMIT: Duration = Duration::from_secs(20);
+
+/// What has been printed, and how it ended.
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    pub(crate) stdout: String,
+    pub(crate) log: String,
+}
+
+/// A started program with a directory of its own.
+pub(crate) struct Process {
+    directory: TempDir,
+    child: Child,
+}
+
+impl Process {
+    /// Starts it with `arguments`; `DIR` in them stands for a directory that is removed afterwards.
+    pub(crate) fn start(arguments: &[&str]) -> Self {
+        Self::spawn(Command::new(PROGRAM), arguments)
+    }
+
+    /// The same with `socket` as descriptor 3 and `variables` (a shell's assignments) in its environment.
+    pub(crate) fn inheriting(socket: impl Into<OwnedFd>, variables: &str, arguments: &[&str]) -> Self {
+        let mut shell = Command::new("/bin/sh");
+        // A shell that becomes the program: $$ is the pid of both.
+        shell.arg("-c").arg(format!("{variables} exec \"$0\" \"$@\" 3<&0 </dev/null")).arg(PROGRAM);
+        shell.stdin(socket.into());
+        Self::spawn(shell, arguments)
+    }
+
+    fn spawn(mut command: Command, arguments: &[&str]) -> Self {
+        let directory = TempDir::new().unwrap();
+        let path = directory.as_path().to_str().unwrap();
+        command.args(arguments.iter().map(|argument| argument.replace("DIR", path)));
+        command.env_remove("RUST_LOG").env_remove("LISTEN_FDS").env_remove("LISTEN_PID");
+        command.stdout(File::create(directory.as_path().join("stdout")).unwrap());
+        command.stderr(File::create(directory.as_path().join("log")).unwrap());
+        let child = command.spawn().unwrap();
+        Self { directory, child }
+    }
+
+    /// Serves an emulated drive on the socket `DIR/socket`; returns when somebody can connect.
+    pub(crate) fn serve(options: &str) -> Self {
+        Self::serve_with(options, &[])
+    }
+
+    /// The same with more arguments.
+    pub(crate) fn serve_with(options: &str, more: &[&str]) -> Self {
+        let device = format!("emulated:{options}");
+        let mut process =
+            Self::start(&[&["--socket-path", "DIR/socket", "--device", &device, "--queues", "2"], more].concat());
+        process.wait_for_socket();
+        process
+    }
+
+    pub(crate) fn wait_for_socket(&mut self) {
+        self.wait_until("it listens", |process| UnixStream::connect(process.path("socket")).is_ok());
+    }
+
+    pub(crate) fn wait_until_listening_or_ended(&mut self) {
+        let start = Instant::now();
+        while UnixStream::connect(self.path("socket")).is_err() && self.child.try_wait().unwrap().is_none() {
+            assert!(start.elapsed() < LIMIT, "it neither listens nor ends; its log:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until `done` holds; a process that ends instead, or takes too long, fails the test with its log.
+    pub(crate) fn wait_until(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
+        let start = Instant::now();
+        while !done(self) {
+            let ended = self.child.try_wait().unwrap();
+            assert!(
+                ended.is_none() && start.elapsed() < LIMIT,
+                "not seen: {what} ({ended:?}); its log:\n{}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.as_path().join(name)
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap()
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        self.client_of(Shape::default())
+    }
+
+    pub(crate) fn client_of(&self, shape: Shape) -> Client {
+        Client::connect(&self.path("socket"), shape).unwrap_or_else(|error| panic!("{error}; its log:\n{}", self.log()))
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Waits until it ends by itself.
+    pub(crate) fn end(&mut self) -> Ended {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                let stdout = std::fs::read_to_string(self.path("stdout")).unwrap();
+                return Ended { status, stdout, log: self.log() };
+            }
+            assert!(start.elapsed() < LIMIT, "it does not end; its log:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Tells it to end, and waits.
+    pub(crate) fn stop(&mut self) -> Ended {
+        self.signal(Signal::TERM);
+        self.end()
+    }
+
+    /// Runs it to its end.
+    pub(crate) fn run(arguments: &[&str]) -> Ended {
+        Self::start(arguments).end()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.child.try_wait().is_ok_and(|status| status.is_none()) {
+            self.child.kill().unwrap();
+            self.child.wait().unwrap();
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! The three ways to a socket: made at a path, inherited, passed by a service manager.
+
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use testbed::client::{Client, Shape};
+use vmm_sys_util::tempdir::TempDir;
+
+use crate::process::Process;
+
+fn converse(socket: UnixStream, process: &Process) {
+    let mut client =
+        Client::new(socket, Shape::default()).unwrap_or_else(|error| panic!("{error}; its log:\n{}", process.log()));
+    client.write(7, &[0x5a; 512]).unwrap();
+    let mut found = [0; 512];
+    client.read(7, &mut found).unwrap();
+    assert_eq!(found, [0x5a; 512]);
+}
+
+#[test]
+fn an_inherited_listening_socket_is_served_again_and_again() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.as_path().join("socket");
+    let mut process =
+        Process::inheriting(UnixListener::bind(&path).unwrap(), "", &["--fd", "3", "--device", "emulated:size=1M"]);
+
+    for _ in 0..2 {
+        converse(UnixStream::connect(&path).unwrap(), &process);
+    }
+
+    assert!(process.stop().status.success());
+    assert!(path.exists(), "whoever made the socket removes it");
+}
+
+#[test]
+fn an_inherited_connected_socket_is_served_until_its_peer_leaves() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut process = Process::inheriting(theirs, "", &["--fd", "3", "--device", "emulated:size=1M"]);
+
+    converse(ours, &process);
+
+    assert!(process.end().status.success(), "it ends by itself");
+}
+
+#[test]
+fn a_socket_passed_by_a_service_manager_is_found() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.as_path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let process = Process::inheriting(listener, "LISTEN_FDS=1 LISTEN_PID=$$", &["--device", "emulated:size=1M"]);
+
+    converse(UnixStream::connect(&path).unwrap(), &process);
+}
+
+#[test]
+fn a_socket_passed_to_another_process_is_not_taken() {
+    let listener = UnixListener::bind(TempDir::new().unwrap().as_path().join("socket")).unwrap();
+    let ended = Process::inheriting(listener, "LISTEN_FDS=1 LISTEN_PID=1", &["--device", "emulated:size=1M"]).end();
+    assert_eq!(ended.status.code(), Some(1));
+    assert!(ended.log.contains("no socket; give --socket-path or --fd"), "{}", ended.log);
+}
+
+#[test]
+fn a_descriptor_that_is_not_open_or_no_socket_is_refused() {
+    let closed = Process::run(&["--fd", "99", "--device", "emulated:size=1M"]);
+    assert!(closed.log.contains("file descriptor 99 is no UNIX stream socket"), "{}", closed.log);
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let no_socket = Process::inheriting(file, "", &["--fd", "3", "--device", "emulated:size=1M"]).end();
+    assert!(no_socket.log.contains("file descriptor 3 is no UNIX stream socket"), "{}", no_socket.log);
+    assert_eq!((closed.status.code(), no_socket.status.code()), (Some(1), Some(1)));
+}
