@@ -1,6 +1,6 @@
 #!/bin/sh
 # profiles: vtd
-# options: --no-bind --qemu-arg -device --qemu-arg edu,addr=6
+# options: --no-bind --qemu-arg -device --qemu-arg edu,addr=6 --qemu-arg -drive --qemu-arg if=none,id=own,format=raw,file.driver=null-co,file.size=64M --qemu-arg -device --qemu-arg edu,addr=7,multifunction=on --qemu-arg -device --qemu-arg nvme,serial=own,drive=own,addr=7.1
 # What a first-time user gets wrong, and what the program answers: the object, the cause, the fix.
 
 # shellcheck source=tests/host/lib.sh
@@ -37,6 +37,11 @@ not_nvme() {
     bind "$EDU"
     answers "$EDU: .*(NVMe|NVM Express)" serve "$EDU"
 }
+# Two functions of one slot are one group; the kernel's nvme driver holds the second.
+group_not_viable() {
+    bind 0000:00:07.0
+    answers 'IOMMU group [0-9]+ is not viable: 0000:00:07.1 \(nvme\)' serve 0000:00:07.0
+}
 socket_taken() { answers "$SOCKET.*in use" timeout 30 vhost-device-vfio --socket-path "$SOCKET" --device "$EDU"; }
 private_memory() {
     guest_start --mem 256M --timeout 40 --qemu-arg -object --qemu-arg memory-backend-ram,id=private,size=256M \
@@ -58,10 +63,11 @@ claim "a function of another driver: the command that binds it" \
     answers "wanted bound to vfio-pci, found bound to nvme.*driverctl set-override $FUNCTION" serve "$FUNCTION"
 bind "$FUNCTION"
 claim "a function without a driver: the command that binds it" answers 'found no driver' serve "$EDU"
-claim "an address where nothing is: said so" answers '0000:07:00.0: no such PCI function' serve 07:00.0
+claim "an address where nothing is: said so" answers '0000:1f:00.0: no such PCI function' serve 1f:00.0
 claim "a word that is no address: an example" answers 'not a PCI address.*0000:00:04.0' serve nvme0
 claim "no /dev/iommu: what is missing" no_iommufd
 claim "a function that is no NVMe controller: what it is" not_nvme
+claim "a group that is not viable: the function in the way, with its driver" group_not_viable
 claim "a namespace that is not there: those that are" answers 'namespace 9.*it has: 1' \
     timeout 30 vhost-device-vfio --socket-path /run/other.sock --device "$FUNCTION" --namespace 9
 claim "a socket path that is too long: how long it may be" answers 107 serve "$FUNCTION" "/run/$(printf '%0200d' 0)"

@@ -162,3 +162,22 @@ fn holder(address: PciAddress) -> Option<String> {
     }
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_iommufd_names_the_kernel_option_or_the_container_option() {
+        let error = VfioError::no_iommufd(Path::new("/dev/iommu"), io::ErrorKind::NotFound.into()).to_string();
+        let kernel_has_it = Path::new("/sys/class/misc/iommu").exists();
+        let wanted = if kernel_has_it { "--device /dev/iommu" } else { "built without CONFIG_IOMMUFD" };
+        assert!(error.contains(wanted), "{error}");
+    }
+
+    #[test]
+    fn a_denied_iommufd_shows_the_rule_that_allows_it() {
+        let error = VfioError::no_iommufd(Path::new("/dev/iommu"), io::ErrorKind::PermissionDenied.into()).to_string();
+        assert!(error.contains("KERNEL==\"iommu\""), "{error}");
+    }
+}
