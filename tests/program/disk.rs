@@ -108,6 +108,26 @@ fn a_drive_that_could_go_behind_the_caches_is_held_off_or_refused() {
 }
 
 #[test]
+fn a_drive_behind_the_caches_serves_right_data_because_everything_is_flushed() {
+    for mode in ["threaded", "inline"] {
+        let options = format!("size=1M,no-snoop=controllable,snoop-enforced=off,mode={mode}");
+        let mut process = Process::serve_with(&options, &["--no-snoop", "allow"]);
+        let mut client = process.client();
+        for round in 0..20 {
+            for (sector, bytes) in [(8, 512), (9, 512), (64, 4096), (128, 65536)] {
+                let written = pattern(sector + round, bytes);
+                client.write(sector, &written).unwrap();
+                let mut found = vec![0; bytes];
+                client.read(sector, &mut found).unwrap();
+                assert!(found == written, "{mode}, round {round}: {bytes} bytes at {sector}");
+            }
+        }
+        let log = process.stop().log;
+        assert!(log.contains("DMA is not coherent: flushed"), "{log}");
+    }
+}
+
+#[test]
 fn the_log_tells_what_is_served_and_what_was_done() {
     let mut process = Process::serve("size=16M,serial=ABC");
     let mut client = process.client();
@@ -125,7 +145,8 @@ fn the_log_tells_what_is_served_and_what_was_done() {
         "listening on ",
         "front-end connected: ",
         "front-end disconnected: ",
-        "statistics: reads=1 writes=1 ",
+        "statistics: reads=1 writes=1 flushes=1 ",
+        "bytes_read=4096 bytes_written=4096 ",
         "errors=0 ",
     ] {
         assert!(log.contains(part), "{part} is not in:\n{log}");

@@ -1,7 +1,8 @@
 //! A drive that breaks, and what its guest sees: the right data or an error, within bounded time, and a drive that works
 //! again for the next request if it can be made to.
 //!
-//! A command that never comes back is given up at the latest when its ring stops; then the controller is reset.
+//! A command that never comes back is given up by a watch, after half a minute, or when its ring stops. The tests take the
+//! short way; whether the request is repeated then or ends with an error is the engine's choice.
 
 use std::time::Duration;
 
@@ -69,6 +70,12 @@ fn struck(fault: &str) -> (u8, u8) {
     (first, outcome(&mut client, slot))
 }
 
+/// The request struck ends with the right data or an error, and the drive works for the next guest.
+fn recovers(fault: &str) {
+    let (first, next) = struck(fault);
+    assert!((first == OK || first == IOERR) && next == OK, "{fault}: {first}, then {next}");
+}
+
 #[test]
 fn a_status_is_an_error_of_that_request_alone() {
     assert_eq!(struck("effect = \"status\"\nstatus = 0x281"), (IOERR, OK));
@@ -82,31 +89,27 @@ fn a_completion_that_comes_twice_or_late_does_no_harm() {
 
 #[test]
 fn a_lost_interrupt_costs_time_at_most() {
-    let (first, next) = struck("effect = \"lose-interrupt\"");
-    assert!(first == OK || first == IOERR);
-    assert_eq!(next, OK);
+    recovers("effect = \"lose-interrupt\"");
 }
 
 #[test]
-fn a_lost_completion_is_an_error_and_the_drive_recovers() {
-    assert_eq!(struck("effect = \"lose\""), (IOERR, OK));
+fn a_lost_completion_is_made_up_for_or_an_error() {
+    recovers("effect = \"lose\"");
 }
 
 #[test]
-fn a_completion_under_another_identifier_is_an_error_and_the_drive_recovers() {
-    assert_eq!(struck("effect = \"wrong-id\"\nid = 77"), (IOERR, OK));
+fn a_completion_under_another_identifier_is_made_up_for_or_an_error() {
+    recovers("effect = \"wrong-id\"\nid = 77");
 }
 
 #[test]
-fn a_completion_of_the_wrong_phase_is_an_error_and_the_drive_recovers() {
-    assert_eq!(struck("effect = \"wrong-phase\""), (IOERR, OK));
+fn a_completion_of_the_wrong_phase_is_made_up_for_or_an_error() {
+    recovers("effect = \"wrong-phase\"");
 }
 
 #[test]
-fn a_controller_with_fatal_status_is_reset_and_serves_the_next_request() {
-    let (first, next) = struck("effect = \"fatal\"");
-    assert!(first == OK || first == IOERR, "{first}");
-    assert_eq!(next, OK);
+fn a_controller_with_fatal_status_is_reset_and_recovers() {
+    recovers("effect = \"fatal\"");
 }
 
 #[test]

@@ -32,6 +32,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 const INDIRECT: u64 = 1 << 28;
 const EVENT_IDX: u64 = 1 << 29;
 const VERSION_1: u64 = 1 << 32;
+/// VIRTIO_BLK_F_FLUSH (virtio 1.2 §5.2.3): without it each write must be durable before it ends.
+const FLUSH: u64 = 1 << 9;
 
 /// What to ask a server for.
 #[derive(Clone, Copy, Debug)]
@@ -155,7 +157,7 @@ impl Client {
 /// Agrees on features; those of virtio that both know.
 fn negotiate(frontend: &mut Frontend, shape: Shape) -> Result<u64, Error> {
     let offered = frontend.get_features()?;
-    let wanted = VERSION_1 | EVENT_IDX | if shape.indirect { INDIRECT } else { 0 };
+    let wanted = VERSION_1 | FLUSH | EVENT_IDX | if shape.indirect { INDIRECT } else { 0 };
     let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
     let features = offered & (wanted | protocol);
     if features & (VERSION_1 | protocol) != VERSION_1 | protocol {

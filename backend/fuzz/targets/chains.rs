@@ -1,5 +1,5 @@
-//! A guest that writes anything into its ring: the input is all of its memory. Nothing panics, every chain that is taken
-//! ends, and no buffer leaves the memory.
+//! A guest that writes anything into its ring, split or packed: the input is all of its memory. Nothing panics, every chain
+//! that is taken ends, and no buffer leaves the memory.
 #![no_main]
 
 use std::cell::RefCell;
@@ -10,11 +10,11 @@ use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost_device_vfio::addr::{Gpa, Qva, Span};
 use vhost_device_vfio::driver::Geometry;
-use vhost_device_vfio::engine::RingSetup;
 use vhost_device_vfio::engine::chain::Chain;
 use vhost_device_vfio::engine::guest::Guest;
-use vhost_device_vfio::engine::request::{Disk, Status, parse};
-use vhost_device_vfio::engine::virtqueue::SplitRing;
+use vhost_device_vfio::engine::request::{Data, Disk, Status, parse};
+use vhost_device_vfio::engine::virtqueue::Virtqueue;
+use vhost_device_vfio::engine::{Layout, RingSetup};
 use vhost_device_vfio::memory::{MemTable, Region, RegionSpec};
 
 const SIZE: u16 = 16;
@@ -38,42 +38,36 @@ fn table() -> MemTable {
     MemTable::new(regions.to_vec()).unwrap()
 }
 
-fn serve(table: &Arc<MemTable>) {
+fn serve(layout: Layout, table: &Arc<MemTable>) {
+    let [desc, avail, used] = layout.areas(SIZE, true).map(|area| area.bytes);
     let span = |start, len| Span::new(Gpa(start), len).unwrap();
     let setup = RingSetup {
         index: 0,
+        layout,
         size: SIZE,
-        desc: span(DESC, 0x100),
-        avail: span(AVAIL, 6 + 2 * 16),
-        used: span(USED, 6 + 8 * 16),
-        base: 0,
+        desc: span(DESC, desc),
+        avail: span(AVAIL, avail),
+        used: span(USED, used),
+        base: layout.first_base(),
         event_idx: true,
         indirect: true,
         kick: None,
         call: None,
         err: None,
     };
-    let disk = Disk::new(&Geometry {
-        blocks: 1 << 20,
-        block_size: 512,
-        physical_block_size: 4096,
-        read_only: false,
-        volatile_cache: true,
-        serial: "fuzz".to_owned(),
-        model: "fuzz".to_owned(),
-    });
-    let mut ring = SplitRing::new(&setup, table).unwrap();
+    let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 4096, ..Geometry::default() };
+    let disk = Disk::new(&geometry, Arc::default());
+    let mut ring = Virtqueue::new(&setup, table).unwrap();
     let mut guest = Guest::default();
     guest.publish(Arc::clone(table));
-    let (mut chain, mut buffers) = (Chain::default(), Vec::new());
+    let (mut chain, mut data) = (Chain::default(), Data::default());
     let Ok(available) = ring.available() else { return };
     for _ in 0..available {
-        if ring.take(&mut guest, &mut chain).is_err() {
+        if !matches!(ring.take(&mut guest, &mut chain), Ok(true)) {
             return;
         }
-        buffers.clear();
-        let (ticket, _) = parse(&chain, &mut guest, &disk, &mut buffers);
-        for buffer in &buffers {
+        let (ticket, _) = parse(&chain, &mut guest, &disk, &mut data);
+        for buffer in &data.buffers {
             let inside = |(start, len): &(u64, u64)| buffer.start().0 >= *start && buffer.last().0 < start + len;
             assert!(REGIONS.iter().any(inside), "{buffer} is no guest memory");
         }
@@ -88,13 +82,15 @@ fn serve(table: &Arc<MemTable>) {
 
 fuzz_target!(|memory: &[u8]| {
     TABLE.with_borrow(|table| {
-        let mut rest = memory;
-        for region in table.regions() {
-            let part = rest.len().min(region.window().len());
-            region.window().clear();
-            region.window().copy_from(0, &rest[..part]);
-            rest = &rest[part..];
+        for layout in [Layout::Split, Layout::Packed] {
+            let mut rest = memory;
+            for region in table.regions() {
+                let part = rest.len().min(region.window().len());
+                region.window().clear();
+                region.window().copy_from(0, &rest[..part]);
+                rest = &rest[part..];
+            }
+            serve(layout, table);
         }
-        serve(table);
     });
 });

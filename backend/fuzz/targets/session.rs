@@ -34,7 +34,12 @@ fn device() -> Device {
     let space = machine.space();
     let options = NvmeOptions { namespace: None, queues: 2, read_only: false };
     let nvme = Nvme::bring_up(machine.function(), Arc::clone(&space), options).unwrap();
-    let options = engine::Options { rings: 2, spin: Duration::ZERO, patience: Duration::from_secs(5) };
+    let options = engine::Options {
+        rings: 2,
+        spin: Duration::ZERO,
+        patience: Duration::from_secs(5),
+        watch: engine::Watch::default(),
+    };
     let engine = Engine::start(Box::new(nvme), &space, options).unwrap();
     Device { engine, space, queues: 2 }
 }
@@ -65,7 +70,7 @@ fuzz_target!(|input: &[u8]| {
     ours.set_read_timeout(Some(LIMIT)).unwrap();
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let server = std::thread::spawn(move || {
-        let mut server = Server::new(Listen::Fd(theirs.into()), device()).unwrap();
+        let mut server = Server::new(Listen::Fd(theirs.into()).open().unwrap(), device()).unwrap();
         server.run(stop).unwrap();
         server.into_device().engine.shut_down();
     });

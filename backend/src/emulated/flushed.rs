@@ -25,6 +25,10 @@ impl AddressSpace for FlushedSpace {
         Ok(())
     }
 
+    fn caches(&self) -> Option<Arc<dyn CacheFlush>> {
+        Some(Arc::clone(&self.cache))
+    }
+
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
         // Reachable for a moment already, but nobody has told the function where.
         let buffer = self.iommu.buffer(bytes)?;

@@ -4,7 +4,7 @@
 //! it back. So the bit is *tried* — set, read back, restored — while bus master is off and the function can start no DMA.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::coherency::{NoSnoop, NotOurs};
@@ -99,6 +99,9 @@ impl Function for HeldOff {
             return Err(io::Error::other("its Enable No Snoop bit reads 1 after it was cleared"));
         }
         self.0.set_bus_master(on)
+    }
+    fn removal_event(&self) -> io::Result<Option<OwnedFd>> {
+        self.0.removal_event()
     }
     fn reset(&self) -> io::Result<()> {
         self.0.reset()
