@@ -25,6 +25,10 @@ read_profile() {
 }
 profile_names() { (cd "$TESTBED_DIR/profiles" && ls -- *.profile) | sed 's/\.profile$//' | paste -sd ' '; }
 
+# one_processor: the processor QEMU is held to. Where TCG really runs two emulated processors at once, nested virtualisation
+# now and then takes an interrupt before the host's GS base is back, and the host's kernel dies of it (QEMU 10.0).
+one_processor() { sed -n 's/^Cpus_allowed_list:[^0-9]*\([0-9]*\).*/\1/p' /proc/self/status; }
+
 # quoted ARGUMENT…: one line a POSIX shell reads back as the same arguments.
 quoted() {
     local argument line=''
