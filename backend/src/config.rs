@@ -47,6 +47,9 @@ pub struct Config {
     /// What to do about a device that could go behind the CPU caches
     #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
     pub no_snoop: NoSnoopPolicy,
+    /// Tell the VM's process of the device, through the shim that listens at this socket there (see README)
+    #[arg(long, value_name = "PATH")]
+    pub kvm_socket: Option<PathBuf>,
     /// How long a worker polls for more work before it sleeps, in microseconds
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub poll_us: u32,
@@ -94,6 +97,9 @@ pub enum Question {
         /// As it would be served with this policy
         #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
         no_snoop: NoSnoopPolicy,
+        /// Ask the shim in a VM's process, too: what KVM knows, and whether a device can still be registered
+        #[arg(long, value_name = "PATH")]
+        kvm_socket: Option<PathBuf>,
     },
     /// Show every function behind an IOMMU
     List,

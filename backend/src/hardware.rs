@@ -90,6 +90,11 @@ pub trait AddressSpace: Send + Sync {
     fn caches(&self) -> Option<Arc<dyn CacheFlush>> {
         None
     }
+    /// True if what is mapped here stays in the pages it had when it was mapped, so that the device loses sight of it when
+    /// someone discards it.
+    fn pins(&self) -> bool {
+        false
+    }
     /// Zeroed memory for the driver's own use, mapped until dropped, at an IOVA outside all guest regions.
     ///
     /// # Errors

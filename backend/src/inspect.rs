@@ -3,8 +3,12 @@
 
 use std::fmt;
 use std::fs;
+use std::path::Path;
+
+use kvm_vfio_shim::Client;
 
 use crate::coherency::{CacheOps, Facts, NoSnoop, Personality, Policy, Verdict, decide};
+use crate::kvm;
 use crate::sys::CacheLines;
 use crate::take::{Evidence, Taken};
 use crate::vfio::PciAddress;
@@ -37,12 +41,14 @@ const PERSONALITIES: [(&str, Personality); 3] = [
 ];
 
 impl Report {
-    /// Looks at the function, and takes it for a moment if vfio-pci holds it and nobody uses it.
+    /// Looks at the function, and takes it for a moment if vfio-pci holds it and nobody uses it; asks the shim at
+    /// `kvm_socket`.
     #[must_use]
-    pub fn new(address: PciAddress, policy: Policy) -> Self {
+    pub fn new(address: PciAddress, policy: Policy, kvm_socket: Option<&Path>) -> Self {
         let mut report = Self { address, facts: outside(address), verdicts: Vec::new(), advice: Vec::new() };
+        let shim = kvm_socket.is_some_and(|socket| report.ask_shim(socket));
         match Taken::take(address) {
-            Ok(taken) => report.add_evidence(taken.evidence(), policy),
+            Ok(taken) => report.add_evidence(taken.evidence(), policy, shim),
             Err(error) => {
                 report.advice.push(format!("the kernel's own answer needs the function: {error}"));
             }
@@ -50,7 +56,15 @@ impl Report {
         report
     }
 
-    fn add_evidence(&mut self, evidence: &Evidence, policy: Policy) {
+    /// Adds what the shim in a VM's process says, which changes nothing there. True if there is one to talk with.
+    fn ask_shim(&mut self, socket: &Path) -> bool {
+        let answer = Client::connect(socket, Client::PATIENCE);
+        let value = answer.as_ref().map_or_else(ToString::to_string, |(_, status)| kvm::describe(status));
+        self.facts.push(Fact { name: "kvm", value, source: format!("the shim at {}", socket.display()) });
+        answer.is_ok()
+    }
+
+    fn add_evidence(&mut self, evidence: &Evidence, policy: Policy, shim: bool) {
         let fact = |name, value: String, source: &str| Fact { name, value, source: source.to_owned() };
         self.facts.push(fact(
             "snoop-enforced",
@@ -64,9 +78,9 @@ impl Report {
             "PCI Express Device Control bit 11, set, read back and restored with bus master off; sysfs for virtual functions",
         ));
         for (name, personality) in PERSONALITIES {
-            self.verdicts.push((name, decide(&evidence.facts(personality, policy, false))));
+            self.verdicts.push((name, decide(&evidence.facts(personality, policy, shim))));
         }
-        self.advice.extend(advice(&evidence.facts(Personality::Mediated, policy, false)));
+        self.advice.extend(advice(&evidence.facts(Personality::Mediated, policy, shim)));
     }
 
     /// The report as one JSON object.
@@ -164,11 +178,7 @@ fn line(address: PciAddress) -> Option<String> {
 fn verdict_word(address: PciAddress) -> String {
     match Taken::take(address) {
         Err(error) => format!("? ({error})"),
-        Ok(taken) => match decide(&taken.evidence().facts(Personality::Mediated, Policy::default(), false)) {
-            Verdict::Coherent(_) => "coherent".to_owned(),
-            Verdict::Flush(_) => "flush".to_owned(),
-            Verdict::Refuse(_) => "refuse".to_owned(),
-        },
+        Ok(taken) => decide(&taken.evidence().facts(Personality::Mediated, Policy::default(), false)).word().to_owned(),
     }
 }
 

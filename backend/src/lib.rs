@@ -22,6 +22,7 @@ pub mod engine;
 pub mod hardware;
 pub mod inspect;
 pub mod iommu;
+pub mod kvm;
 mod log_limit;
 pub mod memory;
 pub mod sys;

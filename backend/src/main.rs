@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,17 +10,18 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
 
-use vhost_device_vfio::coherency::{Coherent, Facts, Personality, Policy, Verdict, decide};
+use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
 use vhost_device_vfio::config::{Config, DeviceArg, Question};
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
 use vhost_device_vfio::emulated::{EmulatedError, Machine};
 use vhost_device_vfio::engine::{Engine, Options, Watch};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::inspect::{Report, list};
+use vhost_device_vfio::kvm::{Shim, Vmm};
 use vhost_device_vfio::sys::signal_fd;
 use vhost_device_vfio::take::Taken;
 use vhost_device_vfio::vfio::PciAddress;
-use vhost_device_vfio::vfio::no_snoop::HeldOff;
+use vhost_device_vfio::vfio::no_snoop;
 use vhost_device_vfio::vhost_user::{Device, Listen, Server, capabilities};
 
 /// How long commands in flight may take when a ring stops or memory goes away, before the device is reset.
@@ -33,6 +35,10 @@ struct Hardware {
     space: Arc<dyn AddressSpace>,
     /// How many times memory has been mapped so far.
     maps: Box<dyn Fn() -> u64>,
+    /// What the decision about the caches rests on.
+    facts: Facts,
+    /// The device's own file; none if it is emulated.
+    file: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -58,10 +64,10 @@ fn main() -> ExitCode {
 fn answer(question: &Question) {
     match question {
         Question::List => list().iter().for_each(|line| println!("{line}")),
-        Question::Inspect { address, json: true, no_snoop } => {
-            println!("{}", Report::new(*address, (*no_snoop).into()).json())
+        Question::Inspect { address, json, no_snoop, kvm_socket } => {
+            let report = Report::new(*address, (*no_snoop).into(), kvm_socket.as_deref());
+            if *json { println!("{}", report.json()) } else { print!("{report}") }
         }
-        Question::Inspect { address, json: false, no_snoop } => print!("{}", Report::new(*address, (*no_snoop).into())),
     }
 }
 
@@ -76,7 +82,7 @@ fn run(config: &Config) -> Result<()> {
     };
     // Before a real device is touched: a mistake in the path should not cost a controller reset.
     let entrance = listen.open()?;
-    let Hardware { function, space, maps } = match (device, machine) {
+    let Hardware { function, space, maps, facts, file } = match (device, machine) {
         (_, Some(machine)) => emulate(&machine, config.no_snoop.into())?,
         (DeviceArg::Pci(address), None) => take(*address, config.no_snoop.into())?,
         (DeviceArg::Emulated(_), None) => unreachable!("made above"),
@@ -90,12 +96,17 @@ fn run(config: &Config) -> Result<()> {
         Options { rings: usize::from(queues), spin: config.spin(), patience: PATIENCE, watch: Watch::default() };
     let engine = Engine::start(Box::new(nvme), &space, options)?;
 
-    let mut server = Server::new(entrance, Device { engine, space, queues })?;
+    let vmm = config
+        .kvm_socket
+        .clone()
+        .map_or_else(Vmm::unreachable, |socket| Vmm::with(Shim { socket, device: name.clone(), facts, file }));
+    let mut server = Server::new(entrance, Device { engine, space, queues, vmm })?;
     log::info!("serving {name} on {queues} virtqueues");
     let served = server.run(stop);
-    let device = server.into_device();
-    log::info!("statistics: {} maps={}", device.engine.statistics(), maps());
-    device.engine.shut_down();
+    let Device { engine, vmm, .. } = server.into_device();
+    let verdict = decide(&facts).word();
+    log::info!("statistics: {} maps={} verdict={verdict} {}", engine.statistics(), maps(), vmm.tally());
+    engine.shut_down();
     Ok(served?)
 }
 
@@ -117,7 +128,8 @@ fn take(address: PciAddress, policy: Policy) -> Result<Hardware> {
     let (function, space) = taken.settle(&facts)?;
     let counted = space.clone();
     let function = obey(Arc::new(function), decide(&facts))?;
-    Ok(Hardware { function, space: Arc::new(space), maps: Box::new(move || counted.maps()) })
+    let maps = Box::new(move || counted.maps());
+    Ok(Hardware { function, space: Arc::new(space), maps, facts, file: address.cdev() })
 }
 
 /// The same for a function made here.
@@ -130,17 +142,14 @@ fn emulate(machine: &Machine, policy: Policy) -> Result<Hardware> {
         Verdict::Flush(_) => machine.flushed_space(),
         Verdict::Refuse(refusal) => bail!("emulated: {refusal}"),
     };
-    Ok(Hardware { function: obey(machine.function(), verdict)?, space, maps: Box::new(move || iommu.maps()) })
+    let function = obey(machine.function(), verdict)?;
+    Ok(Hardware { function, space, maps: Box::new(move || iommu.maps()), facts, file: None })
 }
 
 /// Holds the Enable No Snoop bit off if that is the verdict.
 fn obey(function: Arc<dyn Function>, verdict: Verdict) -> Result<Arc<dyn Function>> {
-    if !matches!(verdict, Verdict::Coherent(Coherent::HeldOff { .. })) {
-        return Ok(function);
-    }
     let name = function.name().to_owned();
-    let held = HeldOff::new(function).with_context(|| format!("{name}: clear the Enable No Snoop bit"))?;
-    Ok(Arc::new(held.ok_or_else(|| anyhow!("{name}: its Enable No Snoop bit cannot be cleared"))?))
+    no_snoop::obey(function, verdict).with_context(|| format!("{name}: clear the Enable No Snoop bit"))
 }
 
 /// Says what the decision rests on and how it comes out.

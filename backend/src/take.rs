@@ -10,7 +10,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::coherency::{CacheOps, Coherent, Facts, NoSnoop, Personality, Policy, Refusal, Verdict, decide};
+use crate::coherency::{CacheOps, Facts, NoSnoop, Personality, Policy, Refusal, Verdict, decide};
 use crate::iommu::{LiveSpace, PageTable, Snoop};
 use crate::sys::{CacheLines, Instruction};
 use crate::vfio::{Attached, Opened, PciAddress, VfioError, no_snoop, open_iommufd};
@@ -53,9 +53,6 @@ pub enum TakeError {
     /// The verdict.
     #[error("{0}: {1}")]
     Refused(PciAddress, Refusal),
-    /// The bit that was to be held off came back.
-    #[error("{0}: its Enable No Snoop bit reads 1 after it was cleared; serve it with --no-snoop=allow, or not at all")]
-    NotHeld(PciAddress),
 }
 
 impl Taken {
@@ -84,7 +81,8 @@ impl Taken {
         &self.evidence
     }
 
-    /// Obeys the verdict on `facts`: holds the bit off, or chooses how memory is mapped.
+    /// Obeys the verdict on `facts` in how memory is mapped. That a bit is to be held off is left to
+    /// [`no_snoop::obey`].
     ///
     /// # Errors
     /// See [`TakeError`]; the function is released.
@@ -92,13 +90,7 @@ impl Taken {
         let Self { address, function, table, evidence } = self;
         let step = |what| move |source| TakeError::Kernel { address, what, source };
         let space = match (decide(facts), evidence.lines) {
-            (Verdict::Coherent(why), _) => {
-                let hold = matches!(why, Coherent::HeldOff { .. });
-                if hold && !no_snoop::hold_off(&function).map_err(step("clear the Enable No Snoop bit"))? {
-                    return Err(TakeError::NotHeld(address));
-                }
-                LiveSpace::coherent(table)
-            }
+            (Verdict::Coherent(_), _) => LiveSpace::coherent(table),
             (Verdict::Flush(_), Some(lines)) => {
                 LiveSpace::flushing(table, lines).map_err(step("make a staging page table"))?
             }

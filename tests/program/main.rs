@@ -9,3 +9,4 @@ mod ending;
 mod faults;
 mod process;
 mod sockets;
+mod vmm;

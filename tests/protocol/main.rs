@@ -15,5 +15,6 @@ mod reference;
 mod requests;
 mod rig;
 mod rings;
+mod shim;
 mod sockets;
 mod wire;

@@ -31,12 +31,17 @@ impl log::Log for Lines {
     fn flush(&self) {}
 }
 
-fn listen_to_the_log() {
+pub(crate) fn listen_to_the_log() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         log::set_logger(&LINES).unwrap();
         log::set_max_level(log::LevelFilter::Warn);
     });
+}
+
+/// How many lines have all these parts.
+pub(crate) fn lines(parts: &[&str]) -> usize {
+    LINES.0.lock().unwrap().iter().filter(|line| parts.iter().all(|part| line.contains(part))).count()
 }
 
 /// The line that has all these parts.

@@ -16,6 +16,7 @@ use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
 use vhost_device_vfio::emulated::{Machine, Options};
 use vhost_device_vfio::engine::{self, Engine};
 use vhost_device_vfio::hardware::{AddressSpace, DmaBuffer, MapError};
+use vhost_device_vfio::kvm::Vmm;
 use vhost_device_vfio::memory::Region;
 use vhost_device_vfio::vhost_user::{Announcer, Device, Error, Listen, Server};
 use vmm_sys_util::tempdir::TempDir;
@@ -29,6 +30,33 @@ pub(crate) const QUEUES: u16 = 4;
 pub(crate) struct Fallible {
     inner: Arc<dyn AddressSpace>,
     plan: Arc<FailurePlan>,
+    pins: bool,
+    on_change: OnChange,
+}
+
+type OnChange = Box<dyn Fn(Change) + Send + Sync>;
+
+/// What is around the device of a rig.
+pub(crate) struct Around {
+    /// The process that runs the VM.
+    pub(crate) vmm: Vmm,
+    /// The address space counts as one that pins pages.
+    pub(crate) pins: bool,
+    /// Called before guest memory is mapped and after it has been unmapped.
+    pub(crate) on_change: OnChange,
+}
+
+/// A change of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    Maps,
+    Unmapped,
+}
+
+impl Default for Around {
+    fn default() -> Self {
+        Self { vmm: Vmm::unreachable(), pins: false, on_change: Box::new(|_| ()) }
+    }
 }
 
 /// When changes of the address space fail.
@@ -58,12 +86,19 @@ impl Fallible {
 impl AddressSpace for Fallible {
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
         self.check(region.gpa().identity_iova())?;
+        (self.on_change)(Change::Maps);
         self.inner.add(region)
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
         self.check(region.gpa().identity_iova())?;
-        self.inner.remove(region)
+        self.inner.remove(region)?;
+        (self.on_change)(Change::Unmapped);
+        Ok(())
+    }
+
+    fn pins(&self) -> bool {
+        self.pins
     }
 
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
@@ -89,13 +124,22 @@ impl Rig {
         Self::listening(Listen::Path)
     }
 
+    /// The same in other surroundings.
+    pub(crate) fn in_a(around: Around) -> Self {
+        Self::made(Listen::Path, around)
+    }
+
     /// A server on the socket that `listen` makes of a path.
     pub(crate) fn listening(listen: impl FnOnce(PathBuf) -> Listen) -> Self {
+        Self::made(listen, Around::default())
+    }
+
+    fn made(listen: impl FnOnce(PathBuf) -> Listen, around: Around) -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().join("socket");
         let machine = Machine::new(Options { size: 16 << 20, queues: 2, ..Options::default() }).unwrap();
         let failures = FailurePlan::none();
-        let device = device(&machine, Arc::clone(&failures));
+        let device = device(&machine, Arc::clone(&failures), around);
         let driver_memory = machine.iommu().mapped();
         let mut server = Server::new(listen(path.clone()).open().unwrap(), device).unwrap();
         let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
@@ -163,11 +207,12 @@ impl Drop for Rig {
 pub(crate) fn open(listen: Listen) -> Result<Server, Error> {
     let machine = Machine::new(Options { size: 1 << 20, queues: 2, ..Options::default() }).unwrap();
     let entrance = listen.open()?;
-    Server::new(entrance, device(&machine, FailurePlan::none()))
+    Server::new(entrance, device(&machine, FailurePlan::none(), Around::default()))
 }
 
-fn device(machine: &Machine, plan: Arc<FailurePlan>) -> Device {
-    let space: Arc<dyn AddressSpace> = Arc::new(Fallible { inner: machine.space(), plan });
+fn device(machine: &Machine, plan: Arc<FailurePlan>, around: Around) -> Device {
+    let Around { vmm, pins, on_change } = around;
+    let space: Arc<dyn AddressSpace> = Arc::new(Fallible { inner: machine.space(), plan, pins, on_change });
     let options = NvmeOptions { namespace: None, queues: 2, read_only: false };
     let driver = Nvme::bring_up(machine.function(), Arc::clone(&space), options).unwrap();
     let options = engine::Options {
@@ -177,7 +222,7 @@ fn device(machine: &Machine, plan: Arc<FailurePlan>) -> Device {
         watch: engine::Watch::default(),
     };
     let engine = Engine::start(Box::new(driver), &space, options).unwrap();
-    Device { engine, space, queues: QUEUES }
+    Device { engine, space, queues: QUEUES, vmm }
 }
 
 /// A memory file of its own, as a front-end makes one.

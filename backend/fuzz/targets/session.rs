@@ -18,6 +18,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
 use vhost_device_vfio::emulated::{Machine, Medium, Options};
 use vhost_device_vfio::engine::{self, Engine};
+use vhost_device_vfio::kvm::Vmm;
 use vhost_device_vfio::vhost_user::{Device, Listen, Server};
 
 /// Longest silence of a server that is not stuck; a ring may wait for commands that do not come.
@@ -41,7 +42,7 @@ fn device() -> Device {
         watch: engine::Watch::default(),
     };
     let engine = Engine::start(Box::new(nvme), &space, options).unwrap();
-    Device { engine, space, queues: 2 }
+    Device { engine, space, queues: 2, vmm: Vmm::unreachable() }
 }
 
 fn world() -> World {

@@ -9,12 +9,13 @@
 //! | yes            | any           | any      | enforced       | enforced       | enforced                             |
 //! | no             | never set     | any but assume | never set | never set     | never set                            |
 //! | no             | controllable  | suppress | held off       | held off       | held off, the guest's writes masked  |
-//! | no             | controllable  | allow    | flush          | refuse         | flush; refuse without a shim         |
-//! | no             | not ours      | suppress, allow | flush   | refuse         | flush; refuse without a shim         |
-//! | no             | any           | assume   | flush          | refuse         | flush; refuse without a shim         |
+//! | no             | controllable  | allow    | flush, tell    | refuse         | flush, tell; refuse without a shim   |
+//! | no             | not ours      | suppress, allow | flush, tell | refuse     | flush, tell; refuse without a shim   |
+//! | no             | any           | assume   | flush, tell    | refuse         | flush, tell; refuse without a shim   |
 //! | no             | controllable, not ours | refuse | refuse  | refuse         | refuse                               |
 //!
-//! A row that flushes refuses if this CPU gives programs no cache-line operations.
+//! A row that flushes refuses if this CPU gives programs no cache-line operations. *Tell*: KVM hears of it through the shim in
+//! the VM's process, if one is there; how that is done, and what if it fails, is the room `kvm`'s matter.
 //!
 //! Why the columns differ: in A the guest's virtio driver takes DMA for coherent and never flushes, but every request passes
 //! through this process, which can. In B the device reads the guest's rings with nobody in between. In C the guest runs the
@@ -129,17 +130,8 @@ pub enum Coherent {
 pub struct Flush {
     /// Flush around each request too, and the device's own queues.
     pub requests: bool,
-    /// What KVM must hear.
-    pub kvm: Kvm,
-}
-
-/// Whether KVM must be told that DMA is not coherent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kvm {
-    /// Without it the guest's own cache instructions have no effect.
-    Required,
-    /// It does no harm and keeps KVM's state true.
-    IfShim,
+    /// Tell KVM: it keeps KVM's answer true, and without it the guest's own cache instructions have no effect.
+    pub tell_kvm: bool,
 }
 
 /// Why it cannot be done right.
@@ -176,15 +168,27 @@ pub fn decide(facts: &Facts) -> Verdict {
 
 /// The cells that flush, by column.
 fn flush(facts: &Facts) -> Verdict {
-    let with = |requests, kvm| match facts.cache_ops {
+    let with = |requests, tell_kvm| match facts.cache_ops {
         CacheOps::None => Verdict::Refuse(Refusal::NoCacheOps),
-        _ => Verdict::Flush(Flush { requests, kvm }),
+        _ => Verdict::Flush(Flush { requests, tell_kvm }),
     };
     match (facts.personality, facts.shim) {
-        (Personality::Mediated, _) => with(true, Kvm::IfShim),
+        (Personality::Mediated, shim) => with(true, shim),
         (Personality::DirectRings, _) => Verdict::Refuse(Refusal::DirectRings),
-        (Personality::WholeFunction, true) => with(false, Kvm::Required),
+        (Personality::WholeFunction, true) => with(false, true),
         (Personality::WholeFunction, false) => Verdict::Refuse(Refusal::NoShim),
+    }
+}
+
+impl Verdict {
+    /// In one word.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Coherent(_) => "coherent",
+            Self::Flush(_) => "flush",
+            Self::Refuse(_) => "refuse",
+        }
     }
 }
 
@@ -206,10 +210,11 @@ impl fmt::Display for Verdict {
             Self::Coherent(Coherent::Enforced) => "coherent: the IOMMU enforces snooping",
             Self::Coherent(Coherent::NeverSet) => "coherent: the device never sets No Snoop",
             Self::Coherent(Coherent::HeldOff { .. }) => "coherent: No Snoop is held off",
-            Self::Flush(Flush { requests: true, .. }) => {
-                "not coherent: flushed at map, at unmap and around each request"
+            Self::Flush(Flush { requests, tell_kvm }) => {
+                let requests = if *requests { ", at unmap and around each request" } else { " and at unmap" };
+                let kvm = if *tell_kvm { "KVM is told" } else { "KVM is not told" };
+                return write!(f, "not coherent: flushed at map{requests}; {kvm}");
             }
-            Self::Flush(Flush { requests: false, .. }) => "not coherent: flushed at map and at unmap, KVM told",
             Self::Refuse(refusal) => return refusal.fmt(f),
         })
     }

@@ -191,6 +191,10 @@ impl AddressSpace for LiveSpace {
         self.0.withdraw(whole).inspect_err(|_| self.0.ledger().enter(whole.span))
     }
 
+    fn pins(&self) -> bool {
+        true
+    }
+
     fn caches(&self) -> Option<Arc<dyn CacheFlush>> {
         match &self.0.regime {
             Regime::Coherent => None,

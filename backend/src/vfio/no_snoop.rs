@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use crate::coherency::{NoSnoop, NotOurs};
+use crate::coherency::{Coherent, NoSnoop, NotOurs, Verdict};
 use crate::hardware::{Function, Registers};
 
 /// Vendor ID @ 0x00 : u16 (PCI Local Bus 3.0 §6.2.1).
@@ -51,14 +51,25 @@ pub fn probe(function: &dyn Function, virtual_function: bool) -> io::Result<NoSn
 }
 
 /// Clears the bit and reads it back; false if it would not stay clear.
-///
-/// # Errors
-/// The errno of the configuration access that failed.
-pub fn hold_off(function: &dyn Function) -> io::Result<bool> {
+fn hold_off(function: &dyn Function) -> io::Result<bool> {
     let Some(capability) = express(function)? else { return Ok(false) };
     let control = word(function, capability + DEVICE_CONTROL)?;
     set_word(function, capability + DEVICE_CONTROL, control & !ENABLE_NO_SNOOP)?;
     Ok(word(function, capability + DEVICE_CONTROL)? & ENABLE_NO_SNOOP == 0)
+}
+
+/// Holds the bit of `function` off, if that is the verdict.
+///
+/// # Errors
+/// The errno of the configuration access that failed, or that the bit would not stay clear, with what to do then.
+pub fn obey(function: Arc<dyn Function>, verdict: Verdict) -> io::Result<Arc<dyn Function>> {
+    if !matches!(verdict, Verdict::Coherent(Coherent::HeldOff { .. })) {
+        return Ok(function);
+    }
+    match HeldOff::new(function)? {
+        Some(held) => Ok(Arc::new(held)),
+        None => Err(io::Error::other("it reads 1 after it was cleared; --no-snoop=allow flushes instead")),
+    }
 }
 
 /// A function whose bit is held at zero: it is cleared, and read back, each time the function is about to get bus master,

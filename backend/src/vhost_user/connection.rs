@@ -108,6 +108,12 @@ impl<'d> Connection<'d> {
         Ok(self.poll()?.intersects(PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR))
     }
 
+    /// Waits for the front-end to hang up, but not long: a process that ends closes its sockets one by one.
+    pub(super) fn hangs_up_soon(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 100_000_000 })) == Ok(1)
+    }
+
     fn poll(&self) -> io::Result<PollFlags> {
         let mut fds = [PollFd::new(&self.socket, PollFlags::IN | PollFlags::OUT | PollFlags::RDHUP)];
         match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
@@ -130,6 +136,7 @@ impl<'d> Connection<'d> {
             Peeked::Message(header, has_descriptors) => (header, has_descriptors),
         };
         log::debug!("{} flags {:#x} size {}", header.name(), header.flags, header.size);
+        self.session().meet_vmm();
         if has_descriptors {
             self.check_descriptors(header)?;
         }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use crate::addr::{Bytes, Gpa, Qva, Span};
 use crate::engine::{EngineError, Layout};
 use crate::hardware::MapError;
+use crate::kvm::NotTold;
 use crate::memory::RegionError;
 
 /// What QEMU needs on its command line for its memory to be ours too.
@@ -227,6 +228,9 @@ pub enum Error {
     /// The address space refused.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// The VM's process could not be told of the device.
+    #[error(transparent)]
+    NotTold(#[from] NotTold),
     /// The data path refused.
     #[error(transparent)]
     Engine(#[from] EngineError),

@@ -30,6 +30,7 @@ pub use server::{Announcer, Server};
 
 use crate::engine::Engine;
 use crate::hardware::AddressSpace;
+use crate::kvm::Vmm;
 
 /// What is served: a running engine, and the address space its device lives in.
 pub struct Device {
@@ -39,6 +40,8 @@ pub struct Device {
     pub space: Arc<dyn AddressSpace>,
     /// Virtqueues offered; as many as the engine was started with, at most 256.
     pub queues: u16,
+    /// What the VM's own process must hear of it.
+    pub vmm: Vmm,
 }
 
 /// The answer to `--print-capabilities` (QEMU: "Backend program conventions"): one JSON object that names what this program

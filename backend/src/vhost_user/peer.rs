@@ -25,6 +25,11 @@ impl Peer {
         Ok(Self { credentials, name })
     }
 
+    /// Its process id, if that can be seen from here.
+    pub(super) fn pid(&self) -> Option<u32> {
+        self.credentials.pid
+    }
+
     /// True if the process is known to see this file at `address`, or wherever it has mapped it, as a private copy: QEMU up
     /// to 10 sends such memory, although neither we nor the device can reach what the guest has written there.
     pub(super) fn maps_privately(&self, file: FileId, address: Option<Qva>) -> bool {

@@ -1,4 +1,5 @@
-//! The control thread: one loop over the listening socket, the front-end's socket and a stop descriptor.
+//! The control thread: one loop over the listening socket, the front-end's socket, the shim's in the front-end's process, and
+//! a stop descriptor. It sleeps until one of them wants something, or guest memory is to be looked after.
 //!
 //! ```text
 //!             front-end connects            it leaves, or is sent away
@@ -24,6 +25,7 @@ const STOP: u64 = 0;
 const LISTENER: u64 = 1;
 const FRONT_END: u64 = 2;
 const NOTICE: u64 = 3;
+const SHIM: u64 = 4;
 
 /// How long to leave the listening socket alone after `accept` has failed for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -57,6 +59,7 @@ struct Ready {
     listener: bool,
     front_end: bool,
     notice: bool,
+    shim: bool,
 }
 
 impl Server {
@@ -147,18 +150,24 @@ impl Serving<'_> {
 
     fn wait(&mut self) -> Result<Ready, Error> {
         let mut ready = Ready::default();
-        let timeout = self.pending.then_some(Duration::ZERO);
+        let timeout = if self.pending { Some(Duration::ZERO) } else { self.until_next_look() };
         let note = |event: crate::sys::Event| match event.token {
             STOP => ready.stop = true,
             LISTENER => ready.listener = true,
             NOTICE => ready.notice = true,
+            SHIM => ready.shim = true,
             _ => ready.front_end = true,
         };
         self.poller.wait(timeout, note).map_err(Error::system("epoll_wait"))?;
         Ok(ready)
     }
 
-    /// Serves one message of the front-end, if it may have sent one.
+    /// `None`: nothing is to be looked after, so nobody need wake up.
+    fn until_next_look(&self) -> Option<Duration> {
+        let next = self.connection.as_ref()?.session().next_look()?;
+        Some(next.saturating_duration_since(Instant::now()))
+    }
+
     fn step(&mut self, ready: &Ready) -> Result<(), Error> {
         if ready.notice {
             rustix::io::read(self.notice, &mut [0; 8]).map_err(Error::system("read a notice"))?;
@@ -166,6 +175,27 @@ impl Serving<'_> {
                 connection.session().config_changed();
             }
         }
+        self.serve_message(ready)?;
+        self.attend_vmm(ready)
+    }
+
+    /// What concerns the front-end's process as a whole, after what it said itself.
+    fn attend_vmm(&mut self, ready: &Ready) -> Result<(), Error> {
+        let Some(connection) = &self.connection else { return Ok(()) };
+        let front_end_goes = ready.shim && connection.hangs_up_soon();
+        let mut session = connection.session();
+        if ready.shim {
+            session.vmm_speaks(front_end_goes);
+        }
+        session.look();
+        match session.unwatched_shim() {
+            Some(shim) => self.poller.add(shim, SHIM).map_err(Error::system("epoll_ctl")),
+            None => Ok(()),
+        }
+    }
+
+    /// Serves one message of the front-end, if it may have sent one.
+    fn serve_message(&mut self, ready: &Ready) -> Result<(), Error> {
         let Some(connection) = &mut self.connection else { return Ok(()) };
         if !self.pending && !ready.front_end {
             return Ok(());

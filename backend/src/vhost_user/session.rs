@@ -5,6 +5,7 @@
 //! A refusal is logged here, with its reason, because the wire carries none.
 
 mod memory;
+mod vmm;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -25,6 +26,7 @@ use super::ring::{Addresses, Ring, Surroundings};
 use super::{Device, Error, config};
 use crate::addr::Qva;
 use crate::engine::Layout;
+use crate::kvm::{Link, Watch};
 
 /// The codec's result; its error only says *that* something failed, the reason stays in [`Session::refusal`].
 type Answer<T> = vhost::vhost_user::Result<T>;
@@ -45,12 +47,15 @@ pub(super) struct Session<'d> {
     rings: Vec<Ring>,
     announced: bool,
     channel: Option<BackendChannel>,
+    link: Link<'d>,
+    watch: Watch,
     refusal: Option<Error>,
     refusals: u32,
 }
 
 impl<'d> Session<'d> {
     pub(super) fn new(device: &'d Device, peer: Peer) -> Self {
+        let link = Link::new(&device.vmm, peer.pid());
         Self {
             device,
             peer,
@@ -62,6 +67,8 @@ impl<'d> Session<'d> {
             rings: (0..usize::from(device.queues)).map(Ring::new).collect(),
             announced: false,
             channel: None,
+            link,
+            watch: Watch::default(),
             refusal: None,
             refusals: 0,
         }
@@ -108,13 +115,16 @@ impl<'d> Session<'d> {
         }
     }
 
-    /// Stops the rings and gives all memory back, whatever happens on the way.
+    /// Stops the rings, gives all memory back and takes leave of the VM's process, whatever happens on the way.
     ///
     /// # Errors
     /// The data path is broken, so no other front-end can be served either.
     pub(super) fn close(&mut self) -> Result<(), Error> {
         let stopped = self.reset();
-        self.memory.release().and(stopped)
+        let released = self.memory.release();
+        self.watch = Watch::default();
+        self.link.leave();
+        released.and(stopped)
     }
 
     /// Back to the state after connecting, but for memory and event descriptors.

@@ -1,0 +1,46 @@
+//! The front-end's process and this device: KVM is told there, and guest memory kept from being discarded; where it is not
+//! kept, it is watched.
+
+use std::os::fd::BorrowedFd;
+use std::time::Instant;
+
+use super::Session;
+
+impl Session<'_> {
+    /// Looks for the shim in the front-end's process, until that is settled.
+    pub(in super::super) fn meet_vmm(&mut self) {
+        self.link.meet();
+    }
+
+    /// The shim's descriptor, told once; readable, it wants [`Self::vmm_speaks`].
+    pub(in super::super) fn unwatched_shim(&mut self) -> Option<BorrowedFd<'_>> {
+        self.link.unwatched()
+    }
+
+    /// The shim has gone, most likely; `front_end_goes` if the front-end is going, too.
+    pub(in super::super) fn vmm_speaks(&mut self, front_end_goes: bool) {
+        self.link.heard(front_end_goes);
+        self.watch_discards();
+    }
+
+    /// Begins, goes on or ceases to watch, as memory and the shim have it now.
+    pub(super) fn watch_discards(&mut self) {
+        if self.device.space.pins() && !self.link.keeps_memory() {
+            self.watch.follow(self.memory.table());
+        } else {
+            self.watch.pause();
+        }
+    }
+
+    /// When to call [`Self::look`]; `None` while nothing is watched.
+    pub(in super::super) fn next_look(&self) -> Option<Instant> {
+        self.watch.next()
+    }
+
+    /// Looks whether guest memory has been discarded, if it is time to.
+    pub(in super::super) fn look(&mut self) {
+        for _ in 0..self.watch.look(Instant::now()) {
+            self.device.vmm.alarmed();
+        }
+    }
+}
