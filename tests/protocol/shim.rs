@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use kvm_vfio_shim::wire::{Kind, Reply, Request};
-use kvm_vfio_shim::{Client, Config, Dma, Policy, Server, Status, Vm};
+use kvm_vfio_shim::{Client, Config, Dma, Policy, Reason, Server, Status, Vm};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept, bind, listen, recv, send,
@@ -252,6 +252,32 @@ fn a_file_that_kvm_cannot_be_given_refuses_memory() {
         Shim { socket: socket.path.clone(), device: "gone".into(), facts: FLUSHED, file: Some("/no/such".into()) };
     let rig = Rig::in_a(Around { vmm: Vmm::with(shim), ..Around::default() });
     assert_eq!(front_end(&rig).add_region(page(1), file.as_fd()), 1, "there is none to send");
+}
+
+#[test]
+fn kvm_is_told_of_a_flushed_device_and_of_no_other_where_there_is_a_kvm() {
+    let agrees: Answer = |_, reply| (reply.to_bytes().into(), true);
+    let has_no_vm: Answer = |kind, reply| {
+        let refusal = Reply { outcome: Err(Reason::NoVm.into()), ..reply };
+        let reply = if kind == Kind::Register(Dma::NonCoherent) { refusal } else { reply };
+        (reply.to_bytes().into(), true)
+    };
+    let [coherent, told] = [Dma::Coherent, Dma::NonCoherent].map(Kind::Register);
+    for (facts, answer, wanted) in [
+        (COHERENT, agrees, vec![Kind::Hello, coherent, Kind::Unregister(7)]),
+        (FLUSHED, agrees, vec![Kind::Hello, told, Kind::Unregister(7)]),
+        (FLUSHED, has_no_vm, vec![Kind::Hello, told, coherent, Kind::Unregister(7)]),
+    ] {
+        let socket = Socket::new();
+        let heard = socket.pretend(1, answer);
+        let rig = Rig::in_a(socket.around("told", facts));
+        let (wire, file) = (front_end(&rig), memory("ram", 16 * PAGE));
+
+        assert_eq!(wire.add_region(page(1), file.as_fd()), 0);
+        rig.stop();
+
+        assert_eq!(*heard.lock().unwrap(), [wanted]);
+    }
 }
 
 #[test]
