@@ -22,7 +22,7 @@
 //! | nobody, or nobody to talk with   | served, a warning, watched  | the same, KVM is not told               |
 //! | a shim that falls silent or goes | asked once more, then as if nobody was there | the same               |
 //!
-//! *Kept*: discards of guest memory have no effect. *Watched*: see [`Watch`]. *Nobody to talk with*: no answer in time,
+//! *Kept*: discards of guest memory have no effect. *Watched*: see `watch.rs`. *Nobody to talk with*: no answer in time,
 //! another version, another user's. A service that cannot do without KVM is refused memory in each of these cases.
 //!
 //! Why a shim that says no weighs more than none: without one, the owner of the VM has left KVM's answer as it is, and this
@@ -32,10 +32,10 @@
 mod link;
 mod watch;
 
-use std::cell::Cell;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use kvm_vfio_shim::{Refused, Status};
@@ -48,7 +48,7 @@ use crate::coherency::{Facts, Refusal, Verdict, decide};
 /// The process that runs the VM, as far as it can be reached.
 pub struct Vmm {
     shim: Option<Shim>,
-    tally: Cell<Tally>,
+    tally: Mutex<Tally>,
 }
 
 /// Where the shim listens, and what it is to hear.
@@ -110,25 +110,23 @@ impl Vmm {
     /// One that nothing can be told.
     #[must_use]
     pub fn unreachable() -> Self {
-        Self { shim: None, tally: Cell::default() }
+        Self { shim: None, tally: Mutex::default() }
     }
 
     /// One in which a shim listens, or will when the VM is there.
     #[must_use]
     pub fn with(shim: Shim) -> Self {
-        Self { shim: Some(shim), tally: Cell::default() }
+        Self { shim: Some(shim), tally: Mutex::default() }
     }
 
     /// What has come of it since the start.
     #[must_use]
     pub fn tally(&self) -> Tally {
-        self.tally.get()
+        *self.tally.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn count(&self, change: impl FnOnce(&mut Tally)) {
-        let mut tally = self.tally.get();
-        change(&mut tally);
-        self.tally.set(tally);
+        change(&mut self.tally.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Guest memory is found to have been discarded.
