@@ -158,7 +158,7 @@ fn the_log_and_the_statistics_say_what_the_vm_was_told() {
         &format!("emulated: registered: {vm}1 device(s) registered; KVM takes DMA for coherent; DMA is coherent: "),
         &format!("emulated: unregistered: {vm}0 device(s) registered"),
         " verdict=coherent kvm=coherent registrations=",
-        " refused=0 discard_alarms=0",
+        " told=0 refused=0 discard_alarms=0",
     ] {
         assert!(log.contains(part), "{part} is not in:\n{log}");
     }

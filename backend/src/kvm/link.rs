@@ -112,6 +112,7 @@ impl<'d> Link<'d> {
         let (State::Met(client, _), Some(shim)) = (&mut self.state, &self.vmm.shim) else { return };
         let Err(error) = client.query() else { return };
         self.state = State::Waiting(None);
+        self.vmm.count(|tally| tally.last = None);
         if front_end_goes {
             return log::info!("{}: {error}", shim.device);
         }
@@ -135,8 +136,10 @@ impl<'d> Link<'d> {
                 self.vmm.count(|tally| tally.last = Some(status));
                 log::info!("{}: unregistered: {}", shim.device, describe(&status));
             }
-            // Closing the connection does the same.
-            Err(error) => log::info!("{}: not unregistered, which ends with the connection: {error}", shim.device),
+            Err(error) => {
+                self.vmm.count(|tally| tally.last = None);
+                log::info!("{}: unregistered by the end of the connection: {error}", shim.device);
+            }
         }
     }
 
@@ -158,6 +161,7 @@ impl<'d> Link<'d> {
             Ok((Registration { handle, status }, told)) => {
                 self.vmm.count(|tally| {
                     tally.registrations += 1;
+                    tally.told += u64::from(told);
                     tally.last = Some(status);
                 });
                 log::info!("{}: registered: {}; DMA is {}", shim.device, describe(&status), shim.verdict(told));

@@ -70,11 +70,13 @@ pub struct Shim {
 pub struct Tally {
     /// Registrations that a shim took.
     pub registrations: u64,
+    /// Those among them of which KVM was told.
+    pub told: u64,
     /// Times that a shim said no.
     pub refusals: u64,
     /// Alarms about discarded memory.
     pub alarms: u64,
-    /// What a shim said last.
+    /// What the shim said last; `None` while there is none.
     pub last: Option<Status>,
 }
 
@@ -161,8 +163,8 @@ impl fmt::Display for Tally {
             Some(status) if status.told > 0 => "non-coherent",
             Some(_) => "coherent",
         };
-        let Self { registrations, refusals, alarms, .. } = self;
-        write!(f, "kvm={kvm} registrations={registrations} refused={refusals} discard_alarms={alarms}")
+        let Self { registrations, told, refusals, alarms, .. } = self;
+        write!(f, "kvm={kvm} registrations={registrations} told={told} refused={refusals} discard_alarms={alarms}")
     }
 }
 
@@ -213,7 +215,7 @@ mod tests {
     fn the_statistics_name_kvms_state() {
         let last = |told, kept| Tally { last: Some(Status { told, kept, ..Status::default() }), ..Tally::default() };
         let states = [
-            (Tally::default(), "kvm=unknown registrations=0 refused=0 discard_alarms=0"),
+            (Tally::default(), "kvm=unknown registrations=0 told=0 refused=0 discard_alarms=0"),
             (last(0, false), "kvm=coherent "),
             (last(1, false), "kvm=non-coherent "),
             (last(0, true), "kvm=kept "),
