@@ -161,6 +161,11 @@ impl Rig {
         guest.map(|span| (span.start().0, span.len())).collect()
     }
 
+    /// The host asks for the device, as when an administrator unbinds it.
+    pub(crate) fn ask_back(&self) {
+        self.machine.ask_back();
+    }
+
     /// After `successes` more changes of the address space one fails.
     pub(crate) fn fail_after(&self, successes: i64) {
         self.failures.for_good.store(false, Ordering::SeqCst);

@@ -359,6 +359,24 @@ fn a_shim_that_goes_is_looked_for_once_more_and_the_front_end_served_on() {
 }
 
 #[test]
+fn a_device_that_the_host_takes_back_is_unregistered_though_the_front_end_stays() {
+    let socket = Socket::new();
+    let vm = socket.serve();
+    let rig = Rig::in_a(socket.around("unbound", COHERENT));
+    let (wire, file) = (front_end(&rig), memory("ram", 16 * PAGE));
+    assert_eq!(wire.add_region(page(1), file.as_fd()), 0);
+    assert!(vm.pinned());
+
+    rig.ask_back();
+
+    wait_until("it is unregistered", || !vm.pinned());
+    assert_eq!(wire.add_region(page(2), file.as_fd()), 0);
+    drop(wire);
+    front_end(&rig).settle();
+    assert_eq!(registered(&socket.path), 0, "for good");
+}
+
+#[test]
 fn a_hole_in_pinned_memory_is_an_alarm_unless_a_shim_keeps_it_or_nothing_is_pinned() {
     listen_to_the_log();
     let kept = Socket::new();

@@ -9,6 +9,7 @@
 //!      -- the host wants it back ---------------------> Released       for good
 //! ```
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::EngineError;
 use super::guard::Alarm;
 use super::mailbox::{Mailbox, Order};
+use super::ring::signal;
 use crate::driver::{CommandId, Driver, Queue};
 
 /// More overdue commands than these are not worth an Abort each: the device is reset at once. Controllers execute few
@@ -50,14 +52,17 @@ pub(super) struct Keeper {
     kept: Mutex<Kept>,
     mailboxes: Mutex<Vec<Arc<Mailbox>>>,
     alarm: Arc<Alarm>,
+    /// Signalled when the device has been released.
+    pub(super) released: OwnedFd,
     pub(super) recoveries: AtomicU64,
     pub(super) aborts: AtomicU64,
 }
 
 impl Keeper {
-    pub(super) fn new(driver: Box<dyn Driver>, alarm: Arc<Alarm>) -> Self {
+    pub(super) fn new(driver: Box<dyn Driver>, alarm: Arc<Alarm>, released: OwnedFd) -> Self {
         Self {
             kept: Mutex::new(Kept { driver, state: State::Up }),
+            released,
             mailboxes: Mutex::default(),
             alarm,
             recoveries: AtomicU64::new(0),
@@ -127,6 +132,7 @@ impl Keeper {
         kept.driver.release();
         kept.state = State::Released;
         self.give(Vec::new(), Orphans::Fail);
+        signal(&self.released);
     }
 
     /// The lock, for acting on what was reported when there had been `recoveries`; `None` if that is settled.

@@ -36,11 +36,13 @@ mod worker;
 mod tests;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
 
 pub use guard::Watch;
 pub use statistics::Statistics;
@@ -233,7 +235,8 @@ impl Engine {
         let geometry = driver.geometry().clone();
         let queues = driver.take_queues();
         let alarm = Arc::new(Alarm::new().map_err(EngineError::Guard)?);
-        let keeper = Arc::new(Keeper::new(driver, Arc::clone(&alarm)));
+        let released = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| EngineError::Guard(error.into()))?;
+        let keeper = Arc::new(Keeper::new(driver, Arc::clone(&alarm), released));
         let guard = Guard::start(Arc::clone(&keeper), alarm, options.watch).map_err(EngineError::Guard)?;
         let mut engine = Self {
             workers: Vec::with_capacity(queues.len()),
@@ -285,6 +288,12 @@ impl Engine {
     #[must_use]
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
+    }
+
+    /// Readable from when the host has got the device back, for good: it reaches no memory any more.
+    #[must_use]
+    pub fn released(&self) -> BorrowedFd<'_> {
+        self.keeper.released.as_fd()
     }
 
     /// Starts serving a ring against the published table. Replaces nothing: the ring must be stopped.

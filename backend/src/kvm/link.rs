@@ -56,7 +56,9 @@ impl<'d> Link<'d> {
     /// Looks for the shim and registers with it, unless that is settled. Costs one `connect` while nobody listens, and at
     /// most [`Client::PATIENCE`] for an answer that does not come.
     pub(crate) fn meet(&mut self) {
-        let (State::Waiting(_), Some(shim)) = (&self.state, &self.vmm.shim) else { return };
+        let (State::Waiting(_), Some(shim), false) = (&self.state, &self.vmm.shim, self.vmm.is_released()) else {
+            return;
+        };
         self.state = match Client::connect(&shim.socket, Client::PATIENCE) {
             Ok((client, status)) => {
                 log::info!("{}: KVM shim: {}", shim.device, describe(&status));
@@ -79,7 +81,7 @@ impl<'d> Link<'d> {
     /// It must not be mapped.
     pub(crate) fn before_mapping(&mut self) -> Result<(), NotTold> {
         self.meet();
-        let Some(shim) = &self.vmm.shim else { return Ok(()) };
+        let (Some(shim), false) = (&self.vmm.shim, self.vmm.is_released()) else { return Ok(()) };
         let (state, outcome) = match replace(&mut self.state, State::Without) {
             State::Waiting(Some(error)) => (go_without(shim, &error), Ok(())),
             // It may have been for the moment only.
@@ -127,7 +129,7 @@ impl<'d> Link<'d> {
         }
     }
 
-    /// The front-end has left, and no memory of it is mapped any more.
+    /// The device reaches no memory of the front-end any more.
     pub(crate) fn leave(&mut self) {
         let state = replace(&mut self.state, State::Without);
         let (State::Met(mut client, Some(handle)), Some(shim)) = (state, &self.vmm.shim) else { return };

@@ -35,6 +35,7 @@ mod watch;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -49,6 +50,8 @@ use crate::coherency::{Facts, Refusal, Verdict, decide};
 pub struct Vmm {
     shim: Option<Shim>,
     tally: Mutex<Tally>,
+    /// The host has got the device back: there is nothing to tell, to keep or to watch any more.
+    released: AtomicBool,
 }
 
 /// Where the shim listens, and what it is to hear.
@@ -112,13 +115,13 @@ impl Vmm {
     /// One that nothing can be told.
     #[must_use]
     pub fn unreachable() -> Self {
-        Self { shim: None, tally: Mutex::default() }
+        Self { shim: None, tally: Mutex::default(), released: AtomicBool::new(false) }
     }
 
     /// One in which a shim listens, or will when the VM is there.
     #[must_use]
     pub fn with(shim: Shim) -> Self {
-        Self { shim: Some(shim), tally: Mutex::default() }
+        Self { shim: Some(shim), ..Self::unreachable() }
     }
 
     /// What has come of it since the start.
@@ -129,6 +132,16 @@ impl Vmm {
 
     fn count(&self, change: impl FnOnce(&mut Tally)) {
         change(&mut self.tally.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The host has got the device back.
+    pub(crate) fn release(&self) {
+        self.released.store(true, Ordering::Relaxed);
+    }
+
+    /// True from then on.
+    pub(crate) fn is_released(&self) -> bool {
+        self.released.load(Ordering::Relaxed)
     }
 
     /// Guest memory is found to have been discarded.

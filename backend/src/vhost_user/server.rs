@@ -26,6 +26,7 @@ const LISTENER: u64 = 1;
 const FRONT_END: u64 = 2;
 const NOTICE: u64 = 3;
 const SHIM: u64 = 4;
+const RELEASED: u64 = 5;
 
 /// How long to leave the listening socket alone after `accept` has failed for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -60,6 +61,7 @@ struct Ready {
     front_end: bool,
     notice: bool,
     shim: bool,
+    released: bool,
 }
 
 impl Server {
@@ -87,6 +89,7 @@ impl Server {
         let poller = Poller::new().map_err(Error::system("epoll_create1"))?;
         poller.add(&stop, STOP).map_err(Error::system("epoll_ctl"))?;
         poller.add(&*self.notice, NOTICE).map_err(Error::system("epoll_ctl"))?;
+        poller.add(self.device.engine.released(), RELEASED).map_err(Error::system("epoll_ctl"))?;
         let (device, notice) = (&self.device, &*self.notice);
         let mut serving = Serving { device, notice, poller, connection: None, pending: false };
         match &self.entrance.0 {
@@ -156,6 +159,7 @@ impl Serving<'_> {
             LISTENER => ready.listener = true,
             NOTICE => ready.notice = true,
             SHIM => ready.shim = true,
+            RELEASED => ready.released = true,
             _ => ready.front_end = true,
         };
         self.poller.wait(timeout, note).map_err(Error::system("epoll_wait"))?;
@@ -181,11 +185,18 @@ impl Serving<'_> {
 
     /// What concerns the front-end's process as a whole, after what it said itself.
     fn attend_vmm(&mut self, ready: &Ready) -> Result<(), Error> {
+        if ready.released {
+            self.poller.remove(self.device.engine.released()).map_err(Error::system("epoll_ctl"))?;
+            self.device.vmm.release();
+        }
         let Some(connection) = &self.connection else { return Ok(()) };
         let front_end_goes = ready.shim && connection.hangs_up_soon();
         let mut session = connection.session();
         if ready.shim {
             session.vmm_speaks(front_end_goes);
+        }
+        if ready.released {
+            session.device_released();
         }
         session.look();
         match session.unwatched_shim() {

@@ -23,9 +23,16 @@ impl Session<'_> {
         self.watch_discards();
     }
 
+    /// The host has got the device back, and waits for the file of it that KVM may hold.
+    pub(in super::super) fn device_released(&mut self) {
+        self.link.leave();
+        self.watch_discards();
+    }
+
     /// Begins, goes on or ceases to watch, as memory and the shim have it now.
     pub(super) fn watch_discards(&mut self) {
-        if self.device.space.pins() && !self.link.keeps_memory() {
+        let reached = self.device.space.pins() && !self.device.vmm.is_released();
+        if reached && !self.link.keeps_memory() {
             self.watch.follow(self.memory.table());
         } else {
             self.watch.pause();
