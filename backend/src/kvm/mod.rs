@@ -12,7 +12,8 @@
 //! is, and KVM can still be told; memory it shares when the guest's driver starts, which is too late for that.
 //!
 //! The registration stays while the front-end does, whatever becomes of its memory in between: QEMU moves a region by
-//! removing and adding it, and KVM should not change its mind over that.
+//! removing and adding it, and KVM should not change its mind over that. It ends early if the host takes the device back, whose
+//! driver waits for every open file of it.
 //!
 //! | found at the socket              | coherent verdict            | flushing verdict                        |
 //! |----------------------------------|-----------------------------|-----------------------------------------|
@@ -20,7 +21,7 @@
 //! | one whose process has no KVM VM  | memory is kept              | memory is kept, there is no KVM to tell |
 //! | one that says no                 | served, a warning, watched  | **memory is refused**, with its reason  |
 //! | nobody, or nobody to talk with   | served, a warning, watched  | the same, KVM is not told               |
-//! | a shim that falls silent or goes | asked once more, then as if nobody was there | the same               |
+//! | one that goes while it is needed | asked once more, then as if nobody was there | the same               |
 //!
 //! *Kept*: discards of guest memory have no effect. *Watched*: see `watch.rs`. *Nobody to talk with*: no answer in time,
 //! another version, another user's. A service that cannot do without KVM is refused memory in each of these cases.
