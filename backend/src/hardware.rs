@@ -2,9 +2,11 @@
 //! told, and how a cache line is flushed. Drivers, engine and session know only these, so they run unchanged above VFIO and
 //! above an emulated function.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::addr::{Iova, Span};
 use crate::memory::Region;
@@ -86,6 +88,18 @@ pub trait AddressSpace: Send + Sync {
     /// # Errors
     /// See [`MapError`]; the region then counts as still mapped.
     fn remove(&self, region: &Region) -> Result<(), MapError>;
+    /// As [`Self::remove`], for [`MapError::DeviceMustRest`]: the caller has made sure that the device has nothing in flight
+    /// at all, and gives it nothing to do meanwhile.
+    ///
+    /// # Errors
+    /// See [`MapError`]; what is left of the region then counts as still mapped.
+    fn remove_at_rest(&self, region: &Region) -> Result<(), MapError> {
+        self.remove(region)
+    }
+    /// What has been done here so far.
+    fn statistics(&self) -> SpaceStatistics {
+        SpaceStatistics::default()
+    }
     /// What makes CPU caches and DRAM agree around each DMA to what is mapped here; `None` where DMA is coherent.
     fn caches(&self) -> Option<Arc<dyn CacheFlush>> {
         None
@@ -107,6 +121,31 @@ pub trait CacheFlush: Send + Sync {
     /// Writes back and invalidates every cache line that holds one of `len` bytes of `window` from `offset`: the device then
     /// reads what the CPUs wrote, and the CPUs read what the device wrote.
     fn flush(&self, window: &Window, offset: usize, len: usize);
+}
+
+/// What an address space has done so far, and holds now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpaceStatistics {
+    /// Times memory was mapped: regions and buffers, by pieces; never requests.
+    pub maps: u64,
+    /// Bytes mapped now, hence pinned.
+    pub mapped: u64,
+    /// Times memory went through the staging space; 0 under a coherent verdict.
+    pub staged: u64,
+    /// Bytes flushed before the device could reach them; 0 under a coherent verdict.
+    pub flushed_at_map: u64,
+    /// Bytes flushed after the device could reach them; 0 under a coherent verdict.
+    pub flushed_at_unmap: u64,
+    /// Time spent on both.
+    pub flush_time: Duration,
+}
+
+impl fmt::Display for SpaceStatistics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "maps={} mapped_bytes={} staged={} ", self.maps, self.mapped, self.staged)?;
+        write!(f, "map_flushed_bytes={} unmap_flushed_bytes={} ", self.flushed_at_map, self.flushed_at_unmap)?;
+        write!(f, "map_flush_us={}", self.flush_time.as_micros())
+    }
 }
 
 /// Why memory could not be mapped for, or taken away from, the device.
@@ -147,6 +186,12 @@ pub enum MapError {
         needed_kib: u64,
         /// The soft limit, KiB.
         allowed_kib: u64,
+    },
+    /// There is no memory to keep the pages pinned while they are flushed, but there is a way that needs none.
+    #[error("unmap {span}: no memory to keep it pinned while it is flushed; possible only while the device rests")]
+    DeviceMustRest {
+        /// What was to be unmapped.
+        span: Span<Iova>,
     },
     /// No free IOVA range is left for the driver's own memory.
     #[error("no free IOVA range of {0} bytes for the driver's own memory")]

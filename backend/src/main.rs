@@ -33,8 +33,6 @@ const USAGE: u8 = 2;
 struct Hardware {
     function: Arc<dyn Function>,
     space: Arc<dyn AddressSpace>,
-    /// How many times memory has been mapped so far.
-    maps: Box<dyn Fn() -> u64>,
     /// What the decision about the caches rests on.
     facts: Facts,
     /// The device's own file; none if it is emulated.
@@ -82,7 +80,7 @@ fn run(config: &Config) -> Result<()> {
     };
     // Before a real device is touched: a mistake in the path should not cost a controller reset.
     let entrance = listen.open()?;
-    let Hardware { function, space, maps, facts, file } = match (device, machine) {
+    let Hardware { function, space, facts, file } = match (device, machine) {
         (_, Some(machine)) => emulate(&machine, config.no_snoop.into())?,
         (DeviceArg::Pci(address), None) => take(*address, config.no_snoop.into())?,
         (DeviceArg::Emulated(_), None) => unreachable!("made above"),
@@ -103,9 +101,9 @@ fn run(config: &Config) -> Result<()> {
     let mut server = Server::new(entrance, Device { engine, space, queues, vmm })?;
     log::info!("serving {name} on {queues} virtqueues");
     let served = server.run(stop);
-    let Device { engine, vmm, .. } = server.into_device();
+    let Device { engine, space, vmm, .. } = server.into_device();
     let verdict = decide(&facts).word();
-    log::info!("statistics: {} maps={} verdict={verdict} {}", engine.statistics(), maps(), vmm.tally());
+    log::info!("statistics: {} {} verdict={verdict} {}", engine.statistics(), space.statistics(), vmm.tally());
     engine.shut_down();
     Ok(served?)
 }
@@ -126,24 +124,22 @@ fn take(address: PciAddress, policy: Policy) -> Result<Hardware> {
     let facts = taken.evidence().facts(Personality::Mediated, policy, false);
     announce(&address, &taken.evidence().snoop, &facts);
     let (function, space) = taken.settle(&facts)?;
-    let counted = space.clone();
     let function = obey(Arc::new(function), decide(&facts))?;
-    let maps = Box::new(move || counted.maps());
-    Ok(Hardware { function, space: Arc::new(space), maps, facts, file: address.cdev() })
+    Ok(Hardware { function, space: Arc::new(space), facts, file: address.cdev() })
 }
 
 /// The same for a function made here.
 fn emulate(machine: &Machine, policy: Policy) -> Result<Hardware> {
     let facts = machine.facts(policy)?;
     announce(&"emulated", &"software IOMMU", &facts);
-    let (verdict, iommu) = (decide(&facts), machine.iommu().clone());
+    let verdict = decide(&facts);
     let space = match verdict {
         Verdict::Coherent(_) => machine.space(),
         Verdict::Flush(_) => machine.flushed_space(),
         Verdict::Refuse(refusal) => bail!("emulated: {refusal}"),
     };
     let function = obey(machine.function(), verdict)?;
-    Ok(Hardware { function, space, maps: Box::new(move || iommu.maps()), facts, file: None })
+    Ok(Hardware { function, space, facts, file: None })
 }
 
 /// Holds the Enable No Snoop bit off if that is the verdict.

@@ -92,7 +92,8 @@ impl Taken {
         let space = match (decide(facts), evidence.lines) {
             (Verdict::Coherent(_), _) => LiveSpace::coherent(table),
             (Verdict::Flush(_), Some(lines)) => {
-                LiveSpace::flushing(table, lines).map_err(step("make a staging page table"))?
+                let space = LiveSpace::flushing(table, lines, function.device_file());
+                space.map_err(step("make a staging page table"))?
             }
             (Verdict::Flush(_), None) => return Err(TakeError::Refused(address, Refusal::NoCacheOps)),
             (Verdict::Refuse(refusal), _) => return Err(TakeError::Refused(address, refusal)),

@@ -29,7 +29,10 @@ fn take() -> Result<(LiveSpace, Attached), VfioError> {
     let table = Arc::new(PageTable::new(iommufd, ioas, bound.device_id()).expect("a page table"));
     let attached = bound.attach(Arc::clone(&table))?;
     let space = match std::env::var("VDV_REGIME").as_deref() {
-        Ok("flushing") => LiveSpace::flushing(table, CacheLines::detect().expect("cache ops")).expect("staging"),
+        Ok("flushing") => {
+            let lines = CacheLines::detect().expect("cache ops");
+            LiveSpace::flushing(table, lines, attached.device_file()).expect("staging")
+        }
         _ => LiveSpace::coherent(table),
     };
     Ok((space, attached))

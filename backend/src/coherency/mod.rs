@@ -43,6 +43,8 @@ pub enum NotOurs {
     NoCapability,
     /// Intel integrated graphics, whose traffic does not honour the bit.
     IntegratedGraphics,
+    /// The bit reads 1 after it was cleared.
+    Disobeys,
 }
 
 /// What the operator wants (`--no-snoop`).
@@ -199,6 +201,7 @@ impl fmt::Display for NoSnoop {
             Self::Controllable => "No Snoop controllable (the bit can be set and cleared)",
             Self::NotOurs(NotOurs::VirtualFunction) => "No Snoop governed by the physical function",
             Self::NotOurs(NotOurs::NoCapability) => "No Snoop unknown (no PCI Express capability)",
+            Self::NotOurs(NotOurs::Disobeys) => "No Snoop uncontrollable (the bit reads 1 after it was cleared)",
             Self::NotOurs(NotOurs::IntegratedGraphics) => "No Snoop unknown (integrated graphics ignores the bit)",
         })
     }

@@ -2,12 +2,13 @@
 
 use super::*;
 
-const NO_SNOOPS: [NoSnoop; 5] = [
+const NO_SNOOPS: [NoSnoop; 6] = [
     NoSnoop::NeverSet,
     NoSnoop::Controllable,
     NoSnoop::NotOurs(NotOurs::VirtualFunction),
     NoSnoop::NotOurs(NotOurs::NoCapability),
     NoSnoop::NotOurs(NotOurs::IntegratedGraphics),
+    NoSnoop::NotOurs(NotOurs::Disobeys),
 ];
 const POLICIES: [Policy; 4] = [Policy::Suppress, Policy::Allow, Policy::Refuse, Policy::Assume];
 const PERSONALITIES: [Personality; 3] = [Personality::Mediated, Personality::DirectRings, Personality::WholeFunction];
@@ -79,7 +80,7 @@ fn every_combination_of_facts_gets_the_cell_of_the_table() {
         assert_eq!(cell(decide(&facts)), expected, "{facts:?}");
         walked += 1;
     }
-    assert_eq!(walked, 2 * 5 * 4 * 3 * 4 * 2);
+    assert_eq!(walked, 2 * 6 * 4 * 3 * 4 * 2);
 }
 
 #[test]

@@ -9,6 +9,10 @@
 //! no CPU has                                                                  mapped memory := DRAM   (invalidated)
 //! ```
 //!
+//! Pinning may move the pages: what was flushed before is forgotten. And there are two moments at which the two memories
+//! must agree, whatever happens afterwards: when the function becomes able to reach a page, and when the page is unpinned
+//! and so may have another owner. Lines that do not are counted.
+//!
 //! A CPU has written if the line differs from what its last flush left. Such a line wins over what the function wrote
 //! meanwhile, as in a machine. Unlike there, no line is ever written back or dropped by itself, so nothing works by luck.
 
@@ -42,6 +46,7 @@ struct State {
     tidy_at: usize,
     /// Where DMA finds a part of DRAM as memory.
     scratch: Window,
+    disagreements: Disagreements,
 }
 
 struct Page {
@@ -52,6 +57,15 @@ struct Page {
     left: [u8; PAGE],
     /// Bit n is set once line n has been flushed.
     flushed: u64,
+}
+
+/// Lines on which caches and DRAM did not agree when they had to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Disagreements {
+    /// The function could have read what was in DRAM before the CPUs' last writes: another owner's data.
+    pub exposed: u64,
+    /// The CPUs would have gone on seeing, or written back over, what was there before the function's last writes.
+    pub unpinned: u64,
 }
 
 /// A run of bytes in one page.
@@ -67,7 +81,38 @@ struct Piece {
 impl Cache {
     pub(super) fn new() -> io::Result<Self> {
         let scratch = Window::of(Arc::new(MmapRegion::new(PAGE).map_err(io::Error::other)?));
-        Ok(Self { state: Mutex::new(State { pages: HashMap::new(), tidy_at: 1024, scratch }) })
+        Ok(Self {
+            state: Mutex::new(State {
+                pages: HashMap::new(),
+                tidy_at: 1024,
+                scratch,
+                disagreements: Disagreements::default(),
+            }),
+        })
+    }
+
+    /// `len` bytes from `offset` are about to be pinned, and get other pages for it.
+    pub(super) fn moved(&self, window: &Window, offset: usize, len: usize) {
+        let state = &mut *lock(&self.state);
+        for Piece { page, .. } in pieces(window, offset, len) {
+            state.pages.remove(&page);
+        }
+    }
+
+    /// The function can reach `len` bytes from `offset` from now on.
+    pub(super) fn exposed(&self, window: &Window, offset: usize, len: usize) {
+        let state = &mut *lock(&self.state);
+        state.disagreements.exposed += state.differ(window, offset, len);
+    }
+
+    /// `len` bytes from `offset` are unpinned.
+    pub(super) fn unpinned(&self, window: &Window, offset: usize, len: usize) {
+        let state = &mut *lock(&self.state);
+        state.disagreements.unpinned += state.differ(window, offset, len);
+    }
+
+    pub(super) fn disagreements(&self) -> Disagreements {
+        lock(&self.state).disagreements
     }
 
     /// A transfer that does not snoop: `part` is called with DRAM in place of `len` bytes at `offset` of `window`.
@@ -110,6 +155,19 @@ impl CacheFlush for Cache {
 }
 
 impl State {
+    /// How many lines of DRAM differ from what the CPUs see.
+    fn differ(&mut self, window: &Window, offset: usize, len: usize) -> u64 {
+        let mut lines = 0;
+        let mut seen = [0; PAGE];
+        for piece in pieces(window, offset, len) {
+            let seen = &mut seen[..piece.len];
+            window.copy_to(piece.offset, seen);
+            let dram = &self.page(piece.page, window).dram[piece.at..piece.at + piece.len];
+            lines += seen.chunks(LINE).zip(dram.chunks(LINE)).filter(|(seen, dram)| seen != dram).count() as u64;
+        }
+        lines
+    }
+
     /// The page at `address`, which lies in `window`.
     fn page(&mut self, address: u64, window: &Window) -> &mut Page {
         if self.pages.len() >= self.tidy_at {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use vm_memory::MmapRegion;
 
 use crate::addr::{Address, Iova, Span};
-use crate::hardware::{AddressSpace, DmaBuffer, MapError};
+use crate::hardware::{AddressSpace, DmaBuffer, MapError, SpaceStatistics};
 use crate::memory::Region;
 use crate::sys::Window;
 
@@ -63,6 +63,8 @@ struct Inner {
     cache: Option<Arc<Cache>>,
     /// The function marks its transactions No Snoop.
     no_snoop: AtomicBool,
+    /// The function reaches nothing, whatever is mapped.
+    detached: AtomicBool,
 }
 
 /// The IOMMU; clones are the same one.
@@ -103,6 +105,7 @@ impl SoftIommu {
                 maps: AtomicU64::new(0),
                 cache,
                 no_snoop: AtomicBool::new(false),
+                detached: AtomicBool::new(false),
             }),
         }
     }
@@ -117,19 +120,31 @@ impl SoftIommu {
     pub fn map(&self, span: Span<Iova>, window: Window) -> Result<(), MapError> {
         assert_eq!(window.len() as u64, span.len(), "both views have one length");
         assert!(span.start().is_aligned(PAGE) && span.len().is_multiple_of(PAGE), "{span} is not made of whole pages");
-        if !self.inner.allowed.iter().any(|allowed| allowed.covers(&span)) {
-            let allowed: Vec<_> =
-                self.inner.allowed.iter().map(|span| format!("{}-{}", span.start(), span.last())).collect();
-            return Err(MapError::NotAllowed { span, allowed: allowed.join(", ") });
-        }
+        self.check_allowed(span)?;
         let mut mappings = self.inner.mappings.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(taken) = mappings.iter().find(|mapping| mapping.span.overlaps(&span)) {
-            return Err(MapError::Overlap { span, taken: taken.span });
-        }
+        check_free(&mappings, span)?;
         let place = mappings.partition_point(|mapping| mapping.span.start() < span.start());
         mappings.insert(place, Mapping { span, window });
         self.inner.maps.fetch_add(1, Relaxed);
         Ok(())
+    }
+
+    /// Says whether `span` could be mapped now.
+    ///
+    /// # Errors
+    /// [`MapError::NotAllowed`] and [`MapError::Overlap`].
+    pub(super) fn check(&self, span: Span<Iova>) -> Result<(), MapError> {
+        self.check_allowed(span)?;
+        check_free(&self.dma().mappings, span)
+    }
+
+    fn check_allowed(&self, span: Span<Iova>) -> Result<(), MapError> {
+        let allowed = &self.inner.allowed;
+        if allowed.iter().any(|allowed| allowed.covers(&span)) {
+            return Ok(());
+        }
+        let allowed: Vec<_> = allowed.iter().map(|span| format!("{}-{}", span.start(), span.last())).collect();
+        Err(MapError::NotAllowed { span, allowed: allowed.join(", ") })
     }
 
     /// Takes away the mapping that is exactly `span`.
@@ -168,7 +183,7 @@ impl SoftIommu {
     }
 
     /// The highest free span of `len` bytes, a multiple of the page.
-    fn free_span(&self, len: u64) -> Option<Span<Iova>> {
+    pub(super) fn free_span(&self, len: u64) -> Option<Span<Iova>> {
         let dma = self.dma();
         for allowed in self.inner.allowed.iter().rev() {
             let mut last = allowed.last();
@@ -188,16 +203,48 @@ impl SoftIommu {
         None
     }
 
+    /// A DMA read of the function that belongs to no command.
+    ///
+    /// # Errors
+    /// The fault, which is recorded.
+    pub fn read(&self, at: Iova, bytes: &mut [u8]) -> Result<(), DmaFault> {
+        self.dma().read(at, bytes, &mut 0)
+    }
+
+    /// A DMA write of the function that belongs to no command.
+    ///
+    /// # Errors
+    /// The fault, which is recorded.
+    pub fn write(&self, at: Iova, bytes: &[u8]) -> Result<(), DmaFault> {
+        self.dma().write(at, bytes, &mut 0)
+    }
+
     /// Starts a series of transfers; unmapping waits until it is dropped.
     pub(super) fn dma(&self) -> Dma<'_> {
         let mappings = self.inner.mappings.read().unwrap_or_else(PoisonError::into_inner);
         let cache = self.inner.cache.as_deref().filter(|_| self.inner.no_snoop.load(SeqCst));
-        Dma { mappings, faults: &self.inner.faults, cache }
+        let detached = self.inner.detached.load(SeqCst);
+        Dma { mappings, faults: &self.inner.faults, cache, detached }
+    }
+
+    /// From now on the function reaches nothing, or again what is mapped; when this returns, no transfer that began before
+    /// is running.
+    pub(super) fn set_detached(&self, detached: bool) {
+        let _none_running = self.inner.mappings.write().unwrap_or_else(PoisonError::into_inner);
+        self.inner.detached.store(detached, SeqCst);
     }
 
     /// The function marks its transactions No Snoop from now on, or no longer does. Transfers under way may end as before.
     pub(super) fn set_no_snoop(&self, on: bool) {
         self.inner.no_snoop.store(on, SeqCst);
+    }
+}
+
+fn check_free(mappings: &[Mapping], span: Span<Iova>) -> Result<(), MapError> {
+    let next = mappings.partition_point(|mapping| mapping.span.last() < span.start());
+    match mappings.get(next) {
+        Some(taken) if taken.span.overlaps(&span) => Err(MapError::Overlap { span, taken: taken.span }),
+        _ => Ok(()),
     }
 }
 
@@ -208,6 +255,11 @@ impl AddressSpace for SoftIommu {
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
         self.unmap(region.gpa().identity_iova())
+    }
+
+    fn statistics(&self) -> SpaceStatistics {
+        let mapped = self.mapped().iter().map(Span::len).sum();
+        SpaceStatistics { maps: self.maps(), mapped, ..SpaceStatistics::default() }
     }
 
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
@@ -248,6 +300,7 @@ pub(super) struct Dma<'a> {
     faults: &'a Mutex<FaultLog>,
     /// What these transfers go behind.
     cache: Option<&'a Cache>,
+    detached: bool,
 }
 
 impl Dma<'_> {
@@ -306,6 +359,9 @@ impl Dma<'_> {
 
     #[inline]
     fn find(&self, at: Iova, hint: &mut usize) -> Option<&Mapping> {
+        if self.detached {
+            return None;
+        }
         if let Some(mapping) = self.mappings.get(*hint).filter(|mapping| mapping.span.contains(at)) {
             return Some(mapping);
         }

@@ -48,8 +48,10 @@ use crate::vfio::no_snoop;
 use cache::Cache;
 use flushed::FlushedSpace;
 
+pub use cache::Disagreements;
 pub use controller::Traffic;
 pub use fault::{Commands, Effect, Fault};
+pub use flushed::SpaceFaults;
 pub use function::EmulatedFunction;
 pub use iommu::{Access, DmaFault, SoftIommu};
 pub use medium::Medium;
@@ -145,7 +147,8 @@ pub struct Machine {
     function: Arc<EmulatedFunction>,
     iommu: SoftIommu,
     cache: Option<Arc<Cache>>,
-    snoop_enforced: bool,
+    /// There if snooping is not enforced.
+    flushed: Option<FlushedSpace>,
 }
 
 impl Machine {
@@ -155,12 +158,14 @@ impl Machine {
     /// See [`EmulatedError`]; no file is made or changed when an option is wrong.
     pub fn new(options: Options) -> Result<Self, EmulatedError> {
         options.check()?;
-        let (snoop_enforced, faults) = (options.snoop_enforced, options.faults.clone());
-        let cache = if snoop_enforced { None } else { Some(Arc::new(Cache::new().map_err(EmulatedError::Cache)?)) };
+        let faults = options.faults.clone();
+        let cache =
+            if options.snoop_enforced { None } else { Some(Arc::new(Cache::new().map_err(EmulatedError::Cache)?)) };
         let iommu = SoftIommu::in_front_of(cache.clone(), options.address_width, &options.reserved);
         let function = Arc::new(EmulatedFunction::new(options, iommu.clone())?);
         faults.into_iter().for_each(|fault| function.inject(fault));
-        Ok(Self { function, iommu, cache, snoop_enforced })
+        let flushed = cache.clone().map(|cache| FlushedSpace::new(iommu.clone(), cache));
+        Ok(Self { function, iommu, cache, flushed })
     }
 
     /// The function, for a driver.
@@ -185,10 +190,26 @@ impl Machine {
     /// no longer is. As [`Self::space`] if snooping is enforced.
     #[must_use]
     pub fn flushed_space(&self) -> Arc<dyn AddressSpace> {
-        match self.cache() {
-            None => self.space(),
-            Some(cache) => Arc::new(FlushedSpace { iommu: self.iommu.clone(), cache }),
-        }
+        self.flushed.as_ref().map_or_else(|| self.space(), |space| Arc::new(space.clone()))
+    }
+
+    /// What to refuse in [`Self::flushed_space`]; none if snooping is enforced.
+    #[must_use]
+    pub fn space_faults(&self) -> Option<&SpaceFaults> {
+        self.flushed.as_ref().map(FlushedSpace::faults)
+    }
+
+    /// Where memory was exposed or unpinned and caches and DRAM did not agree; always 0 with [`Self::flushed_space`] if
+    /// nobody writes to memory meanwhile.
+    #[must_use]
+    pub fn disagreements(&self) -> Disagreements {
+        self.flushed.as_ref().map_or_else(Disagreements::default, FlushedSpace::disagreements)
+    }
+
+    /// In which order [`Self::flushed_space`] exposes memory, in words.
+    #[must_use]
+    pub fn order(&self) -> &'static str {
+        self.flushed.as_ref().map_or("mapped", FlushedSpace::order)
     }
 
     /// What a decision about the CPU caches rests on.
@@ -197,7 +218,7 @@ impl Machine {
     /// As [`no_snoop::probe`]: bus master must be off.
     pub fn facts(&self, policy: Policy) -> io::Result<Facts> {
         Ok(Facts {
-            snoop_enforced: self.snoop_enforced,
+            snoop_enforced: self.cache.is_none(),
             no_snoop: no_snoop::probe(&*self.function, false)?,
             policy,
             personality: Personality::Mediated,

@@ -8,4 +8,5 @@ mod faults;
 mod host;
 mod io;
 mod iommu;
+mod space;
 mod threads;

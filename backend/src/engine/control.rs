@@ -63,6 +63,26 @@ impl Engine {
         answer.recv().map_err(|_| EngineError::WorkerGone(worker))
     }
 
+    /// Runs `act` while the device has nothing in flight and gets nothing to do; requests wait meanwhile.
+    ///
+    /// # Errors
+    /// [`EngineError::WorkerGone`]; then `act` has not run.
+    pub fn at_rest<T>(&self, act: impl FnOnce() -> T) -> Result<T, EngineError> {
+        let answers: Vec<_> = self.workers.iter().map(|handle| handle.mailbox.post(Order::Rest)).collect();
+        let deadline = self.deadline();
+        let waits = answers.iter().enumerate();
+        let rested =
+            waits.map(|(worker, answer)| self.await_drained(worker, answer, deadline, "the device is to rest"));
+        let rested = rested.collect::<Result<Vec<()>, _>>();
+        // Under the lock, for the guard talks to the device too.
+        let acted = rested.map(|_| {
+            let _kept = self.keeper.lock();
+            act()
+        });
+        self.workers.iter().for_each(|handle| handle.mailbox.leave(Order::Go));
+        acted
+    }
+
     /// Stops every ring, ends every thread, and shuts the device down, in this order.
     fn close(&mut self) {
         for index in 0..self.options.rings {

@@ -30,6 +30,10 @@ pub(super) enum Order {
     Withdraw(Arc<MemTable>, Arc<[Span<Gpa>]>, Sender<()>),
     /// Answered when everything completed so far is durable; false if the device could not do that.
     Flush(Sender<bool>),
+    /// Submit nothing from now on. Answered when the device has nothing in flight.
+    Rest(Sender<()>),
+    /// Submit again.
+    Go,
     /// Drop the device queue; the device is about to be reset.
     HandBack(Sender<()>),
     /// The device has been reset: go on with this queue, or without a device.

@@ -50,6 +50,7 @@ enum Promise {
     Stop(usize, Sender<Option<u32>>),
     Withdraw(Arc<[Span<Gpa>]>, Sender<()>),
     Flush(Sender<bool>),
+    Rest(Sender<()>),
 }
 
 /// What one thread owns.
@@ -61,6 +62,8 @@ pub(super) struct Worker {
     mailbox: Arc<Mailbox>,
     poller: Poller,
     promises: Vec<Promise>,
+    /// Nothing is submitted.
+    resting: bool,
     spin: Duration,
     sentry: Sentry,
     quit: bool,
@@ -77,7 +80,8 @@ impl Worker {
         poller.add(mailbox.event(), ORDERS)?;
         poller.add(queue.event(), DEVICE)?;
         let device = Device::Live(queue);
-        Ok(Self { path, device, stale: false, mailbox, poller, promises: Vec::new(), spin, sentry, quit: false })
+        let (promises, stale, resting, quit) = (Vec::new(), false, false, false);
+        Ok(Self { path, device, stale, mailbox, poller, promises, resting, spin, sentry, quit })
     }
 
     /// The thread's body.
@@ -121,7 +125,7 @@ impl Worker {
                     self.stale = true;
                     busy = true;
                 }
-                if path.submit(queue) {
+                if !self.resting && path.submit(queue) {
                     // Entries and data lie in memory, the device does not know yet: what it must see is made visible here.
                     queue.ring();
                     path.counters.doorbells.add(1);
@@ -231,6 +235,12 @@ impl Worker {
                 self.path.wants_flush();
                 self.promises.push(Promise::Flush(answer));
             }
+            Order::Rest(answer) => {
+                self.resting = true;
+                self.promises.push(Promise::Rest(answer));
+                self.keep_promises();
+            }
+            Order::Go => self.resting = false,
             Order::HandBack(answer) => {
                 self.hand_back();
                 tell(&answer, ());
@@ -301,6 +311,14 @@ impl Worker {
                     Some(done) => tell(&answer, done),
                     None => self.promises.push(Promise::Flush(answer)),
                 },
+                Promise::Rest(answer) => {
+                    let rests = match &self.device {
+                        Device::Live(queue) => queue.in_flight() == 0,
+                        Device::Away => false,
+                        Device::Gone => true,
+                    };
+                    if rests { tell(&answer, ()) } else { self.promises.push(Promise::Rest(answer)) }
+                }
                 Promise::Withdraw(removed, answer) => {
                     if self.path.flights.touch(&removed) {
                         self.promises.push(Promise::Withdraw(removed, answer));

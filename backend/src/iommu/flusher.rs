@@ -1,123 +1,98 @@
-//! Flushing whole regions: several threads for large ones, progress once a second, and a count of what it cost.
+//! Flushing whole regions: several threads for large ones, and progress once a second.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::addr::Bytes;
-use crate::sys::{CacheLines, Window};
+use crate::hardware::CacheFlush;
+use crate::sys::Window;
 
-/// Below this, starting threads costs more than they save.
+/// Below this, starting threads costs more than they save, bytes.
 const ALONE: usize = 64 << 20;
-/// A thread reports progress after each piece of this size.
+/// A thread reports progress after pieces of this size, bytes.
 const PIECE: usize = 16 << 20;
 /// More threads than this saturate memory on no machine measured.
 const MOST_THREADS: usize = 4;
 
-/// When a flush happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moment {
-    /// Pinned, not yet reachable by the device: what the CPUs hold back reaches DRAM before the device can look.
-    Map,
-    /// No longer reachable, still pinned: stale lines are dropped before the page has its next life.
-    Unmap,
+/// Writes back and invalidates `len` bytes of `window` from `offset`.
+pub fn flush(caches: &dyn CacheFlush, window: &Window, offset: usize, len: usize) {
+    let processors = || thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS));
+    let shares = shares(len, if len < ALONE { 1 } else { processors() });
+    thread::scope(|scope| {
+        let mut shares = shares.map(|share| move || flush_share(caches, window, offset, share));
+        let own = shares.next();
+        shares.for_each(|share| drop(scope.spawn(share)));
+        own.into_iter().for_each(|share| share());
+    });
 }
 
-/// Flushes with this CPU's instruction and keeps count.
-pub struct Flusher {
-    lines: CacheLines,
-    map_bytes: AtomicU64,
-    unmap_bytes: AtomicU64,
-    nanoseconds: AtomicU64,
+/// `len` bytes, in whole pages but for the last one, for each of `threads`.
+fn shares(len: usize, threads: usize) -> impl Iterator<Item = Range<usize>> {
+    let share = len.div_ceil(threads).next_multiple_of(rustix::param::page_size());
+    (0..threads).map(move |n| (n * share).min(len)..((n + 1) * share).min(len))
 }
 
-/// What has been flushed so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Flushed {
-    /// Bytes flushed before they became reachable.
-    pub map_bytes: u64,
-    /// Bytes flushed after they had become unreachable.
-    pub unmap_bytes: u64,
-    /// Time spent.
-    pub time: Duration,
-}
-
-impl Flusher {
-    /// A flusher that has flushed nothing.
-    #[must_use]
-    pub fn new(lines: CacheLines) -> Self {
-        Self { lines, map_bytes: AtomicU64::new(0), unmap_bytes: AtomicU64::new(0), nanoseconds: AtomicU64::new(0) }
-    }
-
-    /// The instruction it uses.
-    #[must_use]
-    pub fn lines(&self) -> CacheLines {
-        self.lines
-    }
-
-    /// Writes back and invalidates `len` bytes of `window` from `offset`.
-    pub fn flush(&self, moment: Moment, window: &Window, offset: usize, len: usize) {
-        let start = Instant::now();
-        let threads =
-            if len < ALONE { 1 } else { thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS)) };
-        let share = len.div_ceil(threads).next_multiple_of(rustix::param::page_size());
-        thread::scope(|scope| {
-            let part = |n: usize| (n * share).min(len)..((n + 1) * share).min(len);
-            for n in 1..threads {
-                scope.spawn(move || self.flush_part(window, offset, part(n)));
-            }
-            self.flush_part(window, offset, part(0));
-        });
-        let counter = if moment == Moment::Map { &self.map_bytes } else { &self.unmap_bytes };
-        counter.fetch_add(len as u64, Ordering::Relaxed);
-        let spent = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.nanoseconds.fetch_add(spent, Ordering::Relaxed);
-    }
-
-    fn flush_part(&self, window: &Window, offset: usize, part: std::ops::Range<usize>) {
-        let mut reported = Instant::now();
-        let (mut at, end) = (part.start, part.end);
-        while at < end {
-            let piece = PIECE.min(end - at);
-            self.lines.flush(window, offset + at, piece);
-            at += piece;
-            if reported.elapsed() >= Duration::from_secs(1) {
-                reported = Instant::now();
-                log::info!(
-                    "flushing CPU caches: {} of {} to go on this thread",
-                    Bytes((end - at) as u64),
-                    Bytes(end as u64)
-                );
-            }
-        }
-    }
-
-    /// What has been flushed so far.
-    #[must_use]
-    pub fn flushed(&self) -> Flushed {
-        Flushed {
-            map_bytes: self.map_bytes.load(Ordering::Relaxed),
-            unmap_bytes: self.unmap_bytes.load(Ordering::Relaxed),
-            time: Duration::from_nanos(self.nanoseconds.load(Ordering::Relaxed)),
+fn flush_share(caches: &dyn CacheFlush, window: &Window, offset: usize, share: Range<usize>) {
+    let mut reported = Instant::now();
+    let mut at = share.start;
+    while at < share.end {
+        let piece = PIECE.min(share.end - at);
+        caches.flush(window, offset + at, piece);
+        at += piece;
+        if reported.elapsed() >= Duration::from_secs(1) {
+            reported = Instant::now();
+            let (left, all) = (Bytes((share.end - at) as u64), Bytes(share.len() as u64));
+            log::info!("flushing CPU caches: {left} of {all} to go on this thread");
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use std::sync::Arc;
+    use std::sync::{Arc, Mutex};
+
     use vm_memory::MmapRegion;
 
+    use super::*;
+
+    /// What it was asked to flush.
+    #[derive(Default)]
+    struct Asked(Mutex<Vec<Range<usize>>>);
+
+    impl CacheFlush for Asked {
+        fn flush(&self, _: &Window, offset: usize, len: usize) {
+            self.0.lock().unwrap().push(offset..offset + len);
+        }
+    }
+
+    /// True if `ranges` are all of `whole`, and nothing twice.
+    fn make_up(mut ranges: Vec<Range<usize>>, whole: Range<usize>) -> bool {
+        ranges.retain(|range| !range.is_empty());
+        ranges.sort_by_key(|range| range.start);
+        let end = ranges.iter().try_fold(whole.start, |at, range| (range.start == at).then_some(range.end));
+        end == Some(whole.end)
+    }
+
     #[test]
-    fn every_byte_is_counted_once_at_its_moment() {
-        let flusher = Flusher::new(CacheLines::detect().unwrap());
-        let window = Window::of(Arc::new(MmapRegion::new(ALONE + 4096).unwrap()));
+    fn every_byte_of_a_large_range_is_flushed_once() {
+        let window = Window::of(Arc::new(MmapRegion::new(ALONE + PIECE).unwrap()));
+        for (offset, len) in [(0, ALONE + PIECE), (4096, ALONE + 1), (64, ALONE - 1), (8192, PIECE + 64), (0, 0)] {
+            let asked = Asked::default();
 
-        flusher.flush(Moment::Map, &window, 4096, ALONE);
-        flusher.flush(Moment::Unmap, &window, 0, 1);
+            flush(&asked, &window, offset, len);
 
-        let flushed = flusher.flushed();
-        assert_eq!((flushed.map_bytes, flushed.unmap_bytes), (ALONE as u64, 1));
+            let asked = asked.0.into_inner().unwrap();
+            assert!(make_up(asked.clone(), offset..offset + len), "{len} bytes at {offset}: {asked:x?}");
+        }
+    }
+
+    #[test]
+    fn the_shares_of_any_number_of_threads_make_up_the_whole() {
+        for (len, threads) in [(0, 1), (1, 4), (4097, 2), (ALONE, 3), (ALONE + 4095, 4)] {
+            let shares: Vec<_> = shares(len, threads).collect();
+            assert_eq!(shares.len(), threads);
+            assert!(make_up(shares.clone(), 0..len), "{shares:x?}");
+        }
     }
 }

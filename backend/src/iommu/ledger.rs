@@ -26,11 +26,16 @@ impl Ledger {
 
     /// Strikes out exactly `span`; false if it was not entered.
     pub(super) fn strike(&mut self, span: Span<Iova>) -> bool {
-        let known = self.taken.get(&span.start()) == Some(&span);
+        let known = self.holds(span);
         if known {
             self.taken.remove(&span.start());
         }
         known
+    }
+
+    /// True if exactly `span` is entered.
+    pub(super) fn holds(&self, span: Span<Iova>) -> bool {
+        self.taken.get(&span.start()) == Some(&span)
     }
 
     /// Everything entered, in order.

@@ -11,6 +11,7 @@
 //! What "expose" and "withdraw" mean is the regime's matter, see `sequence.rs`. Pieces, because the kernel can never split a
 //! mapping; 1 GiB, because that is the largest IOMMU page.
 
+mod exposure;
 mod flusher;
 mod ledger;
 mod page_table;
@@ -18,24 +19,22 @@ mod sequence;
 
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Weak};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::process::{Resource, getrlimit};
 use vm_memory::{FileOffset, MmapRegion};
 
-pub use flusher::{Flushed, Flusher};
+pub use exposure::Exposure;
+pub use flusher::flush;
 pub use page_table::{PageTable, Snoop};
-pub use sequence::{Regime, Staging};
+pub use sequence::{Piece, Space, Steps};
 
-use crate::addr::{Address, Bytes, Iova, Span};
-use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError};
+use crate::addr::{Iova, Span};
+use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError, SpaceStatistics};
 use crate::memory::Region;
-use crate::sys::{CacheLines, Ioas, Window};
-use ledger::Ledger;
-use sequence::{Failed, Piece};
+use crate::sys::{CacheLines, Cdev, Ioas, Window};
+use sequence::Failed;
 
 /// The largest piece mapped by one call.
 const CHUNK: u64 = 1 << 30;
@@ -46,51 +45,77 @@ pub struct LiveSpace(Arc<Live>);
 
 struct Live {
     table: Arc<PageTable>,
-    regime: Regime,
-    ledger: Mutex<Ledger>,
-    maps: AtomicU64,
+    /// What flushes, and the page table that is never attached, where DMA may go behind the CPU caches.
+    staging: Option<(CacheLines, PageTable)>,
+    /// The device's file; gone when the device has been let go, which then does no DMA.
+    device: Weak<Cdev>,
+    exposure: Exposure,
 }
 
 impl LiveSpace {
     /// For a device whose DMA is coherent.
     #[must_use]
     pub fn coherent(table: Arc<PageTable>) -> Self {
-        Self::with(table, Regime::Coherent)
+        Self(Arc::new(Live { table, staging: None, device: Weak::new(), exposure: Exposure::new(false, CHUNK) }))
     }
 
-    /// For a device whose DMA may go behind the CPU caches; everything is flushed with `lines` before the device can reach
+    /// For `device`, whose DMA may go behind the CPU caches; everything is flushed with `lines` before the device can reach
     /// it and after it no longer can.
     ///
     /// # Errors
     /// The errno of making the staging page table.
-    pub fn flushing(table: Arc<PageTable>, lines: CacheLines) -> io::Result<Self> {
-        let staging = Staging { table: table.staging()?, flusher: Flusher::new(lines) };
-        Ok(Self::with(table, Regime::Flushing(Box::new(staging))))
+    pub fn flushing(table: Arc<PageTable>, lines: CacheLines, device: Weak<Cdev>) -> io::Result<Self> {
+        let staging = Some((lines, table.staging()?));
+        Ok(Self(Arc::new(Live { table, staging, device, exposure: Exposure::new(true, CHUNK) })))
     }
 
-    fn with(table: Arc<PageTable>, regime: Regime) -> Self {
-        Self(Arc::new(Live { table, regime, ledger: Mutex::new(Ledger::default()), maps: AtomicU64::new(0) }))
-    }
-
-    /// How many times memory has been mapped so far: regions and buffers, by pieces of 1 GiB; never requests.
+    /// In which order memory becomes reachable, in words.
     #[must_use]
-    pub fn maps(&self) -> u64 {
-        self.0.maps.load(Ordering::Relaxed)
+    pub fn order(&self) -> &'static str {
+        self.0.exposure.order()
     }
+}
 
-    /// What has been flushed at map and unmap so far; `None` under a coherent verdict.
-    #[must_use]
-    pub fn flushed(&self) -> Option<Flushed> {
-        match &self.0.regime {
-            Regime::Coherent => None,
-            Regime::Flushing(staging) => Some(staging.flusher.flushed()),
+impl Steps for Live {
+    fn map(&self, space: Space, piece: Piece<'_>) -> io::Result<()> {
+        if let Some((file, offset)) = piece.file {
+            match self.table.iommufd.map_file(self.ioas(space), file, offset, piece.span) {
+                // Linux before 6.13 does not know the call.
+                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {}
+                other => return other,
+            }
         }
+        self.table.iommufd.map_window(self.ioas(space), piece.window, piece.offset, piece.span)
+    }
+
+    fn copy(&self, from: Space, to: Space, span: Span<Iova>) -> io::Result<()> {
+        self.table.iommufd.copy(self.ioas(from), self.ioas(to), span)
+    }
+
+    fn unmap(&self, space: Space, span: Span<Iova>) -> io::Result<()> {
+        self.table.iommufd.unmap(self.ioas(space), span)
+    }
+
+    fn flush(&self, piece: Piece<'_>) {
+        let (lines, _) = self.staging.as_ref().expect("only a flushing regime flushes");
+        flush(lines, piece.window, piece.offset, piece.bytes());
+    }
+
+    fn detach(&self) -> io::Result<()> {
+        self.device.upgrade().map_or(Ok(()), |device| device.detach())
+    }
+
+    fn attach(&self) -> io::Result<()> {
+        self.device.upgrade().map_or(Ok(()), |device| device.attach(self.table.id()))
     }
 }
 
 impl Live {
-    fn ledger(&self) -> MutexGuard<'_, Ledger> {
-        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    fn ioas(&self, space: Space) -> &Ioas {
+        match (space, &self.staging) {
+            (Space::Staging, Some((_, staging))) => &staging.ioas,
+            _ => &self.table.ioas,
+        }
     }
 
     /// The ranges this address space allows now; asked each time, because attaching a device narrows them.
@@ -99,48 +124,10 @@ impl Live {
         self.table.iommufd.iova_ranges(&self.table.ioas).map_err(kernel)
     }
 
-    /// Exposes all of `whole` with `map`, piece by piece; what had been exposed is withdrawn again if a piece fails.
-    fn expose(&self, whole: Piece<'_>, map: impl Fn(&Ioas, Piece<'_>) -> io::Result<()>) -> Result<(), MapError> {
-        let mut progress = Progress::new(whole.span);
-        for piece in pieces(whole) {
-            let exposed = sequence::expose(&self.table, &self.regime, piece, |ioas| map(ioas, piece));
-            if let Err(failed) = exposed {
-                let done = piece.span.start().raw() - whole.span.start().raw();
-                if let Some(span) = Span::new(whole.span.start(), done) {
-                    self.withdraw(Piece { span, ..whole })?;
-                }
-                return Err(self.explain(piece.span, failed));
-            }
-            self.maps.fetch_add(1, Ordering::Relaxed);
-            progress.tick(piece.span);
-        }
-        Ok(())
-    }
-
-    fn withdraw(&self, whole: Piece<'_>) -> Result<(), MapError> {
-        for piece in pieces(whole) {
-            let kernel = |(what, source)| MapError::Kernel { what, span: piece.span, source };
-            sequence::withdraw(&self.table, &self.regime, piece).map_err(kernel)?;
-        }
-        Ok(())
-    }
-
-    /// Pins one piece of a file into `ioas`, or of this process's view of it where the kernel cannot pin the file.
-    fn map_piece(&self, ioas: &Ioas, piece: Piece<'_>, file: Option<(impl AsFd, u64)>) -> io::Result<()> {
-        if let Some((file, offset)) = file {
-            match self.table.iommufd.map_file(ioas, file.as_fd(), offset, piece.span) {
-                // Linux before 6.13 does not know the call.
-                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {}
-                other => return other,
-            }
-        }
-        self.table.iommufd.map_window(ioas, piece.window, piece.offset, piece.span)
-    }
-
     /// Turns ENOMEM into the limit it stands for, if that is what it is.
     fn explain(&self, span: Span<Iova>, (what, source): Failed) -> MapError {
         let limit = getrlimit(Resource::Memlock).current;
-        let pinned: u64 = self.ledger().spans().map(|span| span.len()).sum();
+        let pinned = self.exposure.statistics().mapped;
         let needed = pinned.saturating_add(span.len());
         match limit {
             Some(limit) if source.raw_os_error() == Some(libc::ENOMEM) && needed > limit => {
@@ -151,44 +138,37 @@ impl Live {
     }
 }
 
-/// `whole`, cut at multiples of [`CHUNK`].
-fn pieces(whole: Piece<'_>) -> impl Iterator<Item = Piece<'_>> {
-    whole.span.chunks(CHUNK).map(move |span| {
-        let inside = span.start().raw() - whole.span.start().raw();
-        let offset = whole.offset + usize::try_from(inside).expect("a mapped region fits the address space");
-        Piece { span, offset, ..whole }
-    })
-}
-
 /// All of a region.
-fn region_piece(region: &Region) -> Piece<'_> {
-    Piece { span: region.gpa().identity_iova(), window: region.window(), offset: 0 }
+fn whole(region: &Region) -> Piece<'_> {
+    let file = region.pinnable().then(|| (region.file().as_fd(), region.offset()));
+    Piece { span: region.gpa().identity_iova(), window: region.window(), offset: 0, file }
 }
 
 impl AddressSpace for LiveSpace {
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
-        let whole = region_piece(region);
-        let allowed = self.0.allowed(whole.span)?;
+        let live = &*self.0;
+        let whole = whole(region);
+        let allowed = live.allowed(whole.span)?;
         if !allowed.iter().any(|range| range.covers(&whole.span)) {
             return Err(MapError::NotAllowed { span: whole.span, allowed: list(&allowed) });
         }
-        if let Some(taken) = self.0.ledger().conflict(whole.span) {
+        let taken = live.exposure.ledger().conflict(whole.span);
+        if let Some(taken) = taken {
             return Err(MapError::Overlap { span: whole.span, taken });
         }
-        self.0.expose(whole, |ioas, piece| {
-            let file = region.pinnable().then(|| (region.file(), region.offset() + piece.offset as u64));
-            self.0.map_piece(ioas, piece, file)
-        })?;
-        self.0.ledger().enter(whole.span);
-        Ok(())
+        live.exposure.add(live, whole).map_err(|(span, failed)| live.explain(span, failed))
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
-        let whole = region_piece(region);
-        if !self.0.ledger().strike(whole.span) {
-            return Err(MapError::NotMapped { span: whole.span });
-        }
-        self.0.withdraw(whole).inspect_err(|_| self.0.ledger().enter(whole.span))
+        self.0.exposure.remove(&*self.0, whole(region))
+    }
+
+    fn remove_at_rest(&self, region: &Region) -> Result<(), MapError> {
+        self.0.exposure.remove_at_rest(&*self.0, whole(region))
+    }
+
+    fn statistics(&self) -> SpaceStatistics {
+        self.0.exposure.statistics()
     }
 
     fn pins(&self) -> bool {
@@ -196,13 +176,12 @@ impl AddressSpace for LiveSpace {
     }
 
     fn caches(&self) -> Option<Arc<dyn CacheFlush>> {
-        match &self.0.regime {
-            Regime::Coherent => None,
-            Regime::Flushing(staging) => Some(Arc::new(staging.flusher.lines())),
-        }
+        let (lines, _) = self.0.staging.as_ref()?;
+        Some(Arc::new(*lines))
     }
 
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
+        let live = &*self.0;
         let failed = |source| MapError::Allocate { bytes, source };
         let page = rustix::param::page_size();
         let len = bytes.checked_next_multiple_of(page).ok_or(MapError::NoIova(bytes))?;
@@ -213,23 +192,17 @@ impl AddressSpace for LiveSpace {
         let window = Window::of(Arc::new(mapping));
 
         let zero = Span::new(Iova(0), len as u64).ok_or(MapError::NoIova(bytes))?;
-        let allowed = self.0.allowed(zero)?;
-        let gap = self.0.ledger().highest_gap(&allowed, len as u64, page as u64);
+        let allowed = live.allowed(zero)?;
+        let gap = live.exposure.ledger().highest_gap(&allowed, len as u64, page as u64);
         let span = gap.ok_or(MapError::NoIova(bytes))?;
-        self.0.ledger().enter(span);
-        let whole = Piece { span, window: &window, offset: 0 };
-        let map =
-            |ioas: &Ioas, piece: Piece<'_>| self.0.map_piece(ioas, piece, Some((place.file(), piece.offset as u64)));
-        if let Err(error) = self.0.expose(whole, map) {
-            self.0.ledger().strike(span);
-            return Err(error);
-        }
+        let whole = Piece { span, window: &window, offset: 0, file: Some((place.file().as_fd(), 0)) };
+        live.exposure.add(live, whole).map_err(|(span, failed)| live.explain(span, failed))?;
         let mapping = Mapped { space: Arc::clone(&self.0), span, window: window.clone() };
         Ok(DmaBuffer::new(window, span, Box::new(mapping)))
     }
 }
 
-/// A buffer's mapping; taken away on drop.
+/// A buffer's mapping; taken away on drop, when the device has been told to forget it.
 struct Mapped {
     space: Arc<Live>,
     span: Span<Iova>,
@@ -238,31 +211,16 @@ struct Mapped {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        if let Err(error) = self.space.withdraw(Piece { span: self.span, window: &self.window, offset: 0 }) {
+        let live = &*self.space;
+        let whole = Piece { span: self.span, window: &self.window, offset: 0, file: None };
+        let removed = match live.exposure.remove(live, whole) {
+            // Nothing is in flight when the driver lets go of its memory.
+            Err(MapError::DeviceMustRest { .. }) => live.exposure.remove_at_rest(live, whole),
+            other => other,
+        };
+        if let Err(error) = removed {
             log::error!("{error}");
         }
-        self.space.ledger().strike(self.span);
-    }
-}
-
-/// Tells a person once a second how far a long map has come; the virtual machine stands still meanwhile.
-struct Progress {
-    whole: Span<Iova>,
-    reported: Instant,
-}
-
-impl Progress {
-    fn new(whole: Span<Iova>) -> Self {
-        Self { whole, reported: Instant::now() }
-    }
-
-    fn tick(&mut self, done: Span<Iova>) {
-        if self.reported.elapsed() < Duration::from_secs(1) {
-            return;
-        }
-        self.reported = Instant::now();
-        let bytes = done.last().raw() - self.whole.start().raw() + 1;
-        log::info!("mapping {}: {} of {}", self.whole, Bytes(bytes), Bytes(self.whole.len()));
     }
 }
 

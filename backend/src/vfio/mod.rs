@@ -14,7 +14,7 @@ pub mod no_snoop;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use rustix::event::{EventfdFlags, eventfd};
 use vfio_bindings::bindings::vfio::{
@@ -107,7 +107,7 @@ impl Bound {
     pub fn attach(self, table: Arc<PageTable>) -> Result<Attached, VfioError> {
         let address = self.address;
         let name = address.to_string();
-        let attached = Attached { name, table, cdev: self.cdev };
+        let attached = Attached { name, table, cdev: Arc::new(self.cdev) };
         let step = |what| move |source| VfioError::Kernel { address, what, source };
         attached.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER).map_err(step("write the command register"))?;
         attached.cdev.attach(attached.table.id()).map_err(step("attach to its page table"))?;
@@ -121,10 +121,16 @@ pub struct Attached {
     // Before `cdev`, so that the page table goes while the device it was made for is still open. Both go after our `drop`
     // has detached the device.
     table: Arc<PageTable>,
-    cdev: Cdev,
+    cdev: Arc<Cdev>,
 }
 
 impl Attached {
+    /// The device's file, for whoever must detach and attach it again; it closes when the function is dropped.
+    #[must_use]
+    pub fn device_file(&self) -> Weak<Cdev> {
+        Arc::downgrade(&self.cdev)
+    }
+
     /// Sets and clears bits of the command register.
     fn set_command(&self, set: u16, clear: u16) -> io::Result<()> {
         let mut bytes = [0; 2];

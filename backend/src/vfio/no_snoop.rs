@@ -1,7 +1,8 @@
 //! The Enable No Snoop bit of a function: what it can do, and holding it off.
 //!
 //! Reading zero proves nothing: firmware or a host driver may have cleared a bit that can be set again, and a reset gives
-//! it back. So the bit is *tried* — set, read back, restored — while bus master is off and the function can start no DMA.
+//! it back. So the bit is *tried* — set and read back, cleared and read back, restored — while bus master is off and the
+//! function can start no DMA.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -27,6 +28,7 @@ const DEVICE_CONTROL: u16 = 8;
 /// Enable No Snoop, in Device Control.
 const ENABLE_NO_SNOOP: u16 = 1 << 11;
 const INTEL: u16 = 0x8086;
+const COMES_BACK: &str = "its Enable No Snoop bit reads 1 after it was cleared; --no-snoop=assume flushes instead";
 
 /// Finds out what the function can do about No Snoop. `virtual_function` is what sysfs says of it.
 ///
@@ -45,9 +47,14 @@ pub fn probe(function: &dyn Function, virtual_function: bool) -> io::Result<NoSn
     }
     let control = word(function, capability + DEVICE_CONTROL)?;
     set_word(function, capability + DEVICE_CONTROL, control | ENABLE_NO_SNOOP)?;
-    let tried = word(function, capability + DEVICE_CONTROL)?;
+    let set = word(function, capability + DEVICE_CONTROL)? & ENABLE_NO_SNOOP != 0;
+    let cleared = hold_off(function)?;
     set_word(function, capability + DEVICE_CONTROL, control)?;
-    Ok(if tried & ENABLE_NO_SNOOP == 0 { NoSnoop::NeverSet } else { NoSnoop::Controllable })
+    Ok(match (set, cleared) {
+        (_, false) => NoSnoop::NotOurs(NotOurs::Disobeys),
+        (true, true) => NoSnoop::Controllable,
+        (false, true) => NoSnoop::NeverSet,
+    })
 }
 
 /// Clears the bit and reads it back; false if it would not stay clear.
@@ -68,12 +75,13 @@ pub fn obey(function: Arc<dyn Function>, verdict: Verdict) -> io::Result<Arc<dyn
     }
     match HeldOff::new(function)? {
         Some(held) => Ok(Arc::new(held)),
-        None => Err(io::Error::other("it reads 1 after it was cleared; --no-snoop=allow flushes instead")),
+        None => Err(io::Error::other(COMES_BACK)),
     }
 }
 
-/// A function whose bit is held at zero: it is cleared, and read back, each time the function is about to get bus master,
-/// which it loses in every reset, and a reset may bring the bit back.
+/// A function whose bit is held at zero: it is cleared, and read back, after each reset, which may bring it back, and each
+/// time the function is about to get bus master. One that does not obey any more gets no bus master: what is mapped was
+/// mapped for a function whose DMA is coherent.
 pub struct HeldOff(Arc<dyn Function>);
 
 impl HeldOff {
@@ -83,6 +91,14 @@ impl HeldOff {
     /// The errno of the configuration access that failed.
     pub fn new(function: Arc<dyn Function>) -> io::Result<Option<Self>> {
         Ok(hold_off(&*function)?.then_some(Self(function)))
+    }
+
+    fn hold(&self) -> io::Result<()> {
+        if hold_off(&*self.0)? {
+            return Ok(());
+        }
+        log::error!("{}: DMA is no longer coherent: {COMES_BACK}", self.0.name());
+        Err(io::Error::other(COMES_BACK))
     }
 }
 
@@ -106,8 +122,8 @@ impl Function for HeldOff {
         self.0.route_vectors(events)
     }
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
-        if on && !hold_off(&*self.0)? {
-            return Err(io::Error::other("its Enable No Snoop bit reads 1 after it was cleared"));
+        if on {
+            self.hold()?;
         }
         self.0.set_bus_master(on)
     }
@@ -115,7 +131,8 @@ impl Function for HeldOff {
         self.0.removal_event()
     }
     fn reset(&self) -> io::Result<()> {
-        self.0.reset()
+        self.0.reset()?;
+        self.hold()
     }
 }
 

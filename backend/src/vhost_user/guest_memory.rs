@@ -74,7 +74,7 @@ impl<'d> GuestMemory<'d> {
             self.engine.withdraw(Arc::new(plan.table(&[])?), &gone)?;
         }
         for region in &plan.remove {
-            self.space.remove(region)?;
+            self.unmap(region)?;
             log::info!("region {} unmapped", region.gpa());
             done.push(Step::Removed(Arc::clone(region)));
         }
@@ -91,13 +91,27 @@ impl<'d> GuestMemory<'d> {
         Ok(())
     }
 
+    /// Takes `region` away from the device, in whatever way there is memory for.
+    fn unmap(&self, region: &Region) -> Result<(), MapError> {
+        match self.space.remove(region) {
+            Err(must_rest @ MapError::DeviceMustRest { .. }) => {
+                let removed = self.engine.at_rest(|| self.space.remove_at_rest(region));
+                removed.unwrap_or_else(|error| {
+                    log::error!("{error}");
+                    Err(must_rest)
+                })
+            }
+            other => other,
+        }
+    }
+
     /// Takes back what has been done, last step first, and publishes what is there then: the old table, if all went well.
     fn undo(&mut self, done: Vec<Step>, failed: Error) -> Error {
         let mut lost = Vec::new();
         let mut trouble: Option<MapError> = None;
         for step in done.into_iter().rev() {
             let undone = match &step {
-                Step::Added(region) => self.space.remove(region),
+                Step::Added(region) => self.unmap(region),
                 Step::Removed(region) => self.space.add(region).inspect_err(|_| lost.push(Arc::clone(region))),
             };
             trouble = undone.err().or(trouble);
@@ -129,7 +143,7 @@ impl<'d> GuestMemory<'d> {
         let gone: Vec<Span<Gpa>> = table.regions().iter().map(|region| region.gpa()).collect();
         let withdrawn = self.engine.withdraw(Arc::default(), &gone);
         for region in table.regions() {
-            match self.space.remove(region) {
+            match self.unmap(region) {
                 Ok(()) => log::info!("region {} unmapped", region.gpa()),
                 Err(error) => log::error!("region {} stays mapped: {error}", region.gpa()),
             }

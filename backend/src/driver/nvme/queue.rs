@@ -197,10 +197,13 @@ impl IoQueue {
             }
             return;
         }
-        (entry.prp1, entry.prp2) =
-            prp::build(buffers, position, bytes, list, |i, entry| page.write_u64(at + i as usize * 8, entry));
-        if entry.prp2 == list.0 {
-            self.lists.flush(at, PAGE_LEN);
+        let mut listed = 0;
+        (entry.prp1, entry.prp2) = prp::build(buffers, position, bytes, list, |i, entry| {
+            page.write_u64(at + i as usize * 8, entry);
+            listed = (i as usize + 1) * 8;
+        });
+        if listed != 0 {
+            self.lists.flush(at, listed);
         }
     }
 

@@ -1,5 +1,6 @@
 //! The driver above the emulated function: the same trait objects that it meets above VFIO.
 
+mod caches;
 mod faults;
 mod hostile;
 mod io;

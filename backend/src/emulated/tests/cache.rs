@@ -1,12 +1,15 @@
 //! A function that goes behind the caches: what it and the CPUs see of each other, with every flush and without one.
 
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use super::host::{Done, Host, Pair, Sqe, small};
 use crate::addr::{Iova, Span};
-use crate::coherency::{Coherent, NoSnoop, Policy, Verdict, decide};
+use crate::coherency::{Coherent, Facts, NoSnoop, NotOurs, Policy, Verdict, decide};
 use crate::emulated::{Machine, Options};
-use crate::hardware::{DmaBuffer, Function};
+use crate::hardware::{DmaBuffer, Function, Registers};
 use crate::vfio::no_snoop::{HeldOff, probe};
 
 const READ: u8 = 2;
@@ -211,15 +214,109 @@ fn the_bit_is_one_at_power_on_and_after_a_reset_if_it_exists_at_all() {
     }
 }
 
+/// A function whose bit comes back when it likes.
+struct Stubborn {
+    inner: Arc<dyn Function>,
+    comes_back: AtomicBool,
+}
+
+impl Function for Stubborn {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+    fn config_read(&self, offset: u16, bytes: &mut [u8]) -> io::Result<()> {
+        self.inner.config_read(offset, bytes)?;
+        if offset == DEVICE_CONTROL && self.comes_back.load(SeqCst) {
+            bytes[1] |= 8;
+        }
+        Ok(())
+    }
+    fn config_write(&self, offset: u16, bytes: &[u8]) -> io::Result<()> {
+        self.inner.config_write(offset, bytes)
+    }
+    fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>> {
+        self.inner.registers(bar)
+    }
+    fn vectors(&self) -> u16 {
+        self.inner.vectors()
+    }
+    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.inner.route_vectors(events)
+    }
+    fn set_bus_master(&self, on: bool) -> io::Result<()> {
+        self.inner.set_bus_master(on)
+    }
+    fn reset(&self) -> io::Result<()> {
+        self.inner.reset()
+    }
+}
+
+fn stubborn(comes_back: bool) -> Arc<Stubborn> {
+    let inner = Machine::new(behind()).unwrap().function();
+    Arc::new(Stubborn { inner, comes_back: AtomicBool::new(comes_back) })
+}
+
+fn bus_master(function: &dyn Function) -> bool {
+    let mut bytes = [0; 2];
+    function.config_read(4, &mut bytes).unwrap();
+    bytes[0] & 4 != 0
+}
+
 #[test]
 fn a_bit_held_off_is_clear_whenever_the_function_may_do_dma() {
     let machine = Machine::new(behind()).unwrap();
     let function = HeldOff::new(machine.function()).unwrap().unwrap();
     for _ in 0..2 {
+        machine.function().config_write(DEVICE_CONTROL, &NO_SNOOP.to_le_bytes()).unwrap();
         function.set_bus_master(true).unwrap();
         assert_eq!(control(&function) & NO_SNOOP, 0);
-        function.reset().unwrap();
-        assert_eq!(control(&function) & NO_SNOOP, NO_SNOOP, "a reset brings it back");
+    }
+}
+
+#[test]
+fn a_bit_held_off_is_clear_after_a_reset_too() {
+    let machine = Machine::new(behind()).unwrap();
+    let function = HeldOff::new(machine.function()).unwrap().unwrap();
+    function.reset().unwrap();
+    assert_eq!(control(&function) & NO_SNOOP, 0);
+}
+
+#[test]
+fn a_function_that_stops_obeying_gets_no_bus_master_any_more() {
+    let stubborn = stubborn(false);
+    let function = HeldOff::new(Arc::clone(&stubborn) as Arc<dyn Function>).unwrap().unwrap();
+    function.set_bus_master(true).unwrap();
+    function.set_bus_master(false).unwrap();
+    stubborn.comes_back.store(true, SeqCst);
+
+    let after_reset = function.reset().unwrap_err();
+    let error = function.set_bus_master(true).unwrap_err();
+
+    for error in [after_reset, error] {
+        assert!(error.to_string().contains("--no-snoop=assume"), "{error}");
+    }
+    assert!(!bus_master(&*stubborn));
+}
+
+#[test]
+fn a_bit_that_cannot_be_cleared_is_not_ours_and_turns_the_verdict() {
+    let function = stubborn(true);
+    let no_snoop = probe(&*function, false).unwrap();
+    assert_eq!(no_snoop, NoSnoop::NotOurs(NotOurs::Disobeys));
+
+    let facts = Facts { no_snoop, ..Machine::new(behind()).unwrap().facts(Policy::Suppress).unwrap() };
+
+    assert!(matches!(decide(&facts), Verdict::Flush(_)));
+    assert!(HeldOff::new(function).unwrap().is_none());
+}
+
+#[test]
+fn trying_the_bit_leaves_it_as_it_was() {
+    for before in [0, NO_SNOOP] {
+        let function = Machine::new(behind()).unwrap().function();
+        function.config_write(DEVICE_CONTROL, &before.to_le_bytes()).unwrap();
+        assert_eq!(probe(&*function, false).unwrap(), NoSnoop::Controllable);
+        assert_eq!(control(&*function) & NO_SNOOP, before);
     }
 }
 

@@ -32,10 +32,11 @@ impl Drive {
         let queues = options.queues;
         let machine = Machine::new(options).unwrap();
         let wanted = NvmeOptions { namespace: None, queues, read_only: false };
-        let nvme = Nvme::bring_up(machine.function(), machine.space(), wanted).unwrap();
-        let engine = Engine::start(Box::new(nvme), &machine.space(), engine).unwrap();
+        let space = machine.flushed_space();
+        let nvme = Nvme::bring_up(machine.function(), Arc::clone(&space), wanted).unwrap();
+        let engine = Engine::start(Box::new(nvme), &space, engine).unwrap();
         let region = region(BASE, memory);
-        machine.space().add(&region).unwrap();
+        space.add(&region).unwrap();
         engine.publish(Arc::new(MemTable::new(vec![Arc::clone(&region)]).unwrap()));
         Self { engine, machine, region }
     }

@@ -1,0 +1,266 @@
+//! How memory is exposed to, and taken from, a function that goes behind the caches: what each side finds at the two moments
+//! that count. The steps are those of `iommu/sequence.rs`, which runs them on the kernel's address spaces too.
+
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+use super::host::small;
+use crate::addr::{Gpa, Iova, Qva, Span};
+use crate::emulated::{Disagreements, Machine, Options};
+use crate::hardware::{AddressSpace, MapError, SpaceStatistics};
+use crate::memory::{Region, RegionSpec};
+
+/// Crosses two of the places where the space cuts memory into pieces.
+const AT: u64 = 0x11_f000;
+const LEN: u64 = 0x2_3000;
+
+fn region(gpa: u64, len: u64) -> Arc<Region> {
+    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    ftruncate(&file, len).unwrap();
+    let gpa = Span::new(Gpa(gpa), len).unwrap();
+    let spec = RegionSpec { gpa, qva: Qva(gpa.start().0), offset: 0, file: Arc::new(file) };
+    let region = Arc::new(Region::map(spec).unwrap());
+    fill(&region, 1);
+    region
+}
+
+/// A pattern without the byte that stands for another owner's data.
+fn pattern(seed: u8, len: u64) -> Vec<u8> {
+    (0..len).map(|n| (n / 7 % 200) as u8 ^ seed & 0xf).collect()
+}
+
+fn fill(region: &Region, seed: u8) {
+    region.window().copy_from(0, &pattern(seed, region.gpa().len()));
+}
+
+fn seen_by_cpus(region: &Region) -> Vec<u8> {
+    let mut bytes = vec![0; region.window().len()];
+    region.window().copy_to(0, &mut bytes);
+    bytes
+}
+
+struct Bench {
+    machine: Machine,
+    space: Arc<dyn AddressSpace>,
+    region: Arc<Region>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let machine = Machine::new(Options { no_snoop: true, snoop_enforced: false, ..small() }).unwrap();
+        let (space, region) = (machine.flushed_space(), region(AT, LEN));
+        Self { machine, space, region }
+    }
+
+    /// All of the region as the function finds it.
+    fn seen_by_function(&self) -> Vec<u8> {
+        let mut bytes = vec![0; LEN as usize];
+        self.machine.iommu().read(Iova(AT), &mut bytes).unwrap();
+        bytes
+    }
+
+    fn function_writes(&self, seed: u8) {
+        self.machine.iommu().write(Iova(AT), &pattern(seed, LEN)).unwrap();
+    }
+
+    fn assert_agreed(&self) {
+        assert_eq!(self.machine.disagreements(), Disagreements::default());
+    }
+}
+
+#[test]
+fn memory_is_reachable_only_with_what_the_cpus_wrote_to_it() {
+    let bench = Bench::new();
+
+    bench.space.add(&bench.region).unwrap();
+
+    assert!(bench.seen_by_function() == pattern(1, LEN));
+    bench.assert_agreed();
+    let SpaceStatistics { mapped, staged, flushed_at_map, .. } = bench.space.statistics();
+    assert_eq!((mapped, staged, flushed_at_map), (LEN, 3, LEN));
+}
+
+#[test]
+fn memory_that_was_taken_away_shows_what_the_function_wrote_to_the_end() {
+    let bench = Bench::new();
+    bench.space.add(&bench.region).unwrap();
+    bench.function_writes(2);
+
+    bench.space.remove(&bench.region).unwrap();
+
+    assert!(seen_by_cpus(&bench.region) == pattern(2, LEN));
+    bench.assert_agreed();
+    assert_eq!(bench.machine.iommu().mapped(), []);
+    let SpaceStatistics { mapped, staged, flushed_at_unmap, .. } = bench.space.statistics();
+    assert_eq!((mapped, staged, flushed_at_unmap), (0, 6, LEN));
+}
+
+#[test]
+fn memory_that_comes_again_has_no_line_of_its_former_life() {
+    let bench = Bench::new();
+    for seed in 2..5 {
+        bench.space.add(&bench.region).unwrap();
+        bench.function_writes(seed);
+        bench.space.remove(&bench.region).unwrap();
+        fill(&bench.region, seed + 7);
+        bench.space.add(&bench.region).unwrap();
+        assert!(bench.seen_by_function() == pattern(seed + 7, LEN));
+        bench.space.remove(&bench.region).unwrap();
+    }
+    bench.assert_agreed();
+}
+
+#[test]
+fn without_memory_for_the_copy_a_region_stays_until_the_device_rests() {
+    let bench = Bench::new();
+    let other = region(0x100_0000, 0x1000);
+    bench.space.add(&bench.region).unwrap();
+    bench.space.add(&other).unwrap();
+    bench.function_writes(3);
+    bench.machine.space_faults().unwrap().no_memory_at.store(1, SeqCst);
+
+    let refused = bench.space.remove(&bench.region).unwrap_err();
+    let reachable = bench.seen_by_function();
+    bench.space.remove_at_rest(&bench.region).unwrap();
+
+    assert!(matches!(refused, MapError::DeviceMustRest { .. }), "{refused}");
+    assert!(reachable == pattern(3, LEN), "nothing has been taken away");
+    assert!(seen_by_cpus(&bench.region) == pattern(3, LEN));
+    bench.assert_agreed();
+    assert_eq!(bench.machine.iommu().mapped(), [other.gpa().identity_iova()]);
+    bench.machine.iommu().write(Iova(0x100_0000), &[1; 64]).expect("the function is attached again");
+}
+
+#[test]
+fn what_has_been_taken_away_before_memory_ran_out_is_not_missed_afterwards() {
+    let bench = Bench::new();
+    bench.space.add(&bench.region).unwrap();
+    bench.function_writes(3);
+    bench.machine.space_faults().unwrap().no_memory_at.store(2, SeqCst);
+
+    let refused = bench.space.remove(&bench.region).unwrap_err();
+    let left = bench.machine.iommu().mapped().len();
+    bench.space.remove(&bench.region).unwrap();
+
+    assert!(matches!(refused, MapError::DeviceMustRest { .. }), "{refused}");
+    assert_eq!((left, bench.machine.iommu().mapped().len()), (2, 0), "of three pieces");
+    assert!(seen_by_cpus(&bench.region) == pattern(3, LEN));
+    bench.assert_agreed();
+    assert!(matches!(bench.space.remove(&bench.region), Err(MapError::NotMapped { .. })));
+}
+
+#[test]
+fn where_nothing_can_be_mapped_before_an_attach_memory_is_flushed_before_it_is_used() {
+    let bench = Bench::new();
+    bench.machine.space_faults().unwrap().attach_first.store(true, SeqCst);
+    let before = bench.machine.order();
+
+    bench.space.add(&bench.region).unwrap();
+
+    assert_eq!((before, bench.machine.order()), ("pinned, flushed, mapped", "mapped, flushed, published"));
+    assert!(bench.seen_by_function() == pattern(1, LEN));
+    bench.function_writes(5);
+    bench.space.remove(&bench.region).unwrap();
+    assert!(seen_by_cpus(&bench.region) == pattern(5, LEN));
+    assert_eq!(bench.machine.disagreements().unpinned, 0);
+}
+
+#[test]
+fn a_region_that_cannot_be_mapped_to_its_end_is_not_mapped_at_all() {
+    let bench = Bench::new();
+    bench.machine.space_faults().unwrap().no_memory_at.store(3, SeqCst);
+
+    let error = bench.space.add(&bench.region).unwrap_err();
+
+    assert!(error.to_string().contains("map for DMA after the flush"), "{error}");
+    assert_eq!(bench.machine.iommu().mapped(), []);
+    assert_eq!(bench.space.statistics().mapped, 0);
+    bench.space.add(&bench.region).unwrap();
+    assert!(bench.seen_by_function() == pattern(1, LEN));
+}
+
+#[test]
+fn a_region_over_another_is_refused() {
+    let bench = Bench::new();
+    bench.space.add(&region(AT + LEN - 0x1000, 0x4000)).unwrap();
+    let before = bench.machine.iommu().mapped();
+
+    assert!(matches!(bench.space.add(&bench.region), Err(MapError::Overlap { .. })));
+
+    assert_eq!(bench.machine.iommu().mapped(), before);
+}
+
+/// Lets the function write one line over and over while `take_away` runs, until it cannot reach it any more. Gives the
+/// last number that it wrote.
+fn written_to_the_end(bench: &Bench, take_away: impl FnOnce()) -> u64 {
+    let (iommu, before) = (bench.machine.iommu(), first_word(bench));
+    std::thread::scope(|scope| {
+        let writing = scope
+            .spawn(|| (1..).take_while(|n: &u64| iommu.write(Iova(AT), &n.to_le_bytes()).is_ok()).last().unwrap_or(0));
+        while first_word(bench) == before {
+            std::thread::yield_now();
+        }
+        take_away();
+        writing.join().unwrap()
+    })
+}
+
+/// The region's first word as the function finds it.
+fn first_word(bench: &Bench) -> u64 {
+    let mut bytes = [0; 8];
+    bench.machine.iommu().read(Iova(AT), &mut bytes).unwrap();
+    u64::from_le_bytes(bytes)
+}
+
+#[test]
+fn what_the_function_writes_until_it_is_cut_off_is_not_lost() {
+    let bench = Bench::new();
+    bench.space.add(&bench.region).unwrap();
+
+    let last = written_to_the_end(&bench, || bench.space.remove(&bench.region).unwrap());
+
+    assert_eq!(bench.region.window().read_u64(0), last);
+    bench.assert_agreed();
+}
+
+#[test]
+fn what_the_function_writes_until_it_is_detached_is_not_lost_either() {
+    let bench = Bench::new();
+    bench.space.add(&bench.region).unwrap();
+
+    let last = written_to_the_end(&bench, || bench.space.remove_at_rest(&bench.region).unwrap());
+
+    assert_eq!(bench.region.window().read_u64(0), last);
+    bench.assert_agreed();
+}
+
+#[test]
+fn the_drivers_own_memory_is_flushed_in_both_directions_too() {
+    let bench = Bench::new();
+    let buffer = bench.space.buffer(5000).unwrap();
+    let window = buffer.window().clone();
+    let mut found = vec![1; 5000];
+    bench.machine.iommu().read(buffer.span().start(), &mut found).unwrap();
+
+    bench.machine.iommu().write(buffer.span().start(), &[9; 5000]).unwrap();
+    drop(buffer);
+
+    assert!(found == [0; 5000], "zeroed, and not what another owner left");
+    assert_eq!(window.read_u8(4999), 9);
+    bench.assert_agreed();
+}
+
+#[test]
+fn where_snooping_is_enforced_nothing_is_flushed_and_nothing_staged() {
+    let machine = Machine::new(small()).unwrap();
+    let (space, region) = (machine.flushed_space(), region(AT, LEN));
+    space.add(&region).unwrap();
+    drop(space.buffer(4096).unwrap());
+    space.remove(&region).unwrap();
+
+    let SpaceStatistics { maps, staged, flushed_at_map, flushed_at_unmap, .. } = space.statistics();
+    assert_eq!((maps, staged, flushed_at_map, flushed_at_unmap), (2, 0, 0, 0));
+}

@@ -1,0 +1,336 @@
+//! The whole data path on a drive that goes behind the CPU caches, through any sequence of requests, memory that comes and
+//! goes, resets, and a kernel short of memory. CPUs and function must never see a byte that the other one has replaced, nor
+//! one from before memory was theirs.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::nvme::{Drive, NVM_READ, NVM_WRITE, soak};
+use super::rig::*;
+use crate::addr::Span;
+use crate::emulated::{Commands, Disagreements, Effect, Fault, Mode, Options};
+use crate::engine::{Statistics, Watch};
+use crate::hardware::{AddressSpace, MapError};
+use crate::memory::{MemTable, Region};
+
+fn behind(options: Options) -> Options {
+    Options { no_snoop: true, snoop_enforced: false, ..options }
+}
+
+fn inline() -> Options {
+    behind(Options { size: 1 << 20, queues: 1, mode: Mode::Inline, ..Options::default() })
+}
+
+/// Memory beside the one that the rings lie in: several pieces, the last one short.
+const EXTRA: u64 = 0x1000_0000;
+const EXTRA_LEN: u64 = 0x5_3000;
+/// The disk that is used, in sectors.
+const SECTORS: u64 = 64;
+
+#[derive(Clone, Debug)]
+enum Op {
+    /// CPUs write `len` bytes at `at`.
+    Fill { at: u64, len: u64, value: u8 },
+    /// A request for `sectors` from `sector`, with its data at `at`, cut into two buffers after `cut` bytes.
+    Request { write: bool, sector: u64, sectors: u64, at: u64, cut: u64 },
+    /// The extra memory comes, or goes and comes back with other contents.
+    Plug,
+    /// It goes.
+    Unplug,
+    /// It goes while the kernel has no memory.
+    UnplugWithoutMemory { piece: u32 },
+    /// The function reads and writes by itself, in memory that no request and no CPU uses.
+    Stray { value: u8 },
+    /// The next command is lost, and the controller is reset for it.
+    Reset { write: bool },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let place = 0..EXTRA_LEN - 0x8000;
+    let aligned = prop_oneof![Just(1_u64), Just(64), Just(512), Just(4096)];
+    let at = (place, aligned).prop_map(|(at, unit)| at / unit * unit);
+    prop_oneof![
+        4 => (at.clone(), 1..5000_u64, 1..200_u8).prop_map(|(at, len, value)| Op::Fill { at, len, value }),
+        8 => (any::<bool>(), 0..SECTORS - 16, 1..16_u64, at, 0..8192_u64)
+            .prop_map(|(write, sector, sectors, at, cut)| Op::Request { write, sector, sectors, at, cut }),
+        2 => Just(Op::Plug),
+        1 => Just(Op::Unplug),
+        1 => (1..5_u32).prop_map(|piece| Op::UnplugWithoutMemory { piece }),
+        2 => (1..200_u8).prop_map(|value| Op::Stray { value }),
+        1 => any::<bool>().prop_map(|write| Op::Reset { write }),
+    ]
+}
+
+/// The drive, a guest, and what each byte should be.
+struct World {
+    drive: Drive,
+    driver: VirtDriver,
+    space: Arc<dyn AddressSpace>,
+    extra: Option<Arc<Region>>,
+    memory: Vec<u8>,
+    disk: Vec<u8>,
+}
+
+/// The last page of the extra memory is the function's own.
+const STRAY: u64 = EXTRA_LEN - 0x1000;
+
+impl World {
+    fn new() -> Self {
+        let watch = Watch { timeout: Duration::from_millis(20), retry: Duration::from_millis(1) };
+        let drive = Drive::watched(inline(), Duration::ZERO, Duration::from_secs(20), watch);
+        let driver = drive.driver(0, Shape::default());
+        let space = drive.machine.flushed_space();
+        let disk = vec![0; SECTORS as usize * 512];
+        let mut world = Self { drive, driver, space, extra: None, memory: Vec::new(), disk };
+        world.plug();
+        world
+    }
+
+    fn table(&self, with: Option<&Arc<Region>>) -> Arc<MemTable> {
+        let regions = std::iter::once(&self.drive.region).chain(with).map(Arc::clone).collect();
+        Arc::new(MemTable::new(regions).unwrap())
+    }
+
+    fn plug(&mut self) {
+        self.unplug();
+        let extra = region(EXTRA, EXTRA_LEN);
+        self.memory = (0..EXTRA_LEN).map(|n| (n / 11 % 190) as u8).collect();
+        extra.window().copy_from(0, &self.memory);
+        self.space.add(&extra).unwrap();
+        self.drive.engine.publish(self.table(Some(&extra)));
+        self.extra = Some(extra);
+    }
+
+    /// As the session does it.
+    fn unplug(&mut self) {
+        let Some(extra) = self.extra.take() else { return };
+        self.drive.engine.withdraw(self.table(None), &[extra.gpa()]).unwrap();
+        match self.space.remove(&extra) {
+            Err(MapError::DeviceMustRest { .. }) => {
+                self.drive.engine.at_rest(|| self.space.remove_at_rest(&extra)).unwrap().unwrap();
+            }
+            other => other.unwrap(),
+        }
+        assert!(bytes(&extra) == self.memory, "what CPUs see of memory that was taken away");
+    }
+
+    /// Where requests and CPUs find memory now: the extra memory, or a part of the first as large.
+    fn place(&self) -> (Arc<Region>, u64) {
+        self.extra.as_ref().map_or_else(|| (Arc::clone(&self.drive.region), DATA), |extra| (Arc::clone(extra), EXTRA))
+    }
+
+    fn apply(&mut self, op: &Op) {
+        match *op {
+            Op::Fill { at, len, value } => {
+                let Some(extra) = &self.extra else { return };
+                let fill = vec![value; len as usize];
+                extra.window().copy_from(at as usize, &fill);
+                self.memory[at as usize..][..fill.len()].copy_from_slice(&fill);
+            }
+            Op::Request { write, sector, sectors, at, cut } => self.request(write, sector, sectors, (at, cut)),
+            Op::Plug => self.plug(),
+            Op::Unplug => self.unplug(),
+            Op::UnplugWithoutMemory { piece } => {
+                let left = &self.drive.machine.space_faults().unwrap().no_memory_at;
+                left.store(piece, SeqCst);
+                self.unplug();
+                self.drive.machine.space_faults().unwrap().no_memory_at.store(0, SeqCst);
+            }
+            Op::Stray { value } => self.stray(value),
+            Op::Reset { write } => self.reset(write),
+        }
+    }
+
+    fn request(&mut self, write: bool, sector: u64, sectors: u64, (at, cut): (u64, u64)) {
+        let (region, base) = self.place();
+        let len = sectors * 512;
+        let cut = cut.clamp(1, len - 1);
+        let parts = [(base + at, cut as u32), (base + at + cut, (len - cut) as u32)];
+        let on_disk = sector as usize * 512..(sector + sectors) as usize * 512;
+        let offset = region.gpa().offset_of(crate::addr::Gpa(base + at)).unwrap() as usize;
+        let mut seen = vec![0; len as usize];
+        region.window().copy_to(offset, &mut seen);
+
+        let sent = self.driver.send(if write { OUT } else { IN }, sector, &parts);
+        self.driver.wait(1);
+
+        assert_eq!(self.driver.status(sent), 0);
+        if write {
+            self.disk[on_disk].copy_from_slice(&seen);
+        } else {
+            region.window().copy_to(offset, &mut seen);
+            assert!(seen == self.disk[on_disk.clone()], "{sectors} sectors from {sector} at {at:#x} cut at {cut}");
+            if self.extra.is_some() {
+                self.memory[at as usize..][..seen.len()].copy_from_slice(&seen);
+            }
+        }
+    }
+
+    /// All that was exposed is what CPUs held then, or what the function wrote since; never another owner's.
+    fn stray(&mut self, value: u8) {
+        if self.extra.is_none() {
+            return;
+        }
+        let (at, iommu) = (STRAY as usize, self.drive.machine.iommu());
+        let place = Span::new(crate::addr::Iova(EXTRA + STRAY), 0x1000).unwrap().start();
+        let mut found = vec![0; 0x1000];
+        iommu.read(place, &mut found).unwrap();
+        assert!(found == self.memory[at..], "what the function finds");
+        found[128..1000].fill(value);
+        iommu.write(place, &found).unwrap();
+        self.memory[at..].copy_from_slice(&found);
+    }
+
+    fn reset(&mut self, write: bool) {
+        let before = self.drive.engine.statistics().recoveries;
+        let on = Commands { queue: Some(1), opcode: Some(if write { NVM_WRITE } else { NVM_READ }) };
+        self.drive.machine.inject(Fault::once(on, Effect::Lose));
+        self.request(write, 0, 8, (0x200, 512));
+        assert!(self.drive.engine.statistics().recoveries > before);
+    }
+}
+
+fn bytes(region: &Region) -> Vec<u8> {
+    let mut bytes = vec![0; region.window().len()];
+    region.window().copy_to(0, &mut bytes);
+    bytes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 40, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_stale_byte_reaches_either_side_in_any_sequence(ops in proptest::collection::vec(op(), 1..40)) {
+        let mut world = World::new();
+        ops.iter().for_each(|op| world.apply(op));
+        world.unplug();
+        assert_eq!(world.drive.machine.disagreements(), Disagreements::default());
+        assert_eq!(world.drive.machine.iommu().faults(), []);
+    }
+}
+
+#[test]
+fn data_of_every_shape_are_right_behind_the_caches() {
+    for (queues, lba, sgl) in [(1, 512, false), (2, 4096, true)] {
+        let options = behind(Options { size: 16 << 20, queues, lba, sgl, mode: Mode::Threaded, ..Options::default() });
+        let drive = Drive::watched(options, Duration::from_micros(20), Duration::from_secs(20), Watch::default());
+        let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+
+        std::thread::scope(|scope| {
+            for driver in &mut drivers {
+                scope.spawn(move || soak(driver, lba.into(), 60));
+            }
+        });
+
+        let Statistics { errors, recoveries, flushed_bytes, .. } = drive.engine.statistics();
+        assert_eq!((errors, recoveries), (0, 0));
+        assert_ne!(flushed_bytes, 0);
+    }
+}
+
+/// A drive in inline mode, and a driver for its ring.
+fn simple() -> (Drive, VirtDriver) {
+    let drive = Drive::watched(inline(), Duration::ZERO, Duration::from_secs(20), Watch::default());
+    let driver = drive.driver(0, Shape::default());
+    (drive, driver)
+}
+
+/// Writes `value` to the disk from `at`, where CPUs have just put it, and reads it back to where something else is cached.
+fn round_trip(driver: &mut VirtDriver, at: u64, value: u8) -> Vec<u8> {
+    driver.fill(at, &[value; 4096]);
+    driver.send(OUT, 0, &[(at, 4096)]);
+    driver.wait(1);
+    driver.fill(at, &[0xee; 4096]);
+    driver.send(IN, 0, &[(at, 4096)]);
+    driver.wait(1);
+    driver.bytes(at, 4096)
+}
+
+#[test]
+fn the_disk_gets_what_cpus_wrote_last_and_gives_it_back_over_what_they_cached() {
+    let (_drive, mut driver) = simple();
+    for value in [1, 2] {
+        assert!(round_trip(&mut driver, DATA, value) == [value; 4096]);
+    }
+}
+
+#[test]
+fn so_it_does_through_a_bounce_buffer() {
+    let (drive, mut driver) = simple();
+    for value in [1, 2] {
+        assert!(round_trip(&mut driver, DATA + 1, value) == [value; 4096]);
+    }
+    assert_eq!(drive.engine.statistics().bounced, 4);
+}
+
+#[test]
+fn cpus_may_write_beside_a_buffer_while_the_device_fills_it() {
+    let options = Options { latency: Duration::from_secs(1), ..inline() };
+    let drive = Drive::watched(options, Duration::ZERO, Duration::from_secs(20), Watch::default());
+    let mut driver = drive.driver(0, Shape::default());
+    driver.fill(DATA, &[7; 4096]);
+    driver.send(IN, 0, &[(DATA + 512 + 32, 512)]);
+    until("the command", || drive.engine.statistics().doorbells == 1);
+
+    driver.fill(DATA + 512, &[8; 32]);
+    drive.machine.advance(Duration::from_secs(1));
+    driver.wait(1);
+
+    assert!(driver.bytes(DATA + 512, 32) == [8; 32], "the neighbour's");
+    assert!(driver.bytes(DATA + 544, 512) == [0; 512], "the disk's");
+}
+
+#[test]
+fn a_read_flushes_its_own_bytes_twice_and_a_write_once() {
+    let (drive, mut driver) = simple();
+    let flushed = || drive.engine.statistics().flushed_bytes;
+    let mut before = flushed();
+    let mut cost = |driver: &mut VirtDriver, kind, at, len| {
+        driver.send(kind, 0, &[(at, len)]);
+        driver.wait(1);
+        let now = flushed();
+        now - std::mem::replace(&mut before, now)
+    };
+
+    assert_eq!(cost(&mut driver, OUT, DATA, 4096), 4096);
+    assert_eq!(cost(&mut driver, IN, DATA, 4096), 2 * 4096);
+    assert_eq!(cost(&mut driver, FLUSH, DATA, 0), 0);
+}
+
+#[test]
+fn where_snooping_is_enforced_requests_flush_nothing() {
+    let options = Options { snoop_enforced: true, size: 16 << 20, ..inline() };
+    let drive = Drive::watched(options, Duration::ZERO, Duration::from_secs(20), Watch::default());
+    let mut driver = drive.driver(0, Shape::default());
+
+    soak(&mut driver, 512, 20);
+
+    let Statistics { flushed_bytes, flush_nanoseconds, .. } = drive.engine.statistics();
+    let space = drive.machine.flushed_space().statistics();
+    assert_eq!((flushed_bytes, flush_nanoseconds), (0, 0));
+    assert_eq!((space.staged, space.flushed_at_map, space.flushed_at_unmap), (0, 0, 0));
+}
+
+#[test]
+fn a_device_at_rest_gets_nothing_to_do_and_goes_on_afterwards() {
+    let (drive, mut driver) = simple();
+
+    let (sent, meanwhile) = drive
+        .engine
+        .at_rest(|| {
+            let before = drive.machine.traffic().reads;
+            let sent = driver.send(IN, 0, &[(DATA, 512)]);
+            // A worker that had seen the kick would answer another order only afterwards.
+            drive.engine.set_enabled(1, true);
+            drive.engine.set_enabled(0, true);
+            (sent, drive.machine.traffic().reads - before)
+        })
+        .unwrap();
+
+    assert_eq!(meanwhile, 0);
+    driver.wait(1);
+    assert_eq!(driver.status(sent), 0);
+}
