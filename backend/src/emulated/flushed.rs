@@ -25,23 +25,31 @@ const PAGE: usize = 4096;
 #[derive(Clone)]
 pub(super) struct FlushedSpace(Arc<Spaces>);
 
+/// What one space maps, by where it begins.
+type Mapped = BTreeMap<Iova, (Span<Iova>, Window)>;
+
 struct Spaces {
     iommu: SoftIommu,
     cache: Arc<Cache>,
     /// What is mapped where, to copy from and to know what is still pinned.
-    pinned: Mutex<[BTreeMap<Iova, (Span<Iova>, Window)>; 2]>,
+    pinned: Mutex<[Mapped; 2]>,
     exposure: Exposure,
     faults: SpaceFaults,
 }
 
-/// What the kernel may refuse. Set at any time.
+/// What the kernel may refuse and the function may do at the worst moment. Set at any time.
 #[derive(Debug, Default)]
 pub struct SpaceFaults {
     /// Counts copies from one space to the other down; the one that meets 1 fails with ENOMEM.
     pub no_memory_at: AtomicU32,
     /// Nothing can be mapped in a space that no device is attached to (ENODEV), as with Arm's SMMUv2.
     pub attach_first: AtomicBool,
+    /// Where the function writes one byte, [`PARTING`], as the last thing it does before it is cut off from there.
+    pub parting_write: Mutex<Option<Iova>>,
 }
+
+/// The byte of [`SpaceFaults::parting_write`].
+pub const PARTING: u8 = 0xa5;
 
 impl FlushedSpace {
     pub(super) fn new(iommu: SoftIommu, cache: Arc<Cache>) -> Self {
@@ -66,6 +74,15 @@ impl Spaces {
     /// Whether either space maps `span`.
     fn holds(&self, span: Span<Iova>) -> bool {
         lock(&self.pinned).iter().any(|space| space.contains_key(&span.start()))
+    }
+
+    /// The function is about to lose what `reach` says; its last chance to write there.
+    fn part_from(&self, reach: impl Fn(Iova) -> bool) {
+        if let Some(at) = lock(&self.faults.parting_write).take_if(|at| reach(*at))
+            && let Err(fault) = self.iommu.write(at, &[PARTING])
+        {
+            log::error!("emulated function: a write that should have been possible: {fault:?}");
+        }
     }
 
     fn enter(&self, space: Space, span: Span<Iova>, window: Window) -> io::Result<()> {
@@ -106,6 +123,7 @@ impl Steps for Spaces {
         let found = lock(&self.pinned)[space as usize].remove(&span.start());
         let Some((_, window)) = found else { return errno(libc::ENOENT) };
         if space == Space::Live {
+            self.part_from(|at| span.contains(at));
             self.iommu.unmap(span).map_err(io::Error::other)?;
         }
         if !self.holds(span) {
@@ -119,6 +137,7 @@ impl Steps for Spaces {
     }
 
     fn detach(&self) -> io::Result<()> {
+        self.part_from(|_| true);
         self.iommu.set_detached(true);
         Ok(())
     }
@@ -164,19 +183,19 @@ impl AddressSpace for FlushedSpace {
         let span = self.0.iommu.free_span(len as u64).ok_or(MapError::NoIova(bytes))?;
         let added = self.0.exposure.add(&*self.0, Piece { span, window: &window, offset: 0, file: None });
         added.map_err(|(span, (what, source))| MapError::Kernel { what, span, source })?;
-        let mapped = Mapped { space: self.clone(), span, window: window.clone() };
-        Ok(DmaBuffer::new(window, span, Box::new(mapped)))
+        let mapping = Buffer { space: self.clone(), span, window: window.clone() };
+        Ok(DmaBuffer::new(window, span, Box::new(mapping)))
     }
 }
 
 /// Takes the driver's mapping away when its buffer is dropped.
-struct Mapped {
+struct Buffer {
     space: FlushedSpace,
     span: Span<Iova>,
     window: Window,
 }
 
-impl Drop for Mapped {
+impl Drop for Buffer {
     fn drop(&mut self) {
         let spaces = &*self.space.0;
         let whole = Piece { span: self.span, window: &self.window, offset: 0, file: None };

@@ -51,7 +51,7 @@ use flushed::FlushedSpace;
 pub use cache::Disagreements;
 pub use controller::Traffic;
 pub use fault::{Commands, Effect, Fault};
-pub use flushed::SpaceFaults;
+pub use flushed::{PARTING, SpaceFaults};
 pub use function::EmulatedFunction;
 pub use iommu::{Access, DmaFault, SoftIommu};
 pub use medium::Medium;

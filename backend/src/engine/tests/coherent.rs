@@ -238,31 +238,33 @@ fn simple() -> (Drive, VirtDriver) {
     (drive, driver)
 }
 
-/// Writes `value` to the disk from `at`, where CPUs have just put it, and reads it back to where something else is cached.
-fn round_trip(driver: &mut VirtDriver, at: u64, value: u8) -> Vec<u8> {
-    driver.fill(at, &[value; 4096]);
-    driver.send(OUT, 0, &[(at, 4096)]);
-    driver.wait(1);
-    driver.fill(at, &[0xee; 4096]);
-    driver.send(IN, 0, &[(at, 4096)]);
-    driver.wait(1);
-    driver.bytes(at, 4096)
+/// Writes a block of ones and one of twos from `at`, where CPUs have just put them, and reads both back to where something
+/// else is cached.
+fn assert_round_trips(driver: &mut VirtDriver, at: u64) {
+    for value in [1, 2] {
+        driver.fill(at, &[value; 4096]);
+        driver.send(OUT, u64::from(value) * 8, &[(at, 4096)]);
+        driver.wait(1);
+    }
+    for value in [1, 2] {
+        driver.fill(at, &[0xee; 4096]);
+        driver.send(IN, u64::from(value) * 8, &[(at, 4096)]);
+        driver.wait(1);
+        assert!(driver.bytes(at, 4096) == [value; 4096], "block of {value}s");
+    }
 }
 
 #[test]
 fn the_disk_gets_what_cpus_wrote_last_and_gives_it_back_over_what_they_cached() {
-    let (_drive, mut driver) = simple();
-    for value in [1, 2] {
-        assert!(round_trip(&mut driver, DATA, value) == [value; 4096]);
-    }
+    let (drive, mut driver) = simple();
+    assert_round_trips(&mut driver, DATA);
+    assert_eq!(drive.engine.statistics().bounced, 0);
 }
 
 #[test]
 fn so_it_does_through_a_bounce_buffer() {
     let (drive, mut driver) = simple();
-    for value in [1, 2] {
-        assert!(round_trip(&mut driver, DATA + 1, value) == [value; 4096]);
-    }
+    assert_round_trips(&mut driver, DATA + 1);
     assert_eq!(drive.engine.statistics().bounced, 4);
 }
 
@@ -315,22 +317,56 @@ fn where_snooping_is_enforced_requests_flush_nothing() {
 }
 
 #[test]
+fn a_request_of_many_commands_is_flushed_to_its_end() {
+    let drive =
+        Drive::watched(Options { mdts: 1, ..inline() }, Duration::ZERO, Duration::from_secs(20), Watch::default());
+    let mut driver = drive.driver(0, Shape::default());
+    let bytes: Vec<u8> = (0..64_u32 << 10).map(|n| (n / 100 % 200) as u8).collect();
+    driver.fill(DATA, &bytes);
+
+    driver.send(OUT, 0, &[(DATA, 64 << 10)]);
+    driver.wait(1);
+    driver.send(IN, 0, &[(DATA + 0x2_0000, 64 << 10)]);
+    driver.wait(1);
+
+    assert!(driver.bytes(DATA + 0x2_0000, 64 << 10) == bytes);
+    assert_eq!(drive.machine.traffic().reads, 8, "commands of 8 KiB");
+}
+
+#[test]
 fn a_device_at_rest_gets_nothing_to_do_and_goes_on_afterwards() {
     let (drive, mut driver) = simple();
+    let kicks = || drive.engine.statistics().kicks;
 
-    let (sent, meanwhile) = drive
-        .engine
-        .at_rest(|| {
-            let before = drive.machine.traffic().reads;
-            let sent = driver.send(IN, 0, &[(DATA, 512)]);
-            // A worker that had seen the kick would answer another order only afterwards.
-            drive.engine.set_enabled(1, true);
-            drive.engine.set_enabled(0, true);
-            (sent, drive.machine.traffic().reads - before)
-        })
-        .unwrap();
+    let act = || {
+        let (reads, before) = (drive.machine.traffic().reads, kicks());
+        let sent = driver.send(IN, 0, &[(DATA, 512)]);
+        // Between two times that a worker is woken, it has looked at its rings.
+        until("two wake-ups", || {
+            driver.kick();
+            kicks() >= before + 2
+        });
+        (sent, drive.machine.traffic().reads - reads)
+    };
+    let (sent, meanwhile) = drive.engine.at_rest(act).unwrap();
 
     assert_eq!(meanwhile, 0);
     driver.wait(1);
     assert_eq!(driver.status(sent), 0);
+}
+
+#[test]
+fn a_device_with_a_command_in_flight_does_not_rest() {
+    let options = Options { latency: Duration::from_secs(3600), ..inline() };
+    let drive = Drive::watched(options, Duration::ZERO, Duration::from_millis(50), Watch::default());
+    let mut driver = drive.driver(0, Shape::default());
+    let sent = driver.send(IN, 0, &[(DATA, 512)]);
+    until("the command", || drive.engine.statistics().doorbells == 1);
+
+    // The command never comes back, so only a reset ends it.
+    let recoveries = drive.engine.at_rest(|| drive.engine.statistics().recoveries).unwrap();
+
+    assert_eq!(recoveries, 1);
+    driver.wait(1);
+    assert_eq!(driver.status(sent), 1);
 }
