@@ -158,7 +158,7 @@ fn advice(facts: &Facts) -> Option<String> {
     Some(better.to_owned())
 }
 
-/// Every function that has an IOMMU group, one line each: address, class, driver, group, and the verdict in a word.
+/// Every function that has an IOMMU group, one line each: address, class, driver, group, IOMMU, and the verdict in a word.
 #[must_use]
 pub fn list() -> Vec<String> {
     let Ok(entries) = fs::read_dir("/sys/bus/pci/devices") else { return Vec::new() };
@@ -172,7 +172,9 @@ fn line(address: PciAddress) -> Option<String> {
     let class = fs::read_to_string(address.sysfs().join("class")).unwrap_or_default();
     let driver = address.driver().unwrap_or_else(|| "-".to_owned());
     let word = if driver == "vfio-pci" { verdict_word(address) } else { "?".to_owned() };
-    Some(format!("{address}  {}  {driver:<12} group {group:<4} {word}", class.trim()))
+    let iommu = fs::read_link(address.sysfs().join("iommu")).ok();
+    let iommu = iommu.as_ref().and_then(|link| link.file_name()?.to_str()).unwrap_or("-");
+    Some(format!("{address}  {}  {driver:<12} group {group:<4} {iommu:<8} {word}", class.trim()))
 }
 
 fn verdict_word(address: PciAddress) -> String {

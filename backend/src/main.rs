@@ -94,12 +94,13 @@ fn run(config: &Config) -> Result<()> {
         Options { rings: usize::from(queues), spin: config.spin(), patience: PATIENCE, watch: Watch::default() };
     let engine = Engine::start(Box::new(nvme), &space, options)?;
 
+    let kib = space.statistics().mapped / 1024;
     let vmm = config
         .kvm_socket
         .clone()
         .map_or_else(Vmm::unreachable, |socket| Vmm::with(Shim { socket, device: name.clone(), facts, file }));
     let mut server = Server::new(entrance, Device { engine, space, queues, vmm })?;
-    log::info!("serving {name} on {queues} virtqueues");
+    log::info!("serving {name} on {queues} virtqueues; {kib} KiB mapped");
     let served = server.run(stop);
     let Device { engine, space, vmm, .. } = server.into_device();
     let verdict = decide(&facts).word();

@@ -7,10 +7,11 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost_device_vfio::addr::{Gpa, Iova, Qva, Span};
-use vhost_device_vfio::hardware::{AddressSpace, Function, MapError};
+use vhost_device_vfio::hardware::{AddressSpace, Function, MapError, SpaceStatistics};
 use vhost_device_vfio::iommu::{LiveSpace, PageTable};
 use vhost_device_vfio::memory::{Region, RegionSpec};
 use vhost_device_vfio::sys::CacheLines;
@@ -23,17 +24,20 @@ fn device() -> PciAddress {
 }
 
 fn take() -> Result<(LiveSpace, Attached), VfioError> {
+    take_under(std::env::var("VDV_REGIME").is_ok_and(|regime| regime == "flushing"))
+}
+
+fn take_under(flushing: bool) -> Result<(LiveSpace, Attached), VfioError> {
     let iommufd = Arc::new(open_iommufd(Path::new("/dev/iommu"))?);
     let ioas = iommufd.ioas().expect("an address space");
     let bound = Opened::open(device())?.bind(&iommufd, &ioas)?;
     let table = Arc::new(PageTable::new(iommufd, ioas, bound.device_id()).expect("a page table"));
     let attached = bound.attach(Arc::clone(&table))?;
-    let space = match std::env::var("VDV_REGIME").as_deref() {
-        Ok("flushing") => {
-            let lines = CacheLines::detect().expect("cache ops");
-            LiveSpace::flushing(table, lines, attached.device_file()).expect("staging")
-        }
-        _ => LiveSpace::coherent(table),
+    let space = if flushing {
+        let lines = CacheLines::detect().expect("cache ops");
+        LiveSpace::flushing(table, lines, attached.device_file()).expect("staging")
+    } else {
+        LiveSpace::coherent(table)
     };
     Ok((space, attached))
 }
@@ -69,6 +73,102 @@ fn an_added_region_is_pinned_once_and_unpinned_when_removed() {
 
     assert_eq!(while_added - before, 64 * MIB);
     assert_eq!(pinned(), before);
+}
+
+#[test]
+fn the_ledger_and_the_kernel_agree_on_what_is_pinned() {
+    let start = pinned();
+    let (space, _function) = take().unwrap();
+    let agreed = || assert_eq!(space.statistics().mapped, pinned() - start);
+    let (low, high) = (memory(0, 8 * MIB), memory(0x1_0000_0000, 4 * MIB));
+
+    agreed();
+    let buffer = space.buffer(5000).unwrap();
+    space.add(&low).unwrap();
+    agreed();
+    space.add(&high).unwrap();
+    agreed();
+    assert!(space.add(&memory(4 * MIB, 8 * MIB)).is_err());
+    agreed();
+    space.remove(&low).unwrap();
+    agreed();
+    drop(buffer);
+    agreed();
+    space.remove(&high).unwrap();
+    agreed();
+}
+
+#[test]
+fn a_coherent_space_stages_and_flushes_nothing() {
+    let (space, _function) = take_under(false).unwrap();
+    let region = memory(0, 8 * MIB);
+    space.add(&region).unwrap();
+    drop(space.buffer(8192).unwrap());
+    space.remove(&region).unwrap();
+
+    let SpaceStatistics { maps, staged, flushed_at_map, flushed_at_unmap, flush_time, .. } = space.statistics();
+    assert_eq!((maps, staged, flushed_at_map, flushed_at_unmap), (2, 0, 0, 0));
+    assert_eq!(flush_time, Duration::ZERO);
+    assert!(space.caches().is_none());
+}
+
+#[test]
+fn a_flushing_space_flushes_every_byte_once_each_way() {
+    let (space, _function) = take_under(true).unwrap();
+    let region = memory(0, 8 * MIB);
+    space.add(&region).unwrap();
+    space.remove(&region).unwrap();
+
+    let SpaceStatistics { staged, flushed_at_map, flushed_at_unmap, .. } = space.statistics();
+    assert_eq!((staged, flushed_at_map, flushed_at_unmap), (2, 8 * MIB, 8 * MIB));
+    assert_eq!(space.order(), "pinned, flushed, mapped");
+}
+
+/// The `n`th allocation that iommufd makes on behalf of this thread fails (Linux: fault-injection, `fail-nth`); 0 ends it.
+fn fail_allocation(n: u32) {
+    std::fs::write("/proc/thread-self/fail-nth", n.to_string()).expect("a kernel with fault injection");
+}
+
+#[test]
+fn without_kernel_memory_for_the_copy_a_region_is_withdrawn_at_rest() {
+    let (space, function) = take_under(true).unwrap();
+    let (region, other) = (memory(0, 8 * MIB), memory(0x1_0000_0000, 4 * MIB));
+    let before = pinned();
+    space.add(&region).unwrap();
+    space.add(&other).unwrap();
+
+    fail_allocation(1);
+    let refused = space.remove(&region).unwrap_err();
+    fail_allocation(0);
+    let still = pinned();
+    space.remove_at_rest(&region).unwrap();
+
+    assert!(matches!(refused, MapError::DeviceMustRest { .. }), "{refused}");
+    assert_eq!((still - before, pinned() - before), (12 * MIB, 4 * MIB));
+    assert_eq!(space.statistics().flushed_at_unmap, 8 * MIB);
+    // Attached again: memory comes and goes as before, and so does the function.
+    space.add(&region).unwrap();
+    space.remove(&region).unwrap();
+    space.remove(&other).unwrap();
+    drop((space, function));
+    take().expect("the function can be taken again");
+}
+
+#[test]
+fn without_kernel_memory_to_make_it_reachable_a_region_is_unpinned_again() {
+    let (space, _function) = take_under(true).unwrap();
+    let region = memory(0, 8 * MIB);
+    let before = pinned();
+    for n in 1.. {
+        fail_allocation(n);
+        let added = space.add(&region);
+        fail_allocation(0);
+        if added.is_ok() {
+            assert!(n > 2, "the pin, and the copy, can fail");
+            return;
+        }
+        assert_eq!((pinned(), space.statistics().mapped), (before, 0), "allocation {n}");
+    }
 }
 
 #[test]

@@ -205,6 +205,21 @@ fn a_failed_removal_leaves_the_ring_running() {
 }
 
 #[test]
+fn memory_that_can_go_only_while_the_device_rests_goes_all_the_same() {
+    let rig = Rig::new();
+    let (wire, ram, _ends) = running(&rig);
+    rig.remove_only_at_rest();
+
+    assert_eq!(wire.remove_region(RAM), 0);
+
+    assert_eq!((rig.guest_memory(), rig.removed_at_rest()), (vec![], 1));
+    assert_eq!(wire.add_region(RAM, ram.as_fd()), 0);
+    drop(wire);
+    rig.connect().negotiate();
+    assert_eq!((rig.guest_memory(), rig.removed_at_rest()), (vec![], 2));
+}
+
+#[test]
 fn a_failure_that_cannot_be_undone_ends_the_conversation() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 16 * PAGE));

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -65,11 +65,13 @@ struct FailurePlan {
     successes: AtomicI64,
     /// That one, or all that follow it, too.
     for_good: AtomicBool,
+    /// Memory can be taken away only while the device rests; how often that has been done.
+    at_rest: Mutex<Option<usize>>,
 }
 
 impl FailurePlan {
     fn none() -> Arc<Self> {
-        Arc::new(Self { successes: AtomicI64::new(-1), for_good: AtomicBool::new(false) })
+        Arc::new(Self { successes: AtomicI64::new(-1), for_good: AtomicBool::new(false), at_rest: Mutex::default() })
     }
 }
 
@@ -91,7 +93,20 @@ impl AddressSpace for Fallible {
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
-        self.check(region.gpa().identity_iova())?;
+        let span = region.gpa().identity_iova();
+        self.check(span)?;
+        if self.plan.at_rest.lock().unwrap().is_some() {
+            return Err(MapError::DeviceMustRest { span });
+        }
+        self.inner.remove(region)?;
+        (self.on_change)(Change::Unmapped);
+        Ok(())
+    }
+
+    fn remove_at_rest(&self, region: &Region) -> Result<(), MapError> {
+        if let Some(times) = &mut *self.plan.at_rest.lock().unwrap() {
+            *times += 1;
+        }
         self.inner.remove(region)?;
         (self.on_change)(Change::Unmapped);
         Ok(())
@@ -170,6 +185,16 @@ impl Rig {
     pub(crate) fn fail_after(&self, successes: i64) {
         self.failures.for_good.store(false, Ordering::SeqCst);
         self.failures.successes.store(successes, Ordering::SeqCst);
+    }
+
+    /// From now on memory can be taken away only while the device rests.
+    pub(crate) fn remove_only_at_rest(&self) {
+        *self.failures.at_rest.lock().unwrap() = Some(0);
+    }
+
+    /// How often that has been done.
+    pub(crate) fn removed_at_rest(&self) -> usize {
+        self.failures.at_rest.lock().unwrap().unwrap_or_default()
     }
 
     /// After `successes` more changes of the address space all fail.

@@ -15,7 +15,8 @@ read_profile() {
         kernel) PROFILE_KERNEL=$value ;;
         device) PROFILE_DEVICES+=(-device "$value") ;;
         answer) PROFILE_ANSWERS+=("$value") ;;
-        *) die "$file: unknown key '$key' (known: machine, kernel, device, answer)" ;;
+        verdict) ;; # for tests/host/coherency.sh
+        *) die "$file: unknown key '$key' (known: machine, kernel, device, answer, verdict)" ;;
         esac
     done <"$file"
     if [[ $* == *scalable* ]] && ! qemu-system-x86_64 -device intel-iommu,help | grep -q x-scalable-mode; then

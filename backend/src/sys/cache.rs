@@ -4,6 +4,8 @@
 //! the line, which is wrong after a device has written; and on the processors measured it is not faster than CLFLUSHOPT.
 //! All of them act on the whole coherence domain by address, from any CPU, and fault like a load, so the range must be
 //! mapped: a [`Window`] is.
+//!
+//! The code for arm64 has been neither compiled nor run by this project's tests, which need an x86-64 machine.
 
 use super::Window;
 use crate::hardware::CacheFlush;

@@ -75,20 +75,25 @@ impl<'d> GuestMemory<'d> {
         }
         for region in &plan.remove {
             self.unmap(region)?;
-            log::info!("region {} unmapped", region.gpa());
+            log::info!("region {} unmapped; {} KiB in all", region.gpa(), self.kib());
             done.push(Step::Removed(Arc::clone(region)));
         }
         for region in added {
             let start = Instant::now();
             self.space.add(region)?;
             let took = start.elapsed();
-            log::info!("region {} mapped in {} ms", describe(region), took.as_millis());
+            log::info!("region {} mapped in {} ms; {} KiB in all", describe(region), took.as_millis(), self.kib());
             if took >= SLOW {
                 log::warn!("the guest stood still for {} s of mapping; {FASTER}", took.as_secs());
             }
             done.push(Step::Added(Arc::clone(region)));
         }
         Ok(())
+    }
+
+    /// How much is mapped for the device, and so pinned.
+    fn kib(&self) -> u64 {
+        self.space.statistics().mapped / 1024
     }
 
     /// Takes `region` away from the device, in whatever way there is memory for.
@@ -144,7 +149,7 @@ impl<'d> GuestMemory<'d> {
         let withdrawn = self.engine.withdraw(Arc::default(), &gone);
         for region in table.regions() {
             match self.unmap(region) {
-                Ok(()) => log::info!("region {} unmapped", region.gpa()),
+                Ok(()) => log::info!("region {} unmapped; {} KiB in all", region.gpa(), self.kib()),
                 Err(error) => log::error!("region {} stays mapped: {error}", region.gpa()),
             }
         }

@@ -8,3 +8,7 @@ answer = iommu=amd
 answer = hw_type=4
 answer = dma_cc=1
 answer = iova_ranges=0x0-0xfedfffff,0xfef00000-0xfcffffffff,0x10000000000-0xffffffffffffffff
+verdict = suppress coherent: the IOMMU enforces snooping
+verdict = allow coherent: the IOMMU enforces snooping
+verdict = refuse coherent: the IOMMU enforces snooping
+verdict = assume coherent: the IOMMU enforces snooping

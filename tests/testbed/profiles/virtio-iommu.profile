@@ -7,3 +7,7 @@ answer = iommu=virtio
 answer = hw_type=0
 answer = dma_cc=0
 answer = iova_ranges=0x0-0xfedfffff,0xfef00000-0x7fffffffff
+verdict = suppress coherent: the device never sets No Snoop
+verdict = allow coherent: the device never sets No Snoop
+verdict = refuse coherent: the device never sets No Snoop
+verdict = assume not coherent: flushed at map, at unmap and around each request

@@ -8,3 +8,7 @@ answer = vtd_ecap_sc=1
 answer = vtd_ecap_smts=0
 answer = dma_cc=1
 answer = iova_ranges=0x0-0xfedfffff,0xfef00000-0xffffffffffff
+verdict = suppress coherent: the IOMMU enforces snooping
+verdict = allow coherent: the IOMMU enforces snooping
+verdict = refuse coherent: the IOMMU enforces snooping
+verdict = assume coherent: the IOMMU enforces snooping

@@ -8,3 +8,7 @@ answer = vtd_ecap_sc=0
 answer = vtd_ecap_smts=0
 answer = dma_cc=0
 answer = iova_ranges=0x0-0xfedfffff,0xfef00000-0xffffffffffff
+verdict = suppress coherent: the device never sets No Snoop
+verdict = allow coherent: the device never sets No Snoop
+verdict = refuse coherent: the device never sets No Snoop
+verdict = assume not coherent: flushed at map, at unmap and around each request

@@ -214,21 +214,22 @@ fn the_bit_is_one_at_power_on_and_after_a_reset_if_it_exists_at_all() {
     }
 }
 
-/// A function whose bit comes back when it likes.
-struct Stubborn {
+/// Given where a read begins, changes what was found there.
+type Alter = dyn Fn(u16, &mut [u8]) + Send + Sync;
+
+/// A function whose configuration space reads otherwise than it is.
+struct Altered {
     inner: Arc<dyn Function>,
-    comes_back: AtomicBool,
+    alter: Box<Alter>,
 }
 
-impl Function for Stubborn {
+impl Function for Altered {
     fn name(&self) -> &str {
         self.inner.name()
     }
     fn config_read(&self, offset: u16, bytes: &mut [u8]) -> io::Result<()> {
         self.inner.config_read(offset, bytes)?;
-        if offset == DEVICE_CONTROL && self.comes_back.load(SeqCst) {
-            bytes[1] |= 8;
-        }
+        (self.alter)(offset, bytes);
         Ok(())
     }
     fn config_write(&self, offset: u16, bytes: &[u8]) -> io::Result<()> {
@@ -251,9 +252,47 @@ impl Function for Stubborn {
     }
 }
 
-fn stubborn(comes_back: bool) -> Arc<Stubborn> {
-    let inner = Machine::new(behind()).unwrap().function();
-    Arc::new(Stubborn { inner, comes_back: AtomicBool::new(comes_back) })
+fn altered(alter: impl Fn(u16, &mut [u8]) + Send + Sync + 'static) -> Arc<Altered> {
+    Arc::new(Altered { inner: Machine::new(behind()).unwrap().function(), alter: Box::new(alter) })
+}
+
+/// A function whose bit reads 1 whatever is written, once `comes_back`.
+fn stubborn(comes_back: &Arc<AtomicBool>) -> Arc<Altered> {
+    let comes_back = Arc::clone(comes_back);
+    altered(move |offset, bytes| {
+        if offset == DEVICE_CONTROL && comes_back.load(SeqCst) {
+            bytes[1] |= 8;
+        }
+    })
+}
+
+#[test]
+fn a_function_whose_bit_says_nothing_is_not_ours() {
+    let why = |function: &dyn Function, virtual_function| match probe(function, virtual_function).unwrap() {
+        NoSnoop::NotOurs(why) => why,
+        other => panic!("{other}"),
+    };
+    let graphics = altered(|offset, bytes| match offset {
+        0 => bytes.copy_from_slice(&0x8086_u16.to_le_bytes()),
+        0x0b => bytes[0] = 3,
+        _ => {}
+    });
+    let conventional = altered(|offset, bytes| {
+        if offset == 6 {
+            bytes[0] &= !0x10;
+        }
+    });
+
+    assert_eq!(why(&*altered(|_, _| {}), true), NotOurs::VirtualFunction);
+    assert_eq!(why(&*graphics, false), NotOurs::IntegratedGraphics);
+    assert_eq!(why(&*conventional, false), NotOurs::NoCapability);
+}
+
+#[test]
+fn the_bit_is_not_tried_while_the_function_may_do_dma() {
+    let function = Machine::new(behind()).unwrap().function();
+    function.set_bus_master(true).unwrap();
+    assert_eq!(probe(&*function, false).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
 }
 
 fn bus_master(function: &dyn Function) -> bool {
@@ -283,11 +322,12 @@ fn a_bit_held_off_is_clear_after_a_reset_too() {
 
 #[test]
 fn a_function_that_stops_obeying_gets_no_bus_master_any_more() {
-    let stubborn = stubborn(false);
+    let comes_back = Arc::default();
+    let stubborn = stubborn(&comes_back);
     let function = HeldOff::new(Arc::clone(&stubborn) as Arc<dyn Function>).unwrap().unwrap();
     function.set_bus_master(true).unwrap();
     function.set_bus_master(false).unwrap();
-    stubborn.comes_back.store(true, SeqCst);
+    comes_back.store(true, SeqCst);
 
     let after_reset = function.reset().unwrap_err();
     let error = function.set_bus_master(true).unwrap_err();
@@ -300,7 +340,7 @@ fn a_function_that_stops_obeying_gets_no_bus_master_any_more() {
 
 #[test]
 fn a_bit_that_cannot_be_cleared_is_not_ours_and_turns_the_verdict() {
-    let function = stubborn(true);
+    let function = stubborn(&Arc::new(AtomicBool::new(true)));
     let no_snoop = probe(&*function, false).unwrap();
     assert_eq!(no_snoop, NoSnoop::NotOurs(NotOurs::Disobeys));
 

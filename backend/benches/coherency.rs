@@ -1,0 +1,241 @@
+//! What flushing costs: whole ranges beside the bare instruction in a loop, and a request of 4 KiB beside one that needs
+//! none. Figures of one run are to be read as ratios.
+#![allow(missing_docs, reason = "a program")]
+#![allow(clippy::unwrap_used, reason = "a bench may fail")]
+#![allow(clippy::cast_precision_loss, reason = "figures of a measurement")]
+#![expect(unsafe_code, reason = "the yardstick is the bare instruction")]
+
+use std::hint::black_box;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+use vhost_device_vfio::addr::{Iova, Span};
+use vhost_device_vfio::driver::nvme::prp::Limits;
+use vhost_device_vfio::driver::nvme::queue::{
+    Doorbells, IoQueue, MAX_DEPTH, QueueSetup, Shared, completions_at, memory_needed,
+};
+use vhost_device_vfio::driver::{Command, Queue};
+use vhost_device_vfio::hardware::{CacheFlush, Registers};
+use vhost_device_vfio::iommu::flush;
+use vhost_device_vfio::sys::{CacheLines, Instruction, Window};
+use vm_memory::MmapRegion;
+
+/// A thread's lines that are to be in its cache when they are flushed, bytes.
+const CACHED: usize = 1 << 20;
+/// Lines that are to be in none, bytes; long enough for the flusher to start threads.
+const LARGE: usize = 256 << 20;
+const ROUNDS: usize = 15;
+const REQUESTS: u32 = 20_000;
+
+fn window(bytes: usize) -> Window {
+    Window::of(Arc::new(MmapRegion::new(bytes).unwrap()))
+}
+
+/// Memory as the product sees it, and where it begins.
+struct Memory {
+    window: Window,
+    at: u64,
+}
+
+fn memory(bytes: usize) -> Memory {
+    let region = Arc::new(MmapRegion::new(bytes).unwrap());
+    let at = region.as_ptr() as u64;
+    Memory { window: Window::of(region), at }
+}
+
+/// The yardstick: nothing but the instruction, and a fence on each side.
+#[cfg(target_arch = "x86_64")]
+fn bare(memory: &Memory, part: Range<usize>, lines: &CacheLines) {
+    assert!(part.end <= memory.window.len());
+    let (mut at, end) = (memory.at + part.start as u64, memory.at + part.end as u64);
+    // SAFETY: every line lies in `memory`, as asserted, which is mapped as long as its window lives; the instructions change no architectural state.
+    unsafe {
+        std::arch::asm!("mfence", options(nostack, preserves_flags));
+        if lines.instruction() == Instruction::ClflushOpt {
+            while at < end {
+                std::arch::asm!("clflushopt [{}]", in(reg) at, options(nostack, preserves_flags));
+                at += 64;
+            }
+        } else {
+            while at < end {
+                std::arch::asm!("clflush [{}]", in(reg) at, options(nostack, preserves_flags));
+                at += 64;
+            }
+        }
+        std::arch::asm!("mfence", options(nostack, preserves_flags));
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn bare(memory: &Memory, part: Range<usize>, lines: &CacheLines) {
+    lines.flush(&memory.window, part.start, part.len());
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Lines {
+    Clean,
+    Dirty,
+    Uncached,
+}
+
+fn prepare(state: Lines, window: &Window) {
+    for at in (0..window.len()).step_by(64) {
+        match state {
+            Lines::Clean => {
+                black_box(window.read_u64(at));
+            }
+            Lines::Dirty => window.write_u64(at, at as u64),
+            Lines::Uncached => {}
+        }
+    }
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
+
+type Work<'a> = &'a (dyn Fn(&Memory) + Sync);
+
+/// Runs each work on all places at once; bytes by the longest time that a place took, in the median of the rounds, in GB/s.
+fn both(state: Lines, places: &[Memory], ours: Work<'_>, bare: Work<'_>) -> [f64; 2] {
+    let timed = |memory: &Memory, work: Work<'_>| {
+        prepare(state, &memory.window);
+        let start = Instant::now();
+        work(memory);
+        start.elapsed()
+    };
+    let timed = &timed;
+    let round = |work: Work<'_>| {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = places.iter().map(|memory| scope.spawn(move || timed(memory, work))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).max().unwrap()
+        })
+    };
+    let (mut times, bytes) = ([Vec::new(), Vec::new()], places.iter().map(|memory| memory.window.len()).sum::<usize>());
+    for _ in 0..ROUNDS {
+        // In turn, so that both meet the same neighbours.
+        times[0].push(round(ours));
+        times[1].push(round(bare));
+    }
+    times.map(|times| bytes as f64 / median(times).as_secs_f64() / 1e9)
+}
+
+fn row(state: Lines, threads: usize, [ours, bare]: [f64; 2]) {
+    println!("| {state:?} | {threads} | {ours:.1} | {bare:.1} | {:.2} |", ours / bare);
+}
+
+/// Doorbells that nobody hears.
+struct Silent;
+
+impl Registers for Silent {
+    fn size(&self) -> usize {
+        0x2000
+    }
+    fn read32(&self, _: usize) -> u32 {
+        0
+    }
+    fn read64(&self, _: usize) -> u64 {
+        0
+    }
+    fn write32(&self, offset: usize, value: u32) {
+        black_box((offset, value));
+    }
+    fn write64(&self, offset: usize, value: u64) {
+        black_box((offset, value));
+    }
+}
+
+/// Nanoseconds of a request of 4 KiB through a queue whose controller answers at once, its data written or read by a CPU.
+fn request(lines: Option<CacheLines>, write: bool) -> f64 {
+    let memory = window(memory_needed(MAX_DEPTH));
+    let data = window(4096);
+    let caches = lines.map(|lines| Arc::new(lines) as Arc<dyn CacheFlush>);
+    let mut queue = IoQueue::new(QueueSetup {
+        name: "bench".to_owned(),
+        id: 1,
+        depth: MAX_DEPTH,
+        memory: Shared { window: memory.clone(), iova: Iova(0x7000_0000), caches: caches.clone() },
+        doorbells: Doorbells { registers: Arc::new(Silent), stride: 4 },
+        namespace: 1,
+        limits: Limits { block: 512, transfer: 1 << 20 },
+        sgl: None,
+        event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
+    });
+    let flush = |_: ()| caches.iter().for_each(|caches| caches.flush(&data, 0, 4096));
+    let buffer = [Span::new(Iova(0x1000), 4096).unwrap()];
+    let (mut bytes, mut place, mut phase) = ([0; 4096], 0_u16, 1_u64);
+    let mut one = |tag: u32| {
+        let command = if write { Command::Write { block: 0, count: 8 } } else { Command::Read { block: 0, count: 8 } };
+        if write {
+            data.copy_from(0, &bytes);
+        }
+        queue.submit(command, &buffer, 0, 4096, tag).unwrap();
+        flush(());
+        queue.ring();
+        let cid = memory.read_u16(usize::from(place) * 64 + 2);
+        let at = completions_at(MAX_DEPTH) + usize::from(place) * 16;
+        let head = u64::from((place + 1) % MAX_DEPTH);
+        memory.write_u64(at + 8, phase << 48 | u64::from(cid) << 32 | 1 << 16 | head);
+        place = (place + 1) % MAX_DEPTH;
+        if place == 0 {
+            phase = 1 - phase;
+        }
+        queue.reap(&mut |completion| {
+            black_box(completion);
+        });
+        if !write {
+            flush(());
+            data.copy_to(0, &mut bytes);
+        }
+    };
+    (0..REQUESTS).for_each(&mut one);
+    let times = (0..ROUNDS).map(|_| {
+        let start = Instant::now();
+        (0..REQUESTS / 10).for_each(&mut one);
+        start.elapsed()
+    });
+    median(times.collect()).as_nanos() as f64 / f64::from(REQUESTS / 10)
+}
+
+fn main() {
+    // Cargo passes words such as --bench.
+    let Some(lines) = CacheLines::detect() else { return println!("this CPU gives programs no cache-line operations") };
+    println!(
+        "{:?}, lines of {} bytes; GB/s, medians of {ROUNDS} alternating rounds\n",
+        lines.instruction(),
+        lines.line()
+    );
+    println!("| lines | threads | flush | bare loop | ratio |\n|---|---|---|---|---|");
+    let whole = |memory: &Memory| bare(memory, 0..memory.window.len(), &lines);
+    for threads in [1, 2] {
+        let places: Vec<_> = (0..threads).map(|_| memory(CACHED)).collect();
+        for state in [Lines::Clean, Lines::Dirty] {
+            places.iter().for_each(|memory| prepare(Lines::Dirty, &memory.window));
+            let ours = |memory: &Memory| lines.flush(&memory.window, 0, CACHED);
+            row(state, threads, both(state, &places, &ours, &whole));
+        }
+    }
+    let large = [memory(LARGE)];
+    prepare(Lines::Dirty, &large[0].window);
+    let alone = |memory: &Memory| lines.flush(&memory.window, 0, LARGE);
+    row(Lines::Uncached, 1, both(Lines::Uncached, &large, &alone, &whole));
+    let halves = |memory: &Memory| {
+        std::thread::scope(|scope| {
+            scope.spawn(|| bare(memory, LARGE / 2..LARGE, &lines));
+            bare(memory, 0..LARGE / 2, &lines);
+        });
+    };
+    let shared = |memory: &Memory| flush(&lines, &memory.window, 0, LARGE);
+    row(Lines::Uncached, 2, both(Lines::Uncached, &large, &shared, &halves));
+
+    println!(
+        "\n| request of 4 KiB, one at a time | without flushing, ns | flushing, ns | added, ns |\n|---|---|---|---|"
+    );
+    for (name, write) in [("read", false), ("write", true)] {
+        let (without, with) = (request(None, write), request(Some(lines), write));
+        println!("| {name} | {without:.0} | {with:.0} | {:.0} |", with - without);
+    }
+}

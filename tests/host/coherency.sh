@@ -1,0 +1,136 @@
+#!/bin/sh
+# profiles: vtd vtd-snoop vtd-scalable amd-iommu virtio-iommu
+# The verdict on every kind of IOMMU under every policy, what follows from it in the kernel and in which order, and the
+# reports on it. The profile says what the verdict is.
+
+# shellcheck source=tests/host/lib.sh
+. /testbed/tests/lib.sh
+
+TRACE=/sys/kernel/tracing
+# Where the client's only region lies.
+REGION=0x100000
+
+expected() { sed -n "s/^verdict = $1 //p" /testbed/profile; }
+flushes() { expected "$1" | grep -q '^not coherent'; }
+
+# A front-end with guest memory, and requests, until it is stopped.
+client_start() {
+    load "$SOCKET" --seconds 300 >/dev/null 2>&1 &
+    echo $! >/run/client.pid
+    within 10 logged "region $REGION.* mapped in"
+}
+client_stop() {
+    kill "$(cat /run/client.pid)"
+    within 10 logged "region $REGION.* unmapped"
+}
+
+# ledger: kB that the backend says it has mapped; pins: pages that anybody in this machine has pinned.
+ledger() { sed -n 's/.*; \([0-9]*\) KiB \(mapped\|in all\)$/\1/p' "$BACKEND_LOG" | tail -n 1; }
+agree() { equal "$(ledger)" "$(pinned)" "kB pinned, by the ledger and by the kernel"; }
+pins() { awk '$1 == "nr_foll_pin_acquired" { a = $2 } $1 == "nr_foll_pin_released" { r = $2 } END { print a - r }' /proc/vmstat; }
+as_before() { equal "$(cat /run/pins)" "$(pins)" "pages pinned in this machine"; }
+
+served() {
+    pins >/run/pins
+    backend_start --no-snoop "$1"
+    logged "DMA is $(expected "$1")$"
+    agree
+    before=$(pinned)
+    client_start
+    agree
+    [ "$(pinned)" -gt "$before" ]
+    # Some requests.
+    sleep 0.3
+    client_stop
+    agree
+    equal "$before" "$(pinned)" "kB pinned once the front-end has gone"
+    backend_stop
+    within 5 as_before
+    [ "$(statistic reads)" -gt 0 ]
+    for name in flushed_bytes flush_us staged map_flushed_bytes unmap_flushed_bytes; do
+        if flushes "$1"; then
+            [ "$(statistic "$name")" -gt 0 ]
+        else
+            equal 0 "$(statistic "$name")" "$name"
+        fi
+    done
+}
+killed() {
+    pins >/run/pins
+    backend_start --no-snoop assume
+    client_start
+    kill -KILL "$(cat "$BACKEND_PID")"
+    within 10 as_before
+    backend_start
+    vhost-device-vfio inspect "$FUNCTION" >/run/report
+    backend_stop
+    contains "in use by process" /run/report
+}
+
+# The backend logs into the kernel's trace, so its flushes stand between the calls.
+probe() { echo "p:$1 $2 $3" >>"$TRACE/kprobe_events"; }
+traced() {
+    # The structures of include/uapi/linux/iommufd.h, behind the fourth member of struct iommufd_ucmd.
+    probe pin iommufd_ioas_map_file 'ioas=+8(+24(%di)):u32 iova=+32(+24(%di)):x64'
+    probe copy iommufd_ioas_copy 'from=+12(+24(%di)):u32 to=+8(+24(%di)):u32 iova=+24(+24(%di)):x64'
+    probe unmap iommufd_ioas_unmap 'ioas=+4(+24(%di)):u32 iova=+8(+24(%di)):x64'
+    echo 1 >"$TRACE/events/kprobes/enable"
+    RUST_LOG=info,vhost_device_vfio::iommu=trace \
+        vhost-device-vfio --socket-path "$SOCKET" --device "$FUNCTION" --no-snoop assume 2>"$TRACE/trace_marker" &
+    echo $! >"$BACKEND_PID"
+    BACKEND_LOG=$TRACE/trace
+    within 20 logged 'serving '
+    client_start
+    client_stop
+    kill "$(cat "$BACKEND_PID")"
+    echo 0 >"$TRACE/events/kprobes/enable"
+    sed -nE -e "s/.* (pin|copy|unmap): .*\) (.*) iova=$REGION\$/\1 \2/p" \
+        -e "s/.*TRACE.* (flush|flushed) $REGION\+.*/\1/p" "$TRACE/trace" >/run/events
+}
+# in_order WORD…: what happened to the region, by one letter for each of the two address spaces.
+in_order() {
+    live=$(sed -n 's/.* to=//p' /run/events | head -n 1)
+    [ -n "$live" ] || live=$(sed -n 's/^pin ioas=//p' /run/events)
+    found=$(sed -E "s/\b(ioas|from|to)=$live\b/\1=live/g; s/\b(ioas|from|to)=[0-9]+/\1=staging/g" /run/events | paste -s -d ,)
+    equal "$1" "$found" "what was done to the region"
+}
+ordered() {
+    traced
+    if flushes assume; then
+        in_order "pin ioas=staging,flush,flushed,copy from=staging to=live,unmap ioas=staging,\
+copy from=live to=staging,unmap ioas=live,flush,flushed,unmap ioas=staging"
+    else
+        in_order 'pin ioas=live,unmap ioas=live'
+    fi
+}
+
+inspected() {
+    vhost-device-vfio inspect "$FUNCTION" >/run/report
+    word=no
+    ! grep -q '^answer = dma_cc=1' /testbed/profile || word=yes
+    grep -q "^  snoop-enforced  $word\$" /run/report
+    contains 'from VFIO_CHECK_EXTENSION(VFIO_DMA_CC_IOMMU)' /run/report
+    contains 'No Snoop never set (the bit is hardwired to 0)' /run/report
+    grep -q "^  as vhost-user-blk *$(expected suppress)\$" /run/report
+}
+inspected_as_json() {
+    for policy in suppress allow refuse assume; do
+        vhost-device-vfio inspect --json --no-snoop "$policy" "$FUNCTION" >/run/report
+        contains "{\"function\":\"$FUNCTION\",\"facts\":{" /run/report
+        contains "\"vhost-user-blk\":{\"serves\":true,\"verdict\":\"$(expected "$policy")\"}" /run/report
+    done
+}
+listed() {
+    vhost-device-vfio list >/run/report
+    grep -q "^$FUNCTION  0x010802  vfio-pci *group [0-9]* *[^ -][^ ]* *coherent\$" /run/report
+}
+
+for policy in suppress allow refuse assume; do
+    claim "--no-snoop=$policy: $(expected $policy); pins and ledger agree" served $policy
+done
+claim "killed with memory exposed, it leaves nothing pinned; the next one is named by inspect" killed
+claim "the kernel is called, and caches are flushed, in the order designed" ordered
+claim "inspect shows the facts with their sources, and the verdict" inspected
+claim "inspect --json says the same under every policy" inspected_as_json
+claim "list has the verdict in a word" listed
+finished
