@@ -8,8 +8,8 @@
 //! stop    bus master off, reset ── detach ── buffers withdrawn ── page table destroyed
 //! ```
 //!
-//! What "expose" and "withdraw" mean is the regime's matter, see `sequence.rs`. Pieces, because the kernel can never split a
-//! mapping; 1 GiB, because that is the largest IOMMU page.
+//! What "expose" and "withdraw" mean is the regime's matter, see `sequence.rs`; `exposure.rs` walks the pieces and keeps the
+//! ledger. Pieces, because the kernel can never split a mapping; 1 GiB, because that is the largest IOMMU page.
 
 mod exposure;
 mod flusher;
