@@ -73,3 +73,23 @@ verified_meanwhile() {
     guest exec --timeout 400 -- 'while [ ! -e /tmp/verified ]; do sleep 1; done
         [ "$(cat /tmp/verified)" = 0 ] || { cat /tmp/fio.log; exit 1; }'
 }
+
+# probe FUNCTION…, hits FUNCTION: how often the kernel has entered its functions since. mark, hits_since_mark FUNCTION.
+TRACING=/sys/kernel/tracing
+probe() {
+    for entry; do
+        echo "p:$entry $entry" >>$TRACING/kprobe_events
+        echo 1 >"$TRACING/events/kprobes/$entry/enable"
+    done
+}
+hits() { awk -v "name=$1" '$1 == name { print $2 }' $TRACING/kprobe_profile; }
+mark() { cat $TRACING/kprobe_profile >/run/marked; }
+hits_since_mark() { echo $(($(hits "$1") - $(awk -v "name=$1" '$1 == name { print $2 }' /run/marked))); }
+
+# bind_to_vfio FUNCTION: takes it from the driver it has.
+bind_to_vfio() {
+    echo vfio-pci >"/sys/bus/pci/devices/$1/driver_override"
+    [ ! -e "/sys/bus/pci/devices/$1/driver" ] || echo "$1" >"/sys/bus/pci/devices/$1/driver/unbind"
+    echo "$1" >/sys/bus/pci/drivers_probe
+    [ -e "/sys/bus/pci/devices/$1/vfio-dev" ]
+}

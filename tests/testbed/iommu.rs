@@ -188,6 +188,6 @@ fn because(what: &str, cause: &Error) -> Error {
     Error::new(cause.kind(), format!("{what}: {cause}"))
 }
 
-fn size_u32<T>() -> u32 {
+pub(crate) fn size_u32<T>() -> u32 {
     u32::try_from(size_of::<T>()).expect("an ioctl structure is small")
 }

@@ -2,3 +2,4 @@
 
 pub mod client;
 pub mod iommu;
+pub mod rights;

@@ -2,7 +2,8 @@
 # The emulated host machine: a profile and some options become one QEMU command line.
 
 # read_profile NAME: fills PROFILE_MACHINE, PROFILE_KERNEL, PROFILE_DEVICES and PROFILE_ANSWERS from
-# "key = value" lines; "device" and "answer" may occur more than once.
+# "key = value" lines; "device" and "answer" may occur more than once. "kvm", which tests read in the emulated host, says how
+# often KVM there is told of non-coherent DMA: by the backend under each policy, by QEMU for a device of its own.
 read_profile() {
     local file=$TESTBED_DIR/profiles/$1.profile line key value
     [[ -r $file ]] || die "no profile named $1; there are: $(profile_names)"
@@ -15,8 +16,8 @@ read_profile() {
         kernel) PROFILE_KERNEL=$value ;;
         device) PROFILE_DEVICES+=(-device "$value") ;;
         answer) PROFILE_ANSWERS+=("$value") ;;
-        verdict) ;; # for tests/host/coherency.sh
-        *) die "$file: unknown key '$key' (known: machine, kernel, device, answer, verdict)" ;;
+        verdict | kvm) ;; # for tests/host/coherency.sh and shim.sh
+        *) die "$file: unknown key '$key' (known: machine, kernel, device, answer, verdict, kvm)" ;;
         esac
     done <"$file"
     if [[ $* == *scalable* ]] && ! qemu-system-x86_64 -device intel-iommu,help | grep -q x-scalable-mode; then

@@ -11,3 +11,4 @@ verdict = suppress coherent: the device never sets No Snoop
 verdict = allow coherent: the device never sets No Snoop
 verdict = refuse coherent: the device never sets No Snoop
 verdict = assume not coherent: flushed at map, at unmap and around each request
+kvm = suppress=0 allow=0 refuse=0 assume=1 own=1

@@ -12,3 +12,4 @@ verdict = suppress coherent: the IOMMU enforces snooping
 verdict = allow coherent: the IOMMU enforces snooping
 verdict = refuse coherent: the IOMMU enforces snooping
 verdict = assume coherent: the IOMMU enforces snooping
+kvm = suppress=0 allow=0 refuse=0 assume=0 own=0

@@ -10,10 +10,14 @@ pub(crate) fn target() -> PathBuf {
     test.parent().and_then(Path::parent).expect("target/PROFILE/deps/TEST").to_owned()
 }
 
-/// The library, built now: no test can link it, so Cargo does not build it for them.
+/// The library, built now: no test can link it, so Cargo does not build it for them. Where there is no Cargo, `SHIM_LIBRARY`
+/// names one.
 pub(crate) fn path() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {
+        if let Some(path) = std::env::var_os("SHIM_LIBRARY") {
+            return path.into();
+        }
         let (target, mut cargo) = (target(), Command::new(env!("CARGO")));
         cargo.args(["build", "--quiet", "--offline", "--lib", "--package", env!("CARGO_PKG_NAME"), "--target-dir"]);
         cargo.arg(target.parent().expect("target/PROFILE"));

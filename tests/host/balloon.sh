@@ -1,0 +1,102 @@
+#!/bin/sh
+# profiles: vtd
+# options: --no-bind --add target/shim:/usr/local/shim
+# A guest that gives memory back while a device reaches it: what comes of it without the KVM shim, and that nothing comes of
+# it with it.
+
+# shellcheck source=tests/host/lib.sh
+. /testbed/tests/lib.sh
+
+SHIM=/run/kvm.sock
+MEMORY=536870912
+
+# A guest that reports its free pages as soon as it has started, and has a balloon.
+balloon_guest_start() {
+    guest_start --mem 512M --reconnect 500 "$@" \
+        --qemu-arg -device --qemu-arg virtio-balloon-pci,id=balloon,free-page-reporting=on
+}
+# Bytes of guest memory that have pages.
+memory_allocated() {
+    file=$(find "/proc/$(guest pid)/fd" -lname '*memfd:*' | head -n 1)
+    echo $((512 * $(stat -L -c %b "$file")))
+}
+holes() { [ "$(memory_allocated)" -lt "$MEMORY" ]; }
+# What the guest reads from the disk, by way of its page cache.
+read_sum() { guest exec -- 'dd if=/dev/vda bs=1M count=16 2>/dev/null | md5sum | cut -d " " -f 1'; }
+
+inflate() {
+    guest qmp balloon "{\"value\":$1}"
+    within 60 inflated "$1"
+}
+inflated() { guest qmp query-balloon | grep -q "\"actual\": $1}"; }
+# Frees memory in the guest and waits until it has told of it, and QEMU has answered.
+report_free_pages() {
+    guest exec -- '
+        mount -t tracefs tracefs /sys/kernel/tracing && cd /sys/kernel/tracing || exit 11
+        echo "r:reported virtballoon_free_page_report" >kprobe_events
+        echo 1 >events/kprobes/reported/enable
+        dd if=/dev/zero of=/tmp/freed bs=1M count=64 2>/dev/null && rm /tmp/freed
+        n=0; until grep -q "reported *[1-9]" kprobe_profile; do [ $n -lt 300 ] || exit 12; n=$((n + 1)); usleep 100000; done'
+}
+
+alarm() {
+    # All of it had pages then.
+    logged 'region .* mapped'
+    within 20 holes
+    within 20 logged "$ALARM"
+    equal 1 "$(times_logged "$ALARM")" alarms
+}
+corrupted() {
+    found=$(read_sum)
+    [ "$found" != "$(cat /run/sum)" ] || {
+        echo "the guest reads what is on the drive: this test has no reason to exist"
+        return 1
+    }
+    guest exec -- '! dmesg | grep -i "i/o error"'
+    guest kill
+}
+kept() {
+    within 10 shim_says 'registered=1 told=0'
+    report_free_pages
+    inflate $((MEMORY - (64 << 20)))
+    inflate "$MEMORY"
+    equal "$MEMORY" "$(memory_allocated)" "bytes of guest memory with pages"
+    equal 0 "$(times_logged "$ALARM")" alarms
+}
+shim_says() { /usr/local/shim/examples/ask "$SHIM" >/run/said && grep -E -e "$1" /run/said; }
+verified() {
+    equal "$(cat /run/sum)" "$(read_sum)" "what the guest reads"
+    verifying --size=16M
+}
+refused() {
+    backend_stop
+    backend_start --no-snoop assume --kvm-socket "$SHIM"
+    within 20 logged 'the VM has been running for .* policy is .lock.'
+    equal 0 "$(times_logged 'region .* mapped')" "regions mapped"
+    shim_says 'registered=0 told=0 kept=0'
+    backend_stop
+}
+as_before() {
+    inflate $((MEMORY - (64 << 20)))
+    within 20 holes
+}
+
+ALARM='ERROR.*guest memory is being discarded under the device'
+dd if=/dev/urandom bs=1M count=16 2>/dev/null | tee /dev/nvme0n1 | md5sum | cut -d ' ' -f 1 >/run/sum
+sync
+bind_to_vfio "$FUNCTION" || exit
+
+backend_start || exit
+balloon_guest_start || exit
+claim "without a shim, memory that is discarded under the device raises one alarm" alarm
+claim "and the guest then reads what is not on the drive, with no error anywhere" corrupted
+backend_stop
+
+backend_start --kvm-socket "$SHIM" || exit
+balloon_guest_start --shim "$SHIM" || exit
+claim "with one, neither free page reporting nor a balloon takes a page" kept
+claim "and data verify" verified
+claim "once the guest has run, KVM's answer is locked, and a backend that would change it is refused" refused
+claim "when no device reaches guest memory any more, a balloon works as ever" as_before
+guest kill
+finished

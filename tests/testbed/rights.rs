@@ -1,0 +1,78 @@
+//! What a VFIO device's file that another process holds is worth to it: the file itself is taken from that process, and
+//! everything tried that would give a hand on the device. With the owner's own file all of it works, except to bind it once
+//! more; with one that was opened and never bound, while the device has an owner, nothing does.
+
+// UNSAFETY: ioctl() and mmap() have no safe form; each call says why it may.
+#![expect(unsafe_code)]
+
+use std::fs::{self, File};
+use std::io::{self, Error};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::ptr;
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use vfio_bindings::bindings::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, vfio_device_bind_iommufd, vfio_device_info};
+
+use crate::iommu::size_u32;
+
+// linux/vfio.h: _IO(';', 100 + n).
+const VFIO_DEVICE_GET_INFO: libc::c_ulong = 0x3b6b;
+const VFIO_DEVICE_BIND_IOMMUFD: libc::c_ulong = 0x3b76;
+/// Bit of a file's offset at which the region's index begins: `VFIO_PCI_OFFSET_SHIFT`.
+const REGION_SHIFT: u32 = 40;
+
+/// One thing tried, and what came of it.
+pub type Attempt = (&'static str, io::Result<()>);
+
+/// The VFIO device files that `process` holds, and what came of each attempt.
+///
+/// # Errors
+/// The process is not there, or may not be looked into.
+pub fn of_process(process: Pid) -> io::Result<Vec<(String, Vec<Attempt>)>> {
+    let handle = pidfd_open(process, PidfdFlags::empty())?;
+    let mut found = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{}/fd", process.as_raw_nonzero()))? {
+        let entry = entry?;
+        let path = fs::read_link(entry.path()).unwrap_or_default();
+        let Ok(number) = entry.file_name().to_string_lossy().parse() else { continue };
+        if path.starts_with("/dev/vfio/devices") {
+            let file = pidfd_getfd(&handle, number, PidfdGetfdFlags::empty())?;
+            found.push((path.display().to_string(), attempts(&file)?));
+        }
+    }
+    Ok(found)
+}
+
+fn attempts(file: &OwnedFd) -> io::Result<Vec<Attempt>> {
+    let iommufd = File::options().read(true).write(true).open("/dev/iommu")?;
+    let mut bind = vfio_device_bind_iommufd { argsz: size_u32::<vfio_device_bind_iommufd>(), iommufd: iommufd.as_raw_fd(), ..Default::default() };
+    let mut info = vfio_device_info { argsz: size_u32::<vfio_device_info>(), ..Default::default() };
+    Ok(vec![
+        ("bind", ioctl(file, VFIO_DEVICE_BIND_IOMMUFD, ptr::from_mut(&mut bind).cast())),
+        ("info", ioctl(file, VFIO_DEVICE_GET_INFO, ptr::from_mut(&mut info).cast())),
+        ("read", read_configuration(file)),
+        ("mmap", map_bar_0(file)),
+    ])
+}
+
+fn read_configuration(file: &OwnedFd) -> io::Result<()> {
+    let at = u64::from(VFIO_PCI_CONFIG_REGION_INDEX) << REGION_SHIFT;
+    let read = rustix::io::pread(file, &mut [0; 4], at)?;
+    if read == 4 { Ok(()) } else { Err(Error::from(io::ErrorKind::UnexpectedEof)) }
+}
+
+fn map_bar_0(file: &OwnedFd) -> io::Result<()> {
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping, in nobody's way; it is not touched.
+    let mapped = unsafe { mmap(ptr::null_mut(), 4096, access, MapFlags::SHARED, file, 0) }?;
+    // SAFETY: the mapping made just now.
+    unsafe { munmap(mapped, 4096) }?;
+    Ok(())
+}
+
+fn ioctl(file: &OwnedFd, request: libc::c_ulong, argument: *mut libc::c_void) -> io::Result<()> {
+    // SAFETY: each request above is paired, at its only call, with the structure linux/vfio.h names for it.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), request, argument) };
+    if result < 0 { Err(Error::last_os_error()) } else { Ok(()) }
+}
