@@ -8,11 +8,11 @@
 . /testbed/tests/lib.sh
 
 SHIM=/run/kvm.sock
-MEMORY=536870912
+MEMORY=$((256 << 20))
 
 # A guest that reports its free pages as soon as it has started, and has a balloon.
 balloon_guest_start() {
-    guest_start --mem 512M --reconnect 500 "$@" \
+    guest_start --mem 256M --reconnect 500 --timeout 300 "$@" \
         --qemu-arg -device --qemu-arg virtio-balloon-pci,id=balloon,free-page-reporting=on
 }
 # Bytes of guest memory that have pages.
@@ -73,7 +73,7 @@ refused() {
     backend_start --no-snoop assume --kvm-socket "$SHIM"
     within 20 logged 'the VM has been running for .* policy is .lock.'
     equal 0 "$(times_logged 'region .* mapped')" "regions mapped"
-    shim_says 'registered=0 told=0 kept=0'
+    shim_says 'registered=0 told=0 kept=false'
     backend_stop
 }
 as_before() {

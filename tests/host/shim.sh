@@ -65,14 +65,15 @@ told_first() {
     told_only "$(wanted assume)"
     [ "$(wanted assume)" = 0 ] ||
         equal "$TOLD" "$(grep -oE "$TOLD|$MAPPED" "$TRACING/trace" | head -n 1)" "what came first"
-    shim_says "policy=lock .* registered=1 told=$(wanted assume) kept=0"
+    shim_says "policy=lock .* registered=1 told=$(wanted assume) kept=false"
 }
+executed() { [ "$(hits_since_mark "$WBINVD")" -gt 0 ]; }
 written_back() {
     mark
-    # The last thing a processor does that goes off line is a WBINVD.
+    # A processor that goes off line executes it last.
     guest exec -- 'echo 0 >/sys/devices/system/cpu/cpu1/online'
-    within 5 heard 1 "$WBINVD"
-    heard "$(wanted assume)" "$WRITTEN_BACK"
+    within 10 executed
+    heard $(($(hits_since_mark "$WBINVD") * $(wanted assume))) "$WRITTEN_BACK"
 }
 no_rights() {
     vfio-rights "$(cat "$BACKEND_PID")" >/run/owner
@@ -114,7 +115,8 @@ backend_killed() {
     mark
     kill -9 "$(cat "$BACKEND_PID")"
     within 5 test -s "$BACKEND_STATUS"
-    equal "$(cat /run/pinned-before)" "$(pages_pinned)" "pages pinned"
+    # Less than a megabyte: the guest's memory is not.
+    [ "$(pages_pinned)" -lt 256 ]
     # It takes the function, so nobody else has it.
     iommu-probe >/dev/null
     guest exec -- true
@@ -122,13 +124,16 @@ backend_killed() {
 kept() {
     backend_killed
     untold_only 0
-    shim_says "registered=0 told=0 kept=$(wanted assume)"
+    case $(wanted assume) in
+    0) shim_says "registered=0 told=0 kept=false" ;;
+    *) shim_says "registered=0 told=0 kept=true" ;;
+    esac
 }
 backend_again() {
     backend_start --no-snoop assume --kvm-socket "$SHIM"
     within 20 logged 'region .* mapped'
     verifying --size=8M
-    shim_says "registered=1 told=$(wanted assume) kept=0"
+    shim_says "registered=1 told=$(wanted assume) kept=false"
 }
 registered_again() {
     mark
@@ -152,7 +157,7 @@ own_first() {
         --qemu-arg "vfio-pci,id=own,host=$SECOND,iommufd=iommufd,bus=rp"
     told_only "$(wanted own)"
     heard 1 "$DEVICE_MADE"
-    shim_says "policy=dynamic .* registered=1 told=$(wanted assume) kept=0"
+    shim_says "policy=dynamic .* registered=1 told=$(wanted assume) kept=false"
     both_drives_work
 }
 untold_and_told() {
@@ -165,12 +170,12 @@ untold_and_told() {
 
 # A guest with the shim in its QEMU, and a port for a device of its own.
 shim_guest_start() {
-    guest_start --shim "$SHIM" --reconnect 500 --qemu-arg -device --qemu-arg pcie-root-port,id=rp,slot=1,chassis=1 "$@"
+    guest_start --shim "$SHIM" --mem 256M --reconnect 500 --timeout 300 \
+        --qemu-arg -device --qemu-arg pcie-root-port,id=rp,slot=1,chassis=1 "$@"
 }
 
 probe "$TOLD" "$UNTOLD" "$DEVICE_MADE" "$MAPPED" "$WBINVD" "$WRITTEN_BACK"
 bind_to_vfio $SECOND || exit
-pages_pinned >/run/pinned-before
 
 claim "KVM is told as the profile says for each policy, with the shim and without" every_policy
 
