@@ -84,7 +84,7 @@ as_before() {
 ALARM='ERROR.*guest memory is being discarded under the device'
 dd if=/dev/urandom bs=1M count=16 2>/dev/null | tee /dev/nvme0n1 | md5sum | cut -d ' ' -f 1 >/run/sum
 sync
-bind_to_vfio "$FUNCTION" || exit
+bind_to_vfio "$FUNCTION"
 
 backend_start || exit
 balloon_guest_start || exit

@@ -91,5 +91,4 @@ bind_to_vfio() {
     echo vfio-pci >"/sys/bus/pci/devices/$1/driver_override"
     [ ! -e "/sys/bus/pci/devices/$1/driver" ] || echo "$1" >"/sys/bus/pci/devices/$1/driver/unbind"
     echo "$1" >/sys/bus/pci/drivers_probe
-    [ -e "/sys/bus/pci/devices/$1/vfio-dev" ]
 }

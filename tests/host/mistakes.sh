@@ -20,11 +20,6 @@ answers() {
     }
 }
 serve() { timeout 30 vhost-device-vfio --socket-path "${2:-/run/other.sock}" --device "$1"; }
-bind() {
-    echo vfio-pci >"/sys/bus/pci/devices/$1/driver_override"
-    [ ! -e "/sys/bus/pci/devices/$1/driver" ] || echo "$1" >"/sys/bus/pci/devices/$1/driver/unbind"
-    echo "$1" >/sys/bus/pci/drivers_probe
-}
 
 no_iommufd() {
     mv /dev/iommu /dev/iommu.away
@@ -34,12 +29,12 @@ no_iommufd() {
     return "$status"
 }
 not_nvme() {
-    bind "$EDU"
+    bind_to_vfio "$EDU"
     answers "$EDU: .*(NVMe|NVM Express)" serve "$EDU"
 }
 # Two functions of one slot are one group; the kernel's nvme driver holds the second.
 group_not_viable() {
-    bind 0000:00:07.0
+    bind_to_vfio 0000:00:07.0
     answers 'IOMMU group [0-9]+ is not viable: 0000:00:07.1 \(nvme\)' serve 0000:00:07.0
 }
 socket_taken() { answers "$SOCKET.*in use" timeout 30 vhost-device-vfio --socket-path "$SOCKET" --device "$EDU"; }
@@ -61,7 +56,7 @@ lockable_memory() {
 
 claim "a function of another driver: the command that binds it" \
     answers "wanted bound to vfio-pci, found bound to nvme.*driverctl set-override $FUNCTION" serve "$FUNCTION"
-bind "$FUNCTION"
+bind_to_vfio "$FUNCTION"
 claim "a function without a driver: the command that binds it" answers 'found no driver' serve "$EDU"
 claim "an address where nothing is: said so" answers '0000:1f:00.0: no such PCI function' serve 1f:00.0
 claim "a word that is no address: an example" answers 'not a PCI address.*0000:00:04.0' serve nvme0
