@@ -17,8 +17,12 @@ balloon_guest_start() {
 }
 # Bytes of guest memory that have pages.
 memory_allocated() {
-    file=$(find "/proc/$(guest pid)/fd" -lname '*memfd:*' | head -n 1)
-    echo $((512 * $(stat -L -c %b "$file")))
+    for file in "/proc/$(guest pid)/fd"/*; do
+        case $(readlink "$file") in
+        /memfd:*) echo $((512 * $(stat -L -c %b "$file"))) && return ;;
+        esac
+    done
+    return 1
 }
 holes() { [ "$(memory_allocated)" -lt "$MEMORY" ]; }
 # What the guest reads from the disk, by way of its page cache.
@@ -48,6 +52,7 @@ alarm() {
 }
 corrupted() {
     found=$(read_sum)
+    equal 32 "${#found}" "digits of the sum"
     [ "$found" != "$(cat /run/sum)" ] || {
         echo "the guest reads what is on the drive: this test has no reason to exist"
         return 1
