@@ -10,5 +10,5 @@ answer = iova_ranges=0x0-0xfedfffff,0xfef00000-0x7fffffffff
 verdict = suppress coherent: the device never sets No Snoop
 verdict = allow coherent: the device never sets No Snoop
 verdict = refuse coherent: the device never sets No Snoop
-verdict = assume not coherent: flushed at map, at unmap and around each request
+verdict = assume not coherent: flushed at map, at unmap and around each request; KVM is not told
 kvm = suppress=0 allow=0 refuse=0 assume=1 own=1
