@@ -17,4 +17,5 @@ mod rig;
 mod rings;
 mod shim;
 mod sockets;
+mod vmm;
 mod wire;

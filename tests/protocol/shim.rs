@@ -1,25 +1,22 @@
 //! What the VM's process hears of the device, through a real shim in this process, and what happens where it hears nothing.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use kvm_vfio_shim::wire::{Kind, Reply, Request};
-use kvm_vfio_shim::{Client, Config, Dma, Policy, Reason, Server, Status, Vm};
+use kvm_vfio_shim::wire::{Kind, Reply};
+use kvm_vfio_shim::{Client, Dma, Reason};
 use rustix::fs::{FallocateFlags, fallocate};
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept, bind, listen, recv, send,
-    socket_with,
-};
+use rustix::net::accept;
 use vhost_device_vfio::coherency::{self, CacheOps, Facts, NoSnoop, Personality};
 use vhost_device_vfio::kvm::{Shim, Vmm};
-use vmm_sys_util::tempdir::TempDir;
 
 use crate::mistakes::{lines, listen_to_the_log};
 use crate::rig::{Around, Change, Rig, memory};
+use crate::vmm::{Answer, Socket};
 use crate::wire::{Place, Wire};
 
 const PAGE: u64 = 4096;
@@ -35,74 +32,6 @@ const COHERENT: Facts = Facts {
 };
 /// DMA that goes behind them.
 const FLUSHED: Facts = Facts { snoop_enforced: false, policy: coherency::Policy::Assume, ..COHERENT };
-
-/// The socket of a VM's shim, whether there is one or not.
-struct Socket {
-    _directory: TempDir,
-    path: PathBuf,
-}
-
-impl Socket {
-    fn new() -> Self {
-        let directory = TempDir::new().unwrap();
-        let path = directory.as_path().join("kvm");
-        Self { _directory: directory, path }
-    }
-
-    /// A device of this name, on which `facts` are known; its file is one that no KVM would take.
-    fn vmm(&self, name: &str, facts: Facts) -> Vmm {
-        let file = Some("/dev/null".into());
-        Vmm::with(Shim { socket: self.path.clone(), device: name.into(), facts, file })
-    }
-
-    fn around(&self, name: &str, facts: Facts) -> Around {
-        Around { vmm: self.vmm(name, facts), ..Around::default() }
-    }
-
-    /// A real shim, as a VMM has it; it stays until the test program ends.
-    fn serve(&self) -> &'static Vm {
-        let vm: &'static Vm = Box::leak(Box::default());
-        let config = Config { socket: self.path.clone(), policy: Policy::Lock, peer: None, log: |_| () };
-        let mut server = Server::new(&config, vm).unwrap();
-        thread::spawn(move || server.run());
-        vm
-    }
-
-    fn listen(&self) -> OwnedFd {
-        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-        bind(&socket, &SocketAddrUnix::new(&self.path).unwrap()).unwrap();
-        listen(&socket, 4).unwrap();
-        socket
-    }
-
-    /// Something that is not quite a shim, for so many connections. What came is noted; each connection begins a list of its
-    /// own.
-    fn pretend(&self, connections: usize, answer: Answer) -> Heard {
-        let (listener, heard) = (self.listen(), Heard::default());
-        let notes = Arc::clone(&heard);
-        thread::spawn(move || {
-            for _ in 0..connections {
-                let socket = accept(&listener).unwrap();
-                notes.lock().unwrap().push(Vec::new());
-                let mut bytes = [0; 64];
-                while let Ok((length @ 1.., _)) = recv(&socket, &mut bytes, RecvFlags::empty()) {
-                    let Request { serial, kind } = Request::from_bytes(&bytes[..length]).unwrap();
-                    notes.lock().unwrap().last_mut().unwrap().push(kind);
-                    let (reply, goes_on) = answer(kind, Reply { serial, outcome: Ok(7), status: Status::default() });
-                    send(&socket, &reply, SendFlags::NOSIGNAL).unwrap();
-                    if !goes_on {
-                        break;
-                    }
-                }
-            }
-        });
-        heard
-    }
-}
-
-/// Makes out of a request and the right reply what is sent, and says whether the connection goes on.
-type Answer = fn(Kind, Reply) -> (Vec<u8>, bool);
-type Heard = Arc<Mutex<Vec<Vec<Kind>>>>;
 
 /// One page, at page 16, 32, 48 … of guest and front-end memory.
 fn page(number: u64) -> Place {
