@@ -2,7 +2,7 @@
 # profiles: vtd vtd-snoop amd-iommu
 # options: --add target/shim:/usr/local/shim --qemu-arg -drive --qemu-arg if=none,id=second,driver=null-co,size=64M,read-zeroes=on --qemu-arg -device --qemu-arg nvme,drive=second,serial=second,addr=5
 # KVM is told of non-coherent DMA from outside stock QEMU: where the profile says so and nowhere else, whatever becomes of
-# either side. Counted where KVM itself counts, in its kernel functions.
+# either side. Counted where KVM itself counts, in its kernel functions. What can only be seen where KVM is told is asked there.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
@@ -184,7 +184,7 @@ shim_guest_start() {
 }
 
 probe "$TOLD" "$UNTOLD" "$DEVICE_MADE" "$MAPPED" "$WBINVD" "$WRITTEN_BACK"
-bind_to_vfio $SECOND || exit
+bind_to_vfio "$SECOND"
 
 if [ "$PROFILE" = vtd ]; then
     for program in kvm_vfio_shim hooks qemu; do
@@ -207,9 +207,12 @@ claim "and can go, while ours goes on" unplugged
 claim "a backend that is killed lets go of device and memory at once, and KVM's answer stays" kept
 claim "the next backend registers again, KVM hears nothing new, and data verify" registered_again
 claim "a virtual machine that is killed is forgotten once, its memory unpinned" vm_killed
-claim "the next one, in which QEMU's own device came first, has one kvm-vfio device" own_first
-claim "QEMU's own device goes, KVM's answer follows the backend's" own_drive_gone
-claim "with policy dynamic it follows every backend" untold_and_told
-guest kill
+
+if [ "$(wanted own)" -gt 0 ]; then
+    claim "the next one, in which QEMU's own device came first, has one kvm-vfio device" own_first
+    claim "QEMU's own device goes, KVM's answer follows the backend's" own_drive_gone
+    claim "with policy dynamic it follows every backend" untold_and_told
+    guest kill
+fi
 backend_stop
 finished
