@@ -129,13 +129,14 @@ backend_killed() {
     # It takes the function, so nobody else has it.
     iommu-probe >/dev/null
     guest exec -- true
+    within 10 shim_says 'registered=0 '
 }
 kept() {
     backend_killed
     untold_only 0
     case $(wanted assume) in
-    0) shim_says "registered=0 told=0 kept=false" ;;
-    *) shim_says "registered=0 told=0 kept=true" ;;
+    0) shim_says 'told=0 kept=false' ;;
+    *) shim_says 'told=0 kept=true' ;;
     esac
 }
 backend_again() {
