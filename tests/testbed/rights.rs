@@ -46,7 +46,11 @@ pub fn of_process(process: Pid) -> io::Result<Vec<(String, Vec<Attempt>)>> {
 
 fn attempts(file: &OwnedFd) -> io::Result<Vec<Attempt>> {
     let iommufd = File::options().read(true).write(true).open("/dev/iommu")?;
-    let mut bind = vfio_device_bind_iommufd { argsz: size_u32::<vfio_device_bind_iommufd>(), iommufd: iommufd.as_raw_fd(), ..Default::default() };
+    let mut bind = vfio_device_bind_iommufd {
+        argsz: size_u32::<vfio_device_bind_iommufd>(),
+        iommufd: iommufd.as_raw_fd(),
+        ..Default::default()
+    };
     let mut info = vfio_device_info { argsz: size_u32::<vfio_device_info>(), ..Default::default() };
     Ok(vec![
         ("bind", ioctl(file, VFIO_DEVICE_BIND_IOMMUFD, ptr::from_mut(&mut bind).cast())),
