@@ -31,6 +31,8 @@ pins() { awk '$1 == "nr_foll_pin_acquired" { a = $2 } $1 == "nr_foll_pin_release
 as_before() { equal "$(cat /run/pins)" "$(pins)" "pages pinned in this machine"; }
 
 served() {
+    # What a claim that was broken has left behind.
+    [ ! -s "$BACKEND_PID" ] || kill -KILL "$(cat "$BACKEND_PID")" 2>/dev/null || true
     pins >/run/pins
     backend_start --no-snoop "$1"
     logged "DMA is $(expected "$1")$"

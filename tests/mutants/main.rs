@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 
 /// A test that has not ended by then never will.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(240);
 /// Names the mutant to be; 0 or nothing is the product as it is.
 const VARIABLE: &str = "VDV_MUTANT";
 

@@ -38,6 +38,9 @@ use sequence::Failed;
 
 /// The largest piece mapped by one call.
 const CHUNK: u64 = 1 << 30;
+/// Where the driver's own buffers end. AMD-Vi allows addresses of 64 bits and then maps none of the highest; what every
+/// processor has for user space is within what every page table of the kernel's has.
+const HIGHEST: Iova = Iova((1 << 47) - 1);
 
 /// The address space of one device. Buffers made from it keep it alive.
 #[derive(Clone)]
@@ -193,6 +196,8 @@ impl AddressSpace for LiveSpace {
 
         let zero = Span::new(Iova(0), len as u64).ok_or(MapError::NoIova(bytes))?;
         let allowed = live.allowed(zero)?;
+        let below = |range: &Span<Iova>| Span::inclusive(range.start(), range.last().min(HIGHEST));
+        let allowed: Vec<_> = allowed.iter().filter_map(below).collect();
         let gap = live.exposure.ledger().highest_gap(&allowed, len as u64, page as u64);
         let span = gap.ok_or(MapError::NoIova(bytes))?;
         let whole = Piece { span, window: &window, offset: 0, file: Some((place.file().as_fd(), 0)) };
