@@ -15,6 +15,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost_device_vfio::addr::{Gpa, Qva, Span};
 use vhost_device_vfio::driver::Geometry;
+use vhost_device_vfio::engine::Changing;
 use vhost_device_vfio::engine::chain::Chain;
 use vhost_device_vfio::engine::guest::Guest;
 use vhost_device_vfio::engine::request::{Data, Disk, Job, Status, parse};
@@ -207,7 +208,7 @@ fn split(memory: &Memory) -> impl FnMut() {
 /// Serves all that is available.
 fn serve(memory: &Memory, setup: &RingSetup) -> impl FnMut() + use<> {
     let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 512, ..Geometry::default() };
-    let disk = Disk::new(&geometry, Arc::default());
+    let disk = Disk::new(&geometry, Arc::new(Changing::of(&geometry)));
     let mut ring = Virtqueue::new(setup, &memory.ours).unwrap();
     let mut guest = Guest::default();
     guest.publish(Arc::clone(&memory.ours));

@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -61,13 +61,13 @@ pub trait Function: Send + Sync {
     /// # Errors
     /// The errno of the kernel.
     fn set_bus_master(&self, on: bool) -> io::Result<()>;
-    /// Readable when the host asks for the function back, as when an administrator unbinds it; that waits until this process
-    /// has dropped the function and its registers. `None` where nobody asks.
+    /// Has `event` signalled when the host asks for the function back, as when an administrator unbinds it; that waits until
+    /// this process has dropped the function and its registers. Does nothing where nobody asks.
     ///
     /// # Errors
     /// The errno of the kernel.
-    fn removal_event(&self) -> io::Result<Option<OwnedFd>> {
-        Ok(None)
+    fn route_removal(&self, _event: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(())
     }
     /// Resets the function. Afterwards bus master is off and configuration is as it was at open.
     ///
@@ -100,6 +100,9 @@ pub trait AddressSpace: Send + Sync {
     fn statistics(&self) -> SpaceStatistics {
         SpaceStatistics::default()
     }
+    /// The device, which does no DMA any more, is about to be given back to the host. What is mapped stays so for the day it
+    /// returns, but nothing stays pinned.
+    fn part(&self) {}
     /// What makes CPU caches and DRAM agree around each DMA to what is mapped here; `None` where DMA is coherent.
     fn caches(&self) -> Option<Arc<dyn CacheFlush>> {
         None

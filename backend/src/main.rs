@@ -12,11 +12,12 @@ use clap::Parser;
 
 use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
 use vhost_device_vfio::config::{Config, DeviceArg, Question};
-use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
+use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions, Source};
 use vhost_device_vfio::emulated::{EmulatedError, Machine};
 use vhost_device_vfio::engine::{Engine, Options, Watch};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::inspect::{Report, list};
+use vhost_device_vfio::iommu::LiveSpace;
 use vhost_device_vfio::kvm::{Shim, Vmm};
 use vhost_device_vfio::sys::signal_fd;
 use vhost_device_vfio::take::Taken;
@@ -32,6 +33,8 @@ const USAGE: u8 = 2;
 /// A function ready for its driver, and the address space it lives in.
 struct Hardware {
     function: Arc<dyn Function>,
+    /// Where it is to be had again after the host has asked for it back.
+    source: Option<Source>,
     space: Arc<dyn AddressSpace>,
     /// What the decision about the caches rests on.
     facts: Facts,
@@ -80,7 +83,7 @@ fn run(config: &Config) -> Result<()> {
     };
     // Before a real device is touched: a mistake in the path should not cost a controller reset.
     let entrance = listen.open()?;
-    let Hardware { function, space, facts, file } = match (device, machine) {
+    let Hardware { function, source, space, facts, file } = match (device, machine) {
         (_, Some(machine)) => emulate(&machine, config.no_snoop.into())?,
         (DeviceArg::Pci(address), None) => take(*address, config.no_snoop.into())?,
         (DeviceArg::Emulated(_), None) => unreachable!("made above"),
@@ -89,7 +92,11 @@ fn run(config: &Config) -> Result<()> {
 
     let queues = config.queue_count();
     let options = NvmeOptions { namespace: config.namespace, queues, read_only: config.read_only };
-    let nvme = Nvme::bring_up(function, Arc::clone(&space), options)?;
+    let mut nvme = Nvme::bring_up(function, Arc::clone(&space), options)?;
+    // With a shim, KVM would have to be told of the new file before anything is mapped for it.
+    if let (Some(source), None) = (source, &config.kvm_socket) {
+        nvme = nvme.returning(source);
+    }
     let options =
         Options { rings: usize::from(queues), spin: config.spin(), patience: PATIENCE, watch: Watch::default() };
     let engine = Engine::start(Box::new(nvme), &space, options)?;
@@ -100,6 +107,7 @@ fn run(config: &Config) -> Result<()> {
         .clone()
         .map_or_else(Vmm::unreachable, |socket| Vmm::with(Shim { socket, device: name.clone(), facts, file }));
     let mut server = Server::new(entrance, Device { engine, space, queues, vmm })?;
+    server.tell_changes();
     log::info!("serving {name} on {queues} virtqueues; {kib} KiB mapped");
     let served = server.run(stop);
     let Device { engine, space, vmm, .. } = server.into_device();
@@ -125,8 +133,21 @@ fn take(address: PciAddress, policy: Policy) -> Result<Hardware> {
     let facts = taken.evidence().facts(Personality::Mediated, policy, false);
     announce(&address, &taken.evidence().snoop, &facts);
     let (function, space) = taken.settle(&facts)?;
+    let kept = space.clone();
     let function = obey(Arc::new(function), decide(&facts))?;
-    Ok(Hardware { function, space: Arc::new(space), facts, file: address.cdev() })
+    let source: Source = Box::new(move || take_again(address, &kept, &facts));
+    Ok(Hardware { function, source: Some(source), space: Arc::new(space), facts, file: address.cdev() })
+}
+
+/// Takes a function that the host has had meanwhile. What was decided about the caches must still be right.
+fn take_again(address: PciAddress, space: &LiveSpace, before: &Facts) -> Result<Arc<dyn Function>> {
+    let taken = Taken::again(address, space)?;
+    let facts = taken.evidence().facts(before.personality, before.policy, before.shim);
+    let (was, verdict) = (decide(before), decide(&facts));
+    if verdict != was {
+        bail!("{address}: its DMA was {was} and would now be {verdict}; restart this program to serve it");
+    }
+    obey(Arc::new(taken.rejoin(space)?), verdict)
 }
 
 /// The same for a function made here.
@@ -140,7 +161,7 @@ fn emulate(machine: &Machine, policy: Policy) -> Result<Hardware> {
         Verdict::Refuse(refusal) => bail!("emulated: {refusal}"),
     };
     let function = obey(machine.function(), verdict)?;
-    Ok(Hardware { function, space, facts, file: None })
+    Ok(Hardware { function, source: None, space, facts, file: None })
 }
 
 /// Holds the Enable No Snoop bit off if that is the verdict.

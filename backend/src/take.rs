@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use crate::coherency::{CacheOps, Facts, NoSnoop, Personality, Policy, Refusal, Verdict, decide};
 use crate::iommu::{LiveSpace, PageTable, Snoop};
-use crate::sys::{CacheLines, Instruction};
+use crate::sys::{CacheLines, Instruction, Ioas, Iommufd};
 use crate::vfio::{Attached, Opened, PciAddress, VfioError, no_snoop, open_iommufd};
 
 /// A function that is ours, attached to an address space that is still empty.
@@ -61,10 +61,25 @@ impl Taken {
     /// # Errors
     /// See [`TakeError`]; the function is released.
     pub fn take(address: PciAddress) -> Result<Self, TakeError> {
-        let step = |what| move |source| TakeError::Kernel { address, what, source };
         let opened = Opened::open(address)?;
         let iommufd = Arc::new(open_iommufd(Path::new("/dev/iommu"))?);
-        let ioas = iommufd.ioas().map_err(step("allocate an address space (IOMMU_IOAS_ALLOC)"))?;
+        let ioas = iommufd.ioas();
+        let what = "allocate an address space (IOMMU_IOAS_ALLOC)";
+        let ioas = ioas.map_err(|source| TakeError::Kernel { address, what, source })?;
+        Self::attach(address, opened, iommufd, ioas)
+    }
+
+    /// Takes a function that has been away, for the address space it had: what is mapped there is pinned again.
+    ///
+    /// # Errors
+    /// See [`TakeError`]; the function is released.
+    pub fn again(address: PciAddress, space: &LiveSpace) -> Result<Self, TakeError> {
+        let (iommufd, ioas) = space.place();
+        Self::attach(address, Opened::open(address)?, iommufd, ioas)
+    }
+
+    fn attach(address: PciAddress, opened: Opened, iommufd: Arc<Iommufd>, ioas: Ioas) -> Result<Self, TakeError> {
+        let step = |what| move |source| TakeError::Kernel { address, what, source };
         let bound = opened.bind(&iommufd, &ioas)?;
         let table = PageTable::new(iommufd, ioas, bound.device_id());
         let table = Arc::new(table.map_err(step("make a page table (IOMMU_HWPT_ALLOC)"))?);
@@ -90,15 +105,26 @@ impl Taken {
         let Self { address, function, table, evidence } = self;
         let step = |what| move |source| TakeError::Kernel { address, what, source };
         let space = match (decide(facts), evidence.lines) {
-            (Verdict::Coherent(_), _) => LiveSpace::coherent(table),
+            (Verdict::Coherent(_), _) => LiveSpace::coherent(&table),
             (Verdict::Flush(_), Some(lines)) => {
-                let space = LiveSpace::flushing(table, lines, function.device_file());
+                let space = LiveSpace::flushing(&table, lines, function.device_file());
                 space.map_err(step("make a staging page table"))?
             }
             (Verdict::Flush(_), None) => return Err(TakeError::Refused(address, Refusal::NoCacheOps)),
             (Verdict::Refuse(refusal), _) => return Err(TakeError::Refused(address, refusal)),
         };
         Ok((function, space))
+    }
+
+    /// As [`Self::settle`], into the address space that the function had before. The verdict must be the one it had then.
+    ///
+    /// # Errors
+    /// See [`TakeError`]; the function is released.
+    pub fn rejoin(self, space: &LiveSpace) -> Result<Attached, TakeError> {
+        let Self { address, function, table, .. } = self;
+        let what = "make a staging page table";
+        space.join(&table, function.device_file()).map_err(|source| TakeError::Kernel { address, what, source })?;
+        Ok(function)
     }
 }
 

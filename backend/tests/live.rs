@@ -35,9 +35,9 @@ fn take_under(flushing: bool) -> Result<(LiveSpace, Attached), VfioError> {
     let attached = bound.attach(Arc::clone(&table))?;
     let space = if flushing {
         let lines = CacheLines::detect().expect("cache ops");
-        LiveSpace::flushing(table, lines, attached.device_file()).expect("staging")
+        LiveSpace::flushing(&table, lines, attached.device_file()).expect("staging")
     } else {
-        LiveSpace::coherent(table)
+        LiveSpace::coherent(&table)
     };
     Ok((space, attached))
 }

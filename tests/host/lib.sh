@@ -41,7 +41,8 @@ nothing_pinned() { equal 0 "$(pinned)" "kB pinned by the backend"; }
 statistic() { sed -n "s/.*statistics: .*\\b$1=\\([0-9]*\\).*/\\1/p" "$BACKEND_LOG" | tail -n 1; }
 
 # guest_start [OPTION of "guest start"]…: a guest with the backend's disk as /dev/vda.
-guest_start() { guest start --socket "$SOCKET" "$@"; }
+# The host's processors are emulated, and its machine may be busy.
+guest_start() { guest start --socket "$SOCKET" --timeout 300 "$@"; }
 
 # descriptors, cpu_ticks: what else the backend holds and uses.
 descriptors() { find "/proc/$(cat "$BACKEND_PID")/fd" -mindepth 1 | wc -l; }
@@ -91,4 +92,20 @@ bind_to_vfio() {
     echo vfio-pci >"/sys/bus/pci/devices/$1/driver_override"
     [ ! -e "/sys/bus/pci/devices/$1/driver" ] || echo "$1" >"/sys/bus/pci/devices/$1/driver/unbind"
     echo "$1" >/sys/bus/pci/drivers_probe
+}
+
+# stressing SECONDS [OPTION of stress]…: requests of every kind and size, 128 at once, each checked, in the background of a
+# guest started with --add stress. stressed: their outcome.
+stressing() {
+    guest exec -- "rm -f /tmp/stressed
+        (stress /dev/vda --seconds $* >/tmp/stress.log 2>&1; echo \$? >/tmp/stressed) >/dev/null 2>&1 &"
+}
+stressed() {
+    guest exec --timeout 300 -- 'while [ ! -e /tmp/stressed ]; do sleep 0.5; done
+        tail -n 1 /tmp/stress.log; [ "$(cat /tmp/stressed)" = 0 ]'
+}
+# stress_lines, longest_gap LINE: the longest time without a request that ended, in ms, since its log had so many lines.
+stress_lines() { guest exec -- 'wc -l </tmp/stress.log'; }
+longest_gap() {
+    guest exec -- "awk -F = 'NR > $1 && /gap_ms/ && \$3 > most { most = \$3 } END { print most + 0 }' /tmp/stress.log"
 }

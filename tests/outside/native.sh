@@ -63,8 +63,10 @@ backend_stop() {
 # guest_start [OPTION of "guest start"]…
 guest_start() { guest start --socket "$SOCKET" --queues 2 --mem 256M --timeout 180 "$@"; }
 
+# The first discard makes the disk half as large again.
 starts() {
-    backend_start "file=$DISK,create=on,size=64M"
+    printf '[[fault]]\neffect = "resize"\nsize = "96M"\nopcode = "dataset-management"\n' >"$WORK/grow.toml"
+    backend_start "file=$DISK,create=on,size=64M,faults=$WORK/grow.toml"
     guest_start --allow-reset --qemu-arg -m --qemu-arg slots=2,maxmem=1G
     contains 'DMA is coherent: the IOMMU enforces snooping' "$WORK/backend.log"
 }
@@ -77,6 +79,13 @@ data_get_out() {
 data_are_there() {
     equal "$(cat "$WORK/sum")" \
         "$(guest exec -- 'dd if=/dev/vda bs=256k skip=16 count=32 iflag=direct 2>/dev/null | sha256sum')" "the data read back"
+}
+has_grown() { [[ $(guest exec -- 'cat /sys/block/vda/size') = 196608 ]]; }
+grows() {
+    guest exec -- 'blkdiscard -o 62914560 -l 65536 /dev/vda'
+    within 20 has_grown
+    guest exec -- 'dd if=/tmp/data of=/dev/vda bs=256k seek=320 oflag=direct 2>/dev/null && sync'
+    equal "$(cat "$WORK/sum")" "$(dd if="$DISK" bs=1M skip=80 count=8 status=none | sha256sum)" "the file behind the drive"
 }
 fio_verifies() {
     guest exec --timeout 200 -- 'fio --name=verify --filename=/dev/vda --offset=32M --size=8M --rw=randrw --bs=4k-64k \
@@ -116,6 +125,7 @@ prepare_guest
 claim "a guest boots beside an emulated drive" starts
 claim "the guest sees its size" capacity
 claim "what the guest writes is in the file behind the drive" data_get_out
+claim "a drive that grows has its new size in the guest, and the new blocks hold data" grows
 claim "fio in the guest verifies" fio_verifies
 claim "the guest makes a file system and it is clean" file_system
 claim "memory is added while the guest runs" memory_grows

@@ -5,6 +5,7 @@
 
 mod backend_channel;
 mod bad_messages;
+mod disorder;
 mod gpa_addresses;
 mod lifecycle;
 mod memory;

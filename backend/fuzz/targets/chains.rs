@@ -12,6 +12,7 @@ use vhost_device_vfio::addr::{Gpa, Qva, Span};
 use vhost_device_vfio::driver::Geometry;
 use vhost_device_vfio::engine::chain::Chain;
 use vhost_device_vfio::engine::guest::Guest;
+use vhost_device_vfio::engine::Changing;
 use vhost_device_vfio::engine::request::{Data, Disk, Status, parse};
 use vhost_device_vfio::engine::virtqueue::Virtqueue;
 use vhost_device_vfio::engine::{Layout, RingSetup};
@@ -56,7 +57,7 @@ fn serve(layout: Layout, table: &Arc<MemTable>) {
         err: None,
     };
     let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 4096, ..Geometry::default() };
-    let disk = Disk::new(&geometry, Arc::default());
+    let disk = Disk::new(&geometry, Arc::new(Changing::of(&geometry)));
     let mut ring = Virtqueue::new(&setup, table).unwrap();
     let mut guest = Guest::default();
     guest.publish(Arc::clone(table));

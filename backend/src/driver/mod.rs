@@ -208,11 +208,16 @@ pub trait Driver: Send {
     /// Hands out the queues, one per worker; the second call gives none.
     fn take_queues(&mut self) -> Vec<Box<dyn Queue>>;
     /// Stops all DMA by resetting the device, and brings it up again with fresh queues, whose number is as before. Used
-    /// when commands do not come back, and again at intervals if that has failed. All former queues must have been dropped.
+    /// when commands do not come back, and again at intervals if that has failed or the device has been released; then it
+    /// is taken again. The disk may have another size then. All former queues must have been dropped.
     ///
     /// # Errors
     /// What kept the device from coming back; it does no DMA then.
     fn recover(&mut self) -> anyhow::Result<Vec<Box<dyn Queue>>>;
+    /// True while the device has been released and not been taken again; then [`Self::recover`] is cheap to try.
+    fn is_released(&self) -> bool {
+        false
+    }
     /// Looks whether the device is there and alive.
     ///
     /// # Errors
@@ -223,10 +228,20 @@ pub trait Driver: Send {
     /// # Errors
     /// The device does not answer; then [`Self::recover`] is called for.
     fn abort(&mut self, commands: &[CommandId]) -> anyhow::Result<()>;
+    /// Readable when the device may have something to tell, to be answered by [`Self::attend`].
+    fn notice(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    /// Hears what the device has to tell; [`Self::geometry`] is up to date then.
+    ///
+    /// # Errors
+    /// The device does not answer; then [`Self::recover`] is called for.
+    fn attend(&mut self) -> anyhow::Result<()> {
+        Ok(())
+    }
     /// Readable when the host wants the device back, to be answered by [`Self::release`].
     fn removal(&self) -> Option<BorrowedFd<'_>>;
-    /// Stops the device and lets go of it, so that the host can have it; it cannot be recovered. All queues must have been
-    /// dropped.
+    /// Stops the device and lets go of it, so that the host can have it. All queues must have been dropped.
     fn release(&mut self);
     /// Turns the volatile write cache on or off; it stays so over [`Self::recover`]. What was written before is not made
     /// durable by turning it off.

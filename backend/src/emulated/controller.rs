@@ -56,7 +56,7 @@ pub struct Traffic {
 pub(super) struct Controller {
     pub(super) options: Options,
     /// Size of the disk, logical blocks.
-    pub(super) blocks: u64,
+    pub(super) blocks: AtomicU64,
     pub(super) store: Store,
     pub(super) iommu: SoftIommu,
     pub(super) registers: Mutex<RegisterFile>,
@@ -96,7 +96,7 @@ impl Controller {
         }
         let pairs = usize::from(options.queues) + 1;
         Ok(Self {
-            blocks,
+            blocks: blocks.into(),
             store,
             iommu,
             registers: Mutex::default(),

@@ -4,9 +4,10 @@
 //! something happens --> pending --(a request waits)--> completed, masked --(its log page is read)--> may happen again
 //! ```
 //!
-//! One kind of event is raised here: a doorbell write that makes no sense.
+//! Two kinds of events are raised here: a doorbell write that makes no sense, and another size of the namespace.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::atomic::Ordering::SeqCst;
 
 use super::controller::Controller;
@@ -29,6 +30,13 @@ pub(super) enum BadDoorbell {
     BadValue = 0x01_01_00,
 }
 
+/// OAES bit 8, and the bit of Asynchronous Event Configuration: Namespace Attribute Notices (§5.27.1.8).
+pub(super) const NAMESPACE_NOTICES: u32 = 1 << 8;
+/// Changed Namespace List.
+pub(super) const CHANGED_LOG: u8 = 0x04;
+/// Event type Notice, Namespace Attribute Changed, with its log page (§5.2.1).
+const NAMESPACE_CHANGED: u32 = 0x04_00_02;
+
 /// A command that failed.
 #[derive(Clone, Copy)]
 pub(super) struct ErrorEntry {
@@ -50,6 +58,15 @@ pub(super) struct Events {
     /// Dword 0 of an event that nobody has been told.
     pending: Option<u32>,
     masked: bool,
+    /// The namespace has changed since its log page was read; from the first notice on.
+    changed: Option<Notice>,
+}
+
+/// Where a notice stands.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Notice {
+    Pending,
+    Told,
 }
 
 impl Events {
@@ -64,6 +81,27 @@ impl Events {
     pub(super) fn unmask(&mut self) {
         self.masked = false;
     }
+
+    /// The host has read the list of changed namespaces; true if it had an entry.
+    pub(super) fn read_changes(&mut self) -> bool {
+        self.changed.take().is_some()
+    }
+
+    fn pending(&self) -> bool {
+        self.pending.is_some() || self.changed == Some(Notice::Pending)
+    }
+
+    /// Dword 0 of an event that has not been told, which it is now.
+    fn tell(&mut self) -> Option<u32> {
+        if let Some(error) = self.pending.take() {
+            self.masked = true;
+            return Some(error);
+        }
+        (self.changed == Some(Notice::Pending)).then(|| {
+            self.changed = Some(Notice::Told);
+            NAMESPACE_CHANGED
+        })
+    }
 }
 
 impl Controller {
@@ -74,7 +112,7 @@ impl Controller {
             return Err(Status::EVENT_LIMIT_EXCEEDED);
         }
         events.waiting.push(entry.cid());
-        self.untold.store(events.pending.is_some(), SeqCst);
+        self.untold.store(events.pending(), SeqCst);
         Ok(())
     }
 
@@ -112,6 +150,22 @@ impl Controller {
         }
     }
 
+    /// Gives the namespace another size. Whoever has asked for it is told when no queue is locked.
+    pub(super) fn resize(&self, bytes: u64) -> io::Result<()> {
+        let lba = u64::from(self.options.lba);
+        if bytes == 0 || !bytes.is_multiple_of(lba) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.store.resize(bytes)?;
+        self.blocks.store(bytes / lba, SeqCst);
+        let admin = &mut *lock(&self.admin);
+        if admin.features.notices() {
+            admin.events.changed.get_or_insert(Notice::Pending);
+            self.untold.store(true, SeqCst);
+        }
+        Ok(())
+    }
+
     /// Completes a waiting request with what is pending. Called with no queue locked.
     #[inline]
     pub(super) fn tell_events(&self) {
@@ -130,9 +184,10 @@ impl Controller {
         let (cid, result) = {
             let events = &mut lock(&self.admin).events;
             self.untold.store(false, SeqCst);
-            let Some(result) = events.pending.filter(|_| !events.waiting.is_empty()) else { return };
-            events.pending = None;
-            events.masked = true;
+            if events.waiting.is_empty() {
+                return;
+            }
+            let Some(result) = events.tell() else { return };
             (events.waiting.remove(0), result)
         };
         let mut pass = Pass::default();

@@ -108,6 +108,8 @@ pub enum Effect {
     Fatal,
     /// The function is gone from then on, as with [`Fault::Removed`].
     Remove,
+    /// It is executed, after the namespace has got this size, bytes; see [`Machine::resize`](super::Machine::resize).
+    Resize(u64),
 }
 
 struct Trap {

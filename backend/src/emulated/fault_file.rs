@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::options::duration;
+use super::options::{duration, size};
 use super::wire::{Status, nvm};
 use super::{Commands, Effect, EmulatedError, Fault};
 
-const EFFECTS: &str = "lose, twice, wrong-phase, wrong-id, status, delay, lose-interrupt, stick, fatal, remove, \
+const EFFECTS: &str = "lose, twice, wrong-phase, wrong-id, status, delay, lose-interrupt, stick, fatal, remove, resize, \
                        stuck-ready, reset-refused, removed, capability, identify";
 
 #[derive(Deserialize)]
@@ -32,6 +32,7 @@ struct Entry {
     status: Option<u16>,
     id: Option<u16>,
     delay: Option<String>,
+    size: Option<String>,
     value: Option<String>,
     cns: Option<u8>,
     offset: Option<usize>,
@@ -94,6 +95,7 @@ impl Entry {
             "stick" => Effect::Stick,
             "fatal" => Effect::Fatal,
             "remove" => Effect::Remove,
+            "resize" => Effect::Resize(bytes(&needed(self.size.take(), "size")?)?),
             _ => return Err(format!("no effect `{effect}`; there are {EFFECTS}")),
         };
         let opcode = self.opcode.take().map(|opcode| opcode.number()).transpose()?;
@@ -116,6 +118,7 @@ impl Entry {
             ("status", self.status.is_some()),
             ("id", self.id.is_some()),
             ("delay", self.delay.is_some()),
+            ("size", self.size.is_some()),
             ("value", self.value.is_some()),
             ("cns", self.cns.is_some()),
             ("offset", self.offset.is_some()),
@@ -158,6 +161,10 @@ fn status(bits: u16) -> Result<Status, String> {
 
 fn time(text: &str) -> Result<Duration, String> {
     duration(text).ok_or_else(|| format!("delay `{text}`: wanted a number of ns, us, ms or s"))
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    size("size", text).map_err(|_| format!("size `{text}`: wanted a number of bytes, or of K, M, G or T"))
 }
 
 /// TOML's own integers have 63 bits, a register 64.

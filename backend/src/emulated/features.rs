@@ -1,6 +1,7 @@
 //! Get Features and Set Features (NVMe 2.0 §5.15, §5.27): a table of dwords, and the few that mean something here.
 
 use super::Options;
+use super::events::NAMESPACE_NOTICES;
 use super::wire::{Entry, Status, high16, low16};
 
 const ARBITRATION: usize = 0x01;
@@ -47,6 +48,11 @@ impl Features {
 
     pub(super) fn write_cache(&self) -> bool {
         self.current[VOLATILE_WRITE_CACHE] & 1 != 0
+    }
+
+    /// True if a change of the namespace is to be told.
+    pub(super) fn notices(&self) -> bool {
+        self.current[ASYNC_EVENTS] & NAMESPACE_NOTICES != 0
     }
 
     /// The identifier in dword 10, if there is such a feature.

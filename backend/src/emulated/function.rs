@@ -7,8 +7,6 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, eventfd};
-
 use crate::hardware::{Function, Registers};
 
 use super::config::{BUS_MASTER, Config, MEMORY_SPACE};
@@ -26,7 +24,7 @@ pub struct EmulatedFunction {
     config: Mutex<Config>,
     worker: Option<Arc<Worker>>,
     /// Signalled to ask the owner to give the function back.
-    removal: OwnedFd,
+    removal: Mutex<Option<OwnedFd>>,
 }
 
 /// The controller's thread; dropping it stops the thread.
@@ -48,9 +46,7 @@ impl EmulatedFunction {
         let no_snoop = controller.options.no_snoop;
         let config = Config::new(layout.size, layout.table, vectors, no_snoop);
         controller.iommu.set_no_snoop(config.no_snoop());
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let removal = event.map_err(|errno| EmulatedError::Event(errno.into()))?;
-        Ok(Self { controller, layout, vectors, config: Mutex::new(config), worker, removal })
+        Ok(Self { controller, layout, vectors, config: Mutex::new(config), worker, removal: Mutex::default() })
     }
 
     pub(super) fn traffic(&self) -> Traffic {
@@ -119,8 +115,9 @@ impl Function for EmulatedFunction {
         self.controller.route(events)
     }
 
-    fn removal_event(&self) -> io::Result<Option<OwnedFd>> {
-        self.removal.try_clone().map(Some)
+    fn route_removal(&self, event: BorrowedFd<'_>) -> io::Result<()> {
+        *lock(&self.removal) = Some(event.try_clone_to_owned()?);
+        Ok(())
     }
 
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
@@ -146,15 +143,23 @@ impl Function for EmulatedFunction {
 }
 
 impl EmulatedFunction {
-    /// Signals the event of [`Function::removal_event`].
+    /// Signals the event of [`Function::route_removal`].
     pub(super) fn ask_back(&self) {
-        if let Err(errno) = rustix::io::write(&self.removal, &1_u64.to_ne_bytes()) {
+        if let Some(event) = &*lock(&self.removal)
+            && let Err(errno) = rustix::io::write(event, &1_u64.to_ne_bytes())
+        {
             log::warn!("emulated function: ask for it back: {errno}");
         }
     }
 
     fn removed(&self) -> bool {
         self.controller.faults.removed.load(SeqCst)
+    }
+
+    pub(super) fn resize(&self, bytes: u64) -> io::Result<()> {
+        self.controller.resize(bytes)?;
+        self.controller.tell_events();
+        Ok(())
     }
 
     pub(super) fn advance(&self, time: Duration) {

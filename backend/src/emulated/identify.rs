@@ -1,10 +1,12 @@
 //! The answers to Identify (NVMe 2.0 §5.17.2; NVM Command Set 1.0 §4.1.5). Offsets are those of the figures.
 
+use std::sync::atomic::Ordering::SeqCst;
+
 use super::FIRMWARE;
 use super::admin::IDENTIFY_BYTES;
 use super::config::VENDOR;
 use super::controller::Controller;
-use super::events::{ERRORS_KEPT, EVENT_LIMIT};
+use super::events::{ERRORS_KEPT, EVENT_LIMIT, NAMESPACE_NOTICES};
 use super::nvm::NAMESPACE;
 use super::registers::VERSION;
 use super::sgl;
@@ -34,6 +36,7 @@ pub(super) fn controller(controller: &Controller, page: &mut Page) {
     put_text(page, 64, 8, FIRMWARE);
     page[77] = options.mdts;
     put(page, 80, &VERSION.to_le_bytes());
+    put(page, 92, &NAMESPACE_NOTICES.to_le_bytes()); // OAES
     page[111] = 1; // CNTRLTYPE: I/O controller
     page[258] = 3; // ACL: four Aborts at once
     page[259] = u8::try_from(EVENT_LIMIT - 1).expect("a small constant"); // AERL
@@ -55,7 +58,7 @@ pub(super) fn controller(controller: &Controller, page: &mut Page) {
 
 /// CNS 00h: Identify Namespace.
 pub(super) fn namespace(controller: &Controller, page: &mut Page) {
-    let blocks = controller.blocks;
+    let blocks = controller.blocks.load(SeqCst);
     for offset in [0, 8, 16] {
         put(page, offset, &blocks.to_le_bytes()); // NSZE, NCAP, NUSE
     }

@@ -1,7 +1,7 @@
 //! Get Log Page (NVMe 2.0 §5.16). Offsets are those of the figures.
 
 use super::controller::{Controller, Traffic};
-use super::events::{ERROR_LOG, ERRORS_KEPT};
+use super::events::{CHANGED_LOG, ERROR_LOG, ERRORS_KEPT};
 use super::nvm::{BROADCAST, NAMESPACE};
 use super::wire::{Entry, Status};
 use super::{FIRMWARE, lock};
@@ -30,6 +30,7 @@ impl Controller {
             SMART if !matches!(entry.nsid(), 0 | BROADCAST) => return Err(Status::INVALID_NAMESPACE),
             SMART => self.smart(&mut page),
             FIRMWARE_SLOT => firmware_slot(&mut page),
+            CHANGED_LOG => self.changed_namespaces(&mut page),
             _ => return Err(Status::INVALID_LOG_PAGE),
         };
         let dwords = u64::from(entry.cdw(10) >> 16) | u64::from(entry.cdw(11) & 0xffff) << 16;
@@ -60,6 +61,14 @@ impl Controller {
             put(page, at + 14, &u16::MAX.to_le_bytes()); // parameter location: not specific
             put(page, at + 16, &error.lba.to_le_bytes());
             put(page, at + 24, &error.nsid.to_le_bytes());
+        }
+        PAGE_BYTES
+    }
+
+    /// Changed Namespace List (§5.16.1.5), which is empty once it has been read.
+    fn changed_namespaces(&self, page: &mut Page) -> usize {
+        if lock(&self.admin).events.read_changes() {
+            put(page, 0, &NAMESPACE.to_le_bytes());
         }
         PAGE_BYTES
     }

@@ -153,6 +153,15 @@ impl Store {
         }
     }
 
+    /// Makes room for `size` bytes. What a smaller disk no longer reaches stays where it is.
+    pub(super) fn resize(&self, size: u64) -> io::Result<()> {
+        match self {
+            Self::Memory(memory) if size > memory.len() as u64 => Err(io::ErrorKind::Unsupported.into()),
+            Self::File(file) if size > file.metadata()?.len() => file.set_len(size),
+            _ => Ok(()),
+        }
+    }
+
     /// Makes everything written so far durable.
     pub(super) fn flush(&self) -> io::Result<()> {
         match self {

@@ -137,9 +137,6 @@ pub enum EmulatedError {
     /// The controller's thread could not be started.
     #[error("emulated function: start its thread: {0}")]
     Thread(io::Error),
-    /// The event that asks for it back could not be made.
-    #[error("emulated function: make an eventfd: {0}")]
-    Event(io::Error),
 }
 
 /// A function and the IOMMU it stands behind.
@@ -247,6 +244,14 @@ impl Machine {
     /// Breaks something; see [`Fault`].
     pub fn inject(&self, fault: Fault) {
         self.function.inject(fault);
+    }
+
+    /// Changes the size of the disk, bytes, as an administrator does to a namespace; whoever has asked for notices is told.
+    ///
+    /// # Errors
+    /// Not whole blocks, or the medium cannot grow: memory has at most the size it was made with.
+    pub fn resize(&self, bytes: u64) -> io::Result<()> {
+        self.function.resize(bytes)
     }
 
     /// Ends all faults. A removed function is plugged in again, as at power-on; commands lost stay lost.

@@ -1,7 +1,7 @@
 //! I/O commands (NVM Command Set 1.0 §3.2). Each runs to its end where it is fetched.
 
 use std::io;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use crate::addr::{Iova, Span};
 
@@ -89,7 +89,7 @@ impl Controller {
 
     fn blocks(&self, first: u64, count: u64) -> Result<Extent, Status> {
         let end = first.checked_add(count).ok_or(Status::LBA_OUT_OF_RANGE)?;
-        if end > self.blocks {
+        if end > self.blocks.load(SeqCst) {
             return Err(Status::LBA_OUT_OF_RANGE);
         }
         let lba = u64::from(self.options.lba);

@@ -202,7 +202,7 @@ fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     digits.parse::<u64>().ok()?.checked_mul(scale)
 }
 
-fn size(option: &'static str, text: &str) -> Result<u64, EmulatedError> {
+pub(super) fn size(option: &'static str, text: &str) -> Result<u64, EmulatedError> {
     let units = [("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30), ("T", 1 << 40), ("", 1)];
     scaled(text, &units).ok_or_else(|| value_error(option, "bytes, with K, M, G or T if you like", text))
 }

@@ -183,6 +183,12 @@ impl Controller {
                 self.remove();
                 return None;
             }
+            Some(Effect::Resize(bytes)) => {
+                if let Err(error) = self.resize(bytes) {
+                    log::error!("emulated function: make the disk {bytes} bytes long: {error}");
+                }
+                (latency, None)
+            }
             Some(Effect::Delay(time)) => (latency.saturating_add(time), None),
             other => (latency, other),
         };

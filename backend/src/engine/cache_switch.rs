@@ -16,7 +16,7 @@ impl Engine {
     /// True if completed writes may sit in a volatile cache until a flush.
     #[must_use]
     pub fn write_cache(&self) -> bool {
-        self.cache_on.load(Ordering::Relaxed)
+        self.changing.cache_on.load(Ordering::Relaxed)
     }
 
     /// Switches the volatile write cache; off means that from now on every completed write is durable, those before
@@ -29,11 +29,11 @@ impl Engine {
             return Ok(());
         }
         let failed = |source| EngineError::WriteCache { on, source };
-        if !self.geometry.volatile_cache {
+        if !self.geometry().volatile_cache {
             return Err(failed(anyhow::anyhow!("the device has none")));
         }
         if on {
-            self.cache_on.store(true, Ordering::Relaxed);
+            self.changing.cache_on.store(true, Ordering::Relaxed);
         }
         let switched = self.keeper.lock().driver.set_write_cache(on);
         switched.map_err(failed)?;
@@ -42,7 +42,7 @@ impl Engine {
             if !self.await_drained(0, &answer, self.deadline(), "the write cache is flushed")? {
                 return Err(failed(anyhow::anyhow!("what it holds could not be flushed")));
             }
-            self.cache_on.store(false, Ordering::Relaxed);
+            self.changing.cache_on.store(false, Ordering::Relaxed);
         }
         log::info!("write cache {}", if on { "on" } else { "off" });
         Ok(())

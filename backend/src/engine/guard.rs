@@ -26,8 +26,13 @@ use crate::sys::Poller;
 const LONGEST_BEAT: Duration = Duration::from_millis(500);
 /// Beats of the shortest timeout.
 const FEWEST_BEATS: u32 = 8;
-/// A device that is away is tried at intervals that double this often.
+/// A device that does not answer is tried at intervals that double this often; one that is not there, at equal ones.
 const DOUBLINGS: u32 = 4;
+
+/// Poller tokens.
+const REPORTS: u64 = 0;
+const REMOVAL: u64 = 1;
+const NOTICE: u64 = 2;
 
 /// How long the device is waited for.
 #[derive(Clone, Copy, Debug)]
@@ -118,12 +123,16 @@ impl Guard {
     /// A guard over what `keeper` keeps.
     pub(super) fn start(keeper: Arc<Keeper>, alarm: Arc<Alarm>, watch: Watch) -> io::Result<Self> {
         let poller = Poller::new()?;
-        poller.add(&alarm.event, 0)?;
+        poller.add(&alarm.event, REPORTS)?;
         let removal = keeper.lock().driver.removal().map(|event| event.try_clone_to_owned()).transpose()?;
         if let Some(event) = &removal {
-            poller.add(event.as_fd(), 1)?;
+            poller.add(event.as_fd(), REMOVAL)?;
         }
-        let mut duty = Duty { keeper, alarm: Arc::clone(&alarm), poller, removal, retry: watch.retry, watch };
+        let notice = keeper.lock().driver.notice().map(|event| event.try_clone_to_owned()).transpose()?;
+        if let Some(event) = &notice {
+            poller.add(event.as_fd(), NOTICE)?;
+        }
+        let mut duty = Duty { keeper, alarm: Arc::clone(&alarm), poller, removal, notice, retry: watch.retry, watch };
         let thread = std::thread::Builder::new().name("vdv-guard".to_owned()).spawn(move || while duty.once() {})?;
         Ok(Self { alarm, watch, thread: Some(thread) })
     }
@@ -150,8 +159,10 @@ struct Duty {
     keeper: Arc<Keeper>,
     alarm: Arc<Alarm>,
     poller: Poller,
-    /// Signalled when the host wants the device back; `None` once it has been.
+    /// Signalled when the host wants the device back.
     removal: Option<OwnedFd>,
+    /// Signalled when the device may have something to tell.
+    notice: Option<OwnedFd>,
     watch: Watch,
     /// How long until a device that is away is tried.
     retry: Duration,
@@ -164,8 +175,11 @@ impl Duty {
         if !down {
             self.retry = self.watch.retry;
         }
-        let mut asked = false;
-        let waited = self.poller.wait(down.then_some(self.retry), |event| asked |= event.token == 1);
+        let (mut asked, mut told) = (false, false);
+        let waited = self.poller.wait(down.then_some(self.retry), |event| {
+            asked |= event.token == REMOVAL;
+            told |= event.token == NOTICE;
+        });
         if let Err(error) = &waited {
             log::error!("the guard waits: {error}");
             std::thread::sleep(LONGEST_BEAT);
@@ -175,12 +189,15 @@ impl Duty {
         if quit {
             return false;
         }
-        if asked && let Some(event) = self.removal.take() {
+        if told && let Some(event) = &self.notice {
+            drain(event);
+            self.keeper.attend();
+        }
+        if asked && let Some(event) = &self.removal {
+            drain(event);
             self.keeper.release();
-            let _ = self.poller.remove(&event);
         } else if down {
-            if waited.is_ok_and(|count| count == 0) {
-                self.keeper.revive();
+            if waited.is_ok_and(|count| count == 0) && !self.keeper.revive() {
                 self.retry = (self.retry * 2).min(self.watch.retry * (1 << DOUBLINGS));
             }
         } else if lateness.stuck {

@@ -5,20 +5,20 @@
 //! ```text
 //!            reset (HandBack, driver, Adopt)            revive (driver, Adopt)
 //!   Up -----------------------------------------> Up ; Down ---------------------> Up
-//!      -- the device does not come back --> Down          release
-//!      -- the host wants it back ---------------------> Released       for good
+//!      -- the device does not come back --> Down
+//!      -- the host wants it back ---------> Down, released: revive takes it again when the host has done with it
 //! ```
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use super::EngineError;
 use super::guard::Alarm;
 use super::mailbox::{Mailbox, Order};
 use super::ring::signal;
-use crate::driver::{CommandId, Driver, Queue};
+use super::{Changing, EngineError};
+use crate::driver::{CommandId, Driver, Geometry, Queue};
 
 /// More overdue commands than these are not worth an Abort each: the device is reset at once. Controllers execute few
 /// Aborts at a time (NVMe 2.0 §5.1, ACL).
@@ -38,13 +38,14 @@ pub(super) enum Orphans {
 enum State {
     Up,
     Down,
-    Released,
 }
 
 /// What the lock protects.
 pub(super) struct Kept {
     pub(super) driver: Box<dyn Driver>,
     state: State,
+    /// Why it was away when it was last tried.
+    away: String,
 }
 
 /// See the top of this file.
@@ -54,14 +55,21 @@ pub(super) struct Keeper {
     alarm: Arc<Alarm>,
     /// Signalled when the device has been released.
     pub(super) released: OwnedFd,
+    /// What the disk is; its size is in `changing` too, for the workers.
+    geometry: Mutex<Geometry>,
+    changing: Arc<Changing>,
+    tell: OnceLock<Box<dyn Fn() + Send + Sync>>,
     pub(super) recoveries: AtomicU64,
     pub(super) aborts: AtomicU64,
 }
 
 impl Keeper {
-    pub(super) fn new(driver: Box<dyn Driver>, alarm: Arc<Alarm>, released: OwnedFd) -> Self {
+    pub(super) fn new(driver: Box<dyn Driver>, changing: Arc<Changing>, alarm: Arc<Alarm>, released: OwnedFd) -> Self {
         Self {
-            kept: Mutex::new(Kept { driver, state: State::Up }),
+            geometry: Mutex::new(driver.geometry().clone()),
+            changing,
+            tell: OnceLock::new(),
+            kept: Mutex::new(Kept { driver, state: State::Up, away: String::new() }),
             released,
             mailboxes: Mutex::default(),
             alarm,
@@ -73,6 +81,47 @@ impl Keeper {
     /// Makes a worker known.
     pub(super) fn enlist(&self, mailbox: Arc<Mailbox>) {
         self.mailboxes.lock().unwrap_or_else(PoisonError::into_inner).push(mailbox);
+    }
+
+    pub(super) fn on_change(&self, tell: Box<dyn Fn() + Send + Sync>) {
+        if self.tell.set(tell).is_err() {
+            log::warn!("somebody is told already when the disk changes");
+        }
+    }
+
+    /// What the disk is; not waiting for the device, as [`Self::lock`] would.
+    pub(super) fn geometry(&self) -> Geometry {
+        self.geometry.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Follows the driver's geometry, of which only the size may have changed.
+    fn follow(&self, kept: &Kept) {
+        let blocks = kept.driver.geometry().blocks;
+        let geometry = &mut *self.geometry.lock().unwrap_or_else(PoisonError::into_inner);
+        if geometry.blocks == blocks {
+            return;
+        }
+        log::warn!("the disk has {blocks} blocks now, {} before", geometry.blocks);
+        geometry.blocks = blocks;
+        self.changing.blocks.store(blocks, Ordering::Relaxed);
+        if let Some(tell) = self.tell.get() {
+            tell();
+        }
+    }
+
+    /// Lets the device tell what it has to tell.
+    pub(super) fn attend(&self) {
+        let mut kept = self.lock();
+        if kept.state != State::Up {
+            return;
+        }
+        match kept.driver.attend() {
+            Ok(()) => self.follow(&kept),
+            Err(error) => {
+                log::error!("{error:#}; resetting it");
+                self.reset(&mut kept, Orphans::Resubmit);
+            }
+        }
     }
 
     /// Nobody takes or gives queues while the result lives.
@@ -96,7 +145,10 @@ impl Keeper {
         self.alarm.forget();
         self.recoveries.fetch_add(1, Ordering::SeqCst);
         match kept.driver.recover() {
-            Ok(queues) => self.give(queues, orphans),
+            Ok(queues) => {
+                self.follow(kept);
+                self.give(queues, orphans);
+            }
             Err(error) => {
                 log::error!("the device did not come back: {error:#}; requests fail until it does");
                 kept.state = State::Down;
@@ -105,32 +157,40 @@ impl Keeper {
         }
     }
 
-    /// Tries to bring a device back that is down. Requests go on failing meanwhile.
-    pub(super) fn revive(&self) {
+    /// Tries to bring a device back that is down. Requests go on failing meanwhile. True if trying costs nothing.
+    pub(super) fn revive(&self) -> bool {
         let mut kept = self.lock();
         if kept.state != State::Down {
-            return;
+            return true;
         }
         match kept.driver.recover() {
             Ok(queues) => {
                 log::warn!("the device is back; requests are served again");
                 kept.state = State::Up;
+                self.follow(&kept);
                 self.give(queues, Orphans::Fail);
             }
-            Err(error) => log::debug!("the device is still away: {error:#}"),
+            Err(error) => {
+                let why = format!("{error:#}");
+                let level = if kept.away == why { log::Level::Debug } else { log::Level::Info };
+                log::log!(level, "the device is still away: {why}");
+                kept.away = why;
+            }
         }
+        kept.driver.is_released()
     }
 
-    /// Gives the device back to the host, for good: every request fails from now on.
+    /// Gives the device back to the host. Every request fails until the host has done with it and it can be taken again.
     pub(super) fn release(&self) {
         let mut kept = self.lock();
-        if kept.state == State::Released {
+        if kept.driver.is_released() {
             return;
         }
-        log::error!("the host wants the device back; it is released, and every request fails from now on");
+        log::error!("the host wants the device back; it is released, and every request fails until it returns");
         self.order_all(|_, answer| Order::HandBack(answer));
+        self.alarm.forget();
         kept.driver.release();
-        kept.state = State::Released;
+        kept.state = State::Down;
         self.give(Vec::new(), Orphans::Fail);
         signal(&self.released);
     }

@@ -15,6 +15,7 @@ mod bounce;
 mod cache_switch;
 mod caches;
 pub mod chain;
+mod changing;
 mod control;
 mod flights;
 mod guard;
@@ -38,12 +39,13 @@ mod tests;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
+pub use changing::Changing;
 pub use guard::Watch;
 pub use statistics::Statistics;
 pub use virtqueue::Layout;
@@ -216,10 +218,8 @@ pub struct Engine {
     keeper: Arc<Keeper>,
     /// `None` only at the end.
     guard: Option<Guard>,
-    geometry: Geometry,
     options: Options,
-    /// True while the device has a volatile write cache, and it is on.
-    cache_on: Arc<AtomicBool>,
+    changing: Arc<Changing>,
 }
 
 impl Engine {
@@ -236,14 +236,14 @@ impl Engine {
         let queues = driver.take_queues();
         let alarm = Arc::new(Alarm::new().map_err(EngineError::Guard)?);
         let released = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| EngineError::Guard(error.into()))?;
-        let keeper = Arc::new(Keeper::new(driver, Arc::clone(&alarm), released));
+        let changing = Arc::new(Changing::of(&geometry));
+        let keeper = Arc::new(Keeper::new(driver, Arc::clone(&changing), Arc::clone(&alarm), released));
         let guard = Guard::start(Arc::clone(&keeper), alarm, options.watch).map_err(EngineError::Guard)?;
         let mut engine = Self {
             workers: Vec::with_capacity(queues.len()),
             keeper,
             guard: Some(guard),
-            cache_on: Arc::new(AtomicBool::new(geometry.volatile_cache && geometry.cache_on)),
-            geometry,
+            changing,
             // No virtqueue exists until every worker does.
             options: Options { rings: 0, ..options },
         };
@@ -267,13 +267,8 @@ impl Engine {
         let mailbox = Arc::new(Mailbox::new().map_err(failed)?);
         let counters = Arc::new(Counters::default());
         let caches = Caches::new(space.caches(), Arc::clone(&counters));
-        let path = Path::new(
-            &post,
-            Disk::new(&self.geometry, Arc::clone(&self.cache_on)),
-            bounce,
-            caches,
-            Arc::clone(&counters),
-        );
+        let disk = Disk::new(&self.geometry(), Arc::clone(&self.changing));
+        let path = Path::new(&post, disk, bounce, caches, Arc::clone(&counters));
         let sentry = self.guard.as_ref().expect("there until the end").sentry();
         let worker = Worker::new(path, queue, Arc::clone(&mailbox), (self.options.spin, sentry)).map_err(failed)?;
         self.keeper.enlist(Arc::clone(&mailbox));
@@ -284,10 +279,15 @@ impl Engine {
         Ok(Handle { mailbox, counters, thread: Some(thread) })
     }
 
-    /// What the disk is.
+    /// What the disk is now.
     #[must_use]
-    pub fn geometry(&self) -> &Geometry {
-        &self.geometry
+    pub fn geometry(&self) -> Geometry {
+        self.keeper.geometry()
+    }
+
+    /// Has `tell` called, from a thread of the engine's, each time the disk's size has changed. Only the first one is kept.
+    pub fn on_change(&self, tell: impl Fn() + Send + Sync + 'static) {
+        self.keeper.on_change(Box::new(tell));
     }
 
     /// Readable from when the host has got the device back, for good: it reaches no memory any more.

@@ -24,6 +24,7 @@ use super::seat::{Post, Seat};
 use super::statistics::Counters;
 use crate::driver::{Command, Completion, Outcome, Queue};
 use crate::log_limit::LogLimit;
+use crate::sys::Lost;
 
 /// Set in the tag of a command that goes through a bounce slot; the rest is the slot, else the request.
 const BOUNCED: u32 = 1 << 31;
@@ -383,7 +384,7 @@ impl Path {
 
     #[cold]
     pub(super) fn fail_ring(&mut self, seat: usize, why: &dyn std::fmt::Display) {
-        log::error!("virtqueue {}: {why}; it is not served until it is restarted", self.virtqueue(seat));
+        log::error!("virtqueue {}: {why}{Lost}; it is not served until it is restarted", self.virtqueue(seat));
         if let Some(ring) = &mut self.seats[seat].ring {
             ring.fail();
         }

@@ -6,10 +6,11 @@
 //! exist. A chain taken is a debt: its [`Ticket`] must be settled with a used entry.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::Changing;
 use super::chain::{Chain, ChainFault, Head};
 use super::guest::Guest;
 use super::ranges::{self, Kind, RangeLimits};
@@ -119,11 +120,10 @@ pub enum RequestFault {
 /// The disk, in the units that requests use.
 #[derive(Clone, Debug)]
 pub struct Disk {
-    sectors: u64,
+    changing: Arc<Changing>,
     block_size: u32,
     block_shift: u32,
     read_only: bool,
-    cache_on: Arc<AtomicBool>,
     pub(super) discard: Option<RangeLimits>,
     pub(super) zeroes: Option<RangeLimits>,
     pub(super) discard_command: Option<DiscardLimits>,
@@ -132,20 +132,19 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// The disk that `geometry` describes; `cache_on` says whether a flush is for the device.
+    /// The disk that `geometry` describes, but for what is `changing`.
     #[must_use]
-    pub fn new(geometry: &Geometry, cache_on: Arc<AtomicBool>) -> Self {
+    pub fn new(geometry: &Geometry, changing: Arc<Changing>) -> Self {
         let mut id = [0; ID_BYTES];
         for (to, from) in id.iter_mut().zip(geometry.serial.bytes()) {
             *to = from;
         }
         let block_shift = geometry.block_size.trailing_zeros();
         Self {
-            sectors: geometry.blocks << (block_shift - SECTOR_SHIFT),
+            changing,
             block_size: geometry.block_size,
             block_shift,
             read_only: geometry.read_only,
-            cache_on,
             discard: RangeLimits::discard(geometry),
             zeroes: RangeLimits::write_zeroes(geometry),
             discard_command: geometry.discard,
@@ -180,9 +179,10 @@ impl Disk {
         if bytes & u64::from(self.block_size - 1) != 0 || sector & (sectors_per_block - 1) != 0 {
             return Err(RequestFault::Alignment { sector, bytes, block_size: self.block_size });
         }
-        match self.sectors.checked_sub(sector) {
+        let sectors = self.changing.blocks.load(Ordering::Relaxed) << (self.block_shift - SECTOR_SHIFT);
+        match sectors.checked_sub(sector) {
             Some(left) if bytes >> SECTOR_SHIFT <= left => Ok(sector >> (self.block_shift - SECTOR_SHIFT)),
-            _ => Err(RequestFault::Range { sector, bytes, sectors: self.sectors }),
+            _ => Err(RequestFault::Range { sector, bytes, sectors }),
         }
     }
 }
@@ -308,7 +308,7 @@ fn job(chain: &Chain, guest: &mut Guest, disk: &Disk, data: &mut Data) -> Result
         }
         T_DISCARD => range_job(Kind::Discard, chain, guest, disk, data),
         T_WRITE_ZEROES => range_job(Kind::WriteZeroes, chain, guest, disk, data),
-        T_FLUSH if disk.cache_on.load(Ordering::Relaxed) => {
+        T_FLUSH if disk.changing.cache_on.load(Ordering::Relaxed) => {
             Ok(Job::Device { operation: Operation::Flush, block: 0, bytes: 0 })
         }
         T_FLUSH => Ok(Job::Answer(Status::Ok)),

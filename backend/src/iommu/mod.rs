@@ -6,6 +6,7 @@
 //! add     allowed? free? ── exposed piece by piece ── entered in the ledger
 //! remove  struck out ── withdrawn piece by piece
 //! stop    bus master off, reset ── detach ── buffers withdrawn ── page table destroyed
+//! away    (the host wants the device) as for stop, but what is mapped stays in the IOAS, unpinned, for the day it is back
 //! ```
 //!
 //! What "expose" and "withdraw" mean is the regime's matter, see `sequence.rs`; `exposure.rs` walks the pieces and keeps the
@@ -17,9 +18,10 @@ mod ledger;
 mod page_table;
 mod sequence;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::process::{Resource, getrlimit};
@@ -33,7 +35,7 @@ pub use sequence::{Piece, Space, Steps};
 use crate::addr::{Iova, Span};
 use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError, SpaceStatistics};
 use crate::memory::Region;
-use crate::sys::{CacheLines, Cdev, Ioas, Window};
+use crate::sys::{CacheLines, Cdev, HwptId, Ioas, Iommufd, Window};
 use sequence::Failed;
 
 /// The largest piece mapped by one call.
@@ -47,19 +49,61 @@ const HIGHEST: Iova = Iova((1 << 47) - 1);
 pub struct LiveSpace(Arc<Live>);
 
 struct Live {
-    table: Arc<PageTable>,
-    /// What flushes, and the page table that is never attached, where DMA may go behind the CPU caches.
-    staging: Option<(CacheLines, PageTable)>,
-    /// The device's file; gone when the device has been let go, which then does no DMA.
-    device: Weak<Cdev>,
+    // Not the page table: that belongs to the device, which may go and come back.
+    iommufd: Arc<Iommufd>,
+    ioas: Ioas,
+    /// Where DMA may go behind the CPU caches.
+    staging: Option<Staging>,
     exposure: Exposure,
+    /// What the device allowed, while it is away; then the kernel itself allows everything.
+    parted: Mutex<Option<Vec<Span<Iova>>>>,
+}
+
+/// What flushing needs.
+struct Staging {
+    lines: CacheLines,
+    ioas: Ioas,
+    device: Mutex<Device>,
+    /// What is exposed, to be flushed when the device comes or goes, neither of which happens while something is added.
+    exposed: Mutex<BTreeMap<Iova, (Span<Iova>, Window)>>,
+}
+
+/// The device as it is now.
+struct Device {
+    /// Its file; gone when the device has been let go, which then does no DMA.
+    file: Weak<Cdev>,
+    hwpt: HwptId,
+    /// The page table that is never attached and pins what is staged; none while the device is away, when nothing is pinned.
+    table: Option<PageTable>,
+}
+
+impl Staging {
+    fn device(&self) -> MutexGuard<'_, Device> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn exposed(&self) -> MutexGuard<'_, BTreeMap<Iova, (Span<Iova>, Window)>> {
+        self.exposed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn flush_all(&self, exposed: &BTreeMap<Iova, (Span<Iova>, Window)>) {
+        for (_, window) in exposed.values() {
+            flush(&self.lines, window, 0, window.len());
+        }
+    }
 }
 
 impl LiveSpace {
     /// For a device whose DMA is coherent.
     #[must_use]
-    pub fn coherent(table: Arc<PageTable>) -> Self {
-        Self(Arc::new(Live { table, staging: None, device: Weak::new(), exposure: Exposure::new(false, CHUNK) }))
+    pub fn coherent(table: &PageTable) -> Self {
+        Self::with(table, None)
+    }
+
+    fn with(table: &PageTable, staging: Option<Staging>) -> Self {
+        let (iommufd, ioas) = (Arc::clone(&table.iommufd), table.ioas.clone());
+        let exposure = Exposure::new(staging.is_some(), CHUNK);
+        Self(Arc::new(Live { iommufd, ioas, staging, exposure, parted: Mutex::default() }))
     }
 
     /// For `device`, whose DMA may go behind the CPU caches; everything is flushed with `lines` before the device can reach
@@ -67,9 +111,32 @@ impl LiveSpace {
     ///
     /// # Errors
     /// The errno of making the staging page table.
-    pub fn flushing(table: Arc<PageTable>, lines: CacheLines, device: Weak<Cdev>) -> io::Result<Self> {
-        let staging = Some((lines, table.staging()?));
-        Ok(Self(Arc::new(Live { table, staging, device, exposure: Exposure::new(true, CHUNK) })))
+    pub fn flushing(table: &PageTable, lines: CacheLines, device: Weak<Cdev>) -> io::Result<Self> {
+        let ioas = table.iommufd.ioas()?;
+        let device = Device { file: device, hwpt: table.id(), table: Some(table.beside(&ioas)?) };
+        let staging = Staging { lines, ioas, device: Mutex::new(device), exposed: Mutex::default() };
+        Ok(Self::with(table, Some(staging)))
+    }
+
+    /// Where the page table of a device that comes back must be made: it then maps, and pins, what is mapped here.
+    #[must_use]
+    pub fn place(&self) -> (Arc<Iommufd>, Ioas) {
+        (Arc::clone(&self.0.iommufd), self.0.ioas.clone())
+    }
+
+    /// A device has come back and been attached to `table`; it does no DMA yet.
+    ///
+    /// # Errors
+    /// The errno of making another staging page table.
+    pub fn join(&self, table: &PageTable, device: Weak<Cdev>) -> io::Result<()> {
+        if let Some(staging) = &self.0.staging {
+            let exposed = staging.exposed();
+            let pen = table.beside(&staging.ioas)?;
+            *staging.device() = Device { file: device, hwpt: table.id(), table: Some(pen) };
+            staging.flush_all(&exposed);
+        }
+        *self.0.parted() = None;
+        Ok(())
     }
 
     /// In which order memory becomes reachable, in words.
@@ -82,49 +149,79 @@ impl LiveSpace {
 impl Steps for Live {
     fn map(&self, space: Space, piece: Piece<'_>) -> io::Result<()> {
         if let Some((file, offset)) = piece.file {
-            match self.table.iommufd.map_file(self.ioas(space), file, offset, piece.span) {
+            match self.iommufd.map_file(self.ioas(space), file, offset, piece.span) {
                 // Linux before 6.13 does not know the call.
                 Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {}
                 other => return other,
             }
         }
-        self.table.iommufd.map_window(self.ioas(space), piece.window, piece.offset, piece.span)
+        self.iommufd.map_window(self.ioas(space), piece.window, piece.offset, piece.span)
     }
 
     fn copy(&self, from: Space, to: Space, span: Span<Iova>) -> io::Result<()> {
-        self.table.iommufd.copy(self.ioas(from), self.ioas(to), span)
+        self.iommufd.copy(self.ioas(from), self.ioas(to), span)
     }
 
     fn unmap(&self, space: Space, span: Span<Iova>) -> io::Result<()> {
-        self.table.iommufd.unmap(self.ioas(space), span)
+        self.iommufd.unmap(self.ioas(space), span)
     }
 
     fn flush(&self, piece: Piece<'_>) {
-        let (lines, _) = self.staging.as_ref().expect("only a flushing regime flushes");
-        flush(lines, piece.window, piece.offset, piece.bytes());
+        let staging = self.staging.as_ref().expect("only a flushing regime flushes");
+        flush(&staging.lines, piece.window, piece.offset, piece.bytes());
     }
 
     fn detach(&self) -> io::Result<()> {
-        self.device.upgrade().map_or(Ok(()), |device| device.detach())
+        let device = self.staging.as_ref().and_then(|staging| staging.device().file.upgrade());
+        device.map_or(Ok(()), |device| device.detach())
     }
 
     fn attach(&self) -> io::Result<()> {
-        self.device.upgrade().map_or(Ok(()), |device| device.attach(self.table.id()))
+        let Some(staging) = &self.staging else { return Ok(()) };
+        let device = staging.device();
+        device.file.upgrade().map_or(Ok(()), |file| file.attach(device.hwpt))
     }
 }
 
 impl Live {
     fn ioas(&self, space: Space) -> &Ioas {
         match (space, &self.staging) {
-            (Space::Staging, Some((_, staging))) => &staging.ioas,
-            _ => &self.table.ioas,
+            (Space::Staging, Some(staging)) => &staging.ioas,
+            _ => &self.ioas,
         }
+    }
+
+    fn parted(&self) -> MutexGuard<'_, Option<Vec<Span<Iova>>>> {
+        self.parted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Exposes `whole`, and remembers it if it will have to be flushed.
+    fn expose(&self, whole: Piece<'_>) -> Result<(), MapError> {
+        let mut exposed = self.staging.as_ref().map(Staging::exposed);
+        self.exposure.add(self, whole).map_err(|(span, failed)| self.explain(span, failed))?;
+        if let Some(exposed) = &mut exposed {
+            exposed.insert(whole.span.start(), (whole.span, whole.window.clone()));
+        }
+        Ok(())
+    }
+
+    /// Runs `remove`, which withdraws `whole`, and forgets it.
+    fn withdraw(&self, whole: Piece<'_>, remove: impl FnOnce() -> Result<(), MapError>) -> Result<(), MapError> {
+        let mut exposed = self.staging.as_ref().map(Staging::exposed);
+        remove()?;
+        if let Some(exposed) = &mut exposed {
+            exposed.remove(&whole.span.start());
+        }
+        Ok(())
     }
 
     /// The ranges this address space allows now; asked each time, because attaching a device narrows them.
     fn allowed(&self, about: Span<Iova>) -> Result<Vec<Span<Iova>>, MapError> {
+        if let Some(ranges) = &*self.parted() {
+            return Ok(ranges.clone());
+        }
         let kernel = |source| MapError::Kernel { what: "IOMMU_IOAS_IOVA_RANGES for", span: about, source };
-        self.table.iommufd.iova_ranges(&self.table.ioas).map_err(kernel)
+        self.iommufd.iova_ranges(&self.ioas).map_err(kernel)
     }
 
     /// Turns ENOMEM into the limit it stands for, if that is what it is.
@@ -159,15 +256,26 @@ impl AddressSpace for LiveSpace {
         if let Some(taken) = taken {
             return Err(MapError::Overlap { span: whole.span, taken });
         }
-        live.exposure.add(live, whole).map_err(|(span, failed)| live.explain(span, failed))
+        live.expose(whole)
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
-        self.0.exposure.remove(&*self.0, whole(region))
+        let (live, whole) = (&*self.0, whole(region));
+        live.withdraw(whole, || live.exposure.remove(live, whole))
     }
 
     fn remove_at_rest(&self, region: &Region) -> Result<(), MapError> {
-        self.0.exposure.remove_at_rest(&*self.0, whole(region))
+        let (live, whole) = (&*self.0, whole(region));
+        live.withdraw(whole, || live.exposure.remove_at_rest(live, whole))
+    }
+
+    fn part(&self) {
+        *self.0.parted() = self.0.iommufd.iova_ranges(&self.0.ioas).ok();
+        if let Some(staging) = &self.0.staging {
+            let exposed = staging.exposed();
+            staging.flush_all(&exposed);
+            staging.device().table = None;
+        }
     }
 
     fn statistics(&self) -> SpaceStatistics {
@@ -179,8 +287,7 @@ impl AddressSpace for LiveSpace {
     }
 
     fn caches(&self) -> Option<Arc<dyn CacheFlush>> {
-        let (lines, _) = self.0.staging.as_ref()?;
-        Some(Arc::new(*lines))
+        Some(Arc::new(self.0.staging.as_ref()?.lines))
     }
 
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
@@ -201,7 +308,7 @@ impl AddressSpace for LiveSpace {
         let gap = live.exposure.ledger().highest_gap(&allowed, len as u64, page as u64);
         let span = gap.ok_or(MapError::NoIova(bytes))?;
         let whole = Piece { span, window: &window, offset: 0, file: Some((place.file().as_fd(), 0)) };
-        live.exposure.add(live, whole).map_err(|(span, failed)| live.explain(span, failed))?;
+        live.expose(whole)?;
         let mapping = Mapped { space: Arc::clone(&self.0), span, window: window.clone() };
         Ok(DmaBuffer::new(window, span, Box::new(mapping)))
     }
@@ -218,11 +325,11 @@ impl Drop for Mapped {
     fn drop(&mut self) {
         let live = &*self.space;
         let whole = Piece { span: self.span, window: &self.window, offset: 0, file: None };
-        let removed = match live.exposure.remove(live, whole) {
+        let removed = live.withdraw(whole, || match live.exposure.remove(live, whole) {
             // Nothing is in flight when the driver lets go of its memory.
             Err(MapError::DeviceMustRest { .. }) => live.exposure.remove_at_rest(live, whole),
             other => other,
-        };
+        });
         if let Err(error) = removed {
             log::error!("{error}");
         }

@@ -67,13 +67,13 @@ impl PageTable {
         &self.snoop
     }
 
-    /// A second page table for the same device, which will never be attached to it: what is mapped there is pinned and
-    /// cannot be reached.
+    /// A second page table for the same device, over `ioas`, which will never be attached to it: what is mapped there is
+    /// pinned and cannot be reached.
     ///
     /// # Errors
     /// The errno of the call that failed.
-    pub(super) fn staging(&self) -> io::Result<Self> {
-        Self::new(Arc::clone(&self.iommufd), self.iommufd.ioas()?, self.device)
+    pub(super) fn beside(&self, ioas: &Ioas) -> io::Result<Self> {
+        Self::new(Arc::clone(&self.iommufd), ioas.clone(), self.device)
     }
 }
 

@@ -172,7 +172,7 @@ impl Region {
             id: backing.id,
             page_size: backing.page_size,
             pinnable: backing.in_memory && spec.offset + gpa.len() <= backing.size,
-            window: Window::of(Arc::new(mapping)),
+            window: Window::of_foreign(mapping, usize::try_from(backing.page_size).map_err(|_| range(0))?),
         })
     }
 

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::*;
+use crate::sys::lost_pages;
 
 const PAGE: u64 = 4096;
 
@@ -128,6 +129,23 @@ mod a_region {
             Err(RegionError::Kernel { source, .. }) => assert_eq!(source.raw_os_error(), Some(libc::ENOMEM)),
             Err(other) => panic!("{other}"),
         }
+    }
+
+    #[test]
+    fn whose_file_becomes_shorter_reads_as_zero_from_there_on() {
+        let file = memory(4 * PAGE);
+        let region = region(&file, 0, 4 * PAGE, 0, 0);
+        let page = PAGE as usize;
+        (0..4).for_each(|n| region.window().write_u8(n * page, 7));
+        let before = lost_pages();
+
+        ftruncate(&*file, 2 * PAGE).unwrap();
+
+        let read = |n: usize| region.window().read_u8(n * page);
+        assert_eq!([0, 1, 2, 3].map(read), [7, 7, 0, 0]);
+        region.window().write_u8(2 * page, 9);
+        assert_eq!(read(2), 9, "a page of this process alone");
+        assert!(lost_pages() >= before + 2);
     }
 
     #[test]

@@ -9,6 +9,7 @@
 mod cache;
 mod inherited;
 mod iommufd;
+mod lost;
 mod mmio;
 mod poller;
 mod signals;
@@ -18,6 +19,7 @@ mod window;
 pub use cache::{CacheLines, Instruction};
 pub use inherited::{Credentials, inherit, peer_credentials, take_variable};
 pub use iommufd::{DeviceId, HwInfo, HwptId, Ioas, Iommufd};
+pub use lost::{Lost, lost_pages};
 pub use mmio::Mmio;
 pub use poller::{Event, Poller};
 pub use signals::signal_fd;

@@ -13,6 +13,8 @@ use std::sync::{Arc, Weak};
 use vm_memory::MmapRegion;
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::lost::Watch;
+
 /// A bounds-checked view of shared memory; cheap to clone, keeps the mapping alive.
 ///
 /// An offset past the end, or a misaligned atomic, panics: callers check guest-supplied ranges *before* they get a window
@@ -46,6 +48,19 @@ impl Window {
         let base = NonNull::new(region.as_ptr()).expect("mmap never returns address zero");
         let len = region.size();
         Self { base, len, _owner: region }
+    }
+
+    /// The same, of a mapping in pages of `page` bytes whose file may become shorter: what is lost then reads as zero.
+    ///
+    /// # Panics
+    /// As [`Self::of`].
+    #[must_use]
+    pub fn of_foreign(region: MmapRegion<()>, page: usize) -> Self {
+        let base = NonNull::new(region.as_ptr()).expect("mmap never returns address zero");
+        let len = region.size();
+        let watch = Watch::new(base.as_ptr() as usize, len, page);
+        // Dropped in this order: nothing is watched that may belong to another mapping already.
+        Self { base, len, _owner: Arc::new((watch, region)) }
     }
 
     /// `len` bytes from `offset`, or `None` when that is not wholly inside.

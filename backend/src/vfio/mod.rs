@@ -12,11 +12,10 @@ mod error;
 pub mod no_snoop;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::{Arc, Weak};
 
-use rustix::event::{EventfdFlags, eventfd};
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX,
 };
@@ -170,10 +169,8 @@ impl Function for Attached {
         self.cdev.route_vectors(VFIO_PCI_MSIX_IRQ_INDEX, events)
     }
 
-    fn removal_event(&self) -> io::Result<Option<OwnedFd>> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        self.cdev.route_vectors(VFIO_PCI_REQ_IRQ_INDEX, &[event.as_fd()])?;
-        Ok(Some(event))
+    fn route_removal(&self, event: BorrowedFd<'_>) -> io::Result<()> {
+        self.cdev.route_vectors(VFIO_PCI_REQ_IRQ_INDEX, &[event])
     }
 
     fn set_bus_master(&self, on: bool) -> io::Result<()> {

@@ -5,7 +5,7 @@
 //! function can start no DMA.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::coherency::{Coherent, NoSnoop, NotOurs, Verdict};
@@ -127,8 +127,8 @@ impl Function for HeldOff {
         }
         self.0.set_bus_master(on)
     }
-    fn removal_event(&self) -> io::Result<Option<OwnedFd>> {
-        self.0.removal_event()
+    fn route_removal(&self, event: BorrowedFd<'_>) -> io::Result<()> {
+        self.0.route_removal(event)
     }
     fn reset(&self) -> io::Result<()> {
         self.0.reset()?;

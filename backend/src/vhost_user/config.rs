@@ -87,7 +87,7 @@ impl BlkConfig {
 /// `size` bytes of configuration space from `offset`; zero past its end.
 pub(super) fn read(device: &Device, offset: usize, size: usize) -> Vec<u8> {
     let Device { engine, queues, .. } = device;
-    part(&BlkConfig::new(engine.geometry(), *queues, engine.write_cache()), offset, size)
+    part(&BlkConfig::new(&engine.geometry(), *queues, engine.write_cache()), offset, size)
 }
 
 /// SET_CONFIG: the write cache's switch, and nothing else, can be written.

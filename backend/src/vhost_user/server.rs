@@ -74,6 +74,12 @@ impl Server {
         Ok(Self { entrance, device, notice: Arc::new(notice) })
     }
 
+    /// Has front-ends told when the disk's size changes.
+    pub fn tell_changes(&self) {
+        let announcer = self.announcer();
+        self.device.engine.on_change(move || announcer.config_changed());
+    }
+
     /// For whoever learns that the disk has changed.
     #[must_use]
     pub fn announcer(&self) -> Announcer {

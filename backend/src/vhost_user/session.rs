@@ -59,7 +59,7 @@ impl<'d> Session<'d> {
         Self {
             device,
             peer,
-            offered: VirtioFeatures::offered(device.engine.geometry()),
+            offered: VirtioFeatures::offered(&device.engine.geometry()),
             features: None,
             protocol: ProtocolFeatures::empty(),
             status: 0,

@@ -11,7 +11,7 @@ use super::controller::{AdminRings, Controller, poll};
 use super::error::Cause;
 use super::regs::PAGE_LEN;
 use super::rings::{CompletionRing, Shared, SubmissionRing, completion_bytes, submission_bytes};
-use super::spec::{SubmissionEntry, admin_opcode, feature};
+use super::spec::{CompletionEntry, NAMESPACE_NOTICES, SubmissionEntry, admin_opcode, feature};
 use super::status::Status;
 use crate::driver::CommandId;
 
@@ -70,6 +70,26 @@ impl AdminCommand {
         Self { name: "Set Features (Volatile Write Cache)", entry }
     }
 
+    /// NVMe 2.0 §5.27.1.8: namespace attribute notices, and nothing about health.
+    pub(super) fn set_async_events() -> Self {
+        let entry = SubmissionEntry {
+            opcode: admin_opcode::SET_FEATURES,
+            cdw10: feature::ASYNC_EVENTS,
+            cdw11: NAMESPACE_NOTICES,
+            ..Default::default()
+        };
+        Self { name: "Set Features (Asynchronous Event Configuration)", entry }
+    }
+
+    /// NVMe 2.0 §5.16: a whole page, which the data goes to as that of Identify does. Reading it lets events about it come
+    /// again.
+    fn get_log_page(id: u8) -> Self {
+        let dwords = u32::try_from(PAGE_LEN / 4 - 1).expect("a page");
+        let cdw10 = dwords << 16 | u32::from(id);
+        let entry = SubmissionEntry { opcode: admin_opcode::GET_LOG_PAGE, nsid: u32::MAX, cdw10, ..Default::default() };
+        Self { name: "Get Log Page", entry }
+    }
+
     /// NVMe 2.0 §5.4: physically contiguous, with interrupts on `vector`.
     pub(super) fn create_completion_queue(id: u16, depth: u16, memory: u64, vector: u16) -> Self {
         let entry = SubmissionEntry {
@@ -115,6 +135,10 @@ pub(super) struct AdminQueue {
     completions: CompletionRing,
     data: Shared,
     next_cid: u16,
+    /// The Asynchronous Event Request that waits.
+    listening: Option<u16>,
+    /// Dword 0 of its completion.
+    heard: Option<u32>,
 }
 
 impl AdminQueue {
@@ -132,6 +156,8 @@ impl AdminQueue {
             completions: CompletionRing::new(&completions, 0, size, &doorbells),
             data: memory.part(sq_bytes + cq_bytes, PAGE_LEN),
             next_cid: 0,
+            listening: None,
+            heard: None,
         };
         Ok((queue, rings))
     }
@@ -143,17 +169,10 @@ impl AdminQueue {
         command: AdminCommand,
         limit: Duration,
     ) -> Result<u32, Cause> {
-        let AdminCommand { name, mut entry } = command;
-        if self.submissions.is_full() {
-            return Err(Cause::NoAnswer { command: name, limit: Duration::ZERO });
-        }
-        entry.cid = self.next_cid;
-        // FFFFh means "no command" (NVMe 2.0 §3.3.3.1).
-        self.next_cid = (self.next_cid + 1) % u16::MAX;
-        self.submissions.push(&entry);
-        self.submissions.ring();
+        let name = command.name;
+        let cid = self.submit(command)?;
         let answer = poll(limit, || {
-            let answer = self.take_answer(entry.cid);
+            let answer = self.take_answer(cid);
             if answer.is_none() {
                 let status = controller.status()?;
                 if status.fatal() {
@@ -166,18 +185,72 @@ impl AdminQueue {
         if status.is_success() { Ok(result) } else { Err(Cause::Command { command: name, status }) }
     }
 
+    /// Sends `command`; its identifier comes back.
+    fn submit(&mut self, AdminCommand { name, mut entry }: AdminCommand) -> Result<u16, Cause> {
+        if self.submissions.is_full() {
+            return Err(Cause::NoAnswer { command: name, limit: Duration::ZERO });
+        }
+        entry.cid = self.next_cid;
+        // FFFFh means "no command" (NVMe 2.0 §3.3.3.1).
+        let next = |cid: u16| (cid + 1) % u16::MAX;
+        self.next_cid = next(entry.cid);
+        if self.listening == Some(self.next_cid) {
+            self.next_cid = next(self.next_cid);
+        }
+        self.submissions.push(&entry);
+        self.submissions.ring();
+        Ok(entry.cid)
+    }
+
+    /// Lets the controller tell what happens: the next event completes the request that is left there.
+    pub(super) fn listen(&mut self) -> Result<(), Cause> {
+        let entry = SubmissionEntry { opcode: admin_opcode::ASYNC_EVENT_REQUEST, ..Default::default() };
+        self.listening = Some(self.submit(AdminCommand { name: "Asynchronous Event Request", entry })?);
+        Ok(())
+    }
+
+    /// What has happened, if anything has. The page that tells about it has been read, and the next event can come.
+    pub(super) fn event(&mut self, controller: &Controller, limit: Duration) -> Result<Option<u32>, Cause> {
+        // Nothing else is in flight, so whatever is there is the event.
+        while self.heard.is_none() && self.take().is_some() {}
+        let Some(event) = self.heard.take() else { return Ok(None) };
+        let [_, _, page, _] = event.to_le_bytes();
+        let mut command = AdminCommand::get_log_page(page);
+        command.entry.prp1 = self.data.iova.0;
+        match self.execute(controller, command, limit) {
+            Ok(_) => {}
+            // Not every event has a page that may be read.
+            Err(error @ Cause::Command { .. }) => log::debug!("{}: {error}", controller.function().name()),
+            Err(cause) => return Err(cause),
+        }
+        self.listen()?;
+        Ok(Some(event))
+    }
+
     /// The completion of `cid`, if it is there; others belong to commands that were given up.
     fn take_answer(&mut self, cid: u16) -> Option<(u32, Status)> {
+        let entry = self.take()?;
+        if entry.sq_id == 0 && entry.cid == cid {
+            return Some((entry.result, Status::from_word(entry.status)));
+        }
+        if self.heard.is_none() {
+            log::warn!("dropped a completion for command {:#x} of queue {}", entry.cid, entry.sq_id);
+        }
+        None
+    }
+
+    /// The next completion. That of [`Self::listen`] is taken note of.
+    fn take(&mut self) -> Option<CompletionEntry> {
         let entry = self.completions.take()?;
         self.completions.release();
         if !self.submissions.consumed_to(entry.sq_head) {
             log::warn!("admin submission queue head {} is out of range", entry.sq_head);
         }
-        if entry.sq_id != 0 || entry.cid != cid {
-            log::warn!("dropped a completion for command {:#x} of queue {}", entry.cid, entry.sq_id);
-            return None;
+        if entry.sq_id == 0 && self.listening == Some(entry.cid) {
+            self.listening = None;
+            self.heard = Status::from_word(entry.status).is_success().then_some(entry.result);
         }
-        Some((entry.result, Status::from_word(entry.status)))
+        Some(entry)
     }
 
     /// Runs an Identify command and returns its data.

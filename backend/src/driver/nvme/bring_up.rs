@@ -5,7 +5,7 @@
 //! disable -> vectors -> enable -> Identify -> namespace -> write cache -> Number of Queues -> CQ, SQ per queue
 //! ```
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -33,12 +33,19 @@ pub(super) struct Up {
     pub(super) geometry: Geometry,
     pub(super) queues: Vec<IoQueue>,
     pub(super) shutdown_limit: Duration,
+    pub(super) identity: Identity,
+    /// Which namespace is served.
+    pub(super) namespace: u32,
 }
 
-/// Brings `controller` up. On error the caller stops it.
-pub(super) fn bring_up(controller: &mut Controller, options: &NvmeOptions) -> Result<Up, Cause> {
+/// Brings `controller` up; `notice` will be signalled for the admin queue. On error the caller stops it.
+pub(super) fn bring_up(
+    controller: &mut Controller,
+    options: &NvmeOptions,
+    notice: BorrowedFd<'_>,
+) -> Result<Up, Cause> {
     controller.disable()?;
-    let mut events = route_vectors(controller, options.queues)?;
+    let mut events = route_vectors(controller, options.queues, notice)?;
     let (mut admin, rings) = AdminQueue::new(controller)?;
     controller.enable(&rings)?;
     let data: IdentifyController =
@@ -95,14 +102,31 @@ pub(super) fn bring_up(controller: &mut Controller, options: &NvmeOptions) -> Re
         Some(Granularity::Dword) => ", SGLs of dwords",
     };
     log::info!("{name}: {} queues of {depth} entries, transfers up to {transfer}{sgl}", queues.len());
-    Ok(Up { admin, geometry, queues, shutdown_limit: identity.shutdown_limit })
+    if identity.notices {
+        listen(controller, &mut admin)?;
+    }
+    let shutdown_limit = identity.shutdown_limit;
+    Ok(Up { admin, geometry, queues, shutdown_limit, identity, namespace: namespace.id })
 }
 
-/// Makes an eventfd for each I/O queue and routes vectors to them: vector 0 to the admin queue, vector n to I/O queue n.
+/// Asks to be told when the namespace changes. A controller that offers it and then refuses is served all the same.
+fn listen(controller: &Controller, admin: &mut AdminQueue) -> Result<(), Cause> {
+    match admin.execute(controller, AdminCommand::set_async_events(), ADMIN_LIMIT) {
+        Ok(_) => admin.listen(),
+        Err(error @ Cause::Command { .. }) => {
+            log::warn!("{}: {error}; it will not tell when its size changes", controller.function().name());
+            Ok(())
+        }
+        Err(cause) => Err(cause),
+    }
+}
+
+/// Makes an eventfd for each I/O queue and routes vectors to them: vector 0, of the admin queue, to `notice`, vector n to I/O
+/// queue n.
 ///
 /// This comes before the controller is enabled, because until MSI-X is on it would signal by an interrupt line that
-/// nobody serves. The admin queue is polled, so its event is not kept.
-fn route_vectors(controller: &Controller, wanted: u16) -> Result<Vec<OwnedFd>, Cause> {
+/// nobody serves.
+fn route_vectors(controller: &Controller, wanted: u16, notice: BorrowedFd<'_>) -> Result<Vec<OwnedFd>, Cause> {
     let function = controller.function();
     let vectors = function.vectors();
     if vectors < 2 {
@@ -118,11 +142,10 @@ fn route_vectors(controller: &Controller, wanted: u16) -> Result<Vec<OwnedFd>, C
         return Err(Cause::Unsuitable { property: "doorbell area", found, wanted: "room for one I/O queue" });
     }
     let event = |_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-    let mut events: Vec<OwnedFd> =
-        (0..=queues).map(event).collect::<Result<_, _>>().map_err(|errno| Cause::function("eventfd")(errno.into()))?;
-    let borrowed: Vec<_> = events.iter().map(AsFd::as_fd).collect();
+    let events: Vec<OwnedFd> =
+        (1..=queues).map(event).collect::<Result<_, _>>().map_err(|errno| Cause::function("eventfd")(errno.into()))?;
+    let borrowed: Vec<_> = std::iter::once(notice).chain(events.iter().map(AsFd::as_fd)).collect();
     function.route_vectors(&borrowed).map_err(Cause::function("turn MSI-X on"))?;
-    events.remove(0);
     Ok(events)
 }
 
@@ -152,7 +175,8 @@ fn find_namespace(
     found.ok_or_else(|| Cause::NoNamespace { wanted: id, existing: listed(&active) })
 }
 
-fn identify_namespace(
+/// What a namespace is now; `None` if there is no such.
+pub(super) fn identify_namespace(
     controller: &Controller,
     admin: &mut AdminQueue,
     identity: &Identity,

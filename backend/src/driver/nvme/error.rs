@@ -52,6 +52,12 @@ pub enum Cause {
     /// It has been stopped, and has not come back.
     #[error("is stopped")]
     Stopped,
+    /// The host has it, or nobody: it was given back.
+    #[error("is away: {0:#}")]
+    Away(
+        /// Why it cannot be taken again.
+        anyhow::Error,
+    ),
     /// CSTS.CFS is set.
     #[error("has stopped with a fatal error ({0})")]
     Fatal(

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::error::Cause;
 use super::prp::MAX_LISTED;
 use super::sgl::Granularity;
-use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, MAX_RANGES};
+use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, MAX_RANGES, NAMESPACE_NOTICES};
 use crate::driver::{DiscardLimits, ZeroesLimits};
 
 /// The longest transfer of a controller that names no limit, bytes.
@@ -35,6 +35,8 @@ pub(super) struct Identity {
     atomic_blocks: u32,
     /// SGLS: what SGLs can name, if there are any.
     pub(super) sgl: Option<Granularity>,
+    /// OAES bit 8: says when the namespace has changed.
+    pub(super) notices: bool,
     /// ONCS bit 2: Dataset Management.
     dataset_management: bool,
     /// ONCS bit 3: Write Zeroes.
@@ -62,6 +64,7 @@ impl Identity {
             namespaces: data.nn,
             atomic_blocks: u32::from(data.awupf) + 1,
             sgl: Granularity::decode(data.sgls),
+            notices: data.oaes & NAMESPACE_NOTICES != 0,
             dataset_management: data.oncs & 1 << 2 != 0,
             write_zeroes: data.oncs & 1 << 3 != 0,
         })

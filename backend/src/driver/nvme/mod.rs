@@ -26,10 +26,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::event::{EventfdFlags, eventfd};
+
 use self::admin::{AdminCommand, AdminQueue};
 use self::bring_up::Up;
 use self::controller::Controller;
 pub use self::error::{Cause, NvmeError};
+use self::identify::Identity;
 pub use self::status::Status;
 use super::{CommandId, Driver, Geometry, Queue};
 use crate::hardware::{AddressSpace, Function};
@@ -52,13 +55,23 @@ pub struct NvmeOptions {
     pub read_only: bool,
 }
 
+/// Takes a function that has been given back, once it is there again.
+pub type Source = Box<dyn FnMut() -> anyhow::Result<Arc<dyn Function>> + Send>;
+
 /// An NVMe controller that has been brought up. Dropping it stops the controller without a shutdown notification.
 pub struct Nvme {
     name: String,
-    /// `None` once it has been released.
+    space: Arc<dyn AddressSpace>,
+    /// `None` while it is released.
     controller: Option<Controller>,
+    source: Option<Source>,
     /// Signalled when the host wants the function back.
-    removal: Option<OwnedFd>,
+    removal: OwnedFd,
+    /// Signalled by the controller for its admin queue.
+    notice: OwnedFd,
+    /// What the controller said of itself, and which namespace is served.
+    identity: Identity,
+    namespace: u32,
     options: NvmeOptions,
     geometry: Geometry,
     /// `None` while the controller is stopped.
@@ -82,21 +95,27 @@ impl Nvme {
         options: NvmeOptions,
     ) -> Result<Self, NvmeError> {
         let name = function.name().to_owned();
-        let removal = function.removal_event().unwrap_or_else(|error| {
-            log::warn!("{name}: cannot hear that the host wants it back: {error}");
-            None
-        });
         let up = || {
-            let mut controller = Controller::open(function, space)?;
-            let up = bring_up::bring_up(&mut controller, &options)?;
-            Ok((controller, up))
+            let event = || {
+                let made = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+                made.map_err(|errno| Cause::function("eventfd")(errno.into()))
+            };
+            let (removal, notice) = (event()?, event()?);
+            let mut controller = open(function, &space, &removal)?;
+            let up = bring_up::bring_up(&mut controller, &options, notice.as_fd())?;
+            Ok((controller, up, removal, notice))
         };
-        let (controller, up) = up().map_err(|cause| NvmeError { function: name.clone(), cause })?;
+        let (controller, up, removal, notice) = up().map_err(|cause| NvmeError { function: name.clone(), cause })?;
         let geometry = up.geometry.clone();
         let mut nvme = Self {
             name,
+            space,
             controller: Some(controller),
+            source: None,
             removal,
+            notice,
+            identity: up.identity.clone(),
+            namespace: up.namespace,
             options,
             geometry,
             admin: None,
@@ -109,16 +128,25 @@ impl Nvme {
         Ok(nvme)
     }
 
+    /// The same, which can be taken again from `source` after it has been released, for the address space it had.
+    #[must_use]
+    pub fn returning(self, source: Source) -> Self {
+        Self { source: Some(source), ..self }
+    }
+
     fn install(&mut self, up: Up) {
-        let Up { admin, geometry, queues, shutdown_limit } = up;
+        let Up { admin, geometry, queues, shutdown_limit, identity, namespace } = up;
         self.queue_count = u16::try_from(queues.len()).expect("queue identifiers have 16 bits");
         self.queues = queues.into_iter().map(|queue| Box::new(queue) as Box<dyn Queue>).collect();
         self.admin = Some(admin);
         self.geometry = geometry;
         self.shutdown_limit = shutdown_limit;
+        self.identity = identity;
+        self.namespace = namespace;
     }
 
-    /// What the controller was brought up for must still be there: a guest cannot be given another disk.
+    /// What the controller was brought up for must still be there: a guest cannot be given another disk. It may have grown or
+    /// shrunk.
     fn check_unchanged(&self, up: &Up) -> Result<(), Cause> {
         if let Some(change) = change(&self.geometry, &up.geometry) {
             return Err(Cause::Changed(change));
@@ -129,15 +157,54 @@ impl Nvme {
         Ok(())
     }
 
+    /// Takes a released function again.
+    fn retake(&mut self) -> Result<Controller, Cause> {
+        let source = self.source.as_mut().ok_or(Cause::Stopped)?;
+        let function = source().map_err(Cause::Away)?;
+        open(function, &self.space, &self.removal)
+    }
+
     fn restart(&mut self) -> Result<(), Cause> {
-        let controller = self.controller.as_mut().ok_or(Cause::Stopped)?;
+        if self.controller.is_none() {
+            self.controller = Some(self.retake()?);
+        }
+        let controller = self.controller.as_mut().expect("there now");
         controller.stop()?;
         let options = NvmeOptions { queues: self.queue_count, ..self.options.clone() };
-        let up = bring_up::bring_up(controller, &options)?;
+        let up = bring_up::bring_up(controller, &options, self.notice.as_fd())?;
         self.check_unchanged(&up)?;
         self.install(up);
         // The reset has switched it back. NVMe 2.0 §5.27.1
         self.write_cache.map_or(Ok(()), |on| self.switch_write_cache(on))
+    }
+
+    /// Looks at the namespace again.
+    fn measure(&mut self) -> Result<(), Cause> {
+        let (Some(admin), Some(controller)) = (&mut self.admin, &self.controller) else { return Err(Cause::Stopped) };
+        let namespace = bring_up::identify_namespace(controller, admin, &self.identity, self.namespace)?;
+        match namespace {
+            Some(namespace) if namespace.block_size == self.geometry.block_size => {
+                self.geometry.blocks = namespace.blocks;
+            }
+            // Commands to it fail from now on, each by itself.
+            Some(namespace) => log::error!("{}: has now blocks of {}", self.name, namespace.block_size),
+            None => log::error!("{}: namespace {} is no longer active", self.name, self.namespace),
+        }
+        Ok(())
+    }
+
+    /// What the controller has to tell.
+    fn hear(&mut self) -> Result<(), Cause> {
+        // Type and information of an event. NVMe 2.0 §5.2.1
+        const NAMESPACE_CHANGED: u32 = 0x00_02;
+        while let (Some(admin), Some(controller)) = (&mut self.admin, &self.controller) {
+            match admin.event(controller, RUNNING_LIMIT)? {
+                None => break,
+                Some(event) if event & 0xff07 == NAMESPACE_CHANGED => self.measure()?,
+                Some(event) => log::warn!("{}: reports event {event:#08x}", self.name),
+            }
+        }
+        Ok(())
     }
 
     /// Runs an admin command while requests are served.
@@ -182,12 +249,18 @@ impl Nvme {
     }
 }
 
+/// Opens `function`, and listens for the host.
+fn open(function: Arc<dyn Function>, space: &Arc<dyn AddressSpace>, removal: &OwnedFd) -> Result<Controller, Cause> {
+    if let Err(error) = function.route_removal(removal.as_fd()) {
+        log::warn!("{}: cannot hear that the host wants it back: {error}", function.name());
+    }
+    Controller::open(function, Arc::clone(space))
+}
+
 /// How the disk has become another one, if it has.
 fn change(before: &Geometry, after: &Geometry) -> Option<String> {
-    let identity = |geometry: &Geometry| (geometry.blocks, geometry.block_size, geometry.serial.clone());
-    let describe = |geometry: &Geometry| {
-        format!("{} blocks of {} (serial {})", geometry.blocks, geometry.block_size, geometry.serial)
-    };
+    let identity = |geometry: &Geometry| (geometry.block_size, geometry.serial.clone());
+    let describe = |geometry: &Geometry| format!("blocks of {} (serial {})", geometry.block_size, geometry.serial);
     (identity(before) != identity(after)).then(|| format!("{} instead of {}", describe(after), describe(before)))
 }
 
@@ -201,14 +274,25 @@ impl Driver for Nvme {
     }
 
     fn recover(&mut self) -> anyhow::Result<Vec<Box<dyn Queue>>> {
-        log::info!("{}: resetting the controller", self.name);
+        let released = self.is_released();
+        if !released {
+            log::info!("{}: resetting the controller", self.name);
+        }
         self.queues.clear();
         self.admin = None;
         if let Err(cause) = self.restart() {
-            self.stop();
+            if released {
+                self.release()
+            } else {
+                self.stop()
+            }
             return Err(self.error(cause));
         }
         Ok(self.take_queues())
+    }
+
+    fn is_released(&self) -> bool {
+        self.controller.is_none()
     }
 
     fn check(&self) -> anyhow::Result<()> {
@@ -232,12 +316,24 @@ impl Driver for Nvme {
         Ok(())
     }
 
+    fn notice(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.notice.as_fd())
+    }
+
+    fn attend(&mut self) -> anyhow::Result<()> {
+        self.hear().map_err(|cause| self.error(cause))
+    }
+
     fn removal(&self) -> Option<BorrowedFd<'_>> {
-        self.removal.as_ref().map(AsFd::as_fd)
+        Some(self.removal.as_fd())
     }
 
     fn release(&mut self) {
+        if self.is_released() {
+            return;
+        }
         self.shut_down();
+        self.space.part();
         self.controller = None;
     }
 

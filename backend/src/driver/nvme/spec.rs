@@ -11,12 +11,14 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub(super) mod admin_opcode {
     pub(in crate::driver::nvme) const DELETE_IO_SQ: u8 = 0x00;
     pub(in crate::driver::nvme) const CREATE_IO_SQ: u8 = 0x01;
+    pub(in crate::driver::nvme) const GET_LOG_PAGE: u8 = 0x02;
     pub(in crate::driver::nvme) const DELETE_IO_CQ: u8 = 0x04;
     pub(in crate::driver::nvme) const CREATE_IO_CQ: u8 = 0x05;
     pub(in crate::driver::nvme) const IDENTIFY: u8 = 0x06;
     pub(in crate::driver::nvme) const ABORT: u8 = 0x08;
     pub(in crate::driver::nvme) const SET_FEATURES: u8 = 0x09;
     pub(in crate::driver::nvme) const GET_FEATURES: u8 = 0x0a;
+    pub(in crate::driver::nvme) const ASYNC_EVENT_REQUEST: u8 = 0x0c;
 }
 
 /// I/O opcodes. NVMe 2.0 §7.1, NVM Command Set 1.0 §3.2
@@ -32,6 +34,7 @@ pub(super) mod io_opcode {
 pub(super) mod feature {
     pub(in crate::driver::nvme) const VOLATILE_WRITE_CACHE: u32 = 0x06;
     pub(in crate::driver::nvme) const NUMBER_OF_QUEUES: u32 = 0x07;
+    pub(in crate::driver::nvme) const ASYNC_EVENTS: u32 = 0x0b;
 }
 
 /// CNS: which Identify structure. NVMe 2.0 §5.17.1
@@ -41,6 +44,9 @@ pub(super) mod cns {
     pub(in crate::driver::nvme) const ACTIVE_NAMESPACES: u32 = 0x02;
     pub(in crate::driver::nvme) const COMMAND_SET_CONTROLLER: u32 = 0x06;
 }
+
+/// Namespace Attribute Notices: in OAES, and to be asked for by Set Features. NVMe 2.0 §5.27.1.8
+pub(super) const NAMESPACE_NOTICES: u32 = 1 << 8;
 
 /// Write Zeroes, command dword 12: DEAC. NVM Command Set 1.0 §3.2.8
 pub(super) const DEALLOCATE_ZEROED: u32 = 1 << 25;
@@ -133,7 +139,9 @@ pub(super) struct IdentifyController {
     pub(super) ver: u32,
     pub(super) rtd3r: u32,
     pub(super) rtd3e: u32,
-    pub(super) reserved_92: [u8; 19],
+    /// Optional Asynchronous Events Supported.
+    pub(super) oaes: u32,
+    pub(super) reserved_96: [u8; 15],
     pub(super) cntrltype: u8,
     pub(super) reserved_112: [u8; 400],
     pub(super) sqes: u8,
@@ -214,6 +222,7 @@ const _: () = {
     assert!(offset_of!(IdentifyController, mdts) == 77);
     assert!(offset_of!(IdentifyController, ver) == 80);
     assert!(offset_of!(IdentifyController, rtd3e) == 88);
+    assert!(offset_of!(IdentifyController, oaes) == 92);
     assert!(offset_of!(IdentifyController, cntrltype) == 111);
     assert!(offset_of!(IdentifyController, sqes) == 512);
     assert!(offset_of!(IdentifyController, nn) == 516);

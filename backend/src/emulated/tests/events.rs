@@ -47,6 +47,36 @@ fn the_error_log_names_failed_commands_newest_first() {
 }
 
 #[test]
+fn a_change_of_size_is_told_once_until_the_list_of_changes_is_read() {
+    let mut host = Host::up(small());
+    let page = host.buffer(4096);
+    host.machine.resize(1 << 19).unwrap();
+    let first = submit(&mut host, Sqe::new(12));
+    host.admin(Sqe::new(9).dword(10, 11).dword(11, 1 << 8));
+
+    host.machine.resize(1 << 20).unwrap();
+    host.machine.resize(1 << 18).unwrap();
+
+    let done = wait(&mut host);
+    assert_eq!((done.cid, done.status, done.result), (first, 0, 0x04_00_02), "not before it was asked for");
+    let second = submit(&mut host, Sqe::new(12));
+    assert_eq!(host.admin(log(&page, 4, 1024)).status, 0);
+    assert_eq!((page.window().read_u32(0), page.window().read_u32(4)), (1, 0));
+    assert_eq!(host.admin(log(&page, 4, 1024)).status, 0);
+    assert_eq!(page.window().read_u32(0), 0, "read is forgotten");
+    host.machine.resize(1 << 20).unwrap();
+    assert_eq!(wait(&mut host).cid, second);
+}
+
+#[test]
+fn a_disk_in_memory_cannot_outgrow_it_and_has_whole_blocks() {
+    let host = Host::up(small());
+    for size in [0, 1000, 1 << 40] {
+        assert!(host.machine.resize(size).is_err(), "{size}");
+    }
+}
+
+#[test]
 fn smart_counts_commands_and_data() {
     let mut host = Host::up(small());
     let mut pair = host.pair(1, [8; 2]);

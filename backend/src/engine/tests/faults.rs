@@ -2,6 +2,7 @@
 //! same engine goes on when the controller does. Nobody stops a ring here; the guard alone sees to it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::nvme::{Drive, NVM_READ, NVM_WRITE, soak};
@@ -16,6 +17,13 @@ fn drive(queues: u16) -> Drive {
     let watch = Watch { timeout: Duration::from_millis(200), retry: Duration::from_millis(10) };
     let options = Options { size: 16 << 20, queues, mode: Mode::Threaded, ..Options::default() };
     Drive::watched(options, Duration::ZERO, Duration::from_secs(20), watch)
+}
+
+/// The same, to be had again from the host while `there`.
+fn returning(queues: u16, there: &Arc<AtomicBool>) -> Drive {
+    let watch = Watch { timeout: Duration::from_millis(200), retry: Duration::from_millis(10) };
+    let options = Options { size: 16 << 20, queues, mode: Mode::Threaded, ..Options::default() };
+    Drive::returning(options, watch, there)
 }
 
 fn opcode(opcode: u8) -> Commands {
@@ -115,15 +123,15 @@ fn a_drive_pulled_out_fails_requests_at_once_and_is_served_again_when_it_is_back
 
         drive.machine.heal();
 
-        until("the drive is back", || read(&mut drivers[0]) == 0);
-        assert_eq!(read(&mut drivers[1]), 0);
+        until("the drive is back", || drivers.iter_mut().all(|driver| read(driver) == 0));
     }
     assert_eq!(drive.machine.iommu().faults().len(), 0);
 }
 
 #[test]
-fn a_drive_that_the_host_wants_back_is_let_go_and_requests_fail() {
-    let drive = drive(2);
+fn a_drive_that_the_host_wants_back_is_let_go_and_served_again_when_it_returns() {
+    let back = Arc::new(AtomicBool::new(false));
+    let drive = returning(2, &back);
     let function = drive.machine.function();
     let held = Arc::strong_count(&function);
     let mut driver = drive.driver(0, Shape::default());
@@ -141,7 +149,51 @@ fn a_drive_that_the_host_wants_back_is_let_go_and_requests_fail() {
     let mut command = [0; 2];
     function.config_read(4, &mut command).unwrap();
     assert_eq!(command[0] & 4, 0, "bus mastering is off");
-    assert_eq!(drive.engine.stop_ring(0).unwrap(), Some(3));
+
+    back.store(true, Ordering::Relaxed);
+
+    until("the drive is back", || read(&mut driver) == 0);
+    driver.fill(DATA, &[0x3c; 700]);
+    for data in [&[(DATA, 512)][..], &[(DATA + 1, 511), (DATA + 700, 1)]] {
+        let sent = driver.send(OUT, 9, data);
+        driver.wait(1);
+        assert_eq!(driver.status(sent), 0, "where it lies, or through a bounce buffer: {data:?}");
+    }
+    assert_eq!(drive.machine.iommu().faults().len(), 0);
+}
+
+#[test]
+fn a_drive_can_be_lent_to_the_host_again_and_again() {
+    let back = Arc::new(AtomicBool::new(true));
+    let drive = returning(2, &back);
+    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+    for _ in 0..10 {
+        back.store(false, Ordering::Relaxed);
+        drive.machine.ask_back();
+        until("requests fail", || drivers.iter_mut().all(|driver| read(driver) == 1));
+
+        back.store(true, Ordering::Relaxed);
+        until("requests are served", || drivers.iter_mut().all(|driver| read(driver) == 0));
+    }
+    assert_eq!(drive.machine.iommu().faults().len(), 0);
+}
+
+#[test]
+fn a_drive_that_returns_as_another_one_is_let_go_again() {
+    let back = Arc::new(AtomicBool::new(false));
+    let drive = returning(1, &back);
+    let function = drive.machine.function();
+    let held = Arc::strong_count(&function);
+    let mut driver = drive.driver(0, Shape::default());
+    drive.machine.ask_back();
+    until("requests fail", || read(&mut driver) == 1);
+    drive.machine.inject(Fault::Identify { cns: 1, offset: 4, bytes: b"ANOTHER".to_vec() });
+
+    back.store(true, Ordering::Relaxed);
+
+    until("it has been looked at", || drive.machine.traffic().admin > 20);
+    assert_eq!(read(&mut driver), 1);
+    until("it is let go", || Arc::strong_count(&function) == held - 1);
 }
 
 #[test]
@@ -164,4 +216,43 @@ fn data_survives_a_controller_that_keeps_losing_commands() {
     assert_eq!((statistics.reads + statistics.writes, statistics.errors), (600, 0), "{statistics}");
     assert!(statistics.recoveries != 0 && statistics.resubmitted != 0, "{statistics}");
     assert_eq!(drive.machine.iommu().faults().len(), 0);
+}
+
+#[test]
+fn a_disk_that_gets_another_size_is_followed_and_somebody_is_told() {
+    let drive = drive(2);
+    let mut driver = drive.driver(1, Shape::default());
+    let told = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&told);
+    drive.engine.on_change(move || {
+        count.fetch_add(1, Ordering::Relaxed);
+    });
+    let mut last_sector = |size: u64| {
+        let sent = driver.send(IN, size / 512 - 1, &[(DATA, 512)]);
+        driver.wait(1);
+        driver.status(sent)
+    };
+    for (n, size) in [(1, 8 << 20), (2, 12 << 20), (3, 16 << 20)] {
+        drive.machine.resize(size).unwrap();
+
+        until("somebody is told", || told.load(Ordering::Relaxed) == n);
+        assert_eq!(drive.engine.geometry().blocks, size / 512);
+        assert_eq!((last_sector(size), last_sector(size + 512)), (0, 1));
+    }
+    assert_eq!(drive.engine.statistics().recoveries, 0);
+}
+
+#[test]
+fn a_disk_that_comes_out_of_a_reset_with_another_size_is_followed() {
+    let drive = drive(1);
+    let mut driver = drive.driver(0, Shape::default());
+    drive.machine.inject(Fault::Identify { cns: 0, offset: 0, bytes: 1000_u64.to_le_bytes().to_vec() });
+    drive.machine.inject(Fault::once(opcode(NVM_READ), Effect::Fatal));
+
+    assert_eq!(read(&mut driver), 0);
+
+    assert_eq!((drive.engine.geometry().blocks, drive.engine.statistics().recoveries), (1000, 1));
+    let sent = driver.send(IN, 1000, &[(DATA, 512)]);
+    driver.wait(1);
+    assert_eq!(driver.status(sent), 1);
 }

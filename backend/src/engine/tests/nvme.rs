@@ -1,6 +1,7 @@
 //! The whole data path: a virtio driver, the workers, the NVMe driver, and the emulated controller behind its IOMMU.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::rig::*;
@@ -29,11 +30,34 @@ impl Drive {
     }
 
     pub(super) fn with(options: Options, engine: crate::engine::Options, memory: u64) -> Self {
+        Self::made(options, engine, memory, |nvme, _| nvme)
+    }
+
+    /// A drive that the host can have, and that is to be had again while `there`.
+    pub(super) fn returning(options: Options, watch: crate::engine::Watch, there: &Arc<AtomicBool>) -> Self {
+        let patience = Duration::from_secs(20);
+        let engine = crate::engine::Options { rings: 4, spin: Duration::ZERO, patience, watch };
+        let there = Arc::clone(there);
+        Self::made(options, engine, LEN, |nvme, machine| {
+            let function = machine.function();
+            nvme.returning(Box::new(move || {
+                anyhow::ensure!(there.load(Ordering::Relaxed), "the host has it");
+                Ok(Arc::clone(&function))
+            }))
+        })
+    }
+
+    fn made(
+        options: Options,
+        engine: crate::engine::Options,
+        memory: u64,
+        finish: impl FnOnce(Nvme, &Machine) -> Nvme,
+    ) -> Self {
         let queues = options.queues;
         let machine = Machine::new(options).unwrap();
         let wanted = NvmeOptions { namespace: None, queues, read_only: false };
         let space = machine.flushed_space();
-        let nvme = Nvme::bring_up(machine.function(), Arc::clone(&space), wanted).unwrap();
+        let nvme = finish(Nvme::bring_up(machine.function(), Arc::clone(&space), wanted).unwrap(), &machine);
         let engine = Engine::start(Box::new(nvme), &space, engine).unwrap();
         let region = region(BASE, memory);
         space.add(&region).unwrap();

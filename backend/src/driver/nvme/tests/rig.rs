@@ -1,7 +1,7 @@
 //! A machine with a drive, guest memory, and the little an engine does around a queue.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -149,8 +149,8 @@ impl Function for Tampered {
     fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.inner.route_vectors(events)
     }
-    fn removal_event(&self) -> io::Result<Option<OwnedFd>> {
-        self.inner.removal_event()
+    fn route_removal(&self, event: BorrowedFd<'_>) -> io::Result<()> {
+        self.inner.route_removal(event)
     }
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
         if !on && self.how.bus_master_stays.load(SeqCst) {

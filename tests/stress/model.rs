@@ -1,0 +1,190 @@
+//! One thread's part of the disk, and what each of its blocks must hold.
+
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut};
+use std::process::Command;
+use std::sync::Mutex;
+
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::{preadv, pwritev};
+
+use super::Error;
+
+/// The largest request, bytes.
+const LARGEST: u64 = 1 << 20;
+/// Buffers start at multiples of this: what Linux asks of a buffer that a disk shall reach directly.
+const ALIGNMENT: usize = 512;
+const PAGE: usize = 4096;
+
+static DISCARD: Mutex<()> = Mutex::new(());
+
+/// What a block holds: zero, unknown, or what the write of this number has put there.
+type Content = u32;
+const ZERO: Content = 0;
+const UNKNOWN: Content = u32::MAX;
+
+pub(crate) struct Part {
+    file: File,
+    device: String,
+    block: u64,
+    first: u64,
+    contents: Vec<Content>,
+    writes: Content,
+    /// Aligned to a page from `base` on.
+    memory: Vec<u8>,
+    base: usize,
+    state: u64,
+}
+
+/// Some blocks of a [`Part`]: the first, and how many.
+type Run = (u64, u64);
+
+impl Part {
+    pub(crate) fn new(file: File, device: &str, block: u64, first: u64, count: u64, seed: u64) -> Self {
+        let memory = vec![0; usize::try_from(LARGEST).expect("a megabyte") + 3 * PAGE];
+        let base = memory.as_ptr().align_offset(PAGE);
+        let contents = vec![UNKNOWN; usize::try_from(count).expect("it fits memory")];
+        let state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        Self { file, device: device.to_owned(), block, first, contents, writes: 0, memory, base, state }
+    }
+
+    /// A number below `below` (xorshift64).
+    pub(crate) fn random(&mut self, below: u64) -> u64 {
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        self.state % below
+    }
+
+    /// Any run of blocks, small ones as likely as large ones.
+    fn run(&mut self) -> Run {
+        let count = self.contents.len() as u64;
+        let most = (LARGEST / self.block).min(count);
+        let scale = 1 << self.random(u64::from(most.ilog2()) + 1);
+        let length = (1 + self.random(scale)).min(most);
+        (self.random(count - length + 1), length)
+    }
+
+    fn bytes(&self, (_, length): Run) -> usize {
+        usize::try_from(length * self.block).expect("at most a megabyte")
+    }
+
+    fn offset(&self, (start, _): Run) -> u64 {
+        (self.first + start) * self.block
+    }
+
+    fn contents(&mut self, (start, length): Run) -> &mut [Content] {
+        let start = usize::try_from(start).expect("an index");
+        &mut self.contents[start..start + usize::try_from(length).expect("a length")]
+    }
+
+    /// Where in a page the buffer starts, and where it is cut in two.
+    fn shape(&mut self, bytes: usize) -> (usize, usize) {
+        let mut up_to = |units: usize| usize::try_from(self.random(units as u64)).expect("below a length") * ALIGNMENT;
+        let (skip, cut) = (up_to(PAGE / ALIGNMENT), up_to(bytes / ALIGNMENT + 1));
+        (self.base + skip, cut)
+    }
+
+    pub(crate) fn read(&mut self) -> Result<(), Error> {
+        let run = self.run();
+        self.check(run)
+    }
+
+    pub(crate) fn read_all(&mut self) -> Result<(), Error> {
+        let (count, most) = (self.contents.len() as u64, LARGEST / self.block);
+        (0..count.div_ceil(most)).try_for_each(|n| self.check((n * most, most.min(count - n * most))))
+    }
+
+    /// Reads `run` and compares.
+    fn check(&mut self, run: Run) -> Result<(), Error> {
+        let (bytes, offset) = (self.bytes(run), self.offset(run));
+        let (start, cut) = self.shape(bytes);
+        // The second piece lies a page further, so that the two never touch.
+        let (head, tail) = self.memory[start..].split_at_mut(cut);
+        let gap = if cut < bytes { PAGE } else { 0 };
+        let tail = &mut tail[gap..gap + bytes - cut];
+        let mut pieces = [IoSliceMut::new(head), IoSliceMut::new(tail)];
+        let done = preadv(&self.file, &mut pieces, offset)?;
+        if done != bytes {
+            return Err(format!("read {done} of {bytes} bytes at {offset}").into());
+        }
+        self.memory.copy_within(start + cut + gap..start + gap + bytes, start + cut);
+        let block = usize::try_from(self.block)?;
+        for n in 0..run.1 {
+            let found = &self.memory[start + usize::try_from(n)? * block..][..block];
+            let number = self.first + run.0 + n;
+            let wanted = self.contents[usize::try_from(run.0 + n)?];
+            if wanted != UNKNOWN && !words(number, wanted, block).eq(found.chunks_exact(8).map(word)) {
+                let at = words(number, wanted, block).zip(found.chunks_exact(8).map(word)).position(|(a, b)| a != b);
+                return Err(format!(
+                    "wrong data in block {number} from byte {:?}: not that of write {wanted}",
+                    at.map(|at| at * 8)
+                )
+                .into());
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn write(&mut self) -> Result<(), Error> {
+        let run = self.run();
+        self.writes += 1;
+        let content = self.writes;
+        let (bytes, offset) = (self.bytes(run), self.offset(run));
+        let (start, cut) = self.shape(bytes);
+        let block = usize::try_from(self.block)?;
+        for n in 0..run.1 {
+            let place = &mut self.memory[start + usize::try_from(n)? * block..][..block];
+            for (place, word) in place.chunks_exact_mut(8).zip(words(self.first + run.0 + n, content, block)) {
+                place.copy_from_slice(&word.to_le_bytes());
+            }
+        }
+        self.contents(run).fill(content);
+        let gap = if cut < bytes { PAGE } else { 0 };
+        self.memory.copy_within(start + cut..start + bytes, start + cut + gap);
+        let (head, tail) = self.memory[start..].split_at(cut);
+        let pieces = [IoSlice::new(head), IoSlice::new(&tail[gap..gap + bytes - cut])];
+        let done = pwritev(&self.file, &pieces, offset)?;
+        if done == bytes { Ok(()) } else { Err(format!("wrote {done} of {bytes} bytes at {offset}").into()) }
+    }
+
+    /// Write-zeroes, with and without the right to deallocate.
+    pub(crate) fn zero(&mut self) -> Result<(), Error> {
+        let run = self.run();
+        let how = match self.random(2) {
+            0 => FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
+            _ => FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+        };
+        fallocate(&self.file, how, self.offset(run), self.bytes(run) as u64)?;
+        self.contents(run).fill(ZERO);
+        Ok(())
+    }
+
+    pub(crate) fn discard(&mut self) -> Result<(), Error> {
+        let run = self.run();
+        let (offset, bytes) = (self.offset(run).to_string(), self.bytes(run).to_string());
+        // It opens the device exclusively.
+        let _one_at_a_time = DISCARD.lock();
+        let done = Command::new("blkdiscard").args(["-o", &offset, "-l", &bytes, &self.device]).status()?;
+        if !done.success() {
+            return Err(format!("discard {bytes} bytes at {offset}: {done}").into());
+        }
+        self.contents(run).fill(UNKNOWN);
+        Ok(())
+    }
+
+    pub(crate) fn flush(&mut self) -> Result<(), Error> {
+        Ok(self.file.sync_data()?)
+    }
+}
+
+/// What a block holds, by words.
+fn words(block: u64, content: Content, bytes: usize) -> impl Iterator<Item = u64> {
+    let seed = (block << 32 | u64::from(content)).wrapping_mul(0xd6e8_feb8_6659_fd93) | 1;
+    (0..bytes as u64 / 8)
+        .map(move |n| if content == ZERO { 0 } else { seed.wrapping_add(n.wrapping_mul(0x9e37_79b9_7f4a_7c15)) })
+}
+
+fn word(bytes: &[u8]) -> u64 {
+    u64::from_le_bytes(bytes.try_into().expect("eight bytes"))
+}
