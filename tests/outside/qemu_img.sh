@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# QEMU's own block layer as a guest of the emulated drive, through libblkio's virtio-blk-vhost-user: a client that shares
+# no code with this project.
+# shellcheck disable=SC2317 # functions are called by name, through claim
+set -u
+
+cd "$(dirname "$0")/../.." || exit
+TESTBED_ROOT=$PWD
+TESTBED_DIR=$TESTBED_ROOT/tests/testbed
+# shellcheck source=tests/testbed/lib.sh
+. "$TESTBED_DIR/lib.sh"
+# shellcheck source=tests/testbed/claims.sh
+. "$TESTBED_DIR/claims.sh"
+
+BACKEND=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release/vhost-device-vfio
+WORK=$(mktemp -d)
+SOCKET=$WORK/disk.sock
+IMAGE=driver=virtio-blk-vhost-user,path=$SOCKET,cache.direct=on
+
+clean_up() {
+    [[ ! -s $WORK/pid ]] || kill -9 "$(<"$WORK/pid")" 2>/dev/null
+    rm -rf "$WORK"
+}
+trap clean_up EXIT
+
+# Whether QEMU has the driver at all, whatever becomes of the socket.
+knows_driver() { ! qemu-img info --image-opts "$IMAGE" 2>&1 | grep -q 'Unknown driver'; }
+
+serves() {
+    (
+        exec "$BACKEND" --socket-path "$SOCKET" --device "emulated:file=$WORK/disk.img,create=on,size=64M" --queues 1
+    ) </dev/null >"$WORK/log" 2>&1 &
+    echo $! >"$WORK/pid"
+    within 20 test -S "$SOCKET"
+}
+# io COMMAND…: one qemu-io that runs them all.
+io() {
+    local command commands=()
+    for command; do commands+=(-c "$command"); done
+    qemu-io --image-opts "$IMAGE" "${commands[@]}" >"$WORK/said" 2>&1 || { cat "$WORK/said" && return 1; }
+    # It reports a pattern that is not there, and ends well all the same.
+    lacks 'verification failed' "$WORK/said" && lacks 'failed' "$WORK/said"
+}
+size_is_seen() { qemu-img info --image-opts "$IMAGE" | grep -q 'virtual size: 64 MiB'; }
+patterns() {
+    io 'write -P 0x5a 0 1M' 'write -P 0xa5 1M 64k' 'write -P 0x3c 8190k 4k' flush \
+        'read -P 0x5a 0 1M' 'read -P 0xa5 1M 64k' 'read -P 0x3c 8190k 4k' 'read -P 0 2M 1M'
+    equal 5a "$(dd if="$WORK/disk.img" bs=1 skip=1048575 count=1 status=none | od -An -tx1 | tr -d ' ')" "the file's byte"
+}
+zeroes_and_discards() {
+    io 'write -P 0x77 16M 4M' 'write -z 16M 1M' 'discard 18M 1M' flush \
+        'read -P 0 16M 1M' 'read -P 0x77 17M 1M' 'read -P 0 18M 1M' 'read -P 0x77 19M 1M'
+}
+many_at_once() {
+    local commands=() n
+    for n in {0..63}; do commands+=("aio_write -P $((n + 1)) $((n * 128))k 128k"); done
+    commands+=(aio_flush)
+    for n in {0..63}; do commands+=("read -P $((n + 1)) $((n * 128))k 128k"); done
+    io "${commands[@]}"
+}
+image_goes_round() {
+    head -c 8M /dev/urandom >"$WORK/image"
+    qemu-img convert -n --target-image-opts -f raw "$WORK/image" "$IMAGE"
+    qemu-img dd -f raw -O raw bs=1M count=8 "if=$WORK/disk.img" "of=$WORK/back"
+    cmp "$WORK/image" "$WORK/back"
+}
+bench_runs() { qemu-img bench --image-opts -c 20000 -d 32 -s 4096 "$IMAGE"; }
+ends() {
+    kill -TERM "$(<"$WORK/pid")"
+    within 20 grep -q 'statistics: ' "$WORK/log"
+    rm "$WORK/pid"
+    contains 'errors=0 ' "$WORK/log"
+    lacks 'discards=0 ' "$WORK/log"
+    lacks 'write_zeroes=0 ' "$WORK/log"
+}
+
+if ! knows_driver; then
+    # Debian 12 builds QEMU without libblkio, its backports as well.
+    [[ $(debian_codename) == bookworm ]] || install_packages qemu-block-extra
+fi
+if ! knows_driver && [[ $(debian_codename) == bookworm ]]; then
+    skip "qemu-img and qemu-io over virtio-blk-vhost-user" \
+        "no QEMU of Debian 12 has the driver; Debian 13 (trixie) and newer have it in qemu-block-extra"
+    finished
+fi
+claim "an emulated drive is served" serves
+claim "qemu-img sees its size" size_is_seen
+claim "patterns that qemu-io writes are read back, and are in the file" patterns
+claim "zeroes written and blocks discarded read as zero, their neighbours as they were" zeroes_and_discards
+claim "64 writes at a time keep their places" many_at_once
+claim "an image converted onto the drive is what comes back" image_goes_round
+claim "qemu-img bench runs to its end" bench_runs
+claim "the backend ends without having met an error" ends
+finished
