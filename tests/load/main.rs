@@ -7,15 +7,20 @@ use std::time::{Duration, Instant};
 
 use testbed::client::{Client, Error, Request, Ring, Shape};
 
-const USAGE: &str = "usage: load SOCKET [--depth N] [--queues N] [--bytes N] [--seconds S] [--pid SERVER] [--sleep]";
+const USAGE: &str = "usage: load SOCKET [--depth N] [--queues N] [--bytes N] [--seconds S] [--requests N] \
+    [--pid SERVER] [--packed] [--sleep] [--idle]";
 
 /// What was asked for.
 struct Wanted {
     socket: PathBuf,
     shape: Shape,
+    /// How long, and how many requests at most.
     time: Duration,
+    requests: u64,
     server: Option<u32>,
     sleep: bool,
+    /// Connected, and nothing asked for.
+    idle: bool,
 }
 
 fn main() -> ExitCode {
@@ -34,8 +39,16 @@ fn main() -> ExitCode {
 fn wanted() -> Result<Wanted, Error> {
     let mut words = std::env::args().skip(1);
     let socket = words.next().ok_or(USAGE)?.into();
-    let shape = Shape { queues: 1, depth: 1, bytes: 4096, indirect: true };
-    let mut wanted = Wanted { socket, shape, time: Duration::from_secs(2), server: None, sleep: false };
+    let shape = Shape { depth: 1, bytes: 4096, ..Shape::default() };
+    let mut wanted = Wanted {
+        socket,
+        shape,
+        time: Duration::from_secs(2),
+        requests: u64::MAX,
+        server: None,
+        sleep: false,
+        idle: false,
+    };
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or(USAGE);
         match word.as_str() {
@@ -43,7 +56,10 @@ fn wanted() -> Result<Wanted, Error> {
             "--queues" => wanted.shape.queues = value()?.parse()?,
             "--bytes" => wanted.shape.bytes = value()?.parse()?,
             "--seconds" => wanted.time = Duration::from_secs_f64(value()?.parse()?),
+            "--requests" => (wanted.requests, wanted.time) = (value()?.parse()?, Duration::MAX),
             "--pid" => wanted.server = Some(value()?.parse()?),
+            "--packed" => wanted.shape.packed = true,
+            "--idle" => wanted.idle = true,
             "--sleep" => wanted.sleep = true,
             _ => return Err(USAGE.into()),
         }
@@ -54,8 +70,13 @@ fn wanted() -> Result<Wanted, Error> {
 fn run(wanted: &Wanted) -> Result<String, Error> {
     let mut client = Client::connect(&wanted.socket, wanted.shape)?;
     let sectors = client.capacity() - wanted.shape.bytes as u64 / 512;
-    // Long enough for the server to have touched everything it will touch.
-    drive(&mut client, wanted, sectors, Duration::from_millis(200))?;
+    if wanted.requests == u64::MAX {
+        // Long enough for the server to have touched everything it will touch.
+        drive(&mut client, wanted, sectors, Duration::from_millis(200))?;
+    }
+    if wanted.idle {
+        return idle(wanted);
+    }
     let kicks: u64 = client.rings.iter().map(|ring| ring.kicks).sum();
     let (before, start) = (Server::now(wanted.server)?, Instant::now());
     let done = drive(&mut client, wanted, sectors, wanted.time)?;
@@ -71,6 +92,15 @@ fn run(wanted: &Wanted) -> Result<String, Error> {
         per(kicks),
         after.rss_kib
     ))
+}
+
+/// What a server costs while its client wants nothing of it.
+fn idle(wanted: &Wanted) -> Result<String, Error> {
+    let (before, start) = (Server::now(wanted.server)?, Instant::now());
+    std::thread::sleep(wanted.time);
+    let after = Server::now(wanted.server)?;
+    let percent = 100.0 * (after.cpu - before.cpu) / start.elapsed().as_secs_f64();
+    Ok(format!("idle_percent={percent:.2} rss_kib={}", after.rss_kib))
 }
 
 /// Keeps every ring full for `time`; how many requests have ended by then.
@@ -94,7 +124,7 @@ fn drive(client: &mut Client, wanted: &Wanted, sectors: u64, time: Duration) -> 
             done += 1;
         }
         looked = looked.wrapping_add(1);
-        if looked.is_multiple_of(64) && start.elapsed() >= time {
+        if done >= wanted.requests || (looked.is_multiple_of(64) && start.elapsed() >= time) {
             return drain(client).map(|rest| done + rest);
         }
     }

@@ -7,6 +7,7 @@ mod arguments;
 mod disk;
 mod ending;
 mod faults;
+mod hostile;
 mod process;
 mod sockets;
 mod vmm;

@@ -5,6 +5,7 @@
 
 mod backend_channel;
 mod bad_messages;
+mod conversation;
 mod disorder;
 mod gpa_addresses;
 mod lifecycle;

@@ -4,13 +4,15 @@
 //! All rings lie in one memory file; a request has a slot with a fixed place for its header, its data and its status. So
 //! nothing is allocated once a client is connected, and a load can be measured without measuring the client.
 
+mod packed;
+mod ram;
 mod ring;
+mod split;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -21,21 +23,23 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{FileOffset, MmapRegion};
 
+use ram::Ram;
+
+pub use ram::Part;
 pub use ring::{Done, Request, Ring};
 
-/// Where the guest believes its memory to start.
-const GUEST_BASE: u64 = 1 << 20;
 /// How long an answer to a message may take; a server that hangs fails the test rather than hang it.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
-/// VIRTIO_RING_F_INDIRECT_DESC and VIRTIO_RING_F_EVENT_IDX (virtio 1.2 §6).
+/// VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX and VIRTIO_F_RING_PACKED (virtio 1.2 §6).
 const INDIRECT: u64 = 1 << 28;
 const EVENT_IDX: u64 = 1 << 29;
+const PACKED: u64 = 1 << 34;
 const VERSION_1: u64 = 1 << 32;
 /// VIRTIO_BLK_F_FLUSH (virtio 1.2 §5.2.3): without it each write must be durable before it ends.
 const FLUSH: u64 = 1 << 9;
 
-/// What to ask a server for.
+/// What to ask a server for; a kind of ring that it does not offer is an error.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     /// Virtqueues to use.
@@ -44,13 +48,25 @@ pub struct Shape {
     pub depth: u16,
     /// Largest request, bytes; a multiple of 4096.
     pub bytes: usize,
-    /// Use indirect descriptors, if they are offered.
+    /// Use indirect descriptors.
     pub indirect: bool,
+    /// Say when calls and kicks are wanted by index.
+    pub event_idx: bool,
+    /// Use packed rings.
+    pub packed: bool,
+}
+
+impl Shape {
+    /// One of each kind of ring.
+    #[must_use]
+    pub fn kinds(self) -> [Self; 8] {
+        std::array::from_fn(|n| Self { packed: n & 1 != 0, indirect: n & 2 != 0, event_idx: n & 4 != 0, ..self })
+    }
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { queues: 1, depth: 16, bytes: 64 << 10, indirect: true }
+        Self { queues: 1, depth: 16, bytes: 64 << 10, indirect: true, event_idx: true, packed: false }
     }
 }
 
@@ -83,10 +99,10 @@ impl Client {
         let mut frontend = Frontend::from_stream(socket, shape.queues as u64);
         frontend.set_owner()?;
         let features = negotiate(&mut frontend, shape)?;
-        let memory = share_memory(&frontend, shape.queues * ring::bytes_needed(shape))?;
+        let ram = share_memory(&frontend, shape.queues * ring::bytes_needed(shape))?;
         let mut rings = Vec::new();
         for index in 0..shape.queues {
-            let ring = Ring::new(&memory, index, shape, features)?;
+            let ring = Ring::new(&ram, index, shape, features)?;
             ring.start(&mut frontend, index)?;
             rings.push(ring);
         }
@@ -147,7 +163,7 @@ impl Client {
         let ring = &mut self.rings[0];
         ring.publish();
         match ring.wait(ANSWER_LIMIT)? {
-            Some(Done { slot, status: 0 }) => Ok(slot),
+            Some(Done { slot, status: 0, .. }) => Ok(slot),
             Some(Done { status, .. }) => Err(format!("the request ended with status {status}").into()),
             None => Err("the request did not end".into()),
         }
@@ -157,12 +173,13 @@ impl Client {
 /// Agrees on features; those of virtio that both know.
 fn negotiate(frontend: &mut Frontend, shape: Shape) -> Result<u64, Error> {
     let offered = frontend.get_features()?;
-    let wanted = VERSION_1 | FLUSH | EVENT_IDX | if shape.indirect { INDIRECT } else { 0 };
     let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-    let features = offered & (wanted | protocol);
-    if features & (VERSION_1 | protocol) != VERSION_1 | protocol {
-        return Err(format!("features {offered:#x} lack VERSION_1 or PROTOCOL_FEATURES").into());
+    let kinds = [(shape.indirect, INDIRECT), (shape.event_idx, EVENT_IDX), (shape.packed, PACKED)];
+    let needed = kinds.iter().filter(|(wanted, _)| *wanted).fold(VERSION_1 | protocol, |sum, (_, bit)| sum | bit);
+    if offered & needed != needed {
+        return Err(format!("features {offered:#x} lack {:#x}", needed & !offered).into());
     }
+    let features = needed | offered & FLUSH;
     let known =
         VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK;
     let common = frontend.get_protocol_features()? & known;
@@ -178,19 +195,19 @@ fn negotiate(frontend: &mut Frontend, shape: Shape) -> Result<u64, Error> {
     Ok(features)
 }
 
-fn share_memory(frontend: &Frontend, bytes: usize) -> Result<Arc<MmapRegion>, Error> {
+fn share_memory(frontend: &Frontend, bytes: usize) -> Result<Ram, Error> {
     let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC)?);
     ftruncate(&file, bytes as u64)?;
     let handle = file.as_raw_fd();
-    let memory = MmapRegion::from_file(FileOffset::new(file, 0), bytes)?;
+    let memory = Ram::new(MmapRegion::from_file(FileOffset::new(file, 0), bytes)?);
     frontend.set_mem_table(&[VhostUserMemoryRegionInfo {
-        guest_phys_addr: GUEST_BASE,
+        guest_phys_addr: Ram::BASE,
         memory_size: bytes as u64,
-        userspace_addr: memory.as_ptr() as u64,
+        userspace_addr: memory.address(0),
         mmap_offset: 0,
         mmap_handle: handle,
     }])?;
-    Ok(Arc::new(memory))
+    Ok(memory)
 }
 
 /// `capacity`, the first field of the configuration space (virtio 1.2 §5.2.4).

@@ -1,33 +1,32 @@
-//! A split virtqueue as the guest's driver sees it (virtio 1.2 §2.7), with requests for a block device (§5.2.6).
+//! A virtqueue of a block device as the guest's driver sees it: requests in slots (virtio 1.2 §5.2.6), whichever way the
+//! ring itself is laid out.
 //!
 //! ```text
-//! free ── submit ──► filled ── publish ──► the device's ── reap / wait ──► free
+//! free ── submit, or prepare and offer ──► filled ── publish ──► the device's ── reap / wait ──► free
 //! ```
 
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
-use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{EVENT_IDX, Error, GUEST_BASE, INDIRECT, Shape};
+use super::packed::Packed;
+use super::ram::{Part, Ram};
+use super::split::Split;
+use super::{EVENT_IDX, Error, INDIRECT, PACKED, Shape};
 
 const PAGE: usize = 4096;
-/// Bytes of a descriptor, and of an indirect table of three padded to a power of two.
-const DESC: usize = 16;
+/// Bytes of a descriptor, and of an indirect table of [`CHAIN`] padded to a power of two.
+pub(super) const DESC: usize = 16;
 const TABLE: usize = 64;
+/// Descriptors of the longest chain.
+pub(super) const CHAIN: u16 = 3;
 /// Bytes set aside for a header and, at 16, the status.
 const HEADER: usize = 64;
 const STATUS: usize = 16;
-
-const NEXT: u16 = 1;
-const WRITABLE: u16 = 2;
-const IS_TABLE: u16 = 4;
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug)]
@@ -57,14 +56,21 @@ pub struct Done {
     pub slot: u16,
     /// VIRTIO_BLK_S_OK (0), IOERR (1) or UNSUPP (2); 255 if the device wrote none.
     pub status: u8,
+    /// How many bytes the device says it has written, the status among them.
+    pub written: u32,
 }
 
-/// Where the parts lie, offsets into the memory file.
+/// Where the three areas of a ring lie, offsets into the memory.
 #[derive(Clone, Copy)]
+pub(super) struct Areas {
+    pub(super) desc: usize,
+    pub(super) driver: usize,
+    pub(super) device: usize,
+}
+
+/// Where the parts lie, offsets into the memory.
 struct Places {
-    desc: usize,
-    avail: usize,
-    used: usize,
+    ring: Areas,
     tables: usize,
     headers: usize,
     data: usize,
@@ -72,80 +78,92 @@ struct Places {
 }
 
 impl Places {
-    fn new(index: usize, shape: Shape) -> Self {
-        let (size, depth) = (usize::from(ring_size(shape)), usize::from(shape.depth));
-        let start = |relative: Self| relative.end * index;
+    fn new(start: usize, ring: [usize; 3], shape: Shape) -> Self {
+        let depth = usize::from(shape.depth);
         let pages = |bytes: usize| bytes.next_multiple_of(PAGE);
-        let avail = pages(size * DESC);
-        let used = avail + pages(6 + 2 * size);
-        let tables = used + pages(6 + 8 * size);
+        let [desc, driver, device] = ring;
+        let driver_at = start + pages(desc);
+        let device_at = driver_at + pages(driver);
+        let tables = device_at + pages(device);
         let headers = tables + pages(depth * TABLE);
         let data = headers + pages(depth * HEADER);
-        let end = data + depth * shape.bytes;
-        let relative = Self { desc: 0, avail, used, tables, headers, data, end };
-        let by = start(relative);
-        Self {
-            desc: by,
-            avail: avail + by,
-            used: used + by,
-            tables: tables + by,
-            headers: headers + by,
-            data: data + by,
-            end: end + by,
-        }
+        let ring = Areas { desc: start, driver: driver_at, device: device_at };
+        Self { ring, tables, headers, data, end: data + depth * shape.bytes }
     }
 }
 
-/// Bytes of memory for one ring and its requests.
-pub(super) fn bytes_needed(shape: Shape) -> usize {
-    Places::new(0, shape).end
+/// Descriptors of the ring, and bytes of its areas.
+fn ring_size(shape: Shape, packed: bool) -> (u16, [usize; 3]) {
+    let size = if packed { Packed::size(shape.depth) } else { Split::size(shape.depth) };
+    (size, if packed { Packed::bytes(size) } else { Split::bytes(size) })
 }
 
-/// With room for the descriptors of all requests, whether or not they lie in tables.
-fn ring_size(shape: Shape) -> u16 {
-    (shape.depth * 3).next_power_of_two()
+/// Bytes of memory for one ring and its requests, whichever its layout.
+pub(super) fn bytes_needed(shape: Shape) -> usize {
+    Places::new(0, ring_size(shape, false).1, shape).end.max(Places::new(0, ring_size(shape, true).1, shape).end)
+}
+
+enum Layout {
+    Split(Split),
+    Packed(Packed),
+}
+
+/// One line for both layouts.
+macro_rules! either {
+    ($self:ident, $ring:ident => $call:expr) => {
+        match &mut $self.layout {
+            Layout::Split($ring) => $call,
+            Layout::Packed($ring) => $call,
+        }
+    };
 }
 
 /// One virtqueue.
 pub struct Ring {
-    memory: Arc<MmapRegion>,
+    ram: Ram,
     places: Places,
+    layout: Layout,
     size: u16,
-    depth: u16,
     bytes: usize,
     indirect: bool,
-    event_idx: bool,
     free: Vec<u16>,
-    /// Next index of the available ring; what has been published; the device's index as last read.
-    next: u16,
-    published: u16,
-    seen: u16,
+    /// Which slots the device has.
+    away: Box<[bool]>,
     kick: EventFd,
     call: EventFd,
+    err: EventFd,
     sleep: Epoll,
     /// How often the device has been kicked.
     pub kicks: u64,
 }
 
 impl Ring {
-    pub(super) fn new(memory: &Arc<MmapRegion>, index: usize, shape: Shape, features: u64) -> Result<Self, Error> {
+    /// # Panics
+    /// If `shape` asks for more than 256 slots, none, or ones that are not whole pages.
+    pub(super) fn new(ram: &Ram, index: usize, shape: Shape, features: u64) -> Result<Self, Error> {
         assert!((1..=256).contains(&shape.depth) && shape.bytes.is_multiple_of(PAGE), "{shape:?}");
         let (call, sleep) = (EventFd::new(EFD_NONBLOCK)?, Epoll::new()?);
         sleep.ctl(ControlOperation::Add, call.as_raw_fd(), EpollEvent::new(EventSet::IN, 0))?;
+        let (packed, event_idx) = (features & PACKED != 0, features & EVENT_IDX != 0);
+        let (size, bytes) = ring_size(shape, packed);
+        let places = Places::new(index * bytes_needed(shape), bytes, shape);
+        let layout = if packed {
+            Layout::Packed(Packed::new(ram.clone(), places.ring, size, event_idx))
+        } else {
+            Layout::Split(Split::new(ram.clone(), places.ring, size, event_idx))
+        };
         Ok(Self {
-            memory: Arc::clone(memory),
-            places: Places::new(index, shape),
-            size: ring_size(shape),
-            depth: shape.depth,
+            ram: ram.clone(),
+            places,
+            layout,
+            size,
             bytes: shape.bytes,
             indirect: features & INDIRECT != 0,
-            event_idx: features & EVENT_IDX != 0,
             free: (0..shape.depth).rev().collect(),
-            next: 0,
-            published: 0,
-            seen: 0,
+            away: vec![false; shape.depth.into()].into(),
             kick: EventFd::new(EFD_NONBLOCK)?,
             call,
+            err: EventFd::new(EFD_NONBLOCK)?,
             sleep,
             kicks: 0,
         })
@@ -153,7 +171,6 @@ impl Ring {
 
     /// Sets the ring up on the server's side and enables it.
     pub(super) fn start(&self, frontend: &mut Frontend, index: usize) -> Result<(), Error> {
-        let at = |offset: usize| self.memory.as_ptr() as u64 + offset as u64;
         frontend.set_vring_num(index, self.size)?;
         frontend.set_vring_addr(
             index,
@@ -161,22 +178,19 @@ impl Ring {
                 queue_max_size: self.size,
                 queue_size: self.size,
                 flags: 0,
-                desc_table_addr: at(self.places.desc),
-                used_ring_addr: at(self.places.used),
-                avail_ring_addr: at(self.places.avail),
+                desc_table_addr: self.ram.address(self.places.ring.desc),
+                used_ring_addr: self.ram.address(self.places.ring.device),
+                avail_ring_addr: self.ram.address(self.places.ring.driver),
                 log_addr: None,
             },
         )?;
-        frontend.set_vring_base(index, 0)?;
+        // A packed ring begins with both wrap counters 1; as DPDK does, only the available one is said.
+        frontend.set_vring_base(index, if matches!(self.layout, Layout::Packed(_)) { 0x8000 } else { 0 })?;
         frontend.set_vring_call(index, &self.call)?;
+        frontend.set_vring_err(index, &self.err)?;
         frontend.set_vring_kick(index, &self.kick)?;
         frontend.set_vring_enable(index, true)?;
         Ok(())
-    }
-
-    #[inline]
-    fn memory(&self) -> VolatileSlice<'_> {
-        self.memory.as_volatile_slice()
     }
 
     /// True if another request can be submitted.
@@ -188,72 +202,93 @@ impl Ring {
     /// True if nothing is in flight.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.free.len() == usize::from(self.depth)
+        self.free.len() == self.away.len()
     }
 
-    /// Fills a slot and puts it on the available ring, which the device is not told before [`Self::publish`].
+    /// Takes a slot and writes its header: a request of type `kind` (virtio 1.2 §5.2.6) at `sector`.
+    ///
+    /// # Panics
+    /// If all slots are taken.
+    pub fn prepare(&mut self, kind: u32, sector: u64) -> u16 {
+        let slot = self.free.pop().expect("a free slot");
+        self.away[usize::from(slot)] = true;
+        let header = self.header(slot);
+        self.ram.store(header, u64::from(kind));
+        self.ram.store(header + 8, sector);
+        self.ram.store(header + STATUS, 0xff_u8);
+        slot
+    }
+
+    #[inline]
+    fn header(&self, slot: u16) -> usize {
+        self.places.headers + usize::from(slot) * HEADER
+    }
+
+    #[inline]
+    fn data_at(&self, slot: u16) -> usize {
+        self.places.data + usize::from(slot) * self.bytes
+    }
+
+    /// The chain of a well-formed request: header, `bytes` of data, status.
+    #[inline]
+    #[must_use]
+    pub fn parts(&self, slot: u16, bytes: u32, data_flags: u16) -> [Part; 3] {
+        let header = Ram::guest(self.header(slot));
+        [
+            Part { addr: header, len: 16, flags: 0 },
+            Part { addr: Ram::guest(self.data_at(slot)), len: bytes, flags: data_flags },
+            Part { addr: header + STATUS as u64, len: 1, flags: Part::WRITABLE },
+        ]
+    }
+
+    /// Offers a chain of up to three `parts`, whatever they say, as the request of `slot`; through a table where indirect
+    /// descriptors were negotiated. The device is not told before [`Self::publish`].
+    #[inline]
+    pub fn offer(&mut self, slot: u16, parts: &[Part]) {
+        if !self.indirect {
+            return self.offer_linked(slot, parts);
+        }
+        let table = self.places.tables + usize::from(slot) * TABLE;
+        match self.layout {
+            Layout::Split(_) => Split::write_table(&self.ram, table, 0, parts),
+            Layout::Packed(_) => Packed::write_table(&self.ram, table, parts),
+        }
+        let len = u32::try_from(parts.len() * DESC).expect("a short table");
+        self.offer_linked(slot, &[Part { addr: Ram::guest(table), len, flags: Part::TABLE }]);
+    }
+
+    /// The same without a table of its own.
+    #[inline]
+    pub fn offer_linked(&mut self, slot: u16, parts: &[Part]) {
+        either!(self, ring => ring.offer(slot, parts));
+    }
+
+    /// Fills a slot and offers it.
     ///
     /// # Panics
     /// If all slots are taken, or the request is larger than the client was made for.
+    #[inline]
     pub fn submit(&mut self, request: Request) -> u16 {
-        let slot = self.free.pop().expect("a free slot");
         let (kind, sector, bytes, flags) = match request {
-            Request::Read { sector, bytes } => (0_u64, sector, bytes, WRITABLE),
+            Request::Read { sector, bytes } => (0, sector, bytes, Part::WRITABLE),
             Request::Write { sector, bytes } => (1, sector, bytes, 0),
             Request::Flush => (4, 0, 0, 0),
         };
         assert!(bytes <= self.bytes, "{request:?} in slots of {} bytes", self.bytes);
-        let n = usize::from(slot);
-        let header = self.places.headers + n * HEADER;
-        self.put(header, [kind, sector]);
-        self.memory().write_obj(0xff_u8, header + STATUS).expect("inside the memory");
-        let head = slot * 3;
-        let (table, first) = if self.indirect { (self.places.tables + n * TABLE, 0) } else { (self.desc(head), head) };
-        let mut parts =
-            [(header, 16, 0), (self.places.data + n * self.bytes, bytes, flags), (header + STATUS, 1, WRITABLE)];
+        let slot = self.prepare(kind, sector);
+        let [header, data, status] = self.parts(slot, u32::try_from(bytes).expect("small"), flags);
         if bytes == 0 {
-            parts[1] = parts[2];
+            self.offer(slot, &[header, status]);
+        } else {
+            self.offer(slot, &[header, data, status]);
         }
-        let count = if bytes == 0 { 2 } else { 3_u16 };
-        for (i, (at, len, flags)) in (0..count).zip(parts) {
-            let flags = flags | if i + 1 < count { NEXT } else { 0 };
-            self.put_descriptor(table + usize::from(i) * DESC, at, len, flags, first + i + 1);
-        }
-        if self.indirect {
-            self.put_descriptor(self.desc(head), table, usize::from(count) * DESC, IS_TABLE, 0);
-        }
-        let place = self.places.avail + 4 + 2 * usize::from(self.next % self.size);
-        self.memory().write_obj(head, place).expect("inside the memory");
-        self.next = self.next.wrapping_add(1);
         slot
     }
 
-    fn desc(&self, index: u16) -> usize {
-        self.places.desc + usize::from(index) * DESC
-    }
-
-    fn put(&self, at: usize, words: [u64; 2]) {
-        self.memory().write_obj(words, at).expect("inside the memory");
-    }
-
-    fn put_descriptor(&self, at: usize, target: usize, len: usize, flags: u16, next: u16) {
-        self.put(at, [GUEST_BASE + target as u64, len as u64 | u64::from(flags) << 32 | u64::from(next) << 48]);
-    }
-
-    /// Shows the device everything submitted, and kicks it if it wants to be. True if it was kicked.
+    /// Shows the device everything offered, and kicks it if it wants to be. True if it was kicked.
+    #[inline]
     pub fn publish(&mut self) -> bool {
-        let memory = self.memory();
-        let load = |at: usize| memory.load::<u16>(at, Ordering::Acquire).expect("inside the memory");
-        memory.store(self.next, self.places.avail + 2, Ordering::Release).expect("inside the memory");
-        // The index is seen before the device's wish is read; the device does the two in the other order.
-        fence(Ordering::SeqCst);
-        let wanted = if self.event_idx {
-            let event = load(self.places.used + 4 + 8 * usize::from(self.size));
-            self.next.wrapping_sub(event).wrapping_sub(1) < self.next.wrapping_sub(self.published)
-        } else {
-            load(self.places.used) & 1 == 0
-        };
-        self.published = self.next;
+        let wanted = either!(self, ring => ring.publish());
         if wanted {
             self.kicks += 1;
             self.kick.write(1).expect("an eventfd that is read takes a write");
@@ -262,32 +297,22 @@ impl Ring {
     }
 
     /// Takes one finished request off the ring.
+    ///
+    /// # Panics
+    /// If the device names a request that it does not have.
+    #[inline]
     pub fn reap(&mut self) -> Option<Done> {
-        let memory = self.memory.as_volatile_slice();
-        let index: u16 = memory.load(self.places.used + 2, Ordering::Acquire).expect("inside the memory");
-        if index == self.seen {
-            return None;
-        }
-        let entry = self.places.used + 4 + 8 * usize::from(self.seen % self.size);
-        let head: u32 = memory.read_obj(entry).expect("inside the memory");
-        self.seen = self.seen.wrapping_add(1);
-        let slot = u16::try_from(head / 3).expect("a head that was published");
-        let status = memory.read_obj(self.places.headers + usize::from(slot) * HEADER + STATUS);
-        assert!(!self.free.contains(&slot), "slot {slot} has come back twice");
+        let (slot, written) = either!(self, ring => ring.take())?;
+        let away = self.away.get_mut(usize::from(slot)).expect("a slot that exists");
+        assert!(std::mem::replace(away, false), "slot {slot} has come back twice");
         self.free.push(slot);
-        Some(Done { slot, status: status.expect("inside the memory") })
+        Some(Done { slot, status: self.ram.load(self.header(slot) + STATUS), written })
     }
 
     /// Tells the device that nobody waits for calls, for a client that polls.
+    #[inline]
     pub fn silence(&mut self) {
-        self.want_call_at(self.seen.wrapping_add(0x7fff));
-    }
-
-    fn want_call_at(&self, index: u16) {
-        let memory = self.memory();
-        let place = self.places.avail + 4 + 2 * usize::from(self.size);
-        memory.store(index, place, Ordering::Release).expect("inside the memory");
-        fence(Ordering::SeqCst);
+        either!(self, ring => ring.want_call(false));
     }
 
     /// Waits for a finished request, asleep; `None` if there is none within `limit`.
@@ -297,7 +322,7 @@ impl Ring {
     pub fn wait(&mut self, limit: Duration) -> Result<Option<Done>, Error> {
         let start = Instant::now();
         loop {
-            self.want_call_at(self.seen);
+            either!(self, ring => ring.want_call(true));
             if let Some(done) = self.reap() {
                 return Ok(Some(done));
             }
@@ -312,14 +337,28 @@ impl Ring {
         }
     }
 
+    /// Offers what no ring can hold, kicks, and waits until the device gives the ring up; false if it does not. Nothing may
+    /// be in flight, and nothing is served any more.
+    ///
+    /// # Errors
+    /// Of `poll`.
+    pub fn break_rules(&mut self, limit: Duration) -> Result<bool, Error> {
+        either!(self, ring => ring.break_rules());
+        either!(self, ring => ring.publish());
+        self.kick.write(1)?;
+        let gone = Epoll::new()?;
+        gone.ctl(ControlOperation::Add, self.err.as_raw_fd(), EpollEvent::new(EventSet::IN, 0))?;
+        let milliseconds = i32::try_from(limit.as_millis())?;
+        Ok(gone.wait(milliseconds, &mut [EpollEvent::default()])? == 1)
+    }
+
     /// Fills a slot's data; between submit and publish.
     ///
     /// # Panics
     /// If there is more than fits.
     pub fn set_data(&self, slot: u16, bytes: &[u8]) {
         assert!(bytes.len() <= self.bytes, "{} bytes in slots of {}", bytes.len(), self.bytes);
-        let at = self.places.data + usize::from(slot) * self.bytes;
-        self.memory().write_slice(bytes, at).expect("inside the memory");
+        self.ram.write(self.data_at(slot), bytes);
     }
 
     /// A slot's data.
@@ -328,7 +367,6 @@ impl Ring {
     /// If more is asked for than there is.
     pub fn data(&self, slot: u16, bytes: &mut [u8]) {
         assert!(bytes.len() <= self.bytes, "{} bytes in slots of {}", bytes.len(), self.bytes);
-        let at = self.places.data + usize::from(slot) * self.bytes;
-        self.memory().read_slice(bytes, at).expect("inside the memory");
+        self.ram.read(self.data_at(slot), bytes);
     }
 }
