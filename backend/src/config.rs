@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::coherency::Policy;
+use crate::engine::Watch;
 use crate::vfio::{NotAnAddress, PciAddress};
 
 /// What the user asked for.
@@ -53,6 +54,9 @@ pub struct Config {
     /// How long a worker polls for more work before it sleeps, in microseconds
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub poll_us: u32,
+    /// How long a command may take before it is aborted, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 30_000, value_parser = clap::value_parser!(u32).range(1..))]
+    pub timeout_ms: u32,
     /// error, warn, info, debug or trace; RUST_LOG is heard as well
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: log::LevelFilter,
@@ -148,6 +152,12 @@ impl Config {
     #[must_use]
     pub fn spin(&self) -> Duration {
         Duration::from_micros(self.poll_us.into())
+    }
+
+    /// When commands are late, and the device is.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        Watch { timeout: Duration::from_millis(self.timeout_ms.into()), ..Watch::default() }
     }
 
     /// How many virtqueues to offer.

@@ -14,7 +14,7 @@ use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
 use vhost_device_vfio::config::{Config, DeviceArg, Question};
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions, Source};
 use vhost_device_vfio::emulated::{EmulatedError, Machine};
-use vhost_device_vfio::engine::{Engine, Options, Watch};
+use vhost_device_vfio::engine::{Engine, Options};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::inspect::{Report, list};
 use vhost_device_vfio::iommu::LiveSpace;
@@ -98,7 +98,7 @@ fn run(config: &Config) -> Result<()> {
         nvme = nvme.returning(source);
     }
     let options =
-        Options { rings: usize::from(queues), spin: config.spin(), patience: PATIENCE, watch: Watch::default() };
+        Options { rings: usize::from(queues), spin: config.spin(), patience: PATIENCE, watch: config.watch() };
     let engine = Engine::start(Box::new(nvme), &space, options)?;
 
     let kib = space.statistics().mapped / 1024;

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::process::Process;
+use crate::process::{PROGRAM, Process};
 
 #[test]
 fn capabilities_are_printed_without_a_device_or_a_socket() {
@@ -22,6 +22,7 @@ fn every_mistake_has_its_message_and_status_2() {
         (&["--device", "emulated", "--queues", "0"], "0 is not in 1..=64"),
         (&["--device", "emulated", "--no-snoop", "perhaps"], "possible values: suppress, allow, refuse, assume"),
         (&["--device", "emulated", "--poll-us", "long"], "--poll-us"),
+        (&["--device", "emulated", "--timeout-ms", "0"], "0 is not in 1.."),
         (&["--device", "emulated", "--nonesuch"], "unexpected argument"),
     ] {
         let ended = Process::run(arguments);
@@ -44,13 +45,18 @@ fn a_wrong_option_of_the_emulated_function_is_one_line_and_makes_nothing() {
         ("file=DIR/no/such,create=on,size=1M", "create DIR/no/such: No such file or directory"),
         ("file=DIR/made,create=on,size=1000", "size: wanted a multiple of the logical block"),
         ("file=DIR", "open DIR: Is a directory"),
+        // Even root cannot write to a program that runs.
+        ("file=PROGRAM", "open PROGRAM: Text file busy"),
+        ("latency=soon", "latency=soon: wanted"),
+        ("faults=DIR/missing", "faults=DIR/missing: No such file or directory"),
         ("file=DIR/log", "size: wanted a file of whole logical blocks, at least one"),
     ] {
-        let device = format!("emulated:{options}");
+        let device = format!("emulated:{}", options.replace("PROGRAM", PROGRAM));
         let mut process = Process::start(&["--socket-path", "DIR/socket", "--device", &device]);
         let ended = process.end();
         let directory = process.path("");
-        let wanted = message.replace("DIR", directory.to_str().unwrap().trim_end_matches('/'));
+        let wanted =
+            message.replace("DIR", directory.to_str().unwrap().trim_end_matches('/')).replace("PROGRAM", PROGRAM);
         assert_eq!(ended.status.code(), Some(2), "{options}: {}", ended.log);
         assert!(ended.log.contains(&wanted), "{options}: {}", ended.log);
         assert_eq!(ended.log.lines().count(), 1, "{options}: {}", ended.log);

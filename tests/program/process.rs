@@ -11,7 +11,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use testbed::client::{Client, Shape};
 use vmm_sys_util::tempdir::TempDir;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-device-vfio");
+/// The program under test.
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-device-vfio");
 
 /// Until anything expected of the program has happened; generous, since other tests share the processors.
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
