@@ -163,6 +163,7 @@ fn request(lines: Option<CacheLines>, write: bool) -> f64 {
         limits: Limits { block: 512, transfer: 1 << 20 },
         sgl: None,
         event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
+        awaited: None,
     });
     let flush = |_: ()| caches.iter().for_each(|caches| caches.flush(&data, 0, 4096));
     let buffer = [Span::new(Iova(0x1000), 4096).unwrap()];

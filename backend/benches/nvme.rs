@@ -115,6 +115,7 @@ fn commands(c: &mut Criterion) {
         limits: LIMITS,
         sgl: None,
         event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
+        awaited: None,
     });
     group.bench_function("submit, ring, completed, reap", |b| {
         let buffer = [span(0x1000, 4096)];

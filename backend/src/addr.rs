@@ -18,10 +18,12 @@ pub trait Address: Copy + Ord + fmt::Debug + fmt::Display {
     /// Gives a raw number its kind; done where a message or a register is read, nowhere else.
     fn from_raw(raw: u64) -> Self;
     /// `self + bytes`, or `None` past the end of the address space.
+    #[inline]
     fn checked_add(self, bytes: u64) -> Option<Self> {
         self.raw().checked_add(bytes).map(Self::from_raw)
     }
     /// True if the address is a multiple of `alignment`, a power of two.
+    #[inline]
     fn is_aligned(self, alignment: u64) -> bool {
         debug_assert!(alignment.is_power_of_two());
         self.raw() & (alignment - 1) == 0
@@ -132,7 +134,16 @@ impl<A: Address> Span<A> {
     #[inline]
     #[must_use]
     pub fn covers(&self, other: &Self) -> bool {
-        self.start <= other.start && other.last() <= self.last()
+        self.offset_of_span(other).is_some()
+    }
+
+    /// Bytes from the start to `other`, if it lies wholly inside.
+    #[inline]
+    #[must_use]
+    pub fn offset_of_span(&self, other: &Self) -> Option<u64> {
+        // A span does not wrap, so the distance to one that starts before it, counted around, is at least its length.
+        let offset = other.start.raw().wrapping_sub(self.start.raw());
+        (offset < self.len && other.len <= self.len - offset).then_some(offset)
     }
 
     /// True if at least one address is in both.
@@ -143,24 +154,26 @@ impl<A: Address> Span<A> {
     }
 
     /// True if `address` lies inside.
+    #[inline]
     #[must_use]
     pub fn contains(&self, address: A) -> bool {
-        self.start <= address && address <= self.last()
+        self.offset_of(address).is_some()
     }
 
     /// Bytes from the start to `address`, if it lies inside.
     #[inline]
     #[must_use]
     pub fn offset_of(&self, address: A) -> Option<u64> {
-        self.contains(address).then(|| address.raw() - self.start.raw())
+        let offset = address.raw().wrapping_sub(self.start.raw());
+        (offset < self.len).then_some(offset)
     }
 
     /// `len` bytes from `offset` on; `None` when that is not wholly inside.
     #[inline]
     #[must_use]
     pub fn slice(&self, offset: u64, len: u64) -> Option<Self> {
-        let part = Self::new(self.start.checked_add(offset)?, len)?;
-        self.covers(&part).then_some(part)
+        let inside = len != 0 && offset < self.len && len <= self.len - offset;
+        inside.then(|| Self { start: A::from_raw(self.start.raw() + offset), len })
     }
 
     /// Cut at multiples of `size` (a power of two) of the *address*, in order.

@@ -6,6 +6,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use crate::addr::{Iova, Span};
@@ -56,6 +57,11 @@ pub trait Function: Send + Sync {
     /// # Errors
     /// The errno of the kernel.
     fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()>;
+    /// Whether somebody waits for `vector`: while this says no, the function may leave its event alone. Whoever says yes
+    /// looks once more before the wait. `None` where the function interrupts in any case, as hardware does.
+    fn awaited(&self, _vector: u16) -> Option<Arc<AtomicBool>> {
+        None
+    }
     /// Lets the function start DMA and interrupts by itself (PCI command register, Bus Master Enable), or stops it.
     ///
     /// # Errors

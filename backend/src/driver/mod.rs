@@ -199,6 +199,9 @@ pub trait Queue: Send {
     fn in_flight(&self) -> usize;
     /// Signalled by the device when a command has finished.
     fn event(&self) -> BorrowedFd<'_>;
+    /// Says whether the worker is about to wait for the event, or looks by itself. A command that finished while nobody
+    /// waited may not be signalled, so the worker looks once more before the wait.
+    fn set_awaited(&self, awaited: bool);
 }
 
 /// A device that has been brought up.

@@ -14,7 +14,7 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
-use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
@@ -74,6 +74,8 @@ pub(super) struct Controller {
     pub(super) cqs: Box<[CqSlot]>,
     pub(super) admin: Mutex<Admin>,
     pub(super) vectors: RwLock<Vec<OwnedFd>>,
+    /// For each vector, whether anybody waits for it.
+    pub(super) awaited: Box<[Arc<AtomicBool>]>,
     pub(super) interrupts: AtomicU32,
     pub(super) bad_doorbells: AtomicU32,
     /// True while an event waits for a request, or nobody has looked for one.
@@ -111,6 +113,7 @@ impl Controller {
             cqs: (0..pairs).map(|_| CqSlot::default()).collect(),
             admin: Mutex::new(Admin::new(&options)),
             vectors: RwLock::default(),
+            awaited: (0..pairs).map(|_| Arc::new(AtomicBool::new(true))).collect(),
             interrupts: AtomicU32::new(0),
             bad_doorbells: AtomicU32::new(0),
             untold: AtomicBool::new(false),

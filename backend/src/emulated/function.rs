@@ -112,7 +112,12 @@ impl Function for EmulatedFunction {
         if events.len() > self.vectors.into() {
             return Err(rustix::io::Errno::INVAL.into());
         }
+        self.controller.awaited.iter().for_each(|awaited| awaited.store(true, SeqCst));
         self.controller.route(events)
+    }
+
+    fn awaited(&self, vector: u16) -> Option<Arc<AtomicBool>> {
+        self.controller.awaited.get(usize::from(vector)).cloned()
     }
 
     fn route_removal(&self, event: BorrowedFd<'_>) -> io::Result<()> {

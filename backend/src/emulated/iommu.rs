@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use vm_memory::MmapRegion;
 
@@ -17,6 +17,7 @@ use crate::memory::Region;
 use crate::sys::Window;
 
 use super::cache::Cache;
+use super::dma::Dma;
 use super::lock;
 
 /// Bytes of an IOMMU page; mappings of the driver's own memory are multiples of it.
@@ -42,15 +43,25 @@ pub struct DmaFault {
     pub access: Access,
 }
 
-struct Mapping {
-    span: Span<Iova>,
-    window: Window,
+pub(super) struct Mapping {
+    pub(super) span: Span<Iova>,
+    pub(super) window: Window,
 }
 
 #[derive(Default)]
-struct FaultLog {
+pub(super) struct FaultLog {
     kept: VecDeque<DmaFault>,
     total: u64,
+}
+
+impl FaultLog {
+    pub(super) fn add(&mut self, fault: DmaFault) {
+        self.total += 1;
+        if self.kept.len() == FAULTS_KEPT {
+            self.kept.pop_front();
+        }
+        self.kept.push_back(fault);
+    }
 }
 
 struct Inner {
@@ -291,95 +302,5 @@ struct Unmap {
 impl Drop for Unmap {
     fn drop(&mut self) {
         self.iommu.unmap(self.span).expect("only this value unmaps the driver's buffer");
-    }
-}
-
-/// The function's access to memory while the mappings stand still.
-pub(super) struct Dma<'a> {
-    mappings: RwLockReadGuard<'a, Vec<Mapping>>,
-    faults: &'a Mutex<FaultLog>,
-    /// What these transfers go behind.
-    cache: Option<&'a Cache>,
-    detached: bool,
-}
-
-impl Dma<'_> {
-    /// Calls `part` for each piece of `len` bytes at `at` that lies in one mapping, in order. `hint` is the caller's memory
-    /// of the last mapping used. An unmapped byte is recorded as a fault and ends the walk.
-    #[inline]
-    pub(super) fn each<E: From<DmaFault>>(
-        &self,
-        access: Access,
-        span: Span<Iova>,
-        hint: &mut usize,
-        mut part: impl FnMut(&Window, usize, usize) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let mut rest = span;
-        loop {
-            let Some(mapping) = self.find(rest.start(), hint) else {
-                return Err(self.fault(rest.start(), access).into());
-            };
-            let offset = mapping.span.offset_of(rest.start()).expect("found by address");
-            let len = rest.len().min(mapping.span.len() - offset);
-            let size = |bytes: u64| usize::try_from(bytes).expect("inside a window");
-            match self.cache {
-                None => part(&mapping.window, size(offset), size(len))?,
-                Some(cache) => cache.transfer(access, &mapping.window, (size(offset), size(len)), &mut part)?,
-            }
-            match rest.slice(len, rest.len() - len) {
-                Some(next) => rest = next,
-                None => return Ok(()),
-            }
-        }
-    }
-
-    /// Reads `bytes.len()` bytes at `at`.
-    #[inline]
-    pub(super) fn read(&self, at: Iova, bytes: &mut [u8], hint: &mut usize) -> Result<(), DmaFault> {
-        let span = Span::new(at, bytes.len() as u64).ok_or_else(|| self.fault(at, Access::Read))?;
-        let mut done = 0;
-        self.each(Access::Read, span, hint, |window, offset, len| {
-            window.copy_to(offset, &mut bytes[done..done + len]);
-            done += len;
-            Ok(())
-        })
-    }
-
-    /// Writes `bytes` at `at`.
-    #[inline]
-    pub(super) fn write(&self, at: Iova, bytes: &[u8], hint: &mut usize) -> Result<(), DmaFault> {
-        let span = Span::new(at, bytes.len() as u64).ok_or_else(|| self.fault(at, Access::Write))?;
-        let mut done = 0;
-        self.each(Access::Write, span, hint, |window, offset, len| {
-            window.copy_from(offset, &bytes[done..done + len]);
-            done += len;
-            Ok(())
-        })
-    }
-
-    #[inline]
-    fn find(&self, at: Iova, hint: &mut usize) -> Option<&Mapping> {
-        if self.detached {
-            return None;
-        }
-        if let Some(mapping) = self.mappings.get(*hint).filter(|mapping| mapping.span.contains(at)) {
-            return Some(mapping);
-        }
-        let after = self.mappings.partition_point(|mapping| mapping.span.start() <= at);
-        *hint = after.checked_sub(1)?;
-        self.mappings.get(*hint).filter(|mapping| mapping.span.contains(at))
-    }
-
-    /// Records a DMA to an address that is not mapped.
-    #[cold]
-    pub(super) fn fault(&self, iova: Iova, access: Access) -> DmaFault {
-        let fault = DmaFault { iova, access };
-        let mut log = lock(self.faults);
-        log.total += 1;
-        if log.kept.len() == FAULTS_KEPT {
-            log.kept.pop_front();
-        }
-        log.kept.push_back(fault);
-        fault
     }
 }

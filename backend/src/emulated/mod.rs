@@ -15,6 +15,7 @@ mod admin;
 mod cache;
 mod config;
 mod controller;
+mod dma;
 mod events;
 mod fault;
 mod fault_file;

@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use crate::addr::{Iova, Span};
 
 use super::controller::{Controller, Traffic};
-use super::iommu::{Access, Dma};
+use super::dma::Dma;
+use super::iommu::Access;
 use super::prp::Prps;
 use super::queue::{Hints, Sq};
 use super::sgl::Sgl;

@@ -7,7 +7,8 @@
 
 use crate::addr::{Iova, Span};
 
-use super::iommu::{Dma, DmaFault};
+use super::dma::Dma;
+use super::iommu::DmaFault;
 use super::wire::{Entry, Status};
 
 impl From<DmaFault> for Status {

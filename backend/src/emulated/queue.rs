@@ -15,8 +15,9 @@ use std::time::Duration;
 use crate::addr::{Address, Iova, Span};
 
 use super::controller::Traffic;
+use super::dma::Dma;
 use super::fault::Effect;
-use super::iommu::{Access, Dma, DmaFault};
+use super::iommu::{Access, DmaFault};
 use super::wire::{CQE_BYTES, Entry, SQE_BYTES, Status, low16};
 
 /// Which mapping each of a queue's streams used last.
@@ -63,9 +64,7 @@ impl Sq {
         let span = at.and_then(|at| Span::new(at, SQE_BYTES)).ok_or_else(|| dma.fault(self.base, Access::Read))?;
         dma.each::<DmaFault>(Access::Read, span, &mut self.hint, |window, offset, len| {
             debug_assert_eq!(len as u64, SQE_BYTES, "queues start on a page, so no entry runs over its end");
-            for (i, word) in entry.0.iter_mut().enumerate() {
-                *word = window.read_u64(offset + i * 8);
-            }
+            entry.0 = window.read_words(offset);
             Ok(())
         })?;
         self.head = if self.head + 1 == self.entries { 0 } else { self.head + 1 };
@@ -139,7 +138,7 @@ impl Cq {
 
     /// Takes over the head doorbell: it may only move forward over entries that were posted.
     pub(super) fn set_head(&mut self, head: u32) -> Result<(), BadHead> {
-        let distance = |from: u32| (self.tail + self.entries - from) % self.entries;
+        let distance = |from: u32| if self.tail >= from { self.tail - from } else { self.tail + self.entries - from };
         if head >= self.entries || distance(head) > distance(self.head) {
             return Err(BadHead);
         }
@@ -176,12 +175,9 @@ impl Cq {
         let last = completion.status.bits() << 1 | u16::from(phase);
         dma.each::<DmaFault>(Access::Write, span, &mut self.hint, |window, offset, len| {
             debug_assert_eq!(len as u64, CQE_BYTES, "queues start on a page, so no entry runs over its end");
-            window.write_u32(offset, completion.result);
-            window.write_u32(offset + 4, 0);
-            window.write_u16(offset + 8, completion.sq_head);
-            window.write_u16(offset + 10, completion.sq);
-            window.write_u16(offset + 12, completion.cid);
-            window.store_release_u16(offset + 14, last);
+            window.write_u64(offset, completion.result.into());
+            let words = [completion.sq_head, completion.sq, completion.cid, last];
+            window.store_release_u64(offset + 8, words.iter().rev().fold(0, |sum, word| sum << 16 | u64::from(*word)));
             Ok(())
         })?;
         self.tail += 1;

@@ -9,13 +9,13 @@
 //! A pass holds the queue's lock, so whoever stops the controller and then takes that lock knows that no command runs.
 
 use std::sync::PoisonError;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{Ordering::SeqCst, fence};
 use std::time::Duration;
 
 use super::controller::Controller;
+use super::dma::Dma;
 use super::events::BadDoorbell;
 use super::fault::Effect;
-use super::iommu::Dma;
 use super::lock;
 use super::queue::{Completion, Cq, CqSlot, Sq, SqSlot};
 use super::wire::{Entry, Status};
@@ -239,6 +239,11 @@ impl Controller {
 
     fn interrupt(&self, vector: u16) {
         if !self.options.interrupts || !self.bus_master.load(SeqCst) {
+            return;
+        }
+        // The completion first, then this look; whoever starts to wait does the two in the other order.
+        fence(SeqCst);
+        if self.awaited.get(usize::from(vector)).is_some_and(|awaited| !awaited.load(SeqCst)) {
             return;
         }
         let vectors = self.vectors.read().unwrap_or_else(PoisonError::into_inner);

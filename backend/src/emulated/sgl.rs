@@ -10,7 +10,7 @@
 
 use crate::addr::{Iova, Span};
 
-use super::iommu::Dma;
+use super::dma::Dma;
 use super::wire::{Entry, Status, halves};
 
 /// SGLS of Identify Controller: supported, data blocks of any alignment (NVMe 2.0 §5.17.2.1, bytes 539:536).

@@ -348,18 +348,20 @@ impl Chain {
         if len == 0 {
             return;
         }
-        let span = Span::new(Gpa(addr), u64::from(len));
-        if span.is_none() {
+        let writable = flags & WRITE != 0;
+        let Some(span) = Span::new(Gpa(addr), u64::from(len)) else {
+            self.end_known &= !writable;
             self.fault.get_or_insert(ChainFault::Wraps { addr: Gpa(addr), len });
-        }
-        if flags & WRITE != 0 {
-            self.end_known = span.is_some();
-            self.writable.extend(span);
+            return;
+        };
+        if writable {
+            self.end_known = true;
+            self.writable.push(span);
         } else {
             if !self.writable.is_empty() {
                 self.fault.get_or_insert(ChainFault::Order);
             }
-            self.readable.extend(span);
+            self.readable.push(span);
         }
     }
 }

@@ -120,11 +120,12 @@ impl Path {
                 return queue.in_flight() != before;
             }
         }
-        let seats = self.seats.len();
-        for n in 0..seats {
-            let seat = (self.turn + n) % seats;
-            if self.serve(Some(&mut *queue), seat) == Room::None {
-                self.turn = (seat + 1) % seats;
+        let (seats, mut seat) = (self.seats.len(), self.turn);
+        for _ in 0..seats {
+            let room = self.serve(Some(&mut *queue), seat);
+            seat = if seat + 1 < seats { seat + 1 } else { 0 };
+            if room == Room::None {
+                self.turn = seat;
                 break;
             }
         }

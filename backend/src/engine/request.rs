@@ -348,8 +348,11 @@ fn total(spans: &[Span<Gpa>]) -> u64 {
 #[inline]
 fn collect_writable(chain: &Chain, guest: &mut Guest, buffers: &mut Vec<Span<Iova>>) -> Result<u64, RequestFault> {
     let Some((last, whole)) = chain.writable().split_last() else { return Ok(0) };
-    let cut = last.slice(0, last.len() - 1);
-    collect(whole.iter().copied().chain(cut), guest, buffers)
+    let mut bytes = collect(whole.iter().copied(), guest, buffers)?;
+    if let Some(cut) = last.slice(0, last.len() - 1) {
+        bytes += collect([cut].into_iter(), guest, buffers)?;
+    }
+    Ok(bytes)
 }
 
 /// All readable bytes but the header.

@@ -35,14 +35,23 @@ const ORDERS: u64 = u64::MAX - 1;
 /// How long a worker sleeps at most while commands are in flight: an interrupt may get lost, its completion does not.
 const LONGEST_NAP: Duration = Duration::from_millis(500);
 
-/// Busy passes between two looks at the clock.
-const PASSES_PER_LOOK: u32 = 256;
+/// Passes between two looks at the clock, which costs as much as some passes that find nothing.
+const BUSY_PASSES_PER_LOOK: u32 = 256;
+const IDLE_PASSES_PER_LOOK: u32 = 8;
 
 /// See the drawing above.
 enum Device {
     Live(Box<dyn Queue>),
     Away,
     Gone,
+}
+
+impl Device {
+    /// The worker begins by looking.
+    fn live(queue: Box<dyn Queue>) -> Self {
+        queue.set_awaited(false);
+        Self::Live(queue)
+    }
 }
 
 /// An order that is answered when something in flight has ended.
@@ -79,7 +88,7 @@ impl Worker {
         let poller = Poller::new()?;
         poller.add(mailbox.event(), ORDERS)?;
         poller.add(queue.event(), DEVICE)?;
-        let device = Device::Live(queue);
+        let device = Device::live(queue);
         let (promises, stale, resting, quit) = (Vec::new(), false, false, false);
         Ok(Self { path, device, stale, mailbox, poller, promises, resting, spin, sentry, quit })
     }
@@ -87,19 +96,23 @@ impl Worker {
     /// The thread's body.
     pub(super) fn run(mut self) {
         let mut idle_since = None;
-        let mut busy_passes = 0_u32;
+        let mut passes = 0_u32;
         while !self.quit {
             if self.mailbox.has_orders() {
                 self.mailbox.take().into_iter().for_each(|order| self.obey(order));
                 idle_since = None;
                 continue;
             }
+            passes = passes.wrapping_add(1);
             if self.pass() {
                 idle_since = None;
-                busy_passes = busy_passes.wrapping_add(1);
-                if busy_passes.is_multiple_of(PASSES_PER_LOOK) {
+                if passes.is_multiple_of(BUSY_PASSES_PER_LOOK) {
                     self.look(Instant::now());
                 }
+                continue;
+            }
+            if idle_since.is_some() && !passes.is_multiple_of(IDLE_PASSES_PER_LOOK) {
+                std::hint::spin_loop();
                 continue;
             }
             let now = Instant::now();
@@ -157,10 +170,11 @@ impl Worker {
 
     /// Arms every notification, looks a last time, and waits for one of them.
     fn sleep(&mut self) {
-        if let Device::Live(queue) = &self.device
-            && std::mem::take(&mut self.stale)
-        {
-            drain(queue.event());
+        if let Device::Live(queue) = &self.device {
+            if std::mem::take(&mut self.stale) {
+                drain(queue.event());
+            }
+            queue.set_awaited(true);
         }
         self.path.served().for_each(|ring| ring.queue.arm());
         // This last pass sees every chain for which there will be no kick.
@@ -168,6 +182,9 @@ impl Worker {
             self.wait();
         }
         self.path.served().for_each(|ring| ring.queue.disarm());
+        if let Device::Live(queue) = &self.device {
+            queue.set_awaited(false);
+        }
     }
 
     fn wait(&mut self) {
@@ -349,7 +366,7 @@ impl Worker {
                 if let Err(error) = self.poller.add(queue.event(), DEVICE) {
                     log::error!("watch the device's event: {error}");
                 }
-                Device::Live(queue)
+                Device::live(queue)
             }
         };
         self.keep_promises();

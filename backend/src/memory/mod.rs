@@ -64,7 +64,10 @@ impl MemTable {
     #[inline]
     #[must_use]
     pub fn iova(&self, span: Span<Gpa>, hint: &mut usize) -> Option<Span<Iova>> {
-        let (index, _) = self.find(span.start(), hint)?;
+        if self.regions.get(*hint).is_none_or(|region| !region.gpa().contains(span.start())) {
+            *hint = self.find(span.start())?;
+        }
+        let index = *hint;
         let mut last = self.regions[index].gpa().last();
         for next in &self.regions[index + 1..] {
             if last >= span.last() || last.checked_add(1) != Some(next.gpa().start()) {
@@ -80,9 +83,16 @@ impl MemTable {
     #[inline]
     #[must_use]
     pub fn window(&self, span: Span<Gpa>, hint: &mut usize) -> Option<(&Window, usize)> {
-        let (index, offset) = self.find(span.start(), hint)?;
-        let region = &self.regions[index];
-        region.gpa().covers(&span).then(|| (region.window(), offset))
+        let fits = |offset| usize::try_from(offset).expect("a mapped region fits the address space");
+        let hit = |index: usize| {
+            let region = self.regions.get(index)?;
+            region.gpa().offset_of_span(&span).map(|offset| (region.window(), fits(offset)))
+        };
+        if let Some(found) = hit(*hint) {
+            return Some(found);
+        }
+        *hint = self.find(span.start())?;
+        hit(*hint)
     }
 
     /// The guest address of a front-end virtual address range that lies in one region.
@@ -103,20 +113,10 @@ impl MemTable {
         Self::new(regions)
     }
 
-    /// Index of the region that holds `address`, and the offset in it.
-    #[inline]
-    fn find(&self, address: Gpa, hint: &mut usize) -> Option<(usize, usize)> {
-        let hit = |index: usize| {
-            let offset = self.regions.get(index)?.gpa().offset_of(address)?;
-            Some((index, usize::try_from(offset).expect("a mapped region fits the address space")))
-        };
-        if let Some(found) = hit(*hint) {
-            return Some(found);
-        }
+    /// Index of the region that holds `address`.
+    fn find(&self, address: Gpa) -> Option<usize> {
         let after = self.regions.partition_point(|region| region.gpa().start() <= address);
-        let index = after.checked_sub(1)?;
-        *hint = index;
-        hit(index)
+        after.checked_sub(1).filter(|&index| self.regions[index].gpa().contains(address))
     }
 }
 

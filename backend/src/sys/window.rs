@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use vm_memory::MmapRegion;
@@ -184,12 +184,19 @@ impl Window {
         unsafe { AtomicU16::from_ptr(self.word::<u16>(offset).as_ptr()) }.store(value.to_le(), Ordering::Release);
     }
 
-    /// Reads a little-endian 32-bit word with acquire ordering; see [`Self::load_acquire_u16`].
+    /// Writes a little-endian 64-bit word after all earlier writes of this thread.
+    #[inline]
+    pub fn store_release_u64(&self, offset: usize, value: u64) {
+        // SAFETY: as for `load_acquire_u16`.
+        unsafe { AtomicU64::from_ptr(self.word::<u64>(offset).as_ptr()) }.store(value.to_le(), Ordering::Release);
+    }
+
+    /// Reads a little-endian 64-bit word with acquire ordering; see [`Self::load_acquire_u16`].
     #[inline]
     #[must_use]
-    pub fn load_acquire_u32(&self, offset: usize) -> u32 {
+    pub fn load_acquire_u64(&self, offset: usize) -> u64 {
         // SAFETY: as for `load_acquire_u16`.
-        u32::from_le(unsafe { AtomicU32::from_ptr(self.word::<u32>(offset).as_ptr()) }.load(Ordering::Acquire))
+        u64::from_le(unsafe { AtomicU64::from_ptr(self.word::<u64>(offset).as_ptr()) }.load(Ordering::Acquire))
     }
 
     /// Reads a wire structure: 64 bits at a time where both sides are aligned, so a structure of whole words (a
@@ -215,11 +222,14 @@ impl Window {
         value
     }
 
-    /// Copies out whole words.
+    /// Copies out as many words as [`Self::words`] has found.
     #[inline]
     fn copy_words(&self, offset: usize, bytes: &mut [u8]) {
+        // SAFETY: `words` checked that `bytes.len()` bytes from here lie inside.
+        let from = unsafe { self.base.add(offset) }.cast::<u64>();
         for (i, chunk) in bytes.chunks_exact_mut(8).enumerate() {
-            let word = self.read_u64(offset + i * 8).to_le();
+            // SAFETY: inside, see above; `words` finds none where they are not aligned.
+            let word = unsafe { from.add(i).read_volatile() };
             // One store per word: through a byte array the compiler makes eight, and whoever reads a field of a structure
             // right after waits for all of them (failed store forwarding).
             // SAFETY: a chunk has exactly eight bytes; the store needs no alignment.
@@ -231,6 +241,25 @@ impl Window {
     #[inline]
     pub fn write<T: IntoBytes + zerocopy::Immutable>(&self, offset: usize, value: &T) {
         self.copy_from(offset, value.as_bytes());
+    }
+
+    /// Writes `words`, little-endian, each once.
+    #[inline]
+    pub fn write_words<const N: usize>(&self, offset: usize, words: [u64; N]) {
+        let to = self.word::<[u64; N]>(offset).cast::<u64>();
+        for (i, word) in words.into_iter().enumerate() {
+            // SAFETY: `word` checked that all N lie inside, aligned.
+            unsafe { to.add(i).write_volatile(word.to_le()) };
+        }
+    }
+
+    /// Reads words, little-endian, each once.
+    #[inline]
+    #[must_use]
+    pub fn read_words<const N: usize>(&self, offset: usize) -> [u64; N] {
+        let from = self.word::<[u64; N]>(offset).cast::<u64>();
+        // SAFETY: `word` checked that all N lie inside, aligned.
+        std::array::from_fn(|i| u64::from_le(unsafe { from.add(i).read_volatile() }))
     }
 
     /// Copies out `bytes.len()` bytes from `offset`.
@@ -249,9 +278,13 @@ impl Window {
     pub fn copy_from(&self, offset: usize, bytes: &[u8]) {
         let words = self.words(offset, bytes.len());
         let (head, tail) = bytes.split_at(words * 8);
+        // SAFETY: `words` checked that `bytes.len()` bytes from here lie inside.
+        let to = unsafe { self.base.add(offset) }.cast::<u64>();
         for (i, chunk) in head.chunks_exact(8).enumerate() {
-            let word = <[u8; 8]>::try_from(chunk).expect("chunks of eight");
-            self.write_u64(offset + i * 8, u64::from_le_bytes(word));
+            // SAFETY: a chunk has exactly eight bytes; the load needs no alignment.
+            let word = unsafe { chunk.as_ptr().cast::<u64>().read_unaligned() };
+            // SAFETY: inside, see above; `words` finds none where they are not aligned.
+            unsafe { to.add(i).write_volatile(word) };
         }
         for (i, byte) in tail.iter().enumerate() {
             self.write_u8(offset + words * 8 + i, *byte);

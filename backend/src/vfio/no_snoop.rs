@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use crate::coherency::{Coherent, NoSnoop, NotOurs, Verdict};
 use crate::hardware::{Function, Registers};
@@ -120,6 +121,9 @@ impl Function for HeldOff {
     }
     fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.0.route_vectors(events)
+    }
+    fn awaited(&self, vector: u16) -> Option<Arc<AtomicBool>> {
+        self.0.awaited(vector)
     }
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
         if on {

@@ -57,7 +57,7 @@ fn seam_is_legal(before: &Span<Iova>, after: &Span<Iova>) -> bool {
 pub fn extent(buffers: &[Span<Iova>], position: u64, limits: Limits, bounce_limit: u32) -> Extent {
     let whole_blocks = |bytes: u64, limit: u32| {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(limit);
-        bytes - bytes % limits.block
+        bytes & !(limits.block - 1)
     };
     let direct = whole_blocks(direct_prefix(buffers, position, limits.transfer), limits.transfer);
     if direct != 0 {
@@ -131,12 +131,17 @@ pub fn build(
             break;
         };
         left -= part.len();
-        for page in part.chunks(PAGE) {
-            // A part that begins inside a page goes on where the one before it ended: that page has its entry.
-            if first || page.start().is_aligned(PAGE) {
-                entry(page.start().raw());
-            }
-            first = false;
+        // A part that begins inside a page goes on where the one before it ended: that page has its entry.
+        if first || part.start().is_aligned(PAGE) {
+            entry(part.start().raw());
+        }
+        first = false;
+        // None follows the last page of the address space.
+        let after = |address: u64| (address | (PAGE - 1)).checked_add(1).filter(|next| *next <= part.last().raw());
+        let mut next = after(part.start().raw());
+        while let Some(page) = next {
+            entry(page);
+            next = after(page);
         }
     }
     debug_assert_eq!(left, 0, "{bytes} bytes at {position} of {buffers:?}");

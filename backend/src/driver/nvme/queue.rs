@@ -14,6 +14,8 @@
 //! finish the slot's next command.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::prp::{self, Limits};
 use super::regs::PAGE_LEN;
@@ -55,6 +57,8 @@ pub struct QueueSetup {
     pub sgl: Option<Granularity>,
     /// Signalled by the vector that the completion ring was given.
     pub event: OwnedFd,
+    /// Whether somebody waits for it; see [`Function::awaited`](crate::hardware::Function::awaited).
+    pub awaited: Option<Arc<AtomicBool>>,
 }
 
 /// Bytes of memory that a queue of `depth` entries needs.
@@ -104,6 +108,7 @@ pub struct IoQueue {
     limits: Limits,
     sgl: Option<Granularity>,
     event: OwnedFd,
+    awaited: Option<Arc<AtomicBool>>,
     complaints: LogLimit,
     /// Beats so far.
     beats: u32,
@@ -116,7 +121,7 @@ impl IoQueue {
     /// If the depth is out of range or the memory too small.
     #[must_use]
     pub fn new(setup: QueueSetup) -> Self {
-        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, sgl, event } = setup;
+        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, sgl, event, awaited } = setup;
         assert!((2..=MAX_DEPTH).contains(&depth), "queue depth {depth}");
         assert!(limits.transfer <= prp::MAX_LISTED, "a transfer of {} bytes", limits.transfer);
         let slots = slots(depth);
@@ -137,6 +142,7 @@ impl IoQueue {
             limits,
             sgl,
             event,
+            awaited,
             complaints: LogLimit::default(),
             beats: 0,
         }
@@ -354,6 +360,13 @@ impl Queue for IoQueue {
 
     fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
+    }
+
+    fn set_awaited(&self, awaited: bool) {
+        if let Some(flag) = &self.awaited {
+            // Before the last look at the completion ring.
+            flag.store(awaited, Ordering::SeqCst);
+        }
     }
 }
 

@@ -11,7 +11,7 @@
 use std::sync::Arc;
 
 use super::regs::{PAGE_LEN, completion_doorbell, submission_doorbell};
-use super::spec::{CQE_DW3, CompletionEntry, SubmissionEntry};
+use super::spec::{CQE_DW2, CompletionEntry, SubmissionEntry};
 use crate::addr::Iova;
 use crate::hardware::{CacheFlush, DmaBuffer, Registers};
 use crate::sys::Window;
@@ -116,7 +116,8 @@ impl SubmissionRing {
     #[inline]
     pub(super) fn push(&mut self, entry: &SubmissionEntry) {
         debug_assert!(!self.is_full());
-        self.entries.window.write(usize::from(self.tail) * size_of::<SubmissionEntry>(), entry);
+        let at = usize::from(self.tail) * size_of::<SubmissionEntry>();
+        self.entries.window.write_words(at, entry.words());
         self.tail = self.next(self.tail);
     }
 
@@ -187,12 +188,12 @@ impl CompletionRing {
         // The controller may have written behind a cached line; this process never writes it, so the flush only drops it.
         self.entries.flush(at, size_of::<CompletionEntry>());
         let entries = &self.entries.window;
-        // Acquire: the other words are read after the phase bit that vouches for them.
-        let (cid, status) = halves(entries.load_acquire_u32(at + CQE_DW3));
+        // Dwords 2 and 3 at once: the phase bit in the last is written last, and vouches for all. Acquire: what is read
+        // afterwards is as new.
+        let [sq_head, sq_id, cid, status] = quarters(entries.load_acquire_u64(at + CQE_DW2));
         if (status & 1 == 1) != self.phase {
             return None;
         }
-        let (sq_head, sq_id) = halves(entries.read_u32(at + 8));
         let result = entries.read_u32(at);
         self.head += 1;
         if self.head == self.size {
@@ -209,8 +210,9 @@ impl CompletionRing {
     }
 }
 
+/// The 16-bit fields of a word, the lowest first.
 #[inline]
-fn halves(word: u32) -> (u16, u16) {
-    let [a, b, c, d] = word.to_le_bytes();
-    (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]))
+fn quarters(word: u64) -> [u16; 4] {
+    let fields: [u16; 4] = zerocopy::transmute!(word.to_le());
+    fields.map(u16::from_le)
 }

@@ -103,6 +103,26 @@ pub(super) struct SubmissionEntry {
     pub(super) cdw15: u32,
 }
 
+impl SubmissionEntry {
+    /// The entry as the controller fetches it. Not by its bytes: fields stored one by one and read back as words would make
+    /// the processor wait for each (failed store forwarding).
+    #[inline]
+    pub(super) fn words(&self) -> [u64; 8] {
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        let dword0 = u32::from(self.opcode) | u32::from(self.flags) << 8 | u32::from(self.cid) << 16;
+        [
+            pair(dword0, self.nsid),
+            pair(self.cdw2, self.cdw3),
+            self.mptr,
+            self.prp1,
+            self.prp2,
+            pair(self.cdw10, self.cdw11),
+            pair(self.cdw12, self.cdw13),
+            pair(self.cdw14, self.cdw15),
+        ]
+    }
+}
+
 /// Completion queue entry. NVMe 2.0 §3.3.3.2
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -121,8 +141,8 @@ pub(super) struct CompletionEntry {
     pub(super) status: u16,
 }
 
-/// Where the dword with CID, phase and status stands in a [`CompletionEntry`].
-pub(super) const CQE_DW3: usize = offset_of!(CompletionEntry, cid);
+/// Where dwords 2 and 3 of a [`CompletionEntry`] begin.
+pub(super) const CQE_DW2: usize = offset_of!(CompletionEntry, sq_head);
 
 /// Identify Controller data structure, up to what this driver reads. NVMe 2.0 §5.17.2.1
 #[derive(Clone, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -216,7 +236,7 @@ const _: () = {
     assert!(offset_of!(SubmissionEntry, prp1) == 24);
     assert!(offset_of!(SubmissionEntry, cdw10) == 40);
     assert!(size_of::<CompletionEntry>() == 16);
-    assert!(CQE_DW3 == 12);
+    assert!(CQE_DW2 == 8);
 
     assert!(size_of::<IdentifyController>() == 4096);
     assert!(offset_of!(IdentifyController, mdts) == 77);

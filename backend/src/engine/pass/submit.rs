@@ -26,6 +26,9 @@ impl Path {
             };
             if let Some((flight, _)) = self.flights.get(index) {
                 flight.submitted(amount);
+                if flight.whole {
+                    return Room::Left;
+                }
             }
         }
         if self.flights.get(index).is_some_and(|(flight, _)| flight.is_over()) {

@@ -395,4 +395,6 @@ impl Queue for DiskQueue {
     fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
+
+    fn set_awaited(&self, _: bool) {}
 }

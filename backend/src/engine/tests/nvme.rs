@@ -329,3 +329,19 @@ fn a_request_longer_than_any_command_is_completed_once_however_its_commands_end(
     assert_eq!(driver.wait(1), [(u32::from(good.head), 513)], "and no other used entry in between");
     assert_eq!((driver.status(whole), driver.status(failed), driver.status(good)), (0, 1, 0));
 }
+
+#[test]
+fn a_worker_that_looks_by_itself_is_not_interrupted_and_one_that_sleeps_is() {
+    let options = Options { size: 16 << 20, queues: 1, mode: Mode::Threaded, ..Options::default() };
+    for (spin, interrupts) in [(Duration::from_secs(3600), 0), (Duration::ZERO, 1)] {
+        let options = Options { latency: Duration::from_millis(50), ..options.clone() };
+        let drive = Drive::new(options, spin, Duration::from_secs(20));
+        let mut driver = drive.driver(0, Shape::default());
+        let before = drive.machine.traffic().interrupts;
+
+        let sent = driver.send(IN, 0, &[(DATA, 512)]);
+        driver.wait(1);
+
+        assert_eq!((driver.status(sent), drive.machine.traffic().interrupts - before), (0, interrupts), "{spin:?}");
+    }
+}

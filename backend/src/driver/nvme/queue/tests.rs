@@ -73,6 +73,7 @@ impl Bench {
             limits: Limits { block: 512, transfer: 1 << 20 },
             sgl: None,
             event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
+            awaited: None,
         });
         Self { queue, registers, memory, depth, sq_head: 0, cq_tail: 0, phase: 1 }
     }

@@ -77,6 +77,7 @@ impl Bench {
             limits: Limits { block: 512, transfer: 1 << 20 },
             sgl,
             event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
+            awaited: None,
         });
         Self { machine, memory, queue, function, completed: 0 }
     }

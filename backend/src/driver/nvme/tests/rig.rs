@@ -149,6 +149,9 @@ impl Function for Tampered {
     fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.inner.route_vectors(events)
     }
+    fn awaited(&self, vector: u16) -> Option<Arc<AtomicBool>> {
+        self.inner.awaited(vector)
+    }
     fn route_removal(&self, event: BorrowedFd<'_>) -> io::Result<()> {
         self.inner.route_removal(event)
     }

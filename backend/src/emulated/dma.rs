@@ -1,0 +1,119 @@
+//! What the function does on the bus: transfers to and from what is mapped, and to nothing else.
+
+use std::sync::{Mutex, RwLockReadGuard};
+
+use crate::addr::{Iova, Span};
+use crate::sys::Window;
+
+use super::cache::Cache;
+use super::iommu::{Access, DmaFault, FaultLog, Mapping};
+use super::lock;
+
+/// The function's access to memory while the mappings stand still.
+pub(super) struct Dma<'a> {
+    pub(super) mappings: RwLockReadGuard<'a, Vec<Mapping>>,
+    pub(super) faults: &'a Mutex<FaultLog>,
+    /// What these transfers go behind.
+    pub(super) cache: Option<&'a Cache>,
+    pub(super) detached: bool,
+}
+
+impl Dma<'_> {
+    /// Calls `part` for each piece of `len` bytes at `at` that lies in one mapping, in order. `hint` is the caller's memory
+    /// of the last mapping used. An unmapped byte is recorded as a fault and ends the walk.
+    #[inline]
+    pub(super) fn each<E: From<DmaFault>>(
+        &self,
+        access: Access,
+        span: Span<Iova>,
+        hint: &mut usize,
+        mut part: impl FnMut(&Window, usize, usize) -> Result<(), E>,
+    ) -> Result<(), E> {
+        // Nearly always: all of it in the mapping used last, and nothing to go behind.
+        if let (None, Some(mapping)) = (self.cache, self.mappings.get(*hint))
+            && !self.detached
+            && let Some(offset) = mapping.span.offset_of_span(&span)
+        {
+            return part(&mapping.window, size(offset), size(span.len()));
+        }
+        self.each_piece(access, span, hint, &mut part)
+    }
+
+    /// [`Self::each`] however many mappings it takes.
+    #[cold]
+    fn each_piece<E: From<DmaFault>>(
+        &self,
+        access: Access,
+        span: Span<Iova>,
+        hint: &mut usize,
+        part: &mut dyn FnMut(&Window, usize, usize) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut rest = span;
+        loop {
+            let Some(mapping) = self.find(rest.start(), hint) else {
+                return Err(self.fault(rest.start(), access).into());
+            };
+            let offset = mapping.span.offset_of(rest.start()).expect("found by address");
+            let len = rest.len().min(mapping.span.len() - offset);
+            match self.cache {
+                None => part(&mapping.window, size(offset), size(len))?,
+                Some(cache) => cache.transfer(access, &mapping.window, (size(offset), size(len)), &mut *part)?,
+            }
+            match rest.slice(len, rest.len() - len) {
+                Some(next) => rest = next,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// Reads `bytes.len()` bytes at `at`.
+    #[inline]
+    pub(super) fn read(&self, at: Iova, bytes: &mut [u8], hint: &mut usize) -> Result<(), DmaFault> {
+        let span = Span::new(at, bytes.len() as u64).ok_or_else(|| self.fault(at, Access::Read))?;
+        let mut done = 0;
+        self.each(Access::Read, span, hint, |window, offset, len| {
+            window.copy_to(offset, &mut bytes[done..done + len]);
+            done += len;
+            Ok(())
+        })
+    }
+
+    /// Writes `bytes` at `at`.
+    #[inline]
+    pub(super) fn write(&self, at: Iova, bytes: &[u8], hint: &mut usize) -> Result<(), DmaFault> {
+        let span = Span::new(at, bytes.len() as u64).ok_or_else(|| self.fault(at, Access::Write))?;
+        let mut done = 0;
+        self.each(Access::Write, span, hint, |window, offset, len| {
+            window.copy_from(offset, &bytes[done..done + len]);
+            done += len;
+            Ok(())
+        })
+    }
+
+    #[inline]
+    fn find(&self, at: Iova, hint: &mut usize) -> Option<&Mapping> {
+        if self.detached {
+            return None;
+        }
+        if let Some(mapping) = self.mappings.get(*hint).filter(|mapping| mapping.span.contains(at)) {
+            return Some(mapping);
+        }
+        let after = self.mappings.partition_point(|mapping| mapping.span.start() <= at);
+        *hint = after.checked_sub(1)?;
+        self.mappings.get(*hint).filter(|mapping| mapping.span.contains(at))
+    }
+
+    /// Records a DMA to an address that is not mapped.
+    #[cold]
+    pub(super) fn fault(&self, iova: Iova, access: Access) -> DmaFault {
+        let fault = DmaFault { iova, access };
+        lock(self.faults).add(fault);
+        fault
+    }
+}
+
+/// A number of bytes in a mapping, which is a window of this process.
+#[inline]
+fn size(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("inside a window")
+}
