@@ -182,7 +182,10 @@ fn a_ring_that_stops_under_a_lost_request_has_answered_it() {
     let process = start("[[fault]]\nqueue = 1\nopcode = \"read\"\neffect = \"lose\"");
     let mut client = process.client();
     submit_read(&mut client.rings[0], 3);
+    submit_read(&mut client.rings[0], 3);
     client.rings[0].publish();
+    // The second comes back, so the first has been taken.
+    client.rings[0].wait(LIMIT).unwrap().expect("one was not struck");
 
     client.stop(0).unwrap();
 
