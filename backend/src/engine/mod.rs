@@ -290,7 +290,7 @@ impl Engine {
         self.keeper.on_change(Box::new(tell));
     }
 
-    /// Readable from when the host has got the device back, for good: it reaches no memory any more.
+    /// Readable from when the host has got the device back for the first time: it reaches no memory then.
     #[must_use]
     pub fn released(&self) -> BorrowedFd<'_> {
         self.keeper.released.as_fd()

@@ -135,12 +135,15 @@ impl Vmm {
         change(&mut self.tally.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// The host has got the device back.
+    /// The host has got the device back. With a shim that is for good: KVM would have to be told before it returns.
     pub(crate) fn release(&self) {
-        self.released.store(true, Ordering::Relaxed);
+        if let Some(shim) = &self.shim {
+            log::warn!("{}: it stays with the host; restart this program to serve it again", shim.device);
+            self.released.store(true, Ordering::Relaxed);
+        }
     }
 
-    /// True from then on.
+    /// True from then on, if it is for good.
     pub(crate) fn is_released(&self) -> bool {
         self.released.load(Ordering::Relaxed)
     }
