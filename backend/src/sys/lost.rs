@@ -90,12 +90,13 @@ fn install() -> io::Result<()> {
 
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo_t, whose address field SIGBUS has.
-    let address = unsafe { (*info).si_addr() } as usize;
+    let (address, code) = unsafe { ((*info).si_addr() as usize, (*info).si_code) };
     let inside = |place: &&Place| {
         let start = place.start.load(Ordering::Acquire);
         start > 1 && start <= address && address < place.end.load(Ordering::Relaxed)
     };
-    if let Some(place) = TABLE.iter().find(inside) {
+    // Not a memory error of the machine (BUS_MCEERR_*): what it hit is not known to be lost.
+    if let Some(place) = TABLE.iter().find(inside).filter(|_| code == libc::BUS_ADRERR) {
         let page = place.page.load(Ordering::Relaxed);
         let (access, how) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
