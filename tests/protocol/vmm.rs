@@ -62,8 +62,11 @@ impl Socket {
         let (listener, heard) = (self.listen(), Heard::default());
         let notes = Arc::clone(&heard);
         thread::spawn(move || {
-            for _ in 0..connections {
-                let socket = accept(&listener).unwrap();
+            let mut listener = Some(listener);
+            for left in (0..connections).rev() {
+                let socket = accept(listener.as_ref().unwrap()).unwrap();
+                // Before the last connection ends, so that whoever comes back finds nobody.
+                listener = listener.filter(|_| left > 0);
                 notes.lock().unwrap().push(Vec::new());
                 let mut bytes = [0; 64];
                 while let Ok((length @ 1.., _)) = recv(&socket, &mut bytes, RecvFlags::empty()) {
