@@ -14,9 +14,10 @@ BACKEND_STATUS=/run/backend.status
 backend_start() {
     rm -f "$BACKEND_STATUS"
     (
+        status=0
         sh -c "echo \$\$ >$BACKEND_PID; exec \"\$@\"" - \
-            vhost-device-vfio --socket-path "$SOCKET" --device "$FUNCTION" "$@"
-        echo $? >"$BACKEND_STATUS"
+            vhost-device-vfio --socket-path "$SOCKET" --device "$FUNCTION" "$@" || status=$?
+        echo $status >"$BACKEND_STATUS"
     ) </dev/null >"$BACKEND_LOG" 2>&1 &
     # Controller reset included, and the processors are emulated.
     within 20 logged 'serving ' || {
