@@ -1,5 +1,6 @@
 #!/bin/sh
 # profiles: vtd vtd-snoop vtd-scalable amd-iommu virtio-iommu
+# minutes: 1
 # What the kernel says of the function's IOMMU is what the profile was made for.
 
 # shellcheck source=tests/host/lib.sh

@@ -1,5 +1,6 @@
 #!/bin/sh
 # profiles: vtd
+# minutes: 3
 # options: --iops 800
 # The host takes the drive away while requests are in flight, and gives it back: meanwhile the guest gets errors, and
 # afterwards the same process serves the same guest again.

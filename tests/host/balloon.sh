@@ -1,5 +1,6 @@
 #!/bin/sh
 # profiles: vtd
+# minutes: 3
 # options: --no-bind --add target/shim:/usr/local/shim
 # A guest that gives memory back while a device reaches it: what comes of it without the KVM shim, and that nothing comes of
 # it with it.

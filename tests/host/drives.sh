@@ -1,5 +1,6 @@
 #!/bin/sh
 # profiles: vtd
+# minutes: 1
 # options: --nvme logical_block_size=4096,physical_block_size=4096,mdts=3
 # A drive with blocks of 4096 bytes that takes 32 KiB at a time, served for writing and for reading only.
 

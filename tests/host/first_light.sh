@@ -1,5 +1,6 @@
 #!/bin/sh
 # profiles: vtd vtd-snoop
+# minutes: 1
 # A guest in stock QEMU works on a drive that the backend owns.
 
 # shellcheck source=tests/host/lib.sh

@@ -1,5 +1,6 @@
 #!/bin/sh
 # profiles: vtd
+# minutes: 1
 # Everything is flushed: a DIMM comes and goes, and comes again, while a workload verifies every byte it reads.
 
 # shellcheck source=tests/host/lib.sh

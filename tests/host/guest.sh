@@ -1,5 +1,6 @@
 #!/bin/sh
 # profiles: vtd
+# minutes: 1
 # The guest and its helpers, with a server everybody knows in the backend's place.
 
 # shellcheck source=tests/host/lib.sh

@@ -1,5 +1,6 @@
 #!/bin/sh
 # profiles: vtd
+# minutes: 2
 # options: --iops 500
 # What a virtual machine does in its life: reset, stop and continue, leave and return, die with requests in flight.
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # profiles: vtd
-# options: --qemu-arg -drive --qemu-arg if=none,id=other,snapshot=on,format=raw,file.driver=null-co,file.size=256M,file.read-zeroes=on --qemu-arg -device --qemu-arg nvme,serial=other,drive=other,addr=5,logical_block_size=4096,physical_block_size=4096
+# minutes: 12
+# options: --drive-size 128M --qemu-arg -drive --qemu-arg if=none,id=other,snapshot=on,format=raw,file.driver=null-co,file.size=128M,file.read-zeroes=on --qemu-arg -device --qemu-arg nvme,serial=other,drive=other,addr=5,logical_block_size=4096,physical_block_size=4096
 # Requests of every kind and size, each checked, in every combination of ring, page and block. Each virtual machine is killed
 # while such a load runs; nothing of it may stay.
 

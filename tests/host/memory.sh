@@ -1,5 +1,6 @@
 #!/bin/sh
 # profiles: vtd
+# minutes: 1
 # Guest memory in every shape: huge pages, above 4 GiB, plugged and unplugged while requests run.
 
 # shellcheck source=tests/host/lib.sh

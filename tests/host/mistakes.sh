@@ -1,5 +1,6 @@
 #!/bin/sh
 # profiles: vtd
+# minutes: 1
 # options: --no-bind --qemu-arg -device --qemu-arg edu,addr=6 --qemu-arg -drive --qemu-arg if=none,id=own,format=raw,file.driver=null-co,file.size=64M --qemu-arg -device --qemu-arg edu,addr=7,multifunction=on --qemu-arg -device --qemu-arg nvme,serial=own,drive=own,addr=7.1
 # What a first-time user gets wrong, and what the program answers: the object, the cause, the fix.
 

@@ -1,5 +1,6 @@
 #!/bin/sh
 # profiles: vtd vtd-snoop
+# minutes: 1
 # options: --add target/live:/usr/local/bin/live
 # The iommu and vfio rooms against the real kernel, in both regimes: backend/tests/live.rs.
 

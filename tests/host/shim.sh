@@ -1,5 +1,6 @@
 #!/bin/sh
 # profiles: vtd vtd-snoop amd-iommu
+# minutes: 4
 # options: --add target/shim:/usr/local/shim --qemu-arg -drive --qemu-arg if=none,id=second,driver=null-co,size=64M,read-zeroes=on --qemu-arg -device --qemu-arg nvme,drive=second,serial=second,addr=5
 # KVM is told of non-coherent DMA from outside stock QEMU: where the profile says so and nowhere else, whatever becomes of
 # either side. Counted where KVM itself counts, in its kernel functions. What can only be seen where KVM is told is asked there.

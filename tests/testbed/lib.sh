@@ -15,6 +15,13 @@ die() {
     exit "$EXIT_TESTBED"
 }
 
+# processors: those that this process may use, one a line.
+processors() {
+    local first last
+    sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' /proc/self/status | tr , '\n' |
+        while IFS=- read -r first last; do seq "$first" "${last:-$first}"; done
+}
+
 # hash_of TEXT: a short name for everything TEXT says.
 hash_of() { printf '%s' "$1" | sha256sum | cut -c1-16; }
 

@@ -29,7 +29,7 @@ profile_names() { (cd "$TESTBED_DIR/profiles" && ls -- *.profile) | sed 's/\.pro
 
 # one_processor: the processor QEMU is held to. Where TCG really runs two emulated processors at once, nested virtualisation
 # now and then takes an interrupt before the host's GS base is back, and the host's kernel dies of it (QEMU 10.0).
-one_processor() { sed -n 's/^Cpus_allowed_list:[^0-9]*\([0-9]*\).*/\1/p' /proc/self/status; }
+one_processor() { processors | head -n 1; }
 
 # quoted ARGUMENT…: one line a POSIX shell reads back as the same arguments.
 quoted() {
