@@ -63,7 +63,7 @@ guest_start() { guest start --socket "$SOCKET" --queues 2 --mem 256M --timeout 1
 
 # The first discard makes the disk half as large again.
 starts() {
-    printf '[[fault]]\neffect = "resize"\nsize = "96M"\nopcode = "dataset-management"\n' >"$WORK/grow.toml"
+    printf '%s\n' '[[fault]]' 'effect = "resize"' 'size = "96M"' 'queue = 1' 'opcode = "dataset-management"' >"$WORK/grow.toml"
     backend_start "file=$DISK,create=on,size=64M,faults=$WORK/grow.toml"
     guest_start --allow-reset --qemu-arg -m --qemu-arg slots=2,maxmem=1G
     contains 'DMA is coherent: the IOMMU enforces snooping' "$WORK/backend.log"
