@@ -273,7 +273,9 @@ fn a_shim_that_goes_is_looked_for_once_more_and_the_front_end_served_on() {
     listen_to_the_log();
     const SESSION: [Kind; 2] = [Kind::Hello, Kind::Register(Dma::Coherent)];
     let drops: Answer = |kind, reply| (reply.to_bytes().into(), kind == Kind::Hello);
-    for (name, connections, reason) in [("gone", 1, "Connection refused"), ("dropped", 3, "the connection has ended")] {
+    for (name, connections, reason) in
+        [("gone-for-good", 1, "Connection refused"), ("drops-us-twice", 3, "the connection has ended")]
+    {
         let socket = Socket::new();
         let heard = socket.pretend(connections, drops);
         let rig = Rig::in_a(socket.around(name, COHERENT));
