@@ -21,16 +21,17 @@ kills() { wc -l </run/killed; }
 
 # combination RING PAGES
 combination() {
-    packed='' huge=''
+    # Each page of 4 KiB that a guest touches first costs the emulated processor a millisecond, and each thread has many.
+    packed='' huge='' depth=32
     guest kill 2>/dev/null || true # one that has failed
     [ "$1" = split ] || packed='--blk packed=on'
-    [ "$2" = 4K ] || huge=--hugepages
+    [ "$2" = 4K ] || huge=--hugepages depth=128
     # shellcheck disable=SC2086 # words
     guest_start --queues 2 --smp 2 --mem 320M --add stress $packed $huge
     logged "region .* pages $2 mapped"
-    stressing 5 --block "$BLOCK" --discard --seed "$(kills)"
+    stressing 5 --threads "$depth" --block "$BLOCK" --discard --seed "$((1 + $(kills)))"
     stressed
-    stressing 60 --block "$BLOCK" --discard
+    stressing 60 --threads "$depth" --block "$BLOCK" --discard
     sleep 1
     guest_killed
 }
@@ -47,13 +48,13 @@ matrix() {
 killed_again_and_again() {
     until [ "$(kills)" -ge 15 ]; do
         guest_start --mem 192M --add stress
-        stressing 60 --threads 48
+        stressing 60 --threads 16
         guest_killed
     done
 }
 backend_restarts() {
     guest_start --queues 2 --smp 2 --mem 320M --reconnect 200 --add stress
-    stressing 12
+    stressing 12 --threads 32
     for _ in 1 2; do
         sleep 1
         backend_stop
@@ -65,10 +66,10 @@ backend_restarts() {
 reset() {
     guest_killed
     guest_start --queues 2 --mem 320M --allow-reset --add stress
-    stressing 60
+    stressing 60 --threads 32
     guest qmp system_reset
     guest ready
-    stressing 4 --seed 2
+    stressing 4 --threads 32 --seed 2
     stressed
 }
 # Anonymous memory, program text, and all buffers for the drive, whether they have been touched or not.
@@ -78,7 +79,7 @@ small() {
     backend_start --queues 4
     buffers=$(pinned)
     guest_start --queues 4 --smp 4 --mem 320M --blk queue-size=256 --add stress
-    stressing 4
+    stressing 4 --threads 64
     stressed
     own=$(awk -v "sum=$buffers" '/^Rss(Anon|File):/ { sum += $2 } END { print sum }' "/proc/$(cat "$BACKEND_PID")/status")
     echo "$own" >/run/own

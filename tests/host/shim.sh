@@ -156,7 +156,7 @@ vm_killed() {
     guest kill
     within 10 logged 'front-end disconnected'
     within 10 untold_only "$(wanted assume)"
-    nothing_more_pinned
+    within 10 nothing_more_pinned
     ! logged 'ERROR' >/dev/null
 }
 nothing_more_pinned() { equal "$(cat /run/pinned-serving)" "$(pages_pinned)" "pages pinned"; }
