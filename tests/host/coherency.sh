@@ -25,16 +25,15 @@ client_stop() {
     within 10 logged "region $REGION.* unmapped"
 }
 
-# ledger: kB that the backend says it has mapped; pins: pages that anybody in this machine has pinned.
+# ledger: kB that the backend says it has mapped.
 ledger() { sed -n 's/.*; \([0-9]*\) KiB \(mapped\|in all\)$/\1/p' "$BACKEND_LOG" | tail -n 1; }
 agree() { equal "$(ledger)" "$(pinned)" "kB pinned, by the ledger and by the kernel"; }
-pins() { awk '$1 == "nr_foll_pin_acquired" { a = $2 } $1 == "nr_foll_pin_released" { r = $2 } END { print a - r }' /proc/vmstat; }
-as_before() { equal "$(cat /run/pins)" "$(pins)" "pages pinned in this machine"; }
+as_before() { equal "$(cat /run/pins)" "$(pages_pinned)" "pages pinned in this machine"; }
 
 served() {
     # What a claim that was broken has left behind.
     [ ! -s "$BACKEND_PID" ] || kill -KILL "$(cat "$BACKEND_PID")" 2>/dev/null || true
-    pins >/run/pins
+    pages_pinned >/run/pins
     backend_start --no-snoop "$1"
     logged "DMA is $(expected "$1")$"
     agree
@@ -59,7 +58,7 @@ served() {
     done
 }
 killed() {
-    pins >/run/pins
+    pages_pinned >/run/pins
     backend_start --no-snoop assume
     client_start
     kill -KILL "$(cat "$BACKEND_PID")"

@@ -102,11 +102,17 @@ stressing() {
         (stress /dev/vda --seconds $* >/tmp/stress.log 2>&1; echo \$? >/tmp/stressed) >/dev/null 2>&1 &"
 }
 stressed() {
-    guest exec --timeout 300 -- 'while [ ! -e /tmp/stressed ]; do sleep 0.5; done
+    guest exec --timeout 600 -- 'while [ ! -e /tmp/stressed ]; do sleep 0.5; done
         tail -n 1 /tmp/stress.log; [ "$(cat /tmp/stressed)" = 0 ]'
 }
 # stress_lines, longest_gap LINE: the longest time without a request that ended, in ms, since its log had so many lines.
 stress_lines() { guest exec -- 'wc -l </tmp/stress.log'; }
 longest_gap() {
     guest exec -- "awk -F = 'NR > $1 && /gap_ms/ && \$3 > most { most = \$3 } END { print most + 0 }' /tmp/stress.log"
+}
+
+# pages_pinned: by anybody in this machine, for DMA; each processor is asked for what it has not yet reported.
+pages_pinned() {
+    echo 1 >/proc/sys/vm/stat_refresh
+    awk '$1 == "nr_foll_pin_acquired" { n += $2 } $1 == "nr_foll_pin_released" { n -= $2 } END { print n }' /proc/vmstat
 }

@@ -22,7 +22,7 @@ kills() { wc -l </run/killed; }
 # combination RING PAGES
 combination() {
     # Each page of 4 KiB that a guest touches first costs the emulated processor a millisecond, and each thread has many.
-    packed='' huge='' depth=32
+    packed='' huge='' depth=12
     guest kill 2>/dev/null || true # one that has failed
     [ "$1" = split ] || packed='--blk packed=on'
     [ "$2" = 4K ] || huge=--hugepages depth=128
@@ -53,7 +53,7 @@ killed_again_and_again() {
 }
 backend_restarts() {
     guest_start --queues 2 --smp 2 --mem 320M --hugepages --reconnect 200 --add stress
-    stressing 12 --threads 32
+    stressing 12 --threads 24
     for _ in 1 2; do
         sleep 1
         backend_stop
@@ -65,10 +65,10 @@ backend_restarts() {
 reset() {
     guest_killed
     guest_start --queues 2 --mem 320M --hugepages --allow-reset --add stress
-    stressing 60 --threads 32
+    stressing 60 --threads 24
     guest qmp system_reset
     guest ready
-    stressing 4 --threads 32 --seed 2
+    stressing 4 --threads 24 --seed 2
     stressed
 }
 # Anonymous memory, program text, and all buffers for the drive, whether they have been touched or not.

@@ -27,8 +27,6 @@ heard() { equal "$1" "$(hits_since_mark "$2")" "times the kernel entered $2"; }
 told_only() { heard "$1" "$TOLD" && heard 0 "$UNTOLD"; }
 untold_only() { heard "$1" "$UNTOLD" && heard 0 "$TOLD"; }
 shim_says() { /usr/local/shim/examples/ask "$SHIM" >/run/said && grep -E -e "$1" /run/said; }
-# All pages pinned for DMA in this machine.
-pages_pinned() { awk '$1 == "nr_foll_pin_acquired" { n += $2 } $1 == "nr_foll_pin_released" { n -= $2 } END { print n }' /proc/vmstat; }
 
 # A VM with nothing but its firmware, which reads the first block of each disk: enough to have its memory mapped.
 firmware_only() {
