@@ -1,6 +1,7 @@
 #!/bin/sh
 # profiles: vtd
-# minutes: 10
+# By hand, it is too long for scripts/test:
+#   scripts/testbed run $(sed -n 's/^# options: //p' tests/long/load.sh) --add tests/long/load.sh:/load.sh -- sh /load.sh
 # options: --drive-size 128M --qemu-arg -drive --qemu-arg if=none,id=other,snapshot=on,format=raw,file.driver=null-co,file.size=128M,file.read-zeroes=on --qemu-arg -device --qemu-arg nvme,serial=other,drive=other,addr=5,logical_block_size=4096,physical_block_size=4096
 # Requests of every kind and size, each checked, with every pair of ring, page and block. Each virtual machine is killed
 # while such a load runs; nothing of it may stay.
