@@ -109,6 +109,10 @@ pub trait AddressSpace: Send + Sync {
     /// The device, which does no DMA any more, is about to be given back to the host. What is mapped stays so for the day it
     /// returns, but nothing stays pinned.
     fn part(&self) {}
+    /// True from [`Self::part`] until the device is back.
+    fn is_parted(&self) -> bool {
+        false
+    }
     /// What makes CPU caches and DRAM agree around each DMA to what is mapped here; `None` where DMA is coherent.
     fn caches(&self) -> Option<Arc<dyn CacheFlush>> {
         None

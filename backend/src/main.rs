@@ -147,7 +147,8 @@ fn take_again(address: PciAddress, space: &LiveSpace, before: &Facts) -> Result<
     if verdict != was {
         bail!("{address}: its DMA was {was} and would now be {verdict}; restart this program to serve it");
     }
-    obey(Arc::new(taken.rejoin(space)?), verdict)
+    let function: Arc<dyn Function> = Arc::new(taken.rejoin(space)?);
+    obey(Arc::clone(&function), verdict).inspect_err(|_| space.part())
 }
 
 /// The same for a function made here.

@@ -278,6 +278,10 @@ impl AddressSpace for LiveSpace {
         }
     }
 
+    fn is_parted(&self) -> bool {
+        self.0.parted().is_some()
+    }
+
     fn statistics(&self) -> SpaceStatistics {
         self.0.exposure.statistics()
     }

@@ -161,7 +161,8 @@ impl Nvme {
     fn retake(&mut self) -> Result<Controller, Cause> {
         let source = self.source.as_mut().ok_or(Cause::Stopped)?;
         let function = source().map_err(Cause::Away)?;
-        open(function, &self.space, &self.removal)
+        // A function that is let go of again has to be parted from again, and that is done while it is still attached.
+        open(Arc::clone(&function), &self.space, &self.removal).inspect_err(|_| self.space.part())
     }
 
     fn restart(&mut self) -> Result<(), Cause> {

@@ -1,10 +1,13 @@
 //! Controllers that do not do as they should.
 
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use super::rig::{Rig, run, small, span, wanted};
-use crate::driver::nvme::{Cause, NvmeError};
+use crate::driver::nvme::{Cause, Nvme, NvmeError};
 use crate::driver::{Command, Driver, Outcome};
+use crate::hardware::{AddressSpace, DmaBuffer, MapError};
+use crate::memory::Region;
 
 const ONE_BLOCK: Command = Command::Read { block: 0, count: 1 };
 
@@ -118,4 +121,51 @@ fn a_stopped_controller_gives_its_memory_back_though_bus_mastering_stays_on() {
     nvme.shut_down();
 
     assert_eq!(rig.driver_memory(), 0);
+}
+
+/// An address space that can be parted from its function.
+struct Parting {
+    inner: Arc<dyn AddressSpace>,
+    parted: AtomicBool,
+}
+
+impl AddressSpace for Parting {
+    fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
+        self.inner.add(region)
+    }
+    fn remove(&self, region: &Region) -> Result<(), MapError> {
+        self.inner.remove(region)
+    }
+    fn part(&self) {
+        self.parted.store(true, SeqCst);
+    }
+    fn is_parted(&self) -> bool {
+        self.parted.load(SeqCst)
+    }
+    fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
+        self.inner.buffer(bytes)
+    }
+}
+
+#[test]
+fn a_function_that_returns_and_is_of_no_use_is_parted_from_again() {
+    let rig = Rig::new(small());
+    let space = Arc::new(Parting { inner: rig.machine.space(), parted: AtomicBool::new(false) });
+    let (function, joined) = (Arc::clone(&rig.function), Arc::clone(&space));
+    let mut nvme = Nvme::bring_up(function.clone(), space.clone(), wanted(1)).unwrap().returning(Box::new(move || {
+        joined.parted.store(false, SeqCst);
+        Ok(function.clone())
+    }));
+    drop(nvme.take_queues());
+    nvme.release();
+    assert!(space.is_parted());
+    rig.function.how.gone.store(true, SeqCst);
+
+    assert!(matches!(cause(nvme.recover().err().unwrap()), Cause::Gone));
+
+    assert!(nvme.is_released() && space.is_parted());
+    rig.function.how.gone.store(false, SeqCst);
+    let mut queues = nvme.recover().unwrap();
+    assert_eq!(run(&mut *queues[0], ONE_BLOCK, &[span(0, 512)], 512), Outcome::Success);
+    assert!(!space.is_parted());
 }
