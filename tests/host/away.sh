@@ -69,12 +69,24 @@ memory_meanwhile() {
 next_guest_meanwhile() {
     echo "$FUNCTION" >"$AT/driver/unbind"
     guest stop
-    guest_start --queues 2
+    guest_start --queues 2 --mem 256M --qemu-arg -device --qemu-arg virtio-balloon-pci
     reads_fail
     bind_to_vfio "$FUNCTION"
     within 30 logged_more_than 3 'the device is back'
     guest exec -- 'blockdev --rereadpt /dev/vda' || true
     reads_well
+}
+discarded_meanwhile() {
+    echo "$FUNCTION" >"$AT/driver/unbind"
+    reads_fail
+    inflate $((192 << 20))
+    # It looks at guest memory once a second.
+    sleep 2
+    inflate $((256 << 20))
+    bind_to_vfio "$FUNCTION"
+    within 30 logged_more_than 4 'the device is back'
+    verifying --size=16M
+    equal 0 "$(times_logged "$ALARM")" alarms
 }
 flushing() {
     guest stop
@@ -110,6 +122,7 @@ claim "a drive removed from the bus under load is let go at once, and requests f
 claim "found again by a rescan and bound, it is served" rescanned
 claim "memory plugged while the drive is away is reached when it is back" memory_meanwhile
 claim "a guest that comes while the drive is away has its disk when it is back" next_guest_meanwhile
+claim "memory discarded while the drive is away is no alarm, and data verify when it is back" discarded_meanwhile
 claim "the same under a flushing verdict, and data verify" flushing
 claim "SIGTERM while the drive is away ends the backend with status 0" ended_meanwhile
 finished

@@ -29,11 +29,6 @@ holes() { [ "$(memory_allocated)" -lt "$MEMORY" ]; }
 # What the guest reads from the disk, by way of its page cache.
 read_sum() { guest exec -- 'dd if=/dev/vda bs=1M count=16 2>/dev/null | md5sum | cut -d " " -f 1'; }
 
-inflate() {
-    guest qmp balloon "{\"value\":$1}"
-    within 60 inflated "$1"
-}
-inflated() { guest qmp query-balloon | grep -q "\"actual\": $1}"; }
 # Frees memory in the guest and waits until it has told of it, and QEMU has answered.
 report_free_pages() {
     guest exec -- '
@@ -87,7 +82,6 @@ as_before() {
     within 20 holes
 }
 
-ALARM='ERROR.*guest memory is being discarded under the device'
 dd if=/dev/urandom bs=1M count=16 2>/dev/null | tee /dev/nvme0n1 | md5sum | cut -d ' ' -f 1 >/run/sum
 sync
 bind_to_vfio "$FUNCTION"

@@ -95,6 +95,16 @@ bind_to_vfio() {
     echo "$1" >/sys/bus/pci/drivers_probe
 }
 
+# inflate BYTES: the guest keeps so many, and its balloon, a device of QEMU's, takes the rest.
+inflate() {
+    guest qmp balloon "{\"value\":$1}"
+    within 60 inflated "$1"
+}
+inflated() { guest qmp query-balloon | grep -q "\"actual\": $1}"; }
+# What the backend says of memory that is taken under the device.
+# shellcheck disable=SC2034 # for those who source this
+ALARM='ERROR.*guest memory is being discarded under the device'
+
 # stressing SECONDS [OPTION of stress]…: requests of every kind and size, 128 at once, each checked, in the background of a
 # guest started with --add stress. stressed: their outcome.
 stressing() {

@@ -58,9 +58,16 @@ impl Watch {
         self.next
     }
 
-    /// Looks if it is time to, and raises the alarm about each file that has lost memory. Returns how many have.
-    pub(crate) fn look(&mut self, now: Instant) -> usize {
+    /// Looks if it is time to, and raises the alarm about each file that has lost memory. Returns how many have. While
+    /// nothing is `pinned`, because the device is away, nothing can be lost.
+    pub(crate) fn look(&mut self, now: Instant, pinned: bool) -> usize {
         if self.next.is_none_or(|next| now < next) {
+            return 0;
+        }
+        if !pinned {
+            self.next = Some(now + PERIOD);
+            // All of it will be allocated again when it is pinned again.
+            self.files.iter_mut().for_each(|watched| watched.allocated = 0);
             return 0;
         }
         let before = self.files.len();
@@ -154,18 +161,18 @@ mod tests {
         let regions = [region(&one, 0, 0), region(&one, 4 * MIB, MIB), region(&other, 8 * MIB, 0)];
         let mut watch = Watch::default();
         watch.follow(&table(&[&regions[0], &regions[1], &regions[2]]));
-        assert_eq!(watch.look(watch.next().unwrap()), 0, "nothing has happened");
+        assert_eq!(watch.look(watch.next().unwrap(), true), 0, "nothing has happened");
 
         punch(&one, MIB);
 
-        assert_eq!(watch.look(watch.next().unwrap()), 1);
+        assert_eq!(watch.look(watch.next().unwrap(), true), 1);
         punch(&one, 0);
-        assert_eq!(watch.look(watch.next().unwrap()), 0, "known");
+        assert_eq!(watch.look(watch.next().unwrap(), true), 0, "known");
         watch.follow(&table(&[&regions[0], &regions[2]]));
         punch(&one, 4096);
-        assert_eq!(watch.look(watch.next().unwrap()), 0, "known, after a change of memory, too");
+        assert_eq!(watch.look(watch.next().unwrap(), true), 0, "known, after a change of memory, too");
         punch(&other, 0);
-        assert_eq!(watch.look(watch.next().unwrap()), 1);
+        assert_eq!(watch.look(watch.next().unwrap(), true), 1);
         assert_eq!(watch.next(), None, "there is nothing left to learn");
     }
 
@@ -176,11 +183,25 @@ mod tests {
         assert_eq!(watch.next(), None);
         watch.follow(&table(&[&region(&file, 0, 0)]));
         punch(&file, 0);
-        assert_eq!(watch.look(watch.next().unwrap() - PERIOD / 2), 0);
-        assert_eq!(watch.look(watch.next().unwrap()), 1);
+        assert_eq!(watch.look(watch.next().unwrap() - PERIOD / 2, true), 0);
+        assert_eq!(watch.look(watch.next().unwrap(), true), 1);
 
         watch.follow(&MemTable::default());
         assert_eq!(watch.next(), None);
+    }
+
+    #[test]
+    fn a_hole_while_nothing_is_pinned_is_nobodys_loss() {
+        let file = file(MIB);
+        let mut watch = Watch::default();
+        watch.follow(&table(&[&region(&file, 0, 0)]));
+
+        punch(&file, 0);
+        assert_eq!(watch.look(watch.next().unwrap(), false), 0, "the device is away");
+
+        assert_eq!(watch.look(watch.next().unwrap(), true), 0, "it is back, and has the guest's own page");
+        punch(&file, 4096);
+        assert_eq!(watch.look(watch.next().unwrap(), true), 1);
     }
 
     #[test]
@@ -190,7 +211,7 @@ mod tests {
         watch.follow(&table(&[&region(&file, 0, 0)]));
         watch.follow(&MemTable::default());
         punch(&file, 0);
-        assert_eq!(watch.look(Instant::now() + 2 * PERIOD), 0);
+        assert_eq!(watch.look(Instant::now() + 2 * PERIOD, true), 0);
     }
 
     #[test]

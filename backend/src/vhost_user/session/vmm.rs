@@ -46,7 +46,7 @@ impl Session<'_> {
 
     /// Looks whether guest memory has been discarded, if it is time to.
     pub(in super::super) fn look(&mut self) {
-        for _ in 0..self.watch.look(Instant::now()) {
+        for _ in 0..self.watch.look(Instant::now(), !self.device.space.is_parted()) {
             self.device.vmm.alarmed();
         }
     }
