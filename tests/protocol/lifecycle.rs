@@ -1,13 +1,16 @@
 //! Front-ends come, go, come back, crash, and crowd the door.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use vhost_device_vfio::vhost_user::Listen;
 
-use crate::rig::{Rig, copies_of, memory};
+use crate::mistakes::{lines, listen_to_the_log};
+use crate::rig::{Rig, copies_of, event, memory};
 use crate::rings::{RAM, running};
-use crate::wire::{OFFERED, Reply, Wire, message, request::*, state, words};
+use crate::wire::{
+    BACKEND_REQ, FEATURES, NEED_REPLY, OFFERED, PROTOCOL, Reply, Wire, message, request::*, state, words,
+};
 
 #[test]
 fn everything_is_given_back_when_a_front_end_goes() {
@@ -153,7 +156,9 @@ fn a_front_end_that_does_not_read_is_sent_away() {
     for _ in 0..1000 {
         deaf.send_bytes(&question, &[]);
     }
-    drop(rig.connect());
+    let answers = std::iter::repeat_with(|| deaf.reply()).take_while(|reply| *reply != Reply::Closed).count();
+    assert!(answers < 1000, "{answers}");
+    rig.connect().settle();
     rig.stop();
 }
 
@@ -172,10 +177,32 @@ fn a_conversation_after_too_many_refusals_is_over() {
     let rig = Rig::new();
     let wire = rig.connect();
     wire.negotiate();
-    let refused = std::iter::repeat_with(|| {
-        wire.send_bytes(&message(SET_VRING_NUM, 8, &state(0, 3)), &[]);
+    assert!((10..1000).contains(&refusals(&wire, SET_VRING_NUM, &state(0, 3), &[])));
+
+    let wire = rig.connect();
+    wire.negotiate_with(FEATURES, PROTOCOL | BACKEND_REQ);
+    let no_socket = event();
+    assert!((10..1000).contains(&refusals(&wire, SET_BACKEND_REQ_FD, &[], &[no_socket.as_fd()])));
+}
+
+/// How often `request` is refused until the conversation ends; 1000 if it does not.
+fn refusals(wire: &Wire, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> usize {
+    let replies = std::iter::repeat_with(|| {
+        wire.send_bytes(&message(request, NEED_REPLY, payload), fds);
         wire.reply()
     });
-    let told = refused.take_while(|reply| *reply != Reply::Closed).take(1000).count();
-    assert!((10..1000).contains(&told), "{told}");
+    replies.take_while(|reply| *reply == Reply::Message(request, words(&[1]))).take(1000).count()
+}
+
+#[test]
+fn newcomers_that_come_again_and_again_do_not_fill_the_log() {
+    listen_to_the_log();
+    let rig = Rig::new();
+    let first = rig.connect();
+    first.negotiate();
+    for _ in 0..200 {
+        assert!(rig.connect().is_closed());
+    }
+    // Other tests in this process have newcomers, too.
+    assert!((1..100).contains(&lines(&["sent", "away: this device is being used by"])));
 }

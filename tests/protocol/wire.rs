@@ -101,6 +101,7 @@ impl Wire {
     /// A server that does not answer fails the test rather than hang it.
     pub(crate) fn new(socket: UnixStream) -> Self {
         socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        socket.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
         Self { socket }
     }
 

@@ -147,6 +147,8 @@ impl<'d> Connection<'d> {
             Ok(FrontendReq::SET_STATUS) => self.set_status(header)?,
             Ok(FrontendReq::GET_STATUS) => self.get_status(header)?,
             Ok(FrontendReq::SET_BACKEND_REQ_FD) => self.set_backend_channel(header)?,
+            // The codec knows it as no message at all; it belongs to ACCESS_PLATFORM.
+            Ok(FrontendReq::IOTLB_MSG) => return Err(Error::NotImplemented("IOTLB_MSG")),
             _ => return self.decode(header),
         }
         Ok(Progress::Served)
@@ -245,16 +247,17 @@ impl<'d> Connection<'d> {
         self.acknowledge(header, done)
     }
 
-    /// Logs a refusal, and tells the front-end how it went if it wants to know.
+    /// Tells the front-end how it went, if it wants to know.
     fn acknowledge(&self, header: Header, done: Result<(), Error>) -> Result<(), Error> {
-        if let Err(error) = &done {
-            log::error!("refused: {error}");
-        }
+        let done = done.map_err(|error| self.session().refused(error));
         let acks = self.session().protocol().contains(ProtocolFeatures::REPLY_ACK);
         if header.flags & NEED_REPLY != 0 && acks {
             self.reply(header, u64::from(done.is_err()))?;
         }
-        Ok(())
+        match done {
+            Err(error) if error.ends_conversation() => Err(error),
+            _ => Ok(()),
+        }
     }
 
     fn get_status(&mut self, header: Header) -> Result<(), Error> {

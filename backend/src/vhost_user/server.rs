@@ -19,6 +19,7 @@ use super::connection::{Connection, Progress};
 use super::listen::{Entrance, Listener, Socket};
 use super::peer::Peer;
 use super::{Device, Error};
+use crate::log_limit::LogLimit;
 use crate::sys::Poller;
 
 const STOP: u64 = 0;
@@ -97,7 +98,8 @@ impl Server {
         poller.add(&*self.notice, NOTICE).map_err(Error::system("epoll_ctl"))?;
         poller.add(self.device.engine.released(), RELEASED).map_err(Error::system("epoll_ctl"))?;
         let (device, notice) = (&self.device, &*self.notice);
-        let mut serving = Serving { device, notice, poller, connection: None, pending: false };
+        let mut serving =
+            Serving { device, notice, poller, connection: None, pending: false, newcomers: LogLimit::default() };
         match &self.entrance.0 {
             Socket::Listening(listener) => {
                 serving.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
@@ -126,6 +128,8 @@ struct Serving<'d> {
     connection: Option<Connection<'d>>,
     /// The front-end's socket may hold a whole message; its arrival has been reported already.
     pending: bool,
+    /// Lines about newcomers: one that is sent away may come again at once.
+    newcomers: LogLimit,
 }
 
 impl Serving<'_> {
@@ -238,8 +242,10 @@ impl Serving<'_> {
             }
         };
         let Some(connection) = &self.connection else { return self.adopt(socket) };
-        let newcomer = Peer::of(&socket).map_or_else(|error| error.to_string(), |peer| peer.to_string());
-        log::warn!("sent {newcomer} away: this device is being used by {}", connection.session().peer());
+        self.newcomers.warn(|| {
+            let newcomer = Peer::of(&socket).map_or_else(|error| error.to_string(), |peer| peer.to_string());
+            format!("sent {newcomer} away: this device is being used by {}", connection.session().peer())
+        });
         Ok(())
     }
 

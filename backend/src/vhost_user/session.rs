@@ -135,13 +135,17 @@ impl<'d> Session<'d> {
         self.rings.iter_mut().map(|ring| ring.reset(engine)).fold(Ok(()), Result::and)
     }
 
-    /// Turns the outcome of a message into the codec's, and keeps and logs the reason of a refusal.
+    /// Logs and counts a refusal; gives its reason back, or that there have been too many.
+    pub(super) fn refused(&mut self, error: Error) -> Error {
+        log::error!("refused: {error}");
+        self.refusals += 1;
+        if self.refusals > MAX_REFUSALS { Error::TooManyRefusals(self.refusals) } else { error }
+    }
+
+    /// Turns the outcome of a message into the codec's, and keeps the reason of a refusal.
     fn answer<T>(&mut self, result: Result<T, Error>) -> Answer<T> {
         result.map_err(|error| {
-            log::error!("refused: {error}");
-            self.refusals += 1;
-            let tired = self.refusals > MAX_REFUSALS;
-            self.refusal = Some(if tired { Error::TooManyRefusals(self.refusals) } else { error });
+            self.refusal = Some(self.refused(error));
             vhost::vhost_user::Error::ReqHandlerError(std::io::Error::from(std::io::ErrorKind::InvalidInput))
         })
     }
