@@ -85,6 +85,24 @@ fn each_is_answered_or_ends_the_conversation() {
     rig.connect().negotiate();
 }
 
+/// Those of other kinds of devices, of protocol features that are not offered, and of no meaning yet; IOTLB_MSG among them.
+#[test]
+fn one_of_what_is_not_offered_ends_the_conversation() {
+    const IOTLB_MSG: u32 = 22;
+    let rig = Rig::new();
+    for request in [7, 19, 20, IOTLB_MSG, 23].into_iter().chain(26..=33).chain([35]).chain(41..=64) {
+        for payload in [vec![], words(&[0]), words(&[0; 4])] {
+            let wire = rig.connect();
+            wire.negotiate();
+            wire.send(request, &payload, &[]);
+            // A reply may tell of the failure first, as that to CHECK_DEVICE_STATE does.
+            let ended = told(&wire) == Goodbye || wire.is_closed();
+            assert!(ended, "request {request} of {} bytes", payload.len());
+        }
+    }
+    rig.connect().negotiate();
+}
+
 #[test]
 fn one_that_is_not_negotiated_ends_the_conversation() {
     let rig = Rig::new();
@@ -117,6 +135,8 @@ fn descriptors_where_none_belong_or_too_many_end_the_conversation() {
         ("two kicks", message(SET_VRING_KICK, 0, &words(&[0])), fds(2)),
         ("a kick that is none", message(SET_VRING_KICK, 0, &words(&[0x100])), fds(1)),
         ("two for one region", message(ADD_MEM_REG, 0, &region), fds(2)),
+        ("one for a table of none", message(SET_MEM_TABLE, 0, &state(0, 0)), fds(1)),
+        ("two for a table of one", message(SET_MEM_TABLE, 0, &[state(1, 0), region[8..].to_vec()].concat()), fds(2)),
         ("33 with a kick", message(SET_VRING_KICK, 0, &words(&[0])), fds(33)),
         ("as many as the kernel allows", message(SET_VRING_KICK, 0, &words(&[0])), fds(253)),
     ];

@@ -110,7 +110,7 @@ pub enum Error {
     )]
     AccessPlatform,
     /// A request for something that is not offered.
-    #[error("{0} belongs to a protocol feature that is not offered")]
+    #[error("{0} belongs to a feature that is not offered")]
     NotImplemented(&'static str),
     /// The guest wrote to configuration space.
     #[error("SET_CONFIG: no field of this disk's configuration space can be written")]
