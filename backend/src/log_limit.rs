@@ -16,18 +16,27 @@ pub(crate) struct LogLimit {
 }
 
 impl LogLimit {
-    /// Writes the line unless too many came before it within the interval.
+    /// Writes the line, a warning, unless too many came before it within the interval.
     pub(crate) fn warn(&mut self, line: impl FnOnce() -> String) {
+        self.log(log::Level::Warn, line);
+    }
+
+    /// The same for an error.
+    pub(crate) fn error(&mut self, line: impl FnOnce() -> String) {
+        self.log(log::Level::Error, line);
+    }
+
+    fn log(&mut self, level: log::Level, line: impl FnOnce() -> String) {
         if let Some(left_out) = self.admit(Instant::now()) {
             if left_out != 0 {
-                log::warn!("({left_out} similar lines left out)");
+                log::log!(level, "({left_out} similar lines left out)");
             }
-            log::warn!("{}", line());
+            log::log!(level, "{}", line());
         }
     }
 
     /// `Some` if a line may be written now, with the number of lines left out since the last one.
-    pub(crate) fn admit(&mut self, now: Instant) -> Option<u32> {
+    fn admit(&mut self, now: Instant) -> Option<u32> {
         if self.since.is_none_or(|since| now.saturating_duration_since(since) >= INTERVAL) {
             self.since = Some(now);
             self.lines = 0;

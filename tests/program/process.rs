@@ -104,6 +104,14 @@ impl Process {
         std::fs::read_to_string(self.path("log")).unwrap()
     }
 
+    /// What it holds for front-ends: descriptors, and mappings of their memory.
+    pub(crate) fn holdings(&self) -> [usize; 2] {
+        let process = PathBuf::from(format!("/proc/{}", self.child.id()));
+        let maps = std::fs::read_to_string(process.join("maps")).unwrap();
+        let mapped = maps.lines().filter(|line| line.contains("/memfd:guest-ram")).count();
+        [std::fs::read_dir(process.join("fd")).unwrap().count(), mapped]
+    }
+
     pub(crate) fn client(&self) -> Client {
         self.client_of(Shape::default())
     }

@@ -10,7 +10,6 @@
 mod submit;
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::bounce::Bounce;
 use super::caches::Caches;
@@ -50,7 +49,8 @@ pub(super) struct Path {
     caches: Caches,
     disk: Disk,
     chain: Chain,
-    limit: LogLimit,
+    wrong_requests: LogLimit,
+    broken_rings: LogLimit,
     own_flush: Option<OwnFlush>,
     /// The request whose rest waits for room.
     half: Option<u32>,
@@ -81,7 +81,8 @@ impl Path {
             caches,
             disk,
             chain: Chain::default(),
-            limit: LogLimit::default(),
+            wrong_requests: LogLimit::default(),
+            broken_rings: LogLimit::default(),
             own_flush: None,
             half: None,
             again: Vec::new(),
@@ -371,21 +372,22 @@ impl Path {
     #[cold]
     fn log_fault(&mut self, seat: usize, fault: &RequestFault) {
         let virtqueue = self.virtqueue(seat);
-        let Some(suppressed) = self.limit.admit(Instant::now()) else { return };
         // The likeliest cause is not the guest's: RAM that it has and the front-end does not share with us.
-        let hint = match fault {
+        let hint = || match fault {
             RequestFault::Memory { .. } | RequestFault::Chain(ChainFault::IndirectMemory(_)) => format!(
                 "; shared is {}: if the guest has RAM there, such as a DIMM or a NUMA node, give its memory backend share=on",
                 self.guest.table()
             ),
             _ => String::new(),
         };
-        log::warn!("virtqueue {virtqueue}: request refused: {fault}{hint} ({suppressed} such lines left out before)");
+        self.wrong_requests.warn(|| format!("virtqueue {virtqueue}: request refused: {fault}{}", hint()));
     }
 
     #[cold]
     pub(super) fn fail_ring(&mut self, seat: usize, why: &dyn std::fmt::Display) {
-        log::error!("virtqueue {}: {why}{Lost}; it is not served until it is restarted", self.virtqueue(seat));
+        let virtqueue = self.virtqueue(seat);
+        let line = || format!("virtqueue {virtqueue}: {why}{Lost}; it is not served until it is restarted");
+        self.broken_rings.error(line);
         if let Some(ring) = &mut self.seats[seat].ring {
             ring.fail();
         }
