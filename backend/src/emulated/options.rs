@@ -123,7 +123,7 @@ impl FromStr for Options {
         for pair in text.split(',').filter(|pair| !pair.is_empty()) {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             match name {
-                "size" => options.size = size("size", value)?,
+                "size" => options.size = disk_size(value)?,
                 "lba" => options.lba = number("lba", value)?,
                 "queues" => options.queues = number("queues", value)?,
                 "entries" => options.queue_entries = number("entries", value)?,
@@ -205,6 +205,14 @@ fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
 pub(super) fn size(option: &'static str, text: &str) -> Result<u64, EmulatedError> {
     let units = [("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30), ("T", 1 << 40), ("", 1)];
     scaled(text, &units).ok_or_else(|| value_error(option, "bytes, with K, M, G or T if you like", text))
+}
+
+/// Zero stands for a size that is not named, which is another thing than one named so.
+fn disk_size(text: &str) -> Result<u64, EmulatedError> {
+    match size("size", text)? {
+        0 => Err(value_error("size", "at least one logical block", text)),
+        bytes => Ok(bytes),
+    }
 }
 
 fn time(option: &'static str, text: &str) -> Result<Duration, EmulatedError> {
