@@ -1,6 +1,6 @@
 //! A real front-end with a guest's rings, through the process to the emulated drive and back.
 
-use testbed::client::{Request, Shape};
+use testbed::client::{Client, Request, Shape};
 
 use crate::process::{LIMIT, Process};
 
@@ -58,35 +58,58 @@ fn a_file_keeps_the_data_from_one_process_to_the_next() {
     assert!(found == pattern(16, 4096));
 }
 
+/// Writes as many requests at once as fit into all rings of the client, then reads the same places.
+fn all_slots_of_all_rings(client: &mut Client, shape: Shape) {
+    let (depth, bytes) = (u64::from(shape.depth), shape.bytes);
+    let sector_of = |queue: u64, n: u64| (queue * depth + n) * (bytes as u64 / 512);
+    for (queue, ring) in (0..).zip(&mut client.rings) {
+        for sector in (0..depth).map(|n| sector_of(queue, n)) {
+            let slot = ring.submit(Request::Write { sector, bytes });
+            ring.set_data(slot, &pattern(sector, bytes));
+        }
+        ring.publish();
+    }
+    for ring in &mut client.rings {
+        for _ in 0..depth {
+            assert_eq!(ring.wait(LIMIT).unwrap().expect("in time").status, 0, "{shape:?}");
+        }
+    }
+    let mut wanted = vec![vec![0; usize::from(shape.depth)]; shape.queues];
+    for (queue, ring) in client.rings.iter_mut().enumerate() {
+        for sector in (0..depth).map(|n| sector_of(queue as u64, n)) {
+            let slot = ring.submit(Request::Read { sector, bytes });
+            ring.set_data(slot, &vec![0xcc; bytes]);
+            wanted[queue][usize::from(slot)] = sector;
+        }
+        ring.publish();
+    }
+    for (ring, wanted) in client.rings.iter_mut().zip(wanted) {
+        for _ in 0..depth {
+            let done = ring.wait(LIMIT).unwrap().expect("in time");
+            let mut found = vec![0; bytes];
+            ring.data(done.slot, &mut found);
+            assert!(done.status == 0 && found == pattern(wanted[usize::from(done.slot)], bytes), "{done:?}, {shape:?}");
+        }
+    }
+}
+
 #[test]
 fn many_requests_in_flight_on_two_queues_all_come_back_with_their_data() {
     let process = Process::serve("size=16M,latency=100us");
     for shape in (Shape { queues: 2, depth: 32, bytes: 4096, ..Shape::default() }).kinds() {
-        let mut client = process.client_of(shape);
-        for (queue, ring) in client.rings.iter_mut().enumerate() {
-            let sectors: Vec<u64> = (0..32).map(|n| (queue as u64 * 32 + n) * 8).collect();
-            let mut wanted = [0; 32];
-            for sector in &sectors {
-                let slot = ring.submit(Request::Write { sector: *sector, bytes: 4096 });
-                ring.set_data(slot, &pattern(*sector, 4096));
-            }
-            ring.publish();
-            for _ in &sectors {
-                assert_eq!(ring.wait(LIMIT).unwrap().expect("in time").status, 0);
-            }
-            for sector in &sectors {
-                let slot = ring.submit(Request::Read { sector: *sector, bytes: 4096 });
-                ring.set_data(slot, &[0xcc; 4096]);
-                wanted[usize::from(slot)] = *sector;
-            }
-            ring.publish();
-            for _ in &sectors {
-                let done = ring.wait(LIMIT).unwrap().expect("in time");
-                let mut found = vec![0; 4096];
-                ring.data(done.slot, &mut found);
-                assert!(done.status == 0 && found == pattern(wanted[usize::from(done.slot)], 4096), "{done:?}");
-            }
-        }
+        all_slots_of_all_rings(&mut process.client_of(shape), shape);
+    }
+}
+
+#[test]
+fn sixty_four_virtqueues_of_1024_descriptors_carry_what_fits_into_them_at_once() {
+    let mut process =
+        Process::start(&["--socket-path", "DIR/socket", "--device", "emulated:size=64M", "--queues", "64"]);
+    process.wait_for_socket();
+    // Three descriptors for each request: of a split ring, 1024 are the next power of two.
+    for packed in [false, true] {
+        let shape = Shape { queues: 64, depth: 256, bytes: 4096, indirect: false, packed, ..Shape::default() };
+        all_slots_of_all_rings(&mut process.client_of(shape), shape);
     }
 }
 

@@ -211,6 +211,8 @@ fn a_drive_that_is_broken_from_the_start_is_refused_with_the_reason() {
         ("effect = \"stuck-ready\"", "CSTS.RDY"),
         ("effect = \"capability\"\nvalue = \"0x0\"", "no NVM command set"),
         ("effect = \"capability\"\nvalue = \"0x2000000000\"", "largest queue (CAP.MQES)"),
+        ("effect = \"capability\"\nvalue = \"0x100200f0007ff\"", "smallest memory page (CAP.MPSMIN)"),
+        ("effect = \"capability\"\nvalue = \"0x2f0f0007ff\"", "doorbell stride (CAP.DSTRD)"),
         ("effect = \"status\"\nstatus = 6\nqueue = 0\nopcode = 6", "Internal Error"),
         ("effect = \"identify\"\ncns = 0\noffset = 0\nbytes = [0, 0, 0, 0, 0, 0, 0, 0]", "namespace"),
     ] {
