@@ -48,7 +48,9 @@ impl Exposure {
                 return Err((span, failed));
             }
             self.maps.fetch_add(1, Relaxed);
-            progress.tick(span);
+            if let Some(line) = progress.tick(span, Instant::now()) {
+                log::info!("{line}");
+            }
         }
         Ok(())
     }
@@ -137,12 +139,33 @@ impl Progress {
         Self { whole, reported: Instant::now() }
     }
 
-    fn tick(&mut self, done: Span<Iova>) {
-        if self.reported.elapsed() < Duration::from_secs(1) {
-            return;
+    /// The line to write now that everything up to the end of `done` is mapped, if it is time for one.
+    fn tick(&mut self, done: Span<Iova>, now: Instant) -> Option<String> {
+        if now.saturating_duration_since(self.reported) < Duration::from_secs(1) {
+            return None;
         }
-        self.reported = Instant::now();
+        self.reported = now;
         let bytes = done.last().raw() - self.whole.start().raw() + 1;
-        log::info!("mapping {}: {} of {}", self.whole, Bytes(bytes), Bytes(self.whole.len()));
+        Some(format!("mapping {}: {} of {}", self.whole, Bytes(bytes), Bytes(self.whole.len())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_map_tells_once_a_second_how_far_it_has_come() {
+        const GIB: u64 = 1 << 30;
+        let whole = Span::new(Iova(4 * GIB), 16 * GIB).unwrap();
+        let mut progress = Progress::new(whole);
+        let start = progress.reported;
+
+        let ticks = (1..).zip(whole.chunks(GIB));
+        let told: Vec<_> =
+            ticks.filter_map(|(n, done)| progress.tick(done, start + Duration::from_millis(300) * n)).collect();
+
+        let line = |gib| format!("mapping 0x100000000+16G: {gib}G of 16G");
+        assert_eq!(told, [4, 8, 12, 16].map(line), "every 1.2 s");
     }
 }
