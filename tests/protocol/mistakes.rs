@@ -1,16 +1,20 @@
 //! Mistakes on QEMU's command line. QEMU says "Input/output error" whatever it was, or nothing; so each must leave one line
 //! in our log that names what is wrong and what to change.
 
-use std::os::fd::AsFd;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, Once};
 
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vm_memory::{FileOffset, MmapRegion};
 
 use crate::requests::{BLK_IN, put, wait_for};
 use crate::rig::{Rig, memory};
 use crate::rings::{RAM, addresses, ends, running, send_all, steps};
 use crate::wire::{FEATURES, Place, request::*, state, words};
+
+const PAGE: u64 = 4096;
 
 /// All lines of this process, whichever test they come from.
 struct Lines(Mutex<Vec<String>>);
@@ -141,4 +145,35 @@ fn a_ring_too_large() {
     wire.negotiate();
     assert_eq!(wire.ask(SET_VRING_NUM, &state(2, 4096), &[]), 1);
     line(&["virtqueue 2", "a power of two from 1 to 1024, not 4096", "queue-size"]);
+}
+
+#[test]
+fn each_region_that_cannot_be_is_one_line_that_names_it() {
+    listen_to_the_log();
+    let rig = Rig::new();
+    let (wire, file) = (rig.connect(), memory("ram", 2 * PAGE));
+    wire.negotiate();
+    let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+    let sealed = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&sealed, PAGE).unwrap();
+    fcntl_add_seals(&sealed, SealFlags::WRITE).unwrap();
+    let (pipe, _writer) = rustix::pipe::pipe().unwrap();
+    let at = |gpa| Place { gpa, len: PAGE, qva: gpa, offset: 0 };
+    assert_eq!(wire.add_region(at(0x66_0000_0000), file.as_fd()), 0);
+    let refused = [
+        (Place { len: 0, ..at(0x66_0100_0000) }, file.as_fd(), ["0x6601000000 of 0 bytes", "empty"]),
+        (Place { offset: 2 * PAGE, ..at(0x66_0200_0000) }, file.as_fd(), ["0x6602000000+4K", "file, which has 8192"]),
+        (at(0x66_0300_0008), file.as_fd(), ["0x6603000008+4K", "not aligned to its pages of 4K"]),
+        (Place { len: 2 * PAGE, ..at(0x65_ffff_f000) }, file.as_fd(), ["0x65fffff000+8K", "overlaps"]),
+        (at(0x4_0066_0000_0000), file.as_fd(), ["0x4006600000000+4K", "outside the ranges this IOMMU allows"]),
+        (at(0x66_0400_0000), pipe.as_fd(), ["0x6604000000+4K", "a Fifo, not a file in memory"]),
+        (at(0x66_0500_0000), read_only.as_fd(), ["0x6605000000+4K", "mmap: Permission denied"]),
+        (at(0x66_0600_0000), sealed.as_fd(), ["0x6606000000+4K", "mmap: Operation not permitted"]),
+    ];
+    for (place, fd, said) in refused {
+        assert_eq!(wire.add_region(place, fd), 1, "{said:?}");
+        assert_eq!(lines(&said), 1, "{said:?}");
+    }
+    assert_eq!(wire.remove_region(at(0x66_0700_0000)), 1);
+    assert_eq!(lines(&["0x6607000000+4K", "no such region", "0x6600000000+4K"]), 1);
 }
