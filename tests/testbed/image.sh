@@ -67,10 +67,8 @@ need_image_programs() {
 
 build_images() {
     local image work
-    need_image_programs
     image=$(host_image)
     [[ ! -e $image ]] || return 0
-    build_fio
     say "building the host's image and the guest's"
     work=$(mktemp -d "$TESTBED_CACHE/image.XXXXXX")
     place_guest "$work/guest"
@@ -114,8 +112,7 @@ fio_program() { echo "$TESTBED_CACHE/fio/fio"; }
 build_fio() {
     local dir=$TESTBED_CACHE/fio
     [[ ! -x $dir/fio ]] || return 0
-    need gcc=gcc make=make /usr/include/stdio.h=libc6-dev xz=xz-utils
-    watched "fetching and building fio" "$dir.log" fio_progress make_fio "$dir"
+    watched "fetching and building fio, beside the kernel" "$dir.log" fio_progress make_fio "$dir"
 }
 make_fio() {
     local dir=$1 suite archive part without=(--build-static --disable-native)
@@ -137,4 +134,4 @@ make_fio() {
     ./configure "${without[@]}" &&
         make -j"$(nproc)" fio && strip fio && mv fio "$dir/fio.new" && mv "$dir/fio.new" "$dir/fio"
 }
-fio_progress() { echo "still at it"; }
+fio_progress() { echo "fio: still at it"; }
