@@ -19,6 +19,17 @@ pub(super) struct Dma<'a> {
 }
 
 impl Dma<'_> {
+    /// Where all of `span` is reached at once: nearly always, as nearly all of it lies in one mapping, and there is nothing to
+    /// go behind.
+    #[inline]
+    pub(super) fn window(&self, span: Span<Iova>, hint: usize) -> Option<(&Window, usize)> {
+        if self.cache.is_some() || self.detached {
+            return None;
+        }
+        let mapping = self.mappings.get(hint)?;
+        mapping.span.offset_of_span(&span).map(|offset| (&mapping.window, size(offset)))
+    }
+
     /// Calls `part` for each piece of `len` bytes at `at` that lies in one mapping, in order. `hint` is the caller's memory
     /// of the last mapping used. An unmapped byte is recorded as a fault and ends the walk.
     #[inline]
@@ -29,12 +40,8 @@ impl Dma<'_> {
         hint: &mut usize,
         mut part: impl FnMut(&Window, usize, usize) -> Result<(), E>,
     ) -> Result<(), E> {
-        // Nearly always: all of it in the mapping used last, and nothing to go behind.
-        if let (None, Some(mapping)) = (self.cache, self.mappings.get(*hint))
-            && !self.detached
-            && let Some(offset) = mapping.span.offset_of_span(&span)
-        {
-            return part(&mapping.window, size(offset), size(span.len()));
+        if let Some((window, offset)) = self.window(span, *hint) {
+            return part(window, offset, size(span.len()));
         }
         self.each_piece(access, span, hint, &mut part)
     }

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::time::Duration;
 
 use crate::addr::{Address, Iova, Span};
+use crate::sys::{Rows, Window};
 
 use super::controller::Traffic;
 use super::dma::Dma;
@@ -57,18 +58,32 @@ impl Sq {
         low16(self.head)
     }
 
+    /// The ring, for as long as mappings stand still.
+    #[inline]
+    pub(super) fn memory<'a>(&self, dma: &'a Dma<'a>) -> QueueMemory<'a, 8> {
+        QueueMemory::new(dma, self.base, self.entries, self.hint)
+    }
+
     /// Takes the entry at the head. It is read once, word by word, into the caller's place.
     #[inline]
-    pub(super) fn fetch(&mut self, dma: &Dma<'_>, entry: &mut Entry) -> Result<(), DmaFault> {
+    pub(super) fn fetch(&mut self, memory: &QueueMemory<'_, 8>, entry: &mut Entry) -> Result<(), DmaFault> {
+        match &memory.rows {
+            Some(rows) => entry.0 = rows.read(self.head as usize),
+            None => self.fetch_through(memory.dma, entry)?,
+        }
+        self.head = if self.head + 1 == self.entries { 0 } else { self.head + 1 };
+        Ok(())
+    }
+
+    #[cold]
+    fn fetch_through(&mut self, dma: &Dma<'_>, entry: &mut Entry) -> Result<(), DmaFault> {
         let at = self.base.checked_add(u64::from(self.head) * SQE_BYTES);
         let span = at.and_then(|at| Span::new(at, SQE_BYTES)).ok_or_else(|| dma.fault(self.base, Access::Read))?;
-        dma.each::<DmaFault>(Access::Read, span, &mut self.hint, |window, offset, len| {
+        dma.each(Access::Read, span, &mut self.hint, |window, offset, len| {
             debug_assert_eq!(len as u64, SQE_BYTES, "queues start on a page, so no entry runs over its end");
             entry.0 = window.read_words(offset);
             Ok(())
-        })?;
-        self.head = if self.head + 1 == self.entries { 0 } else { self.head + 1 };
-        Ok(())
+        })
     }
 
     /// Keeps a command until `due`.
@@ -157,35 +172,66 @@ impl Cq {
         (self.head + self.entries - self.tail - 1) % self.entries
     }
 
+    /// The ring, for as long as mappings stand still.
+    #[inline]
+    pub(super) fn memory<'a>(&self, dma: &'a Dma<'a>) -> QueueMemory<'a, 2> {
+        QueueMemory::new(dma, self.base, self.entries, self.hint)
+    }
+
     /// Writes the entry at the tail, the phase with the last word.
     #[inline]
-    pub(super) fn post(&mut self, dma: &Dma<'_>, completion: &Completion) -> Result<(), DmaFault> {
-        self.write(dma, completion, self.phase)
+    pub(super) fn post(&mut self, memory: &QueueMemory<'_, 2>, completion: &Completion) -> Result<(), DmaFault> {
+        self.write(memory, completion, self.phase)
     }
 
     /// The same with the wrong phase: the host takes it for an entry of the last round.
-    pub(super) fn post_unseen(&mut self, dma: &Dma<'_>, completion: &Completion) -> Result<(), DmaFault> {
-        self.write(dma, completion, !self.phase)
+    pub(super) fn post_unseen(&mut self, memory: &QueueMemory<'_, 2>, completion: &Completion) -> Result<(), DmaFault> {
+        self.write(memory, completion, !self.phase)
     }
 
     #[inline]
-    fn write(&mut self, dma: &Dma<'_>, completion: &Completion, phase: bool) -> Result<(), DmaFault> {
-        let at = self.base.checked_add(u64::from(self.tail) * CQE_BYTES);
-        let span = at.and_then(|at| Span::new(at, CQE_BYTES)).ok_or_else(|| dma.fault(self.base, Access::Write))?;
-        let last = completion.status.bits() << 1 | u16::from(phase);
-        dma.each::<DmaFault>(Access::Write, span, &mut self.hint, |window, offset, len| {
-            debug_assert_eq!(len as u64, CQE_BYTES, "queues start on a page, so no entry runs over its end");
-            window.write_u64(offset, completion.result.into());
-            let words = [completion.sq_head, completion.sq, completion.cid, last];
-            window.store_release_u64(offset + 8, words.iter().rev().fold(0, |sum, word| sum << 16 | u64::from(*word)));
-            Ok(())
-        })?;
+    fn write(&mut self, memory: &QueueMemory<'_, 2>, completion: &Completion, phase: bool) -> Result<(), DmaFault> {
+        let fields =
+            [completion.sq_head, completion.sq, completion.cid, completion.status.bits() << 1 | u16::from(phase)];
+        let back = fields.iter().rev().fold(0, |word, field| word << 16 | u64::from(*field));
+        let words = [completion.result.into(), back];
+        match &memory.rows {
+            Some(rows) => rows.write_release(self.tail as usize, words),
+            None => self.write_through(memory.dma, words)?,
+        }
         self.tail += 1;
         if self.tail == self.entries {
             self.tail = 0;
             self.phase = !self.phase;
         }
         Ok(())
+    }
+
+    #[cold]
+    fn write_through(&mut self, dma: &Dma<'_>, [front, back]: [u64; 2]) -> Result<(), DmaFault> {
+        let at = self.base.checked_add(u64::from(self.tail) * CQE_BYTES);
+        let span = at.and_then(|at| Span::new(at, CQE_BYTES)).ok_or_else(|| dma.fault(self.base, Access::Write))?;
+        dma.each(Access::Write, span, &mut self.hint, |window, offset, len| {
+            debug_assert_eq!(len as u64, CQE_BYTES, "queues start on a page, so no entry runs over its end");
+            window.write_u64(offset, front);
+            window.store_release_u64(offset + 8, back);
+            Ok(())
+        })
+    }
+}
+
+/// The memory of a queue of entries of `N` words: at once where all of it lies in one mapping, else entry by entry.
+pub(super) struct QueueMemory<'a, const N: usize> {
+    dma: &'a Dma<'a>,
+    rows: Option<Rows<&'a Window, u64, N>>,
+}
+
+impl<'a, const N: usize> QueueMemory<'a, N> {
+    #[inline]
+    fn new(dma: &'a Dma<'a>, base: Iova, entries: u32, hint: usize) -> Self {
+        let whole = Span::new(base, u64::from(entries) * (N * size_of::<u64>()) as u64);
+        let found = whole.and_then(|whole| dma.window(whole, hint));
+        Self { dma, rows: found.and_then(|(window, offset)| window.rows(offset, entries as usize)) }
     }
 }
 

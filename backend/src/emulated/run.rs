@@ -13,11 +13,10 @@ use std::sync::atomic::{Ordering::SeqCst, fence};
 use std::time::Duration;
 
 use super::controller::Controller;
-use super::dma::Dma;
 use super::events::BadDoorbell;
 use super::fault::Effect;
 use super::lock;
-use super::queue::{Completion, Cq, CqSlot, Sq, SqSlot};
+use super::queue::{Completion, Cq, CqSlot, QueueMemory, Sq, SqSlot};
 use super::wire::{Entry, Status};
 
 /// What a pass leaves to its caller.
@@ -74,11 +73,12 @@ impl Controller {
         let mut cq = lock(&cq_slot.queue);
         let cq = cq.as_mut().expect("a completion queue outlives its submission queues");
         let dma = self.iommu.dma();
+        let (commands, completions) = (sq.memory(&dma), cq.memory(&dma));
         let mut entry = Entry::default();
         let mut taken = 0;
         while self.may_run() && self.has_work(slot, sq) && self.room(cq_slot, cq) {
             taken += 1;
-            let Some(effect) = self.take(sq, id, &dma, &mut entry) else { continue };
+            let Some(effect) = self.take(sq, id, &commands, &mut entry) else { continue };
             let status = match effect {
                 Some(Effect::Status(status)) => status,
                 _ => self.execute_io(sq, &entry, &dma, &mut state.traffic),
@@ -87,7 +87,7 @@ impl Controller {
                 self.log_error(id, &entry, status);
             }
             let completion = Completion { result: 0, sq: id, sq_head: sq.head(), cid: entry.cid(), status };
-            self.post(cq, &dma, completion, effect, &mut pass);
+            self.post(cq, &completions, completion, effect, &mut pass);
         }
         state.traffic.passes += u64::from(taken != 0);
         pass.due = sq.first_due();
@@ -105,7 +105,10 @@ impl Controller {
         let room = || lock(&cq_slot.queue).as_mut().is_some_and(|cq| self.room(cq_slot, cq));
         while self.may_run() && self.has_work(slot, sq) && room() {
             let mut entry = Entry::default();
-            let Some(effect) = self.take(sq, 0, &self.iommu.dma(), &mut entry) else { continue };
+            let dma = self.iommu.dma();
+            let taken = self.take(sq, 0, &sq.memory(&dma), &mut entry);
+            drop(dma);
+            let Some(effect) = taken else { continue };
             state.traffic.admin += 1;
             let answer = match effect {
                 Some(Effect::Status(status)) => Some((status, 0)),
@@ -129,7 +132,8 @@ impl Controller {
         let mut cq = lock(&slot.queue);
         let Some(cq) = cq.as_mut() else { return };
         if self.room(slot, cq) {
-            self.post(cq, &self.iommu.dma(), completion, effect, pass);
+            let dma = self.iommu.dma();
+            self.post(cq, &cq.memory(&dma), completion, effect, pass);
         }
     }
 
@@ -160,11 +164,11 @@ impl Controller {
 
     /// Puts the next command to execute into `entry` and says what strikes it. `None` if it is held instead, or stopped the controller.
     #[inline]
-    fn take(&self, sq: &mut Sq, id: u16, dma: &Dma<'_>, entry: &mut Entry) -> Option<Option<Effect>> {
+    fn take(&self, sq: &mut Sq, id: u16, memory: &QueueMemory<'_, 8>, entry: &mut Entry) -> Option<Option<Effect>> {
         if sq.first_due().is_some_and(|due| due <= self.now()) {
             return sq.take_first(entry);
         }
-        if sq.fetch(dma, entry).is_err() {
+        if sq.fetch(memory, entry).is_err() {
             self.fatal();
             return None;
         }
@@ -201,18 +205,25 @@ impl Controller {
 
     /// Writes a completion, or what `effect` makes of it.
     #[inline]
-    fn post(&self, cq: &mut Cq, dma: &Dma<'_>, mut completion: Completion, effect: Option<Effect>, pass: &mut Pass) {
+    fn post(
+        &self,
+        cq: &mut Cq,
+        memory: &QueueMemory<'_, 2>,
+        mut completion: Completion,
+        effect: Option<Effect>,
+        pass: &mut Pass,
+    ) {
         let mut posted = match effect {
             Some(Effect::Lose) => return,
-            Some(Effect::WrongPhase) => cq.post_unseen(dma, &completion),
+            Some(Effect::WrongPhase) => cq.post_unseen(memory, &completion),
             Some(Effect::WrongId(cid)) => {
                 completion.cid = cid;
-                cq.post(dma, &completion)
+                cq.post(memory, &completion)
             }
-            _ => cq.post(dma, &completion),
+            _ => cq.post(memory, &completion),
         };
         if effect == Some(Effect::Twice) && cq.has_room() {
-            posted = posted.and(cq.post(dma, &completion));
+            posted = posted.and(cq.post(memory, &completion));
         }
         if posted.is_err() {
             self.fatal();

@@ -41,7 +41,23 @@ pub struct PackedDescriptor {
     flags: u16,
 }
 
+impl Descriptor {
+    /// From the two words it is read as.
+    #[inline]
+    #[must_use]
+    pub fn from_words(words: [u64; 2]) -> Self {
+        zerocopy::transmute!(words)
+    }
+}
+
 impl PackedDescriptor {
+    /// From the two words it is read as.
+    #[inline]
+    #[must_use]
+    pub fn from_words(words: [u64; 2]) -> Self {
+        zerocopy::transmute!(words)
+    }
+
     /// The same with flags that were read before.
     #[inline]
     #[must_use]
@@ -263,15 +279,16 @@ impl Chain {
             return Err(ChainFault::IndirectWithNext);
         }
         let (span, entries) = table_span(walk, table.addr, table.len)?;
-        let nested = if let Some((window, offset)) = guest.table_window(span) {
-            self.follow(0, entries, |index| Ok(window.read(offset + 16 * usize::from(index))))?
+        let nested = if let Some(table) = guest.descriptors(span, entries) {
+            self.follow(0, entries, |index| Ok(Descriptor::from_words(table.read(usize::from(index)))))?
         } else {
             self.follow_across(span, entries, guest)?
         };
         nested.map_or(Ok(()), |_| Err(ChainFault::NestedIndirect))
     }
 
-    /// [`Self::follow`] in a table that does not lie in one region, which is fine as long as each entry does.
+    /// [`Self::follow`] in a table at an odd address, or one that does not lie in one region, which is fine as long as each
+    /// entry does.
     #[cold]
     fn follow_across(
         &mut self,
@@ -293,13 +310,13 @@ impl Chain {
             return Err(ChainFault::IndirectNotNegotiated);
         }
         let (span, entries) = table_span(walk, table.addr, table.len)?;
-        if let Some((window, offset)) = guest.table_window(span) {
+        if let Some(table) = guest.descriptors(span, entries) {
             for n in 0..usize::from(entries) {
-                self.add_from_table(window.read(offset + 16 * n))?;
+                self.add_from_table(PackedDescriptor::from_words(table.read(n)))?;
             }
             return Ok(());
         }
-        // In pieces, which is fine as long as each entry lies in one region.
+        // At an odd address, or in pieces, which is fine as long as each entry lies in one region.
         for n in 0..u64::from(entries) {
             let entry = span.slice(u64::from(DESCRIPTOR) * n, u64::from(DESCRIPTOR));
             let read = entry.and_then(|entry| guest.table_window(entry)).map(|(window, offset)| window.read(offset));

@@ -120,12 +120,13 @@ impl Flights {
         Some((place.flight.as_mut()?, &place.data))
     }
 
-    /// Takes a request out.
+    /// Takes a request out; what it was about stays until the place is used again.
     #[inline]
-    pub(super) fn remove(&mut self, index: u32) -> Option<Flight> {
-        let flight = self.places.get_mut(index as usize)?.flight.take()?;
+    pub(super) fn remove(&mut self, index: u32) -> Option<(Flight, &Data)> {
+        let place = self.places.get_mut(index as usize)?;
+        let flight = place.flight.take()?;
         self.free.push(index);
-        Some(flight)
+        Some((flight, &place.data))
     }
 
     /// True if a request in flight uses memory in `spans`.

@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use crate::addr::{Address, Gpa, Iova, Span};
 use crate::hardware::CacheFlush;
 use crate::memory::{MemTable, Region};
-use crate::sys::Window;
+use crate::sys::{Rows, Window};
 
 /// One worker's view of guest memory.
 #[derive(Default)]
@@ -81,6 +81,12 @@ impl Guest {
     #[inline]
     pub fn table_window(&mut self, span: Span<Gpa>) -> Option<(&Window, usize)> {
         self.table.window(span, &mut self.table_hint)
+    }
+
+    /// The `entries` descriptors that `span` holds; `None` unless all of them lie in one region, aligned to words.
+    #[inline]
+    pub fn descriptors(&mut self, span: Span<Gpa>, entries: u16) -> Option<Rows<&Window, u64, 2>> {
+        self.table_window(span).and_then(|(window, offset)| window.rows(offset, entries.into()))
     }
 
     /// Reads a wire structure from the front of `spans`, however they cut it.

@@ -17,7 +17,7 @@ use super::guest::Guest;
 use super::virtqueue::{Broken, MAX_SIZE, windows};
 use super::{EngineError, RingSetup};
 use crate::memory::MemTable;
-use crate::sys::Window;
+use crate::sys::{Rows, Window};
 
 /// VIRTQ_DESC_F_WRITE, in a used descriptor: something has been written (virtio 1.2 §2.8.3).
 const WRITE: u16 = 1 << 1;
@@ -95,6 +95,7 @@ struct Hidden {
 /// One running packed virtqueue.
 pub struct PackedRing {
     desc: Window,
+    descriptors: Rows<Window, u64, 2>,
     driver_event: Window,
     device_event: Window,
     size: u16,
@@ -119,8 +120,10 @@ impl PackedRing {
         let RingSetup { index, size, base, .. } = *setup;
         let [desc, driver_event, device_event] = windows(setup, table)?;
         let (next_avail, next_used) = positions(base, size).ok_or(EngineError::RingBase { index, size, base })?;
+        let descriptors = desc.rows(0, size.into()).expect("`windows` has seen to size and alignment").keep();
         Ok(Self {
             desc,
+            descriptors,
             driver_event,
             device_event,
             size,
@@ -172,12 +175,12 @@ impl PackedRing {
     #[inline]
     pub fn take(&mut self, guest: &mut Guest, chain: &mut Chain) -> Result<bool, Broken> {
         let Some(flags) = self.offered() else { return Ok(false) };
-        let (desc, size, start) = (&self.desc, self.size, self.next_avail);
+        let (descriptors, size, start) = (&self.descriptors, self.size, self.next_avail);
         let walk = Walk { size: size - self.taken, indirect: self.indirect, longest_table: MAX_SIZE };
         // Only the first descriptor's flags are looked at for availability: the driver writes them last (virtio 1.2
         // §2.8.21), and what was seen then is what counts.
         let entry = |n| {
-            let descriptor: PackedDescriptor = desc.read(start.advance(n, size).offset());
+            let descriptor = PackedDescriptor::from_words(descriptors.read(start.advance(n, size).slot.into()));
             if n == 0 { descriptor.with_flags(flags) } else { descriptor }
         };
         if !chain.fill_packed(&walk, entry, guest) {

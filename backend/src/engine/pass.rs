@@ -308,12 +308,10 @@ impl Path {
     /// Answers a request that the device is done with.
     #[inline]
     fn finish(&mut self, index: u32) {
-        if let Some((flight, data)) = self.flights.get(index)
-            && flight.operation == Operation::Read
-        {
+        let Some((flight, data)) = self.flights.remove(index) else { return };
+        if flight.operation == Operation::Read {
             self.caches.buffers(&self.guest, &data.buffers, 0, flight.bytes);
         }
-        let Some(flight) = self.flights.remove(index) else { return };
         let success = flight.outcome == Outcome::Success;
         let moved = if success { flight.bytes } else { 0 };
         let counters = &self.counters;

@@ -13,7 +13,7 @@ use super::guest::Guest;
 use super::virtqueue::{Broken, MAX_SIZE, windows};
 use super::{EngineError, RingSetup};
 use crate::memory::MemTable;
-use crate::sys::Window;
+use crate::sys::{Rows, Window};
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT, virtio 1.2 §2.7.6.
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
@@ -21,14 +21,16 @@ const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
 /// `idx` follows `flags` in both rings, virtio 1.2 §2.7.6 and §2.7.8.
 const IDX: usize = 2;
-/// The entries follow `idx`.
+/// The entries follow `idx`, and the event the entries.
 const RING: usize = 4;
 
 /// One running split virtqueue.
 pub struct SplitRing {
-    desc: Window,
+    desc: Rows<Window, u64, 2>,
     avail: Window,
+    avail_ring: Rows<Window, u16, 1>,
     used: Window,
+    used_ring: Rows<Window, u32, 2>,
     size: u16,
     event_idx: bool,
     indirect: bool,
@@ -49,9 +51,13 @@ impl SplitRing {
         let [desc, avail, used] = windows(setup, table)?;
         let next_avail = u16::try_from(base).map_err(|_| EngineError::RingBase { index, size, base })?;
         let next_used = used.read_u16(IDX);
+        let entries = usize::from(size);
+        let aligned = "`windows` has seen to size and alignment";
         Ok(Self {
-            desc,
+            desc: desc.rows(0, entries).expect(aligned).keep(),
+            avail_ring: avail.rows(RING, entries).expect(aligned).keep(),
             avail,
+            used_ring: used.rows(RING, entries).expect(aligned).keep(),
             used,
             size,
             event_idx: setup.event_idx,
@@ -96,23 +102,21 @@ impl SplitRing {
     /// [`Broken`]; nothing has been taken.
     #[inline]
     pub fn take(&mut self, guest: &mut Guest, chain: &mut Chain) -> Result<(), Broken> {
-        let head = self.avail.read_u16(RING + 2 * self.slot(self.next_avail));
+        let [head] = self.avail_ring.read(self.slot(self.next_avail));
         if head >= self.size {
             return Err(Broken::Head { head, size: self.size });
         }
         self.next_avail = self.next_avail.wrapping_add(1);
         let walk = Walk { size: self.size, indirect: self.indirect, longest_table: MAX_SIZE };
         let desc = &self.desc;
-        chain.fill(head, &walk, |index| desc.read::<Descriptor>(16 * usize::from(index)), guest);
+        chain.fill(head, &walk, |index| Descriptor::from_words(desc.read(usize::from(index))), guest);
         Ok(())
     }
 
     /// Gives a chain back with `len` bytes written to it. The driver sees it after [`Self::publish`].
     #[inline]
     pub fn push_used(&mut self, head: Head, len: u32) {
-        let offset = RING + 8 * self.slot(self.next_used);
-        self.used.write_u32(offset, u32::from(head.id()));
-        self.used.write_u32(offset + 4, len);
+        self.used_ring.write(self.slot(self.next_used), [u32::from(head.id()), len]);
         self.next_used = self.next_used.wrapping_add(1);
     }
 

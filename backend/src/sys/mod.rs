@@ -24,4 +24,4 @@ pub use mmio::Mmio;
 pub use poller::{Event, Poller};
 pub use signals::signal_fd;
 pub use vfio::Cdev;
-pub use window::Window;
+pub use window::{Rows, Window, Word};

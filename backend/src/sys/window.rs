@@ -15,6 +15,10 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::lost::Watch;
 
+mod rows;
+
+pub use rows::{Rows, Word};
+
 /// A bounds-checked view of shared memory; cheap to clone, keeps the mapping alive.
 ///
 /// An offset past the end, or a misaligned atomic, panics: callers check guest-supplied ranges *before* they get a window
@@ -102,11 +106,34 @@ impl Window {
     #[inline]
     fn word<T>(&self, offset: usize) -> NonNull<T> {
         let size = size_of::<T>();
-        assert!(offset <= self.len && size <= self.len - offset, "{size} bytes at {offset} of {self:?}");
+        self.check(offset, size);
         // SAFETY: offset + size <= len, checked above; the mapping lives as long as `_owner`.
         let pointer = unsafe { self.base.add(offset) }.cast::<T>();
-        assert!(pointer.is_aligned(), "{size} bytes at {offset} of {self:?} are misaligned");
+        if !pointer.is_aligned() {
+            self.misaligned(offset, size);
+        }
         pointer
+    }
+
+    /// `len` bytes from `offset` lie inside, or this is a bug.
+    #[inline]
+    fn check(&self, offset: usize, len: usize) {
+        if self.len.checked_sub(len).is_none_or(|last| offset > last) {
+            self.outside(offset, len);
+        }
+    }
+
+    // Apart and by value: what a message is made of would else be laid out on the stack before each access.
+    #[cold]
+    #[inline(never)]
+    fn outside(&self, offset: usize, len: usize) -> ! {
+        panic!("{len} bytes at {offset} of {self:?}")
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn misaligned(&self, offset: usize, len: usize) -> ! {
+        panic!("{len} bytes at {offset} of {self:?} are misaligned")
     }
 
     /// Reads one byte.
@@ -243,16 +270,6 @@ impl Window {
         self.copy_from(offset, value.as_bytes());
     }
 
-    /// Writes `words`, little-endian, each once.
-    #[inline]
-    pub fn write_words<const N: usize>(&self, offset: usize, words: [u64; N]) {
-        let to = self.word::<[u64; N]>(offset).cast::<u64>();
-        for (i, word) in words.into_iter().enumerate() {
-            // SAFETY: `word` checked that all N lie inside, aligned.
-            unsafe { to.add(i).write_volatile(word.to_le()) };
-        }
-    }
-
     /// Reads words, little-endian, each once.
     #[inline]
     #[must_use]
@@ -294,7 +311,7 @@ impl Window {
     /// How many whole 64-bit words of a copy of `len` bytes at `offset` can be done as words: all or none.
     #[inline]
     fn words(&self, offset: usize, len: usize) -> usize {
-        assert!(offset <= self.len && len <= self.len - offset, "{len} bytes at {offset} of {self:?}");
+        self.check(offset, len);
         if (self.base.as_ptr() as usize + offset).is_multiple_of(8) { len / 8 } else { 0 }
     }
 

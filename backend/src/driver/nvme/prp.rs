@@ -53,6 +53,7 @@ fn seam_is_legal(before: &Span<Iova>, after: &Span<Iova>) -> bool {
 }
 
 /// How much of `buffers` from `position` on the next command can take; see [`crate::driver::Queue::extent`].
+#[inline]
 #[must_use]
 pub fn extent(buffers: &[Span<Iova>], position: u64, limits: Limits, bounce_limit: u32) -> Extent {
     let whole_blocks = |bytes: u64, limit: u32| {
@@ -76,7 +77,16 @@ pub(super) fn fit(buffers: &[Span<Iova>], position: u64, bytes: u32) -> bool {
 }
 
 /// Bytes from `position` on that PRPs can name; stops looking once there are `enough`.
+#[inline]
 fn direct_prefix(buffers: &[Span<Iova>], position: u64, enough: u32) -> u64 {
+    if let ([only], 0) = (buffers, position) {
+        return if only.start().is_aligned(4) { only.len() } else { 0 };
+    }
+    direct_parts(buffers, position, enough)
+}
+
+/// [`direct_prefix`] of any list, from any position.
+fn direct_parts(buffers: &[Span<Iova>], position: u64, enough: u32) -> u64 {
     let mut parts = parts(buffers, position);
     let Some(mut last) = parts.next().filter(|first| first.start().is_aligned(4)) else {
         return 0;
@@ -99,7 +109,20 @@ fn direct_prefix(buffers: &[Span<Iova>], position: u64, enough: u32) -> u64 {
 ///
 /// # Panics
 /// If one list page is not enough: the caller ignored [`Limits::transfer`].
-pub fn build(
+#[inline]
+pub fn build(buffers: &[Span<Iova>], position: u64, bytes: u32, list: Iova, put: impl FnMut(u32, u64)) -> (u64, u64) {
+    if let ([only], 0) = (buffers, position) {
+        let (start, bytes) = (only.start().raw(), u64::from(bytes));
+        let first = PAGE - (start & (PAGE - 1));
+        if bytes <= first + PAGE && bytes <= only.len() {
+            return (start, if bytes <= first { 0 } else { start + first });
+        }
+    }
+    build_parts(buffers, position, bytes, list, put)
+}
+
+/// [`build`] of any list, from any position.
+fn build_parts(
     buffers: &[Span<Iova>],
     position: u64,
     bytes: u32,

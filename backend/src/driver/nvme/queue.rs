@@ -148,6 +148,8 @@ impl IoQueue {
         }
     }
 
+    #[cold]
+    #[inline(never)]
     fn complain(&mut self, what: impl FnOnce() -> String) {
         let name = &self.name;
         self.complaints.warn(|| format!("{name}: {}", what()));
@@ -234,6 +236,7 @@ impl IoQueue {
     }
 
     /// Checks one completion and frees its slot; `None` if it is none of ours.
+    #[inline]
     fn retire(&mut self, entry: &CompletionEntry) -> Option<Completion> {
         if entry.sq_id != self.id {
             self.complain(|| format!("dropped a completion for submission queue {}", entry.sq_id));
@@ -264,6 +267,9 @@ impl Queue for IoQueue {
     fn extent(&self, buffers: &[Span<Iova>], position: u64, bounce_limit: u32) -> Extent {
         let pages = prp::extent(buffers, position, self.limits, bounce_limit);
         let Some(granularity) = self.sgl else { return pages };
+        if pages.direct && buffers.len() == 1 {
+            return pages; // all of it, or as much as a command can carry
+        }
         let bytes = sgl::reach(buffers, position, self.limits, granularity);
         let by_pages = if pages.direct { pages.bytes } else { 0 };
         if bytes > by_pages { Extent { bytes, direct: true, listed: true } } else { pages }

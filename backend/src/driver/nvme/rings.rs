@@ -11,10 +11,10 @@
 use std::sync::Arc;
 
 use super::regs::{PAGE_LEN, completion_doorbell, submission_doorbell};
-use super::spec::{CQE_DW2, CompletionEntry, SubmissionEntry};
+use super::spec::{CompletionEntry, SubmissionEntry};
 use crate::addr::Iova;
 use crate::hardware::{CacheFlush, DmaBuffer, Registers};
-use crate::sys::Window;
+use crate::sys::{Rows, Window};
 
 /// A piece of memory that both sides see: where this process and where the device finds it. The mapping itself is kept
 /// by the controller, which gives it up only when the device has stopped.
@@ -38,9 +38,22 @@ impl Shared {
     /// Makes both views agree on `len` bytes from `offset`: after writing and before the doorbell, or before reading.
     #[inline]
     pub(super) fn flush(&self, offset: usize, len: usize) {
+        if self.caches.is_some() {
+            self.flush_lines(offset, len);
+        }
+    }
+
+    /// Apart, so that a coherent device pays for one comparison alone.
+    #[inline(never)]
+    fn flush_lines(&self, offset: usize, len: usize) {
         if let Some(caches) = &self.caches {
             caches.flush(&self.window, offset, len);
         }
+    }
+
+    /// The first `count` entries of a ring; the driver has sized the memory for them.
+    fn rows<const N: usize>(&self, count: u16) -> Rows<Window, u64, N> {
+        self.window.rows(0, count.into()).expect("a ring begins on a page of its own").keep()
     }
 
     /// `len` bytes from `offset`; the driver has sized the memory for what it keeps there.
@@ -83,7 +96,8 @@ pub(super) fn completion_bytes(entries: u16) -> usize {
 
 /// Commands on their way to the controller.
 pub(super) struct SubmissionRing {
-    entries: Shared,
+    memory: Shared,
+    entries: Rows<Window, u64, 8>,
     size: u16,
     /// Next entry the controller may not have read yet, as far as it said.
     head: u16,
@@ -98,7 +112,8 @@ impl SubmissionRing {
     pub(super) fn new(memory: &Shared, queue: u16, size: u16, doorbells: &Doorbells) -> Self {
         let offset = submission_doorbell(queue, doorbells.stride);
         let doorbell = Doorbell { registers: Arc::clone(&doorbells.registers), offset };
-        Self { entries: memory.clone(), size, head: 0, tail: 0, rung: 0, doorbell }
+        let entries = memory.rows(size);
+        Self { memory: memory.clone(), entries, size, head: 0, tail: 0, rung: 0, doorbell }
     }
 
     #[inline]
@@ -116,8 +131,7 @@ impl SubmissionRing {
     #[inline]
     pub(super) fn push(&mut self, entry: &SubmissionEntry) {
         debug_assert!(!self.is_full());
-        let at = usize::from(self.tail) * size_of::<SubmissionEntry>();
-        self.entries.window.write_words(at, entry.words());
+        self.entries.write(self.tail.into(), entry.words());
         self.tail = self.next(self.tail);
     }
 
@@ -127,10 +141,10 @@ impl SubmissionRing {
         let at = |index: u16| usize::from(index) * size_of::<SubmissionEntry>();
         let (from, to) = (at(self.rung), at(self.tail));
         if from < to {
-            self.entries.flush(from, to - from);
+            self.memory.flush(from, to - from);
         } else {
-            self.entries.flush(from, at(self.size) - from);
-            self.entries.flush(0, to);
+            self.memory.flush(from, at(self.size) - from);
+            self.memory.flush(0, to);
         }
     }
 
@@ -160,7 +174,8 @@ impl SubmissionRing {
 
 /// Completions on their way back.
 pub(super) struct CompletionRing {
-    entries: Shared,
+    memory: Shared,
+    entries: Rows<Window, u64, 2>,
     size: u16,
     head: u16,
     /// The value of the phase bit that marks an entry of the current lap as new.
@@ -173,7 +188,8 @@ impl CompletionRing {
     pub(super) fn new(memory: &Shared, queue: u16, size: u16, doorbells: &Doorbells) -> Self {
         let offset = completion_doorbell(queue, doorbells.stride);
         let doorbell = Doorbell { registers: Arc::clone(&doorbells.registers), offset };
-        Self { entries: memory.clone(), size, head: 0, phase: true, doorbell }
+        let entries = memory.rows(size);
+        Self { memory: memory.clone(), entries, size, head: 0, phase: true, doorbell }
     }
 
     /// How many entries there are, hence the most that one honest pass can find.
@@ -184,23 +200,22 @@ impl CompletionRing {
     /// Takes the next completion, if the controller has written one.
     #[inline]
     pub(super) fn take(&mut self) -> Option<CompletionEntry> {
-        let at = usize::from(self.head) * size_of::<CompletionEntry>();
+        let at = usize::from(self.head);
         // The controller may have written behind a cached line; this process never writes it, so the flush only drops it.
-        self.entries.flush(at, size_of::<CompletionEntry>());
-        let entries = &self.entries.window;
+        self.memory.flush(at * size_of::<CompletionEntry>(), size_of::<CompletionEntry>());
         // Dwords 2 and 3 at once: the phase bit in the last is written last, and vouches for all. Acquire: what is read
         // afterwards is as new.
-        let [sq_head, sq_id, cid, status] = quarters(entries.load_acquire_u64(at + CQE_DW2));
-        if (status & 1 == 1) != self.phase {
+        let back = self.entries.second_acquire(at);
+        if (back >> 48 & 1 == 1) != self.phase {
             return None;
         }
-        let result = entries.read_u32(at);
+        let [front, _] = self.entries.read(at);
         self.head += 1;
         if self.head == self.size {
             self.head = 0;
             self.phase = !self.phase;
         }
-        Some(CompletionEntry { result, dw1: 0, sq_head, sq_id, cid, status })
+        Some(CompletionEntry::from_words([front, back]))
     }
 
     /// Gives all taken entries back to the controller. Costs a register write, so it is done once per pass.
@@ -208,11 +223,4 @@ impl CompletionRing {
     pub(super) fn release(&self) {
         self.doorbell.write(self.head);
     }
-}
-
-/// The 16-bit fields of a word, the lowest first.
-#[inline]
-fn quarters(word: u64) -> [u16; 4] {
-    let fields: [u16; 4] = zerocopy::transmute!(word.to_le());
-    fields.map(u16::from_le)
 }

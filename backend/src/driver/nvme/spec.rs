@@ -141,8 +141,13 @@ pub(super) struct CompletionEntry {
     pub(super) status: u16,
 }
 
-/// Where dwords 2 and 3 of a [`CompletionEntry`] begin.
-pub(super) const CQE_DW2: usize = offset_of!(CompletionEntry, sq_head);
+impl CompletionEntry {
+    /// From the two words it is read as.
+    #[inline]
+    pub(super) fn from_words(words: [u64; 2]) -> Self {
+        zerocopy::transmute!(words)
+    }
+}
 
 /// Identify Controller data structure, up to what this driver reads. NVMe 2.0 §5.17.2.1
 #[derive(Clone, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -236,7 +241,7 @@ const _: () = {
     assert!(offset_of!(SubmissionEntry, prp1) == 24);
     assert!(offset_of!(SubmissionEntry, cdw10) == 40);
     assert!(size_of::<CompletionEntry>() == 16);
-    assert!(CQE_DW2 == 8);
+    assert!(offset_of!(CompletionEntry, sq_head) == 8);
 
     assert!(size_of::<IdentifyController>() == 4096);
     assert!(offset_of!(IdentifyController, mdts) == 77);

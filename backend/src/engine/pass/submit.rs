@@ -1,9 +1,13 @@
 //! From a request to commands: as many as it takes, as far as there is room. Where a request stops for want of room, it is
 //! resumed at its position, so nothing is submitted twice.
 
-use super::super::bounce::{Piece, SLOT_BYTES};
+use super::super::bounce::{Bounce, Piece, SLOT_BYTES};
+use super::super::caches::Caches;
+use super::super::flights::Flight;
+use super::super::guest::Guest;
 use super::super::ranges;
-use super::super::request::Operation;
+use super::super::request::{Data, Disk, Operation};
+use super::super::statistics::Counters;
 use super::{BOUNCED, Path, Room};
 use crate::driver::{Command, Extent, Full, Queue};
 
@@ -11,37 +15,45 @@ impl Path {
     /// Submits what is left of a request.
     #[inline]
     pub(super) fn advance(&mut self, queue: &mut dyn Queue, index: u32) -> Room {
-        loop {
-            let Some((flight, _)) = self.flights.get(index) else { return Room::Left };
-            if flight.whole {
-                break;
-            }
+        let Self { flights, caches, bounce, guest, counters, disk, half, .. } = self;
+        let Some((flight, data)) = flights.get(index) else { return Room::Left };
+        let mut tools = Tools { caches, bounce, guest, counters, disk };
+        while !flight.whole {
             let submitted = match flight.operation {
-                Operation::Read | Operation::Write => self.submit_data(queue, index),
-                _ => self.submit_other(queue, index),
+                Operation::Read | Operation::Write => tools.submit_data(queue, flight, data, index),
+                _ => tools.submit_other(queue, flight, data, index),
             };
             let Ok(amount) = submitted else {
-                self.half = Some(index);
+                *half = Some(index);
                 return Room::None;
             };
-            if let Some((flight, _)) = self.flights.get(index) {
-                flight.submitted(amount);
-                if flight.whole {
-                    return Room::Left;
-                }
+            flight.submitted(amount);
+            if flight.whole {
+                return Room::Left;
             }
         }
-        if self.flights.get(index).is_some_and(|(flight, _)| flight.is_over()) {
+        // One that failed while the rest of it waited.
+        if flight.is_over() {
             self.finish(index);
         }
         Room::Left
     }
+}
 
+/// What a submission needs, beside the request.
+struct Tools<'a> {
+    caches: &'a Caches,
+    bounce: &'a mut Bounce,
+    guest: &'a Guest,
+    counters: &'a Counters,
+    disk: &'a Disk,
+}
+
+impl Tools<'_> {
     /// Submits the next command of a request that moves data; gives the bytes it covers.
     #[inline]
-    fn submit_data(&mut self, queue: &mut dyn Queue, index: u32) -> Result<u64, Full> {
-        let Self { flights, caches, bounce, guest, counters, disk, .. } = self;
-        let Some((flight, data)) = flights.get(index) else { return Ok(0) };
+    fn submit_data(&mut self, queue: &mut dyn Queue, flight: &Flight, data: &Data, index: u32) -> Result<u64, Full> {
+        let Self { caches, bounce, guest, counters, disk } = self;
         let (buffers, position) = (&*data.buffers, flight.position);
         let Extent { bytes, direct, listed } = if caches.keep_apart(flight.operation, buffers) {
             Extent { bytes: flight.left(SLOT_BYTES), direct: false, listed: false }
@@ -52,7 +64,9 @@ impl Path {
         if direct {
             queue.submit(command, buffers, position, bytes, index)?;
             caches.buffers(guest, buffers, position, bytes.into());
-            counters.sgl.add(u64::from(listed));
+            if listed {
+                counters.sgl.add(1);
+            }
             return Ok(bytes.into());
         }
         let slot = bounce.take(Piece { flight: index, position, bytes }).ok_or(Full)?;
@@ -69,8 +83,7 @@ impl Path {
     }
 
     /// Submits the next command of a request that moves none; gives how much of the request it covers.
-    fn submit_other(&mut self, queue: &mut dyn Queue, index: u32) -> Result<u64, Full> {
-        let Some((flight, data)) = self.flights.get(index) else { return Ok(0) };
+    fn submit_other(&self, queue: &mut dyn Queue, flight: &Flight, data: &Data, index: u32) -> Result<u64, Full> {
         let shift = self.disk.block_shift();
         match flight.operation {
             Operation::Discard => {
