@@ -19,6 +19,7 @@ use vhost_device_vfio::engine::Changing;
 use vhost_device_vfio::engine::chain::Chain;
 use vhost_device_vfio::engine::guest::Guest;
 use vhost_device_vfio::engine::request::{Data, Disk, Job, Status, parse};
+use vhost_device_vfio::engine::ticket::Ticket;
 use vhost_device_vfio::engine::virtqueue::Virtqueue;
 use vhost_device_vfio::engine::{Layout, RingSetup};
 use vhost_device_vfio::memory::{MemTable, Region, RegionSpec};
@@ -205,6 +206,26 @@ fn split(memory: &Memory) -> impl FnMut() {
     }
 }
 
+/// Takes the next request as a worker does.
+#[inline]
+fn take(ring: &mut Virtqueue, guest: &mut Guest, disk: &Disk, (chain, data): &mut (Chain, Data)) -> Option<Ticket> {
+    if let Some(usual) = ring.usual(guest)
+        && let Some(transfer) = usual.transfer(guest, disk)
+    {
+        ring.take_usual(&usual);
+        assert_eq!(transfer.data.len(), 4096);
+        black_box(&transfer.data);
+        return Some(transfer.ticket(usual.head()));
+    }
+    if !ring.take(guest, chain).unwrap() {
+        return None;
+    }
+    let (ticket, job) = parse(chain, guest, disk, data);
+    assert!(matches!(job, Job::Device { bytes: 4096, .. }));
+    black_box(&data.buffers);
+    Some(ticket)
+}
+
 /// Serves all that is available.
 fn serve(memory: &Memory, setup: &RingSetup) -> impl FnMut() + use<> {
     let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 512, ..Geometry::default() };
@@ -212,16 +233,11 @@ fn serve(memory: &Memory, setup: &RingSetup) -> impl FnMut() + use<> {
     let mut ring = Virtqueue::new(setup, &memory.ours).unwrap();
     let mut guest = Guest::default();
     guest.publish(Arc::clone(&memory.ours));
-    let (mut chain, mut data) = (Chain::default(), Data::default());
+    let mut room = (Chain::default(), Data::default());
     move || {
         let mut served = 0;
         for _ in 0..ring.available().unwrap() {
-            if !ring.take(&mut guest, &mut chain).unwrap() {
-                break;
-            }
-            let (ticket, job) = parse(&chain, &mut guest, &disk, &mut data);
-            assert!(matches!(job, Job::Device { bytes: 4096, .. }));
-            black_box(&data.buffers);
+            let Some(ticket) = take(&mut ring, &mut guest, &disk, &mut room) else { break };
             guest.write_status(ticket.status().unwrap(), Status::Ok as u8);
             ring.push_used(ticket.settle(), 4097);
             served += 1;

@@ -13,11 +13,11 @@ use crate::addr::{Gpa, Span};
 
 // The flags are the same in both layouts.
 /// VIRTQ_DESC_F_NEXT, virtio 1.2 §2.7.5.
-const NEXT: u16 = 1;
+pub(super) const NEXT: u16 = 1;
 /// VIRTQ_DESC_F_WRITE, virtio 1.2 §2.7.5.
-const WRITE: u16 = 2;
+pub(super) const WRITE: u16 = 2;
 /// VIRTQ_DESC_F_INDIRECT, virtio 1.2 §2.7.5.
-const INDIRECT: u16 = 4;
+pub(super) const INDIRECT: u16 = 4;
 /// Bytes of one descriptor.
 const DESCRIPTOR: u32 = 16;
 

@@ -1,7 +1,8 @@
 //! Requests on their way through the device. The table grows with the rings and never shrinks; the buffer list of a place
 //! stays with the place, so a warm table allocates nothing.
 
-use super::request::{Data, Operation, Ticket};
+use super::request::{Data, Operation};
+use super::ticket::Ticket;
 use crate::addr::{Gpa, Span};
 use crate::driver::Outcome;
 
@@ -28,6 +29,23 @@ pub(super) struct Flight {
 }
 
 impl Flight {
+    /// A request from `ring` that no command has been submitted for.
+    #[inline]
+    pub(super) fn new(ticket: Ticket, ring: usize, (operation, block, bytes): (Operation, u64, u64)) -> Self {
+        Self {
+            ticket,
+            ring,
+            operation,
+            block,
+            bytes,
+            position: 0,
+            whole: false,
+            again: false,
+            outstanding: 0,
+            outcome: Outcome::Success,
+        }
+    }
+
     /// True if no command of it is left, neither in the device nor to be submitted.
     #[inline]
     pub(super) fn is_over(&self) -> bool {

@@ -89,6 +89,15 @@ impl Guest {
         self.table_window(span).and_then(|(window, offset)| window.rows(offset, entries.into()))
     }
 
+    /// Type and sector of a request whose header lies at `address` in one region, aligned to words (virtio 1.2 §5.2.6).
+    #[inline]
+    pub fn header(&mut self, address: Gpa) -> Option<(u32, u64)> {
+        let span = Span::new(address, 16)?;
+        let (window, offset) = self.table.window(span, &mut self.header_hint)?;
+        let [front, sector] = window.rows::<u64, 2>(offset, 1)?.read(0);
+        Some((u32::try_from(front & 0xffff_ffff).expect("masked"), sector))
+    }
+
     /// Reads a wire structure from the front of `spans`, however they cut it.
     #[inline]
     pub fn read_header<T: FromBytes + IntoBytes>(&mut self, spans: &[Span<Gpa>]) -> Option<T> {

@@ -30,6 +30,8 @@ mod ring;
 mod seat;
 pub mod split;
 mod statistics;
+pub mod ticket;
+pub mod usual;
 pub mod virtqueue;
 mod worker;
 

@@ -14,6 +14,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use super::chain::{Chain, Head, PackedDescriptor, Walk};
 use super::guest::Guest;
+use super::usual::{Part, Usual};
 use super::virtqueue::{Broken, MAX_SIZE, windows};
 use super::{EngineError, RingSetup};
 use crate::memory::MemTable;
@@ -190,6 +191,30 @@ impl PackedRing {
         self.next_avail = start.advance(entries, size);
         self.taken += entries;
         Ok(true)
+    }
+
+    /// The next chain, not yet taken, if it is the usual request.
+    #[inline]
+    pub fn usual(&self, guest: &mut Guest) -> Option<Usual> {
+        let flags = self.offered()?;
+        let entry = |n| self.descriptors.read(self.next_avail.advance(n, self.size).slot.into());
+        // As in `take`: what was seen of the first descriptor's flags is what counts.
+        let [addr, rest] = entry(0);
+        let (first, id) = Part::packed([addr, rest & !(0xffff << 48) | u64::from(flags) << 48]);
+        if first.is_linked() && self.size - self.taken >= 3 {
+            let [(data, _), (status, id)] = [1, 2].map(|n| Part::packed(entry(n)));
+            let linked = data.is_linked() && !status.is_linked();
+            return if linked { Usual::new(Head::new(id, 3), [first, data, status]) } else { None };
+        }
+        let table = guest.descriptors(first.table().filter(|_| self.indirect)?, 3)?;
+        Usual::new(Head::new(id, 1), [0, 1, 2].map(|n| Part::packed(table.read(n)).0))
+    }
+
+    /// Takes the chain that [`Self::usual`] has shown, of so many descriptors.
+    #[inline]
+    pub fn take_usual(&mut self, entries: u16) {
+        self.next_avail = self.next_avail.advance(entries, self.size);
+        self.taken += entries;
     }
 
     /// Gives a chain back with `len` bytes written to it. The driver sees it after [`Self::publish`]: until then the flags

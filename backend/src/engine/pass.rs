@@ -7,6 +7,7 @@
 //! ```
 //! At most one request is half-submitted: behind it nothing is taken, so order of service stays fair and nothing starves.
 
+mod serve;
 mod submit;
 
 use std::sync::Arc;
@@ -14,13 +15,14 @@ use std::sync::Arc;
 use super::bounce::Bounce;
 use super::caches::Caches;
 use super::chain::{Chain, ChainFault};
-use super::flights::{Flight, Flights};
+use super::flights::Flights;
 use super::guest::Guest;
 use super::keeper::Orphans;
-use super::request::{Disk, Job, Operation, RequestFault, Status, Ticket, parse};
+use super::request::{Disk, Operation, RequestFault, Status};
 use super::ring::{Ring, State};
 use super::seat::{Post, Seat};
 use super::statistics::Counters;
+use super::ticket::Ticket;
 use crate::driver::{Command, Completion, Outcome, Queue};
 use crate::log_limit::LogLimit;
 use crate::sys::Lost;
@@ -195,80 +197,6 @@ impl Path {
             }
             self.finish(index);
         }
-    }
-
-    /// Takes what one ring offers, until there is no more of it or no more room.
-    #[inline]
-    fn serve(&mut self, mut queue: Option<&mut dyn Queue>, seat: usize) -> Room {
-        let Seat { enabled: true, ring: Some(ring) } = &mut self.seats[seat] else { return Room::Left };
-        if ring.state != State::Serving {
-            return Room::Left;
-        }
-        let offered = match ring.queue.available() {
-            Ok(offered) => offered,
-            Err(broken) => {
-                self.fail_ring(seat, &broken);
-                return Room::Left;
-            }
-        };
-        // A driver that offers a chain again before it has come back could otherwise have more in flight than the ring holds.
-        let count = offered.min(ring.queue.size() - ring.in_flight);
-        for _ in 0..count {
-            let Some(ring) = &mut self.seats[seat].ring else { break };
-            match ring.queue.take(&mut self.guest, &mut self.chain) {
-                Ok(true) => {}
-                Ok(false) => break,
-                Err(broken) => {
-                    self.fail_ring(seat, &broken);
-                    break;
-                }
-            }
-            ring.in_flight += 1;
-            // Not `Option::as_deref_mut`: the reborrow must be as short as the call.
-            let device = queue.as_mut().map(|queue| &mut **queue as &mut dyn Queue);
-            if self.begin(device, seat) == Room::None {
-                return Room::None;
-            }
-        }
-        Room::Left
-    }
-
-    /// Starts the request in `self.chain`.
-    #[inline]
-    fn begin(&mut self, queue: Option<&mut dyn Queue>, seat: usize) -> Room {
-        let (index, place) = self.flights.vacant();
-        let (ticket, job) = parse(&self.chain, &mut self.guest, &self.disk, &mut place.data);
-        match job {
-            Job::Device { operation, block, bytes } => {
-                let Some(queue) = queue else {
-                    self.answer(ticket, seat, Status::IoError, 0);
-                    return Room::Left;
-                };
-                self.flights.occupy(Flight {
-                    ticket,
-                    ring: seat,
-                    operation,
-                    block,
-                    bytes,
-                    position: 0,
-                    whole: false,
-                    again: false,
-                    outstanding: 0,
-                    outcome: Outcome::Success,
-                });
-                return self.advance(queue, index);
-            }
-            Job::Identify => {
-                let written = self.guest.scatter(&place.data.buffers, self.disk.id());
-                self.answer(ticket, seat, Status::Ok, written as u64);
-            }
-            Job::Answer(status) => self.answer(ticket, seat, status, 0),
-            Job::Refuse(fault) => {
-                self.answer(ticket, seat, Status::IoError, 0);
-                self.log_fault(seat, &fault);
-            }
-        }
-        Room::Left
     }
 
     /// Takes note of a finished command, and of the end of its request.

@@ -11,16 +11,17 @@ use std::sync::atomic::Ordering;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::Changing;
-use super::chain::{Chain, ChainFault, Head};
+use super::chain::{Chain, ChainFault};
 use super::guest::Guest;
 use super::ranges::{self, Kind, RangeLimits};
+use super::ticket::Ticket;
 use crate::addr::{Gpa, Iova, Span};
 use crate::driver::{Blocks, Command, DiscardLimits, Geometry, ZeroesLimits};
 
 /// The unit of `sector`, whatever the block size (virtio 1.2 §5.2.6).
 pub(super) const SECTOR_SHIFT: u32 = 9;
 /// Bytes of the header.
-const HEADER: u64 = 16;
+pub(super) const HEADER: u64 = 16;
 /// Bytes of the identity string, virtio 1.2 §5.2.6.
 pub const ID_BYTES: usize = 20;
 
@@ -172,6 +173,17 @@ impl Disk {
         if operation == Operation::Read { Command::Read { block, count } } else { Command::Write { block, count } }
     }
 
+    /// The transfer that a request of type `kind` is, whose data the device may write or not; `None` if it is none, or one that
+    /// is refused.
+    #[inline]
+    pub(super) fn transfer_of(&self, kind: u32, writable: bool) -> Option<Operation> {
+        match (kind, writable) {
+            (T_IN, true) => Some(Operation::Read),
+            (T_OUT, false) if !self.read_only => Some(Operation::Write),
+            _ => None,
+        }
+    }
+
     /// The first block of a transfer, if all of it exists.
     #[inline]
     pub(super) fn block(&self, sector: u64, bytes: u64) -> Result<u64, RequestFault> {
@@ -184,38 +196,6 @@ impl Disk {
             Some(left) if bytes >> SECTOR_SHIFT <= left => Ok(sector >> (self.block_shift - SECTOR_SHIFT)),
             _ => Err(RequestFault::Range { sector, bytes, sectors }),
         }
-    }
-}
-
-/// A chain taken from a ring and owed a used entry.
-#[must_use = "a chain taken must come back in the used ring"]
-#[derive(Debug)]
-pub struct Ticket {
-    head: Head,
-    status: Option<Gpa>,
-}
-
-impl Ticket {
-    /// Where the status goes; `None` if the chain has no place for it.
-    #[inline]
-    #[must_use]
-    pub fn status(&self) -> Option<Gpa> {
-        self.status
-    }
-
-    /// Ends the debt: the caller puts the head returned into the used ring, or gives the ring up.
-    #[inline]
-    pub fn settle(self) -> Head {
-        let head = self.head;
-        std::mem::forget(self);
-        head
-    }
-}
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        log::error!("bug: the request at descriptor {} was dropped without an answer", self.head.id());
-        debug_assert!(std::thread::panicking(), "a request was dropped without an answer");
     }
 }
 
@@ -273,7 +253,7 @@ pub fn parse(chain: &Chain, guest: &mut Guest, disk: &Disk, data: &mut Data) -> 
     data.buffers.clear();
     data.ranges.clear();
     let status = chain.last_writable().filter(|&byte| guest.has_status(byte));
-    let ticket = Ticket { head: chain.head(), status };
+    let ticket = Ticket::new(chain.head(), status);
     if let Some(fault) = chain.fault() {
         return (ticket, Job::Refuse(fault.into()));
     }
@@ -380,21 +360,4 @@ fn collect(
         bytes += span.len();
     }
     Ok(bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    #[cfg(debug_assertions)]
-    #[should_panic(expected = "dropped without an answer")]
-    fn a_request_dropped_without_an_answer_is_a_bug_that_says_so() {
-        drop(Ticket { head: Head::new(3, 1), status: None });
-    }
-
-    #[test]
-    fn a_request_that_is_settled_may_go() {
-        assert_eq!(Ticket { head: Head::new(3, 1), status: None }.settle().id(), 3);
-    }
 }

@@ -10,6 +10,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use super::chain::{Chain, Descriptor, Head, Walk};
 use super::guest::Guest;
+use super::usual::{Part, Usual};
 use super::virtqueue::{Broken, MAX_SIZE, windows};
 use super::{EngineError, RingSetup};
 use crate::memory::MemTable;
@@ -111,6 +112,34 @@ impl SplitRing {
         let desc = &self.desc;
         chain.fill(head, &walk, |index| Descriptor::from_words(desc.read(usize::from(index))), guest);
         Ok(())
+    }
+
+    /// The next chain, not yet taken, if it is the usual request. There must be one, as for [`Self::take`].
+    #[inline]
+    pub fn usual(&self, guest: &mut Guest) -> Option<Usual> {
+        let [head] = self.avail_ring.read(self.slot(self.next_avail));
+        let entry = |index: u16| (index < self.size).then(|| Part::split(self.desc.read(index.into())));
+        let (first, next) = entry(head)?;
+        let head = Head::new(head, 0);
+        if first.is_linked() {
+            let (data, last) = entry(next)?;
+            let (status, _) = entry(last)?;
+            return if data.is_linked() && !status.is_linked() {
+                Usual::new(head, [first, data, status])
+            } else {
+                None
+            };
+        }
+        let table = guest.descriptors(first.table().filter(|_| self.indirect)?, 3)?;
+        let [(header, one), (data, two), (status, _)] = [0, 1, 2].map(|n| Part::split(table.read(n)));
+        let linked = header.is_linked() && one == 1 && data.is_linked() && two == 2 && !status.is_linked();
+        if linked { Usual::new(head, [header, data, status]) } else { None }
+    }
+
+    /// Takes the chain that [`Self::usual`] has shown.
+    #[inline]
+    pub fn take_usual(&mut self) {
+        self.next_avail = self.next_avail.wrapping_add(1);
     }
 
     /// Gives a chain back with `len` bytes written to it. The driver sees it after [`Self::publish`].

@@ -11,6 +11,7 @@ use super::chain::{Chain, Head};
 use super::guest::Guest;
 use super::packed::PackedRing;
 use super::split::SplitRing;
+use super::usual::Usual;
 use super::{EngineError, RingSetup};
 use crate::addr::{Address, Gpa, Span};
 use crate::memory::MemTable;
@@ -199,6 +200,21 @@ impl Virtqueue {
         match self {
             Self::Split(ring) => ring.take(guest, chain).map(|()| true),
             Self::Packed(ring) => ring.take(guest, chain),
+        }
+    }
+
+    /// The next chain, not yet taken, if it is the usual request. [`Self::available`] has said that there is one.
+    #[inline]
+    pub fn usual(&self, guest: &mut Guest) -> Option<Usual> {
+        either!(self, ring => ring.usual(guest))
+    }
+
+    /// Takes the chain that [`Self::usual`] has shown last.
+    #[inline]
+    pub fn take_usual(&mut self, usual: &Usual) {
+        match self {
+            Self::Split(ring) => ring.take_usual(),
+            Self::Packed(ring) => ring.take_usual(usual.head().entries()),
         }
     }
 

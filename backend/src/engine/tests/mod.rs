@@ -16,3 +16,4 @@ mod packed_hostile;
 mod ranges;
 mod rig;
 mod round_trip;
+mod usual;

@@ -1,0 +1,232 @@
+//! The short way beside the general one, over the same bytes: what is accepted at a glance must be what the general way makes
+//! of it.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+use super::rig::{INDIRECT, NEXT, WRITE};
+use crate::addr::{Gpa, Qva, Span};
+use crate::driver::Geometry;
+use crate::engine::chain::Chain;
+use crate::engine::guest::Guest;
+use crate::engine::request::{Data, Disk, Job, Operation, parse};
+use crate::engine::usual::Transfer;
+use crate::engine::virtqueue::Virtqueue;
+use crate::engine::{Changing, Layout, RingSetup};
+use crate::memory::{MemTable, Region, RegionSpec};
+
+const MEMORY: u64 = 0x1_0000;
+const DESC: u64 = 0x1000;
+const DRIVER: u64 = 0x2000;
+const DEVICE: u64 = 0x3000;
+const TABLE: u64 = 0x4000;
+const HEADER: u64 = 0x5000;
+const SIZE: u16 = 8;
+/// VIRTQ_DESC_F_AVAIL in the first round of a packed ring.
+const AVAIL: u16 = 0x80;
+const SECTORS: u64 = 64;
+
+/// Where a request's three descriptors are.
+#[derive(Clone, Copy, Debug)]
+struct Form {
+    layout: Layout,
+    indirect: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Desc {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+#[derive(Clone, Debug)]
+struct Scene {
+    form: Form,
+    kind: u32,
+    sector: u64,
+    descs: [Desc; 3],
+    /// Length and flags of the indirect descriptor.
+    table: (u32, u16),
+    negotiated: bool,
+    block_size: u32,
+    read_only: bool,
+}
+
+/// A request as a driver makes it.
+fn plain(form: Form, write: bool, sector: u64, data: (u64, u32)) -> Scene {
+    let direction = if write { 0 } else { WRITE };
+    Scene {
+        form,
+        kind: u32::from(write),
+        sector,
+        descs: [
+            Desc { addr: HEADER, len: 16, flags: NEXT, next: 1 },
+            Desc { addr: data.0, len: data.1, flags: NEXT | direction, next: 2 },
+            Desc { addr: HEADER + 16, len: 1, flags: WRITE, next: 0 },
+        ],
+        table: (48, INDIRECT),
+        negotiated: true,
+        block_size: 512,
+        read_only: false,
+    }
+}
+
+fn setup(scene: &Scene) -> RingSetup {
+    let span = |start| Span::new(Gpa(start), 0x1000).unwrap();
+    let Form { layout, .. } = scene.form;
+    RingSetup {
+        index: 0,
+        layout,
+        size: SIZE,
+        desc: span(DESC),
+        avail: span(DRIVER),
+        used: span(DEVICE),
+        base: layout.first_base(),
+        event_idx: false,
+        indirect: scene.negotiated,
+        kick: None,
+        call: None,
+        err: None,
+    }
+}
+
+/// Guest memory in which the scene's request is offered.
+fn guest(scene: &Scene) -> Guest {
+    let file = Arc::new(File::from(memfd_create("usual", MemfdFlags::CLOEXEC).unwrap()));
+    ftruncate(&*file, MEMORY).unwrap();
+    let gpa = Span::new(Gpa(0), MEMORY).unwrap();
+    let region = Region::map(RegionSpec { gpa, qva: Qva(0), offset: 0, file }).unwrap();
+    let memory = region.window();
+    let packed = scene.form.layout == Layout::Packed;
+    let put = |at: u64, desc: Desc, avail: u16| {
+        let ends = if packed { [7, desc.flags | avail] } else { [desc.flags, desc.next] };
+        let at = usize::try_from(at).unwrap();
+        memory.write_u64(at, desc.addr);
+        memory.write_u32(at + 8, desc.len);
+        memory.write_u16(at + 12, ends[0]);
+        memory.write_u16(at + 14, ends[1]);
+    };
+    let (start, avail) = if scene.form.indirect { (TABLE, 0) } else { (DESC, AVAIL) };
+    for (at, desc) in (start..).step_by(16).zip(scene.descs) {
+        put(at, desc, avail);
+    }
+    if scene.form.indirect {
+        let (len, flags) = scene.table;
+        put(DESC, Desc { addr: TABLE, len, flags, next: 0 }, AVAIL);
+    }
+    memory.write_u32(usize::try_from(HEADER).unwrap(), scene.kind);
+    memory.write_u64(usize::try_from(HEADER).unwrap() + 8, scene.sector);
+    if !packed {
+        memory.write_u16(usize::try_from(DRIVER).unwrap() + 2, 1);
+    }
+    let mut guest = Guest::default();
+    guest.publish(Arc::new(MemTable::new(vec![Arc::new(region)]).unwrap()));
+    guest
+}
+
+fn disk(scene: &Scene) -> Disk {
+    let blocks = SECTORS * 512 / u64::from(scene.block_size);
+    let geometry = Geometry { blocks, block_size: scene.block_size, read_only: scene.read_only, ..Geometry::default() };
+    Disk::new(&geometry, Arc::new(Changing::of(&geometry)))
+}
+
+/// The short way's transfer, and where the ring stands after it.
+fn short(scene: &Scene) -> Option<(Transfer, u16, u32)> {
+    let mut guest = guest(scene);
+    let mut queue = Virtqueue::new(&setup(scene), guest.table()).unwrap();
+    assert_ne!(queue.available().unwrap(), 0);
+    let usual = queue.usual(&mut guest)?;
+    let transfer = usual.transfer(&mut guest, &disk(scene))?;
+    queue.take_usual(&usual);
+    Some((transfer, usual.head().id(), queue.base()))
+}
+
+/// The general way's, if the request is a transfer of one buffer.
+fn general(scene: &Scene) -> Option<(Transfer, u16, u32)> {
+    let mut guest = guest(scene);
+    let mut queue = Virtqueue::new(&setup(scene), guest.table()).unwrap();
+    let (mut chain, mut data) = (Chain::default(), Data::default());
+    if !queue.take(&mut guest, &mut chain).ok()? {
+        return None;
+    }
+    let (ticket, job) = parse(&chain, &mut guest, &disk(scene), &mut data);
+    let status = ticket.status();
+    let head = ticket.settle();
+    let Job::Device { operation: operation @ (Operation::Read | Operation::Write), block, bytes } = job else {
+        return None;
+    };
+    let [data] = data.buffers[..] else { return None };
+    assert_eq!(data.len(), bytes);
+    Some((Transfer { operation, block, data, status: status.unwrap() }, head.id(), queue.base()))
+}
+
+fn forms() -> impl Strategy<Value = Form> {
+    (prop_oneof![Just(Layout::Split), Just(Layout::Packed)], any::<bool>())
+        .prop_map(|(layout, indirect)| Form { layout, indirect })
+}
+
+/// A request as a driver makes it, with a few things changed.
+fn near() -> impl Strategy<Value = Scene> {
+    let start = (forms(), any::<bool>(), 0..SECTORS, 0..16_u64, 1..9_u32);
+    let start = start
+        .prop_map(|(form, write, sector, at, blocks)| plain(form, write, sector, (0x6000 + at * 512, blocks * 512)));
+    let odd_len = prop_oneof![Just(0), Just(1), Just(2), Just(15), Just(16), Just(17), Just(512), any::<u32>()];
+    let odd_addr = prop_oneof![
+        Just(HEADER),
+        Just(HEADER + 3),
+        Just(HEADER + 8),
+        Just(MEMORY - 1),
+        Just(MEMORY - 16),
+        Just(MEMORY),
+        any::<u64>()
+    ];
+    let change = (0..13_usize, 0..3_usize, odd_len, odd_addr, 0..8_u16, 0..=SIZE);
+    (start, prop::collection::vec(change, 0..3)).prop_map(|(mut scene, changes)| {
+        for (what, which, len, addr, flags, next) in changes {
+            let desc = &mut scene.descs[which];
+            match what {
+                0 | 1 => desc.len = len,
+                2 | 3 => desc.addr = addr,
+                4 | 5 => desc.flags = flags,
+                6 => desc.next = next,
+                7 => scene.table = (len, INDIRECT),
+                8 => scene.table.1 = flags,
+                9 => scene.negotiated = false,
+                10 => scene.block_size = 4096,
+                11 => scene.read_only = true,
+                _ => (scene.kind, scene.sector) = (len, addr),
+            }
+        }
+        scene
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4000))]
+
+    #[test]
+    fn what_is_accepted_at_a_glance_is_what_the_general_way_makes_of_it(scene in near()) {
+        if let Some(accepted) = short(&scene) {
+            prop_assert_eq!(Some(accepted), general(&scene));
+        }
+    }
+
+    #[test]
+    fn a_request_as_drivers_make_it_is_accepted_at_a_glance(
+        form in forms(), write in any::<bool>(), sector in 0..SECTORS - 8, at in 0x6000..0xf000_u64, blocks in 1..8_u32,
+    ) {
+        let scene = plain(form, write, sector, (at, blocks * 512));
+
+        let (transfer, ..) = short(&scene).ok_or_else(|| TestCaseError::fail("not accepted"))?;
+
+        let operation = if write { Operation::Write } else { Operation::Read };
+        let data = Span::new(Gpa(at), u64::from(blocks) * 512).unwrap().identity_iova();
+        prop_assert_eq!(transfer, Transfer { operation, block: sector, data, status: Gpa(HEADER + 16) });
+    }
+}
