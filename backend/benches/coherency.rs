@@ -5,22 +5,21 @@
 #![allow(clippy::cast_precision_loss, reason = "figures of a measurement")]
 #![expect(unsafe_code, reason = "the yardstick is the bare instruction")]
 
+mod queue;
+
 use std::hint::black_box;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, eventfd};
 use vhost_device_vfio::addr::{Iova, Span};
-use vhost_device_vfio::driver::nvme::prp::Limits;
-use vhost_device_vfio::driver::nvme::queue::{
-    Doorbells, IoQueue, MAX_DEPTH, QueueSetup, Shared, completions_at, memory_needed,
-};
 use vhost_device_vfio::driver::{Command, Queue};
-use vhost_device_vfio::hardware::{CacheFlush, Registers};
+use vhost_device_vfio::hardware::CacheFlush;
 use vhost_device_vfio::iommu::flush;
 use vhost_device_vfio::sys::{CacheLines, Instruction, Window};
 use vm_memory::MmapRegion;
+
+use queue::window;
 
 /// A thread's lines that are to be in its cache when they are flushed, bytes.
 const CACHED: usize = 1 << 20;
@@ -28,10 +27,6 @@ const CACHED: usize = 1 << 20;
 const LARGE: usize = 256 << 20;
 const ROUNDS: usize = 15;
 const REQUESTS: u32 = 20_000;
-
-fn window(bytes: usize) -> Window {
-    Window::of(Arc::new(MmapRegion::new(bytes).unwrap()))
-}
 
 /// Memory as the product sees it, and where it begins.
 struct Memory {
@@ -127,47 +122,14 @@ fn row(state: Lines, threads: usize, [ours, bare]: [f64; 2]) {
     println!("| {state:?} | {threads} | {ours:.1} | {bare:.1} | {:.2} |", ours / bare);
 }
 
-/// Doorbells that nobody hears.
-struct Silent;
-
-impl Registers for Silent {
-    fn size(&self) -> usize {
-        0x2000
-    }
-    fn read32(&self, _: usize) -> u32 {
-        0
-    }
-    fn read64(&self, _: usize) -> u64 {
-        0
-    }
-    fn write32(&self, offset: usize, value: u32) {
-        black_box((offset, value));
-    }
-    fn write64(&self, offset: usize, value: u64) {
-        black_box((offset, value));
-    }
-}
-
 /// Nanoseconds of a request of 4 KiB through a queue whose controller answers at once, its data written or read by a CPU.
 fn request(lines: Option<CacheLines>, write: bool) -> f64 {
-    let memory = window(memory_needed(MAX_DEPTH));
     let data = window(4096);
     let caches = lines.map(|lines| Arc::new(lines) as Arc<dyn CacheFlush>);
-    let mut queue = IoQueue::new(QueueSetup {
-        name: "bench".to_owned(),
-        id: 1,
-        depth: MAX_DEPTH,
-        memory: Shared { window: memory.clone(), iova: Iova(0x7000_0000), caches: caches.clone() },
-        doorbells: Doorbells { registers: Arc::new(Silent), stride: 4 },
-        namespace: 1,
-        limits: Limits { block: 512, transfer: 1 << 20 },
-        sgl: None,
-        event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
-        awaited: None,
-    });
+    let (mut queue, mut controller) = queue::pair(caches.clone());
     let flush = |_: ()| caches.iter().for_each(|caches| caches.flush(&data, 0, 4096));
     let buffer = [Span::new(Iova(0x1000), 4096).unwrap()];
-    let (mut bytes, mut place, mut phase) = ([0; 4096], 0_u16, 1_u64);
+    let mut bytes = [0; 4096];
     let mut one = |tag: u32| {
         let command = if write { Command::Write { block: 0, count: 8 } } else { Command::Read { block: 0, count: 8 } };
         if write {
@@ -176,14 +138,7 @@ fn request(lines: Option<CacheLines>, write: bool) -> f64 {
         queue.submit(command, &buffer, 0, 4096, tag).unwrap();
         flush(());
         queue.ring();
-        let cid = memory.read_u16(usize::from(place) * 64 + 2);
-        let at = completions_at(MAX_DEPTH) + usize::from(place) * 16;
-        let head = u64::from((place + 1) % MAX_DEPTH);
-        memory.write_u64(at + 8, phase << 48 | u64::from(cid) << 32 | 1 << 16 | head);
-        place = (place + 1) % MAX_DEPTH;
-        if place == 0 {
-            phase = 1 - phase;
-        }
+        controller.complete_one();
         queue.reap(&mut |completion| {
             black_box(completion);
         });

@@ -1,0 +1,89 @@
+//! An I/O queue of the driver's whose controller is the bench, for those that measure one.
+
+use std::hint::black_box;
+use std::sync::Arc;
+
+use rustix::event::{EventfdFlags, eventfd};
+use vhost_device_vfio::addr::Iova;
+use vhost_device_vfio::driver::nvme::prp::Limits;
+use vhost_device_vfio::driver::nvme::queue::{
+    Doorbells, IoQueue, MAX_DEPTH, QueueSetup, Shared, completions_at, memory_needed,
+};
+use vhost_device_vfio::hardware::{CacheFlush, Registers};
+use vhost_device_vfio::sys::Window;
+use vm_memory::MmapRegion;
+
+/// Blocks and the longest transfer of the drive that there is not.
+pub(crate) const LIMITS: Limits = Limits { block: 512, transfer: 1 << 20 };
+
+/// Doorbells that nobody hears.
+struct Silent;
+
+impl Registers for Silent {
+    fn size(&self) -> usize {
+        0x2000
+    }
+    fn read32(&self, _: usize) -> u32 {
+        0
+    }
+    fn read64(&self, _: usize) -> u64 {
+        0
+    }
+    fn write32(&self, offset: usize, value: u32) {
+        black_box((offset, value));
+    }
+    fn write64(&self, offset: usize, value: u64) {
+        black_box((offset, value));
+    }
+}
+
+/// `bytes` of memory.
+pub(crate) fn window(bytes: usize) -> Window {
+    Window::of(Arc::new(MmapRegion::new(bytes).unwrap()))
+}
+
+/// A queue as deep as any, and its controller; flushed by `caches` if there are any.
+pub(crate) fn pair(caches: Option<Arc<dyn CacheFlush>>) -> (IoQueue, Controller) {
+    let memory = window(memory_needed(MAX_DEPTH));
+    let queue = IoQueue::new(QueueSetup {
+        name: "bench".to_owned(),
+        id: 1,
+        depth: MAX_DEPTH,
+        memory: Shared { window: memory.clone(), iova: Iova(0x7000_0000), caches },
+        doorbells: Doorbells { registers: Arc::new(Silent), stride: 4 },
+        namespace: 1,
+        limits: LIMITS,
+        sgl: None,
+        event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
+        awaited: None,
+    });
+    (queue, Controller::new(memory))
+}
+
+/// The controller's half: where it fetches and completes.
+pub(crate) struct Controller {
+    pub(crate) memory: Window,
+    pub(crate) sq_head: u16,
+    pub(crate) cq_tail: u16,
+    phase: u16,
+}
+
+impl Controller {
+    /// At the start of the rings in `memory`.
+    pub(crate) fn new(memory: Window) -> Self {
+        Self { memory, sq_head: 0, cq_tail: 0, phase: 1 }
+    }
+
+    /// Completes the next command, knowing only its identifier.
+    pub(crate) fn complete_one(&mut self) {
+        let cid = self.memory.read_u16(usize::from(self.sq_head) * 64 + 2);
+        self.sq_head = (self.sq_head + 1) % MAX_DEPTH;
+        let at = completions_at(MAX_DEPTH) + usize::from(self.cq_tail) * 16;
+        self.memory
+            .write_u64(at + 8, u64::from(self.phase) << 48 | u64::from(cid) << 32 | 1 << 16 | u64::from(self.sq_head));
+        self.cq_tail += 1;
+        if self.cq_tail == MAX_DEPTH {
+            (self.cq_tail, self.phase) = (0, 1 - self.phase);
+        }
+    }
+}
