@@ -3,9 +3,10 @@
 //!
 //! Each thread has a part of the disk to itself and remembers for each block which of its writes it holds, or that it is
 //! zero, or (after a discard) that nobody can know. A thread has one request at a time, so threads are the depth. Buffers
-//! start anywhere in a page and are often in pieces, sizes go from a block to a megabyte.
+//! start anywhere in a page and are often in pieces. Sizes go from a block to a megabyte; most threads stay below 64 KiB,
+//! since under nested emulation each page that a guest touches first costs it milliseconds.
 //!
-//! One line a second, `ended=… gap_ms=…`: requests so far, and the longest time without one since the last line.
+//! Nobody begins before all threads are there, and the time counts from then. One line a second, `ended=… gap_ms=…`: requests so far, and the longest time without one since the last line.
 
 mod model;
 
@@ -13,12 +14,17 @@ use std::fs::OpenOptions;
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use model::Part;
+use model::{Disk, Part};
 
 const USAGE: &str = "usage: stress DEVICE [--seconds S] [--threads N] [--block BYTES] [--seed N] [--discard]";
+
+/// The largest request of one thread in eight, and of the others, bytes.
+const LARGE: u64 = 1 << 20;
+const SMALL: u64 = 64 << 10;
 
 /// Why it ended early: a wrong byte, or a request that failed.
 type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -33,8 +39,8 @@ struct Wanted {
 }
 
 /// What all threads tell the reporter.
-#[derive(Default)]
 struct Progress {
+    start: Instant,
     ended: AtomicU64,
     /// When the last request ended, microseconds since the start.
     last: AtomicU64,
@@ -44,8 +50,19 @@ struct Progress {
 }
 
 impl Progress {
-    fn note(&self, start: Instant) {
-        let now = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+    /// From now on.
+    fn new() -> Self {
+        Self {
+            start: Instant::now(),
+            ended: AtomicU64::new(0),
+            last: AtomicU64::new(0),
+            gap: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+        }
+    }
+
+    fn note(&self) {
+        let now = u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX);
         let before = self.last.fetch_max(now, Relaxed);
         self.gap.fetch_max(now.saturating_sub(before), Relaxed);
         self.ended.fetch_add(1, Relaxed);
@@ -82,23 +99,24 @@ fn wanted() -> Result<Wanted, Error> {
 }
 
 fn run(wanted: &Wanted) -> Result<(), Error> {
-    let blocks = OpenOptions::new().read(true).open(&wanted.device)?.seek(SeekFrom::End(0))? / wanted.block;
-    let each = blocks / wanted.threads;
-    let (progress, start) = (Progress::default(), Instant::now());
+    let parts = parts(wanted)?;
+    let (progress, all_there) = (Progress::new(), Barrier::new(parts.len() + 1));
     let mut sum = [0; 5];
     std::thread::scope(|scope| {
-        let work = |n: u64| {
-            let progress = &progress;
+        let work = |part: Part| {
+            let (progress, all_there) = (&progress, &all_there);
             move || {
-                let done = exercise(wanted, n * each, each, progress, start);
+                all_there.wait();
+                let done = exercise(part, progress);
                 if done.is_err() {
                     progress.stop.store(true, Relaxed);
                 }
                 done
             }
         };
-        let threads: Vec<_> = (0..wanted.threads).map(|n| scope.spawn(work(n))).collect();
-        report(&progress, start, wanted.time)?;
+        let threads: Vec<_> = parts.into_iter().map(|part| scope.spawn(work(part))).collect();
+        all_there.wait();
+        report(&progress, wanted.time)?;
         for thread in threads {
             let counts = thread.join().map_err(|_| "a thread panicked")??;
             sum.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
@@ -110,8 +128,27 @@ fn run(wanted: &Wanted) -> Result<(), Error> {
     Ok(())
 }
 
+/// Each thread's part of the disk. The first one's discards: each is a program's, for which others would wait.
+fn parts(wanted: &Wanted) -> Result<Vec<Part>, Error> {
+    let blocks = OpenOptions::new().read(true).open(&wanted.device)?.seek(SeekFrom::End(0))? / wanted.block;
+    let each = blocks / wanted.threads;
+    (0..wanted.threads)
+        .map(|n| {
+            let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(&wanted.device)?;
+            let disk = Disk {
+                file,
+                block: wanted.block,
+                largest: if n % 8 == 0 { LARGE } else { SMALL },
+                discards_as: (n == 0 && wanted.discard).then(|| wanted.device.clone()),
+            };
+            Ok(Part::new(disk, n * each, each, wanted.seed))
+        })
+        .collect()
+}
+
 /// Says once a second how far it has come, until the time is over.
-fn report(progress: &Progress, start: Instant, time: Duration) -> Result<(), Error> {
+fn report(progress: &Progress, time: Duration) -> Result<(), Error> {
+    let start = progress.start;
     while !progress.stop.load(Relaxed) {
         std::thread::sleep(Duration::from_secs(1));
         let still = u64::try_from(start.elapsed().as_micros())?.saturating_sub(progress.last.load(Relaxed));
@@ -125,22 +162,20 @@ fn report(progress: &Progress, start: Instant, time: Duration) -> Result<(), Err
     Ok(())
 }
 
-/// One thread: requests on `count` blocks from `first` on, and at the end a look at all of them.
-fn exercise(wanted: &Wanted, first: u64, count: u64, progress: &Progress, start: Instant) -> Result<[u64; 5], Error> {
-    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(&wanted.device)?;
-    let mut part = Part::new(file, &wanted.device, wanted.block, first, count, wanted.seed ^ first);
+/// One thread: requests on its part, and at the end a look at all of it.
+fn exercise(mut part: Part, progress: &Progress) -> Result<[u64; 5], Error> {
     let mut counts = [0; 5];
     while !progress.stop.load(Relaxed) {
         let kind = match part.random(1000) {
+            _ if part.discards() && counts == [0; 5] => part.discard().map(|()| 3),
             0..450 => part.read().map(|()| 0),
             450..900 => part.write().map(|()| 1),
             900..960 => part.zero().map(|()| 2),
-            // By a program, which is slow to start; others would wait for it.
-            960..980 if wanted.discard && first == 0 => part.discard().map(|()| 3),
+            960..980 if part.discards() => part.discard().map(|()| 3),
             _ => part.flush().map(|()| 4),
         }?;
         counts[kind] += 1;
-        progress.note(start);
+        progress.note();
     }
     part.read_all()?;
     Ok(counts)

@@ -3,30 +3,34 @@
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::process::Command;
-use std::sync::Mutex;
 
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::{preadv, pwritev};
 
 use super::Error;
 
-/// The largest request, bytes.
-const LARGEST: u64 = 1 << 20;
 /// Buffers start at multiples of this: what Linux asks of a buffer that a disk shall reach directly.
 const ALIGNMENT: usize = 512;
 const PAGE: usize = 4096;
-
-static DISCARD: Mutex<()> = Mutex::new(());
 
 /// What a block holds: zero, unknown, or what the write of this number has put there.
 type Content = u32;
 const ZERO: Content = 0;
 const UNKNOWN: Content = u32::MAX;
 
+/// What a thread's requests go to.
+pub(crate) struct Disk {
+    pub(crate) file: File,
+    /// Bytes in a block.
+    pub(crate) block: u64,
+    /// The largest request, bytes.
+    pub(crate) largest: u64,
+    /// The name under which blocks are discarded, where they are.
+    pub(crate) discards_as: Option<String>,
+}
+
 pub(crate) struct Part {
-    file: File,
-    device: String,
-    block: u64,
+    disk: Disk,
     first: u64,
     contents: Vec<Content>,
     writes: Content,
@@ -40,12 +44,17 @@ pub(crate) struct Part {
 type Run = (u64, u64);
 
 impl Part {
-    pub(crate) fn new(file: File, device: &str, block: u64, first: u64, count: u64, seed: u64) -> Self {
-        let memory = vec![0; usize::try_from(LARGEST).expect("a megabyte") + 3 * PAGE];
+    /// The `count` blocks from `first` on.
+    pub(crate) fn new(disk: Disk, first: u64, count: u64, seed: u64) -> Self {
+        let memory = vec![0; usize::try_from(disk.largest).expect("a megabyte") + 3 * PAGE];
         let base = memory.as_ptr().align_offset(PAGE);
         let contents = vec![UNKNOWN; usize::try_from(count).expect("it fits memory")];
-        let state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        Self { file, device: device.to_owned(), block, first, contents, writes: 0, memory, base, state }
+        let state = (seed ^ first).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        Self { disk, first, contents, writes: 0, memory, base, state }
+    }
+
+    pub(crate) fn discards(&self) -> bool {
+        self.disk.discards_as.is_some()
     }
 
     /// A number below `below` (xorshift64).
@@ -59,18 +68,18 @@ impl Part {
     /// Any run of blocks, small ones as likely as large ones.
     fn run(&mut self) -> Run {
         let count = self.contents.len() as u64;
-        let most = (LARGEST / self.block).min(count);
+        let most = (self.disk.largest / self.disk.block).min(count);
         let scale = 1 << self.random(u64::from(most.ilog2()) + 1);
         let length = (1 + self.random(scale)).min(most);
         (self.random(count - length + 1), length)
     }
 
     fn bytes(&self, (_, length): Run) -> usize {
-        usize::try_from(length * self.block).expect("at most a megabyte")
+        usize::try_from(length * self.disk.block).expect("at most a megabyte")
     }
 
     fn offset(&self, (start, _): Run) -> u64 {
-        (self.first + start) * self.block
+        (self.first + start) * self.disk.block
     }
 
     fn contents(&mut self, (start, length): Run) -> &mut [Content] {
@@ -91,7 +100,7 @@ impl Part {
     }
 
     pub(crate) fn read_all(&mut self) -> Result<(), Error> {
-        let (count, most) = (self.contents.len() as u64, LARGEST / self.block);
+        let (count, most) = (self.contents.len() as u64, self.disk.largest / self.disk.block);
         (0..count.div_ceil(most)).try_for_each(|n| self.check((n * most, most.min(count - n * most))))
     }
 
@@ -104,12 +113,12 @@ impl Part {
         let gap = if cut < bytes { PAGE } else { 0 };
         let tail = &mut tail[gap..gap + bytes - cut];
         let mut pieces = [IoSliceMut::new(head), IoSliceMut::new(tail)];
-        let done = preadv(&self.file, &mut pieces, offset)?;
+        let done = preadv(&self.disk.file, &mut pieces, offset)?;
         if done != bytes {
             return Err(format!("read {done} of {bytes} bytes at {offset}").into());
         }
         self.memory.copy_within(start + cut + gap..start + gap + bytes, start + cut);
-        let block = usize::try_from(self.block)?;
+        let block = usize::try_from(self.disk.block)?;
         for n in 0..run.1 {
             let found = &self.memory[start + usize::try_from(n)? * block..][..block];
             let number = self.first + run.0 + n;
@@ -132,7 +141,7 @@ impl Part {
         let content = self.writes;
         let (bytes, offset) = (self.bytes(run), self.offset(run));
         let (start, cut) = self.shape(bytes);
-        let block = usize::try_from(self.block)?;
+        let block = usize::try_from(self.disk.block)?;
         for n in 0..run.1 {
             let place = &mut self.memory[start + usize::try_from(n)? * block..][..block];
             for (place, word) in place.chunks_exact_mut(8).zip(words(self.first + run.0 + n, content, block)) {
@@ -144,7 +153,7 @@ impl Part {
         self.memory.copy_within(start + cut..start + bytes, start + cut + gap);
         let (head, tail) = self.memory[start..].split_at(cut);
         let pieces = [IoSlice::new(head), IoSlice::new(&tail[gap..gap + bytes - cut])];
-        let done = pwritev(&self.file, &pieces, offset)?;
+        let done = pwritev(&self.disk.file, &pieces, offset)?;
         if done == bytes { Ok(()) } else { Err(format!("wrote {done} of {bytes} bytes at {offset}").into()) }
     }
 
@@ -155,17 +164,17 @@ impl Part {
             0 => FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
             _ => FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
         };
-        fallocate(&self.file, how, self.offset(run), self.bytes(run) as u64)?;
+        fallocate(&self.disk.file, how, self.offset(run), self.bytes(run) as u64)?;
         self.contents(run).fill(ZERO);
         Ok(())
     }
 
+    /// By a program, since it takes an ioctl.
     pub(crate) fn discard(&mut self) -> Result<(), Error> {
         let run = self.run();
         let (offset, bytes) = (self.offset(run).to_string(), self.bytes(run).to_string());
-        // It opens the device exclusively.
-        let _one_at_a_time = DISCARD.lock();
-        let done = Command::new("blkdiscard").args(["-o", &offset, "-l", &bytes, &self.device]).status()?;
+        let device = self.disk.discards_as.as_deref().ok_or("discards were not asked for")?;
+        let done = Command::new("blkdiscard").args(["-o", &offset, "-l", &bytes, device]).status()?;
         if !done.success() {
             return Err(format!("discard {bytes} bytes at {offset}: {done}").into());
         }
@@ -174,7 +183,7 @@ impl Part {
     }
 
     pub(crate) fn flush(&mut self) -> Result<(), Error> {
-        Ok(self.file.sync_data()?)
+        Ok(self.disk.file.sync_data()?)
     }
 }
 
