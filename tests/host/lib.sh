@@ -106,11 +106,14 @@ inflated() { guest qmp query-balloon | grep -q "\"actual\": $1}"; }
 ALARM='ERROR.*guest memory is being discarded under the device'
 
 # stressing SECONDS [OPTION of stress]…: requests of every kind and size, 128 at once, each checked, in the background of a
-# guest started with --add stress. stressed: their outcome.
+# guest started with --add stress; it returns when some have ended. stress_enough: no more of them, though the time is not
+# over. stressed: their outcome.
 stressing() {
-    guest exec -- "rm -f /tmp/stressed
-        (stress /dev/vda --seconds $* >/tmp/stress.log 2>&1; echo \$? >/tmp/stressed) >/dev/null 2>&1 &"
+    guest exec -- "rm -f /tmp/stress.log /tmp/stressed /tmp/enough
+        (stress /dev/vda --until /tmp/enough --seconds $* >/tmp/stress.log 2>&1; echo \$? >/tmp/stressed) >/dev/null 2>&1 &
+        until grep -qs '^ended=[1-9]' /tmp/stress.log; do [ ! -e /tmp/stressed ] || exit 1; sleep 0.2; done"
 }
+stress_enough() { guest exec -- '[ ! -e /tmp/stressed ] && : >/tmp/enough'; }
 stressed() {
     guest exec --timeout 600 -- 'while [ ! -e /tmp/stressed ]; do sleep 0.5; done
         tail -n 1 /tmp/stress.log; [ "$(cat /tmp/stressed)" = 0 ]'
@@ -119,6 +122,64 @@ stressed() {
 stress_lines() { guest exec -- 'wc -l </tmp/stress.log'; }
 longest_gap() {
     guest exec -- "awk -F = 'NR > $1 && /gap_ms/ && \$3 > most { most = \$3 } END { print most + 0 }' /tmp/stress.log"
+}
+
+# killed_under_stress: nothing of a virtual machine stays that is killed with requests in flight, as against
+# remember_what_is_held. Each leaves a line in /run/killed.
+remember_what_is_held() {
+    pinned >/run/pinned-before
+    descriptors >/run/descriptors-before
+}
+killed_under_stress() {
+    stressing 600 "$@"
+    before=$(times_logged 'front-end disconnected' || true)
+    guest kill
+    within 15 logged_more_than "$before" 'front-end disconnected'
+    equal "$(cat /run/pinned-before)" "$(pinned)" "kB pinned"
+    equal "$(cat /run/descriptors-before)" "$(descriptors)" "descriptors"
+    echo 0 >/proc/sys/vm/nr_hugepages
+    echo >>/run/killed
+}
+
+# stress_combination RING PAGES BLOCK: split or packed, 4K or 2M, bytes. Every kind of request occurs and verifies, then the
+# machine is killed under load.
+stress_combination() {
+    packed='' huge=''
+    guest kill 2>/dev/null || true # one that has failed
+    [ "$1" = split ] || packed='--blk packed=on'
+    [ "$2" = 4K ] || huge=--hugepages
+    # shellcheck disable=SC2086 # words
+    guest_start --queues 2 --smp 2 --mem 160M --add stress $packed $huge
+    logged "region .* pages $2 mapped"
+    equal "$3" "$(guest exec -- 'cat /sys/block/vda/queue/logical_block_size')" "bytes in a block"
+    stressing 4 --block "$3" --discard --seed "$(wc -l </run/killed)1"
+    stressed >/run/sums
+    grep -qE '^reads=[1-9].* writes=[1-9].* zeroes=[1-9].* discards=[1-9].* flushes=[1-9].* wrong=0$' /run/sums
+    killed_under_stress --block "$3" --discard
+}
+
+# memory_of_its_own: anonymous memory and program text, kB, and all buffers for the drive, whether they have been touched or
+# not, which the argument says.
+memory_of_its_own() {
+    awk -v "sum=$1" '/^Rss(Anon|File):/ { sum += $2 } END { print sum }' "/proc/$(cat "$BACKEND_PID")/status"
+}
+small_with_four_queues() {
+    backend_start --queues 4
+    buffers=$(pinned)
+    guest_start --queues 4 --smp 4 --mem 160M --hugepages --blk queue-size=256 --add stress
+    stressing 4
+    stressed
+    memory_of_its_own "$buffers" >/run/own
+    guest stop
+    backend_stop
+    [ "$(cat /run/own)" -le 24576 ]
+}
+
+# stress_goes_on: requests end that were not yet ended.
+stress_goes_on() {
+    guest exec -- 'grep -c ^ended= /tmp/stress.log' >/run/lines
+    within 30 guest exec -- "awk -F '[= ]' '/^ended=/ { n++; if (n == $(cat /run/lines)) then = \$2; last = \$2 }
+        END { exit !(last > then) }' /tmp/stress.log"
 }
 
 # pages_pinned: by anybody in this machine, for DMA; each processor is asked for what it has not yet reported.

@@ -22,15 +22,14 @@ above_4g() {
 }
 plugged() {
     guest_start --mem 512M --add stress --qemu-arg -m --qemu-arg 512M,slots=2,maxmem=4G
-    stressing 25
-    sleep 2
+    stressing 600
     stress_lines >/run/lines
     before=$(times_logged 'region .* mapped in')
     guest qmp object-add '{"qom-type":"memory-backend-memfd","id":"m1","size":268435456,"share":true}'
     guest qmp device_add '{"driver":"pc-dimm","id":"dimm","memdev":"m1"}'
     within 40 logged 'region 0x100000000\+256M .* mapped'
     equal $((before + 1)) "$(times_logged 'region .* mapped in')" "regions mapped so far"
-    sleep 1
+    stress_goes_on
     longest_gap "$(cat /run/lines)" >/run/gap-plugged
 }
 unplugged() {
@@ -41,10 +40,11 @@ unplugged() {
     guest qmp device_del '{"id":"dimm"}'
     within 60 logged 'region 0x100000000\+256M unmapped'
     equal $((before - 262144)) "$(pinned)" "kB pinned"
-    sleep 1
+    stress_goes_on
     longest_gap "$(cat /run/lines)" >/run/gap-unplugged
 }
 still_right() {
+    stress_enough
     stressed
     equal 0 "$(times_logged 'region 0x0\+512M unmapped')" "times the rest of memory was unmapped"
 }

@@ -13,6 +13,7 @@ mod model;
 use std::fs::OpenOptions;
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -20,7 +21,8 @@ use std::time::{Duration, Instant};
 
 use model::{Disk, Part};
 
-const USAGE: &str = "usage: stress DEVICE [--seconds S] [--threads N] [--block BYTES] [--seed N] [--discard]";
+const USAGE: &str = "usage: stress DEVICE [--seconds S] [--threads N] [--block BYTES] [--seed N] [--discard] \
+    [--until FILE]";
 
 /// The largest request of one thread in eight, and of the others, bytes.
 const LARGE: u64 = 1 << 20;
@@ -36,6 +38,8 @@ struct Wanted {
     block: u64,
     seed: u64,
     discard: bool,
+    /// A file whose existence ends it, too.
+    until: Option<PathBuf>,
 }
 
 /// What all threads tell the reporter.
@@ -82,8 +86,15 @@ fn main() -> ExitCode {
 fn wanted() -> Result<Wanted, Error> {
     let mut words = std::env::args().skip(1);
     let device = words.next().ok_or(USAGE)?;
-    let mut wanted =
-        Wanted { device, time: Duration::from_secs(10), threads: 128, block: 512, seed: 1, discard: false };
+    let mut wanted = Wanted {
+        device,
+        time: Duration::from_secs(10),
+        threads: 128,
+        block: 512,
+        seed: 1,
+        discard: false,
+        until: None,
+    };
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or(USAGE);
         match word.as_str() {
@@ -92,6 +103,7 @@ fn wanted() -> Result<Wanted, Error> {
             "--block" => wanted.block = value()?.parse()?,
             "--seed" => wanted.seed = value()?.parse()?,
             "--discard" => wanted.discard = true,
+            "--until" => wanted.until = Some(value()?.into()),
             _ => return Err(USAGE.into()),
         }
     }
@@ -116,7 +128,7 @@ fn run(wanted: &Wanted) -> Result<(), Error> {
         };
         let threads: Vec<_> = parts.into_iter().map(|part| scope.spawn(work(part))).collect();
         all_there.wait();
-        report(&progress, wanted.time)?;
+        report(&progress, wanted)?;
         for thread in threads {
             let counts = thread.join().map_err(|_| "a thread panicked")??;
             sum.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
@@ -147,7 +159,7 @@ fn parts(wanted: &Wanted) -> Result<Vec<Part>, Error> {
 }
 
 /// Says once a second how far it has come, until the time is over.
-fn report(progress: &Progress, time: Duration) -> Result<(), Error> {
+fn report(progress: &Progress, wanted: &Wanted) -> Result<(), Error> {
     let start = progress.start;
     while !progress.stop.load(Relaxed) {
         std::thread::sleep(Duration::from_secs(1));
@@ -155,7 +167,7 @@ fn report(progress: &Progress, time: Duration) -> Result<(), Error> {
         let gap = progress.gap.swap(0, Relaxed).max(still);
         println!("ended={} gap_ms={}", progress.ended.load(Relaxed), gap / 1000);
         std::io::stdout().flush()?;
-        if start.elapsed() >= time {
+        if start.elapsed() >= wanted.time || wanted.until.as_ref().is_some_and(|file| file.exists()) {
             progress.stop.store(true, Relaxed);
         }
     }
