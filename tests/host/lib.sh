@@ -150,7 +150,7 @@ stress_combination() {
     [ "$2" = 4K ] || huge=--hugepages
     # shellcheck disable=SC2086 # words
     guest_start --queues 2 --smp 2 --mem 160M --add stress $packed $huge
-    logged "region .* pages $2 mapped"
+    equal "pages $2" "$(grep 'region .* mapped in' "$BACKEND_LOG" | tail -n 1 | grep -o 'pages [0-9]*[KM]')" "what is mapped"
     equal "$3" "$(guest exec -- 'cat /sys/block/vda/queue/logical_block_size')" "bytes in a block"
     stressing 4 --block "$3" --discard --seed "$(wc -l </run/killed)1"
     stressed >/run/sums

@@ -80,6 +80,8 @@ stage_program() {
     done
 }
 
+# erms, fsrm: with them Linux copies and clears memory byte by byte, which the emulation does as slowly as it sounds. la57: one
+# more level of page tables, twice where virtualisation is nested.
 # no_timer_check: the kernel's test of the timer at boot panics when the emulation is short of processor time.
 #
 # machine_arguments WORK: fills QEMU_ARGUMENTS. The IOMMU comes before the functions it translates
@@ -87,7 +89,7 @@ stage_program() {
 machine_arguments() {
     local work=$1
     QEMU_ARGUMENTS=(
-        -name testbed -machine "$PROFILE_MACHINE" -accel tcg,thread=multi -cpu max
+        -name testbed -machine "$PROFILE_MACHINE" -accel tcg,thread=multi -cpu max,erms=off,fsrm=off,la57=off
         -smp "$OPT_SMP" -m "$OPT_MEM" -nodefaults -no-user-config -display none -no-reboot
         -kernel "$(kernel_image)" -initrd "$work/initrd"
         -append "console=ttyS0 quiet panic=-1 oops=panic no_timer_check random.trust_cpu=on $PROFILE_KERNEL $OPT_KERNEL"
