@@ -19,7 +19,7 @@ BACKEND=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release/vhost-device-vfio
 WORK=$(mktemp -d)
 SOCKET=$WORK/disk.sock
 DISK=$WORK/disk.img
-PATH=$WORK/bin:${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release:$PATH
+PATH=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release:$PATH
 
 # By the ids of what was started here, whatever state it is in.
 clean_up() {
@@ -41,6 +41,8 @@ prepare_guest() {
     ln -s "$TESTBED_DIR/guest/init" "$GUEST_PARTS/guest-init"
     ln -s "$TESTBED_DIR/host/bin/guest" "$WORK/bin/guest"
     for applet in usleep awk; do ln -s "$(command -v busybox)" "$WORK/bin/$applet"; done
+    # Not before: the images are this machine's QEMU's.
+    PATH=$WORK/bin:${TESTBED_QEMU:+$TESTBED_QEMU/bin:}$PATH
 }
 
 # backend_start OPTIONS: serves an emulated drive made of these, and waits for its socket.

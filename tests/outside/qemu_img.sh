@@ -15,6 +15,7 @@ TESTBED_DIR=$TESTBED_ROOT/tests/testbed
 BACKEND=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release/vhost-device-vfio
 WORK=$(mktemp -d)
 SOCKET=$WORK/disk.sock
+PATH=${TESTBED_QEMU:+$TESTBED_QEMU/bin:}$PATH
 IMAGE=driver=virtio-blk-vhost-user,path=$SOCKET,cache.direct=on
 
 clean_up() {

@@ -48,6 +48,7 @@ stage_checkout() {
     place "$root" /testbed/claims.sh "$TESTBED_DIR/claims.sh"
     place "$root" /testbed/profile "$TESTBED_DIR/profiles/$OPT_PROFILE.profile"
     for file in "$TESTBED_DIR"/host/bin/*; do place "$root" "/usr/local/bin/${file##*/}" "$file"; done
+    [[ -z ${TESTBED_QEMU:-} ]] || { mkdir -p "$root/opt" && cp -rL "$TESTBED_QEMU" "$root/opt/qemu"; }
     for file in "$TESTBED_ROOT"/tests/host/*; do place "$root" "/testbed/tests/${file##*/}" "$file"; done
     if [[ -d $target ]]; then
         while read -r file; do

@@ -1,0 +1,60 @@
+# shellcheck shell=bash
+# Another QEMU than this machine's, as the front-end: from a suite of Debian, with the loader, the libraries and the firmware
+# it needs beside it, so that it runs here and in the emulated host and is installed in neither.
+
+readonly QEMU_PROGRAMS=(qemu-system-x86_64 qemu-storage-daemon qemu-img qemu-io)
+# qemu-block-extra also holds what wants Ceph and Gluster; of it, this module and its library are enough.
+readonly QEMU_MODULES=(block-blkio.so)
+readonly QEMU_PACKAGES=(qemu-system-x86 qemu-utils libblkio1)
+
+# fetch_qemu SUITE: prints a directory for TESTBED_QEMU with the suite's QEMU of today. Debian unstable moves, so what it is
+# today is asked each time; a version that was fetched before is not fetched again.
+fetch_qemu() {
+    local suite=$1 work=$TESTBED_CACHE/apt/qemu-$1 version dir
+    apt_private "qemu-$suite" deb "$suite"
+    # As if nothing were installed, so that apt finds every library.
+    : >"$work/nothing-installed"
+    APT_PRIVATE+=(-o "Dir::State::status=$work/nothing-installed" -o APT::Install-Recommends=no)
+    watched "reading the package list of $suite" "$work/update.log" true apt-get "${APT_PRIVATE[@]}" update
+    version=$(apt-cache "${APT_PRIVATE[@]}" show --no-all-versions qemu-system-x86 | sed -n 's/^Version: [0-9]*:*//p')
+    [[ -n $version ]] || die "no package qemu-system-x86 in $suite"
+    dir=$TESTBED_CACHE/qemu-$version-$(hash_of "$(cat "$TESTBED_DIR"/qemu.sh "$TESTBED_DIR"/qemu-program)")
+    if [[ ! -e $dir ]]; then
+        watched "fetching QEMU $version of $suite" "$work/fetch.log" fetched download_qemu "$work"
+        watched "unpacking it" "$work/unpack.log" fetched unpack_qemu "$work" "$dir.new"
+        rm -rf "$work/cache/archives" "$work/tree"
+        mv "$dir.new" "$dir"
+    fi
+    echo "$dir"
+}
+fetched() { du -sh "$TESTBED_CACHE/apt" | sed 's/\s.*/ fetched/'; }
+
+download_qemu() {
+    rm -rf "$1/cache/archives"
+    mkdir -p "$1/cache/archives/partial"
+    apt-get "${APT_PRIVATE[@]}" -o Debug::NoLocking=yes install --yes --download-only "${QEMU_PACKAGES[@]}" &&
+        env -C "$1/cache/archives" apt-get "${APT_PRIVATE[@]}" download qemu-block-extra
+}
+
+# unpack_qemu WORK DIR: of the packages, what programs and modules use:
+#   bin/ what is started   programs/ QEMU   loader/ ld.so by QEMU's names   lib/   modules/   firmware/
+unpack_qemu() {
+    local tree=$1/tree dir=$2 loader library name package
+    rm -rf "$tree" "$dir"
+    mkdir -p "$tree" "$dir"/{bin,programs,loader,lib,modules,firmware}
+    for package in "$1"/cache/archives/*.deb; do dpkg-deb --extract "$package" "$tree" || return 1; done
+    library=$tree/usr/lib/x86_64-linux-gnu
+    loader=$library/ld-linux-x86-64.so.2
+    for name in "${QEMU_PROGRAMS[@]}"; do
+        cp "$tree/usr/bin/$name" "$dir/programs/" && cp -L "$loader" "$dir/loader/$name" &&
+            cp "$TESTBED_DIR/qemu-program" "$dir/bin/$name" || return 1
+    done
+    for name in "${QEMU_MODULES[@]}"; do cp "$library/qemu/$name" "$dir/modules/" || return 1; done
+    # Not every version has all of it.
+    for name in "${FIRMWARE[@]}"; do find "$tree/usr/share" -name "$name" -exec cp -Lt "$dir/firmware" {} +; done
+    for name in "$dir"/programs/* "$dir"/modules/*; do
+        "$loader" --library-path "$library" --list "$name" || return 1
+    done >"$1/libraries"
+    ! grep 'not found' "$1/libraries" || return 1
+    awk '$2 == "=>" { print $3 }' "$1/libraries" | sort -u | xargs cp -Lt "$dir/lib"
+}
