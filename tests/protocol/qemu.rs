@@ -38,8 +38,8 @@ struct Qemu {
 }
 
 impl Qemu {
-    /// From the connection to the first GET_CONFIG, and the resets of the machine.
-    fn realize(rig: &Rig, kind: Kind) -> Self {
+    /// What every connection begins with.
+    fn connect(rig: &Rig, kind: Kind) -> Self {
         let wire = rig.connect();
         assert_eq!(wire.get(GET_FEATURES) & FEATURES, FEATURES);
         let offered = wire.get(GET_PROTOCOL_FEATURES);
@@ -55,6 +55,12 @@ impl Qemu {
             qemu.event(SET_VRING_CALL, index, qemu.ends.call.as_fd());
             qemu.event(SET_VRING_ERR, index, qemu.ends.err.as_fd());
         }
+        qemu
+    }
+
+    /// The first connection: the configuration space, and the resets of the machine.
+    fn realize(rig: &Rig, kind: Kind) -> Self {
+        let qemu = Self::connect(rig, kind);
         for size in [57, 60] {
             qemu.wire.send(GET_CONFIG, &[state(0, size), vec![0; 4 + size as usize]].concat(), &[]);
             assert!(matches!(qemu.wire.reply(), Reply::Message(GET_CONFIG, _)));
@@ -193,7 +199,7 @@ fn a_reconnecting_front_end_repeats_itself_and_goes_on() {
     drop(wire);
 
     // The same guest memory, and its ring where it stood; the configuration space is not read again.
-    let again = Qemu { ram, ..Qemu::realize(&rig, QEMU_11_1) };
+    let again = Qemu { ram, ..Qemu::connect(&rig, QEMU_11_1) };
     again.driver_ok();
     again.add(RAM, again.ram.as_fd());
     again.add(HIGH, again.ram.as_fd());

@@ -30,9 +30,6 @@ claim() {
     rm -f "$said"
 }
 
-# skip NAME WHY: what cannot be claimed here; scripts/test says it again at its end.
-skip() { echo "skipped - $1: $2"; }
-
 # finished: the plan, at the end; without it the file is known to have died on the way.
 finished() {
     echo "1..$CLAIMS"

@@ -2,7 +2,7 @@
 # Another QEMU than this machine's, as the front-end: from a suite of Debian, with the loader, the libraries and the firmware
 # it needs beside it, so that it runs here and in the emulated host and is installed in neither.
 
-readonly QEMU_PROGRAMS=(qemu-system-x86_64 qemu-storage-daemon qemu-img qemu-io)
+readonly QEMU_PROGRAMS=(qemu-system-x86_64 qemu-img qemu-io)
 # qemu-block-extra also holds what wants Ceph and Gluster; of it, this module and its library are enough.
 readonly QEMU_MODULES=(block-blkio.so)
 readonly QEMU_PACKAGES=(qemu-system-x86 qemu-utils libblkio1)
@@ -11,6 +11,7 @@ readonly QEMU_PACKAGES=(qemu-system-x86 qemu-utils libblkio1)
 # today is asked each time; a version that was fetched before is not fetched again.
 fetch_qemu() {
     local suite=$1 work=$TESTBED_CACHE/apt/qemu-$1 version dir
+    take_lock
     apt_private "qemu-$suite" deb "$suite"
     # As if nothing were installed, so that apt finds every library.
     : >"$work/nothing-installed"
@@ -25,6 +26,7 @@ fetch_qemu() {
         rm -rf "$work/cache/archives" "$work/tree"
         mv "$dir.new" "$dir"
     fi
+    drop_lock
     echo "$dir"
 }
 fetched() { du -sh "$TESTBED_CACHE/apt" | sed 's/\s.*/ fetched/'; }
