@@ -3,8 +3,14 @@
 set -u
 
 cd "$(dirname "$0")/../.." || exit
+TESTBED_ROOT=$PWD
+TESTBED_DIR=$TESTBED_ROOT/tests/testbed
+# shellcheck source=tests/testbed/lib.sh
+. "$TESTBED_DIR/lib.sh"
+# shellcheck source=tests/testbed/kernel.sh
+. "$TESTBED_DIR/kernel.sh"
 # shellcheck source=tests/testbed/claims.sh
-. tests/testbed/claims.sh
+. "$TESTBED_DIR/claims.sh"
 
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
@@ -74,9 +80,46 @@ refused() {
     equal 125 "$status" "exit status"
     contains 'no profile named nonesuch; there are: amd-iommu' "$WORK/stderr"
 }
+# A cache in which there is nothing but fio, which is not to be built again.
+own_kernel() {
+    mkdir "$WORK/cache"
+    ln -s "$TESTBED_CACHE/fio" "$WORK/cache/fio"
+    cp "$(kernel_image)" "$WORK/bzImage"
+    TESTBED_CACHE=$WORK/cache TESTBED_KERNEL=$WORK/bzImage scripts/testbed run --timeout 60 -- uname -s >"$WORK/stdout"
+    equal Linux "$(cat "$WORK/stdout")" "system"
+    cmp "$WORK/bzImage" "$WORK"/cache/kernel-*/bzImage
+    [[ ! -e $WORK/cache/linux-source ]]
+}
+no_own_kernel() {
+    local status=0
+    TESTBED_CACHE=$WORK/none TESTBED_KERNEL=$WORK/none scripts/testbed run -- true 2>"$WORK/stderr" || status=$?
+    equal 125 "$status" "exit status"
+    equal "testbed: TESTBED_KERNEL=$WORK/none: no such file (wanted: a bzImage)" "$(cat "$WORK/stderr")" "message"
+    [[ ! -e $WORK/none ]]
+}
+# Somebody who types the same line again and again: a shell that starts throws away what was typed before.
+prompt() {
+    while sleep 1 && echo 'echo "six times seven is $((6 * 7))"; poweroff -f' 2>/dev/null; do :; done |
+        timeout 120 scripts/testbed shell >"$WORK/stdout" 2>"$WORK/stderr"
+    contains 'six times seven is 42' "$WORK/stdout"
+}
+# A plain user may not be able to read this checkout.
+packages_missing() {
+    local status=0 plain=()
+    ((EUID != 0)) || plain=(setpriv --reuid=65534 --regid=65534 --clear-groups)
+    { cat "$TESTBED_DIR/lib.sh" && echo 'need bash=bash no-such-program=its-package /no/such/file=another'; } |
+        "${plain[@]}" bash 2>"$WORK/stderr" || status=$?
+    equal 125 "$status" "exit status"
+    contains 'missing Debian packages: its-package another; install them with: sudo apt-get install -y its-package another' \
+        "$WORK/stderr"
+}
 
 claim "the NVMe function is bound to vfio-pci" bound_function
 claim "a command that hangs ends with status 124 and the console" hang
 claim "a kernel panic ends with status 125 and the console" panicked
 claim "an unknown profile is refused with the list of profiles" refused
+claim "a kernel of one's own is taken, and none is built" own_kernel
+claim "one that is not there is one line, and nothing is made" no_own_kernel
+claim "a plain user is told the one command that installs what is missing" packages_missing
+claim "the shell has a prompt" prompt
 finished

@@ -6,11 +6,12 @@ readonly KERNEL_SERIES=linux-source-7.2
 # Object files this configuration makes; only the percentage shown depends on it.
 readonly KERNEL_OBJECT_FILES=1635
 
+[[ -r ${TESTBED_KERNEL:-/} ]] || die "TESTBED_KERNEL=$TESTBED_KERNEL: no such file (wanted: a bzImage)"
+
 # kernel_key: what the image depends on. Empty until a source was chosen.
 kernel_key() {
     local version=$TESTBED_CACHE/linux-source/version
     if [[ -n ${TESTBED_KERNEL:-} ]]; then
-        [[ -r $TESTBED_KERNEL ]] || die "TESTBED_KERNEL=$TESTBED_KERNEL: no such file (wanted: a bzImage)"
         hash_of "$(sha256sum <"$TESTBED_KERNEL")"
     elif [[ -e $version ]]; then
         hash_of "$(cat "$version" "$TESTBED_DIR/kernel.config"; gcc --version 2>/dev/null | head -n 1 || true)"
