@@ -8,9 +8,9 @@ readonly QEMU_MODULES=(block-blkio.so)
 readonly QEMU_PACKAGES=(qemu-system-x86 qemu-utils libblkio1)
 
 # fetch_qemu SUITE: prints a directory for TESTBED_QEMU with the suite's QEMU of today. Debian unstable moves, so what it is
-# today is asked each time; a version that was fetched before is not fetched again.
+# today is asked each time; the version that is there is not fetched again.
 fetch_qemu() {
-    local suite=$1 work=$TESTBED_CACHE/apt/qemu-$1 version dir
+    local suite=$1 work=$TESTBED_CACHE/apt/qemu-$1 dir=$TESTBED_CACHE/qemu/$1 version made_of
     take_lock
     apt_private "qemu-$suite" deb "$suite"
     # As if nothing were installed, so that apt finds every library.
@@ -19,11 +19,12 @@ fetch_qemu() {
     watched "reading the package list of $suite" "$work/update.log" true apt-get "${APT_PRIVATE[@]}" update
     version=$(apt-cache "${APT_PRIVATE[@]}" show --no-all-versions qemu-system-x86 | sed -n 's/^Version: [0-9]*:*//p')
     [[ -n $version ]] || die "no package qemu-system-x86 in $suite"
-    dir=$TESTBED_CACHE/qemu-$version-$(hash_of "$(cat "$TESTBED_DIR"/qemu.sh "$TESTBED_DIR"/qemu-program)")
-    if [[ ! -e $dir ]]; then
+    made_of="$version $(hash_of "$(cat "$TESTBED_DIR"/qemu.sh "$TESTBED_DIR"/qemu-program)")"
+    if [[ $(cat "$dir/made-of" 2>/dev/null) != "$made_of" ]]; then
         watched "fetching QEMU $version of $suite" "$work/fetch.log" fetched download_qemu "$work"
         watched "unpacking it" "$work/unpack.log" fetched unpack_qemu "$work" "$dir.new"
-        rm -rf "$work/cache/archives" "$work/tree"
+        echo "$made_of" >"$dir.new/made-of"
+        rm -rf "$work/cache/archives" "$work/tree" "$dir"
         mv "$dir.new" "$dir"
     fi
     drop_lock
