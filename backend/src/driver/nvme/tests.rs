@@ -5,4 +5,4 @@ mod faults;
 mod hostile;
 mod io;
 mod life;
-mod rig;
+pub(super) mod rig;

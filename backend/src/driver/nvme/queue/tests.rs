@@ -9,7 +9,7 @@ use zerocopy::FromZeros;
 
 use super::*;
 use crate::driver::Outcome;
-use crate::hardware::Registers;
+use crate::driver::nvme::tests::rig::Doorbell;
 use crate::sys::Window;
 
 const ID: u16 = 3;
@@ -17,38 +17,20 @@ const STRIDE: usize = 8;
 const TAIL: usize = 0x1000 + 6 * STRIDE;
 const HEAD: usize = TAIL + STRIDE;
 
-/// Registers that remember what was written, in order.
+/// What was written to the registers, in order.
 #[derive(Default)]
-struct Recorder(Mutex<Vec<(usize, u32)>>);
+struct Written(Mutex<Vec<(usize, u32)>>);
 
-impl Recorder {
+impl Written {
     fn take(&self) -> Vec<(usize, u32)> {
         std::mem::take(&mut self.0.lock().unwrap())
-    }
-}
-
-impl Registers for Recorder {
-    fn size(&self) -> usize {
-        0x2000
-    }
-    fn read32(&self, _: usize) -> u32 {
-        unreachable!("a queue reads no register")
-    }
-    fn read64(&self, _: usize) -> u64 {
-        unreachable!("a queue reads no register")
-    }
-    fn write32(&self, offset: usize, value: u32) {
-        self.0.lock().unwrap().push((offset, value));
-    }
-    fn write64(&self, _: usize, _: u64) {
-        unreachable!("doorbells have 32 bits")
     }
 }
 
 /// A queue and its other side.
 struct Bench {
     queue: IoQueue,
-    registers: Arc<Recorder>,
+    registers: Arc<Written>,
     memory: Window,
     depth: u16,
     /// Where the controller reads and writes next.
@@ -62,13 +44,15 @@ const LISTS: Iova = Iova(0x7000_0000);
 impl Bench {
     fn new(depth: u16) -> Self {
         let memory = Window::of(Arc::new(MmapRegion::new(memory_needed(depth)).unwrap()));
-        let registers = Arc::new(Recorder::default());
+        let registers = Arc::new(Written::default());
+        let note = Arc::clone(&registers);
+        let doorbell = Doorbell(move |offset, value| note.0.lock().unwrap().push((offset, value)));
         let queue = IoQueue::new(QueueSetup {
             name: "test".to_owned(),
             id: ID,
             depth,
             memory: Shared { window: memory.clone(), iova: LISTS, caches: None },
-            doorbells: Doorbells { registers: Arc::clone(&registers) as Arc<dyn Registers>, stride: STRIDE },
+            doorbells: Doorbells { registers: Arc::new(doorbell), stride: STRIDE },
             namespace: 5,
             limits: Limits { block: 512, transfer: 1 << 20 },
             sgl: None,

@@ -5,15 +5,15 @@ use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::rig::{Rig, small, wanted};
+use super::rig::{Doorbell, Rig, small, wanted};
 use crate::addr::{Iova, Span};
 use crate::driver::nvme::Nvme;
 use crate::driver::nvme::prp::Limits;
 use crate::driver::nvme::queue::{Doorbells, IoQueue, QueueSetup, Shared, completions_at, memory_needed};
 use crate::driver::nvme::sgl::Granularity;
 use crate::driver::{Blocks, Command, Driver, Outcome, Queue};
-use crate::emulated::{Machine, Options, SoftIommu};
-use crate::hardware::{DmaBuffer, Function, Registers};
+use crate::emulated::{Machine, Options};
+use crate::hardware::{DmaBuffer, Function};
 
 const DEPTH: u16 = 4;
 const TAIL: usize = 0x1008;
@@ -22,41 +22,13 @@ fn behind() -> Options {
     Options { no_snoop: true, snoop_enforced: false, ..small() }
 }
 
-/// Doorbells; at each ring of the submission queue's, all queue memory as the function finds it.
-struct Doorbell {
-    iommu: SoftIommu,
-    memory: Span<Iova>,
-    found: Mutex<Vec<Vec<u8>>>,
-}
-
-impl Registers for Doorbell {
-    fn size(&self) -> usize {
-        0x2000
-    }
-    fn read32(&self, _: usize) -> u32 {
-        unreachable!("a queue reads no register")
-    }
-    fn read64(&self, _: usize) -> u64 {
-        unreachable!("a queue reads no register")
-    }
-    fn write32(&self, offset: usize, _: u32) {
-        if offset == TAIL {
-            let mut bytes = vec![0; self.memory.len() as usize];
-            self.iommu.read(self.memory.start(), &mut bytes).unwrap();
-            self.found.lock().unwrap().push(bytes);
-        }
-    }
-    fn write64(&self, _: usize, _: u64) {
-        unreachable!("doorbells have 32 bits")
-    }
-}
-
 /// An I/O queue whose controller is the test.
 struct Bench {
     machine: Machine,
     memory: DmaBuffer,
     queue: IoQueue,
-    function: Arc<Doorbell>,
+    /// At each ring of the submission queue's doorbell, all queue memory as the function finds it.
+    found: Arc<Mutex<Vec<Vec<u8>>>>,
     completed: u16,
 }
 
@@ -65,27 +37,34 @@ impl Bench {
         let machine = Machine::new(behind()).unwrap();
         let space = machine.flushed_space();
         let memory = space.buffer(memory_needed(DEPTH)).unwrap();
-        let (iommu, found) = (machine.iommu().clone(), Mutex::default());
-        let function = Arc::new(Doorbell { iommu, memory: memory.span(), found });
+        let found = Arc::new(Mutex::new(Vec::new()));
+        let (iommu, queues, note) = (machine.iommu().clone(), memory.span(), Arc::clone(&found));
+        let doorbell = Doorbell(move |offset, _| {
+            if offset == TAIL {
+                let mut bytes = vec![0; queues.len() as usize];
+                iommu.read(queues.start(), &mut bytes).unwrap();
+                note.lock().unwrap().push(bytes);
+            }
+        });
         let queue = IoQueue::new(QueueSetup {
             name: "test".to_owned(),
             id: 1,
             depth: DEPTH,
             memory: Shared::of(&memory, space.caches()),
-            doorbells: Doorbells { registers: Arc::clone(&function) as Arc<dyn Registers>, stride: 4 },
+            doorbells: Doorbells { registers: Arc::new(doorbell), stride: 4 },
             namespace: 1,
             limits: Limits { block: 512, transfer: 1 << 20 },
             sgl,
             event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
             awaited: None,
         });
-        Self { machine, memory, queue, function, completed: 0 }
+        Self { machine, memory, queue, found, completed: 0 }
     }
 
     /// Rings, and gives what the function finds in queue memory at that moment.
     fn ring(&mut self) -> Vec<u8> {
         self.queue.ring();
-        self.function.found.lock().unwrap().pop().expect("a doorbell")
+        self.found.lock().unwrap().pop().expect("a doorbell")
     }
 
     /// What the controller would write for the command with this identifier.
