@@ -1,6 +1,8 @@
 //! The three ways to a socket: made at a path, inherited, passed by a service manager.
 
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 
 use testbed::client::{Client, Shape};
 use vmm_sys_util::tempdir::TempDir;
@@ -60,11 +62,27 @@ fn a_socket_passed_to_another_process_is_not_taken() {
 }
 
 #[test]
+fn of_several_passed_sockets_none_is_taken() {
+    for count in ["2", "0", "some"] {
+        let listener = UnixListener::bind(TempDir::new().unwrap().as_path().join("socket")).unwrap();
+        let variables = format!("LISTEN_FDS={count} LISTEN_PID=$$");
+        let ended = Process::inheriting(listener, &variables, &["--device", "emulated:size=1M"]).end();
+        assert_eq!(ended.status.code(), Some(1));
+        let said = format!("LISTEN_FDS={count}: exactly one socket is served; give the socket unit one ListenStream=");
+        assert!(ended.log.contains(&said), "{}", ended.log);
+    }
+}
+
+#[test]
 fn a_descriptor_that_is_not_open_or_no_socket_is_refused() {
     let closed = Process::run(&["--fd", "99", "--device", "emulated:size=1M"]);
     assert!(closed.log.contains("file descriptor 99 is no UNIX stream socket"), "{}", closed.log);
     let file = std::fs::File::open("/dev/null").unwrap();
-    let no_socket = Process::inheriting(file, "", &["--fd", "3", "--device", "emulated:size=1M"]).end();
-    assert!(no_socket.log.contains("file descriptor 3 is no UNIX stream socket"), "{}", no_socket.log);
-    assert_eq!((closed.status.code(), no_socket.status.code()), (Some(1), Some(1)));
+    let datagrams = UnixDatagram::unbound().unwrap();
+    let network = TcpListener::bind("127.0.0.1:0").unwrap();
+    for wrong in [OwnedFd::from(file), datagrams.into(), network.into()] {
+        let ended = Process::inheriting(wrong, "", &["--fd", "3", "--device", "emulated:size=1M"]).end();
+        assert!(ended.log.contains("file descriptor 3 is no UNIX stream socket"), "{}", ended.log);
+        assert_eq!((closed.status.code(), ended.status.code()), (Some(1), Some(1)));
+    }
 }
