@@ -25,7 +25,7 @@ nothing_left() {
 
 reset() {
     guest qmp system_reset
-    guest ready
+    guest ready --timeout 300
     reads_well
 }
 stopped_and_continued() {
