@@ -113,6 +113,12 @@ packages_missing() {
     contains 'missing Debian packages: its-package another; install them with: sudo apt-get install -y its-package another' \
         "$WORK/stderr"
 }
+no_qemu_there() {
+    local status=0
+    TESTBED_QEMU=$WORK scripts/testbed run -- true 2>"$WORK/stderr" || status=$?
+    equal 125 "$status" "exit status"
+    contains "TESTBED_QEMU=$WORK: no QEMU there" "$WORK/stderr"
+}
 
 claim "the NVMe function is bound to vfio-pci" bound_function
 claim "a command that hangs ends with status 124 and the console" hang
@@ -122,4 +128,5 @@ claim "a kernel of one's own is taken, and none is built" own_kernel
 claim "one that is not there is one line, and nothing is made" no_own_kernel
 claim "a plain user is told the one command that installs what is missing" packages_missing
 claim "the shell has a prompt" prompt
+claim "a TESTBED_QEMU without a QEMU is refused" no_qemu_there
 finished
