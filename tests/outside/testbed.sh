@@ -63,10 +63,10 @@ bound_function() {
 }
 hang() {
     local status=0
-    scripts/testbed run --timeout 20 -- sh -c 'echo last words >/dev/console; sleep 100' 2>"$WORK/stderr" || status=$?
+    scripts/testbed run --timeout 30 -- sh -c 'echo last words >/dev/console; sleep 100' 2>"$WORK/stderr" || status=$?
     equal 124 "$status" "exit status"
     contains 'last words' "$WORK/stderr"
-    contains 'did not end within 20 s' "$WORK/stderr"
+    contains 'did not end within 30 s' "$WORK/stderr"
 }
 panicked() {
     local status=0
