@@ -111,7 +111,7 @@ ALARM='ERROR.*guest memory is being discarded under the device'
 stressing() {
     guest exec -- "rm -f /tmp/stress.log /tmp/stressed /tmp/enough
         (stress /dev/vda --until /tmp/enough --seconds $* >/tmp/stress.log 2>&1; echo \$? >/tmp/stressed) >/dev/null 2>&1 &
-        until grep -qs '^ended=[1-9]' /tmp/stress.log; do [ ! -e /tmp/stressed ] || exit 1; sleep 0.2; done"
+        until grep -qs '^ended=[1-9]' /tmp/stress.log; do [ ! -e /tmp/stressed ] || { cat /tmp/stress.log; exit 1; }; sleep 0.2; done"
 }
 stress_enough() { guest exec -- '[ ! -e /tmp/stressed ] && : >/tmp/enough'; }
 stressed() {
@@ -152,8 +152,8 @@ stress_combination() {
     guest_start --queues 2 --smp 2 --mem 160M --add stress $packed $huge
     equal "pages $2" "$(grep 'region .* mapped in' "$BACKEND_LOG" | tail -n 1 | grep -o 'pages [0-9]*[KM]')" "what is mapped"
     equal "$3" "$(guest exec -- 'cat /sys/block/vda/queue/logical_block_size')" "bytes in a block"
-    stressing 4 --block "$3" --discard --seed "$(wc -l </run/killed)1"
-    stressed >/run/sums
+    stressing 10 --block "$3" --discard --seed "$(wc -l </run/killed)1"
+    stressed | tee /run/sums
     grep -qE '^reads=[1-9].* writes=[1-9].* zeroes=[1-9].* discards=[1-9].* flushes=[1-9].* wrong=0$' /run/sums
     killed_under_stress --block "$3" --discard
 }

@@ -9,16 +9,18 @@
 . /testbed/tests/lib.sh
 
 : >/run/killed
+own=$FUNCTION FUNCTION=0000:00:05.0
+bind_to_vfio "$FUNCTION"
+backend_start --queues 2 || exit
+remember_what_is_held
+claim "packed ring, pages of 2M, blocks of 4096: data verify, and a kill leaves nothing" stress_combination packed 2M 4096
+backend_stop
+FUNCTION=$own
+
 backend_start --queues 2 || exit
 remember_what_is_held
 claim "split ring, pages of 4K, blocks of 512: data verify, and a kill leaves nothing" stress_combination split 4K 512
 backend_stop
 claim "with 4 queues of 256 the backend needs at most 24 MiB beside the guest's memory" small_with_four_queues
 echo "# beside the guest's memory: $(cat /run/own) kB"
-
-FUNCTION=0000:00:05.0
-bind_to_vfio "$FUNCTION"
-backend_start --queues 2 || exit
-claim "packed ring, pages of 2M, blocks of 4096: data verify, and a kill leaves nothing" stress_combination packed 2M 4096
-backend_stop
 finished
