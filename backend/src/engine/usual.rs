@@ -16,7 +16,7 @@ use crate::addr::{Gpa, Iova, Span};
 /// Bytes of an indirect table of three descriptors.
 const TABLE: u32 = 48;
 
-/// A descriptor without what names others: address, length and flags, as one word (virtio 1.2 §2.7.5) or as read.
+/// What a descriptor says of its own buffer (virtio 1.2 §2.7.5, §2.8.13).
 #[derive(Clone, Copy)]
 pub struct Part {
     addr: u64,
@@ -69,7 +69,7 @@ fn halves(word: u64) -> (u32, [u16; 2]) {
     (low, high)
 }
 
-/// See the drawing of the module; nothing in it has been looked up.
+/// A request of this shape, as its descriptors claim it; nothing has been looked up.
 #[derive(Clone, Copy, Debug)]
 pub struct Usual {
     head: Head,
