@@ -203,19 +203,17 @@ impl CompletionRing {
         let at = usize::from(self.head);
         // The controller may have written behind a cached line; this process never writes it, so the flush only drops it.
         self.memory.flush(at * size_of::<CompletionEntry>(), size_of::<CompletionEntry>());
-        // Dwords 2 and 3 at once: the phase bit in the last is written last, and vouches for all. Acquire: what is read
-        // afterwards is as new.
-        let back = self.entries.second_acquire(at);
-        if (back >> 48 & 1 == 1) != self.phase {
+        // Dwords 2 and 3 at once and first: the phase bit in the last is written last, and vouches for all.
+        let entry = CompletionEntry::from_words(self.entries.read_acquire(at));
+        if (entry.status & 1 == 1) != self.phase {
             return None;
         }
-        let [front, _] = self.entries.read(at);
         self.head += 1;
         if self.head == self.size {
             self.head = 0;
             self.phase = !self.phase;
         }
-        Some(CompletionEntry::from_words([front, back]))
+        Some(entry)
     }
 
     /// Gives all taken entries back to the controller. Costs a register write, so it is done once per pass.

@@ -101,13 +101,17 @@ impl<O, W: Word, const N: usize> Rows<O, W, N> {
 }
 
 impl<O> Rows<O, u64, 2> {
-    /// The second word of an entry, with acquire ordering: later reads of this thread see at least what its writer had
-    /// written before it.
+    /// Reads an entry, its second word first and with acquire ordering: the first word, and what this thread reads later, is at
+    /// least as new as what its writer had written before the second.
     #[inline]
     #[must_use]
-    pub fn second_acquire(&self, index: usize) -> u64 {
+    pub fn read_acquire(&self, index: usize) -> [u64; 2] {
+        let row = self.row(index);
         // SAFETY: as for `read`; other writers of this word use atomic or device-sized stores.
-        u64::from_le(unsafe { AtomicU64::from_ptr(self.row(index).add(1).as_ptr()) }.load(Ordering::Acquire))
+        let second = unsafe { AtomicU64::from_ptr(row.add(1).as_ptr()) }.load(Ordering::Acquire);
+        // SAFETY: as for `read`.
+        let first = unsafe { row.read_volatile() };
+        [first.swap(), second.swap()]
     }
 
     /// Writes an entry, its second word last: after the first, and after all earlier writes of this thread.
@@ -116,7 +120,7 @@ impl<O> Rows<O, u64, 2> {
         let row = self.row(index);
         // SAFETY: as for `read`.
         unsafe { row.write_volatile(first.swap()) };
-        // SAFETY: as for `second_acquire`.
+        // SAFETY: as for `read_acquire`.
         unsafe { AtomicU64::from_ptr(row.add(1).as_ptr()) }.store(second.swap(), Ordering::Release);
     }
 }
@@ -160,7 +164,7 @@ mod tests {
         assert_eq!(rows.read(0), [0; 2]);
         assert_eq!(rows.read(1), [u64::MAX; 2]);
         assert_eq!(rows.read(2), [u64::MAX, 7]);
-        assert_eq!(rows.second_acquire(2), 7);
+        assert_eq!(rows.read_acquire(2), [u64::MAX, 7]);
         assert_eq!(rows.read(3), [0; 2]);
     }
 
