@@ -68,6 +68,29 @@ hang() {
     contains 'last words' "$WORK/stderr"
     contains 'did not end within 30 s' "$WORK/stderr"
 }
+# In front of the real QEMU, one that stands still at its first start.
+still_once() {
+    local real
+    real=$(command -v qemu-system-x86_64)
+    mkdir -p "$WORK/still"
+    cat >"$WORK/still/qemu-system-x86_64" <<END
+#!/bin/sh
+[ "\$1" = -name ] && mkdir "$WORK/started" 2>/dev/null && exec "$real" "\$@" -S
+exec "$real" "\$@"
+END
+    chmod +x "$WORK/still/qemu-system-x86_64"
+    PATH=$WORK/still:$PATH scripts/testbed run --boot-timeout 15 -- uname -s >"$WORK/stdout" 2>"$WORK/stderr"
+    equal Linux "$(cat "$WORK/stdout")" stdout
+    [[ -d $WORK/started ]]
+    contains 'the host has not come to the command; it is started anew' "$WORK/stderr"
+}
+still_always() {
+    local status=0
+    scripts/testbed run --boot-timeout 1 --qemu-arg -S -- uname -s >"$WORK/stdout" 2>"$WORK/stderr" || status=$?
+    equal 125 "$status" "exit status"
+    equal '' "$(cat "$WORK/stdout")" stdout
+    contains 'the host has not come to the command in three starts' "$WORK/stderr"
+}
 panicked() {
     local status=0
     scripts/testbed run --timeout 60 -- sh -c 'echo c >/proc/sysrq-trigger' 2>"$WORK/stderr" || status=$?
@@ -97,10 +120,12 @@ no_own_kernel() {
     equal "testbed: TESTBED_KERNEL=$WORK/none: no such file (wanted: a bzImage)" "$(cat "$WORK/stderr")" "message"
     [[ ! -e $WORK/none ]]
 }
-# Somebody who types the same line again and again: a shell that starts throws away what was typed before.
+# Somebody who waits for the prompt before typing: a shell that starts throws away what was typed before.
 prompt() {
-    while sleep 1 && echo 'echo "six times seven is $((6 * 7))"; poweroff -f' 2>/dev/null; do :; done |
-        timeout 120 scripts/testbed shell >"$WORK/stdout" 2>"$WORK/stderr"
+    {
+        within 100 grep -F '~ #' "$WORK/stdout" || exit
+        while echo 'echo "six times seven is $((6 * 7))"; poweroff -f' 2>/dev/null; do sleep 5; done
+    } | timeout 120 scripts/testbed shell >"$WORK/stdout" 2>"$WORK/stderr"
     contains 'six times seven is 42' "$WORK/stdout"
 }
 # A plain user may not be able to read this checkout.
@@ -122,6 +147,8 @@ no_qemu_there() {
 
 claim "the NVMe function is bound to vfio-pci" bound_function
 claim "a command that hangs ends with status 124 and the console" hang
+claim "a host that stands still at boot is started anew, and the command runs once" still_once
+claim "one that does so each time is given up after three starts, with status 125" still_always
 claim "a kernel panic ends with status 125 and the console" panicked
 claim "an unknown profile is refused with the list of profiles" refused
 claim "a kernel of one's own is taken, and none is built" own_kernel

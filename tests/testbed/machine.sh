@@ -93,7 +93,7 @@ machine_arguments() {
         -name testbed -machine "$PROFILE_MACHINE" -accel tcg,thread=multi -cpu max,erms=off,fsrm=off,la57=off
         -smp "$OPT_SMP" -m "$OPT_MEM" -nodefaults -no-user-config -display none -no-reboot
         -kernel "$(kernel_image)" -initrd "$work/initrd"
-        -append "console=ttyS0 quiet panic=-1 oops=panic no_timer_check random.trust_cpu=on $PROFILE_KERNEL $OPT_KERNEL"
+        -append "console=ttyS0 panic=-1 oops=panic no_timer_check random.trust_cpu=on $PROFILE_KERNEL $OPT_KERNEL"
         -serial "file:$work/console.log"
         "${PROFILE_DEVICES[@]}"
         -drive "if=none,id=drive,format=raw,cache=unsafe,discard=unmap,file=$OPT_DRIVE${OPT_IOPS:+,throttling.iops-total=$OPT_IOPS}"
