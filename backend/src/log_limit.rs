@@ -8,14 +8,20 @@ const BURST: u32 = 8;
 const INTERVAL: Duration = Duration::from_secs(10);
 
 /// Counts lines; consulted on error paths only.
-#[derive(Default)]
 pub(crate) struct LogLimit {
+    /// `module_path!()` of the owner.
+    target: &'static str,
     since: Option<Instant>,
     lines: u32,
     left_out: u32,
 }
 
 impl LogLimit {
+    /// For lines of the module `target`, for which alone `RUST_LOG` may ask.
+    pub(crate) const fn of(target: &'static str) -> Self {
+        Self { target, since: None, lines: 0, left_out: 0 }
+    }
+
     /// Writes the line, a warning, unless too many came before it within the interval.
     pub(crate) fn warn(&mut self, line: impl FnOnce() -> String) {
         self.log(log::Level::Warn, line);
@@ -29,9 +35,9 @@ impl LogLimit {
     fn log(&mut self, level: log::Level, line: impl FnOnce() -> String) {
         if let Some(left_out) = self.admit(Instant::now()) {
             if left_out != 0 {
-                log::log!(level, "({left_out} similar lines left out)");
+                log::log!(target: self.target, level, "({left_out} similar lines left out)");
             }
-            log::log!(level, "{}", line());
+            log::log!(target: self.target, level, "{}", line());
         }
     }
 
@@ -56,7 +62,7 @@ mod tests {
 
     #[test]
     fn a_flood_is_cut_and_counted() {
-        let mut limit = LogLimit::default();
+        let mut limit = LogLimit::of(module_path!());
         let start = Instant::now();
 
         let written = (0..100).filter(|_| limit.admit(start).is_some()).count();

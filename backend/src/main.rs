@@ -77,12 +77,14 @@ fn run(config: &Config) -> Result<()> {
     let stop = signal_fd(&[libc::SIGTERM, libc::SIGINT]).context("catch SIGTERM and SIGINT")?;
     let listen = listen(config)?;
     let Some(device) = &config.device else { bail!("no device; give --device DOMAIN:BUS:DEVICE.FUNCTION") };
-    let machine = match device {
+    let options = match device {
         DeviceArg::Pci(_) => None,
-        DeviceArg::Emulated(options) => Some(Machine::new(options.parse()?)?),
+        DeviceArg::Emulated(options) => Some(options.parse()?),
     };
-    // Before a real device is touched: a mistake in the path should not cost a controller reset.
+    // Before a real device is touched, or a file made: a mistake in the path should not cost a controller reset.
     let entrance = listen.open()?;
+    let machine = options.map(Machine::new).transpose()?;
+    log::info!("{entrance}");
     let Hardware { function, source, space, facts, file } = match (device, machine) {
         (_, Some(machine)) => emulate(&machine, config.no_snoop.into())?,
         (DeviceArg::Pci(address), None) => take(*address, config.no_snoop.into())?,

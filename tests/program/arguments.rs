@@ -110,14 +110,21 @@ fn a_file_in_use_is_not_shared() {
 }
 
 #[test]
-fn a_socket_in_use_names_its_holder() {
+fn a_socket_in_use_names_its_holder_and_no_disk_is_made() {
     let first = Process::serve("size=1M");
     let path = first.path("socket");
 
-    let ended = Process::run(&["--socket-path", path.to_str().unwrap(), "--device", "emulated:size=1M"]);
+    let mut second = Process::start(&[
+        "--socket-path",
+        path.to_str().unwrap(),
+        "--device",
+        "emulated:size=1M,file=DIR/disk,create=on",
+    ]);
+    let ended = second.end();
 
     assert_eq!(ended.status.code(), Some(1));
     assert!(ended.log.contains("is in use by"), "{}", ended.log);
+    assert!(!second.path("disk").exists());
 }
 
 #[test]

@@ -270,7 +270,11 @@ impl AddressSpace for LiveSpace {
     }
 
     fn part(&self) {
-        *self.0.parted() = self.0.iommufd.iova_ranges(&self.0.ioas).ok();
+        let ranges = self.0.iommufd.iova_ranges(&self.0.ioas).unwrap_or_else(|error| {
+            log::error!("IOMMU_IOAS_IOVA_RANGES: {error}; while the device is away no memory can be mapped");
+            Vec::new()
+        });
+        *self.0.parted() = Some(ranges);
         if let Some(staging) = &self.0.staging {
             let exposed = staging.exposed();
             staging.flush_all(&exposed);

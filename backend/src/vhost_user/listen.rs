@@ -4,6 +4,7 @@
 //! at the end only the file that we made ourselves.
 
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -29,7 +30,7 @@ pub enum Listen {
     Fd(OwnedFd),
 }
 
-/// An open [`Listen`]. Dropping it closes the socket and removes the file made for it.
+/// An open [`Listen`], named as it prints. Dropping it closes the socket and removes the file made for it.
 pub struct Entrance(pub(super) Socket);
 
 pub(super) enum Socket {
@@ -40,6 +41,7 @@ pub(super) enum Socket {
 /// A listening socket, and the file it has at its path if that is ours.
 pub(super) struct Listener {
     pub(super) socket: UnixListener,
+    name: String,
     _file: Option<SocketFile>,
 }
 
@@ -89,6 +91,15 @@ impl Listen {
     }
 }
 
+impl fmt::Display for Entrance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Socket::Listening(listener) => f.write_str(&listener.name),
+            Socket::Connected(_) => f.write_str("one front-end, by the socket that was passed"),
+        }
+    }
+}
+
 /// Tells a listening socket from a connected one.
 fn adopt(fd: OwnedFd) -> Result<Entrance, Error> {
     let number = fd.as_raw_fd();
@@ -104,8 +115,11 @@ fn adopt(fd: OwnedFd) -> Result<Entrance, Error> {
     }
     let socket = UnixListener::from(fd);
     socket.set_nonblocking(true).map_err(Error::system("set O_NONBLOCK"))?;
-    log::info!("listening on inherited socket {number}");
-    Ok(Entrance(Socket::Listening(Listener { socket, _file: None })))
+    Ok(Entrance(Socket::Listening(Listener {
+        socket,
+        name: format!("listening on inherited socket {number}"),
+        _file: None,
+    })))
 }
 
 impl Listener {
@@ -123,8 +137,8 @@ impl Listener {
         socket.set_nonblocking(true).map_err(step(&path, "set O_NONBLOCK"))?;
         let file = fs::symlink_metadata(&path).map_err(step(&path, "stat"))?;
         let (mode, uid) = (file.permissions().mode() & 0o777, file.uid());
-        log::info!("listening on {} (mode {mode:03o}, uid {uid})", path.display());
-        Ok(Self { socket, _file: Some(SocketFile { path, identity: (file.dev(), file.ino()) }) })
+        let name = format!("listening on {} (mode {mode:03o}, uid {uid})", path.display());
+        Ok(Self { socket, name, _file: Some(SocketFile { path, identity: (file.dev(), file.ino()) }) })
     }
 
     /// The next front-end, if one waits.

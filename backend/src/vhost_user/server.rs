@@ -98,8 +98,14 @@ impl Server {
         poller.add(&*self.notice, NOTICE).map_err(Error::system("epoll_ctl"))?;
         poller.add(self.device.engine.released(), RELEASED).map_err(Error::system("epoll_ctl"))?;
         let (device, notice) = (&self.device, &*self.notice);
-        let mut serving =
-            Serving { device, notice, poller, connection: None, pending: false, newcomers: LogLimit::default() };
+        let mut serving = Serving {
+            device,
+            notice,
+            poller,
+            connection: None,
+            pending: false,
+            newcomers: LogLimit::of(module_path!()),
+        };
         match &self.entrance.0 {
             Socket::Listening(listener) => {
                 serving.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;

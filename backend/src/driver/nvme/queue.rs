@@ -143,7 +143,7 @@ impl IoQueue {
             sgl,
             event,
             awaited,
-            complaints: LogLimit::default(),
+            complaints: LogLimit::of(module_path!()),
             beats: 0,
         }
     }
