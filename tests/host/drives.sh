@@ -1,8 +1,9 @@
 #!/bin/sh
 # profiles: vtd
 # minutes: 1
-# options: --nvme logical_block_size=4096,physical_block_size=4096,mdts=3
-# A drive with blocks of 4096 bytes that takes 32 KiB at a time, served for writing and for reading only.
+# options: --nvme logical_block_size=4096,physical_block_size=4096,mdts=3 --qemu-arg -blockdev --qemu-arg driver=null-co,size=67108864,node-name=second --qemu-arg -device --qemu-arg nvme-ns,drive=second,nsid=2
+# A drive with blocks of 4096 bytes that takes 32 KiB at a time, served for writing and for reading only; and its second
+# namespace, of 64 MiB.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
@@ -22,20 +23,33 @@ read_only() {
     sum=$(guest exec -- 'dd if=/dev/vda bs=64k count=64 iflag=direct 2>/dev/null | sha256sum')
     guest stop
     backend_stop
-    backend_start --read-only
+    backend_start --read-only --namespace 1
     guest_start
     guest exec -- "
         [ \"\$(cat /sys/block/vda/ro)\" = 1 ] || exit 11
         ! dd if=/dev/zero of=/dev/vda bs=64k count=1 oflag=direct 2>/dev/null || exit 12
         [ \"\$(dd if=/dev/vda bs=64k count=64 iflag=direct 2>/dev/null | sha256sum)\" = '$sum' ] || exit 13"
 }
+none_chosen() {
+    guest stop
+    backend_stop
+    timeout 30 vhost-device-vfio --socket-path "$SOCKET" --device "$FUNCTION" 2>/run/said && return 1
+    contains 'has several namespaces: 1, 2; choose one with --namespace' /run/said
+}
+second() {
+    backend_start --namespace 2
+    guest_start
+    guest exec -- '[ "$(cat /sys/block/vda/size)" = 131072 ] && dd if=/dev/vda of=/dev/null bs=1M iflag=direct 2>/dev/null'
+}
 
-backend_start --queues 2 || exit
+backend_start --queues 2 --namespace 1 || exit
 guest_start || exit
 claim "blocks of 4096 bytes reach the guest" blocks_of_4096
 claim "requests larger than the drive takes are split, and data verify" split
 claim "packed rings carry the same, and data verify" packed
 claim "a read-only disk refuses writes and keeps its bytes" read_only
+claim "of two namespaces one must be chosen: those that are" none_chosen
+claim "the second namespace is served with its own size" second
 guest stop
 backend_stop
 finished

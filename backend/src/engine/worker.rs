@@ -126,7 +126,8 @@ impl Worker {
         }
     }
 
-    /// Once round: completions, new requests, doorbell, used rings. True if there was anything to do.
+    /// Once round: new requests, doorbell, completions, used rings; so nothing is between the end of a request and the used ring.
+    /// True if there was anything to do.
     #[inline]
     fn pass(&mut self) -> bool {
         let path = &mut self.path;
@@ -134,14 +135,14 @@ impl Worker {
         match &mut self.device {
             Device::Live(queue) => {
                 let queue = &mut **queue;
-                if path.reap(queue) {
-                    self.stale = true;
-                    busy = true;
-                }
                 if !self.resting && path.submit(queue) {
                     // Entries and data lie in memory, the device does not know yet: what it must see is made visible here.
                     queue.ring();
                     path.counters.doorbells.add(1);
+                    busy = true;
+                }
+                if path.reap(queue) {
+                    self.stale = true;
                     busy = true;
                 }
             }

@@ -108,6 +108,12 @@ pub enum Cause {
         /// Those that exist, for the message.
         existing: String,
     },
+    /// None was asked for, and there is more than one.
+    #[error("has several namespaces: {existing}; choose one with --namespace")]
+    SeveralNamespaces {
+        /// Those that exist, for the message.
+        existing: String,
+    },
     /// There is no active namespace at all.
     #[error("has no active namespace; create and attach one (nvme create-ns, nvme attach-ns)")]
     Empty,

@@ -201,15 +201,14 @@ pub(super) fn active_namespaces(list: &[u8; 4096]) -> Vec<u32> {
         .collect()
 }
 
-/// Picks the namespace asked for, else the first.
+/// Picks the namespace asked for, else the only one.
 pub(super) fn choose(wanted: Option<u32>, active: &[u32]) -> Result<u32, Cause> {
-    let Some(&first) = active.first() else {
-        return Err(Cause::Empty);
-    };
-    match wanted {
-        None => Ok(first),
-        Some(id) if active.contains(&id) => Ok(id),
-        Some(wanted) => Err(Cause::NoNamespace { wanted, existing: listed(active) }),
+    match (wanted, active) {
+        (_, []) => Err(Cause::Empty),
+        (None, &[only]) => Ok(only),
+        (None, several) => Err(Cause::SeveralNamespaces { existing: listed(several) }),
+        (Some(id), active) if active.contains(&id) => Ok(id),
+        (Some(wanted), active) => Err(Cause::NoNamespace { wanted, existing: listed(active) }),
     }
 }
 

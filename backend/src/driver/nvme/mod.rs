@@ -47,7 +47,7 @@ const RUNNING_LIMIT: Duration = Duration::from_secs(5);
 /// What the operator decides.
 #[derive(Clone, Debug)]
 pub struct NvmeOptions {
-    /// Which namespace to serve; `None`: the first active one.
+    /// Which namespace to serve; `None`: the only one.
     pub namespace: Option<u32>,
     /// I/O queues wanted, at least one; fewer are made when the function has fewer vectors or the controller grants fewer.
     pub queues: u16,
@@ -171,7 +171,8 @@ impl Nvme {
         }
         let controller = self.controller.as_mut().expect("there now");
         controller.stop()?;
-        let options = NvmeOptions { queues: self.queue_count, ..self.options.clone() };
+        // The same namespace, whichever others there are by now.
+        let options = NvmeOptions { namespace: Some(self.namespace), queues: self.queue_count, ..self.options.clone() };
         let up = bring_up::bring_up(controller, &options, self.notice.as_fd())?;
         self.check_unchanged(&up)?;
         self.install(up);

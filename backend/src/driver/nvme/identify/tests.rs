@@ -124,9 +124,11 @@ fn the_active_list_ends_where_it_stops_increasing() {
 
 #[test]
 fn a_missing_namespace_is_answered_with_those_that_exist() {
-    assert_eq!(choose(None, &[3, 5]).unwrap(), 3);
+    assert_eq!(choose(None, &[5]).unwrap(), 5);
     assert_eq!(choose(Some(5), &[3, 5]).unwrap(), 5);
     assert_eq!(choose(Some(4), &[3, 5]).unwrap_err().to_string(), "has no active namespace 4; it has: 3, 5");
+    let unchosen = choose(None, &[3, 5]).unwrap_err().to_string();
+    assert_eq!(unchosen, "has several namespaces: 3, 5; choose one with --namespace");
     assert!(matches!(choose(None, &[]), Err(Cause::Empty)));
     let many: Vec<u32> = (1..=1024).collect();
     assert!(listed(&many).ends_with("16, … (1024 in all)"));
