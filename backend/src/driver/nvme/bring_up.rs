@@ -34,8 +34,8 @@ pub(super) struct Up {
     pub(super) queues: Vec<IoQueue>,
     pub(super) shutdown_limit: Duration,
     pub(super) identity: Identity,
-    /// Which namespace is served.
-    pub(super) namespace: u32,
+    /// The one that is served.
+    pub(super) namespace: Namespace,
 }
 
 /// Brings `controller` up; `notice` will be signalled for the admin queue. On error the caller stops it.
@@ -106,7 +106,7 @@ pub(super) fn bring_up(
         listen(controller, &mut admin)?;
     }
     let shutdown_limit = identity.shutdown_limit;
-    Ok(Up { admin, geometry, queues, shutdown_limit, identity, namespace: namespace.id })
+    Ok(Up { admin, geometry, queues, shutdown_limit, identity, namespace })
 }
 
 /// Asks to be told when the namespace changes. A controller that offers it and then refuses is served all the same.

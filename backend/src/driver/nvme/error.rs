@@ -129,8 +129,8 @@ pub enum Cause {
         /// Metadata bytes per block.
         metadata: u16,
     },
-    /// After a reset the namespace is not what it was.
-    #[error("came back changed: {0}")]
+    /// The disk is another than the one that the guest has.
+    #[error("is no longer what it was: {0}")]
     Changed(
         /// What is different.
         String,

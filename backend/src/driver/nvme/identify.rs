@@ -136,6 +136,8 @@ pub(super) fn printable(text: &[u8]) -> String {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Namespace {
     pub(super) id: u32,
+    /// NGUID and EUI64, each zero where it has none: no other namespace has the same, whatever its number.
+    pub(super) unique: ([u8; 16], [u8; 8]),
     /// NSZE, logical blocks.
     pub(super) blocks: u64,
     /// Bytes of a logical block.
@@ -174,7 +176,24 @@ impl Namespace {
         let physical_block_size = physical_block(data, identity, block_size);
         let write_protected = data.nsattr & 1 == 1;
         let zeroes_deallocate = data.dlfeat & 0b1111 == 0b1001;
-        Ok(Some(Self { id, blocks: data.nsze, block_size, physical_block_size, write_protected, zeroes_deallocate }))
+        Ok(Some(Self {
+            id,
+            unique: (data.nguid, data.eui64),
+            blocks: data.nsze,
+            block_size,
+            physical_block_size,
+            write_protected,
+            zeroes_deallocate,
+        }))
+    }
+
+    /// How it has become another one than `before`, if it has. It may have another size.
+    pub(super) fn change(&self, before: &Self) -> Option<String> {
+        if self.unique != before.unique {
+            return Some(format!("namespace {} is another one (NGUID, EUI64)", self.id));
+        }
+        let (now, before) = (self.block_size, before.block_size);
+        (now != before).then(|| format!("namespace {} has blocks of {now} instead of {before}", self.id))
     }
 }
 

@@ -32,7 +32,7 @@ use self::admin::{AdminCommand, AdminQueue};
 use self::bring_up::Up;
 use self::controller::Controller;
 pub use self::error::{Cause, NvmeError};
-use self::identify::Identity;
+use self::identify::{Identity, Namespace};
 pub use self::status::Status;
 use super::{CommandId, Driver, Geometry, Queue};
 use crate::hardware::{AddressSpace, Function};
@@ -69,9 +69,9 @@ pub struct Nvme {
     removal: OwnedFd,
     /// Signalled by the controller for its admin queue.
     notice: OwnedFd,
-    /// What the controller said of itself, and which namespace is served.
+    /// What the controller said of itself, and the namespace that is served.
     identity: Identity,
-    namespace: u32,
+    namespace: Namespace,
     options: NvmeOptions,
     geometry: Geometry,
     /// `None` while the controller is stopped.
@@ -115,7 +115,7 @@ impl Nvme {
             removal,
             notice,
             identity: up.identity.clone(),
-            namespace: up.namespace,
+            namespace: up.namespace.clone(),
             options,
             geometry,
             admin: None,
@@ -148,7 +148,11 @@ impl Nvme {
     /// What the controller was brought up for must still be there: a guest cannot be given another disk. It may have grown or
     /// shrunk.
     fn check_unchanged(&self, up: &Up) -> Result<(), Cause> {
-        if let Some(change) = change(&self.geometry, &up.geometry) {
+        let (before, now) = (&self.geometry.serial, &up.geometry.serial);
+        if before != now {
+            return Err(Cause::Changed(format!("serial {now} instead of {before}")));
+        }
+        if let Some(change) = up.namespace.change(&self.namespace) {
             return Err(Cause::Changed(change));
         }
         if up.queues.len() < usize::from(self.queue_count) {
@@ -172,7 +176,8 @@ impl Nvme {
         let controller = self.controller.as_mut().expect("there now");
         controller.stop()?;
         // The same namespace, whichever others there are by now.
-        let options = NvmeOptions { namespace: Some(self.namespace), queues: self.queue_count, ..self.options.clone() };
+        let options =
+            NvmeOptions { namespace: Some(self.namespace.id), queues: self.queue_count, ..self.options.clone() };
         let up = bring_up::bring_up(controller, &options, self.notice.as_fd())?;
         self.check_unchanged(&up)?;
         self.install(up);
@@ -180,17 +185,18 @@ impl Nvme {
         self.write_cache.map_or(Ok(()), |on| self.switch_write_cache(on))
     }
 
-    /// Looks at the namespace again.
+    /// Looks at the namespace again. One that has become another is not served: the controller is to be reset, and does not come
+    /// back until it is the former.
     fn measure(&mut self) -> Result<(), Cause> {
         let (Some(admin), Some(controller)) = (&mut self.admin, &self.controller) else { return Err(Cause::Stopped) };
-        let namespace = bring_up::identify_namespace(controller, admin, &self.identity, self.namespace)?;
+        let namespace = bring_up::identify_namespace(controller, admin, &self.identity, self.namespace.id)?;
         match namespace {
-            Some(namespace) if namespace.block_size == self.geometry.block_size => {
-                self.geometry.blocks = namespace.blocks;
-            }
+            Some(namespace) => match namespace.change(&self.namespace) {
+                Some(change) => return Err(Cause::Changed(change)),
+                None => self.geometry.blocks = namespace.blocks,
+            },
             // Commands to it fail from now on, each by itself.
-            Some(namespace) => log::error!("{}: has now blocks of {}", self.name, namespace.block_size),
-            None => log::error!("{}: namespace {} is no longer active", self.name, self.namespace),
+            None => log::error!("{}: namespace {} is no longer active", self.name, self.namespace.id),
         }
         Ok(())
     }
@@ -257,13 +263,6 @@ fn open(function: Arc<dyn Function>, space: &Arc<dyn AddressSpace>, removal: &Ow
         log::warn!("{}: cannot hear that the host wants it back: {error}", function.name());
     }
     Controller::open(function, Arc::clone(space))
-}
-
-/// How the disk has become another one, if it has.
-fn change(before: &Geometry, after: &Geometry) -> Option<String> {
-    let identity = |geometry: &Geometry| (geometry.block_size, geometry.serial.clone());
-    let describe = |geometry: &Geometry| format!("blocks of {} (serial {})", geometry.block_size, geometry.serial);
-    (identity(before) != identity(after)).then(|| format!("{} instead of {}", describe(after), describe(before)))
 }
 
 impl Driver for Nvme {

@@ -231,7 +231,9 @@ pub(super) struct IdentifyNamespace {
     pub(super) npwg: u16,
     pub(super) reserved_66: [u8; 33],
     pub(super) nsattr: u8,
-    pub(super) reserved_100: [u8; 28],
+    pub(super) reserved_100: [u8; 4],
+    pub(super) nguid: [u8; 16],
+    pub(super) eui64: [u8; 8],
     pub(super) lbaf: [LbaFormat; 64],
     pub(super) reserved_384: [u8; 3712],
 }
@@ -262,6 +264,7 @@ const _: () = {
     assert!(offset_of!(IdentifyNvmController, dmsl) == 8);
 
     assert!(size_of::<IdentifyNamespace>() == 4096);
+    assert!(offset_of!(IdentifyNamespace, nguid) == 104);
     assert!(offset_of!(IdentifyNamespace, dlfeat) == 33);
     assert!(offset_of!(IdentifyNamespace, flbas) == 26);
     assert!(offset_of!(IdentifyNamespace, nawupf) == 36);

@@ -243,6 +243,20 @@ fn a_disk_that_gets_another_size_is_followed_and_somebody_is_told() {
 }
 
 #[test]
+fn a_namespace_replaced_under_its_number_fails_requests_until_it_is_back() {
+    let drive = drive(1);
+    let mut driver = drive.driver(0, Shape::default());
+    assert_eq!(read(&mut driver), 0);
+    drive.machine.inject(Fault::Identify { cns: 0, offset: 104, bytes: vec![1; 16] });
+
+    drive.machine.resize(8 << 20).unwrap(); // for its notice
+
+    until("it is found to be another", || read(&mut driver) == 1);
+    drive.machine.heal();
+    until("the former is served again", || read(&mut driver) == 0);
+}
+
+#[test]
 fn a_disk_that_comes_out_of_a_reset_with_another_size_is_followed() {
     let drive = drive(1);
     let mut driver = drive.driver(0, Shape::default());

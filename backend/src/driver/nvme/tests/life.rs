@@ -3,8 +3,8 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use super::rig::{Rig, collect, run, small, span, wanted};
-use crate::driver::nvme::{Cause, NvmeOptions, change};
-use crate::driver::{Command, Driver, Geometry, Outcome};
+use crate::driver::nvme::{Cause, NvmeOptions};
+use crate::driver::{Command, Driver, Outcome};
 use crate::emulated::{Commands, Effect, Fault, Mode, Options, Status};
 
 const ONE_BLOCK: Command = Command::Read { block: 0, count: 1 };
@@ -122,21 +122,44 @@ fn recovery_with_fewer_queues_is_none() {
 
     let error = nvme.recover().err().unwrap();
 
-    assert_eq!(error.to_string(), "0000:00:04.0: came back changed: 1 queues instead of 3");
+    assert_eq!(error.to_string(), "0000:00:04.0: is no longer what it was: 1 queues instead of 3");
     rig.assert_stopped();
 }
 
 #[test]
-fn another_disk_is_recognised() {
+fn another_disk_is_not_served_in_place_of_the_former() {
+    // Identify Controller: the serial number. Identify Namespace: LBADS of the first format, NGUID, EUI64.
+    let cases: [(u8, usize, &[u8], &str); 4] = [
+        (1, 4, b"OTHER     ", "serial OTHER instead of EMULATED-0"),
+        (0, 130, &[12], "namespace 1 has blocks of 4096 instead of 512"),
+        (0, 104, &[1], "namespace 1 is another one (NGUID, EUI64)"),
+        (0, 127, &[7], "namespace 1 is another one (NGUID, EUI64)"),
+    ];
+    for (cns, offset, bytes, change) in cases {
+        let rig = Rig::new(small());
+        let (mut nvme, queues) = rig.up(1);
+        drop(queues);
+        rig.machine.inject(Fault::Identify { cns, offset, bytes: bytes.to_vec() });
+
+        let error = nvme.recover().err().unwrap();
+
+        assert_eq!(error.to_string(), format!("0000:00:04.0: is no longer what it was: {change}"));
+        rig.assert_stopped();
+        rig.machine.heal();
+        assert!(nvme.recover().is_ok(), "the former is served again");
+    }
+}
+
+#[test]
+fn a_disk_that_shrinks_is_still_the_same() {
     let rig = Rig::new(small());
-    let nvme = rig.bring_up(wanted(1)).unwrap();
-    let before = nvme.geometry();
-    assert_eq!(change(before, &Geometry { volatile_cache: false, ..before.clone() }), None);
-    assert_eq!(change(before, &Geometry { blocks: 5, ..before.clone() }), None, "it may shrink");
-    let after = Geometry { serial: "other".to_owned(), ..before.clone() };
-    let expected = "blocks of 512 (serial other) instead of blocks of 512 (serial EMULATED-0)";
-    assert_eq!(change(before, &after).as_deref(), Some(expected));
-    assert!(change(before, &Geometry { block_size: 4096, ..before.clone() }).is_some());
+    let (mut nvme, queues) = rig.up(1);
+    drop(queues);
+    rig.machine.inject(Fault::Identify { cns: 0, offset: 0, bytes: 5_u64.to_le_bytes().to_vec() });
+
+    assert!(nvme.recover().is_ok());
+
+    assert_eq!(nvme.geometry().blocks, 5);
 }
 
 #[test]
