@@ -122,6 +122,7 @@ no_own_kernel() {
 }
 # Somebody who waits for the prompt before typing: a shell that starts throws away what was typed before.
 prompt() {
+    # shellcheck disable=SC2094 # what is written is waited for
     {
         within 100 grep -F '~ #' "$WORK/stdout" || exit
         while echo 'echo "six times seven is $((6 * 7))"; poweroff -f' 2>/dev/null; do sleep 5; done
