@@ -166,6 +166,8 @@ memory_of_its_own() {
     awk -v "sum=$1" '/^Rss(Anon|File):/ { sum += $2 } END { print sum }' "/proc/$(cat "$BACKEND_PID")/status"
 }
 small_with_four_queues() {
+    guest kill 2>/dev/null || true # one that has failed
+    backend_stop 2>/dev/null || true
     backend_start --queues 4
     buffers=$(pinned)
     guest_start --queues 4 --smp 4 --mem 160M --hugepages --blk queue-size=256 --add stress

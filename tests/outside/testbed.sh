@@ -63,10 +63,10 @@ bound_function() {
 }
 hang() {
     local status=0
-    scripts/testbed run --timeout 30 -- sh -c 'echo last words >/dev/console; sleep 100' 2>"$WORK/stderr" || status=$?
+    scripts/testbed run --timeout 60 -- sh -c 'echo last words >/dev/console; sleep 100' 2>"$WORK/stderr" || status=$?
     equal 124 "$status" "exit status"
     contains 'last words' "$WORK/stderr"
-    contains 'did not end within 30 s' "$WORK/stderr"
+    contains 'did not end within 60 s' "$WORK/stderr"
 }
 # In front of the real QEMU, one that stands still at its first start.
 still_once() {
@@ -79,17 +79,28 @@ still_once() {
 exec "$real" "\$@"
 END
     chmod +x "$WORK/still/qemu-system-x86_64"
-    PATH=$WORK/still:$PATH scripts/testbed run --boot-timeout 15 -- uname -s >"$WORK/stdout" 2>"$WORK/stderr"
+    PATH=$WORK/still:$PATH scripts/testbed run --still-timeout 30 -- uname -s >"$WORK/stdout" 2>"$WORK/stderr"
     equal Linux "$(cat "$WORK/stdout")" stdout
     [[ -d $WORK/started ]]
     contains 'the host has not come to the command; it is started anew' "$WORK/stderr"
 }
 still_always() {
     local status=0
-    scripts/testbed run --boot-timeout 1 --qemu-arg -S -- uname -s >"$WORK/stdout" 2>"$WORK/stderr" || status=$?
+    scripts/testbed run --still-timeout 1 --qemu-arg -S -- uname -s >"$WORK/stdout" 2>"$WORK/stderr" || status=$?
     equal 125 "$status" "exit status"
     equal '' "$(cat "$WORK/stdout")" stdout
     contains 'the host has not come to the command in three starts' "$WORK/stderr"
+}
+# Its processors are stopped under it, from outside.
+still_later() {
+    local status=0
+    (
+        within 150 grep -qs begun "$WORK/stdout"
+        pkill -STOP -f "^qemu-system-x86_64 .*$WORK/testbed"
+    ) &
+    scripts/testbed run --still-timeout 30 -- sh -c 'echo begun; sleep 300' >"$WORK/stdout" 2>"$WORK/stderr" || status=$?
+    equal 125 "$status" "exit status"
+    contains 'the host stands still (no sign of life for 30 s)' "$WORK/stderr"
 }
 panicked() {
     local status=0
@@ -150,6 +161,7 @@ claim "the NVMe function is bound to vfio-pci" bound_function
 claim "a command that hangs ends with status 124 and the console" hang
 claim "a host that stands still at boot is started anew, and the command runs once" still_once
 claim "one that does so each time is given up after three starts, with status 125" still_always
+claim "one that stands still under the command is an error, with status 125" still_later
 claim "a kernel panic ends with status 125 and the console" panicked
 claim "an unknown profile is refused with the list of profiles" refused
 claim "a kernel of one's own is taken, and none is built" own_kernel

@@ -178,7 +178,8 @@ fn report(progress: &Progress, wanted: &Wanted) -> Result<(), Error> {
 /// One thread: requests on its part, and at the end a look at all of it.
 fn exercise(mut part: Part, progress: &Progress) -> Result<[u64; 5], Error> {
     let mut counts = [0; 5];
-    while !progress.stop.load(Relaxed) {
+    // At least one, for the time may be over before a thread has had a processor.
+    while counts == [0; 5] || !progress.stop.load(Relaxed) {
         let kind = match part.random(1000) {
             _ if part.discards() && counts == [0; 5] => part.discard().map(|()| 3),
             0..450 => part.read().map(|()| 0),

@@ -101,6 +101,8 @@ machine_arguments() {
         -device virtio-serial-pci,id=ports,addr=10
         -chardev "file,id=status,path=$work/status"
         -device virtserialport,bus=ports.0,chardev=status,name=status
+        -chardev "file,id=alive,path=$work/alive"
+        -device virtserialport,bus=ports.0,chardev=alive,name=alive
     )
     if [[ -n $OPT_OUT ]]; then
         QEMU_ARGUMENTS+=(-fsdev "local,id=out,path=$OPT_OUT,security_model=none"
