@@ -56,6 +56,13 @@ impl Bench {
         self.data.window().copy_from(0, &[value; 512]);
     }
 
+    /// Puts `value` into the medium as a careful host does.
+    fn store(&mut self, value: u8) {
+        self.fill(value);
+        self.flush();
+        assert_eq!(self.run(WRITE).status, 0);
+    }
+
     /// What the medium holds, read with everything flushed.
     fn stored(&mut self) -> u8 {
         self.flush();
@@ -69,9 +76,7 @@ impl Bench {
 fn with_every_flush_data_are_right() {
     let mut bench = Bench::new(behind());
     for value in [1, 2] {
-        bench.fill(value);
-        bench.flush();
-        assert_eq!(bench.run(WRITE).status, 0);
+        bench.store(value);
         bench.fill(0xff);
         assert_eq!(bench.stored(), value);
     }
@@ -90,9 +95,7 @@ fn a_write_without_a_flush_stores_what_was_there_before() {
 #[test]
 fn a_read_without_a_flush_after_it_shows_the_old_data() {
     let mut bench = Bench::new(behind());
-    bench.fill(1);
-    bench.flush();
-    bench.run(WRITE);
+    bench.store(1);
     bench.fill(2);
     bench.flush();
 
@@ -106,9 +109,7 @@ fn a_read_without_a_flush_after_it_shows_the_old_data() {
 #[test]
 fn a_read_into_lines_not_flushed_before_is_overwritten_by_them() {
     let mut bench = Bench::new(behind());
-    bench.fill(1);
-    bench.flush();
-    bench.run(WRITE);
+    bench.store(1);
     bench.fill(2);
 
     bench.run(READ);
@@ -120,9 +121,7 @@ fn a_read_into_lines_not_flushed_before_is_overwritten_by_them() {
 #[test]
 fn a_neighbour_in_the_same_line_is_as_bad() {
     let mut bench = Bench::new(behind());
-    bench.fill(1);
-    bench.flush();
-    bench.run(WRITE);
+    bench.store(1);
     bench.fill(2);
     bench.flush();
 

@@ -1,6 +1,7 @@
 //! Real workers over a disk in memory, and over the NVMe driver above the emulated controller, driven by a virtio driver in
 //! the test.
 
+mod bare;
 mod coherent;
 mod disk;
 mod faults;

@@ -5,21 +5,20 @@
 //! the specification, written down in [`verdict`] as plainly as possible and without regard to speed.
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
+use super::bare::{Desc, region, setup};
 use super::rig::{INDIRECT, NEXT, WRITE};
-use crate::addr::{Gpa, Qva, Span};
+use crate::addr::{Gpa, Span};
 use crate::engine::chain::{Chain, ChainFault, Head};
 use crate::engine::guest::Guest;
 use crate::engine::split::SplitRing;
 use crate::engine::{Layout, RingSetup};
-use crate::memory::{MemTable, Region, RegionSpec};
+use crate::memory::MemTable;
 
 const SIZE: u16 = 8;
 const DESC: u64 = 0x1000;
@@ -29,14 +28,6 @@ const USED: u64 = 0x3000;
 const TABLES: [u64; 2] = [0x4000, 0x5000];
 const TABLE_ENTRIES: u16 = 16;
 const MEMORY: u64 = 0x1_0000;
-
-#[derive(Clone, Copy, Debug)]
-struct Desc {
-    addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
 
 #[derive(Clone, Debug)]
 struct Scene {
@@ -99,32 +90,13 @@ struct Stage {
 }
 
 fn stage(scene: &Scene) -> Stage {
-    let file = Arc::new(File::from(memfd_create("oracle", MemfdFlags::CLOEXEC).unwrap()));
-    ftruncate(&*file, MEMORY).unwrap();
-    let gpa = Span::new(Gpa(0), MEMORY).unwrap();
-    let spec = RegionSpec { gpa, qva: Qva(0), offset: 0, file: Arc::clone(&file) };
-    let region = Arc::new(Region::map(spec).unwrap());
+    let (region, file) = region(MEMORY);
     let place = FileOffset::from_arc(file, 0);
     let memory = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), MEMORY as usize, Some(place))]).unwrap();
     write(scene, &memory);
 
-    let table = Arc::new(MemTable::new(vec![region]).unwrap());
-    let span = |start, len| Span::new(Gpa(start), len).unwrap();
-    let setup = RingSetup {
-        index: 0,
-        layout: Layout::Split,
-        size: SIZE,
-        desc: span(DESC, 0x1000),
-        avail: span(AVAIL, 0x1000),
-        used: span(USED, 0x1000),
-        base: 0,
-        event_idx: false,
-        indirect: true,
-        kick: None,
-        call: None,
-        err: None,
-    };
-    let ring = SplitRing::new(&setup, &table).unwrap();
+    let table = Arc::new(MemTable::new(vec![Arc::new(region)]).unwrap());
+    let ring = SplitRing::new(&setup(Layout::Split, SIZE, [DESC, AVAIL, USED]), &table).unwrap();
     let mut ours = Guest::default();
     ours.publish(table);
     let mut theirs = Queue::new(SIZE).unwrap();
@@ -232,11 +204,7 @@ proptest! {
         let mut stage = stage(&scene);
         let memory = &stage.memory;
         memory.write_obj(start, GuestAddress(USED + 2)).unwrap();
-        let span = |start, len| Span::new(Gpa(start), len).unwrap();
-        let setup = RingSetup {
-            index: 0, layout: Layout::Split, size: SIZE, base: 0, event_idx: true, indirect: true, kick: None, call: None, err: None,
-            desc: span(DESC, 0x1000), avail: span(AVAIL, 0x1000), used: span(USED, 0x1000),
-        };
+        let setup = RingSetup { event_idx: true, ..setup(Layout::Split, SIZE, [DESC, AVAIL, USED]) };
         let mut ring = SplitRing::new(&setup, stage.ours.table()).unwrap();
         stage.theirs.set_next_used(start);
         stage.theirs.set_event_idx(true);

@@ -1,15 +1,14 @@
 //! The short way beside the general one, over the same bytes: what is accepted at a glance must be what the general way makes
 //! of it.
 
-use std::fs::File;
 use std::sync::Arc;
 
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
+use super::bare::{self, Desc};
 use super::rig::{INDIRECT, NEXT, WRITE};
-use crate::addr::{Gpa, Qva, Span};
+use crate::addr::{Gpa, Span};
 use crate::driver::Geometry;
 use crate::engine::chain::Chain;
 use crate::engine::guest::Guest;
@@ -17,7 +16,7 @@ use crate::engine::request::{Data, Disk, Job, Operation, parse};
 use crate::engine::usual::Transfer;
 use crate::engine::virtqueue::Virtqueue;
 use crate::engine::{Changing, Layout, RingSetup};
-use crate::memory::{MemTable, Region, RegionSpec};
+use crate::memory::MemTable;
 
 const MEMORY: u64 = 0x1_0000;
 const DESC: u64 = 0x1000;
@@ -35,14 +34,6 @@ const SECTORS: u64 = 64;
 struct Form {
     layout: Layout,
     indirect: bool,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Desc {
-    addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
 }
 
 #[derive(Clone, Debug)]
@@ -78,30 +69,13 @@ fn plain(form: Form, write: bool, sector: u64, data: (u64, u32)) -> Scene {
 }
 
 fn setup(scene: &Scene) -> RingSetup {
-    let span = |start| Span::new(Gpa(start), 0x1000).unwrap();
-    let Form { layout, .. } = scene.form;
-    RingSetup {
-        index: 0,
-        layout,
-        size: SIZE,
-        desc: span(DESC),
-        avail: span(DRIVER),
-        used: span(DEVICE),
-        base: layout.first_base(),
-        event_idx: false,
-        indirect: scene.negotiated,
-        kick: None,
-        call: None,
-        err: None,
-    }
+    let ring = bare::setup(scene.form.layout, SIZE, [DESC, DRIVER, DEVICE]);
+    RingSetup { indirect: scene.negotiated, ..ring }
 }
 
 /// Guest memory in which the scene's request is offered.
 fn guest(scene: &Scene) -> Guest {
-    let file = Arc::new(File::from(memfd_create("usual", MemfdFlags::CLOEXEC).unwrap()));
-    ftruncate(&*file, MEMORY).unwrap();
-    let gpa = Span::new(Gpa(0), MEMORY).unwrap();
-    let region = Region::map(RegionSpec { gpa, qva: Qva(0), offset: 0, file }).unwrap();
+    let (region, _) = bare::region(MEMORY);
     let memory = region.window();
     let packed = scene.form.layout == Layout::Packed;
     let put = |at: u64, desc: Desc, avail: u16| {
