@@ -61,6 +61,13 @@ bound_function() {
         'basename "$(readlink /sys/bus/pci/devices/0000:00:04.0/driver)"; ls /dev/vfio/devices' >"$WORK/stdout"
     equal 'vfio-pci vfio0' "$(paste -sd ' ' "$WORK/stdout")" "driver and device"
 }
+not_bound() {
+    local status=0
+    scripts/testbed run --kernel initcall_blacklist=vfio_pci_init -- true 2>"$WORK/stderr" || status=$?
+    equal 125 "$status" "exit status"
+    contains '0000:00:04.0 is not bound to vfio-pci; what the kernel says of it' "$WORK/stderr"
+    lacks 'started anew' "$WORK/stderr"
+}
 hang() {
     local status=0
     scripts/testbed run --timeout 60 -- sh -c 'echo last words >/dev/console; sleep 100' 2>"$WORK/stderr" || status=$?
@@ -158,6 +165,7 @@ no_qemu_there() {
 }
 
 claim "the NVMe function is bound to vfio-pci" bound_function
+claim "a function that cannot be bound ends with status 125 and the kernel's reason, once" not_bound
 claim "a command that hangs ends with status 124 and the console" hang
 claim "a host that stands still at boot is started anew, and the command runs once" still_once
 claim "one that does so each time is given up after three starts, with status 125" still_always
