@@ -30,7 +30,7 @@ pub enum Listen {
     Fd(OwnedFd),
 }
 
-/// An open [`Listen`], named as it prints. Dropping it closes the socket and removes the file made for it.
+/// An open [`Listen`]. Prints as the way in which front-ends come. Dropping it closes the socket and removes the file made for it.
 pub struct Entrance(pub(super) Socket);
 
 pub(super) enum Socket {

@@ -158,8 +158,12 @@ fn find_namespace(
 ) -> Result<Namespace, Cause> {
     // NVMe 1.0 has no list of namespaces; there all from 1 to NN may be active, and NSZE says which are.
     if controller.version() < Version(0x0001_0100) {
-        let id = wanted.unwrap_or(1);
         let all = format!("1 to {}", identity.namespaces);
+        let id = match wanted {
+            Some(id) => id,
+            None if identity.namespaces <= 1 => 1,
+            None => return Err(Cause::SeveralNamespaces { existing: all }),
+        };
         let valid = (1..=identity.namespaces).contains(&id);
         let found = if valid { identify_namespace(controller, admin, identity, id)? } else { None };
         return found.ok_or(Cause::NoNamespace { wanted: id, existing: all });

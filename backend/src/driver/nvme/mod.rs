@@ -193,7 +193,10 @@ impl Nvme {
         match namespace {
             Some(namespace) => match namespace.change(&self.namespace) {
                 Some(change) => return Err(Cause::Changed(change)),
-                None => self.geometry.blocks = namespace.blocks,
+                None => {
+                    self.geometry.blocks = namespace.blocks;
+                    self.namespace = namespace;
+                }
             },
             // Commands to it fail from now on, each by itself.
             None => log::error!("{}: namespace {} is no longer active", self.name, self.namespace.id),

@@ -9,15 +9,6 @@ use crate::addr::{Gpa, Qva, Span};
 use crate::engine::{Layout, RingSetup};
 use crate::memory::{Region, RegionSpec};
 
-/// A descriptor of a split ring or of an indirect table, as a driver writes it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Desc {
-    pub(super) addr: u64,
-    pub(super) len: u32,
-    pub(super) flags: u16,
-    pub(super) next: u16,
-}
-
 /// Guest memory of `bytes` from address 0, and the file it lies in.
 pub(super) fn region(bytes: u64) -> (Region, Arc<File>) {
     let file = Arc::new(File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap()));

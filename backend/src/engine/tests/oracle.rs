@@ -11,8 +11,8 @@ use proptest::prelude::*;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
-use super::bare::{Desc, region, setup};
-use super::rig::{INDIRECT, NEXT, WRITE};
+use super::bare::{region, setup};
+use super::rig::{Desc, INDIRECT, NEXT, WRITE};
 use crate::addr::{Gpa, Span};
 use crate::engine::chain::{Chain, ChainFault, Head};
 use crate::engine::guest::Guest;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 
-use super::bare::{self, Desc};
-use super::rig::{INDIRECT, NEXT, WRITE};
+use super::bare;
+use super::rig::{Desc, INDIRECT, NEXT, WRITE};
 use crate::addr::{Gpa, Span};
 use crate::driver::Geometry;
 use crate::engine::chain::Chain;
