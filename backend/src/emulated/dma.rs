@@ -19,14 +19,14 @@ pub(super) struct Dma<'a> {
 }
 
 impl Dma<'_> {
-    /// Where all of `span` is reached at once: nearly always, as nearly all of it lies in one mapping, and there is nothing to
-    /// go behind.
+    /// Where all of `span` is reached at once: nearly always, as nearly all of it lies in one writable mapping, and there is
+    /// nothing to go behind.
     #[inline]
     pub(super) fn window(&self, span: Span<Iova>, hint: usize) -> Option<(&Window, usize)> {
         if self.cache.is_some() || self.detached {
             return None;
         }
-        let mapping = self.mappings.get(hint)?;
+        let mapping = self.mappings.get(hint).filter(|mapping| mapping.writable)?;
         mapping.span.offset_of_span(&span).map(|offset| (&mapping.window, size(offset)))
     }
 
@@ -57,7 +57,8 @@ impl Dma<'_> {
     ) -> Result<(), E> {
         let mut rest = span;
         loop {
-            let Some(mapping) = self.find(rest.start(), hint) else {
+            let found = self.find(rest.start(), hint);
+            let Some(mapping) = found.filter(|mapping| mapping.writable || access == Access::Read) else {
                 return Err(self.fault(rest.start(), access).into());
             };
             let offset = mapping.span.offset_of(rest.start()).expect("found by address");

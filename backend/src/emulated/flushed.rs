@@ -25,8 +25,8 @@ const PAGE: usize = 4096;
 #[derive(Clone)]
 pub(super) struct FlushedSpace(Arc<Spaces>);
 
-/// What one space maps, by where it begins.
-type Mapped = BTreeMap<Iova, (Span<Iova>, Window)>;
+/// What one space maps, by where it begins, and whether the function may write it.
+type Mapped = BTreeMap<Iova, (Span<Iova>, Window, bool)>;
 
 struct Spaces {
     iommu: SoftIommu,
@@ -85,12 +85,12 @@ impl Spaces {
         }
     }
 
-    fn enter(&self, space: Space, span: Span<Iova>, window: Window) -> io::Result<()> {
+    fn enter(&self, space: Space, span: Span<Iova>, window: Window, writable: bool) -> io::Result<()> {
         if space == Space::Live {
-            self.iommu.map(span, window.clone()).map_err(io::Error::other)?;
+            self.iommu.map_as(span, window.clone(), writable).map_err(io::Error::other)?;
             self.cache.exposed(&window, 0, window.len());
         }
-        lock(&self.pinned)[space as usize].insert(span.start(), (span, window));
+        lock(&self.pinned)[space as usize].insert(span.start(), (span, window, writable));
         Ok(())
     }
 }
@@ -106,22 +106,23 @@ impl Steps for Spaces {
         }
         self.cache.moved(piece.window, piece.offset, piece.bytes());
         let window = piece.window.slice(piece.offset, piece.bytes()).expect("a piece lies in its window");
-        self.enter(space, piece.span, window)
+        self.enter(space, piece.span, window, piece.writable)
     }
 
-    fn copy(&self, from: Space, to: Space, span: Span<Iova>) -> io::Result<()> {
+    fn copy(&self, from: Space, to: Space, piece: Piece<'_>) -> io::Result<()> {
+        let span = piece.span;
         let count = |left: u32| left.checked_sub(1);
         if self.faults.no_memory_at.fetch_update(SeqCst, SeqCst, count) == Ok(1) {
             return errno(libc::ENOMEM);
         }
         let found = lock(&self.pinned)[from as usize].get(&span.start()).cloned();
-        let Some((_, window)) = found.filter(|(mapped, _)| *mapped == span) else { return errno(libc::ENOENT) };
-        self.enter(to, span, window)
+        let Some((_, window, _)) = found.filter(|(mapped, ..)| *mapped == span) else { return errno(libc::ENOENT) };
+        self.enter(to, span, window, piece.writable)
     }
 
     fn unmap(&self, space: Space, span: Span<Iova>) -> io::Result<()> {
         let found = lock(&self.pinned)[space as usize].remove(&span.start());
-        let Some((_, window)) = found else { return errno(libc::ENOENT) };
+        let Some((_, window, _)) = found else { return errno(libc::ENOENT) };
         if space == Space::Live {
             self.part_from(|at| span.contains(at));
             self.iommu.unmap(span).map_err(io::Error::other)?;
@@ -149,7 +150,13 @@ impl Steps for Spaces {
 }
 
 fn whole(region: &Region) -> Piece<'_> {
-    Piece { span: region.gpa().identity_iova(), window: region.window(), offset: 0, file: None }
+    Piece {
+        span: region.gpa().identity_iova(),
+        window: region.window(),
+        offset: 0,
+        file: None,
+        writable: region.writable(),
+    }
 }
 
 impl AddressSpace for FlushedSpace {
@@ -181,7 +188,8 @@ impl AddressSpace for FlushedSpace {
         let memory = MmapRegion::new(len).map_err(|e| MapError::Allocate { bytes, source: io::Error::other(e) })?;
         let window = Window::of(Arc::new(memory));
         let span = self.0.iommu.free_span(len as u64).ok_or(MapError::NoIova(bytes))?;
-        let added = self.0.exposure.add(&*self.0, Piece { span, window: &window, offset: 0, file: None });
+        let added =
+            self.0.exposure.add(&*self.0, Piece { span, window: &window, offset: 0, file: None, writable: true });
         added.map_err(|(span, (what, source))| MapError::Kernel { what, span, source })?;
         let mapping = Buffer { space: self.clone(), span, window: window.clone() };
         Ok(DmaBuffer::new(window, span, Box::new(mapping)))
@@ -198,7 +206,7 @@ struct Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let spaces = &*self.space.0;
-        let whole = Piece { span: self.span, window: &self.window, offset: 0, file: None };
+        let whole = Piece { span: self.span, window: &self.window, offset: 0, file: None, writable: true };
         let removed = match spaces.exposure.remove(spaces, whole) {
             Err(MapError::DeviceMustRest { .. }) => spaces.exposure.remove_at_rest(spaces, whole),
             other => other,

@@ -34,10 +34,10 @@ pub enum Access {
     Write,
 }
 
-/// A DMA that met no mapping.
+/// A DMA that met no mapping, or one that is read-only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaFault {
-    /// The first address that is not mapped.
+    /// The first address that is not mapped so.
     pub iova: Iova,
     /// What the function wanted there.
     pub access: Access,
@@ -46,6 +46,8 @@ pub struct DmaFault {
 pub(super) struct Mapping {
     pub(super) span: Span<Iova>,
     pub(super) window: Window,
+    /// The function may write it.
+    pub(super) writable: bool,
 }
 
 #[derive(Default)]
@@ -129,13 +131,18 @@ impl SoftIommu {
     /// # Panics
     /// If the two differ in length, or do not consist of whole pages of 4096 bytes.
     pub fn map(&self, span: Span<Iova>, window: Window) -> Result<(), MapError> {
+        self.map_as(span, window, true)
+    }
+
+    /// The same; unless `writable`, a write of the function faults.
+    pub(super) fn map_as(&self, span: Span<Iova>, window: Window, writable: bool) -> Result<(), MapError> {
         assert_eq!(window.len() as u64, span.len(), "both views have one length");
         assert!(span.start().is_aligned(PAGE) && span.len().is_multiple_of(PAGE), "{span} is not made of whole pages");
         self.check_allowed(span)?;
         let mut mappings = self.inner.mappings.write().unwrap_or_else(PoisonError::into_inner);
         check_free(&mappings, span)?;
         let place = mappings.partition_point(|mapping| mapping.span.start() < span.start());
-        mappings.insert(place, Mapping { span, window });
+        mappings.insert(place, Mapping { span, window, writable });
         self.inner.maps.fetch_add(1, Relaxed);
         Ok(())
     }
@@ -261,7 +268,7 @@ fn check_free(mappings: &[Mapping], span: Span<Iova>) -> Result<(), MapError> {
 
 impl AddressSpace for SoftIommu {
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
-        self.map(region.gpa().identity_iova(), region.window().clone())
+        self.map_as(region.gpa().identity_iova(), region.window().clone(), region.writable())
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {

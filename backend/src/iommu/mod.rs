@@ -149,17 +149,18 @@ impl LiveSpace {
 impl Steps for Live {
     fn map(&self, space: Space, piece: Piece<'_>) -> io::Result<()> {
         if let Some((file, offset)) = piece.file {
-            match self.iommufd.map_file(self.ioas(space), file, offset, piece.span) {
+            match self.iommufd.map_file(self.ioas(space), file, offset, piece.span, piece.writable) {
                 // Linux before 6.13 does not know the call.
                 Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {}
                 other => return other,
             }
         }
-        self.iommufd.map_window(self.ioas(space), piece.window, piece.offset, piece.span)
+        let Piece { span, window, offset, writable, .. } = piece;
+        self.iommufd.map_window(self.ioas(space), (window, offset), span, writable)
     }
 
-    fn copy(&self, from: Space, to: Space, span: Span<Iova>) -> io::Result<()> {
-        self.iommufd.copy(self.ioas(from), self.ioas(to), span)
+    fn copy(&self, from: Space, to: Space, piece: Piece<'_>) -> io::Result<()> {
+        self.iommufd.copy(self.ioas(from), self.ioas(to), piece.span, piece.writable)
     }
 
     fn unmap(&self, space: Space, span: Span<Iova>) -> io::Result<()> {
@@ -241,7 +242,7 @@ impl Live {
 /// All of a region.
 fn whole(region: &Region) -> Piece<'_> {
     let file = region.pinnable().then(|| (region.file().as_fd(), region.offset()));
-    Piece { span: region.gpa().identity_iova(), window: region.window(), offset: 0, file }
+    Piece { span: region.gpa().identity_iova(), window: region.window(), offset: 0, file, writable: region.writable() }
 }
 
 impl AddressSpace for LiveSpace {
@@ -315,7 +316,7 @@ impl AddressSpace for LiveSpace {
         let allowed: Vec<_> = allowed.iter().filter_map(below).collect();
         let gap = live.exposure.ledger().highest_gap(&allowed, len as u64, page as u64);
         let span = gap.ok_or(MapError::NoIova(bytes))?;
-        let whole = Piece { span, window: &window, offset: 0, file: Some((place.file().as_fd(), 0)) };
+        let whole = Piece { span, window: &window, offset: 0, file: Some((place.file().as_fd(), 0)), writable: true };
         live.expose(whole)?;
         let mapping = Mapped { space: Arc::clone(&self.0), span, window: window.clone() };
         Ok(DmaBuffer::new(window, span, Box::new(mapping)))
@@ -332,7 +333,7 @@ struct Mapped {
 impl Drop for Mapped {
     fn drop(&mut self) {
         let live = &*self.space;
-        let whole = Piece { span: self.span, window: &self.window, offset: 0, file: None };
+        let whole = Piece { span: self.span, window: &self.window, offset: 0, file: None, writable: true };
         let removed = live.withdraw(whole, || match live.exposure.remove(live, whole) {
             // Nothing is in flight when the driver lets go of its memory.
             Err(MapError::DeviceMustRest { .. }) => live.exposure.remove_at_rest(live, whole),

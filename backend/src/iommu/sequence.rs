@@ -48,6 +48,8 @@ pub struct Piece<'a> {
     pub offset: usize,
     /// The file behind it and where in the file it begins, if it is to be pinned by file.
     pub file: Option<(BorrowedFd<'a>, u64)>,
+    /// The device may write it.
+    pub writable: bool,
 }
 
 impl Piece<'_> {
@@ -70,8 +72,8 @@ impl Piece<'_> {
 pub trait Steps {
     /// Pins `piece` and maps it in `space`.
     fn map(&self, space: Space, piece: Piece<'_>) -> io::Result<()>;
-    /// Maps in `to` what `from` has at `span`, sharing the pin.
-    fn copy(&self, from: Space, to: Space, span: Span<Iova>) -> io::Result<()>;
+    /// Maps in `to` what `from` has of `piece`, sharing the pin.
+    fn copy(&self, from: Space, to: Space, piece: Piece<'_>) -> io::Result<()>;
     /// Takes a mapping away, and unpins unless the other space has it.
     fn unmap(&self, space: Space, span: Span<Iova>) -> io::Result<()>;
     /// Writes back and invalidates every cache line of `piece`.
@@ -128,7 +130,7 @@ impl Sequence {
         self.staged.fetch_add(1, Relaxed);
         steps.map(Space::Staging, piece).map_err(|e| ("pin for DMA", e))?;
         self.flush(steps, &self.map_bytes, piece);
-        let copied = steps.copy(Space::Staging, Space::Live, span).map_err(|e| ("map for DMA after the flush", e));
+        let copied = steps.copy(Space::Staging, Space::Live, piece).map_err(|e| ("map for DMA after the flush", e));
         let released = steps.unmap(Space::Staging, span).map_err(|e| ("release the staging mapping of", e));
         if copied.is_ok() && released.is_err() {
             undo(steps.unmap(Space::Live, span), span);
@@ -149,7 +151,7 @@ impl Sequence {
             return steps.unmap(Space::Live, span).map_err(|e| ("IOMMU_IOAS_UNMAP", e));
         }
         self.staged.fetch_add(1, Relaxed);
-        steps.copy(Space::Live, Space::Staging, span).map_err(|e| ("keep pinned while flushing", e))?;
+        steps.copy(Space::Live, Space::Staging, piece).map_err(|e| ("keep pinned while flushing", e))?;
         if let Err(error) = steps.unmap(Space::Live, span) {
             undo(steps.unmap(Space::Staging, span), span);
             return Err(("IOMMU_IOAS_UNMAP", error));

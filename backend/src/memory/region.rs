@@ -20,6 +20,9 @@ const HUGETLBFS_MAGIC: i64 = 0x958458f6;
 /// `f_type` of a tmpfs or memfd file (statfs(2)).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
+/// The smallest page of every IOMMU, bytes.
+const IOMMU_PAGE: u64 = 4096;
+
 /// Which file, whatever its descriptor number: QEMU sends the same memfd under several numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileId {
@@ -78,6 +81,7 @@ pub struct Region {
     id: FileId,
     page_size: u64,
     pinnable: bool,
+    writable: bool,
     window: Window,
 }
 
@@ -154,15 +158,28 @@ impl Region {
     /// # Errors
     /// See [`RegionError`]; nothing stays mapped.
     pub fn map(spec: RegionSpec) -> Result<Self, RegionError> {
+        Self::map_as(spec, true, None)
+    }
+
+    /// The same for a piece of a file that need not begin or end with one of its pages, but with one of the IOMMU's (4 KiB):
+    /// a virtual machine maps its memory around holes that are smaller than huge pages. The device may only read it unless
+    /// `writable`.
+    ///
+    /// # Errors
+    /// See [`RegionError`]; nothing stays mapped.
+    pub fn map_piece(spec: RegionSpec, writable: bool) -> Result<Self, RegionError> {
+        Self::map_as(spec, writable, Some(IOMMU_PAGE))
+    }
+
+    fn map_as(spec: RegionSpec, writable: bool, unit: Option<u64>) -> Result<Self, RegionError> {
         let announced = spec.gpa;
         let kernel = |what| move |source: io::Error| RegionError::Kernel { gpa: announced, what, source };
         let backing = Backing::of(&spec.file).map_err(kernel("fstat"))?;
-        let gpa = backing.check(&spec)?;
+        let gpa = backing.check(&spec, unit.unwrap_or(backing.page_size))?;
         let range = |start: u64| RegionError::Range { start, len: gpa.len() };
         let qva = Span::new(spec.qva, announced.len()).ok_or(range(spec.qva.raw()))?;
         let len = usize::try_from(gpa.len()).map_err(|_| range(gpa.start().raw()))?;
-        let place = FileOffset::from_arc(Arc::clone(&spec.file), spec.offset);
-        let mapping = MmapRegion::from_file(place, len).map_err(|error| kernel("mmap")(mmap_errno(error)))?;
+        let window = map_file(&spec, len, backing.page_size).map_err(kernel("mmap"))?;
         Ok(Self {
             gpa,
             announced: announced.len(),
@@ -171,8 +188,9 @@ impl Region {
             file: spec.file,
             id: backing.id,
             page_size: backing.page_size,
+            writable,
             pinnable: backing.in_memory && spec.offset + gpa.len() <= backing.size,
-            window: Window::of_foreign(mapping, usize::try_from(backing.page_size).map_err(|_| range(0))?),
+            window,
         })
     }
 
@@ -238,6 +256,12 @@ impl Region {
         fcntl_get_seals(&*self.file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
     }
 
+    /// True if the device may write it.
+    #[must_use]
+    pub fn writable(&self) -> bool {
+        self.writable
+    }
+
     /// This process's view.
     #[inline]
     #[must_use]
@@ -269,26 +293,38 @@ impl Backing {
         })
     }
 
-    /// The whole pages that `spec` covers, if the file has them.
-    fn check(&self, spec: &RegionSpec) -> Result<Span<Gpa>, RegionError> {
+    /// The whole pages, of `unit` bytes, that `spec` covers, if the file has them.
+    fn check(&self, spec: &RegionSpec, unit: u64) -> Result<Span<Gpa>, RegionError> {
         let gpa = spec.gpa;
         if self.kind != FileType::RegularFile {
             return Err(RegionError::NotMemory { gpa, found: format!("{:?}", self.kind) });
         }
-        if !gpa.start().is_aligned(self.page_size) || !spec.offset.is_multiple_of(self.page_size) {
-            return Err(RegionError::Alignment { gpa, offset: spec.offset, page_size: self.page_size });
+        if !gpa.start().is_aligned(unit) || !spec.offset.is_multiple_of(unit) {
+            return Err(RegionError::Alignment { gpa, offset: spec.offset, page_size: unit });
         }
         let needed =
             spec.offset.checked_add(gpa.len()).ok_or(RegionError::Range { start: spec.offset, len: gpa.len() })?;
         if needed > self.size {
             return Err(RegionError::PastEnd { gpa, needed, found: self.size });
         }
-        let pages = gpa.len().checked_next_multiple_of(self.page_size);
+        let pages = gpa.len().checked_next_multiple_of(unit);
         let rounded = pages.filter(|pages| spec.offset.checked_add(*pages).is_some());
         rounded
             .and_then(|pages| Span::new(gpa.start(), pages))
             .ok_or(RegionError::Range { start: gpa.start().raw(), len: gpa.len() })
     }
+}
+
+/// Maps `len` bytes of a file, and around them what it takes to begin and end with its pages.
+fn map_file(spec: &RegionSpec, len: usize, page_size: u64) -> io::Result<Window> {
+    let page = usize::try_from(page_size).map_err(io::Error::other)?;
+    let start = spec.offset - spec.offset % page_size;
+    let skip = usize::try_from(spec.offset - start).map_err(io::Error::other)?;
+    let whole = (skip + len).checked_next_multiple_of(page).ok_or(io::ErrorKind::InvalidInput)?;
+    // The last page of a file may be shorter than a page; more than that is never mapped.
+    let mapping = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&spec.file), start), whole);
+    let window = Window::of_foreign(mapping.map_err(mmap_errno)?, page);
+    Ok(window.slice(skip, len).expect("inside what was mapped"))
 }
 
 /// The errno inside the error of the mapping crate, which its text would hide.

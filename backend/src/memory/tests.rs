@@ -289,3 +289,16 @@ mod a_plan {
         }
     }
 }
+
+#[test]
+fn a_piece_begins_and_ends_within_the_pages_of_its_file() {
+    let file = memory(3 << 12);
+    let whole = Region::map(spec(&file, 0, 3 << 12, 0, 0)).unwrap();
+    whole.window().write_u32((2 << 12) - 4, 0x1234_5678);
+
+    let piece = Region::map_piece(spec(&file, 0x5000, 1 << 12, 0, 1 << 12), true).unwrap();
+
+    assert_eq!(piece.window().read_u32((1 << 12) - 4), 0x1234_5678);
+    assert_eq!((piece.offset(), piece.gpa().len()), (1 << 12, 1 << 12));
+    assert!(Region::map_piece(spec(&file, 0x5000, 0x800, 0, 0x800), true).is_err(), "not with the IOMMU's");
+}

@@ -63,6 +63,11 @@ pub enum HwInfo {
     Other(u32),
 }
 
+/// How the device may use a mapping, which is at a fixed address.
+fn access(writable: bool) -> u32 {
+    MAP_FIXED_IOVA | MAP_READABLE | if writable { MAP_WRITEABLE } else { 0 }
+}
+
 impl Iommufd {
     /// Opens `path`, normally `/dev/iommu`.
     ///
@@ -85,25 +90,38 @@ impl Iommufd {
         Ok(Ioas(Arc::new(IommufdIoas::new(Arc::clone(&self.fd)).map_err(errno)?)))
     }
 
-    /// Pins `span.len()` bytes of `file` from `offset` and maps them at `span`, readable and writable for the device
-    /// (`IOMMU_IOAS_MAP_FILE`).
+    /// Pins `span.len()` bytes of `file` from `offset` and maps them at `span`, readable and perhaps `writable` for the
+    /// device (`IOMMU_IOAS_MAP_FILE`).
     ///
     /// # Errors
     /// ENOTTY before Linux 6.13; EINVAL for a file that is neither shmem nor hugetlbfs; ENOMEM past `RLIMIT_MEMLOCK`; …
-    pub fn map_file(&self, ioas: &Ioas, file: BorrowedFd<'_>, offset: u64, span: Span<Iova>) -> io::Result<()> {
-        ioas.0.map_file(file.as_raw_fd(), offset, span.len(), span.start().raw(), true).map_err(errno)
+    pub fn map_file(
+        &self,
+        ioas: &Ioas,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        span: Span<Iova>,
+        writable: bool,
+    ) -> io::Result<()> {
+        ioas.0.map_file(file.as_raw_fd(), offset, span.len(), span.start().raw(), writable).map_err(errno)
     }
 
-    /// Pins the pages behind `window` from `offset` and maps them at `span` (`IOMMU_IOAS_MAP`).
+    /// Pins the pages behind a window, from an offset in it, and maps them at `span` (`IOMMU_IOAS_MAP`).
     ///
     /// # Errors
     /// The errno of the call; EINVAL when the window is shorter.
-    pub fn map_window(&self, ioas: &Ioas, window: &Window, offset: usize, span: Span<Iova>) -> io::Result<()> {
+    pub fn map_window(
+        &self,
+        ioas: &Ioas,
+        (window, offset): (&Window, usize),
+        span: Span<Iova>,
+        writable: bool,
+    ) -> io::Result<()> {
         let bytes = usize::try_from(span.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
         let part = window.slice(offset, bytes).ok_or(io::ErrorKind::InvalidInput)?;
         let map = iommu_ioas_map {
             size: size_u32::<iommu_ioas_map>(),
-            flags: MAP_FIXED_IOVA | MAP_READABLE | MAP_WRITEABLE,
+            flags: access(writable),
             ioas_id: ioas.0.id(),
             __reserved: 0,
             user_va: part.host_address(),
@@ -132,10 +150,10 @@ impl Iommufd {
     ///
     /// # Errors
     /// The errno of the call.
-    pub fn copy(&self, from: &Ioas, to: &Ioas, span: Span<Iova>) -> io::Result<()> {
+    pub fn copy(&self, from: &Ioas, to: &Ioas, span: Span<Iova>, writable: bool) -> io::Result<()> {
         let copy = iommu_ioas_copy {
             size: size_u32::<iommu_ioas_copy>(),
-            flags: MAP_FIXED_IOVA | MAP_READABLE | MAP_WRITEABLE,
+            flags: access(writable),
             dst_ioas_id: to.0.id(),
             src_ioas_id: from.0.id(),
             length: span.len(),
