@@ -106,17 +106,19 @@ debian_keyring() {
         "sudo apt-get install -y debian-archive-keyring"
 }
 
-# apt_private NAME TYPE SUITE: fills APT_PRIVATE with the options of a configuration of our own, which
-# sees one suite and keeps its lists in the cache; nothing in /etc/apt changes.
+# apt_private NAME TYPE SUITE…: fills APT_PRIVATE with the options of a configuration of our own, which
+# sees these suites, prefers the first, and keeps its lists in the cache; nothing in /etc/apt changes.
 apt_private() {
-    local dir=$TESTBED_CACHE/apt/$1 mirror keyring
+    local dir=$TESTBED_CACHE/apt/$1 type=$2 mirror keyring suite
+    shift 2
     mirror=$(debian_mirror)
     keyring=$(debian_keyring)
     mkdir -p "$dir/lists/partial" "$dir/cache/archives/partial"
-    echo "$2 [signed-by=$keyring] $mirror $3 main" >"$dir/sources.list"
+    for suite; do echo "$type [signed-by=$keyring] $mirror $suite main"; done >"$dir/sources.list"
     # shellcheck disable=SC2034 # read by the caller
     APT_PRIVATE=(-o "Dir::Etc::sourcelist=$dir/sources.list" -o Dir::Etc::sourceparts=/dev/null
-        -o "Dir::State::Lists=$dir/lists" -o "Dir::Cache=$dir/cache" -o APT::Sandbox::User=root)
+        -o "Dir::State::Lists=$dir/lists" -o "Dir::Cache=$dir/cache" -o APT::Sandbox::User=root
+        -o "APT::Default-Release=$1")
 }
 
 debian_codename() {

@@ -12,7 +12,12 @@ readonly QEMU_PACKAGES=(qemu-system-x86 qemu-utils libblkio1)
 fetch_qemu() {
     local suite=$1 work=$TESTBED_CACHE/apt/qemu-$1 dir=$TESTBED_CACHE/qemu/$1 version made_of
     take_lock
-    apt_private "qemu-$suite" deb "$suite"
+    # Backports build upon the release they are for.
+    if [[ $suite == *-backports ]]; then
+        apt_private "qemu-$suite" deb "$suite" "${suite%-backports}"
+    else
+        apt_private "qemu-$suite" deb "$suite"
+    fi
     # As if nothing were installed, so that apt finds every library.
     : >"$work/nothing-installed"
     APT_PRIVATE+=(-o "Dir::State::status=$work/nothing-installed" -o APT::Install-Recommends=no)
