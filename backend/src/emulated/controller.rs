@@ -73,7 +73,7 @@ pub(super) struct Controller {
     pub(super) sqs: Box<[SqSlot]>,
     pub(super) cqs: Box<[CqSlot]>,
     pub(super) admin: Mutex<Admin>,
-    pub(super) vectors: RwLock<Vec<OwnedFd>>,
+    pub(super) vectors: RwLock<Vec<Option<OwnedFd>>>,
     /// For each vector, whether anybody waits for it.
     pub(super) awaited: Box<[Arc<AtomicBool>]>,
     pub(super) interrupts: AtomicU32,
@@ -255,8 +255,21 @@ impl Controller {
 
     /// Routes vector 0, 1, … to duplicates of `events`.
     pub(super) fn route(&self, events: &[BorrowedFd<'_>]) -> std::io::Result<()> {
-        let owned: Result<Vec<_>, _> = events.iter().map(BorrowedFd::try_clone_to_owned).collect();
+        let owned: Result<Vec<_>, _> = events.iter().map(|event| event.try_clone_to_owned().map(Some)).collect();
         *self.vectors.write().unwrap_or_else(PoisonError::into_inner) = owned?;
+        Ok(())
+    }
+
+    /// Routes vectors from `start` on; the others stay as they are.
+    pub(super) fn route_from(&self, start: usize, events: &[Option<BorrowedFd<'_>>]) -> std::io::Result<()> {
+        let owned = events.iter().map(|event| event.map(|event| event.try_clone_to_owned()).transpose());
+        let owned = owned.collect::<Result<Vec<_>, _>>()?;
+        let vectors = &mut *self.vectors.write().unwrap_or_else(PoisonError::into_inner);
+        let end = start + owned.len();
+        vectors.resize_with(vectors.len().max(end), || None);
+        for (slot, event) in vectors[start..end].iter_mut().zip(owned) {
+            *slot = event;
+        }
         Ok(())
     }
 

@@ -100,8 +100,7 @@ impl Function for EmulatedFunction {
         if bar != 0 {
             return Err(io::ErrorKind::NotFound.into());
         }
-        let size = usize::try_from(self.layout.size).expect("a BAR fits the address space");
-        Ok(Arc::new(Bar { controller: Arc::clone(&self.controller), size, _worker: self.worker.clone() }))
+        Ok(Arc::new(self.bar()))
     }
 
     fn vectors(&self) -> u16 {
@@ -148,6 +147,25 @@ impl Function for EmulatedFunction {
 }
 
 impl EmulatedFunction {
+    /// BAR 0.
+    pub(super) fn bar(&self) -> Bar {
+        let size = usize::try_from(self.layout.size).expect("a BAR fits the address space");
+        Bar { controller: Arc::clone(&self.controller), size, _worker: self.worker.clone() }
+    }
+
+    /// Routes MSI-X vectors from `start` on, `None` to none of them; without `events`, all are turned off.
+    pub(super) fn route_from(&self, start: usize, events: Option<&[Option<BorrowedFd<'_>>]>) -> io::Result<()> {
+        let Some(events) = events else {
+            self.controller.unroute();
+            return Ok(());
+        };
+        if start + events.len() > self.vectors.into() {
+            return Err(rustix::io::Errno::INVAL.into());
+        }
+        self.controller.awaited.iter().for_each(|awaited| awaited.store(true, SeqCst));
+        self.controller.route_from(start, events)
+    }
+
     /// Signals the event of [`Function::route_removal`].
     pub(super) fn ask_back(&self) {
         if let Some(event) = &*lock(&self.removal)

@@ -35,6 +35,7 @@ mod run;
 mod sgl;
 #[cfg(test)]
 mod tests;
+mod whole;
 mod wire;
 
 use std::io;
@@ -45,6 +46,7 @@ use std::time::Duration;
 use crate::coherency::{CacheOps, Facts, Personality, Policy};
 use crate::hardware::{AddressSpace, CacheFlush, Function};
 use crate::vfio::no_snoop;
+use crate::whole_function::WholeFunction;
 
 use cache::Cache;
 use flushed::FlushedSpace;
@@ -170,6 +172,12 @@ impl Machine {
     #[must_use]
     pub fn function(&self) -> Arc<dyn Function> {
         Arc::clone(&self.function) as Arc<dyn Function>
+    }
+
+    /// The function, to be passed through.
+    #[must_use]
+    pub fn whole_function(&self) -> Arc<dyn WholeFunction> {
+        Arc::clone(&self.function) as Arc<dyn WholeFunction>
     }
 
     /// The address space, for whoever maps memory.

@@ -258,7 +258,7 @@ impl Controller {
             return;
         }
         let vectors = self.vectors.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(event) = vectors.get(usize::from(vector)) {
+        if let Some(Some(event)) = vectors.get(usize::from(vector)) {
             self.interrupts.fetch_add(1, SeqCst);
             if let Err(errno) = rustix::io::write(event, &1_u64.to_ne_bytes()) {
                 log::warn!("emulated function: signal vector {vector}: {errno}");

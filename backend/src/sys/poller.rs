@@ -52,6 +52,15 @@ impl Poller {
         self.control(ControlOptions::EPOLL_CTL_ADD, source, epoll::Event::new(interest, token))
     }
 
+    /// As [`Self::add_edge`], and once each time `source` takes bytes again after it took none.
+    ///
+    /// # Errors
+    /// The errno of `epoll_ctl`.
+    pub fn add_duplex(&self, source: impl AsFd, token: u64) -> io::Result<()> {
+        let interest = Events::EPOLLIN | Events::EPOLLOUT | Events::EPOLLRDHUP | Events::EPOLLET;
+        self.control(ControlOptions::EPOLL_CTL_ADD, source, epoll::Event::new(interest, token))
+    }
+
     /// Stops watching `source`.
     ///
     /// # Errors

@@ -1,6 +1,8 @@
 //! A VFIO device file: opened, bound and attached by `vfio-ioctls`; configuration space, interrupts and reset by our own
 //! calls, because that crate swallows their errors.
 
+mod whole;
+
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd};

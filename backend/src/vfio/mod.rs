@@ -10,6 +10,7 @@
 mod address;
 mod error;
 pub mod no_snoop;
+mod whole;
 
 use std::io;
 use std::os::fd::BorrowedFd;

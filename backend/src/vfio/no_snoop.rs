@@ -59,11 +59,22 @@ pub fn probe(function: &dyn Function, virtual_function: bool) -> io::Result<NoSn
 }
 
 /// Clears the bit and reads it back; false if it would not stay clear.
-fn hold_off(function: &dyn Function) -> io::Result<bool> {
+///
+/// # Errors
+/// The errno of the configuration access that failed.
+pub fn hold_off(function: &dyn Function) -> io::Result<bool> {
     let Some(capability) = express(function)? else { return Ok(false) };
     let control = word(function, capability + DEVICE_CONTROL)?;
     set_word(function, capability + DEVICE_CONTROL, control & !ENABLE_NO_SNOOP)?;
     Ok(word(function, capability + DEVICE_CONTROL)? & ENABLE_NO_SNOOP == 0)
+}
+
+/// Where Device Control is in configuration space (bytes); `None` for a function without a PCI Express capability.
+///
+/// # Errors
+/// The errno of the configuration access that failed.
+pub fn device_control(function: &dyn Function) -> io::Result<Option<u16>> {
+    Ok(express(function)?.map(|capability| capability + DEVICE_CONTROL))
 }
 
 /// Holds the bit of `function` off, if that is the verdict.

@@ -1,0 +1,108 @@
+//! The function passed through whole. Its registers are reached by messages alone: a doorbell does its work when it is
+//! written, and a page of memory that a guest maps would tell nobody that it was.
+
+use std::io;
+
+use rustix::io::Errno;
+
+use crate::hardware::{Function, Registers};
+use crate::whole_function::{
+    CONFIG_REGION, IrqAction, IrqData, IrqInfo, IrqSet, RegionInfo, RegionMmap, WholeFunction,
+};
+
+use super::function::EmulatedFunction;
+
+/// `VFIO_PCI_BAR0_REGION_INDEX`.
+const BAR0: u32 = 0;
+/// `VFIO_PCI_MSIX_IRQ_INDEX`.
+const MSIX: u32 = 2;
+/// `VFIO_PCI_ERR_IRQ_INDEX`; no error of the PCI Express link is ever reported.
+const ERROR: u32 = 3;
+/// `VFIO_PCI_REQ_IRQ_INDEX`.
+const REQUEST: u32 = 4;
+/// `VFIO_IRQ_INFO_EVENTFD`.
+const EVENTFD: u32 = 1;
+/// `VFIO_IRQ_INFO_NORESIZE`.
+const NORESIZE: u32 = 1 << 3;
+
+impl WholeFunction for EmulatedFunction {
+    fn region(&self, index: u32) -> RegionInfo {
+        let size = match index {
+            BAR0 => self.bar().size() as u64,
+            CONFIG_REGION => super::config::SIZE as u64,
+            _ => return RegionInfo::default(),
+        };
+        RegionInfo { size, readable: true, writable: true }
+    }
+
+    fn region_mmap(&self, _index: u32) -> io::Result<Option<RegionMmap>> {
+        Ok(None)
+    }
+
+    fn region_read(&self, index: u32, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let (bar, mut at) = (self.bar(), self.inside(index, offset, bytes.len())?);
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let width = width(at, rest.len());
+            let (part, next) = rest.split_at_mut(width);
+            match width {
+                8 => part.copy_from_slice(&bar.read64(at).to_le_bytes()),
+                4 => part.copy_from_slice(&bar.read32(at).to_le_bytes()),
+                // Part of a register: all of it is read.
+                _ => part[0] = bar.read32(at & !3).to_le_bytes()[at & 3],
+            }
+            (at, rest) = (at + width, next);
+        }
+        Ok(())
+    }
+
+    fn region_write(&self, index: u32, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let (bar, mut at) = (self.bar(), self.inside(index, offset, bytes.len())?);
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let width = width(at, rest.len());
+            let (part, next) = rest.split_at(width);
+            match *part {
+                [a, b, c, d, e, f, g, h] => bar.write64(at, u64::from_le_bytes([a, b, c, d, e, f, g, h])),
+                [a, b, c, d] => bar.write32(at, u32::from_le_bytes([a, b, c, d])),
+                // Registers are written whole (NVMe 2.0 §3.1.2); what else happens is undefined, and here nothing does.
+                _ => {}
+            }
+            (at, rest) = (at + width, next);
+        }
+        Ok(())
+    }
+
+    fn irq(&self, index: u32) -> IrqInfo {
+        match index {
+            MSIX => IrqInfo { flags: EVENTFD, count: self.vectors().into() },
+            ERROR | REQUEST => IrqInfo { flags: EVENTFD | NORESIZE, count: 1 },
+            _ => IrqInfo::default(),
+        }
+    }
+
+    fn set_irqs(&self, set: &IrqSet<'_>) -> io::Result<()> {
+        match (set.index, set.action, set.data) {
+            (MSIX, IrqAction::Trigger, IrqData::None) if set.count == 0 => self.route_from(0, None),
+            (MSIX, IrqAction::Trigger, IrqData::Eventfds(events)) if events.len() == set.count as usize => {
+                self.route_from(set.start as usize, Some(events))
+            }
+            (ERROR, IrqAction::Trigger, _) => Ok(()),
+            _ => Err(Errno::INVAL.into()),
+        }
+    }
+}
+
+impl EmulatedFunction {
+    /// The offset in BAR 0, if all of an access lies there.
+    fn inside(&self, index: u32, offset: u64, count: usize) -> io::Result<usize> {
+        let offset = usize::try_from(offset).ok().filter(|_| index == BAR0);
+        let end = offset.and_then(|offset| offset.checked_add(count));
+        offset.filter(|_| end.is_some_and(|end| end <= self.bar().size())).ok_or(Errno::INVAL.into())
+    }
+}
+
+/// How many bytes the next access covers: as many as offset and length allow, of 8, 4 and 1.
+fn width(at: usize, len: usize) -> usize {
+    [8, 4].into_iter().find(|width| at.is_multiple_of(*width) && len >= *width).unwrap_or(1)
+}

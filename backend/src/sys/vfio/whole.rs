@@ -1,0 +1,174 @@
+//! The calls of a device file that only a function passed through whole needs: regions as another process may map them,
+//! and interrupts of any index, from any vector on.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_BOOL,
+    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
+    VFIO_REGION_INFO_FLAG_WRITE, vfio_irq_set,
+};
+use vfio_ioctls::{VfioRegionDmaRange, VfioRegionInfoCap};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+
+use super::{Cdev, VFIO_DEVICE_SET_IRQS};
+use crate::sys::Mmio;
+use crate::whole_function::{IrqAction, IrqData, IrqInfo, IrqSet, RegionInfo};
+
+/// The most vectors of one interrupt (PCI Local Bus 3.0 §6.8.2.3).
+const MAX_VECTORS: usize = 2048;
+
+/// `struct vfio_irq_set` with room for the data of every vector behind it.
+#[repr(C)]
+struct IrqSetBuffer {
+    header: vfio_irq_set,
+    data: [i32; MAX_VECTORS],
+}
+
+impl Cdev {
+    /// Size and access of a region; all zero if the device has none of that index.
+    #[must_use]
+    pub fn region_info(&self, index: u32) -> RegionInfo {
+        let flags = self.device.get_region_flags(index);
+        RegionInfo {
+            size: self.region_size(index),
+            readable: flags & VFIO_REGION_INFO_FLAG_READ != 0,
+            writable: flags & VFIO_REGION_INFO_FLAG_WRITE != 0,
+        }
+    }
+
+    /// Where a region begins in the device file, bytes.
+    #[must_use]
+    pub fn region_offset(&self, index: u32) -> u64 {
+        self.device.get_region_offset(index)
+    }
+
+    /// The parts of a region that can be mapped, as offset and size in bytes; an empty list means all of it. `None` where
+    /// nothing can.
+    #[must_use]
+    pub fn mmap_areas(&self, index: u32) -> Option<Vec<(u64, u64)>> {
+        if self.device.get_region_flags(index) & VFIO_REGION_INFO_FLAG_MMAP == 0 {
+            return None;
+        }
+        let areas = self.device.get_region_caps(index).into_iter().find_map(|capability| match capability {
+            VfioRegionInfoCap::SparseMmap(sparse) => Some(sparse.areas.iter().map(|a| (a.offset, a.size)).collect()),
+            _ => None,
+        });
+        Some(areas.unwrap_or_default())
+    }
+
+    /// A dma-buf of the whole region, where the kernel exports one and lets it be mapped (`VFIO_DEVICE_FEATURE_DMA_BUF`).
+    /// Its holder can do nothing with the device but map this region. Linux 7.2 exports it and refuses to map it.
+    #[must_use]
+    pub fn mappable_dma_buf(&self, index: u32) -> Option<OwnedFd> {
+        if !self.mmap_areas(index)?.is_empty() {
+            return None; // A part of a region would begin at offset 0 of the dma-buf, not at its own offset.
+        }
+        let length = self.region_size(index);
+        let ranges = [VfioRegionDmaRange { offset: 0, length }];
+        let flags = u32::try_from(libc::O_RDWR | libc::O_CLOEXEC).ok()?;
+        let file = self.device.export_dma_buf(index, &ranges, flags).ok()??;
+        Mmio::map(file.as_fd(), 0, usize::try_from(length).ok()?).ok()?;
+        Some(file.into())
+    }
+
+    /// Another descriptor of this file, for another process. It can do all that this file can.
+    ///
+    /// # Errors
+    /// The errno of `fcntl`.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.as_fd().try_clone_to_owned()
+    }
+
+    /// Flags and number of vectors of an interrupt; all zero if the device has none of that index.
+    #[must_use]
+    pub fn irq_info(&self, index: u32) -> IrqInfo {
+        let irq = self.device.get_irq_info(index);
+        irq.map_or_else(IrqInfo::default, |irq| IrqInfo { flags: irq.flags, count: irq.count })
+    }
+
+    /// `VFIO_DEVICE_SET_IRQS`.
+    ///
+    /// # Errors
+    /// The errno of the call; EINVAL where the data are not of `set.count` vectors, or are of too many.
+    pub fn set_irqs(&self, set: &IrqSet<'_>) -> io::Result<()> {
+        let buffer = encode(set).ok_or(io::Error::from_raw_os_error(libc::EINVAL))?;
+        // SAFETY: the kernel reads `argsz` bytes, all of them inside `buffer`; see `encode`.
+        if unsafe { ioctl_with_ref(&*self.device, VFIO_DEVICE_SET_IRQS(), &*buffer) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+/// The argument of `VFIO_DEVICE_SET_IRQS`; `argsz` covers the header and the data, and never exceeds the buffer.
+fn encode(set: &IrqSet<'_>) -> Option<Box<IrqSetBuffer>> {
+    let mut buffer = Box::new(IrqSetBuffer { header: vfio_irq_set::default(), data: [0; MAX_VECTORS] });
+    let count = usize::try_from(set.count).ok()?;
+    let (kind, bytes) = match set.data {
+        IrqData::None => (VFIO_IRQ_SET_DATA_NONE, 0),
+        IrqData::Bools(bools) if bools.len() == count && count <= MAX_VECTORS => {
+            for (word, chunk) in buffer.data.iter_mut().zip(bools.chunks(4)) {
+                let mut bytes = [0; 4];
+                bytes[..chunk.len()].copy_from_slice(chunk);
+                *word = i32::from_ne_bytes(bytes);
+            }
+            (VFIO_IRQ_SET_DATA_BOOL, count)
+        }
+        IrqData::Eventfds(fds) if fds.len() == count && count <= MAX_VECTORS => {
+            for (word, fd) in buffer.data.iter_mut().zip(fds) {
+                *word = fd.map_or(-1, |fd| fd.as_raw_fd());
+            }
+            (VFIO_IRQ_SET_DATA_EVENTFD, 4 * count)
+        }
+        IrqData::Bools(_) | IrqData::Eventfds(_) => return None,
+    };
+    let action = match set.action {
+        IrqAction::Mask => VFIO_IRQ_SET_ACTION_MASK,
+        IrqAction::Unmask => VFIO_IRQ_SET_ACTION_UNMASK,
+        IrqAction::Trigger => VFIO_IRQ_SET_ACTION_TRIGGER,
+    };
+    buffer.header = vfio_irq_set {
+        argsz: u32::try_from(size_of::<vfio_irq_set>() + bytes).ok()?,
+        flags: kind | action,
+        index: set.index,
+        start: set.start,
+        count: set.count,
+        ..Default::default()
+    };
+    Some(buffer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(data: IrqData<'_>, count: u32) -> IrqSet<'_> {
+        IrqSet { index: 2, start: 3, count, action: IrqAction::Trigger, data }
+    }
+
+    #[test]
+    fn an_absent_eventfd_is_minus_one_and_argsz_covers_all_of_them() {
+        let event = std::fs::File::open("/dev/null").unwrap();
+        let fds = [Some(event.as_fd()), None];
+
+        let buffer = encode(&set(IrqData::Eventfds(&fds), 2)).unwrap();
+
+        assert_eq!(buffer.data[..2], [event.as_raw_fd(), -1]);
+        let header = &buffer.header;
+        assert_eq!((header.argsz, header.index, header.start, header.count), (20 + 8, 2, 3, 2));
+        assert_eq!(header.flags, VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER);
+    }
+
+    #[test]
+    fn bytes_are_packed_and_data_of_another_length_are_refused() {
+        let buffer = encode(&set(IrqData::Bools(&[1, 0, 1, 0, 1]), 5)).unwrap();
+        assert_eq!(buffer.data[..2], [0x0001_0001, 1]);
+        assert_eq!(buffer.header.argsz, 25);
+
+        assert!(encode(&set(IrqData::Bools(&[1]), 2)).is_none());
+        assert!(encode(&set(IrqData::Eventfds(&[]), 1)).is_none());
+        assert!(encode(&set(IrqData::Bools(&[0; MAX_VECTORS + 1]), 2049)).is_none());
+    }
+}

@@ -1,0 +1,44 @@
+//! A function under VFIO, passed through whole: regions and interrupts go to the kernel as they are.
+
+use std::io;
+
+use super::Attached;
+use crate::whole_function::{IrqInfo, IrqSet, MmapArea, RegionInfo, RegionMmap, WholeFunction};
+
+/// What the bound device file allows its holder; it cannot map memory for DMA, which takes the iommufd.
+const CDEV_RIGHTS: &str =
+    "the device's own file: reset, interrupts, configuration space and detach, as plain vfio-pci gives";
+const DMA_BUF_RIGHTS: &str = "a dma-buf of this BAR: nothing but mapping it";
+
+impl WholeFunction for Attached {
+    fn region(&self, index: u32) -> RegionInfo {
+        self.cdev.region_info(index)
+    }
+
+    fn region_mmap(&self, index: u32) -> io::Result<Option<RegionMmap>> {
+        let cdev = &self.cdev;
+        let Some(areas) = cdev.mmap_areas(index) else { return Ok(None) };
+        let areas: Vec<_> = areas.into_iter().map(|(offset, size)| MmapArea { offset, size }).collect();
+        if let Some(file) = cdev.mappable_dma_buf(index) {
+            return Ok(Some(RegionMmap { file, offset: 0, areas, rights: DMA_BUF_RIGHTS }));
+        }
+        let (file, offset) = (cdev.duplicate()?, cdev.region_offset(index));
+        Ok(Some(RegionMmap { file, offset, areas, rights: CDEV_RIGHTS }))
+    }
+
+    fn region_read(&self, index: u32, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.cdev.read_region(index, offset, bytes)
+    }
+
+    fn region_write(&self, index: u32, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.cdev.write_region(index, offset, bytes)
+    }
+
+    fn irq(&self, index: u32) -> IrqInfo {
+        self.cdev.irq_info(index)
+    }
+
+    fn set_irqs(&self, set: &IrqSet<'_>) -> io::Result<()> {
+        self.cdev.set_irqs(set)
+    }
+}
