@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::coherency::Policy;
 use crate::engine::Watch;
+use crate::passthrough::BarAccess;
 use crate::vfio::{NotAnAddress, PciAddress};
 
 /// What the user asked for.
@@ -36,6 +37,12 @@ pub struct Config {
         required_unless_present = "print_capabilities"
     )]
     pub device: Option<DeviceArg>,
+    /// Serve the whole function over vfio-user (QEMU's vfio-user-pci), instead of a disk over vhost-user
+    #[arg(long)]
+    pub vfio_user: bool,
+    /// How the guest reaches the registers of a whole function
+    #[arg(long, value_name = "HOW", value_enum, requires = "vfio_user")]
+    pub bars: Option<Bars>,
     /// The namespace to serve [default: the only one]
     #[arg(long, value_name = "NSID")]
     pub namespace: Option<u32>,
@@ -107,6 +114,25 @@ pub enum Question {
     },
     /// Show every function behind an IOMMU
     List,
+}
+
+/// `--bars`: how the guest reaches the registers of a whole function.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Bars {
+    /// By mapping them: the VMM is given a descriptor of the device
+    #[default]
+    Direct,
+    /// By messages: the VMM is given nothing
+    Trapped,
+}
+
+impl From<Bars> for BarAccess {
+    fn from(bars: Bars) -> Self {
+        match bars {
+            Bars::Direct => Self::Direct,
+            Bars::Trapped => Self::Trapped,
+        }
+    }
 }
 
 /// `--no-snoop`: what to do about a device that could go behind the CPU caches.

@@ -8,6 +8,7 @@ const BURST: u32 = 8;
 const INTERVAL: Duration = Duration::from_secs(10);
 
 /// Counts lines; consulted on error paths only.
+#[derive(Clone, Copy)]
 pub(crate) struct LogLimit {
     /// `module_path!()` of the owner.
     target: &'static str,
@@ -30,6 +31,11 @@ impl LogLimit {
     /// The same for an error.
     pub(crate) fn error(&mut self, line: impl FnOnce() -> String) {
         self.log(log::Level::Error, line);
+    }
+
+    /// The same for what is no mistake.
+    pub(crate) fn info(&mut self, line: impl FnOnce() -> String) {
+        self.log(log::Level::Info, line);
     }
 
     fn log(&mut self, level: log::Level, line: impl FnOnce() -> String) {

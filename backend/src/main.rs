@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -19,11 +20,14 @@ use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::inspect::{Report, list};
 use vhost_device_vfio::iommu::LiveSpace;
 use vhost_device_vfio::kvm::{Shim, Vmm};
+use vhost_device_vfio::passthrough::Passthrough;
 use vhost_device_vfio::sys::signal_fd;
 use vhost_device_vfio::take::Taken;
 use vhost_device_vfio::vfio::PciAddress;
 use vhost_device_vfio::vfio::no_snoop;
-use vhost_device_vfio::vhost_user::{Device, Listen, Server, capabilities};
+use vhost_device_vfio::vfio_user::{self, Ended};
+use vhost_device_vfio::vhost_user::{Device, Entrance, Listen, Server, capabilities};
+use vhost_device_vfio::whole_function::WholeFunction;
 
 /// How long commands in flight may take when a ring stops or memory goes away, before the device is reset.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -85,6 +89,9 @@ fn run(config: &Config) -> Result<()> {
     let entrance = listen.open()?;
     let machine = options.map(Machine::new).transpose()?;
     log::info!("{entrance}");
+    if config.vfio_user {
+        return pass_through(config, device, machine, entrance, &stop);
+    }
     let Hardware { function, source, space, facts, file } = match (device, machine) {
         (_, Some(machine)) => emulate(&machine, config.no_snoop.into())?,
         (DeviceArg::Pci(address), None) => take(*address, config.no_snoop.into())?,
@@ -117,6 +124,61 @@ fn run(config: &Config) -> Result<()> {
     log::info!("statistics: {} {} verdict={verdict} {}", engine.statistics(), space.statistics(), vmm.tally());
     engine.shut_down();
     Ok(served?)
+}
+
+/// Serves the whole function over vfio-user.
+fn pass_through(
+    config: &Config,
+    device: &DeviceArg,
+    machine: Option<Machine>,
+    entrance: Entrance,
+    stop: &OwnedFd,
+) -> Result<()> {
+    if config.read_only {
+        bail!(
+            "--read-only: the guest's own driver drives a whole function, and this program sees none of its commands"
+        );
+    }
+    let policy = config.no_snoop.into();
+    let shim = config.kvm_socket.is_some();
+    let (function, space, facts, file): (Arc<dyn WholeFunction>, Arc<dyn AddressSpace>, _, _) = match (device, &machine)
+    {
+        (_, Some(machine)) => {
+            // No KVM is told of a function in this process, and none need be.
+            let facts = Facts { personality: Personality::WholeFunction, shim: true, ..machine.facts(policy)? };
+            announce(&"emulated", &"software IOMMU", &facts);
+            let space = match decide(&facts) {
+                Verdict::Coherent(_) => machine.space(),
+                Verdict::Flush(_) => machine.flushed_space(),
+                Verdict::Refuse(refusal) => bail!("emulated: {refusal}"),
+            };
+            (machine.whole_function(), space, facts, None)
+        }
+        (DeviceArg::Pci(address), None) => {
+            let taken = Taken::take(*address)?;
+            let facts = taken.evidence().facts(Personality::WholeFunction, policy, shim);
+            announce(address, &taken.evidence().snoop, &facts);
+            let (function, space) = taken.settle(&facts)?;
+            (Arc::new(function), Arc::new(space), facts, address.cdev())
+        }
+        (DeviceArg::Emulated(_), None) => unreachable!("made by the caller"),
+    };
+    let name = function.name().to_owned();
+    let passthrough = Passthrough::new(function, space, config.bars.unwrap_or_default().into(), facts, file.is_some())?;
+    let vmm = config
+        .kvm_socket
+        .clone()
+        .map_or_else(Vmm::unreachable, |socket| Vmm::with(Shim { socket, device: name.clone(), facts, file }));
+    let server = vfio_user::Server::new(entrance, passthrough, vmm);
+    log::info!("serving {name}, the whole function, over vfio-user");
+    let ended = server.run(stop);
+    let (space, verdict) = (server.device().space().statistics(), decide(&facts).word());
+    log::info!("statistics: {space} verdict={verdict} {}", server.vmm().tally());
+    match ended? {
+        Ended::HostWantsFunction => log::warn!("{name}: given back to the host; start this program again to serve it"),
+        Ended::Stopped | Ended::FrontEndLeft => {}
+    }
+    Ok(())
 }
 
 /// The socket the user asked for: a path, a descriptor, or what systemd passed.

@@ -31,16 +31,16 @@ pub enum Listen {
 }
 
 /// An open [`Listen`]. Prints as the way in which front-ends come. Dropping it closes the socket and removes the file made for it.
-pub struct Entrance(pub(super) Socket);
+pub struct Entrance(pub(crate) Socket);
 
-pub(super) enum Socket {
+pub(crate) enum Socket {
     Listening(Listener),
     Connected(UnixStream),
 }
 
 /// A listening socket, and the file it has at its path if that is ours.
-pub(super) struct Listener {
-    pub(super) socket: UnixListener,
+pub(crate) struct Listener {
+    pub(crate) socket: UnixListener,
     name: String,
     _file: Option<SocketFile>,
 }
@@ -142,7 +142,7 @@ impl Listener {
     }
 
     /// The next front-end, if one waits.
-    pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
+    pub(crate) fn accept(&self) -> io::Result<Option<UnixStream>> {
         match self.socket.accept() {
             Ok((stream, _)) => Ok(Some(stream)),
             Err(error) => match error.kind() {

@@ -26,6 +26,8 @@ use std::sync::Arc;
 pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
 pub use listen::{Entrance, Listen};
+pub(crate) use listen::{Listener, Socket};
+pub(crate) use peer::Peer;
 pub use server::{Announcer, Server};
 
 use crate::engine::Engine;

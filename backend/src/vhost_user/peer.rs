@@ -11,13 +11,13 @@ use crate::memory::FileId;
 use crate::sys::{Credentials, peer_credentials};
 
 /// The process at the other end of a socket.
-pub(super) struct Peer {
+pub(crate) struct Peer {
     credentials: Credentials,
     name: String,
 }
 
 impl Peer {
-    pub(super) fn of(socket: impl AsFd) -> io::Result<Self> {
+    pub(crate) fn of(socket: impl AsFd) -> io::Result<Self> {
         let credentials = peer_credentials(socket)?;
         let comm = credentials.pid.and_then(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).ok());
         // A process chooses its own name; it must not be able to write control characters into the log.
@@ -26,13 +26,13 @@ impl Peer {
     }
 
     /// Its process id, if that can be seen from here.
-    pub(super) fn pid(&self) -> Option<u32> {
+    pub(crate) fn pid(&self) -> Option<u32> {
         self.credentials.pid
     }
 
     /// True if the process is known to see this file at `address`, or wherever it has mapped it, as a private copy: QEMU up
     /// to 10 sends such memory, although neither we nor the device can reach what the guest has written there.
-    pub(super) fn maps_privately(&self, file: FileId, address: Option<Qva>) -> bool {
+    pub(crate) fn maps_privately(&self, file: FileId, address: Option<Qva>) -> bool {
         let Some(pid) = self.credentials.pid else { return false };
         // Not readable for another user, or from another PID namespace; then nothing is known.
         fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| match address {

@@ -1,0 +1,168 @@
+//! The virtual machine's memory as the device reaches it: one region for each DMA map, at the address that the virtual
+//! machine monitor names, which is the guest physical one.
+//!
+//! Not everything a virtual machine has in its address space can be mapped: ROMs, and other devices' memory, come without a
+//! file. They are taken note of, so that the conversation goes on as with kernel VFIO, and a device that aims there is
+//! stopped by the IOMMU.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::addr::{Address, Gpa, Qva, Span};
+use crate::hardware::AddressSpace;
+use crate::memory::{Region, RegionSpec};
+
+use super::PassthroughError;
+
+/// The IOMMU's smallest page, bytes.
+const PAGE: u64 = 4096;
+/// Half of the time that QEMU waits for an answer by default (`x-msg-timeout`).
+const SLOW: Duration = Duration::from_millis(2500);
+
+/// `VFIO_USER_DMA_MAP`.
+pub(crate) struct DmaMap {
+    /// Where the device finds it.
+    pub(crate) address: u64,
+    /// Bytes.
+    pub(crate) size: u64,
+    /// Where it begins in `file`, bytes.
+    pub(crate) offset: u64,
+    /// The device may write it.
+    pub(crate) writable: bool,
+    /// The memory itself, if it is shared.
+    pub(crate) file: Option<File>,
+}
+
+enum Mapped {
+    Region(Arc<Region>),
+    /// The device does not reach it.
+    Unreachable(Span<Gpa>),
+}
+
+impl Mapped {
+    fn span(&self) -> Span<Gpa> {
+        match self {
+            Self::Region(region) => region.gpa(),
+            Self::Unreachable(span) => *span,
+        }
+    }
+}
+
+/// See the top of this file.
+pub(crate) struct DmaMaps<'d> {
+    space: &'d dyn AddressSpace,
+    maps: BTreeMap<u64, Mapped>,
+    noted: bool,
+}
+
+impl<'d> DmaMaps<'d> {
+    pub(super) fn new(space: &'d dyn AddressSpace) -> Self {
+        Self { space, maps: BTreeMap::new(), noted: false }
+    }
+
+    /// How many maps there are.
+    pub(crate) fn len(&self) -> usize {
+        self.maps.len()
+    }
+
+    /// Maps memory for the device. When this returns the device may use it; on error nothing is mapped.
+    pub(crate) fn map(&mut self, map: DmaMap) -> Result<Span<Gpa>, PassthroughError> {
+        let span = page_span(map.address, map.size)?;
+        if let Some(mapped) = self.conflict(span) {
+            return Err(PassthroughError::Exists { wanted: span, mapped });
+        }
+        let mapped = match map.file {
+            Some(file) => Mapped::Region(self.map_region(span, map.offset, map.writable, file)?),
+            // A guest's RAM begins at 0; whatever else comes without a file lies elsewhere.
+            None if map.writable && map.address == 0 => return Err(PassthroughError::NotShared(span)),
+            None => self.note(span),
+        };
+        self.maps.insert(map.address, mapped);
+        Ok(span)
+    }
+
+    fn map_region(
+        &self,
+        gpa: Span<Gpa>,
+        offset: u64,
+        writable: bool,
+        file: File,
+    ) -> Result<Arc<Region>, PassthroughError> {
+        let start = Instant::now();
+        // The front-end's own addresses mean nothing here; the guest's are as distinct.
+        let qva = Qva(gpa.start().raw());
+        let spec = RegionSpec { gpa, qva, offset, file: Arc::new(file) };
+        let region = Arc::new(Region::map_piece(spec, writable)?);
+        self.space.add(&region)?;
+        let took = start.elapsed();
+        let kib = self.space.statistics().mapped / 1024;
+        let access = if writable { "" } else { " read-only" };
+        log::info!("DMA map {gpa}{access} in {} ms; {kib} KiB in all", took.as_millis());
+        if took >= SLOW {
+            log::warn!(
+                "DMA map {gpa} took {} ms; QEMU gives up after x-msg-timeout (5000 ms by default): huge pages or \
+                 prealloc=on on its memory backend make this faster, a larger x-msg-timeout makes it wait",
+                took.as_millis()
+            );
+        }
+        Ok(region)
+    }
+
+    fn note(&mut self, span: Span<Gpa>) -> Mapped {
+        if !std::mem::replace(&mut self.noted, true) {
+            log::info!(
+                "DMA map {span} comes without a file: a ROM or another device's memory. The device cannot reach it; \
+                 DMA there faults in the IOMMU. Further ones are not logged"
+            );
+        }
+        Mapped::Unreachable(span)
+    }
+
+    /// Takes away what was mapped at just this address and of just this size.
+    pub(crate) fn unmap(&mut self, address: u64, size: u64) -> Result<(), PassthroughError> {
+        let found = self.maps.get(&address).filter(|mapped| mapped.span().len() == size);
+        let mapped = found.ok_or(PassthroughError::NotMapped { address, size })?;
+        if let Mapped::Region(region) = mapped {
+            self.space.remove(region)?;
+            log::info!("DMA unmap {}; {} KiB left", region.gpa(), self.space.statistics().mapped / 1024);
+        }
+        self.maps.remove(&address);
+        Ok(())
+    }
+
+    /// Takes everything away, one after another.
+    pub(crate) fn unmap_each(&mut self) -> Result<(), PassthroughError> {
+        let all: Vec<_> = self.maps.values().map(Mapped::span).collect();
+        all.into_iter().try_for_each(|span| self.unmap(span.start().raw(), span.len()))
+    }
+
+    /// Takes everything away, whatever happens on the way. The device does no DMA any more.
+    pub(crate) fn unmap_all(&mut self) {
+        for mapped in std::mem::take(&mut self.maps).into_values() {
+            let Mapped::Region(region) = mapped else { continue };
+            let removed = match self.space.remove(&region) {
+                // Bus master is off: the device has nothing in flight.
+                Err(crate::hardware::MapError::DeviceMustRest { .. }) => self.space.remove_at_rest(&region),
+                other => other,
+            };
+            if let Err(error) = removed {
+                log::error!("DMA unmap {}: {error}; it stays mapped", region.gpa());
+            }
+        }
+    }
+
+    /// What of that which is mapped overlaps `span`.
+    fn conflict(&self, span: Span<Gpa>) -> Option<Span<Gpa>> {
+        let before = self.maps.range(..=span.last().raw()).next_back().map(|(_, mapped)| mapped.span());
+        before.filter(|mapped| mapped.overlaps(&span))
+    }
+}
+
+/// The range of whole pages that a map names.
+fn page_span(address: u64, size: u64) -> Result<Span<Gpa>, PassthroughError> {
+    let whole = address.is_multiple_of(PAGE) && size.is_multiple_of(PAGE);
+    let span = Span::new(Gpa::from_raw(address), size).filter(|_| whole);
+    span.ok_or(PassthroughError::Range { address, size })
+}

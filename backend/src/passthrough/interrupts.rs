@@ -1,0 +1,139 @@
+//! Interrupts: eventfds of the virtual machine go to the function as they come, so that a device's interrupt reaches KVM
+//! with nothing of ours on the way. Two things are kept here.
+//!
+//! - An interrupt that cannot grow while it is on (`VFIO_IRQ_INFO_NORESIZE`: MSI, and MSI-X on devices without dynamic
+//!   vectors) is turned off and on again with all eventfds when more vectors come, for a client sends no more than a message
+//!   can carry. So its eventfds are kept.
+//! - The host's request for the function goes to this process, which passes it on to the virtual machine and knows then
+//!   that time is running.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use vfio_bindings::bindings::vfio::VFIO_IRQ_INFO_NORESIZE;
+
+use crate::whole_function::{IRQS, IrqAction, IrqData, IrqInfo, IrqSet, REQUEST_IRQ, WholeFunction};
+
+use super::PassthroughError;
+
+/// See the top of this file.
+pub(crate) struct Interrupts<'d> {
+    function: &'d dyn WholeFunction,
+    /// By index: the eventfds of an interrupt that cannot grow, from vector 0 on.
+    fixed: BTreeMap<u32, Vec<Option<OwnedFd>>>,
+    /// By index: interrupts that are on.
+    on: BTreeMap<u32, ()>,
+    /// How the virtual machine is asked for the function.
+    request: Option<OwnedFd>,
+}
+
+impl<'d> Interrupts<'d> {
+    pub(super) fn new(function: &'d dyn WholeFunction) -> Self {
+        Self { function, fixed: BTreeMap::new(), on: BTreeMap::new(), request: None }
+    }
+
+    /// Flags and vectors; all zero for an interrupt that the function has not.
+    pub(crate) fn info(&self, index: u32) -> IrqInfo {
+        if index < IRQS { self.function.irq(index) } else { IrqInfo::default() }
+    }
+
+    /// Asks the virtual machine for the function. False if it has not said how.
+    pub(crate) fn ask_for_function(&self) -> bool {
+        let asked = self.request.as_ref().map(|event| rustix::io::write(event, &1_u64.to_ne_bytes()));
+        asked.is_some_and(|written| written.is_ok())
+    }
+
+    /// `VFIO_USER_DEVICE_SET_IRQS`; `fds` are the eventfds of a [`IrqData::Eventfds`], none to take them back.
+    pub(crate) fn set(&mut self, set: &IrqSet<'_>, fds: Vec<OwnedFd>) -> Result<(), PassthroughError> {
+        let IrqSet { index, start, count, .. } = *set;
+        let available = self.info(index).count;
+        if index >= IRQS || start.checked_add(count).is_none_or(|end| end > available) {
+            return Err(PassthroughError::Vectors { index, start, count, available });
+        }
+        let eventfds = matches!(set.data, IrqData::Eventfds(_));
+        match (index, set.action, eventfds) {
+            (REQUEST_IRQ, IrqAction::Trigger, true) => {
+                self.request = fds.into_iter().next();
+                Ok(())
+            }
+            // Turned off: the route to this process stays.
+            (REQUEST_IRQ, IrqAction::Trigger, false) if count == 0 => {
+                self.request = None;
+                Ok(())
+            }
+            (_, IrqAction::Trigger, true) if self.info(index).flags & VFIO_IRQ_INFO_NORESIZE != 0 => {
+                self.route_fixed(index, start, count, fds)
+            }
+            _ => self.pass_on(set, &fds),
+        }
+    }
+
+    fn pass_on(&mut self, set: &IrqSet<'_>, fds: &[OwnedFd]) -> Result<(), PassthroughError> {
+        let absent = vec![None; set.count as usize];
+        let present: Vec<_> = fds.iter().map(|fd| Some(fd.as_fd())).collect();
+        let data = match set.data {
+            IrqData::Eventfds(_) if fds.is_empty() => IrqData::Eventfds(&absent),
+            IrqData::Eventfds(_) => IrqData::Eventfds(&present),
+            other => other,
+        };
+        self.apply(&IrqSet { data, ..*set })?;
+        if set.action == IrqAction::Trigger {
+            match (set.count, set.data) {
+                (0, IrqData::None) => {
+                    self.on.remove(&set.index);
+                    self.fixed.remove(&set.index);
+                }
+                (_, IrqData::Eventfds(_)) => drop(self.on.insert(set.index, ())),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Routes vectors of an interrupt that cannot grow while it is on.
+    fn route_fixed(&mut self, index: u32, start: u32, count: u32, fds: Vec<OwnedFd>) -> Result<(), PassthroughError> {
+        let (from, to) = (start as usize, (start + count) as usize);
+        let mut routed = self.fixed.remove(&index).unwrap_or_default();
+        let grows = to > routed.len();
+        if grows && !routed.is_empty() {
+            self.turn_off(index)?;
+        }
+        routed.resize_with(routed.len().max(to), || None);
+        let mut fds = fds.into_iter();
+        routed[from..to].iter_mut().for_each(|slot| *slot = fds.next());
+        let range = if grows { 0..routed.len() } else { from..to };
+        let events: Vec<Option<BorrowedFd<'_>>> =
+            routed[range.clone()].iter().map(|fd| fd.as_ref().map(AsFd::as_fd)).collect();
+        let (start, count) = (number(range.start), number(range.len()));
+        let set = IrqSet { index, start, count, action: IrqAction::Trigger, data: IrqData::Eventfds(&events) };
+        self.apply(&set)?;
+        self.on.insert(index, ());
+        self.fixed.insert(index, routed);
+        Ok(())
+    }
+
+    fn turn_off(&mut self, index: u32) -> Result<(), PassthroughError> {
+        self.apply(&IrqSet { index, start: 0, count: 0, action: IrqAction::Trigger, data: IrqData::None })?;
+        self.on.remove(&index);
+        Ok(())
+    }
+
+    fn apply(&self, set: &IrqSet<'_>) -> Result<(), PassthroughError> {
+        self.function.set_irqs(set).map_err(PassthroughError::function(self.function, "VFIO_DEVICE_SET_IRQS"))
+    }
+
+    /// Turns every interrupt off, and closes what the virtual machine has sent.
+    pub(super) fn release(&mut self) {
+        for index in std::mem::take(&mut self.on).into_keys() {
+            if let Err(error) = self.turn_off(index) {
+                log::warn!("turn interrupt {index} off: {error}");
+            }
+        }
+        self.fixed.clear();
+        self.request = None;
+    }
+}
+
+fn number(vectors: usize) -> u32 {
+    u32::try_from(vectors).expect("no more than the function has")
+}

@@ -1,0 +1,78 @@
+//! Regions of a function but for configuration space: BARs and the expansion ROM, and what of a BAR the virtual machine
+//! monitor may map.
+
+use std::collections::BTreeSet;
+
+use crate::whole_function::{CONFIG_REGION, REGIONS, RegionInfo, RegionMmap, WholeFunction};
+
+use super::PassthroughError;
+
+/// `--bars`: how the guest reaches the registers of a function.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BarAccess {
+    /// By mapping them: its loads and stores go straight to the device.
+    #[default]
+    Direct,
+    /// By messages, one for each load and store; the virtual machine monitor gets no descriptor of the device.
+    Trapped,
+}
+
+/// See the top of this file.
+pub(crate) struct Regions<'d> {
+    function: &'d dyn WholeFunction,
+    bars: BarAccess,
+    /// What has been handed out, and logged.
+    given: BTreeSet<u32>,
+}
+
+impl<'d> Regions<'d> {
+    pub(super) fn new(function: &'d dyn WholeFunction, bars: BarAccess) -> Self {
+        Self { function, bars, given: BTreeSet::new() }
+    }
+
+    /// Size and access of a region; all zero for one that the function has not.
+    pub(crate) fn info(&self, index: u32) -> RegionInfo {
+        if index < REGIONS { self.function.region(index) } else { RegionInfo::default() }
+    }
+
+    /// What the virtual machine monitor is given to map region `index` with; `None` where it gets nothing.
+    pub(crate) fn mmap(&mut self, index: u32) -> Result<Option<RegionMmap>, PassthroughError> {
+        if self.bars == BarAccess::Trapped || index >= CONFIG_REGION {
+            return Ok(None);
+        }
+        let mmap = self.function.region_mmap(index);
+        let mmap = mmap.map_err(PassthroughError::function(self.function, "hand a BAR to the front-end"))?;
+        if let Some(RegionMmap { rights, areas, .. }) = &mmap
+            && self.given.insert(index)
+        {
+            let parts =
+                if areas.is_empty() { "all of it".to_owned() } else { format!("{} part(s) of it", areas.len()) };
+            log::info!("{}: BAR {index}: the front-end may map {parts}; it was given {rights}", self.function.name());
+        }
+        Ok(mmap)
+    }
+
+    /// Reads a region at `offset`, bytes.
+    pub(crate) fn read(&self, index: u32, offset: u64, bytes: &mut [u8]) -> Result<(), PassthroughError> {
+        self.check(index, offset, bytes.len())?;
+        let read = self.function.region_read(index, offset, bytes);
+        read.map_err(PassthroughError::function(self.function, "read a BAR"))
+    }
+
+    /// Writes a region at `offset`, bytes.
+    pub(crate) fn write(&self, index: u32, offset: u64, bytes: &[u8]) -> Result<(), PassthroughError> {
+        self.check(index, offset, bytes.len())?;
+        let written = self.function.region_write(index, offset, bytes);
+        written.map_err(PassthroughError::function(self.function, "write a BAR"))
+    }
+
+    /// Only what lies inside a region is passed on.
+    pub(crate) fn check(&self, index: u32, offset: u64, count: usize) -> Result<(), PassthroughError> {
+        let size = self.info(index).size;
+        let end = offset.checked_add(count as u64);
+        if count != 0 && end.is_some_and(|end| end <= size) {
+            return Ok(());
+        }
+        Err(PassthroughError::Region { index, offset, count, size })
+    }
+}

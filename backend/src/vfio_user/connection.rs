@@ -1,0 +1,246 @@
+//! The bytes of one conversation: whole messages in, replies out, without ever waiting for the other side.
+//!
+//! A message is read in two steps, header and payload, each to its last byte and no further. So the descriptors that come
+//! with the bytes of one message are never taken for those of the next: the kernel ends a read where descriptors begin
+//! another message (unix(7), SCM_RIGHTS).
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::error::Error;
+use super::version::{MAX_FDS, MAX_TEXT, MAX_TRANSFER};
+use super::wire::{ERROR, HEADER, Header, RegionAccess, TYPE_COMMAND, TYPE_MASK, TYPE_REPLY};
+
+/// How long a message may take to come to its end, and a reply to be read.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+/// The longest message: a region write of the most data.
+const MAX_MESSAGE: usize = HEADER + size_of::<RegionAccess>() + MAX_TRANSFER;
+const _: () = assert!(MAX_TEXT < MAX_TRANSFER);
+
+/// A whole message.
+pub(super) struct Message {
+    pub(super) header: Header,
+    pub(super) payload: Vec<u8>,
+    pub(super) fds: Vec<OwnedFd>,
+}
+
+/// A reply without its header.
+#[derive(Default)]
+pub(super) struct Reply {
+    pub(super) payload: Vec<u8>,
+    pub(super) fds: Vec<OwnedFd>,
+}
+
+/// What looking for a message has found.
+pub(super) enum Received {
+    Message(Message),
+    /// Nothing, or not all of a message yet.
+    Incomplete,
+    /// The other side has gone.
+    Gone,
+}
+
+/// What there is of the next message.
+#[derive(Default)]
+struct Incoming {
+    header: Option<Header>,
+    bytes: Vec<u8>,
+    fds: Vec<OwnedFd>,
+    since: Option<Instant>,
+}
+
+/// What of a reply has not been taken yet.
+struct Outgoing {
+    bytes: Vec<u8>,
+    sent: usize,
+    fds: Vec<OwnedFd>,
+    since: Instant,
+}
+
+/// One front-end's socket.
+pub(super) struct Connection {
+    socket: UnixStream,
+    incoming: Incoming,
+    outgoing: Option<Outgoing>,
+}
+
+impl Connection {
+    pub(super) fn new(socket: UnixStream) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket, incoming: Incoming::default(), outgoing: None })
+    }
+
+    pub(super) fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+
+    /// When the other side will have been waited for long enough; `None` while it is not waited for.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let since = self.outgoing.as_ref().map_or(self.incoming.since, |outgoing| Some(outgoing.since));
+        since.map(|since| since + PATIENCE)
+    }
+
+    /// # Errors
+    /// [`Error::Stalled`] if the deadline has passed.
+    pub(super) fn check_deadline(&self, now: Instant) -> Result<(), Error> {
+        match self.deadline() {
+            Some(deadline) if deadline <= now && self.outgoing.is_some() => {
+                Err(Error::Stalled("a reply has not been read"))
+            }
+            Some(deadline) if deadline <= now => Err(Error::Stalled("a message has not come to its end")),
+            _ => Ok(()),
+        }
+    }
+
+    /// The next message, if all of it is there. None is taken while a reply waits to be read.
+    ///
+    /// # Errors
+    /// Why the conversation cannot go on.
+    pub(super) fn receive(&mut self) -> Result<Received, Error> {
+        if !self.flush()? {
+            return Ok(Received::Incomplete);
+        }
+        loop {
+            let wanted = self.incoming.header.map_or(HEADER, |header| header.size as usize - HEADER);
+            match self.fill(wanted)? {
+                Fill::Full => {}
+                Fill::Part => return Ok(Received::Incomplete),
+                Fill::End => return Ok(Received::Gone),
+            }
+            match self.incoming.header {
+                None => self.take_header()?,
+                Some(header) => {
+                    let Incoming { bytes, fds, .. } = std::mem::take(&mut self.incoming);
+                    return Ok(Received::Message(Message { header, payload: bytes, fds }));
+                }
+            }
+        }
+    }
+
+    /// Reads until there are `wanted` bytes of what is being read.
+    fn fill(&mut self, wanted: usize) -> Result<Fill, Error> {
+        let Self { socket, incoming, .. } = self;
+        let mut have = incoming.bytes.len();
+        incoming.bytes.resize(wanted, 0);
+        while have < wanted {
+            let read = read(socket, &mut incoming.bytes[have..], &mut incoming.fds);
+            match read {
+                Ok(0) => return Ok(Fill::End),
+                Ok(count) => {
+                    have += count;
+                    incoming.since.get_or_insert_with(Instant::now);
+                }
+                Err(Failed::Errno(Errno::INTR)) => {}
+                Err(Failed::Errno(Errno::AGAIN)) => {
+                    incoming.bytes.truncate(have);
+                    return Ok(Fill::Part);
+                }
+                Err(Failed::Errno(Errno::CONNRESET)) => return Ok(Fill::End),
+                Err(Failed::Errno(errno)) => return Err(Error::system("recvmsg")(errno)),
+                Err(Failed::TooManyFds) => {
+                    return Err(Error::Framing(format!("a message with more than {MAX_FDS} descriptors")));
+                }
+            }
+        }
+        Ok(Fill::Full)
+    }
+
+    fn take_header(&mut self) -> Result<(), Error> {
+        let bytes = std::mem::take(&mut self.incoming.bytes);
+        let header = Header::read_from_bytes(&bytes).expect("as many bytes as a header has");
+        let size = header.size as usize;
+        if !(HEADER..=MAX_MESSAGE).contains(&size) {
+            return Err(Error::Framing(format!("a message of {size} bytes; wanted {HEADER} to {MAX_MESSAGE}")));
+        }
+        if header.flags & TYPE_MASK != TYPE_COMMAND {
+            return Err(Error::Framing(format!("a message that is no command (flags {:#x})", header.flags)));
+        }
+        self.incoming.header = Some(header);
+        Ok(())
+    }
+
+    /// Answers the command that began with `header`: with `reply`, or an errno.
+    ///
+    /// # Errors
+    /// Why the conversation cannot go on.
+    pub(super) fn answer(&mut self, header: Header, reply: Result<Reply, u32>) -> Result<(), Error> {
+        let (flags, error, Reply { payload, fds }) = match reply {
+            Ok(reply) => (TYPE_REPLY, 0, reply),
+            Err(errno) => (TYPE_REPLY | ERROR, errno, Reply::default()),
+        };
+        let size = u32::try_from(HEADER + payload.len()).expect("replies are as limited as messages");
+        let header = Header { id: header.id, command: header.command, size, flags, error };
+        let mut bytes = Vec::with_capacity(HEADER + payload.len());
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.extend_from_slice(&payload);
+        self.outgoing = Some(Outgoing { bytes, sent: 0, fds, since: Instant::now() });
+        self.flush().map(drop)
+    }
+
+    /// Sends what waits. False if some of it still does.
+    fn flush(&mut self) -> Result<bool, Error> {
+        let Some(outgoing) = &mut self.outgoing else { return Ok(true) };
+        while outgoing.sent < outgoing.bytes.len() {
+            match write(&self.socket, &outgoing.bytes[outgoing.sent..], &outgoing.fds) {
+                Ok(count) => {
+                    outgoing.sent += count;
+                    // They have gone with the first byte.
+                    outgoing.fds.clear();
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(errno) => return Err(Error::system("sendmsg")(errno)),
+            }
+        }
+        self.outgoing = None;
+        Ok(true)
+    }
+}
+
+enum Fill {
+    Full,
+    Part,
+    End,
+}
+
+enum Failed {
+    Errno(Errno),
+    TooManyFds,
+}
+
+fn read(socket: &UnixStream, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Failed> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let received = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut ancillary, flags).map_err(Failed::Errno)?;
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
+        }
+    }
+    if received.flags.contains(ReturnFlags::CTRUNC) || fds.len() > MAX_FDS {
+        return Err(Failed::TooManyFds);
+    }
+    Ok(received.bytes)
+}
+
+fn write(socket: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> Result<usize, Errno> {
+    let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !borrowed.is_empty() {
+        let fits = ancillary.push(SendAncillaryMessage::ScmRights(&borrowed));
+        assert!(fits, "a reply carries at most one descriptor");
+    }
+    sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+}

@@ -1,0 +1,382 @@
+//! One conversation: what each command means. [`Session::handle`] has one call an arm, and its result becomes the reply; so
+//! nothing is acknowledged before it is done, and an error leaves everything as it was.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::connection::{Message, Reply};
+use super::error::Error;
+use super::version::{self, Limits, MAX_DMA_MAPS, MAX_TEXT};
+use super::wire::{self, Command, Header, NO_REPLY};
+use crate::coherency::Verdict;
+use crate::kvm::{Link, Vmm};
+use crate::log_limit::LogLimit;
+use crate::memory::FileId;
+use crate::passthrough::{Assignment, DmaMap, Passthrough, PassthroughError};
+use crate::vhost_user::Peer;
+use crate::whole_function::{CONFIG_REGION, IRQS, IrqAction, IrqData, IrqSet, REGIONS};
+
+/// Where a command's reply goes, and how.
+pub(super) enum Answered {
+    /// To the client.
+    Reply(Header, Result<Reply, u32>),
+    /// Nowhere: the client has set `NO_REPLY`.
+    Silent,
+}
+
+/// The state of one conversation.
+pub(super) struct Session<'d> {
+    device: &'d Passthrough,
+    peer: Peer,
+    link: Link<'d>,
+    /// From the version on.
+    limits: Option<Limits>,
+    assignment: Assignment<'d>,
+    refusals: LogLimit,
+    counters: Counters,
+}
+
+/// What a conversation has consisted of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counters {
+    messages: u64,
+    config_accesses: u64,
+    region_reads: u64,
+    region_writes: u64,
+    resets: u64,
+    refused: u64,
+}
+
+impl std::fmt::Display for Counters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { messages, config_accesses, region_reads, region_writes, resets, refused } = self;
+        write!(f, "messages={messages} config_accesses={config_accesses} region_reads={region_reads} ")?;
+        write!(f, "region_writes={region_writes} resets={resets} refused={refused}")
+    }
+}
+
+impl<'d> Session<'d> {
+    /// A conversation with `peer` begins; the function is reset for it.
+    pub(super) fn new(device: &'d Passthrough, vmm: &'d Vmm, peer: Peer) -> Result<Self, Error> {
+        let link = Link::new(vmm, peer.pid());
+        let assignment = device.assign()?;
+        let refusals = LogLimit::of(module_path!());
+        Ok(Self { device, peer, link, limits: None, assignment, refusals, counters: Counters::default() })
+    }
+
+    /// Who this is.
+    pub(super) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    pub(super) fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// The link to the shim in the client's process.
+    pub(super) fn link(&mut self) -> &mut Link<'d> {
+        &mut self.link
+    }
+
+    /// Asks the virtual machine for the function; false if it has not said how to.
+    pub(super) fn ask_for_function(&self) -> bool {
+        self.assignment.interrupts.ask_for_function()
+    }
+
+    /// Takes the function from the virtual machine, and then tells KVM so.
+    pub(super) fn close(mut self) {
+        drop(self.assignment);
+        self.link.leave();
+    }
+
+    /// Obeys a command.
+    ///
+    /// # Errors
+    /// The conversation cannot go on; its end has the reason. The reply is to be sent all the same.
+    pub(super) fn handle(&mut self, message: Message) -> (Answered, Result<(), Error>) {
+        self.counters.messages += 1;
+        let header = message.header;
+        let silent = header.flags & NO_REPLY != 0 && self.limits.is_some();
+        let result = self.dispatch(message);
+        let (reply, outcome) = match result {
+            Ok(reply) => (Ok(reply), Ok(())),
+            Err(error) => {
+                let errno = error.errno();
+                self.counters.refused += 1;
+                let fatal = error.is_fatal();
+                if !fatal {
+                    self.refusals.error(|| format!("refused: {error}"));
+                }
+                (Err(errno), if fatal { Err(error) } else { Ok(()) })
+            }
+        };
+        (if silent { Answered::Silent } else { Answered::Reply(header, reply) }, outcome)
+    }
+
+    fn dispatch(&mut self, message: Message) -> Result<Reply, Error> {
+        let Message { header, payload, fds } = message;
+        let command = Command::from_raw(header.command).ok_or(Error::NotOffered(header.command))?;
+        if self.limits.is_none() != (command == Command::Version) {
+            return Err(match command {
+                Command::Version => malformed(command, "it has been agreed on already"),
+                _ => Error::TooEarly(name(command)),
+            });
+        }
+        if !fds.is_empty() && !matches!(command, Command::DmaMap | Command::DeviceSetIrqs) {
+            return Err(malformed(command, "it carries file descriptors"));
+        }
+        match command {
+            Command::Version => self.version(&payload),
+            Command::DmaMap => self.dma_map(&payload, fds),
+            Command::DmaUnmap => self.dma_unmap(&payload),
+            Command::DeviceGetInfo => device_info(&payload),
+            Command::DeviceGetRegionInfo => self.region_info(&payload),
+            Command::DeviceGetIrqInfo => self.irq_info(&payload),
+            Command::DeviceSetIrqs => self.set_irqs(&payload, fds),
+            Command::RegionRead => self.region_read(&payload),
+            Command::RegionWrite => self.region_write(&payload),
+            Command::DeviceReset => self.reset(&payload),
+        }
+    }
+
+    /// Agrees on a version. From here on the client may map memory, so the verdict falls now, with the shim in the client's
+    /// process looked for.
+    fn version(&mut self, payload: &[u8]) -> Result<Reply, Error> {
+        let (version, text) = prefix::<wire::Version>(Command::Version, payload)?;
+        if version.major != version::MAJOR {
+            return Err(Error::Version(version.major, version.minor));
+        }
+        if text.len() > MAX_TEXT {
+            return Err(Error::Capabilities(format!("{} bytes of text; wanted at most {MAX_TEXT}", text.len())));
+        }
+        let (limits, text) = version::negotiate(text)?;
+        self.link.meet();
+        if let Verdict::Refuse(refusal) = self.device.verdict(self.link.keeps_memory()) {
+            return Err(Error::Refused(self.device.name().to_owned(), refusal));
+        }
+        let ours = wire::Version { major: version::MAJOR, minor: version.minor.min(version::MINOR) };
+        self.limits = Some(limits);
+        Ok(reply([ours.as_bytes(), &text]))
+    }
+
+    fn dma_map(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Reply, Error> {
+        let command = Command::DmaMap;
+        let map = whole::<wire::DmaMap>(command, payload)?;
+        let mut fds = fds.into_iter();
+        let file = fds.next().map(File::from);
+        if fds.next().is_some() {
+            return Err(malformed(command, "more than one file descriptor"));
+        }
+        if map.flags & !(wire::MAP_READ | wire::MAP_WRITE) != 0 || map.flags & wire::MAP_READ == 0 {
+            return Err(malformed(command, &format!("flags {:#x}: wanted readable, perhaps writable", map.flags)));
+        }
+        if self.assignment.maps.len() >= MAX_DMA_MAPS {
+            return Err(PassthroughError::TooManyMaps(MAX_DMA_MAPS).into());
+        }
+        if let Some(file) = &file {
+            self.refuse_private(&map, file)?;
+            self.link.before_mapping()?;
+        }
+        let wire::DmaMap { flags, offset, address, size, .. } = map;
+        let writable = flags & wire::MAP_WRITE != 0;
+        self.assignment.maps.map(DmaMap { address, size, offset, writable, file })?;
+        Ok(Reply::default())
+    }
+
+    /// A file that the front-end has mapped as a private copy of its own holds nothing of what the guest writes.
+    fn refuse_private(&self, map: &wire::DmaMap, file: &File) -> Result<(), Error> {
+        let id = FileId::of(file).map_err(Error::system("fstat of a DMA map's descriptor"))?;
+        let span = crate::addr::Span::new(crate::addr::Gpa(map.address), map.size);
+        match span {
+            Some(span) if self.peer.maps_privately(id, None) => Err(PassthroughError::Private(span).into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn dma_unmap(&mut self, payload: &[u8]) -> Result<Reply, Error> {
+        let command = Command::DmaUnmap;
+        let unmap = whole::<wire::DmaUnmap>(command, payload)?;
+        match unmap.flags {
+            0 => self.assignment.maps.unmap(unmap.address, unmap.size)?,
+            wire::UNMAP_ALL if unmap.address == 0 && unmap.size == 0 => self.assignment.maps.unmap_each()?,
+            wire::UNMAP_DIRTY_BITMAP => return Err(Error::NotOffered(command as u16)),
+            flags => return Err(malformed(command, &format!("flags {flags:#x}, or an address with unmap-all"))),
+        }
+        Ok(reply([unmap.as_bytes()]))
+    }
+
+    fn region_info(&mut self, payload: &[u8]) -> Result<Reply, Error> {
+        let command = Command::DeviceGetRegionInfo;
+        let asked = whole::<wire::RegionInfo>(command, payload)?;
+        if (asked.argsz as usize) < size_of::<wire::RegionInfo>() || asked.index >= REGIONS {
+            return Err(malformed(command, &format!("region {} with room for {} bytes", asked.index, asked.argsz)));
+        }
+        let info = self.assignment.regions.info(asked.index);
+        let mut flags = if info.readable { wire::REGION_READ } else { 0 };
+        flags |= if info.writable { wire::REGION_WRITE } else { 0 };
+        let mmap = if info.size == 0 { None } else { self.assignment.regions.mmap(asked.index)? };
+        let mut fixed =
+            wire::RegionInfo { argsz: 32, flags, index: asked.index, cap_offset: 0, size: info.size, offset: 0 };
+        let Some(mmap) = mmap else { return Ok(reply([fixed.as_bytes()])) };
+        fixed.flags |= wire::REGION_MMAP;
+        fixed.offset = mmap.offset;
+        let mut areas = Vec::new();
+        if !mmap.areas.is_empty() {
+            fixed.flags |= wire::REGION_CAPS;
+            let count = u32::try_from(mmap.areas.len()).expect("a few areas");
+            areas.extend_from_slice(wire::SparseMmap::new(count).as_bytes());
+            for area in &mmap.areas {
+                areas.extend_from_slice(wire::SparseArea { offset: area.offset, size: area.size }.as_bytes());
+            }
+            fixed.argsz += u32::try_from(areas.len()).expect("a few areas");
+        }
+        // A client that has no room for the capabilities asks again, with as much as `argsz` says.
+        if fixed.argsz <= asked.argsz && !areas.is_empty() {
+            fixed.cap_offset = 32;
+        } else {
+            areas.clear();
+        }
+        Ok(Reply { fds: vec![mmap.file], ..reply([fixed.as_bytes(), &areas]) })
+    }
+
+    fn irq_info(&self, payload: &[u8]) -> Result<Reply, Error> {
+        let command = Command::DeviceGetIrqInfo;
+        let asked = whole::<wire::IrqInfo>(command, payload)?;
+        if asked.index >= IRQS {
+            return Err(malformed(command, &format!("interrupt {}: there are {IRQS}", asked.index)));
+        }
+        let info = self.assignment.interrupts.info(asked.index);
+        let ours = wire::IrqInfo { argsz: 16, flags: info.flags, index: asked.index, count: info.count };
+        Ok(reply([ours.as_bytes()]))
+    }
+
+    fn set_irqs(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Reply, Error> {
+        let command = Command::DeviceSetIrqs;
+        let (set, bytes) = prefix::<wire::SetIrqs>(command, payload)?;
+        let wire::SetIrqs { flags, index, start, count, .. } = set;
+        let data = flags & (wire::IRQ_DATA_NONE | wire::IRQ_DATA_BOOL | wire::IRQ_DATA_EVENTFD);
+        let action = match flags & !data {
+            wire::IRQ_MASK => IrqAction::Mask,
+            wire::IRQ_UNMASK => IrqAction::Unmask,
+            wire::IRQ_TRIGGER => IrqAction::Trigger,
+            _ => return Err(malformed(command, &format!("flags {flags:#x}"))),
+        };
+        let all_or_none = fds.is_empty() || fds.len() == count as usize;
+        let data = match data {
+            wire::IRQ_DATA_NONE if bytes.is_empty() && fds.is_empty() => IrqData::None,
+            wire::IRQ_DATA_BOOL if bytes.len() == count as usize && fds.is_empty() => IrqData::Bools(bytes),
+            wire::IRQ_DATA_EVENTFD if bytes.is_empty() && all_or_none => IrqData::Eventfds(&[]),
+            _ => {
+                let (bytes, fds) = (bytes.len(), fds.len());
+                let what = format!(
+                    "flags {flags:#x}, {count} vectors, {bytes} bytes and {fds} descriptors do not go together"
+                );
+                return Err(malformed(command, &what));
+            }
+        };
+        self.assignment.interrupts.set(&IrqSet { index, start, count, action, data }, fds)?;
+        Ok(Reply::default())
+    }
+
+    fn region_read(&mut self, payload: &[u8]) -> Result<Reply, Error> {
+        let access = whole::<wire::RegionAccess>(Command::RegionRead, payload)?;
+        let count = self.transfer(Command::RegionRead, access)?;
+        let mut bytes = vec![0; count];
+        self.assignment.regions.check(access.region, access.offset, count)?;
+        if access.region == CONFIG_REGION {
+            self.counters.config_accesses += 1;
+            self.assignment.config.read(config_offset(access), &mut bytes)?;
+        } else {
+            self.counters.region_reads += 1;
+            self.assignment.regions.read(access.region, access.offset, &mut bytes)?;
+        }
+        Ok(reply([access.as_bytes(), &bytes]))
+    }
+
+    fn region_write(&mut self, payload: &[u8]) -> Result<Reply, Error> {
+        let command = Command::RegionWrite;
+        let (access, bytes) = prefix::<wire::RegionAccess>(command, payload)?;
+        let count = self.transfer(command, access)?;
+        if bytes.len() != count {
+            return Err(malformed(command, &format!("{} bytes of data; {count} were announced", bytes.len())));
+        }
+        self.assignment.regions.check(access.region, access.offset, count)?;
+        if access.region == CONFIG_REGION {
+            self.counters.config_accesses += 1;
+            self.assignment.config.write(config_offset(access), &mut bytes.to_vec())?;
+        } else {
+            self.counters.region_writes += 1;
+            self.assignment.regions.write(access.region, access.offset, bytes)?;
+        }
+        Ok(reply([access.as_bytes()]))
+    }
+
+    /// How many bytes an access moves, within the limit agreed on.
+    fn transfer(&self, command: Command, access: wire::RegionAccess) -> Result<usize, Error> {
+        let most = self.limits.map_or(0, |limits| limits.transfer);
+        let count = access.count as usize;
+        if access.region >= REGIONS || count > most {
+            let what = format!("{count} bytes of region {}: wanted at most {most}, of one of {REGIONS}", access.region);
+            return Err(malformed(command, &what));
+        }
+        Ok(count)
+    }
+
+    fn reset(&mut self, payload: &[u8]) -> Result<Reply, Error> {
+        if !payload.is_empty() {
+            return Err(malformed(Command::DeviceReset, "it carries data"));
+        }
+        self.counters.resets += 1;
+        self.assignment.reset()?;
+        Ok(Reply::default())
+    }
+}
+
+fn device_info(payload: &[u8]) -> Result<Reply, Error> {
+    whole::<wire::DeviceInfo>(Command::DeviceGetInfo, payload)?;
+    let flags = wire::DEVICE_RESET | wire::DEVICE_PCI;
+    Ok(reply([wire::DeviceInfo { argsz: 16, flags, num_regions: REGIONS, num_irqs: IRQS }.as_bytes()]))
+}
+
+/// An offset that has been checked against the size of configuration space, 4096 bytes at most.
+fn config_offset(access: wire::RegionAccess) -> u16 {
+    u16::try_from(access.offset).expect("checked against the region")
+}
+
+fn reply<const N: usize>(parts: [&[u8]; N]) -> Reply {
+    Reply { payload: parts.concat(), fds: Vec::new() }
+}
+
+/// A payload that is just a `T`.
+fn whole<T: FromBytes>(command: Command, payload: &[u8]) -> Result<T, Error> {
+    let wrong = || malformed(command, &format!("{} bytes of payload; wanted {}", payload.len(), size_of::<T>()));
+    T::read_from_bytes(payload).map_err(|_| wrong())
+}
+
+/// A payload that begins with a `T`; the rest of it.
+fn prefix<T: FromBytes>(command: Command, payload: &[u8]) -> Result<(T, &[u8]), Error> {
+    let wrong =
+        || malformed(command, &format!("{} bytes of payload; wanted {} or more", payload.len(), size_of::<T>()));
+    T::read_from_prefix(payload).map_err(|_| wrong())
+}
+
+fn malformed(command: Command, what: &str) -> Error {
+    Error::Malformed { command: name(command), what: what.to_owned() }
+}
+
+fn name(command: Command) -> &'static str {
+    match command {
+        Command::Version => "VERSION",
+        Command::DmaMap => "DMA_MAP",
+        Command::DmaUnmap => "DMA_UNMAP",
+        Command::DeviceGetInfo => "DEVICE_GET_INFO",
+        Command::DeviceGetRegionInfo => "DEVICE_GET_REGION_INFO",
+        Command::DeviceGetIrqInfo => "DEVICE_GET_IRQ_INFO",
+        Command::DeviceSetIrqs => "DEVICE_SET_IRQS",
+        Command::RegionRead => "REGION_READ",
+        Command::RegionWrite => "REGION_WRITE",
+        Command::DeviceReset => "DEVICE_RESET",
+    }
+}

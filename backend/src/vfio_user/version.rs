@@ -1,0 +1,139 @@
+//! The negotiation that starts every conversation (vfio-user: "VFIO_USER_VERSION"): a version and, as JSON, limits. What a
+//! client proposes can only lower ours, and the reply names nothing that the client did not.
+
+use serde_json::{Map, Value, json};
+
+use super::error::Error;
+
+/// The protocol this server speaks.
+pub(super) const MAJOR: u16 = 0;
+/// Newest minor version that is understood.
+pub(super) const MINOR: u16 = 1;
+
+/// Descriptors in one message, in either direction. QEMU takes at most 16 (`VFIO_USER_MAX_MAX_FDS`).
+pub(super) const MAX_FDS: usize = 16;
+/// Bytes that one region read or write may carry: the protocol's default, and what QEMU proposes.
+pub(super) const MAX_TRANSFER: usize = 1 << 20;
+/// Regions of memory that may be mapped at a time. Each costs a descriptor of this process.
+pub(super) const MAX_DMA_MAPS: usize = 4096;
+/// Memory is mapped in units of 4 KiB, the smallest page of every IOMMU.
+const PAGE_SIZES: u64 = 4096;
+/// Longest text of capabilities that is read; QEMU's has about 200 bytes.
+pub(super) const MAX_TEXT: usize = 4096;
+
+/// What a client may send and receive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Limits {
+    /// Descriptors that the client takes in one message.
+    pub(super) client_fds: usize,
+    /// Bytes of data in one message.
+    pub(super) transfer: usize,
+}
+
+/// The limits, and the text of the reply with the NUL at its end, for a client that sent `text` after its version.
+///
+/// # Errors
+/// [`Error::Capabilities`] with what is wrong with the text.
+pub(super) fn negotiate(text: &[u8]) -> Result<(Limits, Vec<u8>), Error> {
+    let proposed = capabilities(text)?;
+    let client_fds = number(&proposed, "max_msg_fds")?.unwrap_or(1);
+    let transfer = number(&proposed, "max_data_xfer_size")?.unwrap_or(MAX_TRANSFER as u64);
+    let limits = Limits {
+        client_fds: usize::try_from(client_fds).unwrap_or(MAX_FDS).min(MAX_FDS),
+        transfer: usize::try_from(transfer).unwrap_or(MAX_TRANSFER).min(MAX_TRANSFER),
+    };
+    let ours = [
+        ("max_msg_fds", json!(MAX_FDS)),
+        ("max_data_xfer_size", json!(limits.transfer)),
+        ("max_dma_maps", json!(number(&proposed, "max_dma_maps")?.unwrap_or(u64::MAX).min(MAX_DMA_MAPS as u64))),
+        ("pgsizes", json!(page_sizes(&proposed)?)),
+    ];
+    let agreed: Map<String, Value> =
+        ours.into_iter().filter(|(name, _)| proposed.contains_key(*name)).map(|(n, v)| (n.to_owned(), v)).collect();
+    let mut reply = json!({ "capabilities": agreed }).to_string().into_bytes();
+    reply.push(0);
+    Ok((limits, reply))
+}
+
+/// The object `capabilities`, empty where there is none.
+fn capabilities(text: &[u8]) -> Result<Map<String, Value>, Error> {
+    if text.is_empty() {
+        return Ok(Map::new());
+    }
+    let Some((0, json)) = text.split_last() else { return Err(wrong("the text has no NUL at its end")) };
+    let value: Value = serde_json::from_slice(json).map_err(|error| wrong(&error.to_string()))?;
+    let Value::Object(mut whole) = value else { return Err(wrong("the text is no JSON object")) };
+    match whole.remove("capabilities") {
+        None => Ok(Map::new()),
+        Some(Value::Object(capabilities)) => Ok(capabilities),
+        Some(_) => Err(wrong("capabilities is no JSON object")),
+    }
+}
+
+fn number(capabilities: &Map<String, Value>, name: &'static str) -> Result<Option<u64>, Error> {
+    let number = |value: &Value| value.as_u64().ok_or_else(|| wrong(&format!("{name} is no number from 0 on")));
+    capabilities.get(name).map(number).transpose()
+}
+
+/// 4 KiB, if the client can use that.
+fn page_sizes(capabilities: &Map<String, Value>) -> Result<u64, Error> {
+    match number(capabilities, "pgsizes")? {
+        Some(sizes) if sizes & PAGE_SIZES == 0 => Err(wrong(&format!("pgsizes {sizes:#x} leaves out 4 KiB"))),
+        _ => Ok(PAGE_SIZES),
+    }
+}
+
+fn wrong(what: &str) -> Error {
+    Error::Capabilities(what.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What QEMU 11.1 sends.
+    const QEMU: &[u8] = b"{\"capabilities\": {\"max_msg_fds\": 8, \"max_data_xfer_size\": 1048576, \"pgsizes\": 4096, \
+        \"max_dma_maps\": 65535, \"migration\": {\"pgsize\": 4096, \"max_bitmap_size\": 268435456}, \
+        \"write_multiple\": true}}\0";
+
+    fn reply(text: &[u8]) -> Value {
+        let (_, reply) = negotiate(text).unwrap();
+        serde_json::from_slice(reply.strip_suffix(b"\0").unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_reply_lowers_limits_and_names_nothing_that_was_not_proposed() {
+        let wanted = json!({"capabilities": {
+            "max_msg_fds": 16, "max_data_xfer_size": 1_048_576, "pgsizes": 4096, "max_dma_maps": 4096}});
+        assert_eq!(reply(QEMU), wanted);
+        assert_eq!(reply(b""), json!({"capabilities": {}}));
+        assert_eq!(
+            reply(b"{\"capabilities\":{\"max_data_xfer_size\":64}}\0"),
+            json!({"capabilities": {"max_data_xfer_size": 64}})
+        );
+    }
+
+    #[test]
+    fn a_client_that_names_no_limits_gets_those_of_the_protocol() {
+        assert_eq!(negotiate(b"").unwrap().0, Limits { client_fds: 1, transfer: 1 << 20 });
+        assert_eq!(negotiate(QEMU).unwrap().0, Limits { client_fds: 8, transfer: 1 << 20 });
+    }
+
+    #[test]
+    fn a_text_that_is_not_what_it_should_be_is_refused() {
+        let texts: [&[u8]; 9] = [
+            b"{}",
+            b"\0",
+            b"{\0",
+            b"[]\0",
+            b"{\"capabilities\":[]}\0",
+            b"{\"capabilities\":{\"max_msg_fds\":-1}}\0",
+            b"{\"capabilities\":{\"max_data_xfer_size\":\"much\"}}\0",
+            b"{\"capabilities\":{\"pgsizes\":2097152}}\0",
+            b"\xff\xfe\0",
+        ];
+        for text in texts {
+            assert!(negotiate(text).is_err(), "{}", String::from_utf8_lossy(text));
+        }
+    }
+}

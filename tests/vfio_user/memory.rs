@@ -1,0 +1,163 @@
+//! Memory of the virtual machine: what is mapped, what is refused, and that a refusal leaves everything as it was.
+
+use std::os::fd::AsFd;
+
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use crate::rig::{Rig, memory};
+
+const READ: u32 = 1;
+const WRITE: u32 = 2;
+const UNMAP_ALL: u32 = 2;
+
+const EINVAL: u32 = 22;
+const EEXIST: u32 = 17;
+const ENOENT: u32 = 2;
+
+#[test]
+fn pieces_of_one_file_are_mapped_and_unmapped_one_by_one() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let file = memory(16 << 20);
+
+    client.dma_map((0, 0xc_0000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
+    client.dma_map((0x10_0000, 15 << 20), (Some(file.as_fd()), 0x10_0000), READ | WRITE).unwrap();
+    assert_eq!(rig.mapped(), 0xc_0000 + (15 << 20));
+    client.dma_unmap(0, 0xc_0000, 0).unwrap();
+    assert_eq!(rig.mapped(), 15 << 20);
+    client.dma_map((0, 0xd_0000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
+
+    assert_eq!(rig.mapped(), 0xd_0000 + (15 << 20));
+}
+
+#[test]
+fn all_can_be_unmapped_at_once() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let file = memory(1 << 20);
+    for n in 0..4 {
+        client.dma_map((n << 20, 1 << 20), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
+    }
+
+    client.dma_unmap(0, 0, UNMAP_ALL).unwrap();
+
+    assert_eq!(rig.mapped(), 0);
+    client.dma_map((0, 1 << 20), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
+}
+
+#[test]
+fn what_overlaps_is_refused_with_eexist_and_nothing_changes() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let file = memory(1 << 20);
+    client.dma_map((0x10_0000, 0x1_0000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
+
+    for address in [0x10_0000, 0xf_f000, 0x10_f000, 0x10_4000] {
+        let refused = client.dma_map((address, 0x2000), (Some(file.as_fd()), 0), READ | WRITE);
+        assert_eq!(refused.unwrap_err(), EEXIST, "{address:#x}");
+    }
+
+    assert_eq!(rig.mapped(), 0x1_0000);
+    client.dma_unmap(0x10_0000, 0x1_0000, 0).unwrap();
+}
+
+#[test]
+fn only_what_was_mapped_is_unmapped() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let file = memory(1 << 20);
+    client.dma_map((0x10_0000, 0x2000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
+
+    for (address, size) in [(0x10_0000, 0x1000), (0x10_1000, 0x1000), (0x10_0000, 0x3000), (0, 0)] {
+        assert_eq!(client.dma_unmap(address, size, 0).unwrap_err(), ENOENT, "{address:#x} + {size:#x}");
+    }
+
+    assert_eq!(rig.mapped(), 0x2000);
+}
+
+#[test]
+fn memory_without_a_file_is_taken_note_of() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+
+    client.dma_map((0xfffc_0000, 0x4_0000), (None, 0), READ).unwrap();
+    client.dma_map((0xe000_0000, 0x1000), (None, 0), READ | WRITE).unwrap();
+
+    assert_eq!(rig.mapped(), 0);
+    assert_eq!(client.dma_map((0xe000_0000, 0x1000), (None, 0), READ).unwrap_err(), EEXIST);
+    client.dma_unmap(0xfffc_0000, 0x4_0000, 0).unwrap();
+}
+
+#[test]
+fn ram_that_is_not_shared_is_refused() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    assert_eq!(client.dma_map((0, 256 << 20), (None, 0), READ | WRITE).unwrap_err(), EINVAL);
+}
+
+#[test]
+fn memory_that_is_not_what_it_says_is_refused() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let file = memory(0x1_0000);
+    let pipe = rustix::pipe::pipe().unwrap().0;
+    let whole = (Some(file.as_fd()), 0);
+
+    let refusals = [
+        ("past the end of the file", client.dma_map((0, 0x2_0000), whole, READ | WRITE)),
+        ("from past the end", client.dma_map((0, 0x1000), (Some(file.as_fd()), 0x1_0000), READ | WRITE)),
+        ("an offset within a page", client.dma_map((0, 0x1000), (Some(file.as_fd()), 0x800), READ | WRITE)),
+        ("an offset that overflows", client.dma_map((0, 0x1000), (Some(file.as_fd()), u64::MAX - 0xfff), READ | WRITE)),
+        ("an address within a page", client.dma_map((0x800, 0x1000), whole, READ | WRITE)),
+        ("a size within a page", client.dma_map((0, 0x800), whole, READ | WRITE)),
+        ("no size", client.dma_map((0x1000, 0), whole, READ | WRITE)),
+        ("past the end of the address space", client.dma_map((u64::MAX - 0xfff, 0x2000), whole, READ | WRITE)),
+        ("a pipe", client.dma_map((0, 0x1000), (Some(pipe.as_fd()), 0), READ | WRITE)),
+    ];
+
+    for (what, refused) in refusals {
+        assert_eq!(refused.unwrap_err(), EINVAL, "{what}");
+    }
+    assert_eq!(rig.mapped(), 0);
+    client.dma_map((0, 0x1_0000), whole, READ | WRITE).unwrap();
+}
+
+#[test]
+fn memory_that_the_front_end_sees_privately_is_refused() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let file = memory_of_its_own();
+
+    let refused = client.dma_map((0, 0x1000), (Some(file.0.as_fd()), 0), READ | WRITE);
+
+    assert_eq!(refused.unwrap_err(), EINVAL);
+}
+
+/// A file that this process, the front-end here, has mapped privately.
+fn memory_of_its_own() -> (std::fs::File, vm_memory::MmapRegion<()>) {
+    let file = std::fs::File::from(memfd_create("private", MemfdFlags::CLOEXEC).unwrap());
+    rustix::fs::ftruncate(&file, 0x1000).unwrap();
+    let offset = vm_memory::FileOffset::new(file.try_clone().unwrap(), 0);
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    let region = vm_memory::MmapRegion::build(Some(offset), 0x1000, libc::PROT_READ | libc::PROT_WRITE, flags);
+    (file, region.unwrap())
+}
+
+#[test]
+fn memory_that_is_read_only_is_not_written_by_the_device() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let guest = crate::nvme::guest(&mut client);
+    let rom = memory(0x1000);
+    client.dma_map((0x80_0000, 0x1000), (Some(rom.as_fd()), 0), READ).unwrap();
+    crate::nvme::enable(&mut client);
+
+    crate::nvme::identify(&mut client, &guest, 0, 0x80_0000);
+    rig.until(|_| crate::nvme::completion(&guest, 0).is_some());
+
+    let (_, status) = crate::nvme::completion(&guest, 0).unwrap();
+    assert_eq!(status & 0x7ff, 0x04, "Data Transfer Error (NVMe 2.0, Figure 94)");
+    let mut bytes = [0xff; 16];
+    std::os::unix::fs::FileExt::read_exact_at(&*rom, &mut bytes, 0).unwrap();
+    assert_eq!(bytes, [0; 16]);
+}

@@ -1,0 +1,123 @@
+//! A server with everything behind it, in this process: socket, session, passthrough, emulated NVMe function.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
+use vhost_device_vfio::emulated::{Machine, Options};
+use vhost_device_vfio::kvm::Vmm;
+use vhost_device_vfio::passthrough::{BarAccess, Passthrough};
+use vhost_device_vfio::vfio_user::{Ended, Server};
+use vhost_device_vfio::vhost_user::Listen;
+use vmm_sys_util::tempdir::TempDir;
+
+use crate::client::Client;
+
+/// A running server, and the machine behind it.
+pub(crate) struct Rig {
+    pub(crate) machine: Machine,
+    pub(crate) path: PathBuf,
+    stop: OwnedFd,
+    thread: Option<JoinHandle<Ended>>,
+    _directory: TempDir,
+}
+
+impl Rig {
+    pub(crate) fn new() -> Self {
+        Self::with(&Options { size: 1 << 20, queues: 16, ..Options::default() }, Policy::Suppress)
+    }
+
+    /// A function made of `options`, served by `policy`.
+    pub(crate) fn with(options: &Options, policy: Policy) -> Self {
+        let machine = Machine::new(options.clone()).unwrap();
+        let facts = machine.facts(policy).unwrap();
+        // No KVM is told of a function in this process, and none need be.
+        let facts = Facts { personality: Personality::WholeFunction, shim: true, ..facts };
+        let space = if let Verdict::Flush(_) = decide(&facts) { machine.flushed_space() } else { machine.space() };
+        let device = Passthrough::new(machine.whole_function(), space, BarAccess::Direct, facts, false).unwrap();
+        let directory = TempDir::new().unwrap();
+        let path = directory.as_path().join("s");
+        let entrance = Listen::Path(path.clone()).open().unwrap();
+        let stop = event();
+        let until = stop.try_clone().unwrap();
+        let server = Server::new(entrance, device, Vmm::unreachable());
+        let thread = Some(std::thread::spawn(move || server.run(&until).unwrap()));
+        Self { machine, path, stop, thread, _directory: directory }
+    }
+
+    /// A front-end that has said nothing yet.
+    pub(crate) fn connect(&self) -> Client {
+        Client::new(UnixStream::connect(&self.path).unwrap())
+    }
+
+    /// One that has agreed on the version.
+    pub(crate) fn client(&self) -> Client {
+        let mut client = self.connect();
+        client.version().unwrap();
+        client
+    }
+
+    /// Bytes mapped for the device.
+    pub(crate) fn mapped(&self) -> u64 {
+        self.machine.iommu().mapped().iter().map(|span| span.len()).sum()
+    }
+
+    /// Waits until `done`; the server notices a front-end that leaves in its own time.
+    pub(crate) fn until(&self, done: impl Fn(&Self) -> bool) {
+        (0..2000)
+            .find(|_| {
+                done(self) || {
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                    false
+                }
+            })
+            .unwrap();
+    }
+
+    /// Why the server ended by itself.
+    pub(crate) fn ended(mut self) -> Ended {
+        self.thread.take().unwrap().join().unwrap()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            signal(&self.stop);
+            let ended = thread.join();
+            assert!(std::thread::panicking() || ended.unwrap() == Ended::Stopped);
+        }
+    }
+}
+
+pub(crate) fn event() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
+}
+
+pub(crate) fn signal(event: &OwnedFd) {
+    rustix::io::write(event, &1_u64.to_ne_bytes()).unwrap();
+}
+
+/// Waits for `event`; false if it does not come.
+pub(crate) fn signalled(event: &OwnedFd, milliseconds: i64) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(event.as_fd(), PollFlags::IN)];
+    let wait = Timespec { tv_sec: milliseconds / 1000, tv_nsec: milliseconds % 1000 * 1_000_000 };
+    let found = poll(&mut fds, Some(&wait)).unwrap() == 1;
+    if found {
+        rustix::io::read(event, &mut [0; 8]).unwrap();
+    }
+    found
+}
+
+/// Shared memory of so many bytes.
+pub(crate) fn memory(bytes: u64) -> Arc<File> {
+    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    ftruncate(&file, bytes).unwrap();
+    Arc::new(file)
+}
