@@ -115,6 +115,8 @@ pub trait WholeFunction: Function {
     /// # Errors
     /// The errno of the kernel; EINVAL outside the region.
     fn region_write(&self, index: u32, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    /// True if [`Function::reset`] can reset it; some functions have no way to be reset alone.
+    fn resettable(&self) -> bool;
     /// Flags and number of vectors of interrupt `index`.
     fn irq(&self, index: u32) -> IrqInfo;
     /// Routes, masks or triggers vectors.

@@ -25,8 +25,6 @@ client_stop() {
     within 10 logged "region $REGION.* unmapped"
 }
 
-# ledger: kB that the backend says it has mapped.
-ledger() { sed -n 's/.*; \([0-9]*\) KiB \(mapped\|in all\)$/\1/p' "$BACKEND_LOG" | tail -n 1; }
 agree() { equal "$(ledger)" "$(pinned)" "kB pinned, by the ledger and by the kernel"; }
 as_before() { equal "$(cat /run/pins)" "$(pages_pinned)" "pages pinned in this machine"; }
 

@@ -191,3 +191,36 @@ pages_pinned() {
     echo 1 >/proc/sys/vm/stat_refresh
     awk '$1 == "nr_foll_pin_acquired" { n += $2 } $1 == "nr_foll_pin_released" { n -= $2 } END { print n }' /proc/vmstat
 }
+
+# whole NAME FUNCTION [ARGUMENT…]: a process of its own serves the whole FUNCTION on /run/NAME.sock; returns when it listens.
+# whole_as NAME: from here on BACKEND_LOG and the like are those of that process.
+whole_as() {
+    SOCKET=/run/$1.sock BACKEND_LOG=/run/$1.log BACKEND_PID=/run/$1.pid BACKEND_STATUS=/run/$1.status
+}
+whole() {
+    whole_as "$1"
+    served=$2
+    shift 2
+    rm -f "$BACKEND_STATUS"
+    (
+        status=0
+        sh -c "echo \$\$ >$BACKEND_PID; exec \"\$@\"" - \
+            vhost-device-vfio --vfio-user --socket-path "$SOCKET" --device "$served" "$@" || status=$?
+        echo $status >"$BACKEND_STATUS"
+    ) </dev/null >"$BACKEND_LOG" 2>&1 &
+    within 20 logged 'serving ' || {
+        cat "$BACKEND_LOG"
+        return 1
+    }
+}
+# whole_device NAME [PROPERTY…]: what QEMU calls it, as JSON.
+whole_device() {
+    name=$1
+    shift
+    printf '{"driver":"vfio-user-pci","id":"%s","socket":{"type":"unix","path":"/run/%s.sock"}' "$name" "$name"
+    for property; do printf ',%s' "$property"; done
+    printf '}'
+}
+# ledger: kB that the process says it has mapped. ran: how often it has been given a processor.
+ledger() { sed -n 's/.*; \([0-9]*\) KiB \(mapped\|in all\|left\)$/\1/p' "$BACKEND_LOG" | tail -n 1; }
+ran() { awk '/ctxt_switches/ { n += $2 } END { print n }' "/proc/$(cat "$BACKEND_PID")/status"; }

@@ -35,6 +35,12 @@ fetch_qemu() {
     drop_lock
     echo "$dir"
 }
+# cached_qemu SUITE: the suite's QEMU as it was fetched first; a suite that moves is not asked again.
+cached_qemu() {
+    local dir=$TESTBED_CACHE/qemu/$1
+    if [[ -e $dir/made-of ]]; then echo "$dir"; else fetch_qemu "$1"; fi
+}
+
 fetched() { du -sh "$TESTBED_CACHE/apt" | sed 's/\s.*/ fetched/'; }
 
 download_qemu() {

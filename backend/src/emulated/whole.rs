@@ -73,6 +73,10 @@ impl WholeFunction for EmulatedFunction {
         Ok(())
     }
 
+    fn resettable(&self) -> bool {
+        true
+    }
+
     fn irq(&self, index: u32) -> IrqInfo {
         match index {
             MSIX => IrqInfo { flags: EVENTFD, count: self.vectors().into() },

@@ -107,8 +107,15 @@ impl<'d> Interrupts<'d> {
         let (start, count) = (number(range.start), number(range.len()));
         let set = IrqSet { index, start, count, action: IrqAction::Trigger, data: IrqData::Eventfds(&events) };
         self.apply(&set)?;
-        self.on.insert(index, ());
-        self.fixed.insert(index, routed);
+        if routed.iter().any(Option::is_some) {
+            self.on.insert(index, ());
+            self.fixed.insert(index, routed);
+        } else if self.info(index).count > 1 {
+            // Vectors without eventfds are still allocated; ERR and REQ are off without theirs.
+            self.turn_off(index)?;
+        } else {
+            self.on.remove(&index);
+        }
         Ok(())
     }
 

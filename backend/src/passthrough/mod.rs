@@ -64,6 +64,12 @@ impl Passthrough {
         if function.irq(REQUEST_IRQ).count != 0 {
             function.route_removal(request.as_fd())?;
         }
+        if !function.resettable() {
+            log::warn!(
+                "{}: the kernel knows no way to reset it; what one virtual machine leaves in it is there for the next",
+                function.name()
+            );
+        }
         Ok(Self { function, space, bars, facts, known_to_vfio, request })
     }
 
@@ -91,7 +97,14 @@ impl Passthrough {
         &*self.space
     }
 
-    /// Gives the function to a virtual machine. It is reset first, so nothing of its former use is left in it.
+    /// True if the function can be reset.
+    #[must_use]
+    pub fn resettable(&self) -> bool {
+        self.function.resettable()
+    }
+
+    /// Gives the function to a virtual machine. It is reset first, so nothing of its former use is left in it. A function
+    /// that cannot be reset does no DMA at least: bus master is off.
     ///
     /// # Errors
     /// The function does not come out of the reset as it must be.
@@ -105,7 +118,8 @@ impl Passthrough {
             regions: Regions::new(&*self.function, self.bars),
             maps: DmaMaps::new(&*self.space),
         };
-        assignment.reset()?;
+        assignment.quiesce().map_err(PassthroughError::function(&*self.function, "stop DMA and reset"))?;
+        assignment.config.verify()?;
         Ok(assignment)
     }
 }
@@ -130,14 +144,19 @@ impl Assignment<'_> {
         self.config.verify()
     }
 
+    /// Stops all DMA of the function, and resets it if it can be reset.
+    fn quiesce(&self) -> io::Result<()> {
+        let function = &*self.owner.function;
+        let stopped = function.set_bus_master(false);
+        let reset = if function.resettable() { function.reset() } else { Ok(()) };
+        stopped.and(reset)
+    }
+
     /// Takes the function from the virtual machine: DMA stops, then interrupts, then memory is unmapped.
     fn stop(&mut self) {
         let function = &*self.owner.function;
-        let steps = [("bus master off", function.set_bus_master(false)), ("reset", function.reset())];
-        for (step, result) in steps {
-            if let Err(error) = result {
-                log::warn!("{}: {step}: {error}", function.name());
-            }
+        if let Err(error) = self.quiesce() {
+            log::warn!("{}: stop DMA and reset: {error}", function.name());
         }
         self.interrupts.release();
         self.maps.unmap_all();
@@ -149,3 +168,6 @@ impl Drop for Assignment<'_> {
         self.stop();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -188,11 +188,9 @@ impl Drop for Attached {
     /// Stops DMA before the page table can go. Each step is tried even if one before it failed, since a function that has
     /// been unplugged fails them all and does no DMA either.
     fn drop(&mut self) {
-        let steps: [(&str, io::Result<()>); 3] = [
-            ("bus master off", self.set_bus_master(false)),
-            ("reset", self.cdev.reset()),
-            ("detach", self.cdev.detach()),
-        ];
+        let reset = if self.cdev.resettable() { self.cdev.reset() } else { Ok(()) };
+        let steps: [(&str, io::Result<()>); 3] =
+            [("bus master off", self.set_bus_master(false)), ("reset", reset), ("detach", self.cdev.detach())];
         for (step, result) in steps {
             if let Err(error) = result {
                 log::warn!("{}: {step}: {error}", self.name);

@@ -34,6 +34,10 @@ impl WholeFunction for Attached {
         self.cdev.write_region(index, offset, bytes)
     }
 
+    fn resettable(&self) -> bool {
+        self.cdev.resettable()
+    }
+
     fn irq(&self, index: u32) -> IrqInfo {
         self.cdev.irq_info(index)
     }

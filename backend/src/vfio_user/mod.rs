@@ -11,6 +11,7 @@
 
 mod connection;
 mod error;
+mod holder;
 mod server;
 mod session;
 mod version;

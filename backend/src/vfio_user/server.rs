@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::connection::{Connection, Received};
 use super::error::Error;
+use super::holder::Holder;
 use super::session::{Answered, Session};
 use crate::kvm::Vmm;
 use crate::log_limit::LogLimit;
@@ -81,8 +82,16 @@ impl Server {
         poller.add(stop, STOP).map_err(Error::system("epoll_ctl"))?;
         poller.add(self.device.request(), REQUEST).map_err(Error::system("epoll_ctl"))?;
         let newcomers = LogLimit::of(module_path!());
-        let mut serving =
-            Serving { server: self, poller, current: None, pending: false, asked: None, newcomers, leaving: newcomers };
+        let mut serving = Serving {
+            server: self,
+            poller,
+            current: None,
+            pending: false,
+            holder: None,
+            asked: None,
+            newcomers,
+            leaving: newcomers,
+        };
         match &self.entrance.0 {
             Socket::Listening(listener) => {
                 serving.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
@@ -120,6 +129,8 @@ struct Serving<'d> {
     current: Option<Current<'d>>,
     /// The front-end's socket may hold more than has been looked at; its arrival has been reported already.
     pending: bool,
+    /// Who may still hold a descriptor of the function.
+    holder: Option<Holder>,
     /// When the virtual machine was asked for the function.
     asked: Option<Instant>,
     /// Lines about newcomers: one that is sent away may come again at once.
@@ -271,14 +282,15 @@ impl Serving<'_> {
 
     fn accept(&mut self, socket: UnixStream) -> Result<(), Error> {
         let peer = Peer::of(&socket).map_err(Error::system("getsockopt(SO_PEERCRED)"))?;
+        if let Some(holder) = self.holder.as_ref().filter(|holder| !holder.admits(peer.pid())) {
+            self.newcomers.error(|| {
+                let pid = holder.pid();
+                format!("sent {peer} away: process {pid} still holds this device's file, and could reach its registers")
+            });
+            return Ok(());
+        }
         let connection = Connection::new(socket).map_err(Error::system("set O_NONBLOCK"))?;
-        let session = match Session::new(&self.server.device, &self.server.vmm, peer) {
-            Ok(session) => session,
-            Err(error) => {
-                self.newcomers.error(|| format!("a front-end is sent away: {error}"));
-                return Ok(());
-            }
-        };
+        let session = Session::new(&self.server.device, &self.server.vmm, peer);
         self.leaving.info(|| format!("front-end connected: {}", session.peer()));
         let watched = self.poller.add_duplex(connection.socket().as_fd(), FRONT_END);
         watched.map_err(Error::system("epoll_ctl"))?;
@@ -294,7 +306,7 @@ impl Serving<'_> {
         let start = Instant::now();
         self.poller.remove(connection.socket().as_fd()).map_err(Error::system("epoll_ctl"))?;
         let (peer, counters) = (session.peer().to_string(), session.counters());
-        session.close();
+        self.holder = session.close();
         let took = start.elapsed().as_millis();
         self.leaving.info(|| {
             format!("front-end disconnected: {peer}: {why}; device reset, memory unmapped in {took} ms; {counters}")

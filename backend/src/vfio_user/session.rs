@@ -8,6 +8,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::connection::{Message, Reply};
 use super::error::Error;
+use super::holder::Holder;
 use super::version::{self, Limits, MAX_DMA_MAPS, MAX_TEXT};
 use super::wire::{self, Command, Header, NO_REPLY};
 use crate::coherency::Verdict;
@@ -32,10 +33,15 @@ pub(super) struct Session<'d> {
     peer: Peer,
     link: Link<'d>,
     /// From the version on.
-    limits: Option<Limits>,
-    assignment: Assignment<'d>,
+    agreed: Option<Agreed<'d>>,
     refusals: LogLimit,
     counters: Counters,
+}
+
+/// What the version brings: limits, and the function.
+struct Agreed<'d> {
+    limits: Limits,
+    assignment: Assignment<'d>,
 }
 
 /// What a conversation has consisted of.
@@ -58,12 +64,11 @@ impl std::fmt::Display for Counters {
 }
 
 impl<'d> Session<'d> {
-    /// A conversation with `peer` begins; the function is reset for it.
-    pub(super) fn new(device: &'d Passthrough, vmm: &'d Vmm, peer: Peer) -> Result<Self, Error> {
+    /// A conversation with `peer` begins.
+    pub(super) fn new(device: &'d Passthrough, vmm: &'d Vmm, peer: Peer) -> Self {
         let link = Link::new(vmm, peer.pid());
-        let assignment = device.assign()?;
         let refusals = LogLimit::of(module_path!());
-        Ok(Self { device, peer, link, limits: None, assignment, refusals, counters: Counters::default() })
+        Self { device, peer, link, agreed: None, refusals, counters: Counters::default() }
     }
 
     /// Who this is.
@@ -82,13 +87,17 @@ impl<'d> Session<'d> {
 
     /// Asks the virtual machine for the function; false if it has not said how to.
     pub(super) fn ask_for_function(&self) -> bool {
-        self.assignment.interrupts.ask_for_function()
+        self.agreed.as_ref().is_some_and(|agreed| agreed.assignment.interrupts.ask_for_function())
     }
 
-    /// Takes the function from the virtual machine, and then tells KVM so.
-    pub(super) fn close(mut self) {
-        drop(self.assignment);
+    /// Takes the function from the virtual machine, and then tells KVM so. Gives the process that may still hold a descriptor
+    /// of the function.
+    pub(super) fn close(mut self) -> Option<Holder> {
+        let given = self.agreed.as_ref().is_some_and(|agreed| agreed.assignment.regions.has_given());
+        let holder = self.peer.pid().filter(|_| given).map(Holder::new);
+        drop(self.agreed);
         self.link.leave();
+        holder
     }
 
     /// Obeys a command.
@@ -98,7 +107,7 @@ impl<'d> Session<'d> {
     pub(super) fn handle(&mut self, message: Message) -> (Answered, Result<(), Error>) {
         self.counters.messages += 1;
         let header = message.header;
-        let silent = header.flags & NO_REPLY != 0 && self.limits.is_some();
+        let silent = header.flags & NO_REPLY != 0 && self.agreed.is_some();
         let result = self.dispatch(message);
         let (reply, outcome) = match result {
             Ok(reply) => (Ok(reply), Ok(())),
@@ -118,7 +127,7 @@ impl<'d> Session<'d> {
     fn dispatch(&mut self, message: Message) -> Result<Reply, Error> {
         let Message { header, payload, fds } = message;
         let command = Command::from_raw(header.command).ok_or(Error::NotOffered(header.command))?;
-        if self.limits.is_none() != (command == Command::Version) {
+        if self.agreed.is_none() != (command == Command::Version) {
             return Err(match command {
                 Command::Version => malformed(command, "it has been agreed on already"),
                 _ => Error::TooEarly(name(command)),
@@ -131,7 +140,7 @@ impl<'d> Session<'d> {
             Command::Version => self.version(&payload),
             Command::DmaMap => self.dma_map(&payload, fds),
             Command::DmaUnmap => self.dma_unmap(&payload),
-            Command::DeviceGetInfo => device_info(&payload),
+            Command::DeviceGetInfo => self.device_info(&payload),
             Command::DeviceGetRegionInfo => self.region_info(&payload),
             Command::DeviceGetIrqInfo => self.irq_info(&payload),
             Command::DeviceSetIrqs => self.set_irqs(&payload, fds),
@@ -141,8 +150,8 @@ impl<'d> Session<'d> {
         }
     }
 
-    /// Agrees on a version. From here on the client may map memory, so the verdict falls now, with the shim in the client's
-    /// process looked for.
+    /// Agrees on a version, and gives the function to the client. From here on it may map memory, so the verdict falls now,
+    /// with the shim in the client's process looked for.
     fn version(&mut self, payload: &[u8]) -> Result<Reply, Error> {
         let (version, text) = prefix::<wire::Version>(Command::Version, payload)?;
         if version.major != version::MAJOR {
@@ -157,7 +166,7 @@ impl<'d> Session<'d> {
             return Err(Error::Refused(self.device.name().to_owned(), refusal));
         }
         let ours = wire::Version { major: version::MAJOR, minor: version.minor.min(version::MINOR) };
-        self.limits = Some(limits);
+        self.agreed = Some(Agreed { limits, assignment: self.device.assign()? });
         Ok(reply([ours.as_bytes(), &text]))
     }
 
@@ -172,7 +181,7 @@ impl<'d> Session<'d> {
         if map.flags & !(wire::MAP_READ | wire::MAP_WRITE) != 0 || map.flags & wire::MAP_READ == 0 {
             return Err(malformed(command, &format!("flags {:#x}: wanted readable, perhaps writable", map.flags)));
         }
-        if self.assignment.maps.len() >= MAX_DMA_MAPS {
+        if self.assignment().maps.len() >= MAX_DMA_MAPS {
             return Err(PassthroughError::TooManyMaps(MAX_DMA_MAPS).into());
         }
         if let Some(file) = &file {
@@ -181,7 +190,7 @@ impl<'d> Session<'d> {
         }
         let wire::DmaMap { flags, offset, address, size, .. } = map;
         let writable = flags & wire::MAP_WRITE != 0;
-        self.assignment.maps.map(DmaMap { address, size, offset, writable, file })?;
+        self.assignment().maps.map(DmaMap { address, size, offset, writable, file })?;
         Ok(Reply::default())
     }
 
@@ -199,12 +208,23 @@ impl<'d> Session<'d> {
         let command = Command::DmaUnmap;
         let unmap = whole::<wire::DmaUnmap>(command, payload)?;
         match unmap.flags {
-            0 => self.assignment.maps.unmap(unmap.address, unmap.size)?,
-            wire::UNMAP_ALL if unmap.address == 0 && unmap.size == 0 => self.assignment.maps.unmap_each()?,
+            0 => self.assignment().maps.unmap(unmap.address, unmap.size)?,
+            wire::UNMAP_ALL if unmap.address == 0 && unmap.size == 0 => self.assignment().maps.unmap_each()?,
             wire::UNMAP_DIRTY_BITMAP => return Err(Error::NotOffered(command as u16)),
             flags => return Err(malformed(command, &format!("flags {flags:#x}, or an address with unmap-all"))),
         }
         Ok(reply([unmap.as_bytes()]))
+    }
+
+    /// The function; no command but the version comes before it.
+    fn assignment(&mut self) -> &mut Assignment<'d> {
+        &mut self.agreed.as_mut().expect("agreed on before the first command").assignment
+    }
+
+    fn device_info(&self, payload: &[u8]) -> Result<Reply, Error> {
+        whole::<wire::DeviceInfo>(Command::DeviceGetInfo, payload)?;
+        let flags = wire::DEVICE_PCI | if self.device.resettable() { wire::DEVICE_RESET } else { 0 };
+        Ok(reply([wire::DeviceInfo { argsz: 16, flags, num_regions: REGIONS, num_irqs: IRQS }.as_bytes()]))
     }
 
     fn region_info(&mut self, payload: &[u8]) -> Result<Reply, Error> {
@@ -213,10 +233,10 @@ impl<'d> Session<'d> {
         if (asked.argsz as usize) < size_of::<wire::RegionInfo>() || asked.index >= REGIONS {
             return Err(malformed(command, &format!("region {} with room for {} bytes", asked.index, asked.argsz)));
         }
-        let info = self.assignment.regions.info(asked.index);
+        let info = self.assignment().regions.info(asked.index);
         let mut flags = if info.readable { wire::REGION_READ } else { 0 };
         flags |= if info.writable { wire::REGION_WRITE } else { 0 };
-        let mmap = if info.size == 0 { None } else { self.assignment.regions.mmap(asked.index)? };
+        let mmap = if info.size == 0 { None } else { self.assignment().regions.mmap(asked.index)? };
         let mut fixed =
             wire::RegionInfo { argsz: 32, flags, index: asked.index, cap_offset: 0, size: info.size, offset: 0 };
         let Some(mmap) = mmap else { return Ok(reply([fixed.as_bytes()])) };
@@ -241,13 +261,13 @@ impl<'d> Session<'d> {
         Ok(Reply { fds: vec![mmap.file], ..reply([fixed.as_bytes(), &areas]) })
     }
 
-    fn irq_info(&self, payload: &[u8]) -> Result<Reply, Error> {
+    fn irq_info(&mut self, payload: &[u8]) -> Result<Reply, Error> {
         let command = Command::DeviceGetIrqInfo;
         let asked = whole::<wire::IrqInfo>(command, payload)?;
         if asked.index >= IRQS {
             return Err(malformed(command, &format!("interrupt {}: there are {IRQS}", asked.index)));
         }
-        let info = self.assignment.interrupts.info(asked.index);
+        let info = self.assignment().interrupts.info(asked.index);
         let ours = wire::IrqInfo { argsz: 16, flags: info.flags, index: asked.index, count: info.count };
         Ok(reply([ours.as_bytes()]))
     }
@@ -276,7 +296,7 @@ impl<'d> Session<'d> {
                 return Err(malformed(command, &what));
             }
         };
-        self.assignment.interrupts.set(&IrqSet { index, start, count, action, data }, fds)?;
+        self.assignment().interrupts.set(&IrqSet { index, start, count, action, data }, fds)?;
         Ok(Reply::default())
     }
 
@@ -284,13 +304,13 @@ impl<'d> Session<'d> {
         let access = whole::<wire::RegionAccess>(Command::RegionRead, payload)?;
         let count = self.transfer(Command::RegionRead, access)?;
         let mut bytes = vec![0; count];
-        self.assignment.regions.check(access.region, access.offset, count)?;
+        self.assignment().regions.check(access.region, access.offset, count)?;
         if access.region == CONFIG_REGION {
             self.counters.config_accesses += 1;
-            self.assignment.config.read(config_offset(access), &mut bytes)?;
+            self.assignment().config.read(config_offset(access), &mut bytes)?;
         } else {
             self.counters.region_reads += 1;
-            self.assignment.regions.read(access.region, access.offset, &mut bytes)?;
+            self.assignment().regions.read(access.region, access.offset, &mut bytes)?;
         }
         Ok(reply([access.as_bytes(), &bytes]))
     }
@@ -302,20 +322,20 @@ impl<'d> Session<'d> {
         if bytes.len() != count {
             return Err(malformed(command, &format!("{} bytes of data; {count} were announced", bytes.len())));
         }
-        self.assignment.regions.check(access.region, access.offset, count)?;
+        self.assignment().regions.check(access.region, access.offset, count)?;
         if access.region == CONFIG_REGION {
             self.counters.config_accesses += 1;
-            self.assignment.config.write(config_offset(access), &mut bytes.to_vec())?;
+            self.assignment().config.write(config_offset(access), &mut bytes.to_vec())?;
         } else {
             self.counters.region_writes += 1;
-            self.assignment.regions.write(access.region, access.offset, bytes)?;
+            self.assignment().regions.write(access.region, access.offset, bytes)?;
         }
         Ok(reply([access.as_bytes()]))
     }
 
     /// How many bytes an access moves, within the limit agreed on.
     fn transfer(&self, command: Command, access: wire::RegionAccess) -> Result<usize, Error> {
-        let most = self.limits.map_or(0, |limits| limits.transfer);
+        let most = self.agreed.as_ref().map_or(0, |agreed| agreed.limits.transfer);
         let count = access.count as usize;
         if access.region >= REGIONS || count > most {
             let what = format!("{count} bytes of region {}: wanted at most {most}, of one of {REGIONS}", access.region);
@@ -329,15 +349,9 @@ impl<'d> Session<'d> {
             return Err(malformed(Command::DeviceReset, "it carries data"));
         }
         self.counters.resets += 1;
-        self.assignment.reset()?;
+        self.assignment().reset()?;
         Ok(Reply::default())
     }
-}
-
-fn device_info(payload: &[u8]) -> Result<Reply, Error> {
-    whole::<wire::DeviceInfo>(Command::DeviceGetInfo, payload)?;
-    let flags = wire::DEVICE_RESET | wire::DEVICE_PCI;
-    Ok(reply([wire::DeviceInfo { argsz: 16, flags, num_regions: REGIONS, num_irqs: IRQS }.as_bytes()]))
 }
 
 /// An offset that has been checked against the size of configuration space, 4096 bytes at most.

@@ -5,16 +5,20 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_BOOL,
-    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
-    VFIO_REGION_INFO_FLAG_WRITE, vfio_irq_set,
+    VFIO_BASE, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER,
+    VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_BOOL, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
+    VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, VFIO_TYPE, vfio_device_info,
+    vfio_irq_set,
 };
 use vfio_ioctls::{VfioRegionDmaRange, VfioRegionInfoCap};
-use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
+use vmm_sys_util::ioctl_io_nr;
 
 use super::{Cdev, VFIO_DEVICE_SET_IRQS};
 use crate::sys::Mmio;
 use crate::whole_function::{IrqAction, IrqData, IrqInfo, IrqSet, RegionInfo};
+
+ioctl_io_nr!(VFIO_DEVICE_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 7);
 
 /// The most vectors of one interrupt (PCI Local Bus 3.0 §6.8.2.3).
 const MAX_VECTORS: usize = 2048;
@@ -71,6 +75,16 @@ impl Cdev {
         let file = self.device.export_dma_buf(index, &ranges, flags).ok()??;
         Mmio::map(file.as_fd(), 0, usize::try_from(length).ok()?).ok()?;
         Some(file.into())
+    }
+
+    /// True if the kernel knows a way to reset this device alone (`VFIO_DEVICE_FLAGS_RESET`).
+    #[must_use]
+    pub fn resettable(&self) -> bool {
+        let argsz = u32::try_from(size_of::<vfio_device_info>()).expect("a few words");
+        let mut info = vfio_device_info { argsz, ..Default::default() };
+        // SAFETY: the kernel writes at most `argsz` bytes, all of them inside `info`.
+        let result = unsafe { ioctl_with_mut_ref(&*self.device, VFIO_DEVICE_GET_INFO(), &mut info) };
+        result >= 0 && info.flags & VFIO_DEVICE_FLAGS_RESET != 0
     }
 
     /// Another descriptor of this file, for another process. It can do all that this file can.

@@ -1,0 +1,283 @@
+//! The room on the emulated function: what the guest gets of configuration space, memory and interrupts, and the order in
+//! which a function is taken back. Conversations over the socket are in `tests/vfio_user`.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+use super::*;
+use crate::addr::Iova;
+use crate::coherency::{Personality, Policy};
+use crate::emulated::{Machine, Options};
+use crate::hardware::{DmaBuffer, Function, MapError, Registers, SpaceStatistics};
+use crate::memory::Region;
+use crate::whole_function::{IrqAction, IrqData, IrqInfo, IrqSet, RegionInfo, RegionMmap};
+
+const DEVICE_CONTROL_HIGH: u16 = 0x59;
+const NO_SNOOP: u8 = 1 << 3;
+const FUNCTION_LEVEL_RESET: u8 = 1 << 7;
+const COMMAND: u16 = 0x04;
+const BUS_MASTER: u8 = 1 << 2;
+const MSIX: u32 = 2;
+
+/// A function that can set No Snoop, behind an IOMMU that does not enforce snooping.
+fn machine() -> Machine {
+    Machine::new(Options { size: 1 << 20, no_snoop: true, snoop_enforced: false, ..Options::default() }).unwrap()
+}
+
+fn passthrough(machine: &Machine, policy: Policy) -> Passthrough {
+    recorded(machine, policy, &Events::default())
+}
+
+/// The same; what is done to function and memory comes to `events`.
+fn recorded(machine: &Machine, policy: Policy, events: &Events) -> Passthrough {
+    let facts = Facts { personality: Personality::WholeFunction, ..machine.facts(policy).unwrap() };
+    let space = if policy == Policy::Suppress { machine.space() } else { machine.flushed_space() };
+    let function = Recorder { inner: machine.whole_function(), events: Arc::clone(events) };
+    let space = Recorder { inner: space, events: Arc::clone(events) };
+    Passthrough::new(Arc::new(function), Arc::new(space), BarAccess::Direct, facts, false).unwrap()
+}
+
+/// What has been done, in order.
+type Events = Arc<Mutex<Vec<&'static str>>>;
+
+fn take(events: &Events) -> Vec<&'static str> {
+    std::mem::take(&mut events.lock().unwrap())
+}
+
+/// Notes what is done, and does it.
+struct Recorder<T: ?Sized> {
+    events: Events,
+    inner: Arc<T>,
+}
+
+impl<T: ?Sized> Recorder<T> {
+    fn note(&self, event: &'static str) {
+        self.events.lock().unwrap().push(event);
+    }
+}
+
+impl Function for Recorder<dyn WholeFunction> {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+    fn config_read(&self, offset: u16, bytes: &mut [u8]) -> io::Result<()> {
+        self.inner.config_read(offset, bytes)
+    }
+    fn config_write(&self, offset: u16, bytes: &[u8]) -> io::Result<()> {
+        if offset == COMMAND && bytes[0] & BUS_MASTER != 0 {
+            let mut high = [0];
+            self.inner.config_read(DEVICE_CONTROL_HIGH, &mut high)?;
+            self.note(if high[0] & NO_SNOOP == 0 { "bus master on" } else { "bus master on, with No Snoop" });
+        }
+        self.inner.config_write(offset, bytes)
+    }
+    fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>> {
+        self.inner.registers(bar)
+    }
+    fn vectors(&self) -> u16 {
+        self.inner.vectors()
+    }
+    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.inner.route_vectors(events)
+    }
+    fn set_bus_master(&self, on: bool) -> io::Result<()> {
+        self.note(if on { "bus master on" } else { "bus master off" });
+        self.inner.set_bus_master(on)
+    }
+    fn route_removal(&self, event: BorrowedFd<'_>) -> io::Result<()> {
+        self.inner.route_removal(event)
+    }
+    fn reset(&self) -> io::Result<()> {
+        self.note("reset");
+        self.inner.reset()
+    }
+}
+
+impl WholeFunction for Recorder<dyn WholeFunction> {
+    fn region(&self, index: u32) -> RegionInfo {
+        self.inner.region(index)
+    }
+    fn region_mmap(&self, index: u32) -> io::Result<Option<RegionMmap>> {
+        self.inner.region_mmap(index)
+    }
+    fn region_read(&self, index: u32, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.inner.region_read(index, offset, bytes)
+    }
+    fn region_write(&self, index: u32, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.inner.region_write(index, offset, bytes)
+    }
+    fn resettable(&self) -> bool {
+        self.inner.resettable()
+    }
+    fn irq(&self, index: u32) -> IrqInfo {
+        self.inner.irq(index)
+    }
+    fn set_irqs(&self, set: &IrqSet<'_>) -> io::Result<()> {
+        self.note(if set.count == 0 { "interrupts off" } else { "interrupts on" });
+        self.inner.set_irqs(set)
+    }
+}
+
+impl AddressSpace for Recorder<dyn AddressSpace> {
+    fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
+        self.note(if region.writable() { "map" } else { "map read-only" });
+        self.inner.add(region)
+    }
+    fn remove(&self, region: &Region) -> Result<(), MapError> {
+        self.note("unmap");
+        self.inner.remove(region)
+    }
+    fn statistics(&self) -> SpaceStatistics {
+        self.inner.statistics()
+    }
+    fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
+        self.inner.buffer(bytes)
+    }
+}
+
+/// What the function itself has.
+fn physical(machine: &Machine) -> u8 {
+    let mut byte = [0];
+    machine.function().config_read(DEVICE_CONTROL_HIGH, &mut byte).unwrap();
+    byte[0] & NO_SNOOP
+}
+
+fn set_physical(machine: &Machine) {
+    machine.function().config_write(DEVICE_CONTROL_HIGH, &[NO_SNOOP]).unwrap();
+}
+
+fn memory(bytes: u64) -> File {
+    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    ftruncate(&file, bytes).unwrap();
+    file
+}
+
+fn map(file: &File, address: u64, size: u64, writable: bool) -> DmaMap {
+    DmaMap { address, size, offset: 0, writable, file: Some(file.try_clone().unwrap()) }
+}
+
+fn event() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
+}
+
+/// One vector of an interrupt gets an eventfd.
+fn eventfds(index: u32) -> IrqSet<'static> {
+    IrqSet { index, start: 0, count: 1, action: IrqAction::Trigger, data: IrqData::Eventfds(&[]) }
+}
+
+fn signalled(event: &OwnedFd) -> bool {
+    rustix::io::read(event, &mut [0; 8]).is_ok()
+}
+
+#[test]
+fn a_guest_neither_sets_nor_sees_a_bit_that_is_held_off() {
+    let machine = machine();
+    let device = passthrough(&machine, Policy::Suppress);
+    let assignment = device.assign().unwrap();
+
+    assignment.config.write(DEVICE_CONTROL_HIGH - 1, &mut [0, NO_SNOOP]).unwrap();
+    assert_eq!(physical(&machine), 0);
+    set_physical(&machine);
+    let mut seen = [0; 4];
+    assignment.config.read(DEVICE_CONTROL_HIGH - 1, &mut seen).unwrap();
+
+    assert_eq!(seen[1] & NO_SNOOP, 0);
+}
+
+#[test]
+fn a_bit_that_a_reset_brings_back_is_cleared_again() {
+    let machine = machine();
+    let device = passthrough(&machine, Policy::Suppress);
+    let assignment = device.assign().unwrap();
+    assert_eq!(physical(&machine), 0, "at the start");
+
+    assignment.reset().unwrap();
+    assert_eq!(physical(&machine), 0, "a reset asked for");
+    assignment.config.write(DEVICE_CONTROL_HIGH, &mut [FUNCTION_LEVEL_RESET]).unwrap();
+
+    assert_eq!(physical(&machine), 0, "a Function Level Reset by the guest");
+}
+
+#[test]
+fn bus_master_comes_on_only_with_the_bit_off() {
+    let (machine, events) = (machine(), Events::default());
+    let device = recorded(&machine, Policy::Suppress, &events);
+    let assignment = device.assign().unwrap();
+    set_physical(&machine);
+    take(&events);
+
+    assignment.config.write(COMMAND, &mut [0b010 | BUS_MASTER]).unwrap();
+
+    assert_eq!(take(&events), ["bus master on"]);
+}
+
+#[test]
+fn memory_is_flushed_as_it_comes_and_as_it_goes() {
+    let machine = machine();
+    let device = passthrough(&machine, Policy::Allow);
+    let mut assignment = device.assign().unwrap();
+    let guest = memory(1 << 20);
+    guest.write_all_at(&[0xa5; 64], 0).unwrap();
+
+    assignment.maps.map(map(&guest, 0, 1 << 20, true)).unwrap();
+    assignment.maps.unmap(0, 1 << 20).unwrap();
+    assignment.maps.map(map(&guest, 0, 1 << 20, true)).unwrap();
+    drop(assignment);
+
+    let found = machine.disagreements();
+    assert_eq!((found.exposed, found.unpinned), (0, 0));
+    assert_eq!(device.space().statistics().mapped, 0);
+}
+
+#[test]
+fn a_function_is_taken_from_a_guest_in_the_order_designed() {
+    let (machine, events) = (machine(), Events::default());
+    let device = recorded(&machine, Policy::Suppress, &events);
+    let mut assignment = device.assign().unwrap();
+    assert_eq!(take(&events), ["bus master off", "reset"], "before a guest has it");
+    let guest = memory(0x1000);
+    assignment.maps.map(map(&guest, 0x1000, 0x1000, true)).unwrap();
+    assignment.interrupts.set(&eventfds(MSIX), vec![event()]).unwrap();
+    assignment.config.write(COMMAND, &mut [0b010 | BUS_MASTER]).unwrap();
+    assert_eq!(take(&events), ["map", "interrupts on", "bus master on"]);
+
+    drop(assignment);
+
+    assert_eq!(take(&events), ["bus master off", "reset", "interrupts off", "unmap"]);
+}
+
+#[test]
+fn what_is_read_only_or_overlaps_is_not_mapped_otherwise() {
+    let machine = machine();
+    let device = passthrough(&machine, Policy::Suppress);
+    let mut assignment = device.assign().unwrap();
+    let guest = memory(0x4000);
+
+    assignment.maps.map(map(&guest, 0x1000, 0x2000, false)).unwrap();
+
+    assert!(machine.iommu().write(Iova(0x1000), &[1]).is_err(), "read-only");
+    assert!(machine.iommu().read(Iova(0x1000), &mut [0]).is_ok());
+    let overlaps = assignment.maps.map(map(&guest, 0x2000, 0x1000, true));
+    assert!(matches!(overlaps, Err(PassthroughError::Exists { .. })));
+    let unknown = assignment.maps.unmap(0x1000, 0x1000);
+    assert!(matches!(unknown, Err(PassthroughError::NotMapped { .. })));
+}
+
+#[test]
+fn the_hosts_request_goes_to_the_guest() {
+    let machine = machine();
+    let device = passthrough(&machine, Policy::Suppress);
+    let mut assignment = device.assign().unwrap();
+    let request = event();
+    assert!(!assignment.interrupts.ask_for_function(), "it has not said how");
+    assignment.interrupts.set(&eventfds(REQUEST_IRQ), vec![request.try_clone().unwrap()]).unwrap();
+
+    machine.ask_back();
+
+    assert!(rustix::io::read(device.request(), &mut [0; 8]).is_ok(), "this process hears it");
+    assert!(assignment.interrupts.ask_for_function() && signalled(&request), "and passes it on");
+}

@@ -1,0 +1,150 @@
+#!/bin/sh
+# profiles: vtd vtd-snoop amd-iommu
+# minutes: 2
+# options: --qemu trixie-backports
+# Coherency of a whole function: the verdict under each policy, KVM's counters, the order of what the kernel is told, and pins
+# against the ledger. The virtual machines have nothing but their firmware: enough to have their memory mapped.
+
+# shellcheck source=tests/host/lib.sh
+. /testbed/tests/lib.sh
+
+SHIM=/run/kvm.sock
+TOLD=kvm_arch_register_noncoherent_dma
+UNTOLD=kvm_arch_unregister_noncoherent_dma
+
+# wanted POLICY: how often KVM is to be told, from the profile; flushes POLICY: whether anything is flushed at all.
+wanted() { sed -n "s/^kvm = .*\\b$1=\\([0-9]*\\).*/\\1/p" /testbed/profile; }
+flushes() { sed -n "s/^verdict = $1 //p" /testbed/profile | grep -q '^not coherent'; }
+heard() { equal "$1" "$(hits_since_mark "$2")" "times the kernel entered $2"; }
+
+# firmware_only COMMAND…: QEMU with the function, started through COMMAND.
+firmware_only() {
+    "$@" qemu-system-x86_64 -machine q35,memory-backend=ram -accel kvm -m 64M -nodefaults -no-user-config -display none \
+        -object memory-backend-memfd,id=ram,size=64M,share=on -device "$(whole_device drive)" \
+        </dev/null >/run/firmware.log 2>&1 &
+    vm=$!
+    echo "$vm" >/run/vm.pid
+}
+with_shim() { firmware_only env LD_PRELOAD=/usr/local/lib/libkvm_vfio_shim.so "KVM_VFIO_SHIM_SOCKET=$SHIM"; }
+# The firmware rearranges the memory below 1 MiB several times; this is the last piece that it makes.
+booted() { within 30 logged 'DMA map 0xe8000\+32K'; }
+# What a claim that was broken has left behind.
+vm_gone() { [ ! -s /run/vm.pid ] || [ ! -e "/proc/$(cat /run/vm.pid)/exe" ]; }
+clean_up() {
+    [ ! -s /run/drive.pid ] || kill -KILL "$(cat /run/drive.pid)" 2>/dev/null || true
+    [ ! -s /run/vm.pid ] || kill -KILL "$(cat /run/vm.pid)" 2>/dev/null || true
+    within 10 vm_gone
+}
+agree() { equal "$(ledger)" "$(pinned)" "kB pinned, by the ledger and by the kernel"; }
+as_before() { equal "$(cat /run/pins)" "$(pages_pinned)" "pages pinned in this machine"; }
+
+refused_without_shim() {
+    for policy in suppress allow refuse assume; do
+        if flushes "$policy"; then
+            vhost-device-vfio --vfio-user --socket-path /run/no.sock --device "$FUNCTION" --no-snoop "$policy" \
+                >/run/refused 2>&1 && return 1
+            contains 'KVM cannot be told' /run/refused
+        fi
+    done
+}
+one_life() {
+    clean_up
+    pages_pinned >/run/pins
+    whole drive "$FUNCTION" --no-snoop "$1" --kvm-socket "$SHIM"
+    mark
+    with_shim
+    booted
+    within 10 agree
+    heard "$(wanted "$1")" "$TOLD"
+    heard 0 "$UNTOLD"
+    kill -9 "$vm"
+    within 15 logged 'front-end disconnected'
+    nothing_pinned
+    within 10 heard "$(wanted "$1")" "$UNTOLD"
+    backend_stop
+    within 5 as_before
+    for name in staged map_flushed_bytes unmap_flushed_bytes; do
+        if flushes "$1"; then [ "$(statistic "$name")" -gt 0 ]; else equal 0 "$(statistic "$name")" "$name"; fi
+    done
+}
+# A front-end that has been given the device's own file keeps the function, and the pins, until it ends.
+killed_trapped() {
+    clean_up
+    pages_pinned >/run/pins
+    whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM" --bars trapped
+    with_shim
+    booted
+    kill -KILL "$(cat "$BACKEND_PID")"
+    within 10 as_before
+    kill -9 "$vm"
+}
+killed_direct() {
+    clean_up
+    pages_pinned >/run/pins
+    whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM"
+    with_shim
+    booted
+    kill -KILL "$(cat "$BACKEND_PID")"
+    within 10 test -s "$BACKEND_STATUS"
+    [ "$(pages_pinned)" -gt 16000 ]
+    kill -9 "$vm"
+    within 10 as_before
+    # The function is free: the next one takes it.
+    whole drive "$FUNCTION"  --no-snoop assume --kvm-socket "$SHIM"
+    backend_stop
+}
+untold_is_refused() {
+    flushes assume || return 0
+    whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM"
+    firmware_only env
+    within 20 logged 'refused: the device can go behind the CPU caches, and KVM cannot be told'
+    nothing_pinned
+    within 20 contains 'Operation not permitted' /run/firmware.log
+    kill -9 "$vm" 2>/dev/null || true
+    backend_stop
+}
+
+# The process logs into the kernel's trace, so its flushes stand between the calls.
+ordered() {
+    clean_up
+    {
+        echo "p:pin iommufd_ioas_map_file iova=+32(+24(%di)):x64"
+        echo "p:copy iommufd_ioas_copy iova=+24(+24(%di)):x64"
+        echo "p:unmap iommufd_ioas_unmap iova=+8(+24(%di)):x64"
+    } | while read -r entry; do echo "$entry" >>"$TRACING/kprobe_events"; done
+    for entry in pin copy unmap; do echo 1 >"$TRACING/events/kprobes/$entry/enable"; done
+    echo >"$TRACING/trace"
+    RUST_LOG=info,vhost_device_vfio::iommu=trace vhost-device-vfio --vfio-user --socket-path /run/drive.sock \
+        --device "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM" 2>"$TRACING/trace_marker" &
+    whole_as drive
+    echo $! >"$BACKEND_PID"
+    BACKEND_LOG=$TRACING/trace
+    within 20 logged 'serving '
+    with_shim
+    booted
+    kill -9 "$vm"
+    within 15 logged 'front-end disconnected'
+    kill "$(cat "$BACKEND_PID")"
+    within 10 logged 'statistics: '
+    for entry in pin copy unmap; do echo 0 >"$TRACING/events/kprobes/$entry/enable"; done
+    sed -nE -e "s/.* ($TOLD|$UNTOLD): .*/\\1/p" -e 's/.* (pin|copy|unmap): .*/\1/p' \
+        -e 's/.*TRACE.* (flush|flushed) 0x.*/\1/p' "$TRACING/trace" | sed "s/$TOLD/told/; s/$UNTOLD/untold/" >/run/events
+    if flushes assume; then
+        equal 'told,pin,flush,flushed,copy,unmap' "$(head -n 6 /run/events | paste -s -d ,)" "what came first"
+        equal 'copy,unmap,flush,flushed,unmap,untold' "$(tail -n 6 /run/events | paste -s -d ,)" "what came last"
+    else
+        equal 'pin' "$(head -n 1 /run/events)" "what came first"
+        equal 'unmap' "$(tail -n 1 /run/events)" "what came last"
+    fi
+}
+
+probe "$TOLD" "$UNTOLD"
+claim "where a function would be flushed it is refused without a shim" refused_without_shim
+for policy in suppress allow refuse assume; do
+    claim "--no-snoop=$policy: KVM is told as the profile says, pins and ledger agree, all is unpinned at the end" one_life $policy
+done
+claim "without a shim in QEMU the version is refused, with an errno there and the reason here" untold_is_refused
+claim "killed with memory mapped and trapped BARs, it leaves nothing pinned" killed_trapped
+claim "with direct BARs the front-end keeps function and pins as long as it lives, and no longer" killed_direct
+claim "KVM is told, memory pinned, flushed and mapped, and all in the other order at the end" ordered
+finished
