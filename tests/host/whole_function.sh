@@ -110,21 +110,32 @@ network() {
 }
 moves_data() {
     dd if=/dev/urandom of=/run/blob bs=1M count=16 2>/dev/null
-    in_guest '(nc -l -p 7000 >/tmp/blob </dev/null; : >/tmp/received) >/dev/null 2>&1 & sleep 1'
-    for _ in 1 2 3 4; do cat /run/blob; done | nc 10.9.0.2 7000
-    in_guest 'n=0; until [ -e /tmp/received ]; do [ $n -lt 600 ] || exit 1; n=$((n + 1)); usleep 100000; done'
-    equal "$(for _ in 1 2 3 4; do cat /run/blob; done | sha256sum)" "$(in_guest 'sha256sum </tmp/blob')" "64 MiB over the wire"
+    blobs() { for _ in 1 2 3 4; do cat /run/blob; done; }
+    # Its input stays open until it ends: at the end of that it would stop listening.
+    in_guest '(sleep 1000 | nc -l -p 7000 >/tmp/blob; : >/tmp/received) >/dev/null 2>&1 & sleep 1'
+    blobs | timeout 200 nc 10.9.0.2 7000
+    equal 67108864 "$(in_guest 'n=0; until [ "$(stat -c %s /tmp/blob)" = 67108864 ] || [ $n -ge 600 ]; do n=$((n + 1)); usleep 100000; done
+        stat -c %s /tmp/blob')" "bytes that arrived"
+    equal "$(blobs | sha256sum)" "$(in_guest 'sha256sum </tmp/blob')" "64 MiB over the wire"
     rm /run/blob
-    in_guest 'rm /tmp/blob'
+    in_guest 'rm /tmp/blob; killall sleep'
 }
+# QEMU 11.1 says no way to ask it for a vfio-user function. With trapped BARs it holds nothing of the device.
 given_back() {
     whole_as nic
+    before=$(times_logged 'front-end disconnected' || true)
+    guest qmp device_del '{"id":"nic"}'
+    within 30 logged_more_than "$before" 'front-end disconnected'
+    backend_stop
+    whole nic "$NIC" --kvm-socket "$SHIM" --bars trapped
+    guest qmp device_add "$(whole_device nic '"bus":"rp1"')"
+    network_answers
     echo "$NIC" >/sys/bus/pci/drivers/vfio-pci/unbind
     within 20 test -s "$BACKEND_STATUS"
-    logged 'the virtual machine is asked to unplug it'
-    logged 'front-end disconnected: .*: it has left'
     equal 0 "$(cat "$BACKEND_STATUS")" "exit status"
-    in_guest '[ ! -e /sys/class/net/eth0 ]'
+    logged 'the host wants the device back'
+    logged 'front-end disconnected: .*: the host wants the device back'
+    [ ! -e "/sys/bus/pci/devices/$NIC/driver" ]
     whole_as drive
     in_guest 'dd if=/dev/nvme0n1 of=/dev/null bs=64k count=4 iflag=direct 2>/dev/null'
 }
@@ -196,6 +207,7 @@ edu_obeys() {
     equal copied "$(in_guest 'edu-dma copy')"
 }
 edu_faults() {
+    whole_as edu
     faults=$(dmesg | grep -c 'DMAR:.*fault' || true)
     # Past the end of its memory, and within the 28 bits that the device has.
     equal finished "$(in_guest 'edu-dma aim 0xf000000')"
@@ -223,7 +235,7 @@ claim "a function that must not be served untold is refused, and the machine goe
 claim "a second function from a second process is plugged in, with one shim, and the network answers" network
 claim "64 MiB cross it unharmed" moves_data
 claim "it is unplugged, everything unpinned, and plugged in again, twice" unplugged_and_plugged
-claim "the host unbinds it: the virtual machine unplugs it, its process ends, the drive goes on" given_back
+claim "the host unbinds it: its process lets go of it in a bounded time, the machine and the drive go on" given_back
 claim "a virtual machine killed under load leaves nothing pinned" killed
 backend_stop
 whole drive "$FUNCTION" --bars trapped --kvm-socket "$SHIM" || exit
