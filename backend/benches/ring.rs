@@ -15,13 +15,13 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost_device_vfio::addr::{Gpa, Qva, Span};
 use vhost_device_vfio::driver::Geometry;
-use vhost_device_vfio::engine::Changing;
-use vhost_device_vfio::engine::chain::Chain;
-use vhost_device_vfio::engine::guest::Guest;
-use vhost_device_vfio::engine::request::{Data, Disk, Job, Status, parse};
-use vhost_device_vfio::engine::ticket::Ticket;
+use vhost_device_vfio::engine::LiveGeometry;
+use vhost_device_vfio::engine::guest_memory::GuestMemoryView;
+use vhost_device_vfio::engine::request::pending_used::PendingUsed;
+use vhost_device_vfio::engine::request::{Data, Disk, Job, Status, Transfer, parse};
 use vhost_device_vfio::engine::virtqueue::Virtqueue;
-use vhost_device_vfio::engine::{Layout, RingSetup};
+use vhost_device_vfio::engine::virtqueue::chain::Chain;
+use vhost_device_vfio::engine::{Layout, VringSetup};
 use vhost_device_vfio::memory::{MemTable, Region, RegionSpec};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -152,7 +152,7 @@ fn packed(memory: &Memory, regions: u64, indirect: bool) -> impl FnMut(u64) -> D
     let span = |start, len| Span::new(Gpa(start), len).unwrap();
     let mut driver = PackedDriver::new(&memory.theirs, regions, indirect);
     memory.theirs.write_obj(2_u32 << 16, GuestAddress(AVAIL)).unwrap(); // a wish for a place, as EVENT_IDX has it
-    let setup = RingSetup {
+    let setup = VringSetup {
         layout: Layout::Packed,
         size: driver.size(),
         desc: span(PACKED, 0x4000),
@@ -178,9 +178,9 @@ fn offer(memory: &GuestMemoryMmap, index: &mut u16) {
     memory.write_obj(*index, GuestAddress(AVAIL + 2)).unwrap();
 }
 
-fn setup() -> RingSetup {
+fn setup() -> VringSetup {
     let span = |start, len| Span::new(Gpa(start), len).unwrap();
-    RingSetup {
+    VringSetup {
         index: 0,
         layout: Layout::Split,
         size: SIZE,
@@ -208,38 +208,43 @@ fn split(memory: &Memory) -> impl FnMut() {
 
 /// Takes the next request as a worker does.
 #[inline]
-fn take(ring: &mut Virtqueue, guest: &mut Guest, disk: &Disk, (chain, data): &mut (Chain, Data)) -> Option<Ticket> {
-    if let Some(usual) = ring.usual(guest)
-        && let Some(transfer) = usual.transfer(guest, disk)
+fn take(
+    ring: &mut Virtqueue,
+    guest: &mut GuestMemoryView,
+    disk: &Disk,
+    (chain, data): &mut (Chain, Data),
+) -> Option<PendingUsed> {
+    if let Some(fast) = ring.fast(guest)
+        && let Some(transfer) = Transfer::of(&fast, guest, disk)
     {
-        ring.take_usual(&usual);
+        ring.take_fast(&fast);
         assert_eq!(transfer.data.len(), 4096);
         black_box(&transfer.data);
-        return Some(transfer.ticket(usual.head()));
+        return Some(transfer.pending_used(fast.head()));
     }
     if !ring.take(guest, chain).unwrap() {
         return None;
     }
-    let (ticket, job) = parse(chain, guest, disk, data);
+    let (pending_used, job) = parse(chain, guest, disk, data);
     assert!(matches!(job, Job::Device { bytes: 4096, .. }));
     black_box(&data.buffers);
-    Some(ticket)
+    Some(pending_used)
 }
 
 /// Serves all that is available.
-fn serve(memory: &Memory, setup: &RingSetup) -> impl FnMut() + use<> {
+fn serve(memory: &Memory, setup: &VringSetup) -> impl FnMut() + use<> {
     let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 512, ..Geometry::default() };
-    let disk = Disk::new(&geometry, Arc::new(Changing::of(&geometry)));
+    let disk = Disk::new(&geometry, Arc::new(LiveGeometry::of(&geometry)));
     let mut ring = Virtqueue::new(setup, &memory.ours).unwrap();
-    let mut guest = Guest::default();
+    let mut guest = GuestMemoryView::default();
     guest.publish(Arc::clone(&memory.ours));
     let mut room = (Chain::default(), Data::default());
     move || {
         let mut served = 0;
         for _ in 0..ring.available().unwrap() {
-            let Some(ticket) = take(&mut ring, &mut guest, &disk, &mut room) else { break };
-            guest.write_status(ticket.status().unwrap(), Status::Ok as u8);
-            ring.push_used(ticket.settle(), 4097);
+            let Some(pending_used) = take(&mut ring, &mut guest, &disk, &mut room) else { break };
+            guest.write_status(pending_used.status().unwrap(), Status::Ok as u8);
+            ring.push_used(pending_used.complete(), 4097);
             served += 1;
         }
         assert_eq!(served, BATCH);

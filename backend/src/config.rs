@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::coherency::Policy;
-use crate::engine::Watch;
+use crate::engine::WatchdogOptions;
 use crate::passthrough::BarAccess;
 use crate::vfio::{NotAnAddress, PciAddress};
 
@@ -182,8 +182,8 @@ impl Config {
 
     /// When commands are late, and the device is.
     #[must_use]
-    pub fn watch(&self) -> Watch {
-        Watch { timeout: Duration::from_millis(self.timeout_ms.into()), ..Watch::default() }
+    pub fn watch(&self) -> WatchdogOptions {
+        WatchdogOptions { timeout: Duration::from_millis(self.timeout_ms.into()), ..WatchdogOptions::default() }
     }
 
     /// How many virtqueues to offer.

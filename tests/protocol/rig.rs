@@ -249,7 +249,7 @@ fn device(machine: &Machine, plan: Arc<FailurePlan>, around: Around) -> Device {
         rings: QUEUES.into(),
         spin: Duration::from_micros(10),
         patience: Duration::from_secs(5),
-        watch: engine::Watch::default(),
+        watch: engine::WatchdogOptions::default(),
     };
     let engine = Engine::start(Box::new(driver), &space, options).unwrap();
     Device { engine, space, queues: QUEUES, vmm }

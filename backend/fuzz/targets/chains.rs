@@ -10,12 +10,12 @@ use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost_device_vfio::addr::{Gpa, Qva, Span};
 use vhost_device_vfio::driver::Geometry;
-use vhost_device_vfio::engine::chain::Chain;
-use vhost_device_vfio::engine::guest::Guest;
-use vhost_device_vfio::engine::Changing;
+use vhost_device_vfio::engine::virtqueue::chain::Chain;
+use vhost_device_vfio::engine::guest_memory::GuestMemoryView;
+use vhost_device_vfio::engine::LiveGeometry;
 use vhost_device_vfio::engine::request::{Data, Disk, Status, parse};
 use vhost_device_vfio::engine::virtqueue::Virtqueue;
-use vhost_device_vfio::engine::{Layout, RingSetup};
+use vhost_device_vfio::engine::{Layout, VringSetup};
 use vhost_device_vfio::memory::{MemTable, Region, RegionSpec};
 
 const SIZE: u16 = 16;
@@ -42,7 +42,7 @@ fn table() -> MemTable {
 fn serve(layout: Layout, table: &Arc<MemTable>) {
     let [desc, avail, used] = layout.areas(SIZE, true).map(|area| area.bytes);
     let span = |start, len| Span::new(Gpa(start), len).unwrap();
-    let setup = RingSetup {
+    let setup = VringSetup {
         index: 0,
         layout,
         size: SIZE,
@@ -57,9 +57,9 @@ fn serve(layout: Layout, table: &Arc<MemTable>) {
         err: None,
     };
     let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 4096, ..Geometry::default() };
-    let disk = Disk::new(&geometry, Arc::new(Changing::of(&geometry)));
+    let disk = Disk::new(&geometry, Arc::new(LiveGeometry::of(&geometry)));
     let mut ring = Virtqueue::new(&setup, table).unwrap();
-    let mut guest = Guest::default();
+    let mut guest = GuestMemoryView::default();
     guest.publish(Arc::clone(table));
     let (mut chain, mut data) = (Chain::default(), Data::default());
     let Ok(available) = ring.available() else { return };
@@ -67,15 +67,15 @@ fn serve(layout: Layout, table: &Arc<MemTable>) {
         if !matches!(ring.take(&mut guest, &mut chain), Ok(true)) {
             return;
         }
-        let (ticket, _) = parse(&chain, &mut guest, &disk, &mut data);
+        let (pending_used, _) = parse(&chain, &mut guest, &disk, &mut data);
         for buffer in &data.buffers {
             let inside = |(start, len): &(u64, u64)| buffer.start().0 >= *start && buffer.last().0 < start + len;
             assert!(REGIONS.iter().any(inside), "{buffer} is no guest memory");
         }
-        if let Some(status) = ticket.status() {
+        if let Some(status) = pending_used.status() {
             guest.write_status(status, Status::Ok as u8);
         }
-        ring.push_used(ticket.settle(), 1);
+        ring.push_used(pending_used.complete(), 1);
     }
     ring.publish();
     ring.arm();

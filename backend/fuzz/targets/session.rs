@@ -24,7 +24,7 @@ fn device() -> Device {
         rings: 2,
         spin: Duration::ZERO,
         patience: Duration::from_secs(5),
-        watch: engine::Watch::default(),
+        watch: engine::WatchdogOptions::default(),
     };
     let engine = Engine::start(Box::new(nvme), &space, options).unwrap();
     Device { engine, space, queues: 2, vmm: Vmm::unreachable() }

@@ -11,7 +11,7 @@ use super::features::VirtioFeatures;
 use super::{Device, Error};
 use crate::driver::Geometry;
 use crate::engine::Engine;
-use crate::engine::ranges::RangeLimits;
+use crate::engine::request::RangeLimits;
 
 /// Buffers per request: an indirect table of 128 descriptors without those of header and status.
 pub(super) const SEG_MAX: u32 = 126;

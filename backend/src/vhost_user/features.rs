@@ -38,7 +38,7 @@ use bitflags::{Flags, bitflags};
 
 use crate::driver::Geometry;
 use crate::engine::Layout;
-use crate::engine::ranges::RangeLimits;
+use crate::engine::request::RangeLimits;
 
 /// `VIRTIO_F_ACCESS_PLATFORM`, which is never offered: descriptors would hold addresses that a virtual IOMMU translates.
 pub(super) const ACCESS_PLATFORM: u64 = 1 << 33;

@@ -22,7 +22,7 @@ use super::Error;
 use super::features::VirtioFeatures;
 use crate::addr::{Address, Gpa, Qva, Span};
 use crate::engine::virtqueue::Area;
-use crate::engine::{Engine, Layout, RingSetup};
+use crate::engine::{Engine, Layout, VringSetup};
 use crate::memory::MemTable;
 
 /// Where the front-end says the three parts of a ring are. Of a packed ring, `avail` is the driver's event suppression
@@ -245,7 +245,7 @@ impl Ring {
         let layout = features.layout();
         let areas = complete.areas(self.index, layout, around.table)?;
         let [desc, avail, used] = areas;
-        around.engine.start_ring(RingSetup {
+        around.engine.start_ring(VringSetup {
             index: self.index,
             layout,
             size: complete.size,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use crate::addr::{Gpa, Qva, Span};
-use crate::engine::{Layout, RingSetup};
+use crate::engine::{Layout, VringSetup};
 use crate::memory::{Region, RegionSpec};
 
 /// Guest memory of `bytes` from address 0, and the file it lies in.
@@ -19,9 +19,9 @@ pub(super) fn region(bytes: u64) -> (Region, Arc<File>) {
 }
 
 /// A ring that has not run, with indirect descriptors and without event index; each area may have 4 KiB.
-pub(super) fn setup(layout: Layout, size: u16, areas: [u64; 3]) -> RingSetup {
+pub(super) fn setup(layout: Layout, size: u16, areas: [u64; 3]) -> VringSetup {
     let [desc, avail, used] = areas.map(|start| Span::new(Gpa(start), 0x1000).unwrap());
-    RingSetup {
+    VringSetup {
         index: 0,
         layout,
         size,

@@ -12,7 +12,7 @@ use super::nvme::{Drive, NVM_READ, NVM_WRITE, soak};
 use super::rig::*;
 use crate::addr::Span;
 use crate::emulated::{Commands, Disagreements, Effect, Fault, Mode, Options};
-use crate::engine::{Statistics, Watch};
+use crate::engine::{Statistics, WatchdogOptions};
 use crate::hardware::{AddressSpace, MapError};
 use crate::memory::{MemTable, Region};
 
@@ -79,7 +79,7 @@ const STRAY: u64 = EXTRA_LEN - 0x1000;
 
 impl World {
     fn new() -> Self {
-        let watch = Watch { timeout: Duration::from_millis(20), retry: Duration::from_millis(1) };
+        let watch = WatchdogOptions { timeout: Duration::from_millis(20), retry: Duration::from_millis(1) };
         let drive = Drive::watched(inline(), Duration::ZERO, Duration::from_secs(20), watch);
         let driver = drive.driver(0, Shape::default());
         let space = drive.machine.flushed_space();
@@ -216,7 +216,8 @@ proptest! {
 fn data_of_every_shape_are_right_behind_the_caches() {
     for (queues, lba, sgl) in [(1, 512, false), (2, 4096, true)] {
         let options = behind(Options { size: 16 << 20, queues, lba, sgl, mode: Mode::Threaded, ..Options::default() });
-        let drive = Drive::watched(options, Duration::from_micros(20), Duration::from_secs(20), Watch::default());
+        let drive =
+            Drive::watched(options, Duration::from_micros(20), Duration::from_secs(20), WatchdogOptions::default());
         let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
 
         std::thread::scope(|scope| {
@@ -233,7 +234,7 @@ fn data_of_every_shape_are_right_behind_the_caches() {
 
 /// A drive in inline mode, and a driver for its ring.
 fn simple() -> (Drive, VirtDriver) {
-    let drive = Drive::watched(inline(), Duration::ZERO, Duration::from_secs(20), Watch::default());
+    let drive = Drive::watched(inline(), Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
     let driver = drive.driver(0, Shape::default());
     (drive, driver)
 }
@@ -271,7 +272,7 @@ fn so_it_does_through_a_bounce_buffer() {
 #[test]
 fn cpus_may_write_beside_a_buffer_while_the_device_fills_it() {
     let options = Options { latency: Duration::from_secs(1), ..inline() };
-    let drive = Drive::watched(options, Duration::ZERO, Duration::from_secs(20), Watch::default());
+    let drive = Drive::watched(options, Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
     let mut driver = drive.driver(0, Shape::default());
     driver.fill(DATA, &[7; 4096]);
     driver.send(IN, 0, &[(DATA + 512 + 32, 512)]);
@@ -305,7 +306,7 @@ fn a_read_flushes_its_own_bytes_twice_and_a_write_once() {
 #[test]
 fn where_snooping_is_enforced_requests_flush_nothing() {
     let options = Options { snoop_enforced: true, size: 16 << 20, ..inline() };
-    let drive = Drive::watched(options, Duration::ZERO, Duration::from_secs(20), Watch::default());
+    let drive = Drive::watched(options, Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
     let mut driver = drive.driver(0, Shape::default());
 
     soak(&mut driver, 512, 20);
@@ -318,8 +319,12 @@ fn where_snooping_is_enforced_requests_flush_nothing() {
 
 #[test]
 fn a_request_of_many_commands_is_flushed_to_its_end() {
-    let drive =
-        Drive::watched(Options { mdts: 1, ..inline() }, Duration::ZERO, Duration::from_secs(20), Watch::default());
+    let drive = Drive::watched(
+        Options { mdts: 1, ..inline() },
+        Duration::ZERO,
+        Duration::from_secs(20),
+        WatchdogOptions::default(),
+    );
     let mut driver = drive.driver(0, Shape::default());
     let bytes: Vec<u8> = (0..64_u32 << 10).map(|n| (n / 100 % 200) as u8).collect();
     driver.fill(DATA, &bytes);
@@ -358,7 +363,7 @@ fn a_device_at_rest_gets_nothing_to_do_and_goes_on_afterwards() {
 #[test]
 fn a_device_with_a_command_in_flight_does_not_rest() {
     let options = Options { latency: Duration::from_secs(3600), ..inline() };
-    let drive = Drive::watched(options, Duration::ZERO, Duration::from_millis(50), Watch::default());
+    let drive = Drive::watched(options, Duration::ZERO, Duration::from_millis(50), WatchdogOptions::default());
     let mut driver = drive.driver(0, Shape::default());
     let sent = driver.send(IN, 0, &[(DATA, 512)]);
     until("the command", || drive.engine.statistics().doorbells == 1);

@@ -1,5 +1,5 @@
 //! A controller that fails while requests are in flight: each ends in bounded time, with its data or with an error, and the
-//! same engine goes on when the controller does. Nobody stops a ring here; the guard alone sees to it.
+//! same engine goes on when the controller does. Nobody stops a ring here; the watchdog alone sees to it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,20 +8,20 @@ use std::time::Duration;
 use super::nvme::{Drive, NVM_READ, NVM_WRITE, soak};
 use super::rig::*;
 use crate::emulated::{Commands, Effect, Fault, Mode, Options};
-use crate::engine::Watch;
+use crate::engine::WatchdogOptions;
 
 const ABORT: u8 = 8;
 
 /// A drive whose commands may take 200 ms.
 fn drive(queues: u16) -> Drive {
-    let watch = Watch { timeout: Duration::from_millis(200), retry: Duration::from_millis(10) };
+    let watch = WatchdogOptions { timeout: Duration::from_millis(200), retry: Duration::from_millis(10) };
     let options = Options { size: 16 << 20, queues, mode: Mode::Threaded, ..Options::default() };
     Drive::watched(options, Duration::ZERO, Duration::from_secs(20), watch)
 }
 
 /// The same, to be had again from the host while `there`.
 fn returning(queues: u16, there: &Arc<AtomicBool>) -> Drive {
-    let watch = Watch { timeout: Duration::from_millis(200), retry: Duration::from_millis(10) };
+    let watch = WatchdogOptions { timeout: Duration::from_millis(200), retry: Duration::from_millis(10) };
     let options = Options { size: 16 << 20, queues, mode: Mode::Threaded, ..Options::default() };
     Drive::returning(options, watch, there)
 }
@@ -98,7 +98,7 @@ fn a_controller_that_does_not_answer_an_abort_either_is_reset() {
 
 #[test]
 fn a_fatal_status_is_noticed_long_before_the_timeout() {
-    let watch = Watch { timeout: Duration::from_secs(3600), ..Watch::default() };
+    let watch = WatchdogOptions { timeout: Duration::from_secs(3600), ..WatchdogOptions::default() };
     let options = Options { size: 16 << 20, queues: 2, mode: Mode::Threaded, ..Options::default() };
     let drive = Drive::watched(options, Duration::ZERO, Duration::from_secs(20), watch);
     let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();

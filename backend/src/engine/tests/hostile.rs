@@ -105,7 +105,7 @@ fn an_indirect_table_outside_memory_is_refused() {
 fn an_indirect_table_that_was_not_negotiated_is_refused() {
     let rig = Rig::new(Abilities::default());
     let (mut driver, setup) = rig.unstarted(0, Shape::default());
-    rig.engine.start_ring(crate::engine::RingSetup { indirect: false, ..setup }).unwrap();
+    rig.engine.start_ring(crate::engine::VringSetup { indirect: false, ..setup }).unwrap();
     rig.engine.set_enabled(0, true);
     let head = driver.raw(Desc { addr: DATA, len: 48, flags: INDIRECT, next: 0 });
 
@@ -323,9 +323,9 @@ fn a_chain_offered_again_and_again_keeps_to_the_size_of_the_ring() {
 #[test]
 fn a_ring_that_does_not_fit_its_memory_is_not_started() {
     use crate::addr::{Gpa, Span};
-    use crate::engine::{EngineError, RingSetup};
+    use crate::engine::{EngineError, VringSetup};
     let rig = Rig::new(Abilities::default());
-    let setup = |change: &dyn Fn(&mut RingSetup)| {
+    let setup = |change: &dyn Fn(&mut VringSetup)| {
         let (_, mut setup) = rig.unstarted(0, Shape::default());
         change(&mut setup);
         rig.engine.start_ring(setup)

@@ -19,7 +19,7 @@ fn impatient(abilities: Abilities) -> Rig {
         rings: 4,
         spin: Duration::ZERO,
         patience: Duration::from_millis(50),
-        watch: crate::engine::Watch::default(),
+        watch: crate::engine::WatchdogOptions::default(),
     };
     Rig::with(abilities, options)
 }

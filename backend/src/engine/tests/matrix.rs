@@ -42,7 +42,7 @@ enum Driver {
     Packed(PackedDriver),
 }
 
-struct Guest {
+struct GuestMemoryView {
     kind: Kind,
     driver: Driver,
     start: u64,
@@ -60,7 +60,7 @@ struct Pending {
     len: u32,
 }
 
-impl Guest {
+impl GuestMemoryView {
     fn new(drive: &Drive, index: usize, kind: Kind) -> Self {
         let shape = Shape { size: kind.size, event_idx: kind.calls == Calls::EventIdx, base: 0 };
         let start = BASE + STRIDE * index as u64;
@@ -207,7 +207,7 @@ fn drive(rings: usize) -> Drive {
     let (spin, patience) = (Duration::from_micros(20), Duration::from_secs(20));
     Drive::with(
         options,
-        crate::engine::Options { rings, spin, patience, watch: crate::engine::Watch::default() },
+        crate::engine::Options { rings, spin, patience, watch: crate::engine::WatchdogOptions::default() },
         STRIDE * rings as u64,
     )
 }
@@ -227,7 +227,7 @@ fn every_kind_of_ring_moves_the_right_bytes() {
                 let drive = drive(1);
                 for size in sizes(layout, indirect) {
                     // The drive is not erased between rings: a model that starts with zeros must write first.
-                    let mut guest = Guest::new(&drive, 0, Kind { layout, indirect, calls, size });
+                    let mut guest = GuestMemoryView::new(&drive, 0, Kind { layout, indirect, calls, size });
                     drive.engine.set_enabled(0, true);
                     guest.erase();
                     for round in 0..12 {
@@ -242,7 +242,7 @@ fn every_kind_of_ring_moves_the_right_bytes() {
     }
 }
 
-impl Guest {
+impl GuestMemoryView {
     /// Writes zeros to all of its part of the drive.
     fn erase(&mut self) {
         let sector = (self.start - BASE) / STRIDE * BLOCKS;
@@ -269,7 +269,8 @@ fn kind(n: usize) -> Kind {
 fn sixty_four_rings_are_enabled_and_disabled_in_any_order() {
     let drive = drive(64);
     // As firmware does it: of each four, the last is never used.
-    let mut guests: Vec<_> = (0..64).filter(|n| n % 4 != 3).map(|n| (n, Guest::new(&drive, n, kind(n)))).collect();
+    let mut guests: Vec<_> =
+        (0..64).filter(|n| n % 4 != 3).map(|n| (n, GuestMemoryView::new(&drive, n, kind(n)))).collect();
     let mut numbers = Numbers(0xfeed_f00d);
     for index in 0..64 {
         drive.engine.set_enabled(index, numbers.next(2) == 0);
@@ -295,7 +296,7 @@ fn sixty_four_rings_are_enabled_and_disabled_in_any_order() {
     assert_eq!(drive.engine.statistics().errors, 0);
 }
 
-impl Guest {
+impl GuestMemoryView {
     fn untouched(&mut self) -> bool {
         match &mut self.driver {
             Driver::Split(driver) => driver.used().is_empty(),

@@ -4,6 +4,7 @@
 mod bare;
 mod coherent;
 mod disk;
+mod fast_path;
 mod faults;
 mod hostile;
 mod lifecycle;
@@ -17,4 +18,3 @@ mod packed_hostile;
 mod ranges;
 mod rig;
 mod round_trip;
-mod usual;

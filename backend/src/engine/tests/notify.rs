@@ -95,7 +95,7 @@ fn without_event_idx_the_driver_is_told_not_to_kick_while_the_worker_polls() {
             rings: 1,
             spin: Duration::from_secs(3600),
             patience: Duration::from_secs(20),
-            watch: crate::engine::Watch::default(),
+            watch: crate::engine::WatchdogOptions::default(),
         },
     );
     let mut driver = rig.driver(0, Shape::default());
@@ -131,8 +131,12 @@ fn a_sleeping_worker_asks_for_kicks() {
 fn a_driver_that_kicks_and_sleeps_by_the_rules_never_waits_in_vain() {
     for event_idx in [false, true] {
         for spin in [Duration::ZERO, Duration::from_micros(5)] {
-            let options =
-                Options { rings: 1, spin, patience: Duration::from_secs(20), watch: crate::engine::Watch::default() };
+            let options = Options {
+                rings: 1,
+                spin,
+                patience: Duration::from_secs(20),
+                watch: crate::engine::WatchdogOptions::default(),
+            };
             let rig = Rig::with(Abilities::default(), options);
             let mut driver = rig.driver(0, Shape { size: 16, event_idx, base: 0xfff0 });
             for round in 0..ROUNDS {

@@ -22,10 +22,15 @@ pub(super) struct Drive {
 
 impl Drive {
     fn new(options: Options, spin: Duration, patience: Duration) -> Self {
-        Self::watched(options, spin, patience, crate::engine::Watch::default())
+        Self::watched(options, spin, patience, crate::engine::WatchdogOptions::default())
     }
 
-    pub(super) fn watched(options: Options, spin: Duration, patience: Duration, watch: crate::engine::Watch) -> Self {
+    pub(super) fn watched(
+        options: Options,
+        spin: Duration,
+        patience: Duration,
+        watch: crate::engine::WatchdogOptions,
+    ) -> Self {
         Self::with(options, crate::engine::Options { rings: 4, spin, patience, watch }, LEN)
     }
 
@@ -34,7 +39,7 @@ impl Drive {
     }
 
     /// A drive that the host can have, and that is to be had again while `there`.
-    pub(super) fn returning(options: Options, watch: crate::engine::Watch, there: &Arc<AtomicBool>) -> Self {
+    pub(super) fn returning(options: Options, watch: crate::engine::WatchdogOptions, there: &Arc<AtomicBool>) -> Self {
         let patience = Duration::from_secs(20);
         let engine = crate::engine::Options { rings: 4, spin: Duration::ZERO, patience, watch };
         let there = Arc::clone(there);

@@ -14,10 +14,10 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use super::bare::{region, setup};
 use super::rig::{Desc, INDIRECT, NEXT, WRITE};
 use crate::addr::{Gpa, Span};
-use crate::engine::chain::{Chain, ChainFault, Head};
-use crate::engine::guest::Guest;
-use crate::engine::split::SplitRing;
-use crate::engine::{Layout, RingSetup};
+use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::virtqueue::chain::{Chain, ChainFault, Head};
+use crate::engine::virtqueue::split::SplitRing;
+use crate::engine::{Layout, VringSetup};
 use crate::memory::MemTable;
 
 const SIZE: u16 = 8;
@@ -83,7 +83,7 @@ fn verdict(scene: &Scene, head: u16) -> Verdict {
 
 /// One memory, seen by both.
 struct Stage {
-    ours: Guest,
+    ours: GuestMemoryView,
     ring: SplitRing,
     memory: GuestMemoryMmap,
     theirs: Queue,
@@ -97,7 +97,7 @@ fn stage(scene: &Scene) -> Stage {
 
     let table = Arc::new(MemTable::new(vec![Arc::new(region)]).unwrap());
     let ring = SplitRing::new(&setup(Layout::Split, SIZE, [DESC, AVAIL, USED]), &table).unwrap();
-    let mut ours = Guest::default();
+    let mut ours = GuestMemoryView::default();
     ours.publish(table);
     let mut theirs = Queue::new(SIZE).unwrap();
     theirs.set_desc_table_address(Some(DESC as u32), Some(0));
@@ -175,9 +175,9 @@ proptest! {
             prop_assert_eq!((chain.head().id(), theirs.head_index()), (head, head));
             match verdict(&scene, head) {
                 Verdict::Valid(expected) => {
-                    let kept = |desc: &virtio_queue::desc::split::Descriptor| desc.len() != 0;
+                    let device = |desc: &virtio_queue::desc::split::Descriptor| desc.len() != 0;
                     let theirs: Vec<_> =
-                        theirs.filter(kept).map(|d| (d.addr().0, d.len(), d.is_write_only())).collect();
+                        theirs.filter(device).map(|d| (d.addr().0, d.len(), d.is_write_only())).collect();
                     prop_assert_eq!(&theirs, &expected);
                     prop_assert_eq!(buffers(&chain), expected);
                     prop_assert_eq!(chain.fault(), None);
@@ -188,7 +188,7 @@ proptest! {
                 }
                 Verdict::Wrong => {
                     let fault = chain.fault();
-                    prop_assert!(matches!(fault, Some(ChainFault::Order | ChainFault::Wraps { .. })), "{:?}", fault);
+                    prop_assert!(matches!(fault, Some(ChainFault::WorkerCommand | ChainFault::Wraps { .. })), "{:?}", fault);
                 }
             }
         }
@@ -204,7 +204,7 @@ proptest! {
         let mut stage = stage(&scene);
         let memory = &stage.memory;
         memory.write_obj(start, GuestAddress(USED + 2)).unwrap();
-        let setup = RingSetup { event_idx: true, ..setup(Layout::Split, SIZE, [DESC, AVAIL, USED]) };
+        let setup = VringSetup { event_idx: true, ..setup(Layout::Split, SIZE, [DESC, AVAIL, USED]) };
         let mut ring = SplitRing::new(&setup, stage.ours.table()).unwrap();
         stage.theirs.set_next_used(start);
         stage.theirs.set_event_idx(true);

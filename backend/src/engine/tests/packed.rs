@@ -9,9 +9,9 @@ use proptest::prelude::*;
 use super::packed_driver::*;
 use super::rig::*;
 use crate::addr::{Gpa, Span};
-use crate::engine::chain::{Chain, ChainFault, Head};
-use crate::engine::guest::Guest;
-use crate::engine::packed::PackedRing;
+use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::virtqueue::chain::{Chain, ChainFault, Head};
+use crate::engine::virtqueue::packed::PackedRing;
 use crate::memory::MemTable;
 
 /// Two indirect tables of at most sixteen entries.
@@ -20,7 +20,7 @@ const TABLE_ENTRIES: u16 = 16;
 
 struct Stage {
     ring: PackedRing,
-    guest: Guest,
+    guest: GuestMemoryView,
     driver: PackedDriver,
 }
 
@@ -29,7 +29,7 @@ fn stage(shape: Shape) -> Stage {
     let table = Arc::new(MemTable::new(vec![Arc::clone(&region)]).unwrap());
     let (driver, setup) = PackedDriver::new(region.window().clone(), 0, shape);
     let ring = PackedRing::new(&setup, &table).unwrap();
-    let mut guest = Guest::default();
+    let mut guest = GuestMemoryView::default();
     guest.publish(table);
     Stage { ring, guest, driver }
 }
@@ -332,7 +332,7 @@ proptest! {
                 prop_assert_eq!(chain.last_writable(), None);
             }
             Verdict::Wrong => {
-                prop_assert!(matches!(fault, Some(ChainFault::Order | ChainFault::Wraps { .. })), "{:?}", fault);
+                prop_assert!(matches!(fault, Some(ChainFault::WorkerCommand | ChainFault::Wraps { .. })), "{:?}", fault);
             }
             Verdict::Endless => unreachable!(),
         }

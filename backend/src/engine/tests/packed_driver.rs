@@ -6,7 +6,7 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
 use super::rig::*;
-use crate::engine::{Layout, RingSetup};
+use crate::engine::{Layout, VringSetup};
 use crate::sys::Window;
 
 const AVAIL: u16 = 0x80;
@@ -33,13 +33,13 @@ pub(super) struct PackedDriver {
 }
 
 impl PackedDriver {
-    pub(super) fn new(memory: Window, index: usize, shape: Shape) -> (Self, RingSetup) {
+    pub(super) fn new(memory: Window, index: usize, shape: Shape) -> (Self, VringSetup) {
         let (guest, setup) = VirtDriver::new(memory, index, shape);
         Self::over(guest, setup, shape)
     }
 
     /// Puts a packed ring where `guest` would have its split one.
-    pub(super) fn over(guest: VirtDriver, setup: RingSetup, shape: Shape) -> (Self, RingSetup) {
+    pub(super) fn over(guest: VirtDriver, setup: VringSetup, shape: Shape) -> (Self, VringSetup) {
         let [ring, driver_area, device_area] = [setup.desc, setup.avail, setup.used].map(|span| span.start().0);
         let count = u64::from(shape.base);
         let mut driver = Self {
@@ -66,9 +66,9 @@ impl PackedDriver {
     }
 
     /// `setup` where this driver stands now.
-    pub(super) fn restart(&mut self, setup: RingSetup) -> RingSetup {
+    pub(super) fn restart(&mut self, setup: VringSetup) -> VringSetup {
         let base = u32::from(self.raw(self.avail)) | u32::from(self.raw(self.used)) << 16;
-        RingSetup { layout: Layout::Packed, base, ..setup }
+        VringSetup { layout: Layout::Packed, base, ..setup }
     }
 
     pub(super) fn wrap(&self, count: u64) -> bool {
@@ -140,7 +140,7 @@ impl PackedDriver {
         self.guest.memory.write_u16(at + 14, desc.flags);
     }
 
-    /// Offers a request of the usual shape.
+    /// Offers a request of the fast shape.
     pub(super) fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> Sent {
         let header = self.guest.header(kind, sector);
         let flags = if kind == OUT { 0 } else { WRITE };

@@ -84,8 +84,8 @@ fn one_segment_that_must_not_be_unmapped_keeps_all_mapped() {
     std::thread::scope(|scope| {
         let sent = scope.spawn(|| send(&mut driver, WRITE_ZEROES, &[(0, 1, UNMAP), (8, 1, 0)], 32));
         until("two commands", || rig.disk.held().len() == 2);
-        let kept = |command| matches!(command, Command::WriteZeroes { deallocate: false, .. });
-        assert!(rig.disk.held().iter().all(|entry| kept(entry.command)));
+        let not_deallocated = |command| matches!(command, Command::WriteZeroes { deallocate: false, .. });
+        assert!(rig.disk.held().iter().all(|entry| not_deallocated(entry.command)));
         rig.disk.unhold();
         assert_eq!(sent.join().unwrap(), 0);
     });

@@ -10,7 +10,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::disk::{Abilities, Disk};
 use crate::addr::{Gpa, Qva, Span};
-use crate::engine::{Engine, Layout, Options, RingSetup};
+use crate::engine::{Engine, Layout, Options, VringSetup};
 use crate::hardware::AddressSpace;
 use crate::memory::{MemTable, Region, RegionSpec};
 use crate::sys::Window;
@@ -82,7 +82,7 @@ impl Rig {
                 rings: 4,
                 spin: Duration::from_micros(50),
                 patience: Duration::from_secs(20),
-                watch: crate::engine::Watch::default(),
+                watch: crate::engine::WatchdogOptions::default(),
             },
         )
     }
@@ -107,7 +107,7 @@ impl Rig {
     }
 
     /// A driver for virtqueue `index`, and what would start its ring.
-    pub(super) fn unstarted(&self, index: usize, ring: Shape) -> (VirtDriver, RingSetup) {
+    pub(super) fn unstarted(&self, index: usize, ring: Shape) -> (VirtDriver, VringSetup) {
         let memory = self.region.window().clone();
         VirtDriver::new(memory, index, ring)
     }
@@ -155,13 +155,13 @@ pub(super) struct VirtDriver {
 }
 
 impl VirtDriver {
-    pub(super) fn new(memory: Window, index: usize, shape: Shape) -> (Self, RingSetup) {
+    pub(super) fn new(memory: Window, index: usize, shape: Shape) -> (Self, VringSetup) {
         let (desc, headers) = (BASE + RING_STRIDE * index as u64, BASE + HEADERS + 0x1_0000 * index as u64);
         Self::at_place(memory, index, shape, (desc, headers))
     }
 
     /// A driver whose ring and headers, 64 KiB each, lie where the test says.
-    pub(super) fn at_place(memory: Window, index: usize, shape: Shape, place: (u64, u64)) -> (Self, RingSetup) {
+    pub(super) fn at_place(memory: Window, index: usize, shape: Shape, place: (u64, u64)) -> (Self, VringSetup) {
         let Shape { size, event_idx, base } = shape;
         let (desc, next_header) = place;
         let (avail, used) = (desc + 0x4000, desc + 0x8000);
@@ -188,11 +188,11 @@ impl VirtDriver {
     }
 
     /// What starts this driver's ring at `base`.
-    pub(super) fn setup(&self, base: u16) -> RingSetup {
+    pub(super) fn setup(&self, base: u16) -> VringSetup {
         let span = |start, len: u64| Span::new(Gpa(start), len).unwrap();
         let theirs = |fd: &OwnedFd| Some(fd.try_clone().unwrap());
         let n = u64::from(self.size);
-        RingSetup {
+        VringSetup {
             index: self.index,
             layout: Layout::Split,
             size: self.size,
@@ -314,7 +314,7 @@ impl VirtDriver {
         at
     }
 
-    /// Offers a request of the usual shape: header, data, status.
+    /// Offers a request of the common shape: header, data, status.
     pub(super) fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> Sent {
         let header = self.header(kind, sector);
         let flags = if kind == OUT { 0 } else { WRITE };

@@ -10,12 +10,12 @@ use super::bare;
 use super::rig::{Desc, INDIRECT, NEXT, WRITE};
 use crate::addr::{Gpa, Span};
 use crate::driver::Geometry;
-use crate::engine::chain::Chain;
-use crate::engine::guest::Guest;
+use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::request::Transfer;
 use crate::engine::request::{Data, Disk, Job, Operation, parse};
-use crate::engine::usual::Transfer;
 use crate::engine::virtqueue::Virtqueue;
-use crate::engine::{Changing, Layout, RingSetup};
+use crate::engine::virtqueue::chain::Chain;
+use crate::engine::{Layout, LiveGeometry, VringSetup};
 use crate::memory::MemTable;
 
 const MEMORY: u64 = 0x1_0000;
@@ -68,13 +68,13 @@ fn plain(form: Form, write: bool, sector: u64, data: (u64, u32)) -> Scene {
     }
 }
 
-fn setup(scene: &Scene) -> RingSetup {
+fn setup(scene: &Scene) -> VringSetup {
     let ring = bare::setup(scene.form.layout, SIZE, [DESC, DRIVER, DEVICE]);
-    RingSetup { indirect: scene.negotiated, ..ring }
+    VringSetup { indirect: scene.negotiated, ..ring }
 }
 
 /// Guest memory in which the scene's request is offered.
-fn guest(scene: &Scene) -> Guest {
+fn guest(scene: &Scene) -> GuestMemoryView {
     let (region, _) = bare::region(MEMORY);
     let memory = region.window();
     let packed = scene.form.layout == Layout::Packed;
@@ -99,7 +99,7 @@ fn guest(scene: &Scene) -> Guest {
     if !packed {
         memory.write_u16(usize::try_from(DRIVER).unwrap() + 2, 1);
     }
-    let mut guest = Guest::default();
+    let mut guest = GuestMemoryView::default();
     guest.publish(Arc::new(MemTable::new(vec![Arc::new(region)]).unwrap()));
     guest
 }
@@ -107,7 +107,7 @@ fn guest(scene: &Scene) -> Guest {
 fn disk(scene: &Scene) -> Disk {
     let blocks = SECTORS * 512 / u64::from(scene.block_size);
     let geometry = Geometry { blocks, block_size: scene.block_size, read_only: scene.read_only, ..Geometry::default() };
-    Disk::new(&geometry, Arc::new(Changing::of(&geometry)))
+    Disk::new(&geometry, Arc::new(LiveGeometry::of(&geometry)))
 }
 
 /// The short way's transfer, and where the ring stands after it.
@@ -115,10 +115,10 @@ fn short(scene: &Scene) -> Option<(Transfer, u16, u32)> {
     let mut guest = guest(scene);
     let mut queue = Virtqueue::new(&setup(scene), guest.table()).unwrap();
     assert_ne!(queue.available().unwrap(), 0);
-    let usual = queue.usual(&mut guest)?;
-    let transfer = usual.transfer(&mut guest, &disk(scene))?;
-    queue.take_usual(&usual);
-    Some((transfer, usual.head().id(), queue.base()))
+    let fast = queue.fast(&mut guest)?;
+    let transfer = Transfer::of(&fast, &mut guest, &disk(scene))?;
+    queue.take_fast(&fast);
+    Some((transfer, fast.head().id(), queue.base()))
 }
 
 /// The general way's, if the request is a transfer of one buffer.
@@ -129,9 +129,9 @@ fn general(scene: &Scene) -> Option<(Transfer, u16, u32)> {
     if !queue.take(&mut guest, &mut chain).ok()? {
         return None;
     }
-    let (ticket, job) = parse(&chain, &mut guest, &disk(scene), &mut data);
-    let status = ticket.status();
-    let head = ticket.settle();
+    let (pending_used, job) = parse(&chain, &mut guest, &disk(scene), &mut data);
+    let status = pending_used.status();
+    let head = pending_used.complete();
     let Job::Device { operation: operation @ (Operation::Read | Operation::Write), block, bytes } = job else {
         return None;
     };

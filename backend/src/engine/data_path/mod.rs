@@ -3,29 +3,34 @@
 //!
 //! ```text
 //!  available -> take -> parse -+-> answer at once ----------------------------+
-//!                              +-> Flight -> submit .. ring -> (device) -> reap -> used ring -> call
+//!                              +-> InflightRequest -> submit .. ring -> (device) -> reap -> used ring -> call
 //! ```
 //! At most one request is half-submitted: behind it nothing is taken, so order of service stays fair and nothing starves.
 
+mod bounce;
+mod cache_maintenance;
+mod inflight;
+mod layout;
 mod serve;
 mod submit;
 
 use std::sync::Arc;
 
-use super::bounce::Bounce;
-use super::caches::Caches;
-use super::chain::{Chain, ChainFault};
-use super::flights::Flights;
-use super::guest::Guest;
-use super::keeper::Orphans;
+pub(super) use bounce::Bounce;
+pub(super) use cache_maintenance::CacheMaintenance;
+pub(super) use layout::{VringSlot, WorkerLayout};
+
+use super::guest_memory::GuestMemoryView;
+use super::request::pending_used::PendingUsed;
 use super::request::{Disk, Operation, RequestFault, Status};
-use super::ring::{Ring, State};
-use super::seat::{Post, Seat};
 use super::statistics::Counters;
-use super::ticket::Ticket;
+use super::virtqueue::chain::{Chain, ChainFault};
+use super::vring::{State, Vring};
+use super::worker::InflightPolicy;
 use crate::driver::{Command, Completion, Outcome, Queue};
 use crate::log_limit::LogLimit;
 use crate::sys::Lost;
+use inflight::InflightTable;
 
 /// Set in the tag of a command that goes through a bounce slot; the rest is the slot, else the request.
 const BOUNCED: u32 = 1 << 31;
@@ -42,13 +47,13 @@ enum OwnFlush {
 }
 
 /// Everything of a worker but its thread and its device queue.
-pub(super) struct Path {
-    pub(super) seats: Vec<Seat>,
-    pub(super) guest: Guest,
-    pub(super) flights: Flights,
-    pub(super) counters: Arc<Counters>,
+pub(in crate::engine) struct DataPath {
+    pub(in crate::engine) slots: Vec<VringSlot>,
+    pub(in crate::engine) guest: GuestMemoryView,
+    pub(in crate::engine) inflight: InflightTable,
+    pub(in crate::engine) counters: Arc<Counters>,
     bounce: Bounce,
-    caches: Caches,
+    caches: CacheMaintenance,
     disk: Disk,
     chain: Chain,
     wrong_requests: LogLimit,
@@ -60,7 +65,7 @@ pub(super) struct Path {
     again: Vec<u32>,
     /// Where the next pass starts, so that a full device does not always favour the same ring.
     turn: usize,
-    /// Names the rings in the log: virtqueue = seat × workers + worker.
+    /// Names the rings in the log: virtqueue = slot × workers + worker.
     worker: usize,
     workers: usize,
 }
@@ -72,12 +77,18 @@ enum Room {
     None,
 }
 
-impl Path {
-    pub(super) fn new(post: &Post, disk: Disk, bounce: Bounce, caches: Caches, counters: Arc<Counters>) -> Self {
+impl DataPath {
+    pub(in crate::engine) fn new(
+        post: &WorkerLayout,
+        disk: Disk,
+        bounce: Bounce,
+        caches: CacheMaintenance,
+        counters: Arc<Counters>,
+    ) -> Self {
         Self {
-            seats: (0..post.seats).map(|_| Seat::default()).collect(),
-            guest: Guest::default(),
-            flights: Flights::default(),
+            slots: (0..post.slots).map(|_| VringSlot::default()).collect(),
+            guest: GuestMemoryView::default(),
+            inflight: InflightTable::default(),
             counters,
             bounce,
             caches,
@@ -95,14 +106,14 @@ impl Path {
     }
 
     /// The rings that new requests are taken from.
-    pub(super) fn served(&self) -> impl Iterator<Item = &Ring> {
-        let enabled = self.seats.iter().filter(|seat| seat.enabled);
-        enabled.filter_map(|seat| seat.ring.as_ref()).filter(|ring| ring.state == State::Serving)
+    pub(in crate::engine) fn served(&self) -> impl Iterator<Item = &Vring> {
+        let enabled = self.slots.iter().filter(|slot| slot.enabled);
+        enabled.filter_map(|slot| slot.ring.as_ref()).filter(|ring| ring.state == State::Serving)
     }
 
     /// Takes all completions; true if there were any.
     #[inline]
-    pub(super) fn reap(&mut self, queue: &mut dyn Queue) -> bool {
+    pub(in crate::engine) fn reap(&mut self, queue: &mut dyn Queue) -> bool {
         let mut any = false;
         queue.reap(&mut |completion| {
             any = true;
@@ -113,7 +124,7 @@ impl Path {
 
     /// Takes every available request and submits it, as far as there is room. True if the device has something new.
     #[inline]
-    pub(super) fn submit(&mut self, queue: &mut dyn Queue) -> bool {
+    pub(in crate::engine) fn submit(&mut self, queue: &mut dyn Queue) -> bool {
         let before = queue.in_flight();
         if self.own_flush == Some(OwnFlush::Wanted) && queue.submit(Command::Flush, &[], 0, 0, OWN_FLUSH).is_ok() {
             self.own_flush = Some(OwnFlush::Submitted);
@@ -123,12 +134,12 @@ impl Path {
                 return queue.in_flight() != before;
             }
         }
-        let (seats, mut seat) = (self.seats.len(), self.turn);
-        for _ in 0..seats {
-            let room = self.serve(Some(&mut *queue), seat);
-            seat = if seat + 1 < seats { seat + 1 } else { 0 };
+        let (slots, mut slot) = (self.slots.len(), self.turn);
+        for _ in 0..slots {
+            let room = self.serve(Some(&mut *queue), slot);
+            slot = if slot + 1 < slots { slot + 1 } else { 0 };
             if room == Room::None {
-                self.turn = seat;
+                self.turn = slot;
                 break;
             }
         }
@@ -136,12 +147,12 @@ impl Path {
     }
 
     /// From now on a flush is on its way; see [`Self::flushed`].
-    pub(super) fn wants_flush(&mut self) {
+    pub(in crate::engine) fn wants_flush(&mut self) {
         self.own_flush = Some(OwnFlush::Wanted);
     }
 
     /// How the flush ended, once it has.
-    pub(super) fn flushed(&mut self) -> Option<bool> {
+    pub(in crate::engine) fn flushed(&mut self) -> Option<bool> {
         let Some(OwnFlush::Over(done)) = self.own_flush else { return None };
         self.own_flush = None;
         Some(done)
@@ -157,19 +168,19 @@ impl Path {
     }
 
     /// Takes every available request and fails it: there is no device. True if somebody else waits for that.
-    pub(super) fn refuse(&mut self) -> bool {
-        for seat in 0..self.seats.len() {
-            self.serve(None, seat);
+    pub(in crate::engine) fn refuse(&mut self) -> bool {
+        for slot in 0..self.slots.len() {
+            self.serve(None, slot);
         }
         self.fail_flush()
     }
 
     /// Publishes the used entries of every ring that has any; true if there were some.
     #[inline]
-    pub(super) fn publish(&mut self) -> bool {
+    pub(in crate::engine) fn publish(&mut self) -> bool {
         let mut any = false;
-        for seat in &mut self.seats {
-            if let Some(ring) = &mut seat.ring
+        for slot in &mut self.slots {
+            if let Some(ring) = &mut slot.ring
                 && ring.queue.has_unpublished()
             {
                 ring.publish(&self.counters);
@@ -181,19 +192,19 @@ impl Path {
 
     /// Ends what the requests in flight had of the device, which has been reset and touches their memory no more: fails
     /// them, or lets them begin again if they have not before.
-    pub(super) fn abandon(&mut self, orphans: Orphans) {
+    pub(in crate::engine) fn abandon(&mut self, policy: InflightPolicy) {
         self.half = None;
         self.again.clear();
         self.fail_flush();
         self.bounce.give_back_all();
-        for index in self.flights.names() {
-            if let Some((flight, _)) = self.flights.get(index) {
-                if orphans == Orphans::Resubmit && flight.restart() {
+        for index in self.inflight.names() {
+            if let Some((inflight_request, _)) = self.inflight.get(index) {
+                if policy == InflightPolicy::Resubmit && inflight_request.restart() {
                     self.again.push(index);
                     self.counters.resubmitted.add(1);
                     continue;
                 }
-                flight.outcome = Outcome::Failed;
+                inflight_request.outcome = Outcome::Failed;
             }
             self.finish(index);
         }
@@ -211,24 +222,26 @@ impl Path {
             (tag, None)
         } else {
             match self.bounce.give_back(tag & !BOUNCED) {
-                Some(piece) => (piece.flight, Some(piece)),
+                Some(piece) => (piece.inflight_request, Some(piece)),
                 None => return log::error!("the device completed a bounced command that was not submitted"),
             }
         };
-        let Some((flight, data)) = self.flights.get(index).filter(|(flight, _)| flight.outstanding != 0) else {
+        let Some((inflight_request, data)) =
+            self.inflight.get(index).filter(|(inflight_request, _)| inflight_request.outstanding != 0)
+        else {
             return log::error!("the device completed a command that was not submitted");
         };
         if let Some(piece) = piece
-            && flight.operation == Operation::Read
+            && inflight_request.operation == Operation::Read
             && outcome == Outcome::Success
         {
             self.caches.slot(&self.bounce, tag & !BOUNCED, piece.bytes);
             let slot = self.bounce.slot(tag & !BOUNCED, piece.bytes);
             self.guest.bounce(&data.buffers, piece.position, &slot, true);
         }
-        flight.note(outcome);
+        inflight_request.note(outcome);
         // A half-submitted request is finished where it is resumed.
-        if flight.is_over() && self.half != Some(index) {
+        if inflight_request.is_over() && self.half != Some(index) {
             self.finish(index);
         }
     }
@@ -236,35 +249,35 @@ impl Path {
     /// Answers a request that the device is done with.
     #[inline]
     fn finish(&mut self, index: u32) {
-        let Some((flight, data)) = self.flights.remove(index) else { return };
-        if flight.operation == Operation::Read {
-            self.caches.buffers(&self.guest, &data.buffers, 0, flight.bytes);
+        let Some((inflight_request, data)) = self.inflight.remove(index) else { return };
+        if inflight_request.operation == Operation::Read {
+            self.caches.buffers(&self.guest, &data.buffers, 0, inflight_request.bytes);
         }
-        let success = flight.outcome == Outcome::Success;
-        let moved = if success { flight.bytes } else { 0 };
+        let success = inflight_request.outcome == Outcome::Success;
+        let moved = if success { inflight_request.bytes } else { 0 };
         let counters = &self.counters;
-        let (status, written) = match flight.operation {
+        let (status, written) = match inflight_request.operation {
             Operation::Read => {
                 counters.reads.add(1);
                 counters.bytes_read.add(moved);
-                (flight.outcome, moved)
+                (inflight_request.outcome, moved)
             }
             Operation::Write => {
                 counters.writes.add(1);
                 counters.bytes_written.add(moved);
-                (flight.outcome, 0)
+                (inflight_request.outcome, 0)
             }
             Operation::Flush => {
                 counters.flushes.add(1);
-                (flight.outcome, 0)
+                (inflight_request.outcome, 0)
             }
             Operation::Discard => {
                 counters.discards.add(1);
-                (flight.outcome, 0)
+                (inflight_request.outcome, 0)
             }
             Operation::WriteZeroes { .. } => {
                 counters.write_zeroes.add(1);
-                (flight.outcome, 0)
+                (inflight_request.outcome, 0)
             }
         };
         let status = match status {
@@ -272,32 +285,32 @@ impl Path {
             Outcome::Unsupported => Status::Unsupported,
             Outcome::Failed => Status::IoError,
         };
-        self.answer(flight.ticket, flight.ring, status, written);
+        self.answer(inflight_request.pending_used, inflight_request.ring, status, written);
     }
 
     /// Writes the status and then the used entry; `written` bytes of data went into the chain before.
     #[inline]
-    fn answer(&mut self, ticket: Ticket, seat: usize, status: Status, written: u64) {
+    fn answer(&mut self, pending_used: PendingUsed, slot: usize, status: Status, written: u64) {
         if status != Status::Ok {
             self.counters.errors.add(1);
         }
-        let len = match ticket.status() {
+        let len = match pending_used.status() {
             Some(byte) => {
                 self.guest.write_status(byte, status as u8);
                 u32::try_from(written + 1).unwrap_or(u32::MAX)
             }
             None => 0,
         };
-        let head = ticket.settle();
-        if let Some(ring) = &mut self.seats[seat].ring {
+        let head = pending_used.complete();
+        if let Some(ring) = &mut self.slots[slot].ring {
             ring.queue.push_used(head, len);
             ring.in_flight -= 1;
         }
     }
 
     #[cold]
-    fn log_fault(&mut self, seat: usize, fault: &RequestFault) {
-        let virtqueue = self.virtqueue(seat);
+    fn log_fault(&mut self, slot: usize, fault: &RequestFault) {
+        let virtqueue = self.virtqueue(slot);
         // The likeliest cause is not the guest's: RAM that it has and the front-end does not share with us.
         let hint = || match fault {
             RequestFault::Memory { .. } | RequestFault::Chain(ChainFault::IndirectMemory(_)) => format!(
@@ -310,17 +323,17 @@ impl Path {
     }
 
     #[cold]
-    pub(super) fn fail_ring(&mut self, seat: usize, why: &dyn std::fmt::Display) {
-        let virtqueue = self.virtqueue(seat);
+    pub(in crate::engine) fn fail_ring(&mut self, slot: usize, why: &dyn std::fmt::Display) {
+        let virtqueue = self.virtqueue(slot);
         let line = || format!("virtqueue {virtqueue}: {why}{Lost}; it is not served until it is restarted");
         self.broken_rings.error(line);
-        if let Some(ring) = &mut self.seats[seat].ring {
+        if let Some(ring) = &mut self.slots[slot].ring {
             ring.fail();
         }
     }
 
-    /// The virtqueue that has this seat.
-    pub(super) fn virtqueue(&self, seat: usize) -> usize {
-        seat * self.workers + self.worker
+    /// The virtqueue that has this slot.
+    pub(in crate::engine) fn virtqueue(&self, slot: usize) -> usize {
+        slot * self.workers + self.worker
     }
 }

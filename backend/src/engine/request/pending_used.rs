@@ -1,19 +1,19 @@
-//! What is owed for a chain taken: the proof that each gets its used entry, once.
+//! The obligation to return a chain: each chain taken from a ring gets exactly one used entry.
 
-use super::chain::Head;
 use crate::addr::Gpa;
+use crate::engine::virtqueue::chain::Head;
 
-/// A chain taken from a ring and owed a used entry.
+/// A chain that was taken from a ring and has no used entry yet. Dropping one is a bug.
 #[must_use = "a chain taken must come back in the used ring"]
 #[derive(Debug)]
-pub struct Ticket {
+pub struct PendingUsed {
     head: Head,
     status: Option<Gpa>,
 }
 
-impl Ticket {
+impl PendingUsed {
     #[inline]
-    pub(super) fn new(head: Head, status: Option<Gpa>) -> Self {
+    pub(in crate::engine) fn new(head: Head, status: Option<Gpa>) -> Self {
         Self { head, status }
     }
 
@@ -24,16 +24,16 @@ impl Ticket {
         self.status
     }
 
-    /// Ends the debt: the caller puts the head returned into the used ring, or gives the ring up.
+    /// Ends the obligation: the caller pushes a used entry for the returned head, or gives up the ring.
     #[inline]
-    pub fn settle(self) -> Head {
+    pub fn complete(self) -> Head {
         let head = self.head;
         std::mem::forget(self);
         head
     }
 }
 
-impl Drop for Ticket {
+impl Drop for PendingUsed {
     fn drop(&mut self) {
         log::error!("bug: the request at descriptor {} was dropped without an answer", self.head.id());
         debug_assert!(std::thread::panicking(), "a request was dropped without an answer");
@@ -48,11 +48,11 @@ mod tests {
     #[cfg(debug_assertions)]
     #[should_panic(expected = "dropped without an answer")]
     fn a_request_dropped_without_an_answer_is_a_bug_that_says_so() {
-        drop(Ticket::new(Head::new(3, 1), None));
+        drop(PendingUsed::new(Head::new(3, 1), None));
     }
 
     #[test]
-    fn a_request_that_is_settled_may_go() {
-        assert_eq!(Ticket::new(Head::new(3, 1), None).settle().id(), 3);
+    fn a_completed_request_may_be_dropped() {
+        assert_eq!(PendingUsed::new(Head::new(3, 1), None).complete().id(), 3);
     }
 }

@@ -8,11 +8,13 @@
 
 use std::sync::atomic::{Ordering, fence};
 
+use super::areas::windows;
 use super::chain::{Chain, Descriptor, Head, Walk};
-use super::guest::Guest;
-use super::usual::{Part, Usual};
-use super::virtqueue::{Broken, MAX_SIZE, windows};
-use super::{EngineError, RingSetup};
+use super::fast_path::{FastDescriptor, FastRequest};
+use super::layout::{Broken, MAX_SIZE};
+use crate::engine::error::EngineError;
+use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
 use crate::sys::{Rows, Window};
 
@@ -47,8 +49,8 @@ impl SplitRing {
     ///
     /// # Errors
     /// [`EngineError::RingArea`] or [`EngineError::RingBase`].
-    pub fn new(setup: &RingSetup, table: &MemTable) -> Result<Self, EngineError> {
-        let RingSetup { index, size, base, .. } = *setup;
+    pub fn new(setup: &VringSetup, table: &MemTable) -> Result<Self, EngineError> {
+        let VringSetup { index, size, base, .. } = *setup;
         let [desc, avail, used] = windows(setup, table)?;
         let next_avail = u16::try_from(base).map_err(|_| EngineError::RingBase { index, size, base })?;
         let next_used = used.read_u16(IDX);
@@ -102,7 +104,7 @@ impl SplitRing {
     /// # Errors
     /// [`Broken`]; nothing has been taken.
     #[inline]
-    pub fn take(&mut self, guest: &mut Guest, chain: &mut Chain) -> Result<(), Broken> {
+    pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<(), Broken> {
         let [head] = self.avail_ring.read(self.slot(self.next_avail));
         if head >= self.size {
             return Err(Broken::Head { head, size: self.size });
@@ -114,31 +116,31 @@ impl SplitRing {
         Ok(())
     }
 
-    /// The next chain, not yet taken, if it is the usual request. There must be one, as for [`Self::take`].
+    /// The next chain, not yet taken, if it is the fast request. There must be one, as for [`Self::take`].
     #[inline]
-    pub fn usual(&self, guest: &mut Guest) -> Option<Usual> {
+    pub fn fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         let [head] = self.avail_ring.read(self.slot(self.next_avail));
-        let entry = |index: u16| (index < self.size).then(|| Part::split(self.desc.read(index.into())));
+        let entry = |index: u16| (index < self.size).then(|| FastDescriptor::split(self.desc.read(index.into())));
         let (first, next) = entry(head)?;
         let head = Head::new(head, 0);
         if first.is_linked() {
             let (data, last) = entry(next)?;
             let (status, _) = entry(last)?;
             return if data.is_linked() && !status.is_linked() {
-                Usual::new(head, [first, data, status])
+                FastRequest::new(head, [first, data, status])
             } else {
                 None
             };
         }
         let table = guest.descriptors(first.table().filter(|_| self.indirect)?, 3)?;
-        let [(header, one), (data, two), (status, _)] = [0, 1, 2].map(|n| Part::split(table.read(n)));
+        let [(header, one), (data, two), (status, _)] = [0, 1, 2].map(|n| FastDescriptor::split(table.read(n)));
         let linked = header.is_linked() && one == 1 && data.is_linked() && two == 2 && !status.is_linked();
-        if linked { Usual::new(head, [header, data, status]) } else { None }
+        if linked { FastRequest::new(head, [header, data, status]) } else { None }
     }
 
-    /// Takes the chain that [`Self::usual`] has shown.
+    /// Takes the chain that [`Self::fast`] has shown.
     #[inline]
-    pub fn take_usual(&mut self) {
+    pub fn take_fast(&mut self) {
         self.next_avail = self.next_avail.wrapping_add(1);
     }
 

@@ -1,4 +1,4 @@
-//! A virtqueue in service: the ring itself, its three eventfds, and what state it is in.
+//! A started vring: its virtqueue, its three eventfds and its state. [`Virtqueue`] is the memory layout alone.
 //!
 //! ```text
 //!            start                     stop                 last request answered
@@ -15,9 +15,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
+use super::error::EngineError;
+use super::setup::VringSetup;
 use super::statistics::Counters;
 use super::virtqueue::Virtqueue;
-use super::{EngineError, RingSetup};
 use crate::memory::MemTable;
 use crate::sys::Poller;
 
@@ -30,7 +31,7 @@ pub(super) enum State {
 }
 
 /// A started ring.
-pub(super) struct Ring {
+pub(super) struct Vring {
     pub(super) queue: Virtqueue,
     pub(super) state: State,
     /// Chains taken and not yet given back.
@@ -42,9 +43,9 @@ pub(super) struct Ring {
     err: Option<OwnedFd>,
 }
 
-impl Ring {
+impl Vring {
     /// Resolves the ring's memory and starts to watch its kicks under `token`.
-    pub(super) fn start(setup: RingSetup, table: &MemTable, poller: &Poller, token: u64) -> Result<Self, EngineError> {
+    pub(super) fn start(setup: VringSetup, table: &MemTable, poller: &Poller, token: u64) -> Result<Self, EngineError> {
         let queue = Virtqueue::new(&setup, table)?;
         queue.disarm();
         let areas = [setup.desc, setup.avail, setup.used];

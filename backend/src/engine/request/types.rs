@@ -1,37 +1,33 @@
-//! From a chain to a request of the block device (virtio 1.2 §5.2.6): a 16-byte header, data, a status byte. The cut
-//! between descriptors means nothing (§2.7.4.1), so the header is the first 16 readable bytes, the status the last writable
-//! one, and data what remains.
-//!
-//! Every question about the guest's claims is asked here, once; what leaves this file names guest memory and blocks that
-//! exist. A chain taken is a debt: its [`Ticket`] must be settled with a used entry.
+//! The words of a block request (virtio 1.2 §5.2.6): what it does, how it ends, what is wrong with it, and the disk that it
+//! is checked against.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
-
-use super::Changing;
-use super::chain::{Chain, ChainFault};
-use super::guest::Guest;
-use super::ranges::{self, Kind, RangeLimits};
-use super::ticket::Ticket;
 use crate::addr::{Gpa, Iova, Span};
 use crate::driver::{Blocks, Command, DiscardLimits, Geometry, ZeroesLimits};
+use crate::engine::live_geometry::LiveGeometry;
+use crate::engine::virtqueue::chain::ChainFault;
+
+/// Most segments of a write-zeroes request, and most commands that one of them may take: a request is never more than 256
+/// commands, which a device gets done while somebody waits for a ring to stop.
+const ZEROES_SEGMENTS: u32 = 16;
+const ZEROES_COMMANDS: u32 = 16;
 
 /// The unit of `sector`, whatever the block size (virtio 1.2 §5.2.6).
-pub(super) const SECTOR_SHIFT: u32 = 9;
+pub(in crate::engine) const SECTOR_SHIFT: u32 = 9;
 /// Bytes of the header.
-pub(super) const HEADER: u64 = 16;
+pub(in crate::engine) const HEADER: u64 = 16;
 /// Bytes of the identity string, virtio 1.2 §5.2.6.
 pub const ID_BYTES: usize = 20;
 
 // Request types, virtio 1.2 §5.2.6.
-const T_IN: u32 = 0;
-const T_OUT: u32 = 1;
-const T_FLUSH: u32 = 4;
-const T_GET_ID: u32 = 8;
-const T_DISCARD: u32 = 11;
-const T_WRITE_ZEROES: u32 = 13;
+pub(in crate::engine) const T_IN: u32 = 0;
+pub(in crate::engine) const T_OUT: u32 = 1;
+pub(in crate::engine) const T_FLUSH: u32 = 4;
+pub(in crate::engine) const T_GET_ID: u32 = 8;
+pub(in crate::engine) const T_DISCARD: u32 = 11;
+pub(in crate::engine) const T_WRITE_ZEROES: u32 = 13;
 
 /// How a request ended, as the driver reads it (virtio 1.2 §5.2.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,15 +39,6 @@ pub enum Status {
     IoError = 1,
     /// VIRTIO_BLK_S_UNSUPP
     Unsupported = 2,
-}
-
-/// `struct virtio_blk_req` up to the data.
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-struct Header {
-    kind: u32,
-    reserved: u32,
-    sector: u64,
 }
 
 /// What is wrong with a request.
@@ -121,28 +108,28 @@ pub enum RequestFault {
 /// The disk, in the units that requests use.
 #[derive(Clone, Debug)]
 pub struct Disk {
-    changing: Arc<Changing>,
+    live: Arc<LiveGeometry>,
     block_size: u32,
     block_shift: u32,
     read_only: bool,
-    pub(super) discard: Option<RangeLimits>,
-    pub(super) zeroes: Option<RangeLimits>,
-    pub(super) discard_command: Option<DiscardLimits>,
-    pub(super) zeroes_command: Option<ZeroesLimits>,
+    pub(in crate::engine) discard: Option<RangeLimits>,
+    pub(in crate::engine) zeroes: Option<RangeLimits>,
+    pub(in crate::engine) discard_command: Option<DiscardLimits>,
+    pub(in crate::engine) zeroes_command: Option<ZeroesLimits>,
     id: [u8; ID_BYTES],
 }
 
 impl Disk {
     /// The disk that `geometry` describes, but for what is `changing`.
     #[must_use]
-    pub fn new(geometry: &Geometry, changing: Arc<Changing>) -> Self {
+    pub fn new(geometry: &Geometry, live: Arc<LiveGeometry>) -> Self {
         let mut id = [0; ID_BYTES];
         for (to, from) in id.iter_mut().zip(geometry.serial.bytes()) {
             *to = from;
         }
         let block_shift = geometry.block_size.trailing_zeros();
         Self {
-            changing,
+            live,
             block_size: geometry.block_size,
             block_shift,
             read_only: geometry.read_only,
@@ -160,6 +147,19 @@ impl Disk {
         &self.id
     }
 
+    /// True if writes are refused.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// True while a flush is for the device: it has a volatile write cache, and it is on.
+    #[inline]
+    #[must_use]
+    pub fn cache_on(&self) -> bool {
+        self.live.cache_on.load(Ordering::Relaxed)
+    }
+
     /// Bytes of a logical block, as a shift.
     #[must_use]
     pub fn block_shift(&self) -> u32 {
@@ -168,7 +168,7 @@ impl Disk {
 
     /// The command that moves the `bytes` bytes from `position` on of a request that starts at `block`.
     #[inline]
-    pub(super) fn transfer(&self, operation: Operation, block: u64, position: u64, bytes: u32) -> Command {
+    pub(in crate::engine) fn transfer(&self, operation: Operation, block: u64, position: u64, bytes: u32) -> Command {
         let (block, count) = (block + (position >> self.block_shift), bytes >> self.block_shift);
         if operation == Operation::Read { Command::Read { block, count } } else { Command::Write { block, count } }
     }
@@ -176,7 +176,7 @@ impl Disk {
     /// The transfer that a request of type `kind` is, whose data the device may write or not; `None` if it is none, or one that
     /// is refused.
     #[inline]
-    pub(super) fn transfer_of(&self, kind: u32, writable: bool) -> Option<Operation> {
+    pub(in crate::engine) fn transfer_of(&self, kind: u32, writable: bool) -> Option<Operation> {
         match (kind, writable) {
             (T_IN, true) => Some(Operation::Read),
             (T_OUT, false) if !self.read_only => Some(Operation::Write),
@@ -186,12 +186,12 @@ impl Disk {
 
     /// The first block of a transfer, if all of it exists.
     #[inline]
-    pub(super) fn block(&self, sector: u64, bytes: u64) -> Result<u64, RequestFault> {
+    pub(in crate::engine) fn block(&self, sector: u64, bytes: u64) -> Result<u64, RequestFault> {
         let sectors_per_block = 1 << (self.block_shift - SECTOR_SHIFT);
         if bytes & u64::from(self.block_size - 1) != 0 || sector & (sectors_per_block - 1) != 0 {
             return Err(RequestFault::Alignment { sector, bytes, block_size: self.block_size });
         }
-        let sectors = self.changing.blocks.load(Ordering::Relaxed) << (self.block_shift - SECTOR_SHIFT);
+        let sectors = self.live.blocks.load(Ordering::Relaxed) << (self.block_shift - SECTOR_SHIFT);
         match sectors.checked_sub(sector) {
             Some(left) if bytes >> SECTOR_SHIFT <= left => Ok(sector >> (self.block_shift - SECTOR_SHIFT)),
             _ => Err(RequestFault::Range { sector, bytes, sectors }),
@@ -247,117 +247,32 @@ pub enum Job {
     Refuse(RequestFault),
 }
 
-/// Turns a chain into a request; `data` receives what it is about.
-#[inline]
-pub fn parse(chain: &Chain, guest: &mut Guest, disk: &Disk, data: &mut Data) -> (Ticket, Job) {
-    data.buffers.clear();
-    data.ranges.clear();
-    let status = chain.last_writable().filter(|&byte| guest.has_status(byte));
-    let ticket = Ticket::new(chain.head(), status);
-    if let Some(fault) = chain.fault() {
-        return (ticket, Job::Refuse(fault.into()));
-    }
-    if status.is_none() {
-        return (ticket, Job::Refuse(RequestFault::NoStatus));
-    }
-    let job = job(chain, guest, disk, data).unwrap_or_else(Job::Refuse);
-    (ticket, job)
+/// What one request may ask for, as the configuration space tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeLimits {
+    /// Most segments.
+    pub segments: u32,
+    /// Most sectors of 512 bytes in one of them; whole blocks.
+    pub sectors: u32,
 }
 
-#[inline]
-fn job(chain: &Chain, guest: &mut Guest, disk: &Disk, data: &mut Data) -> Result<Job, RequestFault> {
-    let buffers = &mut data.buffers;
-    let header: Header = guest.read_header(chain.readable()).ok_or(RequestFault::NoHeader)?;
-    match header.kind {
-        T_IN => {
-            if total(chain.readable()) != HEADER {
-                return Err(RequestFault::Direction);
-            }
-            let bytes = collect_writable(chain, guest, buffers)?;
-            transfer(Operation::Read, disk.block(header.sector, bytes)?, bytes)
-        }
-        T_OUT => {
-            if total(chain.writable()) != 1 {
-                return Err(RequestFault::Direction);
-            }
-            if disk.read_only {
-                return Err(RequestFault::ReadOnly);
-            }
-            let bytes = collect_readable(chain, guest, buffers)?;
-            transfer(Operation::Write, disk.block(header.sector, bytes)?, bytes)
-        }
-        T_DISCARD => range_job(Kind::Discard, chain, guest, disk, data),
-        T_WRITE_ZEROES => range_job(Kind::WriteZeroes, chain, guest, disk, data),
-        T_FLUSH if disk.changing.cache_on.load(Ordering::Relaxed) => {
-            Ok(Job::Device { operation: Operation::Flush, block: 0, bytes: 0 })
-        }
-        T_FLUSH => Ok(Job::Answer(Status::Ok)),
-        T_GET_ID => {
-            collect_writable(chain, guest, buffers)?;
-            Ok(Job::Identify)
-        }
-        _ => Ok(Job::Answer(Status::Unsupported)),
+impl RangeLimits {
+    fn new(segments: u32, blocks: u32, geometry: &Geometry) -> Self {
+        let sectors_per_block = geometry.block_size >> SECTOR_SHIFT;
+        Self { segments, sectors: blocks.min(u32::MAX / sectors_per_block) * sectors_per_block }
     }
-}
 
-#[cold]
-fn range_job(kind: Kind, chain: &Chain, guest: &mut Guest, disk: &Disk, data: &mut Data) -> Result<Job, RequestFault> {
-    if total(chain.writable()) != 1 {
-        return Err(RequestFault::Direction);
+    /// For discard, if the disk can do it: what one command can take.
+    #[must_use]
+    pub fn discard(geometry: &Geometry) -> Option<Self> {
+        let DiscardLimits { ranges, range_blocks, .. } = geometry.discard.filter(|_| !geometry.read_only)?;
+        Some(Self::new(ranges.into(), range_blocks, geometry))
     }
-    if disk.read_only {
-        return Err(RequestFault::ReadOnly);
+
+    /// For write-zeroes, if the disk can do it: a few commands of the longest.
+    #[must_use]
+    pub fn write_zeroes(geometry: &Geometry) -> Option<Self> {
+        let limits = geometry.zeroes.filter(|_| !geometry.read_only)?;
+        Some(Self::new(ZEROES_SEGMENTS, limits.blocks.saturating_mul(ZEROES_COMMANDS), geometry))
     }
-    let bytes = collect_readable(chain, guest, &mut data.buffers)?;
-    ranges::job(kind, bytes, guest, disk, data)
-}
-
-/// A transfer of nothing is done already; the device has no command for it.
-#[inline]
-fn transfer(operation: Operation, block: u64, bytes: u64) -> Result<Job, RequestFault> {
-    Ok(if bytes == 0 { Job::Answer(Status::Ok) } else { Job::Device { operation, block, bytes } })
-}
-
-/// The sum of at most 2048 lengths of 32 bits each: it cannot overflow.
-#[inline]
-fn total(spans: &[Span<Gpa>]) -> u64 {
-    spans.iter().map(Span::len).sum()
-}
-
-/// All writable bytes but the last, the status.
-#[inline]
-fn collect_writable(chain: &Chain, guest: &mut Guest, buffers: &mut Vec<Span<Iova>>) -> Result<u64, RequestFault> {
-    let Some((last, whole)) = chain.writable().split_last() else { return Ok(0) };
-    let mut bytes = collect(whole.iter().copied(), guest, buffers)?;
-    if let Some(cut) = last.slice(0, last.len() - 1) {
-        bytes += collect([cut].into_iter(), guest, buffers)?;
-    }
-    Ok(bytes)
-}
-
-/// All readable bytes but the header.
-#[inline]
-fn collect_readable(chain: &Chain, guest: &mut Guest, buffers: &mut Vec<Span<Iova>>) -> Result<u64, RequestFault> {
-    let mut header = HEADER;
-    let data = chain.readable().iter().filter_map(|span| {
-        let skip = header.min(span.len());
-        header -= skip;
-        span.slice(skip, span.len() - skip)
-    });
-    collect(data, guest, buffers)
-}
-
-#[inline]
-fn collect(
-    spans: impl Iterator<Item = Span<Gpa>>,
-    guest: &mut Guest,
-    buffers: &mut Vec<Span<Iova>>,
-) -> Result<u64, RequestFault> {
-    let mut bytes = 0;
-    for span in spans {
-        let found = guest.data(span).ok_or(RequestFault::Memory { start: span.start(), len: span.len() })?;
-        buffers.push(found);
-        bytes += span.len();
-    }
-    Ok(bytes)
 }

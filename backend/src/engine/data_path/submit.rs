@@ -1,39 +1,38 @@
 //! From a request to commands: as many as it takes, as far as there is room. Where a request stops for want of room, it is
 //! resumed at its position, so nothing is submitted twice.
 
-use super::super::bounce::{Bounce, Piece, SLOT_BYTES};
-use super::super::caches::Caches;
-use super::super::flights::Flight;
-use super::super::guest::Guest;
-use super::super::ranges;
-use super::super::request::{Data, Disk, Operation};
-use super::super::statistics::Counters;
-use super::{BOUNCED, Path, Room};
+use super::bounce::{Bounce, Piece, SLOT_BYTES};
+use super::cache_maintenance::CacheMaintenance;
+use super::inflight::InflightRequest;
+use super::{BOUNCED, DataPath, Room};
 use crate::driver::{Command, Extent, Full, Queue};
+use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::request::{self, Data, Disk, Operation};
+use crate::engine::statistics::Counters;
 
-impl Path {
+impl DataPath {
     /// Submits what is left of a request.
     #[inline]
     pub(super) fn advance(&mut self, queue: &mut dyn Queue, index: u32) -> Room {
-        let Self { flights, caches, bounce, guest, counters, disk, half, .. } = self;
-        let Some((flight, data)) = flights.get(index) else { return Room::Left };
+        let Self { inflight, caches, bounce, guest, counters, disk, half, .. } = self;
+        let Some((inflight_request, data)) = inflight.get(index) else { return Room::Left };
         let mut tools = Tools { caches, bounce, guest, counters, disk };
-        while !flight.whole {
-            let submitted = match flight.operation {
-                Operation::Read | Operation::Write => tools.submit_data(queue, flight, data, index),
-                _ => tools.submit_other(queue, flight, data, index),
+        while !inflight_request.whole {
+            let submitted = match inflight_request.operation {
+                Operation::Read | Operation::Write => tools.submit_data(queue, inflight_request, data, index),
+                _ => tools.submit_other(queue, inflight_request, data, index),
             };
             let Ok(amount) = submitted else {
                 *half = Some(index);
                 return Room::None;
             };
-            flight.submitted(amount);
-            if flight.whole {
+            inflight_request.submitted(amount);
+            if inflight_request.whole {
                 return Room::Left;
             }
         }
         // One that failed while the rest of it waited.
-        if flight.is_over() {
+        if inflight_request.is_over() {
             self.finish(index);
         }
         Room::Left
@@ -42,9 +41,9 @@ impl Path {
 
 /// What a submission needs, beside the request.
 struct Tools<'a> {
-    caches: &'a Caches,
+    caches: &'a CacheMaintenance,
     bounce: &'a mut Bounce,
-    guest: &'a Guest,
+    guest: &'a GuestMemoryView,
     counters: &'a Counters,
     disk: &'a Disk,
 }
@@ -52,15 +51,21 @@ struct Tools<'a> {
 impl Tools<'_> {
     /// Submits the next command of a request that moves data; gives the bytes it covers.
     #[inline]
-    fn submit_data(&mut self, queue: &mut dyn Queue, flight: &Flight, data: &Data, index: u32) -> Result<u64, Full> {
+    fn submit_data(
+        &mut self,
+        queue: &mut dyn Queue,
+        inflight_request: &InflightRequest,
+        data: &Data,
+        index: u32,
+    ) -> Result<u64, Full> {
         let Self { caches, bounce, guest, counters, disk } = self;
-        let (buffers, position) = (&*data.buffers, flight.position);
-        let Extent { bytes, direct, listed } = if caches.keep_apart(flight.operation, buffers) {
-            Extent { bytes: flight.left(SLOT_BYTES), direct: false, listed: false }
+        let (buffers, position) = (&*data.buffers, inflight_request.position);
+        let Extent { bytes, direct, listed } = if caches.keep_apart(inflight_request.operation, buffers) {
+            Extent { bytes: inflight_request.left(SLOT_BYTES), direct: false, listed: false }
         } else {
             queue.extent(buffers, position, SLOT_BYTES)
         };
-        let command = disk.transfer(flight.operation, flight.block, position, bytes);
+        let command = disk.transfer(inflight_request.operation, inflight_request.block, position, bytes);
         if direct {
             queue.submit(command, buffers, position, bytes, index)?;
             caches.buffers(guest, buffers, position, bytes.into());
@@ -69,8 +74,8 @@ impl Tools<'_> {
             }
             return Ok(bytes.into());
         }
-        let slot = bounce.take(Piece { flight: index, position, bytes }).ok_or(Full)?;
-        if flight.operation == Operation::Write {
+        let slot = bounce.take(Piece { inflight_request: index, position, bytes }).ok_or(Full)?;
+        if inflight_request.operation == Operation::Write {
             guest.bounce(buffers, position, &bounce.slot(slot, bytes), false);
         }
         if let Err(full) = queue.submit(command, &[bounce.span(slot)], 0, bytes, BOUNCED | slot) {
@@ -83,19 +88,26 @@ impl Tools<'_> {
     }
 
     /// Submits the next command of a request that moves none; gives how much of the request it covers.
-    fn submit_other(&self, queue: &mut dyn Queue, flight: &Flight, data: &Data, index: u32) -> Result<u64, Full> {
+    fn submit_other(
+        &self,
+        queue: &mut dyn Queue,
+        inflight_request: &InflightRequest,
+        data: &Data,
+        index: u32,
+    ) -> Result<u64, Full> {
         let shift = self.disk.block_shift();
-        match flight.operation {
+        match inflight_request.operation {
             Operation::Discard => {
-                let rest = usize::try_from(flight.position).ok().and_then(|position| data.ranges.get(position..));
+                let rest =
+                    usize::try_from(inflight_request.position).ok().and_then(|position| data.ranges.get(position..));
                 let rest = rest.expect("the position is inside");
-                let count = ranges::batch(rest, self.disk.discard_command.expect("offered, so it is there"));
+                let count = request::batch(rest, self.disk.discard_command.expect("offered, so it is there"));
                 queue.discard(&rest[..count], index).map(|()| count as u64)
             }
             Operation::WriteZeroes { unmap } => {
-                let next = ranges::next(
+                let next = request::next(
                     &data.ranges,
-                    flight.position >> shift,
+                    inflight_request.position >> shift,
                     self.disk.zeroes_command.expect("offered, so it is there").blocks,
                 );
                 let command = Command::WriteZeroes { block: next.first, count: next.count, deallocate: unmap };

@@ -9,14 +9,14 @@
 
 use std::sync::atomic::Ordering;
 
-use super::mailbox::Order;
+use super::worker::WorkerCommand;
 use super::{Engine, EngineError};
 
 impl Engine {
     /// True if completed writes may sit in a volatile cache until a flush.
     #[must_use]
     pub fn write_cache(&self) -> bool {
-        self.changing.cache_on.load(Ordering::Relaxed)
+        self.live.cache_on.load(Ordering::Relaxed)
     }
 
     /// Switches the volatile write cache; off means that from now on every completed write is durable, those before
@@ -33,16 +33,16 @@ impl Engine {
             return Err(failed(anyhow::anyhow!("the device has none")));
         }
         if on {
-            self.changing.cache_on.store(true, Ordering::Relaxed);
+            self.live.cache_on.store(true, Ordering::Relaxed);
         }
-        let switched = self.keeper.lock().driver.set_write_cache(on);
+        let switched = self.supervisor.lock().driver.set_write_cache(on);
         switched.map_err(failed)?;
         if !on {
-            let answer = self.workers[0].mailbox.post(Order::Flush);
+            let answer = self.workers[0].command_queue.post(WorkerCommand::Flush);
             if !self.await_drained(0, &answer, self.deadline(), "the write cache is flushed")? {
                 return Err(failed(anyhow::anyhow!("what it holds could not be flushed")));
             }
-            self.changing.cache_on.store(false, Ordering::Relaxed);
+            self.live.cache_on.store(false, Ordering::Relaxed);
         }
         log::info!("write cache {}", if on { "on" } else { "off" });
         Ok(())

@@ -1,39 +1,43 @@
 //! Requests on their way through the device. The table grows with the rings and never shrinks; the buffer list of a place
 //! stays with the place, so a warm table allocates nothing.
 
-use super::request::{Data, Operation};
-use super::ticket::Ticket;
 use crate::addr::{Gpa, Span};
 use crate::driver::Outcome;
+use crate::engine::request::pending_used::PendingUsed;
+use crate::engine::request::{Data, Operation};
 
 /// One request that the device works on.
-pub(super) struct Flight {
-    pub(super) ticket: Ticket,
+pub(in crate::engine) struct InflightRequest {
+    pub(in crate::engine) pending_used: PendingUsed,
     /// Which of the worker's rings it came from.
-    pub(super) ring: usize,
-    pub(super) operation: Operation,
+    pub(in crate::engine) ring: usize,
+    pub(in crate::engine) operation: Operation,
     /// First logical block.
-    pub(super) block: u64,
+    pub(in crate::engine) block: u64,
     /// Bytes of data; for a discard, ranges.
-    pub(super) bytes: u64,
+    pub(in crate::engine) bytes: u64,
     /// How much of that commands have been submitted for.
-    pub(super) position: u64,
+    pub(in crate::engine) position: u64,
     /// True if there is nothing left to submit.
-    pub(super) whole: bool,
+    pub(in crate::engine) whole: bool,
     /// Commands submitted and not yet completed.
-    pub(super) outstanding: u32,
+    pub(in crate::engine) outstanding: u32,
     /// True if it has been submitted again after a reset.
-    pub(super) again: bool,
+    pub(in crate::engine) again: bool,
     /// The worst so far.
-    pub(super) outcome: Outcome,
+    pub(in crate::engine) outcome: Outcome,
 }
 
-impl Flight {
+impl InflightRequest {
     /// A request from `ring` that no command has been submitted for.
     #[inline]
-    pub(super) fn new(ticket: Ticket, ring: usize, (operation, block, bytes): (Operation, u64, u64)) -> Self {
+    pub(in crate::engine) fn new(
+        pending_used: PendingUsed,
+        ring: usize,
+        (operation, block, bytes): (Operation, u64, u64),
+    ) -> Self {
         Self {
-            ticket,
+            pending_used,
             ring,
             operation,
             block,
@@ -48,13 +52,13 @@ impl Flight {
 
     /// True if no command of it is left, neither in the device nor to be submitted.
     #[inline]
-    pub(super) fn is_over(&self) -> bool {
+    pub(in crate::engine) fn is_over(&self) -> bool {
         self.whole && self.outstanding == 0
     }
 
     /// Back to the beginning, for a device that has forgotten its commands; false if that has been done before, or a command
     /// has failed.
-    pub(super) fn restart(&mut self) -> bool {
+    pub(in crate::engine) fn restart(&mut self) -> bool {
         if self.outcome != Outcome::Success || std::mem::replace(&mut self.again, true) {
             return false;
         }
@@ -65,7 +69,7 @@ impl Flight {
     /// Notes how a command ended; the worst outcome is the request's. After a failure there is no use in submitting the
     /// rest.
     #[inline]
-    pub(super) fn note(&mut self, outcome: Outcome) {
+    pub(in crate::engine) fn note(&mut self, outcome: Outcome) {
         self.outstanding -= 1;
         match (self.outcome, outcome) {
             (_, Outcome::Success) => return,
@@ -77,7 +81,7 @@ impl Flight {
 
     /// Notes that so much more is covered by a command.
     #[inline]
-    pub(super) fn submitted(&mut self, amount: u64) {
+    pub(in crate::engine) fn submitted(&mut self, amount: u64) {
         self.outstanding += 1;
         self.position += amount;
         self.whole = self.position >= self.bytes;
@@ -85,29 +89,29 @@ impl Flight {
 
     /// Bytes that no command covers yet, up to `limit`.
     #[inline]
-    pub(super) fn left(&self, limit: u32) -> u32 {
+    pub(in crate::engine) fn left(&self, limit: u32) -> u32 {
         u32::try_from(self.bytes - self.position).map_or(limit, |left| left.min(limit))
     }
 }
 
 /// A place for a request.
 #[derive(Default)]
-pub(super) struct Place {
-    pub(super) data: Data,
+pub(in crate::engine) struct Place {
+    pub(in crate::engine) data: Data,
     /// `None` while the place is free.
-    pub(super) flight: Option<Flight>,
+    pub(in crate::engine) inflight_request: Option<InflightRequest>,
 }
 
 /// All places.
 #[derive(Default)]
-pub(super) struct Flights {
+pub(in crate::engine) struct InflightTable {
     places: Vec<Place>,
     free: Vec<u32>,
 }
 
-impl Flights {
+impl InflightTable {
     /// Makes room for `count` more requests at once, so that the data path does not.
-    pub(super) fn reserve(&mut self, count: u16) {
+    pub(in crate::engine) fn reserve(&mut self, count: u16) {
         for _ in 0..count {
             self.free.push(u32::try_from(self.places.len()).expect("rings are few and short"));
             self.places.push(Place::default());
@@ -116,7 +120,7 @@ impl Flights {
 
     /// A free place, and its name. It stays free until [`Self::occupy`].
     #[inline]
-    pub(super) fn vacant(&mut self) -> (u32, &mut Place) {
+    pub(in crate::engine) fn vacant(&mut self) -> (u32, &mut Place) {
         if self.free.is_empty() {
             self.reserve(1);
         }
@@ -126,32 +130,32 @@ impl Flights {
 
     /// Puts a request into the place that [`Self::vacant`] gave last.
     #[inline]
-    pub(super) fn occupy(&mut self, flight: Flight) {
+    pub(in crate::engine) fn occupy(&mut self, inflight_request: InflightRequest) {
         let index = self.free.pop().expect("`vacant` has shown one");
-        self.places[index as usize].flight = Some(flight);
+        self.places[index as usize].inflight_request = Some(inflight_request);
     }
 
     /// The request and what it is about.
     #[inline]
-    pub(super) fn get(&mut self, index: u32) -> Option<(&mut Flight, &Data)> {
+    pub(in crate::engine) fn get(&mut self, index: u32) -> Option<(&mut InflightRequest, &Data)> {
         let place = self.places.get_mut(index as usize)?;
-        Some((place.flight.as_mut()?, &place.data))
+        Some((place.inflight_request.as_mut()?, &place.data))
     }
 
     /// Takes a request out; what it was about stays until the place is used again.
     #[inline]
-    pub(super) fn remove(&mut self, index: u32) -> Option<(Flight, &Data)> {
+    pub(in crate::engine) fn remove(&mut self, index: u32) -> Option<(InflightRequest, &Data)> {
         let place = self.places.get_mut(index as usize)?;
-        let flight = place.flight.take()?;
+        let inflight_request = place.inflight_request.take()?;
         self.free.push(index);
-        Some((flight, &place.data))
+        Some((inflight_request, &place.data))
     }
 
     /// True if a request in flight uses memory in `spans`.
-    pub(super) fn touch(&self, spans: &[Span<Gpa>]) -> bool {
+    pub(in crate::engine) fn touch(&self, spans: &[Span<Gpa>]) -> bool {
         let in_use = |place: &Place| {
-            let Some(flight) = &place.flight else { return false };
-            let status = flight.ticket.status();
+            let Some(inflight_request) = &place.inflight_request else { return false };
+            let status = inflight_request.pending_used.status();
             let data = |span: &Span<Gpa>| place.data.buffers.iter().any(|buffer| buffer.identity_gpa().overlaps(span));
             spans.iter().any(|span| status.is_some_and(|byte| span.contains(byte)) || data(span))
         };
@@ -159,8 +163,8 @@ impl Flights {
     }
 
     /// The names of all requests in flight.
-    pub(super) fn names(&self) -> Vec<u32> {
-        let occupied = self.places.iter().zip(0..).filter(|(place, _)| place.flight.is_some());
+    pub(in crate::engine) fn names(&self) -> Vec<u32> {
+        let occupied = self.places.iter().zip(0..).filter(|(place, _)| place.inflight_request.is_some());
         occupied.map(|(_, index)| index).collect()
     }
 }

@@ -1,16 +1,15 @@
-//! The control thread's waiting: for an order's answer, for requests to drain, and, when they do not, for the device to
-//! come back from a reset.
+//! How the control thread waits for workers: for a reply, for requests to drain, and, when they do not drain, for the device
+//! to come back from a reset.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Instant;
 
-use super::keeper::Orphans;
-use super::mailbox::Order;
+use super::worker::{InflightPolicy, WorkerCommand};
 use super::{Engine, EngineError};
 
 impl Engine {
-    /// Which worker serves a virtqueue, and its place there.
-    pub(super) fn seat(&self, index: usize) -> Result<(usize, usize), EngineError> {
+    /// Which worker serves a virtqueue, and its slot there.
+    pub(super) fn slot(&self, index: usize) -> Result<(usize, usize), EngineError> {
         let rings = self.options.rings;
         if index >= rings {
             return Err(EngineError::NoSuchRing { index, rings });
@@ -18,20 +17,24 @@ impl Engine {
         Ok((index % self.workers.len(), index / self.workers.len()))
     }
 
-    /// Gives an order and waits for its answer.
-    pub(super) fn order<T>(&self, worker: usize, order: impl FnOnce(Sender<T>) -> Order) -> Result<T, EngineError> {
-        self.workers[worker].mailbox.post(order).recv().map_err(|_| EngineError::WorkerGone(worker))
+    /// Sends a command and waits for the reply.
+    pub(super) fn command<T>(
+        &self,
+        worker: usize,
+        command: impl FnOnce(Sender<T>) -> WorkerCommand,
+    ) -> Result<T, EngineError> {
+        self.workers[worker].command_queue.post(command).recv().map_err(|_| EngineError::WorkerGone(worker))
     }
 
-    /// As [`Self::order`], for changes that cannot be refused.
-    pub(super) fn change(&self, index: usize, order: impl FnOnce(usize, Sender<()>) -> Order) {
-        let done = self.seat(index).and_then(|(worker, seat)| self.order(worker, |answer| order(seat, answer)));
+    /// As [`Self::command`], for changes that cannot be refused.
+    pub(super) fn change(&self, index: usize, command: impl FnOnce(usize, Sender<()>) -> WorkerCommand) {
+        let done = self.slot(index).and_then(|(worker, slot)| self.command(worker, |answer| command(slot, answer)));
         if let Err(error) = done {
             log::error!("virtqueue {index}: {error}");
         }
     }
 
-    /// When the patience that begins now ends.
+    /// When a drain that begins now must be over.
     pub(super) fn deadline(&self) -> Instant {
         Instant::now() + self.options.patience
     }
@@ -49,8 +52,8 @@ impl Engine {
             Err(RecvTimeoutError::Disconnected) => return Err(EngineError::WorkerGone(worker)),
             Err(RecvTimeoutError::Timeout) => {}
         }
-        let mut kept = self.keeper.lock();
-        // The guard may have had the device until now.
+        let mut device = self.supervisor.lock();
+        // The watchdog may have had the device until now.
         if let Ok(value) = answer.try_recv() {
             return Ok(value);
         }
@@ -58,8 +61,8 @@ impl Engine {
             "{occasion}: commands have not come back for {:?}; resetting the device, and failing every request in flight",
             self.options.patience
         );
-        self.keeper.reset(&mut kept, Orphans::Fail);
-        drop(kept);
+        self.supervisor.reset(&mut device, InflightPolicy::Fail);
+        drop(device);
         answer.recv().map_err(|_| EngineError::WorkerGone(worker))
     }
 
@@ -68,18 +71,19 @@ impl Engine {
     /// # Errors
     /// [`EngineError::WorkerGone`]; then `act` has not run.
     pub fn at_rest<T>(&self, act: impl FnOnce() -> T) -> Result<T, EngineError> {
-        let answers: Vec<_> = self.workers.iter().map(|handle| handle.mailbox.post(Order::Rest)).collect();
+        let answers: Vec<_> =
+            self.workers.iter().map(|handle| handle.command_queue.post(WorkerCommand::Rest)).collect();
         let deadline = self.deadline();
         let waits = answers.iter().enumerate();
         let rested =
             waits.map(|(worker, answer)| self.await_drained(worker, answer, deadline, "the device is to rest"));
         let rested = rested.collect::<Result<Vec<()>, _>>();
-        // Under the lock, for the guard talks to the device too.
+        // Under the lock, for the watchdog talks to the device too.
         let acted = rested.map(|_| {
-            let _kept = self.keeper.lock();
+            let _device = self.supervisor.lock();
             act()
         });
-        self.workers.iter().for_each(|handle| handle.mailbox.leave(Order::Go));
+        self.workers.iter().for_each(|handle| handle.command_queue.leave(WorkerCommand::Go));
         acted
     }
 
@@ -90,14 +94,14 @@ impl Engine {
                 log::error!("stop virtqueue {index}: {error}");
             }
         }
-        self.guard = None;
+        self.watchdog = None;
         for handle in &mut self.workers {
-            handle.mailbox.leave(Order::Quit);
+            handle.command_queue.leave(WorkerCommand::Quit);
             if handle.thread.take().is_some_and(|thread| thread.join().is_err()) {
-                log::error!("a worker ended by a bug");
+                log::error!("bug: a worker thread panicked");
             }
         }
-        self.keeper.lock().driver.shut_down();
+        self.supervisor.lock().driver.shut_down();
     }
 }
 

@@ -12,11 +12,13 @@
 
 use std::sync::atomic::{Ordering, fence};
 
+use super::areas::windows;
 use super::chain::{Chain, Head, PackedDescriptor, Walk};
-use super::guest::Guest;
-use super::usual::{Part, Usual};
-use super::virtqueue::{Broken, MAX_SIZE, windows};
-use super::{EngineError, RingSetup};
+use super::fast_path::{FastDescriptor, FastRequest};
+use super::layout::{Broken, MAX_SIZE};
+use crate::engine::error::EngineError;
+use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
 use crate::sys::{Rows, Window};
 
@@ -117,8 +119,8 @@ impl PackedRing {
     ///
     /// # Errors
     /// [`EngineError::RingArea`] or [`EngineError::RingBase`].
-    pub fn new(setup: &RingSetup, table: &MemTable) -> Result<Self, EngineError> {
-        let RingSetup { index, size, base, .. } = *setup;
+    pub fn new(setup: &VringSetup, table: &MemTable) -> Result<Self, EngineError> {
+        let VringSetup { index, size, base, .. } = *setup;
         let [desc, driver_event, device_event] = windows(setup, table)?;
         let (next_avail, next_used) = positions(base, size).ok_or(EngineError::RingBase { index, size, base })?;
         let descriptors = desc.rows(0, size.into()).expect("`windows` has seen to size and alignment").keep();
@@ -174,7 +176,7 @@ impl PackedRing {
     /// # Errors
     /// [`Broken::Endless`]; nothing has been taken.
     #[inline]
-    pub fn take(&mut self, guest: &mut Guest, chain: &mut Chain) -> Result<bool, Broken> {
+    pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<bool, Broken> {
         let Some(flags) = self.offered() else { return Ok(false) };
         let (descriptors, size, start) = (&self.descriptors, self.size, self.next_avail);
         let walk = Walk { size: size - self.taken, indirect: self.indirect, longest_table: MAX_SIZE };
@@ -193,26 +195,26 @@ impl PackedRing {
         Ok(true)
     }
 
-    /// The next chain, not yet taken, if it is the usual request.
+    /// The next chain, not yet taken, if it is the fast request.
     #[inline]
-    pub fn usual(&self, guest: &mut Guest) -> Option<Usual> {
+    pub fn fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         let flags = self.offered()?;
         let entry = |n| self.descriptors.read(self.next_avail.advance(n, self.size).slot.into());
         // As in `take`: what was seen of the first descriptor's flags is what counts.
         let [addr, rest] = entry(0);
-        let (first, id) = Part::packed([addr, rest & !(0xffff << 48) | u64::from(flags) << 48]);
+        let (first, id) = FastDescriptor::packed([addr, rest & !(0xffff << 48) | u64::from(flags) << 48]);
         if first.is_linked() && self.size - self.taken >= 3 {
-            let [(data, _), (status, id)] = [1, 2].map(|n| Part::packed(entry(n)));
+            let [(data, _), (status, id)] = [1, 2].map(|n| FastDescriptor::packed(entry(n)));
             let linked = data.is_linked() && !status.is_linked();
-            return if linked { Usual::new(Head::new(id, 3), [first, data, status]) } else { None };
+            return if linked { FastRequest::new(Head::new(id, 3), [first, data, status]) } else { None };
         }
         let table = guest.descriptors(first.table().filter(|_| self.indirect)?, 3)?;
-        Usual::new(Head::new(id, 1), [0, 1, 2].map(|n| Part::packed(table.read(n)).0))
+        FastRequest::new(Head::new(id, 1), [0, 1, 2].map(|n| FastDescriptor::packed(table.read(n)).0))
     }
 
-    /// Takes the chain that [`Self::usual`] has shown, of so many descriptors.
+    /// Takes the chain that [`Self::fast`] has shown, of so many descriptors.
     #[inline]
-    pub fn take_usual(&mut self, entries: u16) {
+    pub fn take_fast(&mut self, entries: u16) {
         self.next_avail = self.next_avail.advance(entries, self.size);
         self.taken += entries;
     }
@@ -282,7 +284,7 @@ impl PackedRing {
 }
 
 /// Where to go on: next available and next used (vhost-user: "Vring descriptor indices for packed virtqueues"). DPDK says
-/// only the first and leaves the upper half zero; whoever stopped the ring had given back all it had taken.
+/// only the first and leaves the upper half zero; a ring that was stopped had returned all it had taken.
 fn positions(base: u32, size: u16) -> Option<(Position, Position)> {
     let [a, b, c, d] = base.to_le_bytes();
     let (avail, used) = (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]));

@@ -14,7 +14,7 @@ use crate::sys::{Rows, Window};
 
 /// One worker's view of guest memory.
 #[derive(Default)]
-pub struct Guest {
+pub struct GuestMemoryView {
     table: Arc<MemTable>,
     departing: Option<Arc<MemTable>>,
     /// The table's regions, neighbours joined: all that a data buffer must be checked against, without a pointer to follow.
@@ -25,7 +25,7 @@ pub struct Guest {
     table_hint: usize,
 }
 
-impl Guest {
+impl GuestMemoryView {
     /// What requests are checked against.
     #[must_use]
     pub fn table(&self) -> &MemTable {

@@ -5,26 +5,26 @@
 //! [`parse`] would make of it, with the same answers to the same questions; anything else is left to them, not yet taken.
 //!
 //! [`Chain`]: super::chain::Chain
-//! [`parse`]: super::request::parse
+//! [`parse`]: crate::engine::request::parse
 
 use super::chain::{Head, INDIRECT, NEXT, WRITE};
-use super::guest::Guest;
-use super::request::{Disk, HEADER, Operation};
-use super::ticket::Ticket;
-use crate::addr::{Gpa, Iova, Span};
+use crate::addr::{Gpa, Span};
+
+/// Bytes of a request's header (virtio 1.2 §5.2.6).
+const HEADER: u64 = 16;
 
 /// Bytes of an indirect table of three descriptors.
 const TABLE: u32 = 48;
 
 /// What a descriptor says of its own buffer (virtio 1.2 §2.7.5, §2.8.13).
 #[derive(Clone, Copy)]
-pub struct Part {
+pub struct FastDescriptor {
     addr: u64,
     len: u32,
     flags: u16,
 }
 
-impl Part {
+impl FastDescriptor {
     /// A descriptor of a split ring, and the index of its successor.
     #[inline]
     #[must_use]
@@ -69,9 +69,22 @@ fn halves(word: u64) -> (u32, [u16; 2]) {
     (low, high)
 }
 
+/// The three buffers of a request of this shape, as its descriptors claim them.
+#[derive(Clone, Copy, Debug)]
+pub struct FastBuffers {
+    /// 16 bytes that the device reads.
+    pub header: Gpa,
+    /// The data.
+    pub data: Span<Gpa>,
+    /// The device writes the data.
+    pub writable: bool,
+    /// One byte that the device writes.
+    pub status: Gpa,
+}
+
 /// A request of this shape, as its descriptors claim it; nothing has been looked up.
 #[derive(Clone, Copy, Debug)]
-pub struct Usual {
+pub struct FastRequest {
     head: Head,
     header: Gpa,
     data: Span<Gpa>,
@@ -79,11 +92,11 @@ pub struct Usual {
     status: Gpa,
 }
 
-impl Usual {
+impl FastRequest {
     /// The request of three descriptors in a row, if they have the shape.
     #[inline]
     #[must_use]
-    pub fn new(head: Head, [header, data, status]: [Part; 3]) -> Option<Self> {
+    pub fn new(head: Head, [header, data, status]: [FastDescriptor; 3]) -> Option<Self> {
         let shape = u64::from(header.len) == HEADER
             && header.flags & (WRITE | INDIRECT) == 0
             && data.flags & INDIRECT == 0
@@ -108,38 +121,11 @@ impl Usual {
         self.head
     }
 
-    /// The transfer it asks for, if it asks for one that can be done.
+    /// Where its header, data and status lie, and whether the device may write the data.
     #[inline]
     #[must_use]
-    pub fn transfer(&self, guest: &mut Guest, disk: &Disk) -> Option<Transfer> {
-        let (kind, sector) = guest.header(self.header)?;
-        let operation = disk.transfer_of(kind, self.writable)?;
-        if !guest.has_status(self.status) {
-            return None;
-        }
-        let data = guest.data(self.data)?;
-        let block = disk.block(sector, data.len()).ok()?;
-        Some(Transfer { operation, block, data, status: self.status })
-    }
-}
-
-/// A transfer of one buffer, everything about it checked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Transfer {
-    /// Read or write.
-    pub operation: Operation,
-    /// First logical block.
-    pub block: u64,
-    /// The data, whole blocks, as the device names them.
-    pub data: Span<Iova>,
-    /// Where the status goes.
-    pub status: Gpa,
-}
-
-impl Transfer {
-    /// The debt of the chain that asked for it.
-    #[inline]
-    pub fn ticket(&self, head: Head) -> Ticket {
-        Ticket::new(head, Some(self.status))
+    pub fn buffers(&self) -> FastBuffers {
+        let Self { header, data, writable, status, .. } = *self;
+        FastBuffers { header, data, writable, status }
     }
 }

@@ -3,16 +3,12 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::guest::Guest;
-use super::request::{Data, Disk, Job, Operation, RequestFault, SECTOR_SHIFT, Status};
-use crate::driver::{Blocks, DiscardLimits, Geometry};
+use super::types::{Data, Disk, Job, Operation, RangeLimits, RequestFault, SECTOR_SHIFT, Status};
+use crate::driver::{Blocks, DiscardLimits};
+use crate::engine::guest_memory::GuestMemoryView;
 
 /// VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
 const UNMAP: u32 = 1;
-/// Most segments of a write-zeroes request, and most commands that one of them may take: a request is never more than 256
-/// commands, which a device gets done while somebody waits for a ring to stop.
-const ZEROES_SEGMENTS: u32 = 16;
-const ZEROES_COMMANDS: u32 = 16;
 /// Bytes of the longest list: as many segments as a discard command can have ranges.
 const LONGEST_LIST: usize = 256 * size_of::<Segment>();
 
@@ -25,45 +21,21 @@ struct Segment {
     flags: u32,
 }
 
-/// What one request may ask for, as the configuration space tells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RangeLimits {
-    /// Most segments.
-    pub segments: u32,
-    /// Most sectors of 512 bytes in one of them; whole blocks.
-    pub sectors: u32,
-}
-
-impl RangeLimits {
-    fn new(segments: u32, blocks: u32, geometry: &Geometry) -> Self {
-        let sectors_per_block = geometry.block_size >> SECTOR_SHIFT;
-        Self { segments, sectors: blocks.min(u32::MAX / sectors_per_block) * sectors_per_block }
-    }
-
-    /// For discard, if the disk can do it: what one command can take.
-    #[must_use]
-    pub fn discard(geometry: &Geometry) -> Option<Self> {
-        let DiscardLimits { ranges, range_blocks, .. } = geometry.discard.filter(|_| !geometry.read_only)?;
-        Some(Self::new(ranges.into(), range_blocks, geometry))
-    }
-
-    /// For write-zeroes, if the disk can do it: a few commands of the longest.
-    #[must_use]
-    pub fn write_zeroes(geometry: &Geometry) -> Option<Self> {
-        let limits = geometry.zeroes.filter(|_| !geometry.read_only)?;
-        Some(Self::new(ZEROES_SEGMENTS, limits.blocks.saturating_mul(ZEROES_COMMANDS), geometry))
-    }
-}
-
 /// Which of the two requests.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(in crate::engine) enum Kind {
     Discard,
     WriteZeroes,
 }
 
 /// Turns the list in `data.buffers`, `bytes` long, into `data.ranges`; the list itself is not needed any more.
-pub(super) fn job(kind: Kind, bytes: u64, guest: &Guest, disk: &Disk, data: &mut Data) -> Result<Job, RequestFault> {
+pub(in crate::engine) fn job(
+    kind: Kind,
+    bytes: u64,
+    guest: &GuestMemoryView,
+    disk: &Disk,
+    data: &mut Data,
+) -> Result<Job, RequestFault> {
     let limits = if kind == Kind::Discard { disk.discard } else { disk.zeroes };
     let Some(limits) = limits else { return Ok(Job::Answer(Status::Unsupported)) };
     let mut list = [0; LONGEST_LIST];
@@ -109,7 +81,7 @@ fn blocks(segment: Segment, limits: RangeLimits, disk: &Disk) -> Result<Option<B
 }
 
 /// How many of `ranges` the next discard command takes.
-pub(super) fn batch(ranges: &[Blocks], limits: DiscardLimits) -> usize {
+pub(in crate::engine) fn batch(ranges: &[Blocks], limits: DiscardLimits) -> usize {
     let mut left = limits.blocks;
     let fits = |range: &&Blocks| {
         let rest = left.checked_sub(u64::from(range.count));
@@ -121,7 +93,7 @@ pub(super) fn batch(ranges: &[Blocks], limits: DiscardLimits) -> usize {
 }
 
 /// The next blocks to write zeroes to, when `done` of the blocks in `ranges` have been; at most `limit`.
-pub(super) fn next(ranges: &[Blocks], done: u64, limit: u32) -> Blocks {
+pub(in crate::engine) fn next(ranges: &[Blocks], done: u64, limit: u32) -> Blocks {
     let mut skip = done;
     for &Blocks { first, count } in ranges {
         if skip < u64::from(count) {
@@ -136,6 +108,7 @@ pub(super) fn next(ranges: &[Blocks], done: u64, limit: u32) -> Blocks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::driver::Geometry;
 
     fn range(first: u64, count: u32) -> Blocks {
         Blocks { first, count }

@@ -8,16 +8,16 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::guest::Guest;
 use crate::addr::{Gpa, Span};
+use crate::engine::guest_memory::GuestMemoryView;
 
 // The flags are the same in both layouts.
 /// VIRTQ_DESC_F_NEXT, virtio 1.2 §2.7.5.
-pub(super) const NEXT: u16 = 1;
+pub(in crate::engine) const NEXT: u16 = 1;
 /// VIRTQ_DESC_F_WRITE, virtio 1.2 §2.7.5.
-pub(super) const WRITE: u16 = 2;
+pub(in crate::engine) const WRITE: u16 = 2;
 /// VIRTQ_DESC_F_INDIRECT, virtio 1.2 §2.7.5.
-pub(super) const INDIRECT: u16 = 4;
+pub(in crate::engine) const INDIRECT: u16 = 4;
 /// Bytes of one descriptor.
 const DESCRIPTOR: u32 = 16;
 
@@ -133,7 +133,7 @@ pub enum ChainFault {
     IndirectMemory(Gpa),
     /// Device-readable after device-writable, virtio 1.2 §2.7.4.2.
     #[error("a readable buffer after a writable one")]
-    Order,
+    WorkerCommand,
     /// The buffer runs past the end of the address space.
     #[error("a buffer at {addr} of {len} bytes, past the end of the address space")]
     Wraps {
@@ -206,7 +206,7 @@ impl Chain {
 
     /// Replaces the contents by the chain that starts at `head` of the table that `entry` reads.
     #[inline]
-    pub fn fill(&mut self, head: u16, walk: &Walk, entry: impl Fn(u16) -> Descriptor, guest: &mut Guest) {
+    pub fn fill(&mut self, head: u16, walk: &Walk, entry: impl Fn(u16) -> Descriptor, guest: &mut GuestMemoryView) {
         self.clear();
         self.head = Head::new(head, 0);
         let walked = self.walk(walk, entry, guest);
@@ -216,7 +216,12 @@ impl Chain {
     /// Replaces the contents by the chain whose descriptors, in order, `entry` reads; false if it has no end within
     /// `walk.size` of them.
     #[inline]
-    pub fn fill_packed(&mut self, walk: &Walk, entry: impl Fn(u16) -> PackedDescriptor, guest: &mut Guest) -> bool {
+    pub fn fill_packed(
+        &mut self,
+        walk: &Walk,
+        entry: impl Fn(u16) -> PackedDescriptor,
+        guest: &mut GuestMemoryView,
+    ) -> bool {
         self.clear();
         let first = entry(0);
         if first.flags & (INDIRECT | NEXT) == INDIRECT {
@@ -262,7 +267,12 @@ impl Chain {
     }
 
     #[inline]
-    fn walk(&mut self, walk: &Walk, entry: impl Fn(u16) -> Descriptor, guest: &mut Guest) -> Result<(), ChainFault> {
+    fn walk(
+        &mut self,
+        walk: &Walk,
+        entry: impl Fn(u16) -> Descriptor,
+        guest: &mut GuestMemoryView,
+    ) -> Result<(), ChainFault> {
         match self.follow(self.head.id, walk.size, |index| Ok(entry(index)))? {
             None => Ok(()),
             Some(table) => self.walk_table(walk, table, guest),
@@ -271,7 +281,7 @@ impl Chain {
 
     /// Follows an indirect descriptor, the last of its chain; its WRITE flag means nothing (virtio 1.2 §2.7.5.3.2).
     #[inline]
-    fn walk_table(&mut self, walk: &Walk, table: Descriptor, guest: &mut Guest) -> Result<(), ChainFault> {
+    fn walk_table(&mut self, walk: &Walk, table: Descriptor, guest: &mut GuestMemoryView) -> Result<(), ChainFault> {
         if !walk.indirect {
             return Err(ChainFault::IndirectNotNegotiated);
         }
@@ -294,7 +304,7 @@ impl Chain {
         &mut self,
         table: Span<Gpa>,
         entries: u16,
-        guest: &mut Guest,
+        guest: &mut GuestMemoryView,
     ) -> Result<Option<Descriptor>, ChainFault> {
         let at = |index| table.slice(u64::from(DESCRIPTOR) * u64::from(index), u64::from(DESCRIPTOR));
         let mut read = |entry| guest.table_window(entry).map(|(window, offset)| window.read(offset));
@@ -305,7 +315,12 @@ impl Chain {
     /// Adds the buffers of an indirect table of a packed ring: all its entries in order, whatever NEXT and the ID say
     /// (virtio 1.2 §2.8.7).
     #[inline]
-    fn walk_packed_table(&mut self, walk: &Walk, table: PackedDescriptor, guest: &mut Guest) -> Result<(), ChainFault> {
+    fn walk_packed_table(
+        &mut self,
+        walk: &Walk,
+        table: PackedDescriptor,
+        guest: &mut GuestMemoryView,
+    ) -> Result<(), ChainFault> {
         if !walk.indirect {
             return Err(ChainFault::IndirectNotNegotiated);
         }
@@ -376,7 +391,7 @@ impl Chain {
             self.writable.push(span);
         } else {
             if !self.writable.is_empty() {
-                self.fault.get_or_insert(ChainFault::Order);
+                self.fault.get_or_insert(ChainFault::WorkerCommand);
             }
             self.readable.push(span);
         }

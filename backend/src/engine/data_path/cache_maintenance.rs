@@ -6,30 +6,30 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::bounce::Bounce;
-use super::guest::Guest;
-use super::request::Operation;
-use super::statistics::Counters;
 use crate::addr::{Address, Iova, Span};
+use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::request::Operation;
+use crate::engine::statistics::Counters;
 use crate::hardware::CacheFlush;
 
 /// No x86 or arm64 processor has longer cache lines, bytes.
 const LONGEST_LINE: u64 = 128;
 
 /// One worker's flushing.
-pub(super) struct Caches {
+pub(in crate::engine) struct CacheMaintenance {
     flush: Option<Arc<dyn CacheFlush>>,
     counters: Arc<Counters>,
 }
 
-impl Caches {
-    pub(super) fn new(flush: Option<Arc<dyn CacheFlush>>, counters: Arc<Counters>) -> Self {
+impl CacheMaintenance {
+    pub(in crate::engine) fn new(flush: Option<Arc<dyn CacheFlush>>, counters: Arc<Counters>) -> Self {
         Self { flush, counters }
     }
 
     /// True if the data must go through a bounce buffer for the caches' sake: where a buffer that the device writes shares
     /// a line with something else, a CPU that writes the rest of the line would write the old data back over the new.
     #[inline]
-    pub(super) fn keep_apart(&self, operation: Operation, buffers: &[Span<Iova>]) -> bool {
+    pub(in crate::engine) fn keep_apart(&self, operation: Operation, buffers: &[Span<Iova>]) -> bool {
         let whole =
             |span: &Span<Iova>| span.start().is_aligned(LONGEST_LINE) && span.len().is_multiple_of(LONGEST_LINE);
         self.flush.is_some() && operation == Operation::Read && !buffers.iter().all(whole)
@@ -37,13 +37,19 @@ impl Caches {
 
     /// Between `submit` and `ring`, and again when a read has come back.
     #[inline]
-    pub(super) fn buffers(&self, guest: &Guest, buffers: &[Span<Iova>], position: u64, bytes: u64) {
+    pub(in crate::engine) fn buffers(
+        &self,
+        guest: &GuestMemoryView,
+        buffers: &[Span<Iova>],
+        position: u64,
+        bytes: u64,
+    ) {
         self.timed(bytes, |flush| guest.flush(buffers, position, bytes, flush));
     }
 
     /// The same for a bounce slot.
     #[inline]
-    pub(super) fn slot(&self, bounce: &Bounce, slot: u32, bytes: u32) {
+    pub(in crate::engine) fn slot(&self, bounce: &Bounce, slot: u32, bytes: u32) {
         self.timed(bytes.into(), |flush| {
             let place = bounce.slot(slot, bytes);
             flush.flush(place.window, place.offset, place.len);

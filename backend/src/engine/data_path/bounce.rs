@@ -4,42 +4,42 @@
 
 use std::sync::Arc;
 
-use super::guest::Slot;
 use crate::addr::{Iova, Span};
+use crate::engine::guest_memory::Slot;
 use crate::hardware::{AddressSpace, DmaBuffer, MapError};
 
 /// Bytes of a slot: the most that one bounced command moves.
-pub(super) const SLOT_BYTES: u32 = 64 << 10;
+pub(in crate::engine) const SLOT_BYTES: u32 = 64 << 10;
 /// Slots per worker.
-pub(super) const SLOTS: u32 = 16;
+pub(in crate::engine) const SLOTS: u32 = 16;
 
 /// What a slot is used for.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Piece {
+pub(in crate::engine) struct Piece {
     /// Which request.
-    pub(super) flight: u32,
+    pub(in crate::engine) inflight_request: u32,
     /// Where in its data, bytes.
-    pub(super) position: u64,
+    pub(in crate::engine) position: u64,
     /// How much of it, bytes.
-    pub(super) bytes: u32,
+    pub(in crate::engine) bytes: u32,
 }
 
 /// One worker's bounce slots.
-pub(super) struct Bounce {
+pub(in crate::engine) struct Bounce {
     buffer: DmaBuffer,
     free: Vec<u32>,
     taken: Vec<Option<Piece>>,
 }
 
 impl Bounce {
-    pub(super) fn new(space: &Arc<dyn AddressSpace>) -> Result<Self, MapError> {
+    pub(in crate::engine) fn new(space: &Arc<dyn AddressSpace>) -> Result<Self, MapError> {
         let bytes = usize::try_from(SLOT_BYTES * SLOTS).expect("a small constant");
         let buffer = space.buffer(bytes)?;
         Ok(Self { buffer, free: (0..SLOTS).rev().collect(), taken: vec![None; SLOTS as usize] })
     }
 
     /// A slot for `piece`, if one is free.
-    pub(super) fn take(&mut self, piece: Piece) -> Option<u32> {
+    pub(in crate::engine) fn take(&mut self, piece: Piece) -> Option<u32> {
         debug_assert!(piece.bytes <= SLOT_BYTES, "the queue was told the limit");
         let slot = self.free.pop()?;
         self.taken[slot as usize] = Some(piece);
@@ -47,27 +47,27 @@ impl Bounce {
     }
 
     /// Gives a slot back and says what it was used for; `None` if it was not in use.
-    pub(super) fn give_back(&mut self, slot: u32) -> Option<Piece> {
+    pub(in crate::engine) fn give_back(&mut self, slot: u32) -> Option<Piece> {
         let piece = self.taken.get_mut(slot as usize)?.take()?;
         self.free.push(slot);
         Some(piece)
     }
 
     /// Takes every slot back, from commands that the device has forgotten.
-    pub(super) fn give_back_all(&mut self) {
+    pub(in crate::engine) fn give_back_all(&mut self) {
         for slot in 0..SLOTS {
             self.give_back(slot);
         }
     }
 
     /// Where the device finds a slot.
-    pub(super) fn span(&self, slot: u32) -> Span<Iova> {
+    pub(in crate::engine) fn span(&self, slot: u32) -> Span<Iova> {
         let start = u64::from(slot) * u64::from(SLOT_BYTES);
         self.buffer.span().slice(start, u64::from(SLOT_BYTES)).expect("the buffer holds all slots")
     }
 
     /// Where this process finds the first `bytes` of a slot.
-    pub(super) fn slot(&self, slot: u32, bytes: u32) -> Slot<'_> {
+    pub(in crate::engine) fn slot(&self, slot: u32, bytes: u32) -> Slot<'_> {
         Slot { window: self.buffer.window(), offset: slot as usize * SLOT_BYTES as usize, len: bytes as usize }
     }
 }

@@ -1,0 +1,45 @@
+//! What workers report of commands that do not come back, on its way to the watchdog.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::driver::Lateness;
+use crate::engine::vring::{drain, signal};
+
+/// Reports that the watchdog has not taken yet.
+#[derive(Default)]
+pub(super) struct Reports {
+    pub(super) lateness: Lateness,
+    pub(super) quit: bool,
+}
+
+/// From the workers to the watchdog.
+pub(in crate::engine) struct OverdueReports {
+    reports: Mutex<Reports>,
+    pub(super) event: OwnedFd,
+}
+
+impl OverdueReports {
+    pub(in crate::engine) fn new() -> io::Result<Self> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { reports: Mutex::default(), event })
+    }
+
+    pub(super) fn raise(&self, change: impl FnOnce(&mut Reports)) {
+        change(&mut self.reports.lock().unwrap_or_else(PoisonError::into_inner));
+        signal(&self.event);
+    }
+
+    /// Drops all reports of overdue commands.
+    pub(in crate::engine) fn forget(&self) {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner).lateness = Lateness::default();
+    }
+
+    pub(super) fn take(&self) -> Reports {
+        drain(&self.event);
+        std::mem::take(&mut self.reports.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}

@@ -1,0 +1,181 @@
+//! Command time-outs. Workers count time in ticks and report overdue commands. The watchdog acts on the reports. It is a
+//! thread of its own because the control thread may be waiting for just those commands.
+//!
+//! ```text
+//!  submitted --tick, tick--> late       is the device there, is it alive?  no: reset
+//!            --timeout-----> overdue    Abort
+//!            --timeout / 4-> stuck      reset; requests are submitted once more
+//!                                       the device does not come back: requests fail, it is tried again at intervals
+//! ```
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::overdue_reports::{OverdueReports, Reports};
+use super::supervisor::DeviceSupervisor;
+use crate::driver::{Lateness, Queue};
+use crate::engine::vring::drain;
+use crate::sys::Poller;
+
+/// Longest tick.
+const LONGEST_TICK: Duration = Duration::from_millis(500);
+/// Ticks in the shortest timeout.
+const FEWEST_TICKS: u32 = 8;
+/// A device that does not answer is retried at intervals that double this many times; an absent one at equal intervals.
+const DOUBLINGS: u32 = 4;
+
+/// Poller tokens.
+const REPORTS: u64 = 0;
+const REMOVAL: u64 = 1;
+const NOTICE: u64 = 2;
+
+/// How long the device is waited for.
+#[derive(Clone, Copy, Debug)]
+pub struct WatchdogOptions {
+    /// How long a command may take before it is aborted.
+    pub timeout: Duration,
+    /// When a device that did not come back is tried again, at first; 16 times as long in the end.
+    pub retry: Duration,
+}
+
+impl Default for WatchdogOptions {
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(30), retry: Duration::from_secs(2) }
+    }
+}
+
+/// A worker's clock.
+pub(in crate::engine) struct CommandClock {
+    reports: Arc<OverdueReports>,
+    tick: Duration,
+    /// Ticks in the timeout.
+    limit: u32,
+    next: Instant,
+}
+
+impl CommandClock {
+    /// Longest time between two checks of commands in flight.
+    pub(in crate::engine) fn tick(&self) -> Duration {
+        self.tick
+    }
+
+    /// Checks the commands in flight if a tick has passed.
+    pub(in crate::engine) fn look(&mut self, queue: &mut dyn Queue, now: Instant) {
+        if now < self.next || queue.in_flight() == 0 {
+            return;
+        }
+        self.next = now + self.tick;
+        let lateness = queue.beat(self.limit);
+        if lateness != Lateness::default() {
+            self.reports.raise(|reports| reports.lateness.join(lateness));
+        }
+    }
+}
+
+/// The control thread's handle on the watchdog.
+pub(in crate::engine) struct Watchdog {
+    reports: Arc<OverdueReports>,
+    watch: WatchdogOptions,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watchdog {
+    /// Starts the watchdog over `supervisor`'s device.
+    pub(in crate::engine) fn start(
+        supervisor: Arc<DeviceSupervisor>,
+        reports: Arc<OverdueReports>,
+        watch: WatchdogOptions,
+    ) -> io::Result<Self> {
+        let poller = Poller::new()?;
+        poller.add(&reports.event, REPORTS)?;
+        let removal = supervisor.lock().driver.removal().map(|event| event.try_clone_to_owned()).transpose()?;
+        if let Some(event) = &removal {
+            poller.add(event.as_fd(), REMOVAL)?;
+        }
+        let notice = supervisor.lock().driver.notice().map(|event| event.try_clone_to_owned()).transpose()?;
+        if let Some(event) = &notice {
+            poller.add(event.as_fd(), NOTICE)?;
+        }
+        let mut duty =
+            Duty { supervisor, reports: Arc::clone(&reports), poller, removal, notice, retry: watch.retry, watch };
+        let thread = std::thread::Builder::new().name("vdv-watchdog".to_owned()).spawn(move || while duty.once() {})?;
+        Ok(Self { reports, watch, thread: Some(thread) })
+    }
+
+    /// The clock of one worker.
+    pub(in crate::engine) fn clock(&self) -> CommandClock {
+        let tick = (self.watch.timeout / FEWEST_TICKS).clamp(Duration::from_millis(1), LONGEST_TICK);
+        let limit = u32::try_from(self.watch.timeout.as_nanos().div_ceil(tick.as_nanos())).unwrap_or(u32::MAX);
+        CommandClock { reports: Arc::clone(&self.reports), tick, limit, next: Instant::now() }
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.reports.raise(|reports| reports.quit = true);
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            log::error!("bug: the watchdog thread panicked");
+        }
+    }
+}
+
+/// What the watchdog's thread owns.
+struct Duty {
+    supervisor: Arc<DeviceSupervisor>,
+    reports: Arc<OverdueReports>,
+    poller: Poller,
+    /// Readable when the host wants the device back.
+    removal: Option<OwnedFd>,
+    /// Readable when the device may have an asynchronous event.
+    notice: Option<OwnedFd>,
+    watch: WatchdogOptions,
+    /// Time until a device that is down is retried.
+    retry: Duration,
+}
+
+impl Duty {
+    /// Waits for one thing to do and does it; false when told to quit.
+    fn once(&mut self) -> bool {
+        let down = self.supervisor.is_down();
+        if !down {
+            self.retry = self.watch.retry;
+        }
+        let (mut asked, mut told) = (false, false);
+        let waited = self.poller.wait(down.then_some(self.retry), |event| {
+            asked |= event.token == REMOVAL;
+            told |= event.token == NOTICE;
+        });
+        if let Err(error) = &waited {
+            log::error!("the watchdog waits: {error}");
+            std::thread::sleep(LONGEST_TICK);
+        }
+        let recoveries = self.supervisor.recoveries.load(Ordering::SeqCst);
+        let Reports { lateness, quit } = self.reports.take();
+        if quit {
+            return false;
+        }
+        if told && let Some(event) = &self.notice {
+            drain(event);
+            self.supervisor.attend();
+        }
+        if asked && let Some(event) = &self.removal {
+            drain(event);
+            self.supervisor.release();
+        } else if down {
+            if waited.is_ok_and(|count| count == 0) && !self.supervisor.recover() {
+                self.retry = (self.retry * 2).min(self.watch.retry * (1 << DOUBLINGS));
+            }
+        } else if lateness.stuck {
+            self.supervisor.give_up_aborting(recoveries);
+        } else if !lateness.overdue.is_empty() {
+            self.supervisor.abort(&lateness.overdue, recoveries);
+        } else if lateness.late {
+            self.supervisor.check(recoveries);
+        }
+        true
+    }
+}

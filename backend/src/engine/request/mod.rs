@@ -1,0 +1,160 @@
+//! From a chain to a request of the block device (virtio 1.2 §5.2.6): a 16-byte header, data, a status byte. The cut
+//! between descriptors means nothing (§2.7.4.1), so the header is the first 16 readable bytes, the status the last writable
+//! one, and data what remains.
+//!
+//! Every question about the guest's claims is asked here, once; what leaves this file names guest memory and blocks that
+//! exist. Each chain taken comes with a [`PendingUsed`], which must be completed with a used entry.
+
+pub mod pending_used;
+mod ranges;
+mod transfer;
+mod types;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+pub use transfer::Transfer;
+pub use types::{Data, Disk, ID_BYTES, Job, Operation, RangeLimits, RequestFault, Status};
+
+use crate::addr::{Gpa, Iova, Span};
+use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::virtqueue::chain::Chain;
+use pending_used::PendingUsed;
+use ranges::Kind;
+pub(super) use ranges::{batch, next};
+use types::{HEADER, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES};
+
+/// `struct virtio_blk_req` up to the data.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Header {
+    kind: u32,
+    reserved: u32,
+    sector: u64,
+}
+
+/// Turns a chain into a request; `data` receives what it is about.
+#[inline]
+pub fn parse(chain: &Chain, guest: &mut GuestMemoryView, disk: &Disk, data: &mut Data) -> (PendingUsed, Job) {
+    data.buffers.clear();
+    data.ranges.clear();
+    let status = chain.last_writable().filter(|&byte| guest.has_status(byte));
+    let pending_used = PendingUsed::new(chain.head(), status);
+    if let Some(fault) = chain.fault() {
+        return (pending_used, Job::Refuse(fault.into()));
+    }
+    if status.is_none() {
+        return (pending_used, Job::Refuse(RequestFault::NoStatus));
+    }
+    let job = job(chain, guest, disk, data).unwrap_or_else(Job::Refuse);
+    (pending_used, job)
+}
+
+#[inline]
+fn job(chain: &Chain, guest: &mut GuestMemoryView, disk: &Disk, data: &mut Data) -> Result<Job, RequestFault> {
+    let buffers = &mut data.buffers;
+    let header: Header = guest.read_header(chain.readable()).ok_or(RequestFault::NoHeader)?;
+    match header.kind {
+        T_IN => {
+            if total(chain.readable()) != HEADER {
+                return Err(RequestFault::Direction);
+            }
+            let bytes = collect_writable(chain, guest, buffers)?;
+            transfer(Operation::Read, disk.block(header.sector, bytes)?, bytes)
+        }
+        T_OUT => {
+            if total(chain.writable()) != 1 {
+                return Err(RequestFault::Direction);
+            }
+            if disk.is_read_only() {
+                return Err(RequestFault::ReadOnly);
+            }
+            let bytes = collect_readable(chain, guest, buffers)?;
+            transfer(Operation::Write, disk.block(header.sector, bytes)?, bytes)
+        }
+        T_DISCARD => range_job(Kind::Discard, chain, guest, disk, data),
+        T_WRITE_ZEROES => range_job(Kind::WriteZeroes, chain, guest, disk, data),
+        T_FLUSH if disk.cache_on() => Ok(Job::Device { operation: Operation::Flush, block: 0, bytes: 0 }),
+        T_FLUSH => Ok(Job::Answer(Status::Ok)),
+        T_GET_ID => {
+            collect_writable(chain, guest, buffers)?;
+            Ok(Job::Identify)
+        }
+        _ => Ok(Job::Answer(Status::Unsupported)),
+    }
+}
+
+#[cold]
+fn range_job(
+    kind: Kind,
+    chain: &Chain,
+    guest: &mut GuestMemoryView,
+    disk: &Disk,
+    data: &mut Data,
+) -> Result<Job, RequestFault> {
+    if total(chain.writable()) != 1 {
+        return Err(RequestFault::Direction);
+    }
+    if disk.is_read_only() {
+        return Err(RequestFault::ReadOnly);
+    }
+    let bytes = collect_readable(chain, guest, &mut data.buffers)?;
+    ranges::job(kind, bytes, guest, disk, data)
+}
+
+/// A transfer of nothing is done already; the device has no command for it.
+#[inline]
+fn transfer(operation: Operation, block: u64, bytes: u64) -> Result<Job, RequestFault> {
+    Ok(if bytes == 0 { Job::Answer(Status::Ok) } else { Job::Device { operation, block, bytes } })
+}
+
+/// The sum of at most 2048 lengths of 32 bits each: it cannot overflow.
+#[inline]
+fn total(spans: &[Span<Gpa>]) -> u64 {
+    spans.iter().map(Span::len).sum()
+}
+
+/// All writable bytes but the last, the status.
+#[inline]
+fn collect_writable(
+    chain: &Chain,
+    guest: &mut GuestMemoryView,
+    buffers: &mut Vec<Span<Iova>>,
+) -> Result<u64, RequestFault> {
+    let Some((last, whole)) = chain.writable().split_last() else { return Ok(0) };
+    let mut bytes = collect(whole.iter().copied(), guest, buffers)?;
+    if let Some(cut) = last.slice(0, last.len() - 1) {
+        bytes += collect([cut].into_iter(), guest, buffers)?;
+    }
+    Ok(bytes)
+}
+
+/// All readable bytes but the header.
+#[inline]
+fn collect_readable(
+    chain: &Chain,
+    guest: &mut GuestMemoryView,
+    buffers: &mut Vec<Span<Iova>>,
+) -> Result<u64, RequestFault> {
+    let mut header = HEADER;
+    let data = chain.readable().iter().filter_map(|span| {
+        let skip = header.min(span.len());
+        header -= skip;
+        span.slice(skip, span.len() - skip)
+    });
+    collect(data, guest, buffers)
+}
+
+#[inline]
+fn collect(
+    spans: impl Iterator<Item = Span<Gpa>>,
+    guest: &mut GuestMemoryView,
+    buffers: &mut Vec<Span<Iova>>,
+) -> Result<u64, RequestFault> {
+    let mut bytes = 0;
+    for span in spans {
+        let found = guest.data(span).ok_or(RequestFault::Memory { start: span.start(), len: span.len() })?;
+        buffers.push(found);
+        bytes += span.len();
+    }
+    Ok(bytes)
+}

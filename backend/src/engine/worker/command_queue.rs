@@ -1,0 +1,116 @@
+//! Commands from the control thread to a worker: a list, a flag that a busy worker reads once per pass at almost no cost, and
+//! an eventfd that wakes a sleeping one. Each command carries the channel for its reply.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::addr::{Gpa, Span};
+use crate::driver::Queue;
+use crate::engine::error::EngineError;
+use crate::engine::setup::VringSetup;
+use crate::engine::vring::{drain, signal};
+use crate::memory::MemTable;
+
+/// What happens to requests in flight when the device has been reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::engine) enum InflightPolicy {
+    /// Submit them again, unless they were already, or a stop or memory removal waits for them.
+    Resubmit,
+    /// Complete them with an error.
+    Fail,
+}
+
+/// A command to a worker. Vrings are named by the worker's slot.
+pub(in crate::engine) enum WorkerCommand {
+    Start(usize, Box<VringSetup>, Sender<Result<(), EngineError>>),
+    /// The reply comes when the last request taken from the ring is in the used ring.
+    Stop(usize, Sender<Option<u32>>),
+    Enable(usize, bool, Sender<()>),
+    Call(usize, Option<OwnedFd>, Sender<()>),
+    Err(usize, Option<OwnedFd>, Sender<()>),
+    Kick(usize, Option<OwnedFd>, Sender<()>),
+    Publish(Arc<MemTable>, Sender<()>),
+    /// The reply comes when no request in flight touches the spans.
+    Withdraw(Arc<MemTable>, Arc<[Span<Gpa>]>, Sender<()>),
+    /// The reply comes when everything completed so far is durable; false if the device could not do that.
+    Flush(Sender<bool>),
+    /// Submit nothing from now on. The reply comes when the device has nothing in flight.
+    Rest(Sender<()>),
+    /// Submit again.
+    Go,
+    /// Drop the device queue; the device is about to be reset.
+    HandBack(Sender<()>),
+    /// The device has been reset: go on with this queue, or without a device.
+    Adopt(Option<Box<dyn Queue>>, InflightPolicy, Sender<()>),
+    /// End the thread. All rings have been stopped.
+    Quit,
+}
+
+#[derive(Default)]
+struct Inbox {
+    commands: Vec<WorkerCommand>,
+    closed: bool,
+}
+
+/// One worker's command queue.
+pub(in crate::engine) struct CommandQueue {
+    inbox: Mutex<Inbox>,
+    pending: AtomicBool,
+    event: OwnedFd,
+}
+
+impl CommandQueue {
+    pub(in crate::engine) fn new() -> io::Result<Self> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { inbox: Mutex::default(), pending: AtomicBool::new(false), event })
+    }
+
+    /// Queues the command that `command` makes of the reply channel. If the worker is gone, the receiver reports it.
+    pub(in crate::engine) fn post<T>(&self, command: impl FnOnce(Sender<T>) -> WorkerCommand) -> Receiver<T> {
+        let (sender, receiver) = channel();
+        self.leave(command(sender));
+        receiver
+    }
+
+    /// Queues a command that has no reply.
+    pub(in crate::engine) fn leave(&self, command: WorkerCommand) {
+        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        if inbox.closed {
+            return; // dropping the command closes its reply channel, which tells the waiting sender
+        }
+        inbox.commands.push(command);
+        self.pending.store(true, Ordering::Release);
+        signal(&self.event);
+    }
+
+    /// True if there are commands. The flag publishes nothing; [`Self::take`] takes the commands under the lock.
+    #[inline]
+    pub(in crate::engine) fn has_commands(&self) -> bool {
+        self.pending.load(Ordering::Relaxed)
+    }
+
+    /// Takes all commands, oldest first.
+    pub(in crate::engine) fn take(&self) -> Vec<WorkerCommand> {
+        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        drain(&self.event);
+        self.pending.store(false, Ordering::Relaxed);
+        std::mem::take(&mut inbox.commands)
+    }
+
+    /// Drops all commands, those to come included.
+    pub(in crate::engine) fn close(&self) {
+        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        inbox.closed = true;
+        inbox.commands.clear();
+    }
+
+    /// Readable while there are commands.
+    pub(in crate::engine) fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
