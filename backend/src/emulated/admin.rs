@@ -3,28 +3,11 @@
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::controller::Controller;
-use super::events::Events;
-use super::features::Features;
-use super::identify;
+use super::identify::{self, IDENTIFY_BYTES};
+use super::lock;
 use super::prp::Prps;
 use super::queue::{Cq, Sq};
 use super::wire::{Entry, Status, admin, high16, low16};
-use super::{Options, lock};
-
-/// Bytes of an Identify answer.
-pub(super) const IDENTIFY_BYTES: usize = 4096;
-
-/// What admin commands have left behind; forgotten at a reset.
-pub(super) struct Admin {
-    pub(super) features: Features,
-    pub(super) events: Events,
-}
-
-impl Admin {
-    pub(super) fn new(options: &Options) -> Self {
-        Self { features: Features::new(options), events: Events::default() }
-    }
-}
 
 /// What both Create commands say.
 struct NewQueue {

@@ -26,8 +26,8 @@ use vm_memory::MmapRegion;
 use crate::hardware::CacheFlush;
 use crate::sys::Window;
 
-use super::iommu::Access;
 use super::lock;
+use super::mapping::Access;
 
 const LINE: usize = 64;
 const PAGE: usize = 4096;

@@ -18,40 +18,14 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
-use super::admin::Admin;
+use super::admin_state::Admin;
 use super::fault::Faults;
 use super::iommu::SoftIommu;
 use super::medium::Store;
 use super::queue::{Cq, CqSlot, Sq, SqSlot};
-use super::registers::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN_DONE, CSTS_SHUTDOWN_MASK, RegisterFile};
+use super::register_file::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN_DONE, CSTS_SHUTDOWN_MASK, RegisterFile};
+use super::traffic::Traffic;
 use super::{EmulatedError, Mode, Options, lock};
-
-/// What the controller has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Traffic {
-    /// Admin commands completed.
-    pub admin: u64,
-    /// Read commands.
-    pub reads: u64,
-    /// Write commands.
-    pub writes: u64,
-    /// Flush commands.
-    pub flushes: u64,
-    /// I/O commands of other kinds.
-    pub others: u64,
-    /// I/O commands that ended in an error.
-    pub errors: u64,
-    /// Bytes of successful reads.
-    pub bytes_read: u64,
-    /// Bytes of successful writes.
-    pub bytes_written: u64,
-    /// Passes over a submission queue that found work: doorbells, less those that came together.
-    pub passes: u64,
-    /// Vectors signalled.
-    pub interrupts: u64,
-    /// Doorbell writes with an impossible value, or to a queue that does not exist.
-    pub bad_doorbells: u64,
-}
 
 pub(super) struct Controller {
     pub(super) options: Options,

@@ -6,8 +6,8 @@ use crate::addr::{Iova, Span};
 use crate::sys::Window;
 
 use super::cache::Cache;
-use super::iommu::{Access, DmaFault, FaultLog, Mapping};
 use super::lock;
+use super::mapping::{Access, DmaFault, FaultLog, Mapping};
 
 /// The function's access to memory while the mappings stand still.
 pub(super) struct Dma<'a> {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::options::{duration, size};
+use super::units::{duration, size};
 use super::wire::{Status, nvm};
 use super::{Commands, Effect, EmulatedError, Fault};
 
@@ -164,7 +164,7 @@ fn time(text: &str) -> Result<Duration, String> {
 }
 
 fn bytes(text: &str) -> Result<u64, String> {
-    size("size", text).map_err(|_| format!("size `{text}`: wanted a number of bytes, or of K, M, G or T"))
+    size(text).ok_or_else(|| format!("size `{text}`: wanted a number of bytes, or of K, M, G or T"))
 }
 
 /// TOML's own integers have 63 bits, a register 64.

@@ -1,7 +1,7 @@
 //! Get Features and Set Features (NVMe 2.0 §5.15, §5.27): a table of dwords, and the few that mean something here.
 
 use super::Options;
-use super::events::NAMESPACE_NOTICES;
+use super::event_state::NAMESPACE_NOTICES;
 use super::wire::{Entry, Status, high16, low16};
 
 const ARBITRATION: usize = 0x01;

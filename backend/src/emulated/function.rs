@@ -4,16 +4,18 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::hardware::{Function, Registers};
 
 use super::config::{BUS_MASTER, Config, MEMORY_SPACE};
-use super::controller::{Controller, Traffic};
+use super::controller::Controller;
 use super::fault::Fault;
 use super::iommu::SoftIommu;
-use super::registers::{Bar, Layout};
+use super::register_file::Layout;
+use super::registers::Bar;
+use super::traffic::Traffic;
+use super::worker::Worker;
 use super::{EmulatedError, Mode, Options, lock};
 
 /// An NVMe function in this process.
@@ -25,12 +27,6 @@ pub struct EmulatedFunction {
     worker: Option<Arc<Worker>>,
     /// Signalled to ask the owner to give the function back.
     removal: Mutex<Option<OwnedFd>>,
-}
-
-/// The controller's thread; dropping it stops the thread.
-pub(super) struct Worker {
-    stop: Arc<AtomicBool>,
-    handle: Option<JoinHandle<()>>,
 }
 
 impl EmulatedFunction {
@@ -219,36 +215,5 @@ impl EmulatedFunction {
         self.controller.unroute();
         *config = Config::new(self.layout.size, self.layout.table, self.vectors, self.controller.options.no_snoop);
         self.apply_command(&config);
-    }
-}
-
-impl Worker {
-    fn start(controller: &Arc<Controller>) -> Result<Self, EmulatedError> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (until, served) = (Arc::clone(&stop), Arc::clone(controller));
-        let body = move || {
-            while !until.load(SeqCst) {
-                match served.run_all() {
-                    None => std::thread::park(),
-                    Some(due) => std::thread::park_timeout(due.saturating_sub(served.now())),
-                }
-            }
-        };
-        let handle =
-            std::thread::Builder::new().name("emulated-nvme".to_owned()).spawn(body).map_err(EmulatedError::Thread)?;
-        controller.thread.set(handle.thread().clone()).expect("a controller has one thread");
-        Ok(Self { stop, handle: Some(handle) })
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        self.stop.store(true, SeqCst);
-        if let Some(handle) = self.handle.take() {
-            handle.thread().unpark();
-            if handle.join().is_err() {
-                log::error!("emulated function: its thread has panicked");
-            }
-        }
     }
 }

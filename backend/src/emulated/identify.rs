@@ -3,13 +3,15 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use super::FIRMWARE;
-use super::admin::IDENTIFY_BYTES;
 use super::config::VENDOR;
 use super::controller::Controller;
-use super::events::{ERRORS_KEPT, EVENT_LIMIT, NAMESPACE_NOTICES};
+use super::event_state::{ERRORS_KEPT, EVENT_LIMIT, NAMESPACE_NOTICES};
 use super::nvm::NAMESPACE;
-use super::registers::VERSION;
+use super::register_file::VERSION;
 use super::sgl;
+
+/// Bytes of an Identify answer.
+pub(super) const IDENTIFY_BYTES: usize = 4096;
 
 type Page = [u8; IDENTIFY_BYTES];
 

@@ -4,7 +4,6 @@
 //! A transfer holds the read side of one lock, so when an unmap returns no transfer to that range is running or will run,
 //! as after an IOTLB invalidation. Lock order in this room: submission queue, completion queue, IOMMU.
 
-use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -19,53 +18,10 @@ use crate::sys::Window;
 use super::cache::Cache;
 use super::dma::Dma;
 use super::lock;
+use super::mapping::{DmaFault, FaultLog, Mapping};
 
 /// Bytes of an IOMMU page; mappings of the driver's own memory are multiples of it.
 const PAGE: u64 = 4096;
-/// How many faults are kept; older ones are forgotten, though counted.
-const FAULTS_KEPT: usize = 1024;
-
-/// Direction of a DMA as the function sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// The function reads memory.
-    Read,
-    /// The function writes memory.
-    Write,
-}
-
-/// A DMA that met no mapping, or one that is read-only.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DmaFault {
-    /// The first address that is not mapped so.
-    pub iova: Iova,
-    /// What the function wanted there.
-    pub access: Access,
-}
-
-pub(super) struct Mapping {
-    pub(super) span: Span<Iova>,
-    pub(super) window: Window,
-    /// The function may write it.
-    pub(super) writable: bool,
-}
-
-#[derive(Default)]
-pub(super) struct FaultLog {
-    kept: VecDeque<DmaFault>,
-    total: u64,
-}
-
-impl FaultLog {
-    pub(super) fn add(&mut self, fault: DmaFault) {
-        self.total += 1;
-        if self.kept.len() == FAULTS_KEPT {
-            self.kept.pop_front();
-        }
-        self.kept.push_back(fault);
-    }
-}
-
 struct Inner {
     allowed: Vec<Span<Iova>>,
     /// Sorted by start, disjoint.

@@ -1,8 +1,9 @@
 //! Get Log Page (NVMe 2.0 §5.16). Offsets are those of the figures.
 
-use super::controller::{Controller, Traffic};
-use super::events::{CHANGED_LOG, ERROR_LOG, ERRORS_KEPT};
+use super::controller::Controller;
+use super::event_state::{CHANGED_LOG, ERROR_LOG, ERRORS_KEPT};
 use super::nvm::{BROADCAST, NAMESPACE};
+use super::traffic::Traffic;
 use super::wire::{Entry, Status};
 use super::{FIRMWARE, lock};
 

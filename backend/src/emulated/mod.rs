@@ -12,10 +12,12 @@
 //! its own table of offsets. It can be simple because it has one namespace and its commands never wait.
 
 mod admin;
+mod admin_state;
 mod cache;
 mod config;
 mod controller;
 mod dma;
+mod event_state;
 mod events;
 mod fault;
 mod fault_file;
@@ -25,18 +27,23 @@ mod function;
 mod identify;
 mod iommu;
 mod logs;
+mod mapping;
 mod medium;
 mod nvm;
 mod options;
 mod prp;
 mod queue;
+mod register_file;
 mod registers;
 mod run;
 mod sgl;
 #[cfg(test)]
 mod tests;
+mod traffic;
+mod units;
 mod whole;
 mod wire;
+mod worker;
 
 use std::io;
 use std::path::PathBuf;
@@ -52,13 +59,14 @@ use cache::Cache;
 use flushed::FlushedSpace;
 
 pub use cache::Disagreements;
-pub use controller::Traffic;
 pub use fault::{Commands, Effect, Fault};
 pub use flushed::{PARTING, SpaceFaults};
 pub use function::EmulatedFunction;
-pub use iommu::{Access, DmaFault, SoftIommu};
+pub use iommu::SoftIommu;
+pub use mapping::{Access, DmaFault};
 pub use medium::Medium;
 pub use options::{Mode, Options};
+pub use traffic::Traffic;
 pub use wire::Status;
 
 /// Firmware revision, at most 8 characters.

@@ -5,12 +5,13 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use crate::addr::{Iova, Span};
 
-use super::controller::{Controller, Traffic};
+use super::controller::Controller;
 use super::dma::Dma;
-use super::iommu::Access;
+use super::mapping::Access;
 use super::prp::Prps;
 use super::queue::{Hints, Sq};
 use super::sgl::Sgl;
+use super::traffic::Traffic;
 use super::wire::{Entry, Status, nvm};
 
 /// The only namespace.

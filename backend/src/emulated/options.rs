@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::addr::{Iova, Span};
 
-use super::{EmulatedError, Fault, Medium, fault_file};
+use super::{EmulatedError, Fault, Medium, fault_file, units};
 
 /// When commands run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,15 +196,8 @@ fn mode(text: &str) -> Result<Mode, EmulatedError> {
     }
 }
 
-/// A whole number and a unit: the first of `units` that `text` ends with.
-fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
-    let (digits, scale) = units.iter().find_map(|(unit, scale)| Some((text.strip_suffix(unit)?, *scale)))?;
-    digits.parse::<u64>().ok()?.checked_mul(scale)
-}
-
-pub(super) fn size(option: &'static str, text: &str) -> Result<u64, EmulatedError> {
-    let units = [("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30), ("T", 1 << 40), ("", 1)];
-    scaled(text, &units).ok_or_else(|| value_error(option, "bytes, with K, M, G or T if you like", text))
+fn size(option: &'static str, text: &str) -> Result<u64, EmulatedError> {
+    units::size(text).ok_or_else(|| value_error(option, "bytes, with K, M, G or T if you like", text))
 }
 
 /// Zero stands for a size that is not named, which is another thing than one named so.
@@ -216,13 +209,7 @@ fn disk_size(text: &str) -> Result<u64, EmulatedError> {
 }
 
 fn time(option: &'static str, text: &str) -> Result<Duration, EmulatedError> {
-    duration(text).ok_or_else(|| value_error(option, "a number of ns, us, ms or s", text))
-}
-
-/// A time with its unit.
-pub(super) fn duration(text: &str) -> Option<Duration> {
-    let units = [("ns", 1), ("us", 1_000), ("ms", 1_000_000), ("s", 1_000_000_000)];
-    scaled(text, &units).map(Duration::from_nanos)
+    units::duration(text).ok_or_else(|| value_error(option, "a number of ns, us, ms or s", text))
 }
 
 #[cfg(test)]

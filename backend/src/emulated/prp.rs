@@ -8,7 +8,7 @@
 use crate::addr::{Iova, Span};
 
 use super::dma::Dma;
-use super::iommu::DmaFault;
+use super::mapping::DmaFault;
 use super::wire::{Entry, Status};
 
 impl From<DmaFault> for Status {

@@ -15,10 +15,10 @@ use std::time::Duration;
 use crate::addr::{Address, Iova, Span};
 use crate::sys::{Rows, Window};
 
-use super::controller::Traffic;
 use super::dma::Dma;
 use super::fault::Effect;
-use super::iommu::{Access, DmaFault};
+use super::mapping::{Access, DmaFault};
+use super::traffic::Traffic;
 use super::wire::{CQE_BYTES, Entry, SQE_BYTES, Status, low16};
 
 /// Which mapping each of a queue's streams used last.

@@ -17,68 +17,13 @@ use std::sync::atomic::Ordering::SeqCst;
 use crate::hardware::Registers;
 
 use super::controller::Controller;
-use super::events::BadDoorbell;
-use super::function::Worker;
+use super::event_state::BadDoorbell;
 use super::lock;
+use super::register_file::{CC_ENABLE, CSTS_FATAL, MPSMAX, RegisterFile, TIMEOUT, VERSION};
 use super::wire::halves;
-
-/// CAP.TO: how long a host waits for CSTS.RDY, units of 500 ms.
-const TIMEOUT: u64 = 2;
-/// CAP.MPSMAX: largest page is `4096 << MPSMAX` bytes.
-const MPSMAX: u32 = 4;
-/// Version 1.4: the newest whose mandatory features are all here (2.0 adds log pages and CRTO).
-pub(super) const VERSION: u32 = 0x0001_0400;
-
-const CC_ENABLE: u32 = 1;
-/// CSTS.RDY.
-pub(super) const CSTS_READY: u32 = 1;
-/// CSTS.CFS.
-pub(super) const CSTS_FATAL: u32 = 1 << 1;
-/// CSTS.SHST.
-pub(super) const CSTS_SHUTDOWN_MASK: u32 = 0b11 << 2;
-/// CSTS.SHST: shutdown processing complete.
-pub(super) const CSTS_SHUTDOWN_DONE: u32 = 0b10 << 2;
+use super::worker::Worker;
 
 const DOORBELLS: usize = 0x1000;
-
-/// The registers a host can write, and what the controller has made of them.
-#[derive(Default)]
-pub(super) struct RegisterFile {
-    cc: u32,
-    aqa: u32,
-    asq: u64,
-    acq: u64,
-    enabled: bool,
-    shutting_down: bool,
-}
-
-impl RegisterFile {
-    /// CC.MPS in bytes, if CAP allows it.
-    pub(super) fn page(&self) -> Option<u32> {
-        let mps = self.cc >> 7 & 0b1111;
-        (mps <= MPSMAX).then(|| 4096 << mps)
-    }
-
-    /// CC.CSS: the NVM command set; and CC.AMS: round robin.
-    pub(super) fn command_set_is_nvm(&self) -> bool {
-        self.cc >> 4 & 0b111 == 0 && self.cc >> 11 & 0b111 == 0
-    }
-
-    /// CC.IOSQES and CC.IOCQES are 64 and 16 bytes.
-    pub(super) fn entry_sizes_are_set(&self) -> bool {
-        self.cc >> 16 & 0b1111 == 6 && self.cc >> 20 & 0b1111 == 4
-    }
-
-    /// Base and number of entries of the admin submission queue.
-    pub(super) fn admin_sq(&self) -> (u64, u32) {
-        (self.asq, (self.aqa & 0xfff) + 1)
-    }
-
-    /// Base and number of entries of the admin completion queue.
-    pub(super) fn admin_cq(&self) -> (u64, u32) {
-        (self.acq, (self.aqa >> 16 & 0xfff) + 1)
-    }
-}
 
 impl Controller {
     fn capabilities(&self) -> u64 {
@@ -192,24 +137,6 @@ impl Controller {
                 this.run(id);
             });
         }
-    }
-}
-
-/// Layout of BAR 0.
-#[derive(Clone, Copy)]
-pub(super) struct Layout {
-    /// Size, a power of two.
-    pub(super) size: u32,
-    /// Where the MSI-X table starts.
-    pub(super) table: u32,
-}
-
-impl Layout {
-    pub(super) fn new(queues: u16, vectors: u16, stride: u8) -> Self {
-        let doorbells = (u32::from(queues) + 1) * 2 * (4 << stride);
-        let table = (0x1000 + doorbells).next_multiple_of(0x1000);
-        let end = table + u32::from(vectors) * 16 + 0x1000;
-        Self { size: end.next_power_of_two(), table }
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::atomic::{Ordering::SeqCst, fence};
 use std::time::Duration;
 
 use super::controller::Controller;
-use super::events::BadDoorbell;
+use super::event_state::BadDoorbell;
 use super::fault::Effect;
 use super::lock;
 use super::queue::{Completion, Cq, CqSlot, QueueMemory, Sq, SqSlot};

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::virtqueue::Layout;
+use super::virtqueue::layout::Layout;
 use crate::addr::{Gpa, Span};
 use crate::hardware::MapError;
 

@@ -21,6 +21,7 @@
 mod data_path;
 mod error;
 pub mod guest_memory;
+mod inflight_policy;
 mod live_geometry;
 mod recovery;
 pub mod request;

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use super::recovery::WatchdogOptions;
-use super::virtqueue::Layout;
+use super::virtqueue::layout::Layout;
 use crate::addr::{Gpa, Span};
 
 /// What a started ring is made of (virtio 1.2 §2.7, §2.8). All three areas have been found in the memory table.

@@ -4,7 +4,8 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Instant;
 
-use super::worker::{InflightPolicy, WorkerCommand};
+use super::inflight_policy::InflightPolicy;
+use super::worker::WorkerCommand;
 use super::{Engine, EngineError};
 
 impl Engine {

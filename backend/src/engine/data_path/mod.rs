@@ -21,12 +21,12 @@ pub(super) use cache_maintenance::CacheMaintenance;
 pub(super) use layout::{VringSlot, WorkerLayout};
 
 use super::guest_memory::GuestMemoryView;
+use super::inflight_policy::InflightPolicy;
 use super::request::pending_used::PendingUsed;
 use super::request::{Disk, Operation, RequestFault, Status};
 use super::statistics::Counters;
 use super::virtqueue::chain::{Chain, ChainFault};
 use super::vring::{State, Vring};
-use super::worker::InflightPolicy;
 use crate::driver::{Command, Completion, Outcome, Queue};
 use crate::log_limit::LogLimit;
 use crate::sys::Lost;

@@ -6,65 +6,9 @@
 //! then nobody knows which byte is the status. A bad *buffer* (wrong order, an address that wraps) leaves the rest of the
 //! chain readable, so the request can still be answered.
 
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
-
+use super::descriptor::{DESCRIPTOR, Descriptor, INDIRECT, NEXT, PackedDescriptor, WRITE};
 use crate::addr::{Gpa, Span};
 use crate::engine::guest_memory::GuestMemoryView;
-
-// The flags are the same in both layouts.
-/// VIRTQ_DESC_F_NEXT, virtio 1.2 §2.7.5.
-pub(in crate::engine) const NEXT: u16 = 1;
-/// VIRTQ_DESC_F_WRITE, virtio 1.2 §2.7.5.
-pub(in crate::engine) const WRITE: u16 = 2;
-/// VIRTQ_DESC_F_INDIRECT, virtio 1.2 §2.7.5.
-pub(in crate::engine) const INDIRECT: u16 = 4;
-/// Bytes of one descriptor.
-const DESCRIPTOR: u32 = 16;
-
-/// One entry of a descriptor table, virtio 1.2 §2.7.5.
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub struct Descriptor {
-    addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
-/// One entry of a packed ring or of its indirect tables, virtio 1.2 §2.8.13.
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub struct PackedDescriptor {
-    addr: u64,
-    len: u32,
-    id: u16,
-    flags: u16,
-}
-
-impl Descriptor {
-    /// From the two words it is read as.
-    #[inline]
-    #[must_use]
-    pub fn from_words(words: [u64; 2]) -> Self {
-        zerocopy::transmute!(words)
-    }
-}
-
-impl PackedDescriptor {
-    /// From the two words it is read as.
-    #[inline]
-    #[must_use]
-    pub fn from_words(words: [u64; 2]) -> Self {
-        zerocopy::transmute!(words)
-    }
-
-    /// The same with flags that were read before.
-    #[inline]
-    #[must_use]
-    pub fn with_flags(self, flags: u16) -> Self {
-        Self { flags, ..self }
-    }
-}
 
 /// What a chain is given back by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -7,7 +7,8 @@
 //! [`Chain`]: super::chain::Chain
 //! [`parse`]: crate::engine::request::parse
 
-use super::chain::{Head, INDIRECT, NEXT, WRITE};
+use super::chain::Head;
+use super::descriptor::{INDIRECT, NEXT, WRITE};
 use crate::addr::{Gpa, Span};
 
 /// Bytes of a request's header (virtio 1.2 §5.2.6).

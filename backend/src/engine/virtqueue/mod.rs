@@ -7,8 +7,9 @@
 
 mod areas;
 pub mod chain;
+mod descriptor;
 mod fast_path;
-mod layout;
+pub(super) mod layout;
 pub mod packed;
 pub mod split;
 

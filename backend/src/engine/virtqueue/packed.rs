@@ -13,7 +13,8 @@
 use std::sync::atomic::{Ordering, fence};
 
 use super::areas::windows;
-use super::chain::{Chain, Head, PackedDescriptor, Walk};
+use super::chain::{Chain, Head, Walk};
+use super::descriptor::PackedDescriptor;
 use super::fast_path::{FastDescriptor, FastRequest};
 use super::layout::{Broken, MAX_SIZE};
 use crate::engine::error::EngineError;

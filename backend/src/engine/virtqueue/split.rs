@@ -9,7 +9,8 @@
 use std::sync::atomic::{Ordering, fence};
 
 use super::areas::windows;
-use super::chain::{Chain, Descriptor, Head, Walk};
+use super::chain::{Chain, Head, Walk};
+use super::descriptor::Descriptor;
 use super::fast_path::{FastDescriptor, FastRequest};
 use super::layout::{Broken, MAX_SIZE};
 use crate::engine::error::EngineError;

@@ -12,18 +12,10 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::addr::{Gpa, Span};
 use crate::driver::Queue;
 use crate::engine::error::EngineError;
+use crate::engine::inflight_policy::InflightPolicy;
 use crate::engine::setup::VringSetup;
 use crate::engine::vring::{drain, signal};
 use crate::memory::MemTable;
-
-/// What happens to requests in flight when the device has been reset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::engine) enum InflightPolicy {
-    /// Submit them again, unless they were already, or a stop or memory removal waits for them.
-    Resubmit,
-    /// Complete them with an error.
-    Fail,
-}
 
 /// A command to a worker. Vrings are named by the worker's slot.
 pub(in crate::engine) enum WorkerCommand {

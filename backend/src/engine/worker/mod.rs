@@ -18,10 +18,11 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-pub(super) use command_queue::{CommandQueue, InflightPolicy, WorkerCommand};
+pub(super) use command_queue::{CommandQueue, WorkerCommand};
 
 use super::data_path::DataPath;
 use super::error::EngineError;
+use super::inflight_policy::InflightPolicy;
 use super::recovery::CommandClock;
 use super::setup::VringSetup;
 use super::vring::{State, Vring, drain};
