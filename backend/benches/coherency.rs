@@ -16,10 +16,10 @@ use vhost_device_vfio::addr::{Iova, Span};
 use vhost_device_vfio::driver::{Command, Queue};
 use vhost_device_vfio::hardware::CacheFlush;
 use vhost_device_vfio::iommu::flush;
-use vhost_device_vfio::sys::{CacheLines, Instruction, Window};
+use vhost_device_vfio::sys::{CacheLines, Instruction, SharedMemory};
 use vm_memory::MmapRegion;
 
-use queue::window;
+use queue::shared;
 
 /// A thread's lines that are to be in its cache when they are flushed, bytes.
 const CACHED: usize = 1 << 20;
@@ -30,20 +30,20 @@ const REQUESTS: u32 = 20_000;
 
 /// Memory as the product sees it, and where it begins.
 struct Memory {
-    window: Window,
+    shared: SharedMemory,
     at: u64,
 }
 
 fn memory(bytes: usize) -> Memory {
     let region = Arc::new(MmapRegion::new(bytes).unwrap());
     let at = region.as_ptr() as u64;
-    Memory { window: Window::of(region), at }
+    Memory { shared: SharedMemory::of(region), at }
 }
 
 /// The yardstick: nothing but the instruction, and a fence on each side.
 #[cfg(target_arch = "x86_64")]
 fn bare(memory: &Memory, part: Range<usize>, lines: &CacheLines) {
-    assert!(part.end <= memory.window.len());
+    assert!(part.end <= memory.shared.len());
     let (mut at, end) = (memory.at + part.start as u64, memory.at + part.end as u64);
     // SAFETY: every line lies in `memory`, as asserted, which is mapped as long as its window lives; the instructions change no architectural state.
     unsafe {
@@ -65,7 +65,7 @@ fn bare(memory: &Memory, part: Range<usize>, lines: &CacheLines) {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn bare(memory: &Memory, part: Range<usize>, lines: &CacheLines) {
-    lines.flush(&memory.window, part.start, part.len());
+    lines.flush(&memory.shared, part.start, part.len());
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -75,13 +75,13 @@ enum Lines {
     Uncached,
 }
 
-fn prepare(state: Lines, window: &Window) {
-    for at in (0..window.len()).step_by(64) {
+fn prepare(state: Lines, shared: &SharedMemory) {
+    for at in (0..shared.len()).step_by(64) {
         match state {
             Lines::Clean => {
-                black_box(window.read_u64(at));
+                black_box(shared.read_u64(at));
             }
-            Lines::Dirty => window.write_u64(at, at as u64),
+            Lines::Dirty => shared.write_u64(at, at as u64),
             Lines::Uncached => {}
         }
     }
@@ -97,7 +97,7 @@ type Work<'a> = &'a (dyn Fn(&Memory) + Sync);
 /// Runs each work on all places at once; bytes by the longest time that a place took, in the median of the rounds, in GB/s.
 fn both(state: Lines, places: &[Memory], ours: Work<'_>, bare: Work<'_>) -> [f64; 2] {
     let timed = |memory: &Memory, work: Work<'_>| {
-        prepare(state, &memory.window);
+        prepare(state, &memory.shared);
         let start = Instant::now();
         work(memory);
         start.elapsed()
@@ -109,7 +109,7 @@ fn both(state: Lines, places: &[Memory], ours: Work<'_>, bare: Work<'_>) -> [f64
             threads.into_iter().map(|thread| thread.join().unwrap()).max().unwrap()
         })
     };
-    let (mut times, bytes) = ([Vec::new(), Vec::new()], places.iter().map(|memory| memory.window.len()).sum::<usize>());
+    let (mut times, bytes) = ([Vec::new(), Vec::new()], places.iter().map(|memory| memory.shared.len()).sum::<usize>());
     for _ in 0..ROUNDS {
         // In turn, so that both meet the same neighbours.
         times[0].push(round(ours));
@@ -124,7 +124,7 @@ fn row(state: Lines, threads: usize, [ours, bare]: [f64; 2]) {
 
 /// Nanoseconds of a request of 4 KiB through a queue whose controller answers at once, its data written or read by a CPU.
 fn request(lines: Option<CacheLines>, write: bool) -> f64 {
-    let data = window(4096);
+    let data = shared(4096);
     let caches = lines.map(|lines| Arc::new(lines) as Arc<dyn CacheFlush>);
     let (mut queue, mut controller) = queue::pair(caches.clone());
     let flush = |_: ()| caches.iter().for_each(|caches| caches.flush(&data, 0, 4096));
@@ -165,18 +165,18 @@ fn main() {
         lines.line()
     );
     println!("| lines | threads | flush | bare loop | ratio |\n|---|---|---|---|---|");
-    let whole = |memory: &Memory| bare(memory, 0..memory.window.len(), &lines);
+    let whole = |memory: &Memory| bare(memory, 0..memory.shared.len(), &lines);
     for threads in [1, 2] {
         let places: Vec<_> = (0..threads).map(|_| memory(CACHED)).collect();
         for state in [Lines::Clean, Lines::Dirty] {
-            places.iter().for_each(|memory| prepare(Lines::Dirty, &memory.window));
-            let ours = |memory: &Memory| lines.flush(&memory.window, 0, CACHED);
+            places.iter().for_each(|memory| prepare(Lines::Dirty, &memory.shared));
+            let ours = |memory: &Memory| lines.flush(&memory.shared, 0, CACHED);
             row(state, threads, both(state, &places, &ours, &whole));
         }
     }
     let large = [memory(LARGE)];
-    prepare(Lines::Dirty, &large[0].window);
-    let alone = |memory: &Memory| lines.flush(&memory.window, 0, LARGE);
+    prepare(Lines::Dirty, &large[0].shared);
+    let alone = |memory: &Memory| lines.flush(&memory.shared, 0, LARGE);
     row(Lines::Uncached, 1, both(Lines::Uncached, &large, &alone, &whole));
     let halves = |memory: &Memory| {
         std::thread::scope(|scope| {
@@ -184,7 +184,7 @@ fn main() {
             bare(memory, 0..LARGE / 2, &lines);
         });
     };
-    let shared = |memory: &Memory| flush(&lines, &memory.window, 0, LARGE);
+    let shared = |memory: &Memory| flush(&lines, &memory.shared, 0, LARGE);
     row(Lines::Uncached, 2, both(Lines::Uncached, &large, &shared, &halves));
 
     println!(

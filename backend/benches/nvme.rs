@@ -27,7 +27,7 @@ fn prps(c: &mut Criterion) {
     for (name, buffers) in
         [("4 KiB", vec![span(0x1000, 0x1000)]), ("128 KiB", vec![span(0x1000, 0x2_0000)]), ("32 pages", scattered)]
     {
-        let list = queue::window(4096);
+        let list = queue::shared(4096);
         group.bench_with_input(BenchmarkId::from_parameter(name), &buffers, |b, buffers| {
             b.iter(|| {
                 let extent = prp::extent(black_box(buffers), 0, LIMITS, 4096);
@@ -41,7 +41,7 @@ fn prps(c: &mut Criterion) {
 fn commands(c: &mut Criterion) {
     let mut group = c.benchmark_group("queue: 32 commands of 4 KiB");
     group.throughput(Throughput::Elements(BATCH.into()));
-    let mut device = Controller::new(queue::window(memory_needed(MAX_DEPTH)));
+    let mut device = Controller::new(queue::shared(memory_needed(MAX_DEPTH)));
 
     group.bench_function("least: 64 bytes out, completed, 16 bytes in", |b| {
         b.iter(|| {

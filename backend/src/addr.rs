@@ -7,7 +7,7 @@
 //! | [`Qva`]  | the front-end's virtual address space | ring addresses in vhost-user messages |
 //! | [`Iova`] | the device's DMA address space (the IOAS) | PRP entries, queue base registers |
 //!
-//! Host virtual addresses of this process never appear as numbers: memory is reached through [`crate::sys::Window`].
+//! Host virtual addresses of this process never appear as numbers: memory is reached through [`crate::sys::SharedMemory`].
 
 use std::fmt;
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::addr::{Iova, Span};
 use crate::memory::Region;
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 /// A block of memory-mapped device registers, addressed in bytes from its start.
 ///
@@ -59,7 +59,7 @@ pub trait Function: Send + Sync {
     fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()>;
     /// Whether somebody waits for `vector`: while this says no, the function may leave its event alone. Whoever says yes
     /// looks once more before the wait. `None` where the function interrupts in any case, as hardware does.
-    fn awaited(&self, _vector: u16) -> Option<Arc<AtomicBool>> {
+    fn interrupt_wanted(&self, _vector: u16) -> Option<Arc<AtomicBool>> {
         None
     }
     /// Lets the function start DMA and interrupts by itself (PCI command register, Bus Master Enable), or stops it.
@@ -94,12 +94,12 @@ pub trait AddressSpace: Send + Sync {
     /// # Errors
     /// See [`MapError`]; the region then counts as still mapped.
     fn remove(&self, region: &Region) -> Result<(), MapError>;
-    /// As [`Self::remove`], for [`MapError::DeviceMustRest`]: the caller has made sure that the device has nothing in flight
+    /// As [`Self::remove`], for [`MapError::DeviceMustBeIdle`]: the caller has made sure that the device has nothing in flight
     /// at all, and gives it nothing to do meanwhile.
     ///
     /// # Errors
     /// See [`MapError`]; what is left of the region then counts as still mapped.
-    fn remove_at_rest(&self, region: &Region) -> Result<(), MapError> {
+    fn remove_while_idle(&self, region: &Region) -> Result<(), MapError> {
         self.remove(region)
     }
     /// What has been done here so far.
@@ -108,9 +108,9 @@ pub trait AddressSpace: Send + Sync {
     }
     /// The device, which does no DMA any more, is about to be given back to the host. What is mapped stays so for the day it
     /// returns, but nothing stays pinned.
-    fn part(&self) {}
-    /// True from [`Self::part`] until the device is back.
-    fn is_parted(&self) -> bool {
+    fn release(&self) {}
+    /// True from [`Self::release`] until the device is back.
+    fn is_released(&self) -> bool {
         false
     }
     /// What makes CPU caches and DRAM agree around each DMA to what is mapped here; `None` where DMA is coherent.
@@ -131,9 +131,9 @@ pub trait AddressSpace: Send + Sync {
 
 /// Makes CPU caches and DRAM agree about a piece of memory, for a device whose DMA goes behind the caches.
 pub trait CacheFlush: Send + Sync {
-    /// Writes back and invalidates every cache line that holds one of `len` bytes of `window` from `offset`: the device then
+    /// Writes back and invalidates every cache line that holds one of `len` bytes of `shared` from `offset`: the device then
     /// reads what the CPUs wrote, and the CPUs read what the device wrote.
-    fn flush(&self, window: &Window, offset: usize, len: usize);
+    fn flush(&self, shared: &SharedMemory, offset: usize, len: usize);
 }
 
 /// What an address space has done so far, and holds now.
@@ -202,7 +202,7 @@ pub enum MapError {
     },
     /// There is no memory to keep the pages pinned while they are flushed, but there is a way that needs none.
     #[error("unmap {span}: no memory to keep it pinned while it is flushed; possible only while the device rests")]
-    DeviceMustRest {
+    DeviceMustBeIdle {
         /// What was to be unmapped.
         span: Span<Iova>,
     },
@@ -232,7 +232,7 @@ pub enum MapError {
 /// Memory that both this process and the device see. Dropping it unmaps it, so the driver drops it only after the device
 /// has been told to forget it (queue deleted, controller disabled).
 pub struct DmaBuffer {
-    window: Window,
+    shared: SharedMemory,
     span: Span<Iova>,
     _mapping: Box<dyn Send + Sync>,
 }
@@ -240,15 +240,15 @@ pub struct DmaBuffer {
 impl DmaBuffer {
     /// Joins the two views of one piece of memory; `mapping` is dropped last and takes the device's view away.
     #[must_use]
-    pub fn new(window: Window, span: Span<Iova>, mapping: Box<dyn Send + Sync>) -> Self {
-        assert_eq!(window.len() as u64, span.len(), "both views have one length");
-        Self { window, span, _mapping: mapping }
+    pub fn new(shared: SharedMemory, span: Span<Iova>, mapping: Box<dyn Send + Sync>) -> Self {
+        assert_eq!(shared.len() as u64, span.len(), "both views have one length");
+        Self { shared, span, _mapping: mapping }
     }
 
     /// This process's view.
     #[must_use]
-    pub fn window(&self) -> &Window {
-        &self.window
+    pub fn memory(&self) -> &SharedMemory {
+        &self.shared
     }
 
     /// The device's view.

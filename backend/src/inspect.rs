@@ -7,10 +7,10 @@ use std::path::Path;
 
 use kvm_vfio_shim::Client;
 
+use crate::acquire::{AcquiredFunction, Evidence};
 use crate::coherency::{CacheOps, Facts, NoSnoop, Personality, Policy, Verdict, decide};
 use crate::kvm;
 use crate::sys::CacheLines;
-use crate::take::{Evidence, Taken};
 use crate::vfio::PciAddress;
 
 /// One fact, in words, and where it comes from.
@@ -47,8 +47,8 @@ impl Report {
     pub fn new(address: PciAddress, policy: Policy, kvm_socket: Option<&Path>) -> Self {
         let mut report = Self { address, facts: outside(address), verdicts: Vec::new(), advice: Vec::new() };
         let shim = kvm_socket.is_some_and(|socket| report.ask_shim(socket));
-        match Taken::take(address) {
-            Ok(taken) => report.add_evidence(taken.evidence(), policy, shim),
+        match AcquiredFunction::acquire(address) {
+            Ok(acquired) => report.add_evidence(acquired.evidence(), policy, shim),
             Err(error) => {
                 report.advice.push(format!("the kernel's own answer needs the function: {error}"));
             }
@@ -178,9 +178,11 @@ fn line(address: PciAddress) -> Option<String> {
 }
 
 fn verdict_word(address: PciAddress) -> String {
-    match Taken::take(address) {
+    match AcquiredFunction::acquire(address) {
         Err(error) => format!("? ({error})"),
-        Ok(taken) => decide(&taken.evidence().facts(Personality::Mediated, Policy::default(), false)).word().to_owned(),
+        Ok(acquired) => {
+            decide(&acquired.evidence().facts(Personality::Mediated, Policy::default(), false)).word().to_owned()
+        }
     }
 }
 

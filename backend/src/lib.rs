@@ -13,6 +13,7 @@
 #[cfg(not(all(target_os = "linux", target_endian = "little", target_pointer_width = "64")))]
 compile_error!("vhost-device-vfio needs 64-bit little-endian Linux");
 
+pub mod acquire;
 pub mod addr;
 pub mod coherency;
 pub mod config;
@@ -23,11 +24,11 @@ pub mod hardware;
 pub mod inspect;
 pub mod iommu;
 pub mod kvm;
-mod log_limit;
 pub mod memory;
 pub mod passthrough;
+mod rate_limited_log;
+pub mod socket;
 pub mod sys;
-pub mod take;
 pub mod vfio;
 pub mod vfio_user;
 pub mod vhost_user;

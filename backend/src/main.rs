@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
 
+use vhost_device_vfio::acquire::AcquiredFunction;
 use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
 use vhost_device_vfio::config::{Config, DeviceArg, Question};
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions, Source};
@@ -21,12 +22,12 @@ use vhost_device_vfio::inspect::{Report, list};
 use vhost_device_vfio::iommu::LiveSpace;
 use vhost_device_vfio::kvm::{Shim, Vmm};
 use vhost_device_vfio::passthrough::Passthrough;
+use vhost_device_vfio::socket::{Endpoint, Listen};
 use vhost_device_vfio::sys::signal_fd;
-use vhost_device_vfio::take::Taken;
 use vhost_device_vfio::vfio::PciAddress;
 use vhost_device_vfio::vfio::no_snoop;
 use vhost_device_vfio::vfio_user::{self, Ended};
-use vhost_device_vfio::vhost_user::{Device, Entrance, Listen, Server, capabilities};
+use vhost_device_vfio::vhost_user::{Device, Server, capabilities};
 use vhost_device_vfio::whole_function::WholeFunction;
 
 /// How long commands in flight may take when a ring stops or memory goes away, before the device is reset.
@@ -86,15 +87,15 @@ fn run(config: &Config) -> Result<()> {
         DeviceArg::Emulated(options) => Some(options.parse()?),
     };
     // Before a real device is touched, or a file made: a mistake in the path should not cost a controller reset.
-    let entrance = listen.open()?;
+    let endpoint = listen.open()?;
     let machine = options.map(Machine::new).transpose()?;
-    log::info!("{entrance}");
+    log::info!("{endpoint}");
     if config.vfio_user {
-        return pass_through(config, device, machine, entrance, &stop);
+        return pass_through(config, device, machine, endpoint, &stop);
     }
     let Hardware { function, source, space, facts, file } = match (device, machine) {
         (_, Some(machine)) => emulate(&machine, config.no_snoop.into())?,
-        (DeviceArg::Pci(address), None) => take(*address, config.no_snoop.into())?,
+        (DeviceArg::Pci(address), None) => acquire(*address, config.no_snoop.into())?,
         (DeviceArg::Emulated(_), None) => unreachable!("made above"),
     };
     let name = function.name().to_owned();
@@ -114,14 +115,14 @@ fn run(config: &Config) -> Result<()> {
     let vmm = config
         .kvm_socket
         .clone()
-        .map_or_else(Vmm::unreachable, |socket| Vmm::with(Shim { socket, device: name.clone(), facts, file }));
-    let mut server = Server::new(entrance, Device { engine, space, queues, vmm })?;
+        .map_or_else(Vmm::without_shim, |socket| Vmm::with_shim(Shim { socket, device: name.clone(), facts, file }));
+    let mut server = Server::new(endpoint, Device { engine, space, queues, vmm })?;
     server.tell_changes();
     log::info!("serving {name} on {queues} virtqueues; {kib} KiB mapped");
     let served = server.run(stop);
     let Device { engine, space, vmm, .. } = server.into_device();
     let verdict = decide(&facts).word();
-    log::info!("statistics: {} {} verdict={verdict} {}", engine.statistics(), space.statistics(), vmm.tally());
+    log::info!("statistics: {} {} verdict={verdict} {}", engine.statistics(), space.statistics(), vmm.registrations());
     engine.shut_down();
     Ok(served?)
 }
@@ -131,7 +132,7 @@ fn pass_through(
     config: &Config,
     device: &DeviceArg,
     machine: Option<Machine>,
-    entrance: Entrance,
+    endpoint: Endpoint,
     stop: &OwnedFd,
 ) -> Result<()> {
     if config.read_only {
@@ -149,16 +150,16 @@ fn pass_through(
             announce(&"emulated", &"software IOMMU", &facts);
             let space = match decide(&facts) {
                 Verdict::Coherent(_) => machine.space(),
-                Verdict::Flush(_) => machine.flushed_space(),
+                Verdict::Flush(_) => machine.staged_space(),
                 Verdict::Refuse(refusal) => bail!("emulated: {refusal}"),
             };
             (machine.whole_function(), space, facts, None)
         }
         (DeviceArg::Pci(address), None) => {
-            let taken = Taken::take(*address)?;
-            let facts = taken.evidence().facts(Personality::WholeFunction, policy, shim);
-            announce(address, &taken.evidence().snoop, &facts);
-            let (function, space) = taken.settle(&facts)?;
+            let acquired = AcquiredFunction::acquire(*address)?;
+            let facts = acquired.evidence().facts(Personality::WholeFunction, policy, shim);
+            announce(address, &acquired.evidence().snoop, &facts);
+            let (function, space) = acquired.into_address_space(&facts)?;
             (Arc::new(function), Arc::new(space), facts, address.cdev())
         }
         (DeviceArg::Emulated(_), None) => unreachable!("made by the caller"),
@@ -168,12 +169,12 @@ fn pass_through(
     let vmm = config
         .kvm_socket
         .clone()
-        .map_or_else(Vmm::unreachable, |socket| Vmm::with(Shim { socket, device: name.clone(), facts, file }));
-    let server = vfio_user::Server::new(entrance, passthrough, vmm);
+        .map_or_else(Vmm::without_shim, |socket| Vmm::with_shim(Shim { socket, device: name.clone(), facts, file }));
+    let server = vfio_user::Server::new(endpoint, passthrough, vmm);
     log::info!("serving {name}, the whole function, over vfio-user");
     let ended = server.run(stop);
     let (space, verdict) = (server.device().space().statistics(), decide(&facts).word());
-    log::info!("statistics: {space} verdict={verdict} {}", server.vmm().tally());
+    log::info!("statistics: {space} verdict={verdict} {}", server.vmm().registrations());
     match ended? {
         Ended::HostWantsFunction => log::warn!("{name}: given back to the host; start this program again to serve it"),
         Ended::Stopped | Ended::FrontEndLeft => {}
@@ -192,27 +193,27 @@ fn listen(config: &Config) -> Result<Listen> {
 }
 
 /// Takes the function, says what is known about the caches and what follows, and obeys.
-fn take(address: PciAddress, policy: Policy) -> Result<Hardware> {
-    let taken = Taken::take(address)?;
-    let facts = taken.evidence().facts(Personality::Mediated, policy, false);
-    announce(&address, &taken.evidence().snoop, &facts);
-    let (function, space) = taken.settle(&facts)?;
+fn acquire(address: PciAddress, policy: Policy) -> Result<Hardware> {
+    let acquired = AcquiredFunction::acquire(address)?;
+    let facts = acquired.evidence().facts(Personality::Mediated, policy, false);
+    announce(&address, &acquired.evidence().snoop, &facts);
+    let (function, space) = acquired.into_address_space(&facts)?;
     let kept = space.clone();
-    let function = obey(Arc::new(function), decide(&facts))?;
-    let source: Source = Box::new(move || take_again(address, &kept, &facts));
+    let function = apply_verdict(Arc::new(function), decide(&facts))?;
+    let source: Source = Box::new(move || reacquire(address, &kept, &facts));
     Ok(Hardware { function, source: Some(source), space: Arc::new(space), facts, file: address.cdev() })
 }
 
 /// Takes a function that the host has had meanwhile. What was decided about the caches must still be right.
-fn take_again(address: PciAddress, space: &LiveSpace, before: &Facts) -> Result<Arc<dyn Function>> {
-    let taken = Taken::again(address, space)?;
-    let facts = taken.evidence().facts(before.personality, before.policy, before.shim);
+fn reacquire(address: PciAddress, space: &LiveSpace, before: &Facts) -> Result<Arc<dyn Function>> {
+    let acquired = AcquiredFunction::reacquire(address, space)?;
+    let facts = acquired.evidence().facts(before.personality, before.policy, before.shim);
     let (was, verdict) = (decide(before), decide(&facts));
     if verdict != was {
         bail!("{address}: its DMA was {was} and would now be {verdict}; restart this program to serve it");
     }
-    let function: Arc<dyn Function> = Arc::new(taken.rejoin(space)?);
-    obey(Arc::clone(&function), verdict).inspect_err(|_| space.part())
+    let function: Arc<dyn Function> = Arc::new(acquired.into_former_address_space(space)?);
+    apply_verdict(Arc::clone(&function), verdict).inspect_err(|_| space.release())
 }
 
 /// The same for a function made here.
@@ -222,17 +223,17 @@ fn emulate(machine: &Machine, policy: Policy) -> Result<Hardware> {
     let verdict = decide(&facts);
     let space = match verdict {
         Verdict::Coherent(_) => machine.space(),
-        Verdict::Flush(_) => machine.flushed_space(),
+        Verdict::Flush(_) => machine.staged_space(),
         Verdict::Refuse(refusal) => bail!("emulated: {refusal}"),
     };
-    let function = obey(machine.function(), verdict)?;
+    let function = apply_verdict(machine.function(), verdict)?;
     Ok(Hardware { function, source: None, space, facts, file: None })
 }
 
 /// Holds the Enable No Snoop bit off if that is the verdict.
-fn obey(function: Arc<dyn Function>, verdict: Verdict) -> Result<Arc<dyn Function>> {
+fn apply_verdict(function: Arc<dyn Function>, verdict: Verdict) -> Result<Arc<dyn Function>> {
     let name = function.name().to_owned();
-    no_snoop::obey(function, verdict).with_context(|| format!("{name}: clear the Enable No Snoop bit"))
+    no_snoop::apply(function, verdict).with_context(|| format!("{name}: clear the Enable No Snoop bit"))
 }
 
 /// Says what the decision rests on and how it comes out.

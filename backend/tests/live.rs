@@ -144,13 +144,13 @@ fn without_kernel_memory_for_the_copy_a_region_is_withdrawn_at_rest() {
 
     // The first steps only look the objects up.
     let out_of_memory = |n| match failing(n, || space.remove(&region)) {
-        Err(MapError::DeviceMustRest { .. }) => true,
+        Err(MapError::DeviceMustBeIdle { .. }) => true,
         Err(_) => false,
         Ok(()) => panic!("it was removed, and memory never ran out"),
     };
     assert!((1..).any(out_of_memory));
     let still = pinned();
-    space.remove_at_rest(&region).unwrap();
+    space.remove_while_idle(&region).unwrap();
 
     assert_eq!((still - before, pinned() - before), (12 * MIB, 4 * MIB));
     assert_eq!(space.statistics().flushed_at_unmap, 8 * MIB);

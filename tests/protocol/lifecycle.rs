@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
-use vhost_device_vfio::vhost_user::Listen;
+use vhost_device_vfio::socket::Listen;
 
 use crate::mistakes::{lines, listen_to_the_log};
 use crate::rig::{Rig, copies_of, event, memory};

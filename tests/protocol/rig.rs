@@ -18,7 +18,8 @@ use vhost_device_vfio::engine::{self, Engine};
 use vhost_device_vfio::hardware::{AddressSpace, DmaBuffer, MapError};
 use vhost_device_vfio::kvm::Vmm;
 use vhost_device_vfio::memory::Region;
-use vhost_device_vfio::vhost_user::{Announcer, Device, Error, Listen, Server};
+use vhost_device_vfio::socket::{Listen, SocketError};
+use vhost_device_vfio::vhost_user::{Announcer, Device, Error, Server};
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::wire::Wire;
@@ -55,7 +56,7 @@ pub(crate) enum Change {
 
 impl Default for Around {
     fn default() -> Self {
-        Self { vmm: Vmm::unreachable(), pins: false, on_change: Box::new(|_| ()) }
+        Self { vmm: Vmm::without_shim(), pins: false, on_change: Box::new(|_| ()) }
     }
 }
 
@@ -66,12 +67,12 @@ struct FailurePlan {
     /// That one, or all that follow it, too.
     for_good: AtomicBool,
     /// Memory can be taken away only while the device rests; how often that has been done.
-    at_rest: Mutex<Option<usize>>,
+    while_idle: Mutex<Option<usize>>,
 }
 
 impl FailurePlan {
     fn none() -> Arc<Self> {
-        Arc::new(Self { successes: AtomicI64::new(-1), for_good: AtomicBool::new(false), at_rest: Mutex::default() })
+        Arc::new(Self { successes: AtomicI64::new(-1), for_good: AtomicBool::new(false), while_idle: Mutex::default() })
     }
 }
 
@@ -95,16 +96,16 @@ impl AddressSpace for Fallible {
     fn remove(&self, region: &Region) -> Result<(), MapError> {
         let span = region.gpa().identity_iova();
         self.check(span)?;
-        if self.plan.at_rest.lock().unwrap().is_some() {
-            return Err(MapError::DeviceMustRest { span });
+        if self.plan.while_idle.lock().unwrap().is_some() {
+            return Err(MapError::DeviceMustBeIdle { span });
         }
         self.inner.remove(region)?;
         (self.on_change)(Change::Unmapped);
         Ok(())
     }
 
-    fn remove_at_rest(&self, region: &Region) -> Result<(), MapError> {
-        if let Some(times) = &mut *self.plan.at_rest.lock().unwrap() {
+    fn remove_while_idle(&self, region: &Region) -> Result<(), MapError> {
+        if let Some(times) = &mut *self.plan.while_idle.lock().unwrap() {
             *times += 1;
         }
         self.inner.remove(region)?;
@@ -189,12 +190,12 @@ impl Rig {
 
     /// From now on memory can be taken away only while the device rests.
     pub(crate) fn remove_only_at_rest(&self) {
-        *self.failures.at_rest.lock().unwrap() = Some(0);
+        *self.failures.while_idle.lock().unwrap() = Some(0);
     }
 
     /// How often that has been done.
     pub(crate) fn removed_at_rest(&self) -> usize {
-        self.failures.at_rest.lock().unwrap().unwrap_or_default()
+        self.failures.while_idle.lock().unwrap().unwrap_or_default()
     }
 
     /// After `successes` more changes of the address space all fail.
@@ -234,10 +235,10 @@ impl Drop for Rig {
 }
 
 /// A server on `listen`, opened and not run.
-pub(crate) fn open(listen: Listen) -> Result<Server, Error> {
+pub(crate) fn open(listen: Listen) -> Result<Server, SocketError> {
     let machine = Machine::new(Options { size: 1 << 20, queues: 2, ..Options::default() }).unwrap();
-    let entrance = listen.open()?;
-    Server::new(entrance, device(&machine, FailurePlan::none(), Around::default()))
+    let endpoint = listen.open()?;
+    Ok(Server::new(endpoint, device(&machine, FailurePlan::none(), Around::default())).unwrap())
 }
 
 fn device(machine: &Machine, plan: Arc<FailurePlan>, around: Around) -> Device {

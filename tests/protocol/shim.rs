@@ -179,7 +179,7 @@ fn a_file_that_kvm_cannot_be_given_refuses_memory() {
 
     let shim =
         Shim { socket: socket.path.clone(), device: "gone".into(), facts: FLUSHED, file: Some("/no/such".into()) };
-    let rig = Rig::in_a(Around { vmm: Vmm::with(shim), ..Around::default() });
+    let rig = Rig::in_a(Around { vmm: Vmm::with_shim(shim), ..Around::default() });
     assert_eq!(front_end(&rig).add_region(page(1), file.as_fd()), 1, "there is none to send");
 }
 
@@ -215,7 +215,7 @@ fn a_lock_does_not_matter_to_a_device_that_kvm_need_not_know() {
         let socket = Socket::new();
         let vm = socket.serve();
         vm.vcpu_enters();
-        let vmm = Vmm::with(Shim { socket: socket.path.clone(), device: "harmless".into(), facts, file });
+        let vmm = Vmm::with_shim(Shim { socket: socket.path.clone(), device: "harmless".into(), facts, file });
         let rig = Rig::in_a(Around { vmm, ..Around::default() });
         let ram = memory("ram", 16 * PAGE);
 

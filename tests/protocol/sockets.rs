@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 
-use vhost_device_vfio::vhost_user::{Error, Listen};
+use vhost_device_vfio::socket::{Listen, SocketError};
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::rig::Rig;
@@ -45,7 +45,7 @@ fn what_is_no_socket_is_refused() {
     let file = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
     for fd in [datagrams.into(), file] {
         let refused = crate::rig::open(Listen::Fd(fd));
-        assert!(matches!(refused, Err(Error::NotASocket { .. })), "{:?}", refused.err());
+        assert!(matches!(refused, Err(SocketError::NotASocket { .. })), "{:?}", refused.err());
     }
 }
 
@@ -66,11 +66,11 @@ fn impossible_paths_are_refused_with_the_reason() {
     std::fs::write(&file, "precious").unwrap();
     let nowhere = directory.as_path().join("no/such/directory");
 
-    assert!(matches!(crate::rig::open(Listen::Path(long)), Err(Error::PathTooLong { .. })));
-    assert!(matches!(crate::rig::open(Listen::Path(file.clone())), Err(Error::NotASocketFile { .. })));
+    assert!(matches!(crate::rig::open(Listen::Path(long)), Err(SocketError::PathTooLong { .. })));
+    assert!(matches!(crate::rig::open(Listen::Path(file.clone())), Err(SocketError::NotASocketFile { .. })));
     assert_eq!(std::fs::read_to_string(file).unwrap(), "precious");
     match crate::rig::open(Listen::Path(nowhere)) {
-        Err(Error::Path { what: "bind", source, .. }) => assert_eq!(source.raw_os_error(), Some(libc::ENOENT)),
+        Err(SocketError::Path { what: "bind", source, .. }) => assert_eq!(source.raw_os_error(), Some(libc::ENOENT)),
         other => panic!("{:?}", other.err()),
     }
 }

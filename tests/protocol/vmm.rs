@@ -33,7 +33,7 @@ impl Socket {
     /// A device of this name, on which `facts` are known; its file is one that no KVM would take.
     fn vmm(&self, name: &str, facts: Facts) -> Vmm {
         let file = Some("/dev/null".into());
-        Vmm::with(Shim { socket: self.path.clone(), device: name.into(), facts, file })
+        Vmm::with_shim(Shim { socket: self.path.clone(), device: name.into(), facts, file })
     }
 
     pub(crate) fn around(&self, name: &str, facts: Facts) -> Around {

@@ -13,8 +13,8 @@ use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
 use vhost_device_vfio::emulated::{Machine, Options};
 use vhost_device_vfio::kvm::Vmm;
 use vhost_device_vfio::passthrough::{BarAccess, Passthrough};
+use vhost_device_vfio::socket::Listen;
 use vhost_device_vfio::vfio_user::{Ended, Server};
-use vhost_device_vfio::vhost_user::Listen;
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::client::Client;
@@ -39,14 +39,14 @@ impl Rig {
         let facts = machine.facts(policy).unwrap();
         // No KVM is told of a function in this process, and none need be.
         let facts = Facts { personality: Personality::WholeFunction, shim: true, ..facts };
-        let space = if let Verdict::Flush(_) = decide(&facts) { machine.flushed_space() } else { machine.space() };
+        let space = if let Verdict::Flush(_) = decide(&facts) { machine.staged_space() } else { machine.space() };
         let device = Passthrough::new(machine.whole_function(), space, BarAccess::Direct, facts, false).unwrap();
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().join("s");
-        let entrance = Listen::Path(path.clone()).open().unwrap();
+        let endpoint = Listen::Path(path.clone()).open().unwrap();
         let stop = event();
         let until = stop.try_clone().unwrap();
-        let server = Server::new(entrance, device, Vmm::unreachable());
+        let server = Server::new(endpoint, device, Vmm::without_shim());
         let thread = Some(std::thread::spawn(move || server.run(&until).unwrap()));
         Self { machine, path, stop, thread, _directory: directory }
     }

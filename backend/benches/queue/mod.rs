@@ -10,7 +10,7 @@ use vhost_device_vfio::driver::nvme::queue::{
     Doorbells, IoQueue, MAX_DEPTH, QueueSetup, Shared, completions_at, memory_needed,
 };
 use vhost_device_vfio::hardware::{CacheFlush, Registers};
-use vhost_device_vfio::sys::Window;
+use vhost_device_vfio::sys::SharedMemory;
 use vm_memory::MmapRegion;
 
 /// Blocks and the longest transfer of the drive that there is not.
@@ -38,31 +38,31 @@ impl Registers for Silent {
 }
 
 /// `bytes` of memory.
-pub(crate) fn window(bytes: usize) -> Window {
-    Window::of(Arc::new(MmapRegion::new(bytes).unwrap()))
+pub(crate) fn shared(bytes: usize) -> SharedMemory {
+    SharedMemory::of(Arc::new(MmapRegion::new(bytes).unwrap()))
 }
 
 /// A queue as deep as any, and its controller; flushed by `caches` if there are any.
 pub(crate) fn pair(caches: Option<Arc<dyn CacheFlush>>) -> (IoQueue, Controller) {
-    let memory = window(memory_needed(MAX_DEPTH));
+    let memory = shared(memory_needed(MAX_DEPTH));
     let queue = IoQueue::new(QueueSetup {
         name: "bench".to_owned(),
         id: 1,
         depth: MAX_DEPTH,
-        memory: Shared { window: memory.clone(), iova: Iova(0x7000_0000), caches },
+        memory: Shared { shared: memory.clone(), iova: Iova(0x7000_0000), caches },
         doorbells: Doorbells { registers: Arc::new(Silent), stride: 4 },
         namespace: 1,
         limits: LIMITS,
         sgl: None,
         event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
-        awaited: None,
+        interrupt_wanted: None,
     });
     (queue, Controller::new(memory))
 }
 
 /// The controller's half: where it fetches and completes.
 pub(crate) struct Controller {
-    pub(crate) memory: Window,
+    pub(crate) memory: SharedMemory,
     pub(crate) sq_head: u16,
     pub(crate) cq_tail: u16,
     phase: u16,
@@ -70,7 +70,7 @@ pub(crate) struct Controller {
 
 impl Controller {
     /// At the start of the rings in `memory`.
-    pub(crate) fn new(memory: Window) -> Self {
+    pub(crate) fn new(memory: SharedMemory) -> Self {
         Self { memory, sq_head: 0, cq_tail: 0, phase: 1 }
     }
 

@@ -86,9 +86,9 @@ fuzz_target!(|memory: &[u8]| {
         for layout in [Layout::Split, Layout::Packed] {
             let mut rest = memory;
             for region in table.regions() {
-                let part = rest.len().min(region.window().len());
-                region.window().clear();
-                region.window().copy_from(0, &rest[..part]);
+                let part = rest.len().min(region.memory().len());
+                region.memory().clear();
+                region.memory().copy_from(0, &rest[..part]);
                 rest = &rest[part..];
             }
             serve(layout, table);

@@ -12,7 +12,8 @@ use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
 use vhost_device_vfio::emulated::{Machine, Medium, Options};
 use vhost_device_vfio::engine::{self, Engine};
 use vhost_device_vfio::kvm::Vmm;
-use vhost_device_vfio::vhost_user::{Device, Listen, Server};
+use vhost_device_vfio::socket::Listen;
+use vhost_device_vfio::vhost_user::{Device, Server};
 
 fn device() -> Device {
     let options = Options { size: 1 << 20, medium: Medium::Null, ..Options::default() };
@@ -27,7 +28,7 @@ fn device() -> Device {
         watch: engine::WatchdogOptions::default(),
     };
     let engine = Engine::start(Box::new(nvme), &space, options).unwrap();
-    Device { engine, space, queues: 2, vmm: Vmm::unreachable() }
+    Device { engine, space, queues: 2, vmm: Vmm::without_shim() }
 }
 
 fuzz_target!(|input: &[u8]| {

@@ -11,7 +11,7 @@ use vhost_device_vfio::emulated::{Machine, Medium, Options};
 use vhost_device_vfio::kvm::Vmm;
 use vhost_device_vfio::passthrough::{BarAccess, Passthrough};
 use vhost_device_vfio::vfio_user::Server;
-use vhost_device_vfio::vhost_user::Listen;
+use vhost_device_vfio::socket::Listen;
 
 fn machine() -> (Machine, Passthrough) {
     let machine = Machine::new(Options { size: 1 << 20, medium: Medium::Null, ..Options::default() }).unwrap();
@@ -26,7 +26,7 @@ fuzz_target!(|input: &[u8]| {
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let server = std::thread::spawn(move || {
         let (machine, device) = machine();
-        Server::new(Listen::Fd(theirs).open().unwrap(), device, Vmm::unreachable()).run(&stop).unwrap();
+        Server::new(Listen::Fd(theirs).open().unwrap(), device, Vmm::without_shim()).run(&stop).unwrap();
         assert!(machine.iommu().mapped().is_empty(), "something stays mapped");
     });
     front_end::say(&ours, input);

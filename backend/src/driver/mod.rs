@@ -139,21 +139,21 @@ pub struct CommandId {
 
 /// What of a queue, or of several, takes longer than it should.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Lateness {
+pub struct OverdueCommands {
     /// Something has been in flight for a whole beat.
-    pub late: bool,
+    pub stalled: bool,
     /// What has been in flight for too long since the last beat.
-    pub overdue: Vec<CommandId>,
+    pub expired: Vec<CommandId>,
     /// Something was overdue long ago and still is.
     pub stuck: bool,
 }
 
-impl Lateness {
+impl OverdueCommands {
     /// Adds what another queue has found.
-    pub fn join(&mut self, other: Self) {
-        self.late |= other.late;
+    pub fn merge(&mut self, other: Self) {
+        self.stalled |= other.stalled;
         self.stuck |= other.stuck;
-        self.overdue.extend(other.overdue);
+        self.expired.extend(other.expired);
     }
 }
 
@@ -194,14 +194,14 @@ pub trait Queue: Send {
     fn reap(&mut self, done: &mut dyn FnMut(Completion));
     /// Marks the end of a beat, one of equal intervals; a command is overdue after `limit` of them, and stuck after another
     /// quarter as many.
-    fn beat(&mut self, limit: u32) -> Lateness;
+    fn tick(&mut self, limit: u32) -> OverdueCommands;
     /// Commands submitted and not yet reaped.
     fn in_flight(&self) -> usize;
     /// Signalled by the device when a command has finished.
     fn event(&self) -> BorrowedFd<'_>;
     /// Says whether the worker is about to wait for the event, or looks by itself. A command that finished while nobody
     /// waited may not be signalled, so the worker looks once more before the wait.
-    fn set_awaited(&self, awaited: bool);
+    fn set_interrupt_wanted(&self, interrupt_wanted: bool);
 }
 
 /// A device that has been brought up.
@@ -231,19 +231,19 @@ pub trait Driver: Send {
     /// # Errors
     /// The device does not answer; then [`Self::recover`] is called for.
     fn abort(&mut self, commands: &[CommandId]) -> anyhow::Result<()>;
-    /// Readable when the device may have something to tell, to be answered by [`Self::attend`].
-    fn notice(&self) -> Option<BorrowedFd<'_>> {
+    /// Readable when the device may have something to tell, to be answered by [`Self::handle_events`].
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
     /// Hears what the device has to tell; [`Self::geometry`] is up to date then.
     ///
     /// # Errors
     /// The device does not answer; then [`Self::recover`] is called for.
-    fn attend(&mut self) -> anyhow::Result<()> {
+    fn handle_events(&mut self) -> anyhow::Result<()> {
         Ok(())
     }
     /// Readable when the host wants the device back, to be answered by [`Self::release`].
-    fn removal(&self) -> Option<BorrowedFd<'_>>;
+    fn removal_request(&self) -> Option<BorrowedFd<'_>>;
     /// Stops the device and lets go of it, so that the host can have it. All queues must have been dropped.
     fn release(&mut self);
     /// Turns the volatile write cache on or off; it stays so over [`Self::recover`]. What was written before is not made

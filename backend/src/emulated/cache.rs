@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, Weak};
 use vm_memory::MmapRegion;
 
 use crate::hardware::CacheFlush;
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 use super::lock;
 use super::mapping::Access;
@@ -45,7 +45,7 @@ struct State {
     /// With as many pages, those are forgotten whose memory is gone.
     tidy_at: usize,
     /// Where DMA finds a part of DRAM as memory.
-    scratch: Window,
+    scratch: SharedMemory,
     disagreements: Disagreements,
 }
 
@@ -80,7 +80,7 @@ struct Piece {
 
 impl Cache {
     pub(super) fn new() -> io::Result<Self> {
-        let scratch = Window::of(Arc::new(MmapRegion::new(PAGE).map_err(io::Error::other)?));
+        let scratch = SharedMemory::of(Arc::new(MmapRegion::new(PAGE).map_err(io::Error::other)?));
         Ok(Self {
             state: Mutex::new(State {
                 pages: HashMap::new(),
@@ -92,41 +92,41 @@ impl Cache {
     }
 
     /// `len` bytes from `offset` are about to be pinned, and get other pages for it.
-    pub(super) fn moved(&self, window: &Window, offset: usize, len: usize) {
+    pub(super) fn moved(&self, shared: &SharedMemory, offset: usize, len: usize) {
         let state = &mut *lock(&self.state);
-        for Piece { page, .. } in pieces(window, offset, len) {
+        for Piece { page, .. } in pieces(shared, offset, len) {
             state.pages.remove(&page);
         }
     }
 
     /// The function can reach `len` bytes from `offset` from now on.
-    pub(super) fn exposed(&self, window: &Window, offset: usize, len: usize) {
+    pub(super) fn exposed(&self, shared: &SharedMemory, offset: usize, len: usize) {
         let state = &mut *lock(&self.state);
-        state.disagreements.exposed += state.differ(window, offset, len);
+        state.disagreements.exposed += state.differ(shared, offset, len);
     }
 
     /// `len` bytes from `offset` are unpinned.
-    pub(super) fn unpinned(&self, window: &Window, offset: usize, len: usize) {
+    pub(super) fn unpinned(&self, shared: &SharedMemory, offset: usize, len: usize) {
         let state = &mut *lock(&self.state);
-        state.disagreements.unpinned += state.differ(window, offset, len);
+        state.disagreements.unpinned += state.differ(shared, offset, len);
     }
 
     pub(super) fn disagreements(&self) -> Disagreements {
         lock(&self.state).disagreements
     }
 
-    /// A transfer that does not snoop: `part` is called with DRAM in place of `len` bytes at `offset` of `window`.
+    /// A transfer that does not snoop: `part` is called with DRAM in place of `len` bytes at `offset` of `shared`.
     pub(super) fn transfer<E>(
         &self,
         access: Access,
-        window: &Window,
+        shared: &SharedMemory,
         (offset, len): (usize, usize),
-        mut part: impl FnMut(&Window, usize, usize) -> Result<(), E>,
+        mut part: impl FnMut(&SharedMemory, usize, usize) -> Result<(), E>,
     ) -> Result<(), E> {
         let state = &mut *lock(&self.state);
         let scratch = state.scratch.clone();
-        for Piece { page, at, len, .. } in pieces(window, offset, len) {
-            let dram = &mut state.page(page, window).dram[at..at + len];
+        for Piece { page, at, len, .. } in pieces(shared, offset, len) {
+            let dram = &mut state.page(page, shared).dram[at..at + len];
             scratch.copy_from(at, dram);
             part(&scratch, at, len)?;
             if access == Access::Write {
@@ -138,82 +138,82 @@ impl Cache {
 }
 
 impl CacheFlush for Cache {
-    fn flush(&self, window: &Window, offset: usize, len: usize) {
-        assert!(offset <= window.len() && len <= window.len() - offset, "{len} bytes at {offset} of {window:?}");
+    fn flush(&self, shared: &SharedMemory, offset: usize, len: usize) {
+        assert!(offset <= shared.len() && len <= shared.len() - offset, "{len} bytes at {offset} of {shared:?}");
         if len == 0 {
             return;
         }
         // Whole lines, as far as the window reaches.
-        let base = usize::try_from(window.host_address()).expect("a 64-bit address");
+        let base = usize::try_from(shared.host_address()).expect("a 64-bit address");
         let start = ((base + offset) & !(LINE - 1)).max(base) - base;
-        let end = ((base + offset + len).next_multiple_of(LINE) - base).min(window.len());
+        let end = ((base + offset + len).next_multiple_of(LINE) - base).min(shared.len());
         let state = &mut *lock(&self.state);
-        for piece in pieces(window, start, end - start) {
-            state.page(piece.page, window).flush(window, piece);
+        for piece in pieces(shared, start, end - start) {
+            state.page(piece.page, shared).flush(shared, piece);
         }
     }
 }
 
 impl State {
     /// How many lines of DRAM differ from what the CPUs see.
-    fn differ(&mut self, window: &Window, offset: usize, len: usize) -> u64 {
+    fn differ(&mut self, shared: &SharedMemory, offset: usize, len: usize) -> u64 {
         let mut lines = 0;
         let mut seen = [0; PAGE];
-        for piece in pieces(window, offset, len) {
+        for piece in pieces(shared, offset, len) {
             let seen = &mut seen[..piece.len];
-            window.copy_to(piece.offset, seen);
-            let dram = &self.page(piece.page, window).dram[piece.at..piece.at + piece.len];
+            shared.copy_to(piece.offset, seen);
+            let dram = &self.page(piece.page, shared).dram[piece.at..piece.at + piece.len];
             lines += seen.chunks(LINE).zip(dram.chunks(LINE)).filter(|(seen, dram)| seen != dram).count() as u64;
         }
         lines
     }
 
-    /// The page at `address`, which lies in `window`.
-    fn page(&mut self, address: u64, window: &Window) -> &mut Page {
+    /// The page at `address`, which lies in `shared`.
+    fn page(&mut self, address: u64, shared: &SharedMemory) -> &mut Page {
         if self.pages.len() >= self.tidy_at {
             self.pages.retain(|_, page| page.lives());
             self.tidy_at = (self.pages.len() * 2).max(1024);
         }
-        let page = self.pages.entry(address).or_insert_with(|| Page::new(window));
+        let page = self.pages.entry(address).or_insert_with(|| Page::new(shared));
         if !page.lives() {
-            *page = Page::new(window);
+            *page = Page::new(shared);
         }
         page
     }
 }
 
 impl Page {
-    fn new(window: &Window) -> Box<Self> {
-        Box::new(Self { mapping: window.mapping(), dram: [OLD; PAGE], left: [OLD; PAGE], flushed: 0 })
+    fn new(shared: &SharedMemory) -> Box<Self> {
+        Box::new(Self { mapping: shared.mapping(), dram: [OLD; PAGE], left: [OLD; PAGE], flushed: 0 })
     }
 
     fn lives(&self) -> bool {
         self.mapping.strong_count() != 0
     }
 
-    fn flush(&mut self, window: &Window, piece: Piece) {
+    fn flush(&mut self, shared: &SharedMemory, piece: Piece) {
         let (mut at, mut offset) = (piece.at, piece.offset);
         let end = piece.at + piece.len;
         while at < end {
             let next = (at + 1).next_multiple_of(LINE).min(end);
-            self.flush_line(window, offset, at..next);
+            self.flush_line(shared, offset, at..next);
             offset += next - at;
             at = next;
         }
     }
 
-    fn flush_line(&mut self, window: &Window, offset: usize, line: std::ops::Range<usize>) {
+    fn flush_line(&mut self, shared: &SharedMemory, offset: usize, line: std::ops::Range<usize>) {
         let bit = 1 << (line.start / LINE);
         let mut found = [0; LINE];
         let found = &mut found[..line.len()];
-        window.copy_to(offset, found);
+        shared.copy_to(offset, found);
         let (dram, left) = (&mut self.dram[line.clone()], &mut self.left[line]);
         if self.flushed & bit == 0 || found != left {
             dram.copy_from_slice(found);
         } else {
             // Only what differs: a CPU may be writing its neighbour.
             for (i, (new, _)) in dram.iter().zip(&*found).enumerate().filter(|(_, (new, old))| new != old) {
-                window.write_u8(offset + i, *new);
+                shared.write_u8(offset + i, *new);
             }
         }
         left.copy_from_slice(dram);
@@ -221,9 +221,9 @@ impl Page {
     }
 }
 
-/// The parts of `len` bytes at `offset` of `window`, page by page.
-fn pieces(window: &Window, offset: usize, len: usize) -> impl Iterator<Item = Piece> {
-    let base = window.host_address();
+/// The parts of `len` bytes at `offset` of `shared`, page by page.
+fn pieces(shared: &SharedMemory, offset: usize, len: usize) -> impl Iterator<Item = Piece> {
+    let base = shared.host_address();
     let end = offset + len;
     let mut next = offset;
     std::iter::from_fn(move || {

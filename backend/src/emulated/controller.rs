@@ -49,7 +49,7 @@ pub(super) struct Controller {
     pub(super) admin: Mutex<Admin>,
     pub(super) vectors: RwLock<Vec<Option<OwnedFd>>>,
     /// For each vector, whether anybody waits for it.
-    pub(super) awaited: Box<[Arc<AtomicBool>]>,
+    pub(super) interrupt_wanted: Box<[Arc<AtomicBool>]>,
     pub(super) interrupts: AtomicU32,
     pub(super) bad_doorbells: AtomicU32,
     /// True while an event waits for a request, or nobody has looked for one.
@@ -87,7 +87,7 @@ impl Controller {
             cqs: (0..pairs).map(|_| CqSlot::default()).collect(),
             admin: Mutex::new(Admin::new(&options)),
             vectors: RwLock::default(),
-            awaited: (0..pairs).map(|_| Arc::new(AtomicBool::new(true))).collect(),
+            interrupt_wanted: (0..pairs).map(|_| Arc::new(AtomicBool::new(true))).collect(),
             interrupts: AtomicU32::new(0),
             bad_doorbells: AtomicU32::new(0),
             untold: AtomicBool::new(false),

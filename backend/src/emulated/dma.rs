@@ -3,7 +3,7 @@
 use std::sync::{Mutex, RwLockReadGuard};
 
 use crate::addr::{Iova, Span};
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 use super::cache::Cache;
 use super::lock;
@@ -22,12 +22,12 @@ impl Dma<'_> {
     /// Where all of `span` is reached at once: nearly always, as nearly all of it lies in one writable mapping, and there is
     /// nothing to go behind.
     #[inline]
-    pub(super) fn window(&self, span: Span<Iova>, hint: usize) -> Option<(&Window, usize)> {
+    pub(super) fn shared(&self, span: Span<Iova>, hint: usize) -> Option<(&SharedMemory, usize)> {
         if self.cache.is_some() || self.detached {
             return None;
         }
         let mapping = self.mappings.get(hint).filter(|mapping| mapping.writable)?;
-        mapping.span.offset_of_span(&span).map(|offset| (&mapping.window, size(offset)))
+        mapping.span.offset_of_span(&span).map(|offset| (&mapping.shared, size(offset)))
     }
 
     /// Calls `part` for each piece of `len` bytes at `at` that lies in one mapping, in order. `hint` is the caller's memory
@@ -38,10 +38,10 @@ impl Dma<'_> {
         access: Access,
         span: Span<Iova>,
         hint: &mut usize,
-        mut part: impl FnMut(&Window, usize, usize) -> Result<(), E>,
+        mut part: impl FnMut(&SharedMemory, usize, usize) -> Result<(), E>,
     ) -> Result<(), E> {
-        if let Some((window, offset)) = self.window(span, *hint) {
-            return part(window, offset, size(span.len()));
+        if let Some((shared, offset)) = self.shared(span, *hint) {
+            return part(shared, offset, size(span.len()));
         }
         self.each_piece(access, span, hint, &mut part)
     }
@@ -53,7 +53,7 @@ impl Dma<'_> {
         access: Access,
         span: Span<Iova>,
         hint: &mut usize,
-        part: &mut dyn FnMut(&Window, usize, usize) -> Result<(), E>,
+        part: &mut dyn FnMut(&SharedMemory, usize, usize) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut rest = span;
         loop {
@@ -64,8 +64,8 @@ impl Dma<'_> {
             let offset = mapping.span.offset_of(rest.start()).expect("found by address");
             let len = rest.len().min(mapping.span.len() - offset);
             match self.cache {
-                None => part(&mapping.window, size(offset), size(len))?,
-                Some(cache) => cache.transfer(access, &mapping.window, (size(offset), size(len)), &mut *part)?,
+                None => part(&mapping.shared, size(offset), size(len))?,
+                Some(cache) => cache.transfer(access, &mapping.shared, (size(offset), size(len)), &mut *part)?,
             }
             match rest.slice(len, rest.len() - len) {
                 Some(next) => rest = next,
@@ -79,8 +79,8 @@ impl Dma<'_> {
     pub(super) fn read(&self, at: Iova, bytes: &mut [u8], hint: &mut usize) -> Result<(), DmaFault> {
         let span = Span::new(at, bytes.len() as u64).ok_or_else(|| self.fault(at, Access::Read))?;
         let mut done = 0;
-        self.each(Access::Read, span, hint, |window, offset, len| {
-            window.copy_to(offset, &mut bytes[done..done + len]);
+        self.each(Access::Read, span, hint, |shared, offset, len| {
+            shared.copy_to(offset, &mut bytes[done..done + len]);
             done += len;
             Ok(())
         })
@@ -91,8 +91,8 @@ impl Dma<'_> {
     pub(super) fn write(&self, at: Iova, bytes: &[u8], hint: &mut usize) -> Result<(), DmaFault> {
         let span = Span::new(at, bytes.len() as u64).ok_or_else(|| self.fault(at, Access::Write))?;
         let mut done = 0;
-        self.each(Access::Write, span, hint, |window, offset, len| {
-            window.copy_from(offset, &bytes[done..done + len]);
+        self.each(Access::Write, span, hint, |shared, offset, len| {
+            shared.copy_from(offset, &bytes[done..done + len]);
             done += len;
             Ok(())
         })
@@ -123,5 +123,5 @@ impl Dma<'_> {
 /// A number of bytes in a mapping, which is a window of this process.
 #[inline]
 fn size(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("inside a window")
+    usize::try_from(bytes).expect("inside shared memory")
 }

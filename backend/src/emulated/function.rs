@@ -107,12 +107,12 @@ impl Function for EmulatedFunction {
         if events.len() > self.vectors.into() {
             return Err(rustix::io::Errno::INVAL.into());
         }
-        self.controller.awaited.iter().for_each(|awaited| awaited.store(true, SeqCst));
+        self.controller.interrupt_wanted.iter().for_each(|interrupt_wanted| interrupt_wanted.store(true, SeqCst));
         self.controller.route(events)
     }
 
-    fn awaited(&self, vector: u16) -> Option<Arc<AtomicBool>> {
-        self.controller.awaited.get(usize::from(vector)).cloned()
+    fn interrupt_wanted(&self, vector: u16) -> Option<Arc<AtomicBool>> {
+        self.controller.interrupt_wanted.get(usize::from(vector)).cloned()
     }
 
     fn route_removal(&self, event: BorrowedFd<'_>) -> io::Result<()> {
@@ -158,7 +158,7 @@ impl EmulatedFunction {
         if start + events.len() > self.vectors.into() {
             return Err(rustix::io::Errno::INVAL.into());
         }
-        self.controller.awaited.iter().for_each(|awaited| awaited.store(true, SeqCst));
+        self.controller.interrupt_wanted.iter().for_each(|interrupt_wanted| interrupt_wanted.store(true, SeqCst));
         self.controller.route_from(start, events)
     }
 

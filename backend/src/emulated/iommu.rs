@@ -13,7 +13,7 @@ use vm_memory::MmapRegion;
 use crate::addr::{Address, Iova, Span};
 use crate::hardware::{AddressSpace, DmaBuffer, MapError, SpaceStatistics};
 use crate::memory::Region;
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 use super::cache::Cache;
 use super::dma::Dma;
@@ -79,26 +79,26 @@ impl SoftIommu {
         }
     }
 
-    /// Maps `window` at `span`.
+    /// Maps `shared` at `span`.
     ///
     /// # Errors
     /// [`MapError::NotAllowed`] and [`MapError::Overlap`].
     ///
     /// # Panics
     /// If the two differ in length, or do not consist of whole pages of 4096 bytes.
-    pub fn map(&self, span: Span<Iova>, window: Window) -> Result<(), MapError> {
-        self.map_as(span, window, true)
+    pub fn map(&self, span: Span<Iova>, shared: SharedMemory) -> Result<(), MapError> {
+        self.map_as(span, shared, true)
     }
 
     /// The same; unless `writable`, a write of the function faults.
-    pub(super) fn map_as(&self, span: Span<Iova>, window: Window, writable: bool) -> Result<(), MapError> {
-        assert_eq!(window.len() as u64, span.len(), "both views have one length");
+    pub(super) fn map_as(&self, span: Span<Iova>, shared: SharedMemory, writable: bool) -> Result<(), MapError> {
+        assert_eq!(shared.len() as u64, span.len(), "both views have one length");
         assert!(span.start().is_aligned(PAGE) && span.len().is_multiple_of(PAGE), "{span} is not made of whole pages");
         self.check_allowed(span)?;
         let mut mappings = self.inner.mappings.write().unwrap_or_else(PoisonError::into_inner);
         check_free(&mappings, span)?;
         let place = mappings.partition_point(|mapping| mapping.span.start() < span.start());
-        mappings.insert(place, Mapping { span, window, writable });
+        mappings.insert(place, Mapping { span, shared, writable });
         self.inner.maps.fetch_add(1, Relaxed);
         Ok(())
     }
@@ -224,7 +224,7 @@ fn check_free(mappings: &[Mapping], span: Span<Iova>) -> Result<(), MapError> {
 
 impl AddressSpace for SoftIommu {
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
-        self.map_as(region.gpa().identity_iova(), region.window().clone(), region.writable())
+        self.map_as(region.gpa().identity_iova(), region.memory().clone(), region.writable())
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
@@ -241,15 +241,15 @@ impl AddressSpace for SoftIommu {
         let size = usize::try_from(len).map_err(|_| MapError::NoIova(bytes))?;
         let memory =
             MmapRegion::new(size).map_err(|error| MapError::Allocate { bytes, source: io::Error::other(error) })?;
-        let window = Window::of(Arc::new(memory));
+        let shared = SharedMemory::of(Arc::new(memory));
         // Another thread may take the same span between the search and the map; then the search is repeated.
         loop {
             let span = self.free_span(len).ok_or(MapError::NoIova(bytes))?;
-            match self.map(span, window.clone()) {
+            match self.map(span, shared.clone()) {
                 Err(MapError::Overlap { .. }) => {}
                 other => {
                     other?;
-                    return Ok(DmaBuffer::new(window, span, Box::new(Unmap { iommu: self.clone(), span })));
+                    return Ok(DmaBuffer::new(shared, span, Box::new(Unmap { iommu: self.clone(), span })));
                 }
             }
         }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use crate::addr::{Iova, Span};
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 /// How many faults are kept; older ones are forgotten, though counted.
 const FAULTS_KEPT: usize = 1024;
@@ -28,7 +28,7 @@ pub struct DmaFault {
 
 pub(super) struct Mapping {
     pub(super) span: Span<Iova>,
-    pub(super) window: Window,
+    pub(super) shared: SharedMemory,
     /// The function may write it.
     pub(super) writable: bool,
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 use vm_memory::MmapRegion;
 
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 use super::EmulatedError;
 
@@ -34,7 +34,7 @@ pub enum Medium {
 
 /// An opened medium.
 pub(super) enum Store {
-    Memory(Window),
+    Memory(SharedMemory),
     Null,
     File(File),
 }
@@ -50,7 +50,7 @@ impl Store {
                 let allocate = |source| EmulatedError::Memory { size, source };
                 let len = usize::try_from(size).map_err(|error| allocate(io::Error::other(error)))?;
                 let memory = MmapRegion::new(len).map_err(|error| allocate(io::Error::other(error)))?;
-                Ok((Self::Memory(Window::of(Arc::new(memory))), size))
+                Ok((Self::Memory(SharedMemory::of(Arc::new(memory))), size))
             }
             Medium::File { path, create, sparse } => {
                 let failed = |what| move |source| EmulatedError::File { path: path.clone(), what, source };
@@ -88,13 +88,13 @@ impl Store {
         Ok(file)
     }
 
-    /// Copies `len` bytes from `offset` of the disk to `at` of `window`.
+    /// Copies `len` bytes from `offset` of the disk to `at` of `shared`.
     #[inline]
-    pub(super) fn read(&self, offset: u64, window: &Window, at: usize, len: usize) -> io::Result<()> {
+    pub(super) fn read(&self, offset: u64, shared: &SharedMemory, at: usize, len: usize) -> io::Result<()> {
         match self {
             Self::Null => Ok(()),
             Self::Memory(memory) => {
-                memory.copy_to_window(index(offset), window, at, len);
+                memory.copy_to_window(index(offset), shared, at, len);
                 Ok(())
             }
             Self::File(file) => {
@@ -102,27 +102,27 @@ impl Store {
                 for done in (0..len).step_by(CHUNK) {
                     let part = &mut chunk[..CHUNK.min(len - done)];
                     file.read_exact_at(part, offset + done as u64)?;
-                    window.copy_from(at + done, part);
+                    shared.copy_from(at + done, part);
                 }
                 Ok(())
             }
         }
     }
 
-    /// Copies `len` bytes from `at` of `window` to `offset` of the disk.
+    /// Copies `len` bytes from `at` of `shared` to `offset` of the disk.
     #[inline]
-    pub(super) fn write(&self, offset: u64, window: &Window, at: usize, len: usize) -> io::Result<()> {
+    pub(super) fn write(&self, offset: u64, shared: &SharedMemory, at: usize, len: usize) -> io::Result<()> {
         match self {
             Self::Null => Ok(()),
             Self::Memory(memory) => {
-                window.copy_to_window(at, memory, index(offset), len);
+                shared.copy_to_window(at, memory, index(offset), len);
                 Ok(())
             }
             Self::File(file) => {
                 let mut chunk = [0; CHUNK];
                 for done in (0..len).step_by(CHUNK) {
                     let part = &mut chunk[..CHUNK.min(len - done)];
-                    window.copy_to(at + done, part);
+                    shared.copy_to(at + done, part);
                     file.write_all_at(part, offset + done as u64)?;
                 }
                 Ok(())

@@ -22,7 +22,6 @@ mod events;
 mod fault;
 mod fault_file;
 mod features;
-mod flushed;
 mod function;
 mod identify;
 mod iommu;
@@ -37,6 +36,7 @@ mod register_file;
 mod registers;
 mod run;
 mod sgl;
+mod staged_space;
 #[cfg(test)]
 mod tests;
 mod traffic;
@@ -56,16 +56,16 @@ use crate::vfio::no_snoop;
 use crate::whole_function::WholeFunction;
 
 use cache::Cache;
-use flushed::FlushedSpace;
+use staged_space::StagedSpace;
 
 pub use cache::Disagreements;
 pub use fault::{Commands, Effect, Fault};
-pub use flushed::{PARTING, SpaceFaults};
 pub use function::EmulatedFunction;
 pub use iommu::SoftIommu;
 pub use mapping::{Access, DmaFault};
 pub use medium::Medium;
 pub use options::{Mode, Options};
+pub use staged_space::{LAST_WRITE, SpaceFaults};
 pub use traffic::Traffic;
 pub use wire::Status;
 
@@ -156,7 +156,7 @@ pub struct Machine {
     iommu: SoftIommu,
     cache: Option<Arc<Cache>>,
     /// There if snooping is not enforced.
-    flushed: Option<FlushedSpace>,
+    flushed: Option<StagedSpace>,
 }
 
 impl Machine {
@@ -172,7 +172,7 @@ impl Machine {
         let iommu = SoftIommu::in_front_of(cache.clone(), options.address_width, &options.reserved);
         let function = Arc::new(EmulatedFunction::new(options, iommu.clone())?);
         faults.into_iter().for_each(|fault| function.inject(fault));
-        let flushed = cache.clone().map(|cache| FlushedSpace::new(iommu.clone(), cache));
+        let flushed = cache.clone().map(|cache| StagedSpace::new(iommu.clone(), cache));
         Ok(Self { function, iommu, cache, flushed })
     }
 
@@ -203,27 +203,27 @@ impl Machine {
     /// The address space for a function that goes behind the caches: memory is flushed as it becomes reachable and when it
     /// no longer is. As [`Self::space`] if snooping is enforced.
     #[must_use]
-    pub fn flushed_space(&self) -> Arc<dyn AddressSpace> {
+    pub fn staged_space(&self) -> Arc<dyn AddressSpace> {
         self.flushed.as_ref().map_or_else(|| self.space(), |space| Arc::new(space.clone()))
     }
 
-    /// What to refuse in [`Self::flushed_space`]; none if snooping is enforced.
+    /// What to refuse in [`Self::staged_space`]; none if snooping is enforced.
     #[must_use]
     pub fn space_faults(&self) -> Option<&SpaceFaults> {
-        self.flushed.as_ref().map(FlushedSpace::faults)
+        self.flushed.as_ref().map(StagedSpace::faults)
     }
 
-    /// Where memory was exposed or unpinned and caches and DRAM did not agree; always 0 with [`Self::flushed_space`] if
+    /// Where memory was exposed or unpinned and caches and DRAM did not agree; always 0 with [`Self::staged_space`] if
     /// nobody writes to memory meanwhile.
     #[must_use]
     pub fn disagreements(&self) -> Disagreements {
-        self.flushed.as_ref().map_or_else(Disagreements::default, FlushedSpace::disagreements)
+        self.flushed.as_ref().map_or_else(Disagreements::default, StagedSpace::disagreements)
     }
 
-    /// In which order [`Self::flushed_space`] exposes memory, in words.
+    /// In which order [`Self::staged_space`] exposes memory, in words.
     #[must_use]
     pub fn order(&self) -> &'static str {
-        self.flushed.as_ref().map_or("mapped", FlushedSpace::order)
+        self.flushed.as_ref().map_or("mapped", StagedSpace::order)
     }
 
     /// What a decision about the CPU caches rests on.

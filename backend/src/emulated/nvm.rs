@@ -113,8 +113,8 @@ impl Controller {
         self.check_size(len)?;
         let Hints { list, data } = hints;
         self.walk(entry, len, dma, list, |span| {
-            dma.each(Access::Write, span, data, |window, at, len| {
-                self.store.read(offset, window, at, len).map_err(|error| failed("read", &error, Status::READ_ERROR))?;
+            dma.each(Access::Write, span, data, |shared, at, len| {
+                self.store.read(offset, shared, at, len).map_err(|error| failed("read", &error, Status::READ_ERROR))?;
                 offset += len as u64;
                 Ok(())
             })
@@ -127,9 +127,9 @@ impl Controller {
         self.check_size(len)?;
         let Hints { list, data } = hints;
         self.walk(entry, len, dma, list, |span| {
-            dma.each(Access::Read, span, data, |window, at, len| {
+            dma.each(Access::Read, span, data, |shared, at, len| {
                 self.store
-                    .write(offset, window, at, len)
+                    .write(offset, shared, at, len)
                     .map_err(|error| failed("write", &error, write_status(&error)))?;
                 offset += len as u64;
                 Ok(())

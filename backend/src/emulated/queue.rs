@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::time::Duration;
 
 use crate::addr::{Address, Iova, Span};
-use crate::sys::{Rows, Window};
+use crate::sys::{SharedArray, SharedMemory};
 
 use super::dma::Dma;
 use super::fault::Effect;
@@ -79,9 +79,9 @@ impl Sq {
     fn fetch_through(&mut self, dma: &Dma<'_>, entry: &mut Entry) -> Result<(), DmaFault> {
         let at = self.base.checked_add(u64::from(self.head) * SQE_BYTES);
         let span = at.and_then(|at| Span::new(at, SQE_BYTES)).ok_or_else(|| dma.fault(self.base, Access::Read))?;
-        dma.each(Access::Read, span, &mut self.hint, |window, offset, len| {
+        dma.each(Access::Read, span, &mut self.hint, |shared, offset, len| {
             debug_assert_eq!(len as u64, SQE_BYTES, "queues start on a page, so no entry runs over its end");
-            entry.0 = window.read_words(offset);
+            entry.0 = shared.read_words(offset);
             Ok(())
         })
     }
@@ -211,10 +211,10 @@ impl Cq {
     fn write_through(&mut self, dma: &Dma<'_>, [front, back]: [u64; 2]) -> Result<(), DmaFault> {
         let at = self.base.checked_add(u64::from(self.tail) * CQE_BYTES);
         let span = at.and_then(|at| Span::new(at, CQE_BYTES)).ok_or_else(|| dma.fault(self.base, Access::Write))?;
-        dma.each(Access::Write, span, &mut self.hint, |window, offset, len| {
+        dma.each(Access::Write, span, &mut self.hint, |shared, offset, len| {
             debug_assert_eq!(len as u64, CQE_BYTES, "queues start on a page, so no entry runs over its end");
-            window.write_u64(offset, front);
-            window.store_release_u64(offset + 8, back);
+            shared.write_u64(offset, front);
+            shared.store_release_u64(offset + 8, back);
             Ok(())
         })
     }
@@ -223,15 +223,15 @@ impl Cq {
 /// The memory of a queue of entries of `N` words: at once where all of it lies in one mapping, else entry by entry.
 pub(super) struct QueueMemory<'a, const N: usize> {
     dma: &'a Dma<'a>,
-    rows: Option<Rows<&'a Window, u64, N>>,
+    rows: Option<SharedArray<&'a SharedMemory, u64, N>>,
 }
 
 impl<'a, const N: usize> QueueMemory<'a, N> {
     #[inline]
     fn new(dma: &'a Dma<'a>, base: Iova, entries: u32, hint: usize) -> Self {
         let whole = Span::new(base, u64::from(entries) * (N * size_of::<u64>()) as u64);
-        let found = whole.and_then(|whole| dma.window(whole, hint));
-        Self { dma, rows: found.and_then(|(window, offset)| window.rows(offset, entries as usize)) }
+        let found = whole.and_then(|whole| dma.shared(whole, hint));
+        Self { dma, rows: found.and_then(|(shared, offset)| shared.rows(offset, entries as usize)) }
     }
 }
 

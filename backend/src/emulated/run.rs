@@ -254,7 +254,8 @@ impl Controller {
         }
         // The completion first, then this look; whoever starts to wait does the two in the other order.
         fence(SeqCst);
-        if self.awaited.get(usize::from(vector)).is_some_and(|awaited| !awaited.load(SeqCst)) {
+        if self.interrupt_wanted.get(usize::from(vector)).is_some_and(|interrupt_wanted| !interrupt_wanted.load(SeqCst))
+        {
             return;
         }
         let vectors = self.vectors.read().unwrap_or_else(PoisonError::into_inner);

@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use crate::addr::{Address, Gpa, Iova, Span};
 use crate::hardware::CacheFlush;
 use crate::memory::{MemTable, Region};
-use crate::sys::{Rows, Window};
+use crate::sys::{SharedArray, SharedMemory};
 
 /// One worker's view of guest memory.
 #[derive(Default)]
@@ -64,37 +64,37 @@ impl GuestMemoryView {
     /// True if the byte at `address` is guest memory.
     #[inline]
     pub fn has_status(&mut self, address: Gpa) -> bool {
-        Span::new(address, 1).is_some_and(|byte| self.table.window(byte, &mut self.status_hint).is_some())
+        Span::new(address, 1).is_some_and(|byte| self.table.host_memory(byte, &mut self.status_hint).is_some())
     }
 
     /// Writes a status byte that [`Self::has_status`] has found, perhaps under the former table.
     #[inline]
     pub fn write_status(&mut self, address: Gpa, status: u8) {
         let byte = Span::new(address, 1).expect("one byte never wraps");
-        match self.table.window(byte, &mut self.status_hint) {
-            Some((window, offset)) => window.write_u8(offset, status),
+        match self.table.host_memory(byte, &mut self.status_hint) {
+            Some((shared, offset)) => shared.write_u8(offset, status),
             None => self.copy_in(byte, &[status]),
         }
     }
 
     /// Where an indirect table, or one entry of it, can be read; `None` unless all of it lies in one region.
     #[inline]
-    pub fn table_window(&mut self, span: Span<Gpa>) -> Option<(&Window, usize)> {
-        self.table.window(span, &mut self.table_hint)
+    pub fn table_window(&mut self, span: Span<Gpa>) -> Option<(&SharedMemory, usize)> {
+        self.table.host_memory(span, &mut self.table_hint)
     }
 
     /// The `entries` descriptors that `span` holds; `None` unless all of them lie in one region, aligned to words.
     #[inline]
-    pub fn descriptors(&mut self, span: Span<Gpa>, entries: u16) -> Option<Rows<&Window, u64, 2>> {
-        self.table_window(span).and_then(|(window, offset)| window.rows(offset, entries.into()))
+    pub fn descriptors(&mut self, span: Span<Gpa>, entries: u16) -> Option<SharedArray<&SharedMemory, u64, 2>> {
+        self.table_window(span).and_then(|(shared, offset)| shared.rows(offset, entries.into()))
     }
 
     /// Type and sector of a request whose header lies at `address` in one region, aligned to words (virtio 1.2 §5.2.6).
     #[inline]
     pub fn header(&mut self, address: Gpa) -> Option<(u32, u64)> {
         let span = Span::new(address, 16)?;
-        let (window, offset) = self.table.window(span, &mut self.header_hint)?;
-        let [front, sector] = window.rows::<u64, 2>(offset, 1)?.read(0);
+        let (shared, offset) = self.table.host_memory(span, &mut self.header_hint)?;
+        let [front, sector] = shared.rows::<u64, 2>(offset, 1)?.read(0);
         Some((u32::try_from(front & 0xffff_ffff).expect("masked"), sector))
     }
 
@@ -102,8 +102,8 @@ impl GuestMemoryView {
     #[inline]
     pub fn read_header<T: FromBytes + IntoBytes>(&mut self, spans: &[Span<Gpa>]) -> Option<T> {
         let front = spans.first()?.slice(0, size_of::<T>() as u64);
-        if let Some((window, offset)) = front.and_then(|span| self.table.window(span, &mut self.header_hint)) {
-            return Some(window.read(offset));
+        if let Some((shared, offset)) = front.and_then(|span| self.table.host_memory(span, &mut self.header_hint)) {
+            return Some(shared.read(offset));
         }
         self.gather_header(spans)
     }
@@ -115,8 +115,8 @@ impl GuestMemoryView {
         let mut done = 0;
         for span in spans {
             let wanted = span.slice(0, span.len().min((bytes.len() - done) as u64));
-            for (window, offset, len) in self.pieces(wanted?) {
-                window?.copy_to(offset, &mut bytes[done..done + len]);
+            for (shared, offset, len) in self.pieces(wanted?) {
+                shared?.copy_to(offset, &mut bytes[done..done + len]);
                 done += len;
             }
             if done == bytes.len() {
@@ -129,10 +129,10 @@ impl GuestMemoryView {
     /// Copies `bytes` to the front of `span`, which is guest memory.
     fn copy_in(&self, span: Span<Gpa>, bytes: &[u8]) {
         let mut done = 0;
-        for (window, offset, len) in self.pieces(span) {
-            let Some(window) = window else { return };
+        for (shared, offset, len) in self.pieces(span) {
+            let Some(shared) = shared else { return };
             let part = len.min(bytes.len() - done);
-            window.copy_from(offset, &bytes[done..done + part]);
+            shared.copy_from(offset, &bytes[done..done + part]);
             done += part;
         }
     }
@@ -151,10 +151,10 @@ impl GuestMemoryView {
     /// Copies the front of `spans`, which are guest memory, to `bytes`.
     pub fn gather(&self, spans: &[Span<Iova>], bytes: &mut [u8]) {
         let mut done = 0;
-        for (window, offset, len) in spans.iter().flat_map(|span| self.pieces(span.identity_gpa())) {
-            let Some(window) = window else { return };
+        for (shared, offset, len) in spans.iter().flat_map(|span| self.pieces(span.identity_gpa())) {
+            let Some(shared) = shared else { return };
             let part = len.min(bytes.len() - done);
-            window.copy_to(offset, &mut bytes[done..done + part]);
+            shared.copy_to(offset, &mut bytes[done..done + part]);
             done += part;
         }
     }
@@ -170,12 +170,12 @@ impl GuestMemoryView {
             let len = (span.len() - skip).min((slot.len - done) as u64);
             let Some(part) = span.slice(skip, len) else { return };
             skip = 0;
-            for (window, offset, len) in self.pieces(part.identity_gpa()) {
-                let Some(window) = window else { return };
+            for (shared, offset, len) in self.pieces(part.identity_gpa()) {
+                let Some(shared) = shared else { return };
                 if to_guest {
-                    slot.window.copy_to_window(slot.offset + done, window, offset, len);
+                    slot.shared.copy_to_window(slot.offset + done, shared, offset, len);
                 } else {
-                    window.copy_to_window(offset, slot.window, slot.offset + done, len);
+                    shared.copy_to_window(offset, slot.shared, slot.offset + done, len);
                 }
                 done += len;
             }
@@ -193,15 +193,15 @@ impl GuestMemoryView {
             let Some(part) = span.slice(skip, (span.len() - skip).min(left)) else { return };
             skip = 0;
             left -= part.len();
-            for (window, offset, len) in self.pieces(part.identity_gpa()) {
-                let Some(window) = window else { return };
-                caches.flush(window, offset, len);
+            for (shared, offset, len) in self.pieces(part.identity_gpa()) {
+                let Some(shared) = shared else { return };
+                caches.flush(shared, offset, len);
             }
         }
     }
 
     /// `span` cut at the seams of regions: window, offset in it, length. A piece that is nowhere has no window and ends it.
-    fn pieces(&self, span: Span<Gpa>) -> impl Iterator<Item = (Option<&Window>, usize, usize)> {
+    fn pieces(&self, span: Span<Gpa>) -> impl Iterator<Item = (Option<&SharedMemory>, usize, usize)> {
         let mut rest = Some(span);
         std::iter::from_fn(move || {
             let span = rest.take()?;
@@ -210,7 +210,7 @@ impl GuestMemoryView {
             let len = span.len().min(region.gpa().len() - offset);
             rest = span.slice(len, span.len() - len);
             let fits = |bytes| usize::try_from(bytes).expect("a mapped region fits the address space");
-            Some((Some(region.window()), fits(offset), fits(len)))
+            Some((Some(region.memory()), fits(offset), fits(len)))
         })
     }
 
@@ -237,7 +237,7 @@ fn ranges(table: &MemTable) -> Vec<Span<Gpa>> {
 /// Part of a bounce buffer, as this process sees it.
 pub struct Slot<'a> {
     /// The whole buffer.
-    pub window: &'a Window,
+    pub shared: &'a SharedMemory,
     /// Where the slot starts, bytes.
     pub offset: usize,
     /// How many bytes of it.

@@ -71,7 +71,7 @@ impl Engine {
     ///
     /// # Errors
     /// [`EngineError::WorkerGone`]; then `act` has not run.
-    pub fn at_rest<T>(&self, act: impl FnOnce() -> T) -> Result<T, EngineError> {
+    pub fn while_idle<T>(&self, act: impl FnOnce() -> T) -> Result<T, EngineError> {
         let answers: Vec<_> =
             self.workers.iter().map(|handle| handle.command_queue.post(WorkerCommand::Rest)).collect();
         let deadline = self.deadline();

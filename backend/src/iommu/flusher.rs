@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::addr::Bytes;
 use crate::hardware::CacheFlush;
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 /// Below this, starting threads costs more than they save, bytes.
 const ALONE: usize = 64 << 20;
@@ -15,12 +15,12 @@ const PIECE: usize = 16 << 20;
 /// More threads than this saturate memory on no machine measured.
 const MOST_THREADS: usize = 4;
 
-/// Writes back and invalidates `len` bytes of `window` from `offset`.
-pub fn flush(caches: &dyn CacheFlush, window: &Window, offset: usize, len: usize) {
+/// Writes back and invalidates `len` bytes of `shared` from `offset`.
+pub fn flush(caches: &dyn CacheFlush, shared: &SharedMemory, offset: usize, len: usize) {
     let processors = || thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS));
     let shares = shares(len, if len < ALONE { 1 } else { processors() });
     thread::scope(|scope| {
-        let mut shares = shares.map(|share| move || flush_share(caches, window, offset, share));
+        let mut shares = shares.map(|share| move || flush_share(caches, shared, offset, share));
         let own = shares.next();
         shares.for_each(|share| drop(scope.spawn(share)));
         own.into_iter().for_each(|share| share());
@@ -33,12 +33,12 @@ fn shares(len: usize, threads: usize) -> impl Iterator<Item = Range<usize>> {
     (0..threads).map(move |n| (n * share).min(len)..((n + 1) * share).min(len))
 }
 
-fn flush_share(caches: &dyn CacheFlush, window: &Window, offset: usize, share: Range<usize>) {
+fn flush_share(caches: &dyn CacheFlush, shared: &SharedMemory, offset: usize, share: Range<usize>) {
     let mut reported = Instant::now();
     let mut at = share.start;
     while at < share.end {
         let piece = PIECE.min(share.end - at);
-        caches.flush(window, offset + at, piece);
+        caches.flush(shared, offset + at, piece);
         at += piece;
         if reported.elapsed() >= Duration::from_secs(1) {
             reported = Instant::now();
@@ -61,7 +61,7 @@ mod tests {
     struct Asked(Mutex<Vec<Range<usize>>>);
 
     impl CacheFlush for Asked {
-        fn flush(&self, _: &Window, offset: usize, len: usize) {
+        fn flush(&self, _: &SharedMemory, offset: usize, len: usize) {
             self.0.lock().unwrap().push(offset..offset + len);
         }
     }
@@ -76,11 +76,11 @@ mod tests {
 
     #[test]
     fn every_byte_of_a_large_range_is_flushed_once() {
-        let window = Window::of(Arc::new(MmapRegion::new(ALONE + PIECE).unwrap()));
+        let shared = SharedMemory::of(Arc::new(MmapRegion::new(ALONE + PIECE).unwrap()));
         for (offset, len) in [(0, ALONE + PIECE), (4096, ALONE + 1), (64, ALONE - 1), (8192, PIECE + 64), (0, 0)] {
             let asked = Asked::default();
 
-            flush(&asked, &window, offset, len);
+            flush(&asked, &shared, offset, len);
 
             let asked = asked.0.into_inner().unwrap();
             assert!(make_up(asked.clone(), offset..offset + len), "{len} bytes at {offset}: {asked:x?}");

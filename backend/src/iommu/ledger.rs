@@ -46,15 +46,15 @@ impl Ledger {
     /// The highest free range of `len` bytes, aligned to `alignment` (a power of two), inside one of `allowed`. High,
     /// because guest RAM grows from address zero.
     pub(super) fn highest_gap(&self, allowed: &[Span<Iova>], len: u64, alignment: u64) -> Option<Span<Iova>> {
-        allowed.iter().rev().find_map(|window| self.highest_gap_in(*window, len, alignment))
+        allowed.iter().rev().find_map(|shared| self.highest_gap_in(*shared, len, alignment))
     }
 
-    fn highest_gap_in(&self, window: Span<Iova>, len: u64, alignment: u64) -> Option<Span<Iova>> {
-        let mut last = window.last();
+    fn highest_gap_in(&self, shared: Span<Iova>, len: u64, alignment: u64) -> Option<Span<Iova>> {
+        let mut last = shared.last();
         loop {
             let start = Iova(last.raw().checked_sub(len - 1)? & !(alignment - 1));
             let candidate = Span::new(start, len)?;
-            if !window.covers(&candidate) {
+            if !shared.covers(&candidate) {
                 return None;
             }
             match self.conflict(candidate) {

@@ -9,12 +9,12 @@
 //! away    (the host wants the device) as for stop, but what is mapped stays in the IOAS, unpinned, for the day it is back
 //! ```
 //!
-//! What "expose" and "withdraw" mean is the regime's matter, see `sequence.rs`; `exposure.rs` walks the pieces and keeps the
+//! What "expose" and "withdraw" mean is the regime's matter, see `sequence.rs`; `mapped.rs` walks the pieces and keeps the
 //! ledger. Pieces, because the kernel can never split a mapping; 1 GiB, because that is the largest IOMMU page.
 
-mod exposure;
 mod flusher;
 mod ledger;
+mod mapped_memory;
 mod page_table;
 mod sequence;
 
@@ -27,15 +27,15 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::process::{Resource, getrlimit};
 use vm_memory::{FileOffset, MmapRegion};
 
-pub use exposure::Exposure;
 pub use flusher::flush;
+pub use mapped_memory::MappedMemory;
 pub use page_table::{PageTable, Snoop};
 pub use sequence::{Piece, Space, Steps};
 
 use crate::addr::{Iova, Span};
 use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError, SpaceStatistics};
 use crate::memory::Region;
-use crate::sys::{CacheLines, Cdev, HwptId, Ioas, Iommufd, Window};
+use crate::sys::{CacheLines, Cdev, HwptId, Ioas, Iommufd, SharedMemory};
 use sequence::Failed;
 
 /// The largest piece mapped by one call.
@@ -54,9 +54,9 @@ struct Live {
     ioas: Ioas,
     /// Where DMA may go behind the CPU caches.
     staging: Option<Staging>,
-    exposure: Exposure,
+    mapped: MappedMemory,
     /// What the device allowed, while it is away; then the kernel itself allows everything.
-    parted: Mutex<Option<Vec<Span<Iova>>>>,
+    released_ranges: Mutex<Option<Vec<Span<Iova>>>>,
 }
 
 /// What flushing needs.
@@ -65,7 +65,7 @@ struct Staging {
     ioas: Ioas,
     device: Mutex<Device>,
     /// What is exposed, to be flushed when the device comes or goes, neither of which happens while something is added.
-    exposed: Mutex<BTreeMap<Iova, (Span<Iova>, Window)>>,
+    exposed: Mutex<BTreeMap<Iova, (Span<Iova>, SharedMemory)>>,
 }
 
 /// The device as it is now.
@@ -82,13 +82,13 @@ impl Staging {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn exposed(&self) -> MutexGuard<'_, BTreeMap<Iova, (Span<Iova>, Window)>> {
+    fn exposed(&self) -> MutexGuard<'_, BTreeMap<Iova, (Span<Iova>, SharedMemory)>> {
         self.exposed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn flush_all(&self, exposed: &BTreeMap<Iova, (Span<Iova>, Window)>) {
-        for (_, window) in exposed.values() {
-            flush(&self.lines, window, 0, window.len());
+    fn flush_all(&self, exposed: &BTreeMap<Iova, (Span<Iova>, SharedMemory)>) {
+        for (_, shared) in exposed.values() {
+            flush(&self.lines, shared, 0, shared.len());
         }
     }
 }
@@ -102,8 +102,8 @@ impl LiveSpace {
 
     fn with(table: &PageTable, staging: Option<Staging>) -> Self {
         let (iommufd, ioas) = (Arc::clone(&table.iommufd), table.ioas.clone());
-        let exposure = Exposure::new(staging.is_some(), CHUNK);
-        Self(Arc::new(Live { iommufd, ioas, staging, exposure, parted: Mutex::default() }))
+        let mapped = MappedMemory::new(staging.is_some(), CHUNK);
+        Self(Arc::new(Live { iommufd, ioas, staging, mapped, released_ranges: Mutex::default() }))
     }
 
     /// For `device`, whose DMA may go behind the CPU caches; everything is flushed with `lines` before the device can reach
@@ -135,14 +135,14 @@ impl LiveSpace {
             *staging.device() = Device { file: device, hwpt: table.id(), table: Some(pen) };
             staging.flush_all(&exposed);
         }
-        *self.0.parted() = None;
+        *self.0.released_ranges() = None;
         Ok(())
     }
 
     /// In which order memory becomes reachable, in words.
     #[must_use]
     pub fn order(&self) -> &'static str {
-        self.0.exposure.order()
+        self.0.mapped.order()
     }
 }
 
@@ -155,8 +155,8 @@ impl Steps for Live {
                 other => return other,
             }
         }
-        let Piece { span, window, offset, writable, .. } = piece;
-        self.iommufd.map_window(self.ioas(space), (window, offset), span, writable)
+        let Piece { span, shared, offset, writable, .. } = piece;
+        self.iommufd.map_memory(self.ioas(space), (shared, offset), span, writable)
     }
 
     fn copy(&self, from: Space, to: Space, piece: Piece<'_>) -> io::Result<()> {
@@ -169,7 +169,7 @@ impl Steps for Live {
 
     fn flush(&self, piece: Piece<'_>) {
         let staging = self.staging.as_ref().expect("only a flushing regime flushes");
-        flush(&staging.lines, piece.window, piece.offset, piece.bytes());
+        flush(&staging.lines, piece.shared, piece.offset, piece.bytes());
     }
 
     fn detach(&self) -> io::Result<()> {
@@ -192,16 +192,16 @@ impl Live {
         }
     }
 
-    fn parted(&self) -> MutexGuard<'_, Option<Vec<Span<Iova>>>> {
-        self.parted.lock().unwrap_or_else(PoisonError::into_inner)
+    fn released_ranges(&self) -> MutexGuard<'_, Option<Vec<Span<Iova>>>> {
+        self.released_ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Exposes `whole`, and remembers it if it will have to be flushed.
     fn expose(&self, whole: Piece<'_>) -> Result<(), MapError> {
         let mut exposed = self.staging.as_ref().map(Staging::exposed);
-        self.exposure.add(self, whole).map_err(|(span, failed)| self.explain(span, failed))?;
+        self.mapped.add(self, whole).map_err(|(span, failed)| self.explain(span, failed))?;
         if let Some(exposed) = &mut exposed {
-            exposed.insert(whole.span.start(), (whole.span, whole.window.clone()));
+            exposed.insert(whole.span.start(), (whole.span, whole.shared.clone()));
         }
         Ok(())
     }
@@ -218,7 +218,7 @@ impl Live {
 
     /// The ranges this address space allows now; asked each time, because attaching a device narrows them.
     fn allowed(&self, about: Span<Iova>) -> Result<Vec<Span<Iova>>, MapError> {
-        if let Some(ranges) = &*self.parted() {
+        if let Some(ranges) = &*self.released_ranges() {
             return Ok(ranges.clone());
         }
         let kernel = |source| MapError::Kernel { what: "IOMMU_IOAS_IOVA_RANGES for", span: about, source };
@@ -228,7 +228,7 @@ impl Live {
     /// Turns ENOMEM into the limit it stands for, if that is what it is.
     fn explain(&self, span: Span<Iova>, (what, source): Failed) -> MapError {
         let limit = getrlimit(Resource::Memlock).current;
-        let pinned = self.exposure.statistics().mapped;
+        let pinned = self.mapped.statistics().mapped;
         let needed = pinned.saturating_add(span.len());
         match limit {
             Some(limit) if source.raw_os_error() == Some(libc::ENOMEM) && needed > limit => {
@@ -242,7 +242,7 @@ impl Live {
 /// All of a region.
 fn whole(region: &Region) -> Piece<'_> {
     let file = region.pinnable().then(|| (region.file().as_fd(), region.offset()));
-    Piece { span: region.gpa().identity_iova(), window: region.window(), offset: 0, file, writable: region.writable() }
+    Piece { span: region.gpa().identity_iova(), shared: region.memory(), offset: 0, file, writable: region.writable() }
 }
 
 impl AddressSpace for LiveSpace {
@@ -253,7 +253,7 @@ impl AddressSpace for LiveSpace {
         if !allowed.iter().any(|range| range.covers(&whole.span)) {
             return Err(MapError::NotAllowed { span: whole.span, allowed: list(&allowed) });
         }
-        let taken = live.exposure.ledger().conflict(whole.span);
+        let taken = live.mapped.ledger().conflict(whole.span);
         if let Some(taken) = taken {
             return Err(MapError::Overlap { span: whole.span, taken });
         }
@@ -262,20 +262,20 @@ impl AddressSpace for LiveSpace {
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
         let (live, whole) = (&*self.0, whole(region));
-        live.withdraw(whole, || live.exposure.remove(live, whole))
+        live.withdraw(whole, || live.mapped.remove(live, whole))
     }
 
-    fn remove_at_rest(&self, region: &Region) -> Result<(), MapError> {
+    fn remove_while_idle(&self, region: &Region) -> Result<(), MapError> {
         let (live, whole) = (&*self.0, whole(region));
-        live.withdraw(whole, || live.exposure.remove_at_rest(live, whole))
+        live.withdraw(whole, || live.mapped.remove_while_idle(live, whole))
     }
 
-    fn part(&self) {
+    fn release(&self) {
         let ranges = self.0.iommufd.iova_ranges(&self.0.ioas).unwrap_or_else(|error| {
             log::error!("IOMMU_IOAS_IOVA_RANGES: {error}; while the device is away no memory can be mapped");
             Vec::new()
         });
-        *self.0.parted() = Some(ranges);
+        *self.0.released_ranges() = Some(ranges);
         if let Some(staging) = &self.0.staging {
             let exposed = staging.exposed();
             staging.flush_all(&exposed);
@@ -283,12 +283,12 @@ impl AddressSpace for LiveSpace {
         }
     }
 
-    fn is_parted(&self) -> bool {
-        self.0.parted().is_some()
+    fn is_released(&self) -> bool {
+        self.0.released_ranges().is_some()
     }
 
     fn statistics(&self) -> SpaceStatistics {
-        self.0.exposure.statistics()
+        self.0.mapped.statistics()
     }
 
     fn pins(&self) -> bool {
@@ -308,18 +308,18 @@ impl AddressSpace for LiveSpace {
         ftruncate(&file, len as u64).map_err(|e| failed(e.into()))?;
         let place = FileOffset::new(file.into(), 0);
         let mapping = MmapRegion::from_file(place.clone(), len).map_err(|e| failed(io::Error::other(e)))?;
-        let window = Window::of(Arc::new(mapping));
+        let shared = SharedMemory::of(Arc::new(mapping));
 
         let zero = Span::new(Iova(0), len as u64).ok_or(MapError::NoIova(bytes))?;
         let allowed = live.allowed(zero)?;
         let below = |range: &Span<Iova>| Span::inclusive(range.start(), range.last().min(HIGHEST));
         let allowed: Vec<_> = allowed.iter().filter_map(below).collect();
-        let gap = live.exposure.ledger().highest_gap(&allowed, len as u64, page as u64);
+        let gap = live.mapped.ledger().highest_gap(&allowed, len as u64, page as u64);
         let span = gap.ok_or(MapError::NoIova(bytes))?;
-        let whole = Piece { span, window: &window, offset: 0, file: Some((place.file().as_fd(), 0)), writable: true };
+        let whole = Piece { span, shared: &shared, offset: 0, file: Some((place.file().as_fd(), 0)), writable: true };
         live.expose(whole)?;
-        let mapping = Mapped { space: Arc::clone(&self.0), span, window: window.clone() };
-        Ok(DmaBuffer::new(window, span, Box::new(mapping)))
+        let mapping = Mapped { space: Arc::clone(&self.0), span, shared: shared.clone() };
+        Ok(DmaBuffer::new(shared, span, Box::new(mapping)))
     }
 }
 
@@ -327,16 +327,16 @@ impl AddressSpace for LiveSpace {
 struct Mapped {
     space: Arc<Live>,
     span: Span<Iova>,
-    window: Window,
+    shared: SharedMemory,
 }
 
 impl Drop for Mapped {
     fn drop(&mut self) {
         let live = &*self.space;
-        let whole = Piece { span: self.span, window: &self.window, offset: 0, file: None, writable: true };
-        let removed = live.withdraw(whole, || match live.exposure.remove(live, whole) {
+        let whole = Piece { span: self.span, shared: &self.shared, offset: 0, file: None, writable: true };
+        let removed = live.withdraw(whole, || match live.mapped.remove(live, whole) {
             // Nothing is in flight when the driver lets go of its memory.
-            Err(MapError::DeviceMustRest { .. }) => live.exposure.remove_at_rest(live, whole),
+            Err(MapError::DeviceMustBeIdle { .. }) => live.mapped.remove_while_idle(live, whole),
             other => other,
         });
         if let Err(error) = removed {

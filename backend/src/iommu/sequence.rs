@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use crate::addr::{Address, Iova, Span};
 use crate::hardware::SpaceStatistics;
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 /// One of the two address spaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub struct Piece<'a> {
     /// For the device.
     pub span: Span<Iova>,
     /// For this process.
-    pub window: &'a Window,
+    pub shared: &'a SharedMemory,
     /// Where in the window it begins, bytes.
     pub offset: usize,
     /// The file behind it and where in the file it begins, if it is to be pinned by file.
@@ -90,7 +90,7 @@ pub(super) type Failed = (&'static str, io::Error);
 /// Which of the three regimes a device is under, and what following it has cost.
 pub(super) struct Sequence {
     flushing: bool,
-    gated: AtomicBool,
+    flush_after_map: AtomicBool,
     staged: AtomicU64,
     map_bytes: AtomicU64,
     unmap_bytes: AtomicU64,
@@ -103,20 +103,20 @@ impl Sequence {
     pub(super) fn new(flushing: bool) -> Self {
         let zero = || AtomicU64::new(0);
         let (staged, map_bytes, unmap_bytes, nanoseconds) = (zero(), zero(), zero(), zero());
-        Self { flushing, gated: AtomicBool::new(false), staged, map_bytes, unmap_bytes, nanoseconds }
+        Self { flushing, flush_after_map: AtomicBool::new(false), staged, map_bytes, unmap_bytes, nanoseconds }
     }
 
     /// Makes `piece` reachable.
     ///
     /// # Errors
     /// The step that failed; nothing is mapped then.
-    pub(super) fn expose(&self, steps: &dyn Steps, piece: Piece<'_>) -> Result<(), Failed> {
+    pub(super) fn map(&self, steps: &dyn Steps, piece: Piece<'_>) -> Result<(), Failed> {
         if !self.flushing {
             return steps.map(Space::Live, piece).map_err(|e| ("pin and map for DMA", e));
         }
-        if !self.gated.load(Relaxed) {
-            match self.expose_staged(steps, piece) {
-                Err((_, error)) if error.raw_os_error() == Some(libc::ENODEV) => self.gate(),
+        if !self.flush_after_map.load(Relaxed) {
+            match self.map_staged(steps, piece) {
+                Err((_, error)) if error.raw_os_error() == Some(libc::ENODEV) => self.switch_to_flush_after_map(),
                 other => return other,
             }
         }
@@ -125,7 +125,7 @@ impl Sequence {
         Ok(())
     }
 
-    fn expose_staged(&self, steps: &dyn Steps, piece: Piece<'_>) -> Result<(), Failed> {
+    fn map_staged(&self, steps: &dyn Steps, piece: Piece<'_>) -> Result<(), Failed> {
         let span = piece.span;
         self.staged.fetch_add(1, Relaxed);
         steps.map(Space::Staging, piece).map_err(|e| ("pin for DMA", e))?;
@@ -138,13 +138,13 @@ impl Sequence {
         copied.and(released)
     }
 
-    /// Takes `piece` away. On failure the device can still reach it; after ENOMEM, [`Self::withdraw_at_rest`] needs none.
+    /// Takes `piece` away. On failure the device can still reach it; after ENOMEM, [`Self::unmap_detached`] needs none.
     ///
     /// # Errors
     /// The step that failed.
-    pub(super) fn withdraw(&self, steps: &dyn Steps, piece: Piece<'_>) -> Result<(), Failed> {
+    pub(super) fn unmap(&self, steps: &dyn Steps, piece: Piece<'_>) -> Result<(), Failed> {
         let span = piece.span;
-        if !self.flushing || self.gated.load(Relaxed) {
+        if !self.flushing || self.flush_after_map.load(Relaxed) {
             if self.flushing {
                 self.flush(steps, &self.unmap_bytes, piece);
             }
@@ -166,15 +166,15 @@ impl Sequence {
     ///
     /// # Errors
     /// The step that failed. If it was the last one the device can reach nothing any more, and its next reset fails.
-    pub(super) fn withdraw_at_rest(&self, steps: &dyn Steps, piece: Piece<'_>) -> Result<(), Failed> {
+    pub(super) fn unmap_detached(&self, steps: &dyn Steps, piece: Piece<'_>) -> Result<(), Failed> {
         steps.detach().map_err(|e| ("detach the device, for want of memory, to unmap", e))?;
         self.flush(steps, &self.unmap_bytes, piece);
         let unmapped = steps.unmap(Space::Live, piece.span).map_err(|e| ("IOMMU_IOAS_UNMAP", e));
         steps.attach().map_err(|e| ("attach the device again after unmapping", e)).and(unmapped)
     }
 
-    fn gate(&self) {
-        if !self.gated.swap(true, Relaxed) {
+    fn switch_to_flush_after_map(&self) {
+        if !self.flush_after_map.swap(true, Relaxed) {
             log::warn!(
                 "this IOMMU's driver maps nothing before a device is attached (ENODEV): \
                  from now on memory is mapped, flushed, and only then named in a request"
@@ -206,7 +206,7 @@ impl Sequence {
     /// The order in which memory is exposed, for a person.
     #[must_use]
     pub(super) fn order(&self) -> &'static str {
-        match (self.flushing, self.gated.load(Relaxed)) {
+        match (self.flushing, self.flush_after_map.load(Relaxed)) {
             (false, _) => "mapped",
             (true, false) => "pinned, flushed, mapped",
             (true, true) => "mapped, flushed, published",

@@ -30,8 +30,8 @@
 //! process flushes all the same. With one, the owner wants the answer to be true and, by the lock, to stay what the guest
 //! has seen. Serving then would make it false, and no one but this process would know.
 
-mod link;
-mod watch;
+mod discard_monitor;
+mod shim_link;
 
 use std::fmt;
 use std::io;
@@ -42,15 +42,15 @@ use std::time::{Duration, SystemTime};
 
 use kvm_vfio_shim::{Refused, Status};
 
-pub(crate) use link::Link;
-pub(crate) use watch::Watch;
+pub(crate) use discard_monitor::DiscardMonitor;
+pub(crate) use shim_link::ShimLink;
 
 use crate::coherency::{Facts, Refusal, Verdict, decide};
 
 /// The process that runs the VM, as far as it can be reached.
 pub struct Vmm {
     shim: Option<Shim>,
-    tally: Mutex<Tally>,
+    registrations: Mutex<RegistrationStatistics>,
     /// The host has got the device back: there is nothing to tell, to keep or to watch any more.
     released: AtomicBool,
 }
@@ -71,7 +71,7 @@ pub struct Shim {
 
 /// What has come of it since the start.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Tally {
+pub struct RegistrationStatistics {
     /// Registrations that a shim took.
     pub registrations: u64,
     /// Those among them of which KVM was told.
@@ -86,7 +86,7 @@ pub struct Tally {
 
 /// Why memory may not be mapped.
 #[derive(Debug, thiserror::Error)]
-pub enum NotTold {
+pub enum RegistrationError {
     /// The shim said no.
     #[error(
         "KVM must be told before memory is mapped that {device} goes behind the CPU caches, and the VM's KVM shim refuses: {refused}; or leave --kvm-socket out, to serve without telling KVM"
@@ -115,24 +115,24 @@ pub enum NotTold {
 impl Vmm {
     /// One that nothing can be told.
     #[must_use]
-    pub fn unreachable() -> Self {
-        Self { shim: None, tally: Mutex::default(), released: AtomicBool::new(false) }
+    pub fn without_shim() -> Self {
+        Self { shim: None, registrations: Mutex::default(), released: AtomicBool::new(false) }
     }
 
     /// One in which a shim listens, or will when the VM is there.
     #[must_use]
-    pub fn with(shim: Shim) -> Self {
-        Self { shim: Some(shim), ..Self::unreachable() }
+    pub fn with_shim(shim: Shim) -> Self {
+        Self { shim: Some(shim), ..Self::without_shim() }
     }
 
     /// What has come of it since the start.
     #[must_use]
-    pub fn tally(&self) -> Tally {
-        *self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn registrations(&self) -> RegistrationStatistics {
+        *self.registrations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn count(&self, change: impl FnOnce(&mut Tally)) {
-        change(&mut self.tally.lock().unwrap_or_else(PoisonError::into_inner));
+    fn count(&self, change: impl FnOnce(&mut RegistrationStatistics)) {
+        change(&mut self.registrations.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// The host has got the device back. With a shim that is for good: KVM would have to be told before it returns.
@@ -150,7 +150,7 @@ impl Vmm {
 
     /// Guest memory is found to have been discarded.
     pub(crate) fn alarmed(&self) {
-        self.count(|tally| tally.alarms += 1);
+        self.count(|registrations| registrations.alarms += 1);
     }
 }
 
@@ -172,7 +172,7 @@ impl Shim {
 }
 
 /// For the statistics line.
-impl fmt::Display for Tally {
+impl fmt::Display for RegistrationStatistics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kvm = match self.last {
             None => "unknown",
@@ -230,15 +230,18 @@ mod tests {
 
     #[test]
     fn the_statistics_name_kvms_state() {
-        let last = |told, kept| Tally { last: Some(Status { told, kept, ..Status::default() }), ..Tally::default() };
+        let last = |told, kept| RegistrationStatistics {
+            last: Some(Status { told, kept, ..Status::default() }),
+            ..RegistrationStatistics::default()
+        };
         let states = [
-            (Tally::default(), "kvm=unknown registrations=0 told=0 refused=0 discard_alarms=0"),
+            (RegistrationStatistics::default(), "kvm=unknown registrations=0 told=0 refused=0 discard_alarms=0"),
             (last(0, false), "kvm=coherent "),
             (last(1, false), "kvm=non-coherent "),
             (last(0, true), "kvm=kept "),
         ];
-        for (tally, part) in states {
-            assert!(tally.to_string().starts_with(part), "{part} in: {tally}");
+        for (registrations, part) in states {
+            assert!(registrations.to_string().starts_with(part), "{part} in: {registrations}");
         }
     }
 }

@@ -14,7 +14,7 @@ pub use plan::Plan;
 pub use region::{FileId, Region, RegionError, RegionSpec};
 
 use crate::addr::{Address, Gpa, Iova, Qva, Span};
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 /// Sorted, disjoint guest regions.
 #[derive(Clone, Default)]
@@ -82,11 +82,11 @@ impl MemTable {
     /// region.
     #[inline]
     #[must_use]
-    pub fn window(&self, span: Span<Gpa>, hint: &mut usize) -> Option<(&Window, usize)> {
+    pub fn host_memory(&self, span: Span<Gpa>, hint: &mut usize) -> Option<(&SharedMemory, usize)> {
         let fits = |offset| usize::try_from(offset).expect("a mapped region fits the address space");
         let hit = |index: usize| {
             let region = self.regions.get(index)?;
-            region.gpa().offset_of_span(&span).map(|offset| (region.window(), fits(offset)))
+            region.gpa().offset_of_span(&span).map(|offset| (region.memory(), fits(offset)))
         };
         if let Some(found) = hit(*hint) {
             return Some(found);

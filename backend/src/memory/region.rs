@@ -13,7 +13,7 @@ use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, MmapRegion};
 
 use crate::addr::{Address, Bytes, Gpa, Qva, Span};
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 /// `f_type` of a hugetlbfs file (statfs(2)).
 const HUGETLBFS_MAGIC: i64 = 0x958458f6;
@@ -82,7 +82,7 @@ pub struct Region {
     page_size: u64,
     pinnable: bool,
     writable: bool,
-    window: Window,
+    shared: SharedMemory,
 }
 
 /// Why a region was refused.
@@ -179,7 +179,7 @@ impl Region {
         let range = |start: u64| RegionError::Range { start, len: gpa.len() };
         let qva = Span::new(spec.qva, announced.len()).ok_or(range(spec.qva.raw()))?;
         let len = usize::try_from(gpa.len()).map_err(|_| range(gpa.start().raw()))?;
-        let window = map_file(&spec, len, backing.page_size).map_err(kernel("mmap"))?;
+        let shared = map_file(&spec, len, backing.page_size).map_err(kernel("mmap"))?;
         Ok(Self {
             gpa,
             announced: announced.len(),
@@ -190,7 +190,7 @@ impl Region {
             page_size: backing.page_size,
             writable,
             pinnable: backing.in_memory && spec.offset + gpa.len() <= backing.size,
-            window,
+            shared,
         })
     }
 
@@ -265,8 +265,8 @@ impl Region {
     /// This process's view.
     #[inline]
     #[must_use]
-    pub fn window(&self) -> &Window {
-        &self.window
+    pub fn memory(&self) -> &SharedMemory {
+        &self.shared
     }
 }
 
@@ -316,15 +316,15 @@ impl Backing {
 }
 
 /// Maps `len` bytes of a file, and around them what it takes to begin and end with its pages.
-fn map_file(spec: &RegionSpec, len: usize, page_size: u64) -> io::Result<Window> {
+fn map_file(spec: &RegionSpec, len: usize, page_size: u64) -> io::Result<SharedMemory> {
     let page = usize::try_from(page_size).map_err(io::Error::other)?;
     let start = spec.offset - spec.offset % page_size;
     let skip = usize::try_from(spec.offset - start).map_err(io::Error::other)?;
     let whole = (skip + len).checked_next_multiple_of(page).ok_or(io::ErrorKind::InvalidInput)?;
     // The last page of a file may be shorter than a page; more than that is never mapped.
     let mapping = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&spec.file), start), whole);
-    let window = Window::of_foreign(mapping.map_err(mmap_errno)?, page);
-    Ok(window.slice(skip, len).expect("inside what was mapped"))
+    let shared = SharedMemory::of_foreign(mapping.map_err(mmap_errno)?, page);
+    Ok(shared.slice(skip, len).expect("inside what was mapped"))
 }
 
 /// The errno inside the error of the mapping crate, which its text would hide.

@@ -38,7 +38,7 @@ mod a_region {
         let region = region(&file, 0x10_0000, PAGE, 0x7f00_0000, 2 * PAGE);
 
         let mut seen = [0; 5];
-        region.window().copy_to(10, &mut seen);
+        region.memory().copy_to(10, &mut seen);
         assert_eq!(&seen, b"guest");
     }
 
@@ -80,7 +80,7 @@ mod a_region {
         assert_eq!(region.gpa(), Span::new(Gpa(0x1000), 2 * PAGE).unwrap());
         assert_eq!(region.qva().len(), PAGE + 0x123);
         assert!(!region.pinnable(), "the file itself cannot be pinned past its end");
-        region.window().write_u8(0x1fff, 1);
+        region.memory().write_u8(0x1fff, 1);
     }
 
     #[test]
@@ -136,14 +136,14 @@ mod a_region {
         let file = memory(4 * PAGE);
         let region = region(&file, 0, 4 * PAGE, 0, 0);
         let page = PAGE as usize;
-        (0..4).for_each(|n| region.window().write_u8(n * page, 7));
+        (0..4).for_each(|n| region.memory().write_u8(n * page, 7));
         let before = lost_pages();
 
         ftruncate(&*file, 2 * PAGE).unwrap();
 
-        let read = |n: usize| region.window().read_u8(n * page);
+        let read = |n: usize| region.memory().read_u8(n * page);
         assert_eq!([0, 1, 2, 3].map(read), [7, 7, 0, 0]);
-        region.window().write_u8(2 * page, 9);
+        region.memory().write_u8(2 * page, 9);
         assert_eq!(read(2), 9, "a page of this process alone");
         assert!(lost_pages() >= before + 2);
     }
@@ -179,7 +179,7 @@ mod a_table {
         let mut hint = 99;
 
         assert_eq!(table.iova(seam, &mut hint), Some(seam.identity_iova()));
-        assert!(table.window(seam, &mut hint).is_none());
+        assert!(table.host_memory(seam, &mut hint).is_none());
         assert_eq!(table.iova(gap, &mut hint), None);
         assert_eq!(table.to_string(), "0x1000+4K, 0x2000+4K, 0x4000+4K");
     }
@@ -294,11 +294,11 @@ mod a_plan {
 fn a_piece_begins_and_ends_within_the_pages_of_its_file() {
     let file = memory(3 << 12);
     let whole = Region::map(spec(&file, 0, 3 << 12, 0, 0)).unwrap();
-    whole.window().write_u32((2 << 12) - 4, 0x1234_5678);
+    whole.memory().write_u32((2 << 12) - 4, 0x1234_5678);
 
     let piece = Region::map_piece(spec(&file, 0x5000, 1 << 12, 0, 1 << 12), true).unwrap();
 
-    assert_eq!(piece.window().read_u32((1 << 12) - 4), 0x1234_5678);
+    assert_eq!(piece.memory().read_u32((1 << 12) - 4), 0x1234_5678);
     assert_eq!((piece.offset(), piece.gpa().len()), (1 << 12, 1 << 12));
     assert!(Region::map_piece(spec(&file, 0x5000, 0x800, 0, 0x800), true).is_err(), "not with the IOMMU's");
 }

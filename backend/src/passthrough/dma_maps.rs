@@ -144,7 +144,7 @@ impl<'d> DmaMaps<'d> {
             let Mapped::Region(region) = mapped else { continue };
             let removed = match self.space.remove(&region) {
                 // Bus master is off: the device has nothing in flight.
-                Err(crate::hardware::MapError::DeviceMustRest { .. }) => self.space.remove_at_rest(&region),
+                Err(crate::hardware::MapError::DeviceMustBeIdle { .. }) => self.space.remove_while_idle(&region),
                 other => other,
             };
             if let Err(error) = removed {

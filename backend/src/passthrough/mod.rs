@@ -9,7 +9,7 @@
 //! ```
 //!
 //! [`Passthrough`] is the function while nobody uses it: bus master off, no interrupt routed, nothing mapped.
-//! [`Assignment`] is the time that one virtual machine has it; dropping it leads back there.
+//! `Assignment` is the time that one virtual machine has it; dropping it leads back there.
 
 mod config_space;
 mod dma_maps;

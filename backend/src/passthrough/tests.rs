@@ -35,7 +35,7 @@ fn passthrough(machine: &Machine, policy: Policy) -> Passthrough {
 /// The same; what is done to function and memory comes to `events`.
 fn recorded(machine: &Machine, policy: Policy, events: &Events) -> Passthrough {
     let facts = Facts { personality: Personality::WholeFunction, ..machine.facts(policy).unwrap() };
-    let space = if policy == Policy::Suppress { machine.space() } else { machine.flushed_space() };
+    let space = if policy == Policy::Suppress { machine.space() } else { machine.staged_space() };
     let function = Recorder { inner: machine.whole_function(), events: Arc::clone(events) };
     let space = Recorder { inner: space, events: Arc::clone(events) };
     Passthrough::new(Arc::new(function), Arc::new(space), BarAccess::Direct, facts, false).unwrap()

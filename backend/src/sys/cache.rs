@@ -3,11 +3,11 @@
 //! Only write-back-and-*invalidate* instructions are used. A write-back alone would do before a device reads, but keeps
 //! the line, which is wrong after a device has written; and on the processors measured it is not faster than CLFLUSHOPT.
 //! All of them act on the whole coherence domain by address, from any CPU, and fault like a load, so the range must be
-//! mapped: a [`Window`] is.
+//! mapped: a [`SharedMemory`] is.
 //!
 //! The code for arm64 has been neither compiled nor run by this project's tests, which need an x86-64 machine.
 
-use super::Window;
+use super::SharedMemory;
 use crate::hardware::CacheFlush;
 
 /// The instruction this CPU has, and the size of its cache lines.
@@ -80,16 +80,16 @@ impl CacheLines {
     ///
     /// # Panics
     /// If the range is not inside the window.
-    pub fn flush(&self, window: &Window, offset: usize, len: usize) {
-        assert!(offset <= window.len() && len <= window.len() - offset, "{len} bytes at {offset} of {window:?}");
+    pub fn flush(&self, shared: &SharedMemory, offset: usize, len: usize) {
+        assert!(offset <= shared.len() && len <= shared.len() - offset, "{len} bytes at {offset} of {shared:?}");
         if len == 0 {
             return;
         }
-        let first = usize::try_from(window.host_address()).expect("a 64-bit address") + offset;
+        let first = usize::try_from(shared.host_address()).expect("a 64-bit address") + offset;
         barrier();
         let mut line = first & !(self.line - 1);
         while line < first + len {
-            // SAFETY: the line holds at least one byte of the window, which is mapped as long as `window` lives.
+            // SAFETY: the line holds at least one byte of the window, which is mapped as long as `shared` lives.
             unsafe { flush_line(self.instruction, line) };
             line += self.line;
         }
@@ -98,8 +98,8 @@ impl CacheLines {
 }
 
 impl CacheFlush for CacheLines {
-    fn flush(&self, window: &Window, offset: usize, len: usize) {
-        Self::flush(self, window, offset, len);
+    fn flush(&self, shared: &SharedMemory, offset: usize, len: usize) {
+        Self::flush(self, shared, offset, len);
     }
 }
 
@@ -156,24 +156,24 @@ mod tests {
 
     #[test]
     fn a_flush_leaves_memory_as_it_was() {
-        let window = Window::of(Arc::new(MmapRegion::new(8192).unwrap()));
+        let shared = SharedMemory::of(Arc::new(MmapRegion::new(8192).unwrap()));
         let bytes: Vec<u8> = (0..8192_u32).map(|i| (i % 253) as u8).collect();
-        window.copy_from(0, &bytes);
+        shared.copy_from(0, &bytes);
 
         let lines = CacheLines::detect().expect("x86-64 and arm64 have cache-line operations");
         for (offset, len) in [(0, 8192), (1, 1), (63, 2), (8191, 1), (100, 0), (8192, 0)] {
-            lines.flush(&window, offset, len);
+            lines.flush(&shared, offset, len);
         }
 
         let mut read = vec![0; 8192];
-        window.copy_to(0, &mut read);
+        shared.copy_to(0, &mut read);
         assert_eq!(read, bytes);
     }
 
     #[test]
     #[should_panic(expected = "2 bytes at 8191")]
     fn a_flush_past_the_end_panics() {
-        let window = Window::of(Arc::new(MmapRegion::new(8192).unwrap()));
-        CacheLines::detect().unwrap().flush(&window, 8191, 2);
+        let shared = SharedMemory::of(Arc::new(MmapRegion::new(8192).unwrap()));
+        CacheLines::detect().unwrap().flush(&shared, 8191, 2);
     }
 }

@@ -24,7 +24,7 @@ use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_DMA_CC_IOMMU, VFIO_TYPE};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_io_nr;
 
-use super::Window;
+use super::SharedMemory;
 use crate::addr::{Address, Iova, Span};
 
 ioctl_io_nr!(IOMMU_IOAS_COPY, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_COPY);
@@ -110,15 +110,15 @@ impl Iommufd {
     ///
     /// # Errors
     /// The errno of the call; EINVAL when the window is shorter.
-    pub fn map_window(
+    pub fn map_memory(
         &self,
         ioas: &Ioas,
-        (window, offset): (&Window, usize),
+        (shared, offset): (&SharedMemory, usize),
         span: Span<Iova>,
         writable: bool,
     ) -> io::Result<()> {
         let bytes = usize::try_from(span.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let part = window.slice(offset, bytes).ok_or(io::ErrorKind::InvalidInput)?;
+        let part = shared.slice(offset, bytes).ok_or(io::ErrorKind::InvalidInput)?;
         let map = iommu_ioas_map {
             size: size_u32::<iommu_ioas_map>(),
             flags: access(writable),

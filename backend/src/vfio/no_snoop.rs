@@ -81,7 +81,7 @@ pub fn device_control(function: &dyn Function) -> io::Result<Option<u16>> {
 ///
 /// # Errors
 /// The errno of the configuration access that failed, or that the bit would not stay clear, with what to do then.
-pub fn obey(function: Arc<dyn Function>, verdict: Verdict) -> io::Result<Arc<dyn Function>> {
+pub fn apply(function: Arc<dyn Function>, verdict: Verdict) -> io::Result<Arc<dyn Function>> {
     if !matches!(verdict, Verdict::Coherent(Coherent::HeldOff { .. })) {
         return Ok(function);
     }
@@ -133,8 +133,8 @@ impl Function for HeldOff {
     fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.0.route_vectors(events)
     }
-    fn awaited(&self, vector: u16) -> Option<Arc<AtomicBool>> {
-        self.0.awaited(vector)
+    fn interrupt_wanted(&self, vector: u16) -> Option<Arc<AtomicBool>> {
+        self.0.interrupt_wanted(vector)
     }
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
         if on {

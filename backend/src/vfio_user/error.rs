@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::coherency::Refusal;
-use crate::kvm::NotTold;
+use crate::kvm::RegistrationError;
 use crate::passthrough::PassthroughError;
 
 /// See the top of this file.
@@ -40,7 +40,7 @@ pub enum Error {
     Refused(String, Refusal),
     /// The shim.
     #[error(transparent)]
-    NotTold(#[from] NotTold),
+    RegistrationError(#[from] RegistrationError),
     /// What the function, or its memory, would not do.
     #[error(transparent)]
     Passthrough(#[from] PassthroughError),
@@ -79,7 +79,7 @@ impl Error {
             Self::Framing(_) | Self::Malformed { .. } | Self::Capabilities(_) | Self::TooEarly(_) => libc::EINVAL,
             Self::Version(..) | Self::NotOffered(_) => libc::ENOTSUP,
             Self::Stalled(_) => libc::ETIMEDOUT,
-            Self::Refused(..) | Self::NotTold(_) => libc::EPERM,
+            Self::Refused(..) | Self::RegistrationError(_) => libc::EPERM,
             Self::Passthrough(error) => error.errno(),
             Self::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
         };

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! One thread serves it. Nothing here waits for the other side: a message that does not come to its end, or a reply that
-//! nobody reads, ends the conversation after [`PATIENCE`](connection::PATIENCE).
+//! nobody reads, ends the conversation after 5 s.
 
 mod connection;
 mod error;

@@ -19,10 +19,10 @@ use super::error::Error;
 use super::holder::Holder;
 use super::session::{Answered, Session};
 use crate::kvm::Vmm;
-use crate::log_limit::LogLimit;
 use crate::passthrough::Passthrough;
+use crate::rate_limited_log::RateLimitedLog;
+use crate::socket::{Endpoint, Listener, Peer, Socket};
 use crate::sys::{Event, Poller};
-use crate::vhost_user::{Entrance, Listener, Peer, Socket};
 
 const STOP: u64 = 0;
 const LISTENER: u64 = 1;
@@ -49,16 +49,16 @@ pub enum Ended {
 
 /// Serves one function to one virtual machine at a time.
 pub struct Server {
-    entrance: Entrance,
+    endpoint: Endpoint,
     device: Passthrough,
     vmm: Vmm,
 }
 
 impl Server {
-    /// Serves `device` to those who come by `entrance`; `vmm` is told of it.
+    /// Serves `device` to those who come by `endpoint`; `vmm` is told of it.
     #[must_use]
-    pub fn new(entrance: Entrance, device: Passthrough, vmm: Vmm) -> Self {
-        Self { entrance, device, vmm }
+    pub fn new(endpoint: Endpoint, device: Passthrough, vmm: Vmm) -> Self {
+        Self { endpoint, device, vmm }
     }
 
     /// What is served.
@@ -81,7 +81,7 @@ impl Server {
         let poller = Poller::new().map_err(Error::system("epoll_create1"))?;
         poller.add(stop, STOP).map_err(Error::system("epoll_ctl"))?;
         poller.add(self.device.request(), REQUEST).map_err(Error::system("epoll_ctl"))?;
-        let newcomers = LogLimit::of(module_path!());
+        let newcomers = RateLimitedLog::of(module_path!());
         let mut serving = Serving {
             server: self,
             poller,
@@ -92,7 +92,7 @@ impl Server {
             newcomers,
             leaving: newcomers,
         };
-        match &self.entrance.0 {
+        match &self.endpoint.0 {
             Socket::Listening(listener) => {
                 serving.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
                 serving.serve(Some(listener))
@@ -134,9 +134,9 @@ struct Serving<'d> {
     /// When the virtual machine was asked for the function.
     asked: Option<Instant>,
     /// Lines about newcomers: one that is sent away may come again at once.
-    newcomers: LogLimit,
+    newcomers: RateLimitedLog,
     /// Lines about front-ends that come and go.
-    leaving: LogLimit,
+    leaving: RateLimitedLog,
 }
 
 impl Serving<'_> {
@@ -228,7 +228,7 @@ impl Serving<'_> {
 
     fn watch_shim(&mut self) -> Result<(), Error> {
         let Some(current) = &mut self.current else { return Ok(()) };
-        match current.session.link().unwatched() {
+        match current.session.link().take_new_socket() {
             Some(shim) => self.poller.add(shim, SHIM).map_err(Error::system("epoll_ctl")),
             None => Ok(()),
         }
@@ -237,7 +237,7 @@ impl Serving<'_> {
     /// The shim has something to say without having been asked: it has gone.
     fn hear_shim(&mut self) {
         if let Some(current) = &mut self.current {
-            current.session.link().heard(false);
+            current.session.link().on_shim_event(false);
         }
     }
 

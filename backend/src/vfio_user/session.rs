@@ -12,11 +12,11 @@ use super::holder::Holder;
 use super::version::{self, Limits, MAX_DMA_MAPS, MAX_TEXT};
 use super::wire::{self, Command, Header, NO_REPLY};
 use crate::coherency::Verdict;
-use crate::kvm::{Link, Vmm};
-use crate::log_limit::LogLimit;
+use crate::kvm::{ShimLink, Vmm};
 use crate::memory::FileId;
 use crate::passthrough::{Assignment, DmaMap, Passthrough, PassthroughError};
-use crate::vhost_user::Peer;
+use crate::rate_limited_log::RateLimitedLog;
+use crate::socket::Peer;
 use crate::whole_function::{CONFIG_REGION, IRQS, IrqAction, IrqData, IrqSet, REGIONS};
 
 /// Where a command's reply goes, and how.
@@ -31,10 +31,10 @@ pub(super) enum Answered {
 pub(super) struct Session<'d> {
     device: &'d Passthrough,
     peer: Peer,
-    link: Link<'d>,
+    link: ShimLink<'d>,
     /// From the version on.
     agreed: Option<Agreed<'d>>,
-    refusals: LogLimit,
+    refusals: RateLimitedLog,
     counters: Counters,
 }
 
@@ -66,8 +66,8 @@ impl std::fmt::Display for Counters {
 impl<'d> Session<'d> {
     /// A conversation with `peer` begins.
     pub(super) fn new(device: &'d Passthrough, vmm: &'d Vmm, peer: Peer) -> Self {
-        let link = Link::new(vmm, peer.pid());
-        let refusals = LogLimit::of(module_path!());
+        let link = ShimLink::new(vmm, peer.pid());
+        let refusals = RateLimitedLog::of(module_path!());
         Self { device, peer, link, agreed: None, refusals, counters: Counters::default() }
     }
 
@@ -81,7 +81,7 @@ impl<'d> Session<'d> {
     }
 
     /// The link to the shim in the client's process.
-    pub(super) fn link(&mut self) -> &mut Link<'d> {
+    pub(super) fn link(&mut self) -> &mut ShimLink<'d> {
         &mut self.link
     }
 
@@ -96,7 +96,7 @@ impl<'d> Session<'d> {
         let given = self.agreed.as_ref().is_some_and(|agreed| agreed.assignment.regions.has_given());
         let holder = self.peer.pid().filter(|_| given).map(Holder::new);
         drop(self.agreed);
-        self.link.leave();
+        self.link.unregister();
         holder
     }
 
@@ -161,8 +161,8 @@ impl<'d> Session<'d> {
             return Err(Error::Capabilities(format!("{} bytes of text; wanted at most {MAX_TEXT}", text.len())));
         }
         let (limits, text) = version::negotiate(text)?;
-        self.link.meet();
-        if let Verdict::Refuse(refusal) = self.device.verdict(self.link.keeps_memory()) {
+        self.link.register();
+        if let Verdict::Refuse(refusal) = self.device.verdict(self.link.blocks_discards()) {
             return Err(Error::Refused(self.device.name().to_owned(), refusal));
         }
         let ours = wire::Version { major: version::MAJOR, minor: version.minor.min(version::MINOR) };
@@ -186,7 +186,7 @@ impl<'d> Session<'d> {
         }
         if let Some(file) = &file {
             self.refuse_private(&map, file)?;
-            self.link.before_mapping()?;
+            self.link.require_registration()?;
         }
         let wire::DmaMap { flags, offset, address, size, .. } = map;
         let writable = flags & wire::MAP_WRITE != 0;

@@ -26,9 +26,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::error::MAX_MESSAGE;
 use super::features::{Names, ProtocolFeatures};
-use super::peer::Peer;
 use super::session::Session;
 use super::{Device, Error};
+use crate::socket::Peer;
 
 /// Descriptors per message; the codec's own limit.
 const MAX_DESCRIPTORS: usize = 32;
@@ -136,7 +136,7 @@ impl<'d> Connection<'d> {
             Peeked::Message(header, has_descriptors) => (header, has_descriptors),
         };
         log::debug!("{} flags {:#x} size {}", header.name(), header.flags, header.size);
-        self.session().meet_vmm();
+        self.session().register_with_shim();
         if has_descriptors {
             self.check_descriptors(header)?;
         }

@@ -2,62 +2,20 @@
 //! text here, in our log, is where a person learns what to change.
 
 use std::io;
-use std::path::PathBuf;
 
 use crate::addr::{Bytes, Gpa, Qva, Span};
 use crate::engine::{EngineError, Layout};
 use crate::hardware::MapError;
-use crate::kvm::NotTold;
+use crate::kvm::RegistrationError;
 use crate::memory::RegionError;
 
 /// What QEMU needs on its command line for its memory to be ours too.
 const SHARE: &str =
     "start QEMU with -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem";
 
-/// Why the socket could not be had, a message was refused, or a conversation ended.
+/// Why a message was refused, or a conversation ended.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The path does not fit into a socket address.
-    #[error("socket path {path:?} has {} bytes, at most {MAX_SOCKET_PATH} fit; choose a shorter one", path.as_os_str().len())]
-    PathTooLong {
-        /// The path.
-        path: PathBuf,
-    },
-    /// Someone listens there.
-    #[error("socket {path:?} is in use by {holder}; stop it or choose another path")]
-    PathTaken {
-        /// The path.
-        path: PathBuf,
-        /// The process.
-        holder: String,
-    },
-    /// Something that is not a socket is in the way.
-    #[error("{path:?} exists and is not a socket; remove it or choose another path")]
-    NotASocketFile {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The kernel refused a step on the way to a listening socket.
-    #[error("socket {path:?}: {what}: {source}")]
-    Path {
-        /// The path.
-        path: PathBuf,
-        /// The step that failed.
-        what: &'static str,
-        /// The errno.
-        source: io::Error,
-    },
-    /// A descriptor that was passed in is not what it should be.
-    #[error("file descriptor {number} is no UNIX stream socket: {found}")]
-    NotASocket {
-        /// The descriptor.
-        number: i32,
-        /// What it is, or the errno.
-        found: String,
-    },
-    /// Socket activation passed several sockets.
-    #[error("LISTEN_FDS={0}: exactly one socket is served; give the socket unit one ListenStream=")]
-    ActivationCount(String),
     /// The control loop itself failed.
     #[error("{what}: {source}")]
     System {
@@ -230,7 +188,7 @@ pub enum Error {
     Map(#[from] MapError),
     /// The VM's process could not be told of the device.
     #[error(transparent)]
-    NotTold(#[from] NotTold),
+    Registration(#[from] RegistrationError),
     /// The data path refused.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -245,9 +203,6 @@ pub enum Error {
         lost: u64,
     },
 }
-
-/// Bytes of a path that fit into `sockaddr_un` with a terminating zero (unix(7)).
-pub(super) const MAX_SOCKET_PATH: usize = 107;
 
 /// Largest payload, bytes; the codec's own limit.
 pub(super) const MAX_MESSAGE: u32 = 4096;

@@ -99,11 +99,11 @@ impl<'d> GuestMemory<'d> {
     /// Takes `region` away from the device, in whatever way there is memory for.
     fn unmap(&self, region: &Region) -> Result<(), MapError> {
         match self.space.remove(region) {
-            Err(must_rest @ MapError::DeviceMustRest { .. }) => {
-                let removed = self.engine.at_rest(|| self.space.remove_at_rest(region));
+            Err(must_be_idle @ MapError::DeviceMustBeIdle { .. }) => {
+                let removed = self.engine.while_idle(|| self.space.remove_while_idle(region));
                 removed.unwrap_or_else(|error| {
                     log::error!("{error}");
-                    Err(must_rest)
+                    Err(must_be_idle)
                 })
             }
             other => other,

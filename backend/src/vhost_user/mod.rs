@@ -15,19 +15,14 @@ mod connection;
 mod error;
 mod features;
 mod guest_memory;
-mod listen;
-mod peer;
-mod ring;
 mod server;
 mod session;
+mod vring;
 
 use std::sync::Arc;
 
 pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
-pub use listen::{Entrance, Listen};
-pub(crate) use listen::{Listener, Socket};
-pub(crate) use peer::Peer;
 pub use server::{Announcer, Server};
 
 use crate::engine::Engine;

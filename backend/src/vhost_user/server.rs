@@ -16,10 +16,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::connection::{Connection, Progress};
-use super::listen::{Entrance, Listener, Socket};
-use super::peer::Peer;
 use super::{Device, Error};
-use crate::log_limit::LogLimit;
+use crate::rate_limited_log::RateLimitedLog;
+use crate::socket::{Endpoint, Listener, Peer, Socket};
 use crate::sys::Poller;
 
 const STOP: u64 = 0;
@@ -34,7 +33,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves one device to one front-end at a time.
 pub struct Server {
-    entrance: Entrance,
+    endpoint: Endpoint,
     device: Device,
     notice: Arc<OwnedFd>,
 }
@@ -70,9 +69,9 @@ impl Server {
     ///
     /// # Errors
     /// The errno of `eventfd`.
-    pub fn new(entrance: Entrance, device: Device) -> Result<Self, Error> {
+    pub fn new(endpoint: Endpoint, device: Device) -> Result<Self, Error> {
         let notice = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::system("eventfd"))?;
-        Ok(Self { entrance, device, notice: Arc::new(notice) })
+        Ok(Self { endpoint, device, notice: Arc::new(notice) })
     }
 
     /// Has front-ends told when the disk's size changes.
@@ -104,9 +103,9 @@ impl Server {
             poller,
             connection: None,
             pending: false,
-            newcomers: LogLimit::of(module_path!()),
+            newcomers: RateLimitedLog::of(module_path!()),
         };
-        match &self.entrance.0 {
+        match &self.endpoint.0 {
             Socket::Listening(listener) => {
                 serving.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
                 serving.serve_all(listener)
@@ -135,7 +134,7 @@ struct Serving<'d> {
     /// The front-end's socket may hold a whole message; its arrival has been reported already.
     pending: bool,
     /// Lines about newcomers: one that is sent away may come again at once.
-    newcomers: LogLimit,
+    newcomers: RateLimitedLog,
 }
 
 impl Serving<'_> {
@@ -184,7 +183,7 @@ impl Serving<'_> {
 
     /// `None`: nothing is to be looked after, so nobody need wake up.
     fn until_next_look(&self) -> Option<Duration> {
-        let next = self.connection.as_ref()?.session().next_look()?;
+        let next = self.connection.as_ref()?.session().next_discard_check()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
 
@@ -209,13 +208,13 @@ impl Serving<'_> {
         let front_end_goes = ready.shim && connection.hangs_up_soon();
         let mut session = connection.session();
         if ready.shim {
-            session.vmm_speaks(front_end_goes);
+            session.on_shim_event(front_end_goes);
         }
         if ready.released {
-            session.device_released();
+            session.on_device_released();
         }
         session.look();
-        match session.unwatched_shim() {
+        match session.new_shim_socket() {
             Some(shim) => self.poller.add(shim, SHIM).map_err(Error::system("epoll_ctl")),
             None => Ok(()),
         }

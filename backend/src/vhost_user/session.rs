@@ -21,12 +21,12 @@ use vhost::vhost_user::{GpuBackend, VhostUserBackendReqHandlerMut};
 use super::backend_channel::BackendChannel;
 use super::features::{ACCESS_PLATFORM, Names, ProtocolFeatures, VirtioFeatures};
 use super::guest_memory::GuestMemory;
-use super::peer::Peer;
-use super::ring::{Addresses, Ring, Surroundings};
+use super::vring::{Addresses, Ring, VringContext};
 use super::{Device, Error, config};
 use crate::addr::Qva;
 use crate::engine::Layout;
-use crate::kvm::{Link, Watch};
+use crate::kvm::{DiscardMonitor, ShimLink};
+use crate::socket::Peer;
 
 /// The codec's result; its error only says *that* something failed, the reason stays in [`Session::refusal`].
 type Answer<T> = vhost::vhost_user::Result<T>;
@@ -47,15 +47,15 @@ pub(super) struct Session<'d> {
     rings: Vec<Ring>,
     announced: bool,
     channel: Option<BackendChannel>,
-    link: Link<'d>,
-    watch: Watch,
+    link: ShimLink<'d>,
+    watch: DiscardMonitor,
     refusal: Option<Error>,
     refusals: u32,
 }
 
 impl<'d> Session<'d> {
     pub(super) fn new(device: &'d Device, peer: Peer) -> Self {
-        let link = Link::new(&device.vmm, peer.pid());
+        let link = ShimLink::new(&device.vmm, peer.pid());
         Self {
             device,
             peer,
@@ -68,7 +68,7 @@ impl<'d> Session<'d> {
             announced: false,
             channel: None,
             link,
-            watch: Watch::default(),
+            watch: DiscardMonitor::default(),
             refusal: None,
             refusals: 0,
         }
@@ -122,8 +122,8 @@ impl<'d> Session<'d> {
     pub(super) fn close(&mut self) -> Result<(), Error> {
         let stopped = self.reset();
         let released = self.memory.release();
-        self.watch = Watch::default();
-        self.link.leave();
+        self.watch = DiscardMonitor::default();
+        self.link.unregister();
         released.and(stopped)
     }
 
@@ -159,7 +159,7 @@ impl<'d> Session<'d> {
     /// Applies a message to a ring, and starts the ring if that was what it waited for.
     fn set_up_ring(&mut self, index: u32, change: impl FnOnce(&mut Ring) -> Result<(), Error>) -> Result<(), Error> {
         change(self.ring(index)?)?;
-        let around = Surroundings { engine: &self.device.engine, table: self.memory.table(), features: self.features };
+        let around = VringContext { engine: &self.device.engine, table: self.memory.table(), features: self.features };
         let position = usize::try_from(index).expect("an index that was just used");
         if self.rings[position].start(around)? && !std::mem::replace(&mut self.announced, true) {
             let (virtio, protocol) = (Names(self.features.unwrap_or_default()), Names(self.protocol));
@@ -170,7 +170,7 @@ impl<'d> Session<'d> {
 
     /// Starts every ring that has now what it waited for.
     fn resume_rings(&mut self) {
-        let around = Surroundings { engine: &self.device.engine, table: self.memory.table(), features: self.features };
+        let around = VringContext { engine: &self.device.engine, table: self.memory.table(), features: self.features };
         for ring in &mut self.rings {
             // Still not there: the front-end learns it when it enables or kicks the ring.
             if let Err(error) = ring.start(around) {

@@ -262,11 +262,11 @@ impl AdminQueue {
     ) -> Result<T, Cause> {
         const { assert!(size_of::<T>() == PAGE_LEN) };
         // A controller that claims success without writing is seen as all zeros, not as the previous answer.
-        self.data.window.clear();
+        self.data.shared.clear();
         self.data.flush(0, PAGE_LEN);
         command.entry.prp1 = self.data.iova.0;
         self.execute(controller, command, limit)?;
         self.data.flush(0, PAGE_LEN);
-        Ok(self.data.window.read(0))
+        Ok(self.data.shared.read(0))
     }
 }

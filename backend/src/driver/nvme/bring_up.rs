@@ -246,7 +246,7 @@ fn create_queue(controller: &mut Controller, admin: &mut AdminQueue, wanted: Wan
     admin.execute(controller, AdminCommand::create_completion_queue(id, depth, completions, id), ADMIN_LIMIT)?;
     admin.execute(controller, AdminCommand::create_submission_queue(id, depth, memory.iova.0), ADMIN_LIMIT)?;
     let name = format!("{} queue {id}", controller.function().name());
-    let awaited = controller.function().awaited(id);
+    let interrupt_wanted = controller.function().interrupt_wanted(id);
     Ok(IoQueue::new(QueueSetup {
         name,
         id,
@@ -257,6 +257,6 @@ fn create_queue(controller: &mut Controller, admin: &mut AdminQueue, wanted: Wan
         limits,
         sgl,
         event,
-        awaited,
+        interrupt_wanted,
     }))
 }

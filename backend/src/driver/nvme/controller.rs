@@ -154,7 +154,7 @@ impl Controller {
     /// Waits until CSTS is as wanted.
     fn wait(
         &self,
-        awaited: &'static str,
+        condition: &'static str,
         limit: Duration,
         reached: impl Fn(ControllerStatus) -> bool,
     ) -> Result<(), Cause> {
@@ -162,7 +162,7 @@ impl Controller {
         if found.is_some() {
             return Ok(());
         }
-        Err(Cause::NotReached { awaited, limit, status: format!("{:?}", self.status()?) })
+        Err(Cause::NotReached { condition, limit, status: format!("{:?}", self.status()?) })
     }
 
     /// CC.EN = 0, and waits until the controller has noticed. NVMe 2.0 §3.7.2

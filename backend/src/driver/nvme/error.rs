@@ -65,10 +65,10 @@ pub enum Cause {
         String,
     ),
     /// CSTS did not come to say what it should.
-    #[error("no {awaited} within {limit:?} ({status})")]
+    #[error("no {condition} within {limit:?} ({status})")]
     NotReached {
         /// What was waited for.
-        awaited: &'static str,
+        condition: &'static str,
         /// How long.
         limit: Duration,
         /// CSTS at the end.

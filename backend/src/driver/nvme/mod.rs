@@ -166,7 +166,7 @@ impl Nvme {
         let source = self.source.as_mut().ok_or(Cause::Stopped)?;
         let function = source().map_err(Cause::Away)?;
         // A function that is let go of again has to be parted from again, and that is done while it is still attached.
-        open(Arc::clone(&function), &self.space, &self.removal).inspect_err(|_| self.space.part())
+        open(Arc::clone(&function), &self.space, &self.removal).inspect_err(|_| self.space.release())
     }
 
     fn restart(&mut self) -> Result<(), Cause> {
@@ -320,15 +320,15 @@ impl Driver for Nvme {
         Ok(())
     }
 
-    fn notice(&self) -> Option<BorrowedFd<'_>> {
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.notice.as_fd())
     }
 
-    fn attend(&mut self) -> anyhow::Result<()> {
+    fn handle_events(&mut self) -> anyhow::Result<()> {
         self.hear().map_err(|cause| self.error(cause))
     }
 
-    fn removal(&self) -> Option<BorrowedFd<'_>> {
+    fn removal_request(&self) -> Option<BorrowedFd<'_>> {
         Some(self.removal.as_fd())
     }
 
@@ -337,7 +337,7 @@ impl Driver for Nvme {
             return;
         }
         self.shut_down();
-        self.space.part();
+        self.space.release();
         self.controller = None;
     }
 

@@ -27,8 +27,8 @@ use super::spec::{
 };
 use super::status::Status;
 use crate::addr::{Iova, Span};
-use crate::driver::{Blocks, Command, CommandId, Completion, Extent, Full, Lateness, Queue};
-use crate::log_limit::LogLimit;
+use crate::driver::{Blocks, Command, CommandId, Completion, Extent, Full, OverdueCommands, Queue};
+use crate::rate_limited_log::RateLimitedLog;
 
 /// Entries of an I/O queue where the controller allows as many.
 pub const MAX_DEPTH: u16 = 256;
@@ -57,8 +57,8 @@ pub struct QueueSetup {
     pub sgl: Option<Granularity>,
     /// Signalled by the vector that the completion ring was given.
     pub event: OwnedFd,
-    /// Whether somebody waits for it; see [`Function::awaited`](crate::hardware::Function::awaited).
-    pub awaited: Option<Arc<AtomicBool>>,
+    /// Whether somebody waits for it; see [`Function::interrupt_wanted`](crate::hardware::Function::interrupt_wanted).
+    pub interrupt_wanted: Option<Arc<AtomicBool>>,
 }
 
 /// Bytes of memory that a queue of `depth` entries needs.
@@ -108,8 +108,8 @@ pub struct IoQueue {
     limits: Limits,
     sgl: Option<Granularity>,
     event: OwnedFd,
-    awaited: Option<Arc<AtomicBool>>,
-    complaints: LogLimit,
+    interrupt_wanted: Option<Arc<AtomicBool>>,
+    complaints: RateLimitedLog,
     /// Beats so far.
     beats: u32,
 }
@@ -121,7 +121,7 @@ impl IoQueue {
     /// If the depth is out of range or the memory too small.
     #[must_use]
     pub fn new(setup: QueueSetup) -> Self {
-        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, sgl, event, awaited } = setup;
+        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, sgl, event, interrupt_wanted } = setup;
         assert!((2..=MAX_DEPTH).contains(&depth), "queue depth {depth}");
         assert!(limits.transfer <= prp::MAX_LISTED, "a transfer of {} bytes", limits.transfer);
         let slots = slots(depth);
@@ -142,8 +142,8 @@ impl IoQueue {
             limits,
             sgl,
             event,
-            awaited,
-            complaints: LogLimit::of(module_path!()),
+            interrupt_wanted,
+            complaints: RateLimitedLog::of(module_path!()),
             beats: 0,
         }
     }
@@ -192,7 +192,7 @@ impl IoQueue {
     #[inline]
     fn name_data(&self, entry: &mut SubmissionEntry, index: u16, buffers: &[Span<Iova>], position: u64, bytes: u32) {
         let (at, list) = self.list(index);
-        let page = &self.lists.window;
+        let page = &self.lists.shared;
         if self.sgl.is_some() && !prp::fit(buffers, position, bytes) {
             let ([low, high], count) = sgl::build(buffers, position, bytes, list, |i, words| {
                 page.write_u64(at + i * 16, words[0]);
@@ -308,7 +308,7 @@ impl Queue for IoQueue {
         let (at, list) = self.list(index);
         for (n, &Blocks { first, count }) in ranges.iter().enumerate() {
             let range = DatasetRange { attributes: 0, count, first };
-            self.lists.window.write(at + n * size_of::<DatasetRange>(), &range);
+            self.lists.shared.write(at + n * size_of::<DatasetRange>(), &range);
         }
         self.lists.flush(at, ranges.len() * size_of::<DatasetRange>());
         let entry = SubmissionEntry {
@@ -343,18 +343,18 @@ impl Queue for IoQueue {
         }
     }
 
-    fn beat(&mut self, limit: u32) -> Lateness {
+    fn tick(&mut self, limit: u32) -> OverdueCommands {
         self.beats = self.beats.wrapping_add(1);
-        let mut found = Lateness::default();
+        let mut found = OverdueCommands::default();
         for slot in self.slots.iter_mut().filter(|slot| slot.busy) {
             // The beat in which it was submitted had begun before.
             let whole_beats = self.beats.wrapping_sub(slot.since).saturating_sub(1);
-            found.late |= whole_beats >= 1;
+            found.stalled |= whole_beats >= 1;
             if slot.aborted {
                 found.stuck |= whole_beats >= (limit / 4).max(1);
             } else if whole_beats >= limit {
                 (slot.aborted, slot.since) = (true, self.beats);
-                found.overdue.push(CommandId { queue: self.id, command: slot.cid });
+                found.expired.push(CommandId { queue: self.id, command: slot.cid });
             }
         }
         found
@@ -368,10 +368,10 @@ impl Queue for IoQueue {
         self.event.as_fd()
     }
 
-    fn set_awaited(&self, awaited: bool) {
-        if let Some(flag) = &self.awaited {
+    fn set_interrupt_wanted(&self, interrupt_wanted: bool) {
+        if let Some(flag) = &self.interrupt_wanted {
             // Before the last look at the completion ring.
-            flag.store(awaited, Ordering::SeqCst);
+            flag.store(interrupt_wanted, Ordering::SeqCst);
         }
     }
 }

@@ -14,14 +14,14 @@ use super::regs::{PAGE_LEN, completion_doorbell, submission_doorbell};
 use super::spec::{CompletionEntry, SubmissionEntry};
 use crate::addr::Iova;
 use crate::hardware::{CacheFlush, DmaBuffer, Registers};
-use crate::sys::{Rows, Window};
+use crate::sys::{SharedArray, SharedMemory};
 
 /// A piece of memory that both sides see: where this process and where the device finds it. The mapping itself is kept
 /// by the controller, which gives it up only when the device has stopped.
 #[derive(Clone)]
 pub struct Shared {
     /// This process's view.
-    pub window: Window,
+    pub shared: SharedMemory,
     /// The device's address of its first byte.
     pub iova: Iova,
     /// What makes the two views agree, if they do not by themselves.
@@ -32,7 +32,7 @@ impl Shared {
     /// Both views of `buffer`, which must be kept until the device has stopped.
     #[must_use]
     pub fn of(buffer: &DmaBuffer, caches: Option<Arc<dyn CacheFlush>>) -> Self {
-        Self { window: buffer.window().clone(), iova: buffer.span().start(), caches }
+        Self { shared: buffer.memory().clone(), iova: buffer.span().start(), caches }
     }
 
     /// Makes both views agree on `len` bytes from `offset`: after writing and before the doorbell, or before reading.
@@ -47,19 +47,19 @@ impl Shared {
     #[inline(never)]
     fn flush_lines(&self, offset: usize, len: usize) {
         if let Some(caches) = &self.caches {
-            caches.flush(&self.window, offset, len);
+            caches.flush(&self.shared, offset, len);
         }
     }
 
     /// The first `count` entries of a ring; the driver has sized the memory for them.
-    fn rows<const N: usize>(&self, count: u16) -> Rows<Window, u64, N> {
-        self.window.rows(0, count.into()).expect("a ring begins on a page of its own").keep()
+    fn rows<const N: usize>(&self, count: u16) -> SharedArray<SharedMemory, u64, N> {
+        self.shared.rows(0, count.into()).expect("a ring begins on a page of its own").keep()
     }
 
     /// `len` bytes from `offset`; the driver has sized the memory for what it keeps there.
     pub(super) fn part(&self, offset: usize, len: usize) -> Self {
-        let window = self.window.slice(offset, len).expect("queue memory is sized for its parts");
-        Self { window, iova: Iova(self.iova.0 + offset as u64), caches: self.caches.clone() }
+        let shared = self.shared.slice(offset, len).expect("queue memory is sized for its parts");
+        Self { shared, iova: Iova(self.iova.0 + offset as u64), caches: self.caches.clone() }
     }
 }
 
@@ -97,7 +97,7 @@ pub(super) fn completion_bytes(entries: u16) -> usize {
 /// Commands on their way to the controller.
 pub(super) struct SubmissionRing {
     memory: Shared,
-    entries: Rows<Window, u64, 8>,
+    entries: SharedArray<SharedMemory, u64, 8>,
     size: u16,
     /// Next entry the controller may not have read yet, as far as it said.
     head: u16,
@@ -175,7 +175,7 @@ impl SubmissionRing {
 /// Completions on their way back.
 pub(super) struct CompletionRing {
     memory: Shared,
-    entries: Rows<Window, u64, 2>,
+    entries: SharedArray<SharedMemory, u64, 2>,
     size: u16,
     head: u16,
     /// The value of the phase bit that marks an entry of the current lap as new.

@@ -51,7 +51,7 @@ fn step() -> impl Strategy<Value = Step> {
 fn survive(options: Options, steps: &[Step]) {
     let mut host = Host::up(options);
     let guest = host.buffer(0x10000);
-    host.machine.iommu().map(crate::addr::Span::new(Iova(0), 0x10000).unwrap(), guest.window().clone()).unwrap();
+    host.machine.iommu().map(crate::addr::Span::new(Iova(0), 0x10000).unwrap(), guest.memory().clone()).unwrap();
     let mut pair = host.pair(1, [16; 2]);
     let mut admin = std::mem::replace(&mut host.admin, super::host::Pair::new(&*host.space, 0, [2; 2]));
     for step in steps {

@@ -28,15 +28,15 @@ fn identify_tells_what_the_options_said() {
 
         let controller = host.admin(Sqe::new(6).dword(10, 1).prps(at, Iova(0)));
         let mut serial = [0; 20];
-        page.window().copy_to(4, &mut serial);
-        let (mdts, namespaces) = (page.window().read_u8(77), page.window().read_u32(516));
+        page.memory().copy_to(4, &mut serial);
+        let (mdts, namespaces) = (page.memory().read_u8(77), page.memory().read_u32(516));
         let namespace = host.admin(Sqe::new(6).nsid(1).prps(at, Iova(0)));
 
         assert_eq!((controller.status, namespace.status), (0, 0));
         assert_eq!(&serial, b"S1                  ");
         assert_eq!((mdts, namespaces), (3, 1));
-        assert_eq!(page.window().read_u64(0), (8 << 20) / u64::from(lba));
-        assert_eq!(page.window().read_u32(128) >> 16 & 0xff, shift);
+        assert_eq!(page.memory().read_u64(0), (8 << 20) / u64::from(lba));
+        assert_eq!(page.memory().read_u32(128) >> 16 & 0xff, shift);
     }
 }
 
@@ -45,12 +45,12 @@ fn an_unknown_namespace_is_all_zero_and_a_reserved_one_an_error() {
     let mut host = Host::up(small());
     let page = host.buffer(4096);
     let at = page.span().start();
-    page.window().write_u64(0, 7);
+    page.memory().write_u64(0, 7);
 
     let unknown = host.admin(Sqe::new(6).nsid(2).prps(at, Iova(0)));
     let broadcast = host.admin(Sqe::new(6).nsid(u32::MAX).prps(at, Iova(0)));
 
-    assert_eq!((unknown.status, page.window().read_u64(0)), (0, 0));
+    assert_eq!((unknown.status, page.memory().read_u64(0)), (0, 0));
     assert_eq!(broadcast.status, 0x00b);
 }
 

@@ -47,13 +47,13 @@ impl Bench {
     /// All 512 bytes, which must be alike.
     fn seen(&self) -> u8 {
         let mut bytes = [0; 512];
-        self.data.window().copy_to(0, &mut bytes);
+        self.data.memory().copy_to(0, &mut bytes);
         assert!(bytes.iter().all(|byte| *byte == bytes[0]), "{bytes:x?}");
         bytes[0]
     }
 
     fn fill(&self, value: u8) {
-        self.data.window().copy_from(0, &[value; 512]);
+        self.data.memory().copy_from(0, &[value; 512]);
     }
 
     /// Puts `value` into the medium as a careful host does.
@@ -126,16 +126,16 @@ fn a_neighbour_in_the_same_line_is_as_bad() {
     bench.flush();
 
     bench.run(READ);
-    bench.data.window().write_u8(511, 3);
+    bench.data.memory().write_u8(511, 3);
     bench.flush();
 
-    assert_eq!([447, 448, 510].map(|at| bench.data.window().read_u8(at)), [1, 2, 2]);
+    assert_eq!([447, 448, 510].map(|at| bench.data.memory().read_u8(at)), [1, 2, 2]);
 }
 
 #[test]
 fn memory_mapped_without_a_flush_shows_neither_side_the_other() {
     let mut bench = Bench::new(behind());
-    let page = crate::sys::Window::of(Arc::new(vm_memory::MmapRegion::new(4096).unwrap()));
+    let page = crate::sys::SharedMemory::of(Arc::new(vm_memory::MmapRegion::new(4096).unwrap()));
     let at = Span::new(Iova(0x1000), 4096).unwrap();
     page.copy_from(0, &[7; 512]);
     bench.host.machine.iommu().map(at, page).unwrap();

@@ -39,11 +39,11 @@ fn the_error_log_names_failed_commands_newest_first() {
 
     let done = host.admin(log(&page, 1, 32));
 
-    let window = page.window();
+    let shared = page.memory();
     assert_eq!(done.status, 0);
-    assert_eq!((window.read_u64(0), window.read_u16(8), window.read_u16(10)), (2, 1, 1));
-    assert_eq!(window.read_u16(12) >> 1 & 0x7ff, 0x001);
-    assert_eq!((window.read_u64(64), window.read_u16(76) >> 1 & 0x7ff, window.read_u64(80)), (1, 0x080, 5000));
+    assert_eq!((shared.read_u64(0), shared.read_u16(8), shared.read_u16(10)), (2, 1, 1));
+    assert_eq!(shared.read_u16(12) >> 1 & 0x7ff, 0x001);
+    assert_eq!((shared.read_u64(64), shared.read_u16(76) >> 1 & 0x7ff, shared.read_u64(80)), (1, 0x080, 5000));
 }
 
 #[test]
@@ -61,9 +61,9 @@ fn a_change_of_size_is_told_once_until_the_list_of_changes_is_read() {
     assert_eq!((done.cid, done.status, done.result), (first, 0, 0x04_00_02), "not before it was asked for");
     let second = submit(&mut host, Sqe::new(12));
     assert_eq!(host.admin(log(&page, 4, 1024)).status, 0);
-    assert_eq!((page.window().read_u32(0), page.window().read_u32(4)), (1, 0));
+    assert_eq!((page.memory().read_u32(0), page.memory().read_u32(4)), (1, 0));
     assert_eq!(host.admin(log(&page, 4, 1024)).status, 0);
-    assert_eq!(page.window().read_u32(0), 0, "read is forgotten");
+    assert_eq!(page.memory().read_u32(0), 0, "read is forgotten");
     host.machine.resize(1 << 20).unwrap();
     assert_eq!(wait(&mut host).cid, second);
 }
@@ -89,7 +89,7 @@ fn smart_counts_commands_and_data() {
     let mut beyond = log(&page, 2, 4);
     beyond = beyond.dword(12, 516);
 
-    assert_eq!((done.status, page.window().read_u64(64), page.window().read_u64(32)), (0, 3, 1));
+    assert_eq!((done.status, page.memory().read_u64(64), page.memory().read_u64(32)), (0, 3, 1));
     assert_eq!(host.admin(beyond).status, 0x002);
     assert_eq!(host.admin(log(&page, 0x77, 1)).status, 0x109);
     assert_eq!(host.admin(log(&page, 2, 0x1_0000)).status, 0x002, "more than MDTS");

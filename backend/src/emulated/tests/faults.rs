@@ -85,20 +85,20 @@ fn completions_are_lost_doubled_misnamed_or_unseen() {
 #[test]
 fn a_delayed_command_touches_memory_only_when_its_time_has_come() {
     let mut bench = Bench::new(small());
-    bench.data.window().write_u8(0, 7);
+    bench.data.memory().write_u8(0, 7);
     bench.host.machine.inject(Fault::once(reads(), Effect::Delay(Duration::from_secs(3))));
 
     bench.read();
     bench.read();
-    bench.data.window().write_u8(0, 8);
+    bench.data.memory().write_u8(0, 8);
     let before = bench.reap();
     bench.host.machine.advance(Duration::from_millis(2999));
-    let early = (bench.reap(), bench.data.window().read_u8(0));
+    let early = (bench.reap(), bench.data.memory().read_u8(0));
     bench.host.machine.advance(Duration::from_millis(1));
 
     assert_eq!(before, [(1, 0)]);
     assert_eq!(early, (vec![], 8));
-    assert_eq!((bench.reap(), bench.data.window().read_u8(0)), (vec![(0, 0)], 0));
+    assert_eq!((bench.reap(), bench.data.memory().read_u8(0)), (vec![(0, 0)], 0));
 }
 
 #[test]
@@ -237,12 +237,12 @@ fn capability_and_identify_can_be_forged_until_healed() {
     host.machine.inject(Fault::Identify { cns: 0, offset: 4094, bytes: vec![1, 2, 3] });
 
     host.admin(identify(0));
-    let (forged, bytes) = (host.bar.read64(0), page.window().read_u16(4094));
+    let (forged, bytes) = (host.bar.read64(0), page.memory().read_u16(4094));
     host.admin(identify(1));
-    let other = page.window().read_u16(4094);
+    let other = page.memory().read_u16(4094);
     host.machine.heal();
     host.admin(identify(0));
 
     assert_eq!((forged, bytes, other), (u64::MAX, 0x0201, 0));
-    assert_eq!((host.bar.read64(0), page.window().read_u16(4094)), (truth, 0));
+    assert_eq!((host.bar.read64(0), page.memory().read_u16(4094)), (truth, 0));
 }

@@ -83,7 +83,7 @@ impl Host {
     /// Function found, admin queue memory there, controller still disabled.
     pub(super) fn cold(options: Options) -> Self {
         let machine = Machine::new(options).unwrap();
-        let (function, space, cache) = (machine.function(), machine.flushed_space(), machine.cache());
+        let (function, space, cache) = (machine.function(), machine.staged_space(), machine.cache());
         let bar = function.registers(0).unwrap();
         let stride = 4 << (bar.read64(0) >> 32 & 0xf);
         let admin = Pair::new(&*space, 0, [ADMIN_ENTRIES; 2]);
@@ -127,7 +127,7 @@ impl Host {
         let cid = pair.next_cid;
         pair.next_cid += 1;
         sqe.0[2..4].copy_from_slice(&cid.to_le_bytes());
-        pair.sq.window().copy_from(pair.tail as usize * 64, &sqe.0);
+        pair.sq.memory().copy_from(pair.tail as usize * 64, &sqe.0);
         self.flush(&pair.sq, pair.tail as usize * 64, 64);
         pair.tail = (pair.tail + 1) % pair.sq_entries;
         cid
@@ -139,7 +139,7 @@ impl Host {
 
     pub(super) fn flush(&self, buffer: &DmaBuffer, offset: usize, len: usize) {
         if let Some(cache) = &self.cache {
-            cache.flush(buffer.window(), offset, len);
+            cache.flush(buffer.memory(), offset, len);
         }
     }
 
@@ -203,7 +203,7 @@ impl Pair {
 
     /// The completion at the head, if its phase says it is new.
     pub(super) fn peek(&self) -> Option<Done> {
-        let (cq, at) = (self.cq.window(), self.head as usize * 16);
+        let (cq, at) = (self.cq.memory(), self.head as usize * 16);
         let status = cq.load_acquire_u16(at + 14);
         if (status & 1 != 0) != self.phase {
             return None;

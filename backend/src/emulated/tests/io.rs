@@ -10,14 +10,14 @@ use crate::emulated::{Access, Medium, Options};
 use crate::hardware::DmaBuffer;
 
 fn pattern(buffer: &DmaBuffer, seed: u8) -> Vec<u8> {
-    let bytes: Vec<u8> = (0..buffer.window().len()).map(|i| (i / 509) as u8 ^ (i as u8).wrapping_add(seed)).collect();
-    buffer.window().copy_from(0, &bytes);
+    let bytes: Vec<u8> = (0..buffer.memory().len()).map(|i| (i / 509) as u8 ^ (i as u8).wrapping_add(seed)).collect();
+    buffer.memory().copy_from(0, &bytes);
     bytes
 }
 
 fn contents(buffer: &DmaBuffer) -> Vec<u8> {
-    let mut bytes = vec![0; buffer.window().len()];
-    buffer.window().copy_to(0, &mut bytes);
+    let mut bytes = vec![0; buffer.memory().len()];
+    buffer.memory().copy_to(0, &mut bytes);
     bytes
 }
 
@@ -29,7 +29,7 @@ fn page(buffer: &DmaBuffer, n: u64) -> Iova {
 fn list(host: &Host, offset: usize, entries: &[Iova]) -> DmaBuffer {
     let list = host.buffer(4096);
     for (i, entry) in entries.iter().enumerate() {
-        list.window().write_u64(offset + i * 8, entry.raw());
+        list.memory().write_u64(offset + i * 8, entry.raw());
     }
     list
 }
@@ -116,7 +116,7 @@ fn lists_of_pages_may_start_anywhere_and_continue_on_another_page() {
     let start = Iova(first.span().start().raw() + 4096 - 24);
 
     let write = host.run(&mut pair, Sqe::rw(1, 0, 520 * 8).prps(page(&data, 0), start));
-    data.window().clear();
+    data.memory().clear();
     let read = host.run(&mut pair, Sqe::rw(2, 0, 520 * 8).prps(page(&data, 0), start));
 
     assert_eq!((write.status, read.status), (0, 0));
@@ -132,7 +132,7 @@ fn a_list_that_ends_with_its_page_holds_data_in_the_last_entry() {
     let start = Iova(first.span().start().raw() + 4096 - 16);
 
     host.run(&mut pair, Sqe::rw(1, 0, 24).prps(page(&data, 0), start));
-    data.window().clear();
+    data.memory().clear();
     let read = host.run(&mut pair, Sqe::rw(2, 0, 24).prps(page(&data, 0), start));
 
     assert_eq!((read.status, contents(&data)), (0, bytes));
@@ -256,8 +256,8 @@ fn write_zeroes_and_deallocated_blocks_read_as_zero() {
     pattern(&data, 5);
     host.run(&mut pair, Sqe::rw(1, 0, 16).prps(page(&data, 0), page(&data, 1)));
     let ranges = host.buffer(4096);
-    ranges.window().write_u32(4, 2);
-    ranges.window().write_u64(8, 10);
+    ranges.memory().write_u32(4, 2);
+    ranges.memory().write_u64(8, 10);
 
     let zeroes = host.run(&mut pair, Sqe::rw(8, 1, 3));
     let discard = host.run(&mut pair, Sqe::new(9).nsid(1).dword(11, 4).prps(page(&ranges, 0), Iova(0)));
@@ -284,10 +284,10 @@ fn wide_doorbells_and_narrow_apertures_work() {
     assert!(host.machine.iommu().mapped().iter().all(|span| span.last() < Iova(1 << 39)));
 }
 
-/// An SGL descriptor of type `kind` at `at` of `window`.
-fn descriptor(window: &crate::sys::Window, at: usize, address: u64, len: usize, kind: u8) {
-    window.write_u64(at, address);
-    window.write_u64(at + 8, len as u64 | u64::from(kind) << 56);
+/// An SGL descriptor of type `kind` at `at` of `shared`.
+fn descriptor(shared: &crate::sys::SharedMemory, at: usize, address: u64, len: usize, kind: u8) {
+    shared.write_u64(at, address);
+    shared.write_u64(at + 8, len as u64 | u64::from(kind) << 56);
 }
 
 /// A read or write of `blocks` with this descriptor as data pointer.
@@ -305,11 +305,11 @@ fn scatter_gather_lists_of_any_alignment_move_every_byte() {
     let lists = host.buffer(4096);
     let (start, at) = (data.span().start().raw(), lists.span().start().raw());
     // Three pieces of odd lengths, an empty one, in two segments.
-    descriptor(lists.window(), 16, start + 1, 1001, 0x00);
-    descriptor(lists.window(), 32, at + 256, 48, 0x30);
-    descriptor(lists.window(), 256, start + 5000, 500, 0x00);
-    descriptor(lists.window(), 272, start, 0, 0x00);
-    descriptor(lists.window(), 288, start + 3001, 35, 0x00);
+    descriptor(lists.memory(), 16, start + 1, 1001, 0x00);
+    descriptor(lists.memory(), 32, at + 256, 48, 0x30);
+    descriptor(lists.memory(), 256, start + 5000, 500, 0x00);
+    descriptor(lists.memory(), 272, start, 0, 0x00);
+    descriptor(lists.memory(), 288, start + 3001, 35, 0x00);
 
     let write = host.run(&mut pair, sgl(1, 3, Iova(at + 16), 32, 0x20));
     let to = host.buffer(4096);
@@ -327,11 +327,11 @@ fn lists_with_bad_descriptors_fail_with_the_status_of_the_specification() {
     let lists = host.buffer(4096);
     let (start, at) = (data.span().start().raw(), lists.span().start().raw());
     let page = |offset: u64| Iova(at + offset);
-    descriptor(lists.window(), 0, start, 512, 0x00); // a segment that ends in data
-    descriptor(lists.window(), 16, start, 512, 0x00);
-    descriptor(lists.window(), 32, at, 16, 0x30); // a segment in the last segment
-    descriptor(lists.window(), 64, at + 64, 16, 0x20); // a circle
-    descriptor(lists.window(), 96, start, 512, 0x10); // a bit bucket
+    descriptor(lists.memory(), 0, start, 512, 0x00); // a segment that ends in data
+    descriptor(lists.memory(), 16, start, 512, 0x00);
+    descriptor(lists.memory(), 32, at, 16, 0x30); // a segment in the last segment
+    descriptor(lists.memory(), 64, at + 64, 16, 0x20); // a circle
+    descriptor(lists.memory(), 96, start, 512, 0x10); // a bit bucket
     let cases = [
         ("too short", sgl(2, 2, Iova(start), 512, 0x00), 0x00f),
         ("too long", sgl(2, 1, Iova(start), 1024, 0x00), 0x00f),

@@ -8,14 +8,14 @@ use super::host::{Host, Sqe, small};
 use crate::addr::{Address, Iova, Span};
 use crate::emulated::SoftIommu;
 use crate::hardware::{AddressSpace, MapError};
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 fn span(start: u64, len: u64) -> Span<Iova> {
     Span::new(Iova(start), len).unwrap()
 }
 
-fn window(len: usize) -> Window {
-    Window::of(Arc::new(MmapRegion::new(len).unwrap()))
+fn shared(len: usize) -> SharedMemory {
+    SharedMemory::of(Arc::new(MmapRegion::new(len).unwrap()))
 }
 
 #[test]
@@ -26,10 +26,10 @@ fn reserved_windows_and_the_width_are_respected() {
         [span(0x7fff_f000, 0x2000), span(0xfeef_f000, 0x1000), span(0xffff_f000, 0x2000), span(1 << 40, 4096)];
 
     for span in allowed {
-        assert!(iommu.map(span, window(span.len() as usize)).is_ok(), "{span}");
+        assert!(iommu.map(span, shared(span.len() as usize)).is_ok(), "{span}");
     }
     for span in refused {
-        let error = iommu.map(span, window(span.len() as usize)).unwrap_err();
+        let error = iommu.map(span, shared(span.len() as usize)).unwrap_err();
         assert!(matches!(error, MapError::NotAllowed { .. }), "{error}");
         assert!(error.to_string().contains("0x80001000-0xfedfffff"), "{error}");
     }
@@ -38,9 +38,9 @@ fn reserved_windows_and_the_width_are_respected() {
 #[test]
 fn overlaps_are_refused_and_only_exact_spans_unmap() {
     let iommu = SoftIommu::new(48, &[]);
-    iommu.map(span(0x10000, 0x4000), window(0x4000)).unwrap();
+    iommu.map(span(0x10000, 0x4000), shared(0x4000)).unwrap();
 
-    let overlap = iommu.map(span(0x13000, 0x2000), window(0x2000)).unwrap_err();
+    let overlap = iommu.map(span(0x13000, 0x2000), shared(0x2000)).unwrap_err();
     let part = iommu.unmap(span(0x10000, 0x1000)).unwrap_err();
 
     assert!(matches!(overlap, MapError::Overlap { taken, .. } if taken == span(0x10000, 0x4000)), "{overlap}");
@@ -53,7 +53,7 @@ fn overlaps_are_refused_and_only_exact_spans_unmap() {
 #[test]
 fn buffers_come_from_the_top_around_what_is_taken_and_leave_when_dropped() {
     let iommu = SoftIommu::new(32, &[span(0xffff_0000, 0x10000)]);
-    iommu.map(span(0xfff0_0000, 0x000f_0000 - 0x2000), window(0xf_0000 - 0x2000)).unwrap();
+    iommu.map(span(0xfff0_0000, 0x000f_0000 - 0x2000), shared(0xf_0000 - 0x2000)).unwrap();
 
     let first = iommu.buffer(4096).unwrap();
     let large = iommu.buffer(5000).unwrap();
@@ -71,7 +71,7 @@ fn buffers_come_from_the_top_around_what_is_taken_and_leave_when_dropped() {
 #[test]
 fn a_space_without_room_says_so() {
     let iommu = SoftIommu::new(16, &[]);
-    iommu.map(span(0, 0xf000), window(0xf000)).unwrap();
+    iommu.map(span(0, 0xf000), shared(0xf000)).unwrap();
     assert!(matches!(iommu.buffer(0x2000), Err(MapError::NoIova(0x2000))));
     assert!(iommu.buffer(0x1000).is_ok());
 }
@@ -80,7 +80,7 @@ fn a_space_without_room_says_so() {
 fn a_transfer_runs_over_the_seam_of_adjacent_mappings_byte_for_byte() {
     let mut host = Host::up(small());
     let mut pair = host.pair(1, [8; 2]);
-    let (low, high) = (window(0x1000), window(0x1000));
+    let (low, high) = (shared(0x1000), shared(0x1000));
     let iommu = host.machine.iommu();
     iommu.map(span(0x10000, 0x1000), low.clone()).unwrap();
     iommu.map(span(0x11000, 0x1000), high.clone()).unwrap();
@@ -94,7 +94,7 @@ fn a_transfer_runs_over_the_seam_of_adjacent_mappings_byte_for_byte() {
 
     assert_eq!((write.status, read.status), (0, 0));
     let mut found = vec![0; 0x1000];
-    data.window().copy_to(0, &mut found);
+    data.memory().copy_to(0, &mut found);
     // PRP1 covers 0x7fc bytes; the rest comes from PRP2.
     assert_eq!(found, bytes);
 }
@@ -110,16 +110,16 @@ fn large_pages_of_the_controller_may_span_several_mappings() {
     host.bar.write64(0x28, base);
     host.bar.write64(0x30, base + 0x2000);
     host.bar.write32(0x14, 1 | 1 << 7 | 6 << 16 | 4 << 20);
-    let (low, high) = (window(0x1000), window(0x1000));
+    let (low, high) = (shared(0x1000), shared(0x1000));
     host.machine.iommu().map(span(0x10000, 0x1000), low.clone()).unwrap();
     host.machine.iommu().map(span(0x11000, 0x1000), high.clone()).unwrap();
     let sqe = Sqe::new(6).dword(10, 1).prps(Iova(0x10800), Iova(0));
 
     let offset = (base - admin.span().start().raw()) as usize;
-    admin.window().copy_from(offset, &sqe.0);
+    admin.memory().copy_from(offset, &sqe.0);
     host.bar.write32(0x1000, 1);
 
-    assert_eq!(admin.window().read_u16(offset + 0x2000 + 14), 1, "success, first phase");
+    assert_eq!(admin.memory().read_u16(offset + 0x2000 + 14), 1, "success, first phase");
     assert_eq!(low.read_u8(0x800 + 512), 0x66);
     assert_eq!(high.read_u8(0), 0, "the model number's neighbourhood is zero");
     assert_eq!(host.machine.iommu().fault_count(), 0);

@@ -9,7 +9,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::host::small;
 use crate::addr::{Gpa, Iova, Qva, Span};
-use crate::emulated::{Disagreements, Machine, Options, PARTING};
+use crate::emulated::{Disagreements, LAST_WRITE, Machine, Options};
 use crate::hardware::{AddressSpace, MapError, SpaceStatistics};
 use crate::memory::{Region, RegionSpec};
 
@@ -33,12 +33,12 @@ fn pattern(seed: u8, len: u64) -> Vec<u8> {
 }
 
 fn fill(region: &Region, seed: u8) {
-    region.window().copy_from(0, &pattern(seed, region.gpa().len()));
+    region.memory().copy_from(0, &pattern(seed, region.gpa().len()));
 }
 
 fn seen_by_cpus(region: &Region) -> Vec<u8> {
-    let mut bytes = vec![0; region.window().len()];
-    region.window().copy_to(0, &mut bytes);
+    let mut bytes = vec![0; region.memory().len()];
+    region.memory().copy_to(0, &mut bytes);
     bytes
 }
 
@@ -51,7 +51,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let machine = Machine::new(Options { no_snoop: true, snoop_enforced: false, ..small() }).unwrap();
-        let (space, region) = (machine.flushed_space(), region(AT, LEN));
+        let (space, region) = (machine.staged_space(), region(AT, LEN));
         Self { machine, space, region }
     }
 
@@ -124,9 +124,9 @@ fn without_memory_for_the_copy_a_region_stays_until_the_device_rests() {
 
     let refused = bench.space.remove(&bench.region).unwrap_err();
     let reachable = bench.seen_by_function();
-    bench.space.remove_at_rest(&bench.region).unwrap();
+    bench.space.remove_while_idle(&bench.region).unwrap();
 
-    assert!(matches!(refused, MapError::DeviceMustRest { .. }), "{refused}");
+    assert!(matches!(refused, MapError::DeviceMustBeIdle { .. }), "{refused}");
     assert!(reachable == pattern(3, LEN), "nothing has been taken away");
     assert!(seen_by_cpus(&bench.region) == pattern(3, LEN));
     bench.assert_agreed();
@@ -145,7 +145,7 @@ fn what_has_been_taken_away_before_memory_ran_out_is_not_missed_afterwards() {
     let left = bench.machine.iommu().mapped().len();
     bench.space.remove(&bench.region).unwrap();
 
-    assert!(matches!(refused, MapError::DeviceMustRest { .. }), "{refused}");
+    assert!(matches!(refused, MapError::DeviceMustBeIdle { .. }), "{refused}");
     assert_eq!((left, bench.machine.iommu().mapped().len()), (2, 0), "of three pieces");
     assert!(seen_by_cpus(&bench.region) == pattern(3, LEN));
     bench.assert_agreed();
@@ -199,10 +199,10 @@ fn lost(take_away: impl Fn(&Bench)) -> Vec<u64> {
     let seen = |offset: u64| {
         let bench = Bench::new();
         bench.space.add(&bench.region).unwrap();
-        *bench.machine.space_faults().unwrap().parting_write.lock().unwrap() = Some(Iova(AT + offset));
+        *bench.machine.space_faults().unwrap().last_write.lock().unwrap() = Some(Iova(AT + offset));
         take_away(&bench);
         bench.assert_agreed();
-        bench.region.window().read_u8(offset as usize) == PARTING
+        bench.region.memory().read_u8(offset as usize) == LAST_WRITE
     };
     [0, 0x1000, LEN - 1].into_iter().filter(|offset| !seen(*offset)).collect()
 }
@@ -214,14 +214,14 @@ fn what_the_function_writes_until_it_is_cut_off_is_not_lost() {
 
 #[test]
 fn what_the_function_writes_until_it_is_detached_is_not_lost_either() {
-    assert!(lost(|bench| bench.space.remove_at_rest(&bench.region).unwrap()).is_empty());
+    assert!(lost(|bench| bench.space.remove_while_idle(&bench.region).unwrap()).is_empty());
 }
 
 #[test]
 fn the_drivers_own_memory_is_flushed_in_both_directions_too() {
     let bench = Bench::new();
     let buffer = bench.space.buffer(5000).unwrap();
-    let window = buffer.window().clone();
+    let shared = buffer.memory().clone();
     let mut found = vec![1; 5000];
     bench.machine.iommu().read(buffer.span().start(), &mut found).unwrap();
 
@@ -229,14 +229,14 @@ fn the_drivers_own_memory_is_flushed_in_both_directions_too() {
     drop(buffer);
 
     assert!(found == [0; 5000], "zeroed, and not what another owner left");
-    assert_eq!(window.read_u8(4999), 9);
+    assert_eq!(shared.read_u8(4999), 9);
     bench.assert_agreed();
 }
 
 #[test]
 fn where_snooping_is_enforced_nothing_is_flushed_and_nothing_staged() {
     let machine = Machine::new(small()).unwrap();
-    let (space, region) = (machine.flushed_space(), region(AT, LEN));
+    let (space, region) = (machine.staged_space(), region(AT, LEN));
     space.add(&region).unwrap();
     drop(space.buffer(4096).unwrap());
     space.remove(&region).unwrap();

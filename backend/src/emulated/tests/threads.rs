@@ -29,12 +29,12 @@ fn workers_on_their_own_queues_are_not_disturbed_by_each_other_or_by_mapping() {
                     let data = host.buffer(4096);
                     let lba = u64::from(pair.id) * 8;
                     for round in 0..200_u64 {
-                        data.window().write_u64(8, round << 8 | lba);
+                        data.memory().write_u64(8, round << 8 | lba);
                         let command = |opcode| Sqe::rw(opcode, lba, 8).prps(data.span().start(), Iova(0));
                         assert_eq!(host.run(&mut pair, command(1)).status, 0);
-                        data.window().write_u64(8, u64::MAX);
+                        data.memory().write_u64(8, u64::MAX);
                         assert_eq!(host.run(&mut pair, command(2)).status, 0);
-                        assert_eq!(data.window().read_u64(8), round << 8 | lba);
+                        assert_eq!(data.memory().read_u64(8), round << 8 | lba);
                     }
                 })
             });
@@ -72,14 +72,14 @@ fn when_a_reset_returns_no_dma_runs_however_often_the_doorbell_is_written() {
                     std::thread::yield_now();
                 }
                 shared.function.reset().unwrap();
-                data.window().copy_from(0, &[0xaa; 4096]);
+                data.memory().copy_from(0, &[0xaa; 4096]);
                 for _ in 0..4 {
                     std::thread::yield_now();
                 }
                 stop.store(true, SeqCst);
             });
             let mut found = [0; 4096];
-            data.window().copy_to(0, &mut found);
+            data.memory().copy_to(0, &mut found);
             assert_eq!(found, [0xaa; 4096]);
             host.function.set_bus_master(true).unwrap();
             host.enable();
@@ -91,17 +91,17 @@ fn when_a_reset_returns_no_dma_runs_however_often_the_doorbell_is_written() {
 fn unmapping_while_commands_run_gives_faults_and_no_late_write() {
     let mut host = Host::up(threaded());
     let mut pair = host.pair(1, [64; 2]);
-    let window = crate::sys::Window::of(std::sync::Arc::new(vm_memory::MmapRegion::new(4096).unwrap()));
+    let shared = crate::sys::SharedMemory::of(std::sync::Arc::new(vm_memory::MmapRegion::new(4096).unwrap()));
     let span = Span::new(Iova(0x10_0000), 4096).unwrap();
     for _ in 0..50 {
-        host.machine.iommu().map(span, window.clone()).unwrap();
+        host.machine.iommu().map(span, shared.clone()).unwrap();
         for _ in 0..8 {
             host.push(&mut pair, Sqe::rw(2, 0, 8).prps(span.start(), Iova(0)));
         }
         host.ring(&pair);
 
         host.machine.iommu().unmap(span).unwrap();
-        window.copy_from(0, &[0xaa; 4096]);
+        shared.copy_from(0, &[0xaa; 4096]);
 
         for _ in 0..8 {
             let done = loop {
@@ -113,7 +113,7 @@ fn unmapping_while_commands_run_gives_faults_and_no_late_write() {
             assert!(matches!(done.status, 0 | 0x004), "{done:?}");
         }
         let mut found = [0; 4096];
-        window.copy_to(0, &mut found);
+        shared.copy_to(0, &mut found);
         assert_eq!(found, [0xaa; 4096]);
     }
     assert!(host.machine.iommu().faults().iter().all(|fault| fault.iova.raw() == 0x10_0000));

@@ -68,6 +68,6 @@ impl Bounce {
 
     /// Where this process finds the first `bytes` of a slot.
     pub(in crate::engine) fn slot(&self, slot: u32, bytes: u32) -> Slot<'_> {
-        Slot { window: self.buffer.window(), offset: slot as usize * SLOT_BYTES as usize, len: bytes as usize }
+        Slot { shared: self.buffer.memory(), offset: slot as usize * SLOT_BYTES as usize, len: bytes as usize }
     }
 }

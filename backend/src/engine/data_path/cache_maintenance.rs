@@ -52,7 +52,7 @@ impl CacheMaintenance {
     pub(in crate::engine) fn slot(&self, bounce: &Bounce, slot: u32, bytes: u32) {
         self.timed(bytes.into(), |flush| {
             let place = bounce.slot(slot, bytes);
-            flush.flush(place.window, place.offset, place.len);
+            flush.flush(place.shared, place.offset, place.len);
         });
     }
 

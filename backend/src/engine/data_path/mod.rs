@@ -28,8 +28,8 @@ use super::statistics::Counters;
 use super::virtqueue::chain::{Chain, ChainFault};
 use super::vring::{State, Vring};
 use crate::driver::{Command, Completion, Outcome, Queue};
-use crate::log_limit::LogLimit;
-use crate::sys::Lost;
+use crate::rate_limited_log::RateLimitedLog;
+use crate::sys::LostPages;
 use inflight::InflightTable;
 
 /// Set in the tag of a command that goes through a bounce slot; the rest is the slot, else the request.
@@ -56,8 +56,8 @@ pub(in crate::engine) struct DataPath {
     caches: CacheMaintenance,
     disk: Disk,
     chain: Chain,
-    wrong_requests: LogLimit,
-    broken_rings: LogLimit,
+    wrong_requests: RateLimitedLog,
+    broken_rings: RateLimitedLog,
     own_flush: Option<OwnFlush>,
     /// The request whose rest waits for room.
     half: Option<u32>,
@@ -94,8 +94,8 @@ impl DataPath {
             caches,
             disk,
             chain: Chain::default(),
-            wrong_requests: LogLimit::of(module_path!()),
-            broken_rings: LogLimit::of(module_path!()),
+            wrong_requests: RateLimitedLog::of(module_path!()),
+            broken_rings: RateLimitedLog::of(module_path!()),
             own_flush: None,
             half: None,
             again: Vec::new(),
@@ -325,7 +325,7 @@ impl DataPath {
     #[cold]
     pub(in crate::engine) fn fail_ring(&mut self, slot: usize, why: &dyn std::fmt::Display) {
         let virtqueue = self.virtqueue(slot);
-        let line = || format!("virtqueue {virtqueue}: {why}{Lost}; it is not served until it is restarted");
+        let line = || format!("virtqueue {virtqueue}: {why}{LostPages}; it is not served until it is restarted");
         self.broken_rings.error(line);
         if let Some(ring) = &mut self.slots[slot].ring {
             ring.fail();

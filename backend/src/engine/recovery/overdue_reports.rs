@@ -6,13 +6,13 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::driver::Lateness;
+use crate::driver::OverdueCommands;
 use crate::engine::vring::{drain, signal};
 
 /// Reports that the watchdog has not taken yet.
 #[derive(Default)]
 pub(super) struct Reports {
-    pub(super) lateness: Lateness,
+    pub(super) overdue: OverdueCommands,
     pub(super) quit: bool,
 }
 
@@ -35,7 +35,7 @@ impl OverdueReports {
 
     /// Drops all reports of overdue commands.
     pub(in crate::engine) fn forget(&self) {
-        self.reports.lock().unwrap_or_else(PoisonError::into_inner).lateness = Lateness::default();
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner).overdue = OverdueCommands::default();
     }
 
     pub(super) fn take(&self) -> Reports {

@@ -108,12 +108,12 @@ impl DeviceSupervisor {
     }
 
     /// Handles the device's asynchronous events.
-    pub(in crate::engine) fn attend(&self) {
+    pub(in crate::engine) fn handle_events(&self) {
         let mut device = self.lock();
         if device.state != State::Up {
             return;
         }
-        match device.driver.attend() {
+        match device.driver.handle_events() {
             Ok(()) => self.follow(&device),
             Err(error) => {
                 log::error!("{error:#}; resetting it");

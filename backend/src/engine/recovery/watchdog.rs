@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::overdue_reports::{OverdueReports, Reports};
 use super::supervisor::DeviceSupervisor;
-use crate::driver::{Lateness, Queue};
+use crate::driver::{OverdueCommands, Queue};
 use crate::engine::vring::drain;
 use crate::sys::Poller;
 
@@ -69,9 +69,9 @@ impl CommandClock {
             return;
         }
         self.next = now + self.tick;
-        let lateness = queue.beat(self.limit);
-        if lateness != Lateness::default() {
-            self.reports.raise(|reports| reports.lateness.join(lateness));
+        let overdue = queue.tick(self.limit);
+        if overdue != OverdueCommands::default() {
+            self.reports.raise(|reports| reports.overdue.merge(overdue));
         }
     }
 }
@@ -92,11 +92,11 @@ impl Watchdog {
     ) -> io::Result<Self> {
         let poller = Poller::new()?;
         poller.add(&reports.event, REPORTS)?;
-        let removal = supervisor.lock().driver.removal().map(|event| event.try_clone_to_owned()).transpose()?;
+        let removal = supervisor.lock().driver.removal_request().map(|event| event.try_clone_to_owned()).transpose()?;
         if let Some(event) = &removal {
             poller.add(event.as_fd(), REMOVAL)?;
         }
-        let notice = supervisor.lock().driver.notice().map(|event| event.try_clone_to_owned()).transpose()?;
+        let notice = supervisor.lock().driver.event_fd().map(|event| event.try_clone_to_owned()).transpose()?;
         if let Some(event) = &notice {
             poller.add(event.as_fd(), NOTICE)?;
         }
@@ -154,13 +154,13 @@ impl Duty {
             std::thread::sleep(LONGEST_TICK);
         }
         let recoveries = self.supervisor.recoveries.load(Ordering::SeqCst);
-        let Reports { lateness, quit } = self.reports.take();
+        let Reports { overdue, quit } = self.reports.take();
         if quit {
             return false;
         }
         if told && let Some(event) = &self.notice {
             drain(event);
-            self.supervisor.attend();
+            self.supervisor.handle_events();
         }
         if asked && let Some(event) = &self.removal {
             drain(event);
@@ -169,11 +169,11 @@ impl Duty {
             if waited.is_ok_and(|count| count == 0) && !self.supervisor.recover() {
                 self.retry = (self.retry * 2).min(self.watch.retry * (1 << DOUBLINGS));
             }
-        } else if lateness.stuck {
+        } else if overdue.stuck {
             self.supervisor.give_up_aborting(recoveries);
-        } else if !lateness.overdue.is_empty() {
-            self.supervisor.abort(&lateness.overdue, recoveries);
-        } else if lateness.late {
+        } else if !overdue.expired.is_empty() {
+            self.supervisor.abort(&overdue.expired, recoveries);
+        } else if overdue.stalled {
             self.supervisor.check(recoveries);
         }
         true

@@ -82,7 +82,7 @@ impl World {
         let watch = WatchdogOptions { timeout: Duration::from_millis(20), retry: Duration::from_millis(1) };
         let drive = Drive::watched(inline(), Duration::ZERO, Duration::from_secs(20), watch);
         let driver = drive.driver(0, Shape::default());
-        let space = drive.machine.flushed_space();
+        let space = drive.machine.staged_space();
         let disk = vec![0; SECTORS as usize * 512];
         let mut world = Self { drive, driver, space, extra: None, memory: Vec::new(), disk };
         world.plug();
@@ -98,7 +98,7 @@ impl World {
         self.unplug();
         let extra = region(EXTRA, EXTRA_LEN);
         self.memory = (0..EXTRA_LEN).map(|n| (n / 11 % 190) as u8).collect();
-        extra.window().copy_from(0, &self.memory);
+        extra.memory().copy_from(0, &self.memory);
         self.space.add(&extra).unwrap();
         self.drive.engine.publish(self.table(Some(&extra)));
         self.extra = Some(extra);
@@ -109,8 +109,8 @@ impl World {
         let Some(extra) = self.extra.take() else { return };
         self.drive.engine.withdraw(self.table(None), &[extra.gpa()]).unwrap();
         match self.space.remove(&extra) {
-            Err(MapError::DeviceMustRest { .. }) => {
-                self.drive.engine.at_rest(|| self.space.remove_at_rest(&extra)).unwrap().unwrap();
+            Err(MapError::DeviceMustBeIdle { .. }) => {
+                self.drive.engine.while_idle(|| self.space.remove_while_idle(&extra)).unwrap().unwrap();
             }
             other => other.unwrap(),
         }
@@ -127,7 +127,7 @@ impl World {
             Op::Fill { at, len, value } => {
                 let Some(extra) = &self.extra else { return };
                 let fill = vec![value; len as usize];
-                extra.window().copy_from(at as usize, &fill);
+                extra.memory().copy_from(at as usize, &fill);
                 self.memory[at as usize..][..fill.len()].copy_from_slice(&fill);
             }
             Op::Request { write, sector, sectors, at, cut } => self.request(write, sector, sectors, (at, cut)),
@@ -152,7 +152,7 @@ impl World {
         let on_disk = sector as usize * 512..(sector + sectors) as usize * 512;
         let offset = region.gpa().offset_of(crate::addr::Gpa(base + at)).unwrap() as usize;
         let mut seen = vec![0; len as usize];
-        region.window().copy_to(offset, &mut seen);
+        region.memory().copy_to(offset, &mut seen);
 
         let sent = self.driver.send(if write { OUT } else { IN }, sector, &parts);
         self.driver.wait(1);
@@ -161,7 +161,7 @@ impl World {
         if write {
             self.disk[on_disk].copy_from_slice(&seen);
         } else {
-            region.window().copy_to(offset, &mut seen);
+            region.memory().copy_to(offset, &mut seen);
             assert!(seen == self.disk[on_disk.clone()], "{sectors} sectors from {sector} at {at:#x} cut at {cut}");
             if self.extra.is_some() {
                 self.memory[at as usize..][..seen.len()].copy_from_slice(&seen);
@@ -194,8 +194,8 @@ impl World {
 }
 
 fn bytes(region: &Region) -> Vec<u8> {
-    let mut bytes = vec![0; region.window().len()];
-    region.window().copy_to(0, &mut bytes);
+    let mut bytes = vec![0; region.memory().len()];
+    region.memory().copy_to(0, &mut bytes);
     bytes
 }
 
@@ -312,7 +312,7 @@ fn where_snooping_is_enforced_requests_flush_nothing() {
     soak(&mut driver, 512, 20);
 
     let Statistics { flushed_bytes, flush_nanoseconds, .. } = drive.engine.statistics();
-    let space = drive.machine.flushed_space().statistics();
+    let space = drive.machine.staged_space().statistics();
     assert_eq!((flushed_bytes, flush_nanoseconds), (0, 0));
     assert_eq!((space.staged, space.flushed_at_map, space.flushed_at_unmap), (0, 0, 0));
 }
@@ -353,7 +353,7 @@ fn a_device_at_rest_gets_nothing_to_do_and_goes_on_afterwards() {
         });
         (sent, drive.machine.traffic().reads - reads)
     };
-    let (sent, meanwhile) = drive.engine.at_rest(act).unwrap();
+    let (sent, meanwhile) = drive.engine.while_idle(act).unwrap();
 
     assert_eq!(meanwhile, 0);
     driver.wait(1);
@@ -369,7 +369,7 @@ fn a_device_with_a_command_in_flight_does_not_rest() {
     until("the command", || drive.engine.statistics().doorbells == 1);
 
     // The command never comes back, so only a reset ends it.
-    let recoveries = drive.engine.at_rest(|| drive.engine.statistics().recoveries).unwrap();
+    let recoveries = drive.engine.while_idle(|| drive.engine.statistics().recoveries).unwrap();
 
     assert_eq!(recoveries, 1);
     driver.wait(1);

@@ -10,12 +10,12 @@ use vm_memory::MmapRegion;
 
 use crate::addr::{Address, Iova, Span};
 use crate::driver::{
-    Blocks, Command, CommandId, Completion, DiscardLimits, Driver, Extent, Full, Geometry, Lateness, Outcome, Queue,
-    ZeroesLimits,
+    Blocks, Command, CommandId, Completion, DiscardLimits, Driver, Extent, Full, Geometry, Outcome, OverdueCommands,
+    Queue, ZeroesLimits,
 };
 use crate::hardware::{AddressSpace, DmaBuffer, MapError};
 use crate::memory::Region;
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 /// What the disk can do.
 #[derive(Clone)]
@@ -60,7 +60,7 @@ pub(super) struct Entry {
 #[derive(Default)]
 struct State {
     medium: Vec<u8>,
-    memory: Vec<(Span<Iova>, Window)>,
+    memory: Vec<(Span<Iova>, SharedMemory)>,
     next_iova: u64,
     /// Commands that the device has been told of.
     held: Vec<Entry>,
@@ -209,12 +209,12 @@ impl State {
             for byte in 0..span.len() {
                 let address = span.start().checked_add(byte).unwrap();
                 let found = self.memory.iter().find(|(mapped, _)| mapped.contains(address));
-                let (mapped, window) = found.unwrap_or_else(|| panic!("DMA to {address}, which is not mapped"));
+                let (mapped, shared) = found.unwrap_or_else(|| panic!("DMA to {address}, which is not mapped"));
                 let offset = mapped.offset_of(address).unwrap() as usize;
                 if read {
-                    window.write_u8(offset, self.medium[at]);
+                    shared.write_u8(offset, self.medium[at]);
                 } else {
-                    self.medium[at] = window.read_u8(offset);
+                    self.medium[at] = shared.read_u8(offset);
                 }
                 at += 1;
             }
@@ -225,7 +225,7 @@ impl State {
 
 impl AddressSpace for Disk {
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
-        self.state().memory.push((region.gpa().identity_iova(), region.window().clone()));
+        self.state().memory.push((region.gpa().identity_iova(), region.memory().clone()));
         Ok(())
     }
 
@@ -235,12 +235,12 @@ impl AddressSpace for Disk {
     }
 
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
-        let window = Window::of(Arc::new(MmapRegion::new(bytes).unwrap()));
+        let shared = SharedMemory::of(Arc::new(MmapRegion::new(bytes).unwrap()));
         let mut state = self.state();
         let span = Span::new(Iova(state.next_iova), bytes as u64).unwrap();
         state.next_iova += bytes as u64;
-        state.memory.push((span, window.clone()));
-        Ok(DmaBuffer::new(window, span, Box::new(())))
+        state.memory.push((span, shared.clone()));
+        Ok(DmaBuffer::new(shared, span, Box::new(())))
     }
 }
 
@@ -272,7 +272,7 @@ impl Driver for Disk {
         Ok(())
     }
 
-    fn removal(&self) -> Option<BorrowedFd<'_>> {
+    fn removal_request(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
@@ -384,8 +384,8 @@ impl Queue for DiskQueue {
         }
     }
 
-    fn beat(&mut self, _: u32) -> Lateness {
-        Lateness::default()
+    fn tick(&mut self, _: u32) -> OverdueCommands {
+        OverdueCommands::default()
     }
 
     fn in_flight(&self) -> usize {
@@ -396,5 +396,5 @@ impl Queue for DiskQueue {
         self.event.as_fd()
     }
 
-    fn set_awaited(&self, _: bool) {}
+    fn set_interrupt_wanted(&self, _: bool) {}
 }

@@ -76,7 +76,7 @@ fn setup(scene: &Scene) -> VringSetup {
 /// Guest memory in which the scene's request is offered.
 fn guest(scene: &Scene) -> GuestMemoryView {
     let (region, _) = bare::region(MEMORY);
-    let memory = region.window();
+    let memory = region.memory();
     let packed = scene.form.layout == Layout::Packed;
     let put = |at: u64, desc: Desc, avail: u16| {
         let ends = if packed { [7, desc.flags | avail] } else { [desc.flags, desc.next] };

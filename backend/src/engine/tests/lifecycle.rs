@@ -150,7 +150,7 @@ fn memory_can_be_added_and_buffers_may_cross_the_seam() {
     assert_eq!((driver.status(direct), driver.status(bounced)), (0, 0));
     assert_eq!(driver.bytes(seam - 511, 511), [0x5a; 511]);
     let mut far = [0; 514];
-    next.window().copy_to(0, &mut far);
+    next.memory().copy_to(0, &mut far);
     assert_eq!(far[..513], [0x5a; 513]);
     assert_eq!(far[513], 0);
 }

@@ -64,7 +64,7 @@ impl GuestMemoryView {
     fn new(drive: &Drive, index: usize, kind: Kind) -> Self {
         let shape = Shape { size: kind.size, event_idx: kind.calls == Calls::EventIdx, base: 0 };
         let start = BASE + STRIDE * index as u64;
-        let memory = drive.region.window().clone();
+        let memory = drive.region.memory().clone();
         let (driver, setup) = VirtDriver::at_place(memory, index, shape, (start, start + 0x1_0000));
         let (driver, mut setup) = match kind.layout {
             Layout::Split => (Driver::Split(driver), setup),

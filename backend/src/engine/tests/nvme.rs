@@ -61,7 +61,7 @@ impl Drive {
         let queues = options.queues;
         let machine = Machine::new(options).unwrap();
         let wanted = NvmeOptions { namespace: None, queues, read_only: false };
-        let space = machine.flushed_space();
+        let space = machine.staged_space();
         let nvme = finish(Nvme::bring_up(machine.function(), Arc::clone(&space), wanted).unwrap(), &machine);
         let engine = Engine::start(Box::new(nvme), &space, engine).unwrap();
         let region = region(BASE, memory);
@@ -76,7 +76,7 @@ impl Drive {
     }
 
     pub(super) fn driver(&self, index: usize, shape: Shape) -> VirtDriver {
-        let (driver, setup) = VirtDriver::new(self.region.window().clone(), index, shape);
+        let (driver, setup) = VirtDriver::new(self.region.memory().clone(), index, shape);
         self.engine.start_ring(setup).unwrap();
         self.engine.set_enabled(index, true);
         driver

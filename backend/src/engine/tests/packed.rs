@@ -27,7 +27,7 @@ struct Stage {
 fn stage(shape: Shape) -> Stage {
     let region = region(BASE, LEN);
     let table = Arc::new(MemTable::new(vec![Arc::clone(&region)]).unwrap());
-    let (driver, setup) = PackedDriver::new(region.window().clone(), 0, shape);
+    let (driver, setup) = PackedDriver::new(region.memory().clone(), 0, shape);
     let ring = PackedRing::new(&setup, &table).unwrap();
     let mut guest = GuestMemoryView::default();
     guest.publish(table);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::rig::*;
 use crate::engine::{Layout, VringSetup};
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 const AVAIL: u16 = 0x80;
 const USED: u16 = 0x8000;
@@ -33,7 +33,7 @@ pub(super) struct PackedDriver {
 }
 
 impl PackedDriver {
-    pub(super) fn new(memory: Window, index: usize, shape: Shape) -> (Self, VringSetup) {
+    pub(super) fn new(memory: SharedMemory, index: usize, shape: Shape) -> (Self, VringSetup) {
         let (guest, setup) = VirtDriver::new(memory, index, shape);
         Self::over(guest, setup, shape)
     }

@@ -14,7 +14,7 @@ fn rig() -> (Rig, VirtDriver, PackedDriver) {
     let rig = Rig::new(Abilities::default());
     let shape = Shape { size: 16, ..Shape::default() };
     let split = rig.driver(0, shape);
-    let (packed, setup) = PackedDriver::new(rig.region.window().clone(), 1, shape);
+    let (packed, setup) = PackedDriver::new(rig.region.memory().clone(), 1, shape);
     rig.engine.start_ring(setup).unwrap();
     rig.engine.set_enabled(1, true);
     (rig, split, packed)
@@ -127,7 +127,7 @@ fn bad_indirect_descriptors_are_refused_and_cost_their_place_only() {
 #[test]
 fn an_indirect_table_that_was_not_negotiated_is_refused() {
     let rig = Rig::new(Abilities::default());
-    let (mut packed, mut setup) = PackedDriver::new(rig.region.window().clone(), 0, Shape::default());
+    let (mut packed, mut setup) = PackedDriver::new(rig.region.memory().clone(), 0, Shape::default());
     setup.indirect = false;
     rig.engine.start_ring(setup).unwrap();
     rig.engine.set_enabled(0, true);
@@ -142,15 +142,15 @@ fn an_indirect_table_may_lie_across_the_seam_of_regions() {
     let rig = Rig::new(Abilities::default());
     let far = region(BASE + LEN, 0x1000);
     rig.engine.publish(std::sync::Arc::new(rig.table.with(far.clone()).unwrap()));
-    let (mut packed, setup) = PackedDriver::new(rig.region.window().clone(), 0, Shape::default());
+    let (mut packed, setup) = PackedDriver::new(rig.region.memory().clone(), 0, Shape::default());
     rig.engine.start_ring(setup).unwrap();
     rig.engine.set_enabled(0, true);
     let (header, table) = (packed.guest.header(GET_ID, 0), BASE + LEN - 32);
     packed.write_entry(table, desc(header, 16, 0));
     packed.write_entry(table + 16, desc(DATA, 20, WRITE));
-    far.window().write_u64(0, header + 16);
-    far.window().write_u32(8, 1);
-    far.window().write_u16(14, WRITE);
+    far.memory().write_u64(0, header + 16);
+    far.memory().write_u32(8, 1);
+    far.memory().write_u16(14, WRITE);
 
     assert_eq!(used_len(&mut packed, &[desc(table, 48, INDIRECT)]), 21);
     assert_eq!(packed.guest.bytes(DATA, 6), b"SERIAL");
@@ -169,7 +169,7 @@ fn a_chain_without_an_end_breaks_the_ring_and_no_other() {
     split.send(IN, 0, &[(DATA, BLOCK)]);
     split.wait(1);
     assert_eq!(rig.engine.stop_ring(1).unwrap(), Some(0x8000_8000), "nothing has been taken");
-    let (mut fresh, setup) = PackedDriver::new(rig.region.window().clone(), 1, Shape::default());
+    let (mut fresh, setup) = PackedDriver::new(rig.region.memory().clone(), 1, Shape::default());
     rig.engine.start_ring(setup).unwrap();
     assert!(still_serves(&mut fresh));
 }
@@ -177,7 +177,7 @@ fn a_chain_without_an_end_breaks_the_ring_and_no_other() {
 #[test]
 fn descriptors_offered_again_before_they_are_given_back_are_not_taken() {
     let (rig, mut split, _packed) = rig();
-    let (mut packed, setup) = PackedDriver::new(rig.region.window().clone(), 2, Shape { size: 15, ..Shape::default() });
+    let (mut packed, setup) = PackedDriver::new(rig.region.memory().clone(), 2, Shape { size: 15, ..Shape::default() });
     rig.engine.start_ring(setup).unwrap();
     rig.engine.set_enabled(2, true);
     rig.disk.hold();
@@ -205,7 +205,7 @@ fn descriptors_offered_again_before_they_are_given_back_are_not_taken() {
 #[test]
 fn a_packed_ring_that_cannot_be_is_not_started() {
     let rig = Rig::new(Abilities::default());
-    let make = || PackedDriver::new(rig.region.window().clone(), 0, Shape { size: 100, ..Shape::default() }).1;
+    let make = || PackedDriver::new(rig.region.memory().clone(), 0, Shape { size: 100, ..Shape::default() }).1;
     let at = |start, len| Span::new(Gpa(start), len).unwrap();
     for size in [0, 1025, u16::MAX] {
         let mut setup = make();

@@ -13,7 +13,7 @@ use crate::addr::{Gpa, Qva, Span};
 use crate::engine::{Engine, Layout, Options, VringSetup};
 use crate::hardware::AddressSpace;
 use crate::memory::{MemTable, Region, RegionSpec};
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 pub(super) const NEXT: u16 = 1;
 pub(super) const WRITE: u16 = 2;
@@ -108,7 +108,7 @@ impl Rig {
 
     /// A driver for virtqueue `index`, and what would start its ring.
     pub(super) fn unstarted(&self, index: usize, ring: Shape) -> (VirtDriver, VringSetup) {
-        let memory = self.region.window().clone();
+        let memory = self.region.memory().clone();
         VirtDriver::new(memory, index, ring)
     }
 }
@@ -138,7 +138,7 @@ pub(super) struct Desc {
 
 /// A guest's virtio-blk driver for one ring.
 pub(super) struct VirtDriver {
-    pub(super) memory: Window,
+    pub(super) memory: SharedMemory,
     pub(super) index: usize,
     pub(super) size: u16,
     event_idx: bool,
@@ -155,13 +155,13 @@ pub(super) struct VirtDriver {
 }
 
 impl VirtDriver {
-    pub(super) fn new(memory: Window, index: usize, shape: Shape) -> (Self, VringSetup) {
+    pub(super) fn new(memory: SharedMemory, index: usize, shape: Shape) -> (Self, VringSetup) {
         let (desc, headers) = (BASE + RING_STRIDE * index as u64, BASE + HEADERS + 0x1_0000 * index as u64);
         Self::at_place(memory, index, shape, (desc, headers))
     }
 
     /// A driver whose ring and headers, 64 KiB each, lie where the test says.
-    pub(super) fn at_place(memory: Window, index: usize, shape: Shape, place: (u64, u64)) -> (Self, VringSetup) {
+    pub(super) fn at_place(memory: SharedMemory, index: usize, shape: Shape, place: (u64, u64)) -> (Self, VringSetup) {
         let Shape { size, event_idx, base } = shape;
         let (desc, next_header) = place;
         let (avail, used) = (desc + 0x4000, desc + 0x8000);

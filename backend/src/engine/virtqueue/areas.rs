@@ -5,20 +5,20 @@ use crate::addr::{Address, Gpa, Span};
 use crate::engine::error::EngineError;
 use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 /// Finds the areas of a ring in guest memory.
-pub(in crate::engine) fn windows(setup: &VringSetup, table: &MemTable) -> Result<[Window; 3], EngineError> {
+pub(in crate::engine) fn windows(setup: &VringSetup, table: &MemTable) -> Result<[SharedMemory; 3], EngineError> {
     let [desc, driver, device] = setup.layout.areas(setup.size, setup.event_idx);
-    let find = |area, span| window(setup.index, area, span, table);
+    let find = |area, span| shared(setup.index, area, span, table);
     Ok([find(desc, setup.desc)?, find(driver, setup.avail)?, find(device, setup.used)?])
 }
 
-fn window(index: usize, area: Area, span: Span<Gpa>, table: &MemTable) -> Result<Window, EngineError> {
+fn shared(index: usize, area: Area, span: Span<Gpa>, table: &MemTable) -> Result<SharedMemory, EngineError> {
     let Area { name, bytes, alignment } = area;
     let refused = || EngineError::RingArea { index, name, span, bytes, alignment };
     let exact = span.slice(0, bytes).filter(|span| span.start().is_aligned(alignment)).ok_or_else(refused)?;
-    let (window, offset) = table.window(exact, &mut 0).ok_or_else(refused)?;
+    let (shared, offset) = table.host_memory(exact, &mut 0).ok_or_else(refused)?;
     let len = usize::try_from(bytes).map_err(|_| refused())?;
-    window.slice(offset, len).ok_or_else(refused)
+    shared.slice(offset, len).ok_or_else(refused)
 }

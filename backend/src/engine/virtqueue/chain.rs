@@ -251,7 +251,7 @@ impl Chain {
         guest: &mut GuestMemoryView,
     ) -> Result<Option<Descriptor>, ChainFault> {
         let at = |index| table.slice(u64::from(DESCRIPTOR) * u64::from(index), u64::from(DESCRIPTOR));
-        let mut read = |entry| guest.table_window(entry).map(|(window, offset)| window.read(offset));
+        let mut read = |entry| guest.table_window(entry).map(|(shared, offset)| shared.read(offset));
         let nowhere = ChainFault::IndirectMemory(table.start());
         self.follow(0, entries, |index| at(index).and_then(&mut read).ok_or(nowhere))
     }
@@ -278,7 +278,7 @@ impl Chain {
         // At an odd address, or in pieces, which is fine as long as each entry lies in one region.
         for n in 0..u64::from(entries) {
             let entry = span.slice(u64::from(DESCRIPTOR) * n, u64::from(DESCRIPTOR));
-            let read = entry.and_then(|entry| guest.table_window(entry)).map(|(window, offset)| window.read(offset));
+            let read = entry.and_then(|entry| guest.table_window(entry)).map(|(shared, offset)| shared.read(offset));
             self.add_from_table(read.ok_or(ChainFault::IndirectMemory(span.start()))?)?;
         }
         Ok(())

@@ -21,7 +21,7 @@ use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
-use crate::sys::{Rows, Window};
+use crate::sys::{SharedArray, SharedMemory};
 
 /// VIRTQ_DESC_F_WRITE, in a used descriptor: something has been written (virtio 1.2 §2.8.3).
 const WRITE: u16 = 1 << 1;
@@ -98,10 +98,10 @@ struct Hidden {
 
 /// One running packed virtqueue.
 pub struct PackedRing {
-    desc: Window,
-    descriptors: Rows<Window, u64, 2>,
-    driver_event: Window,
-    device_event: Window,
+    desc: SharedMemory,
+    descriptors: SharedArray<SharedMemory, u64, 2>,
+    driver_event: SharedMemory,
+    device_event: SharedMemory,
     size: u16,
     event_idx: bool,
     indirect: bool,

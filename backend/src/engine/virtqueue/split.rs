@@ -17,7 +17,7 @@ use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
-use crate::sys::{Rows, Window};
+use crate::sys::{SharedArray, SharedMemory};
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT, virtio 1.2 §2.7.6.
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
@@ -30,11 +30,11 @@ const RING: usize = 4;
 
 /// One running split virtqueue.
 pub struct SplitRing {
-    desc: Rows<Window, u64, 2>,
-    avail: Window,
-    avail_ring: Rows<Window, u16, 1>,
-    used: Window,
-    used_ring: Rows<Window, u32, 2>,
+    desc: SharedArray<SharedMemory, u64, 2>,
+    avail: SharedMemory,
+    avail_ring: SharedArray<SharedMemory, u16, 1>,
+    used: SharedMemory,
+    used_ring: SharedArray<SharedMemory, u32, 2>,
     size: u16,
     event_idx: bool,
     indirect: bool,

@@ -53,7 +53,7 @@ enum Device {
 impl Device {
     /// The worker starts polling, so it wants no interrupt yet.
     fn live(queue: Box<dyn Queue>) -> Self {
-        queue.set_awaited(false);
+        queue.set_interrupt_wanted(false);
         Self::Live(queue)
     }
 }
@@ -179,7 +179,7 @@ impl Worker {
             if std::mem::take(&mut self.stale) {
                 drain(queue.event());
             }
-            queue.set_awaited(true);
+            queue.set_interrupt_wanted(true);
         }
         self.path.served().for_each(|ring| ring.queue.arm());
         // This pass finds every chain that was offered before arming and so brings no kick.
@@ -188,7 +188,7 @@ impl Worker {
         }
         self.path.served().for_each(|ring| ring.queue.disarm());
         if let Device::Live(queue) = &self.device {
-            queue.set_awaited(false);
+            queue.set_interrupt_wanted(false);
         }
     }
 

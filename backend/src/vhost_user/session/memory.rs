@@ -58,14 +58,14 @@ impl Session<'_> {
     /// Carries a change of memory through, with the rings that stand in its way stopped meanwhile.
     fn change_memory(&mut self, plan: Plan) -> Result<(), Error> {
         if !plan.add.is_empty() {
-            self.link.before_mapping()?;
+            self.link.require_registration()?;
         }
         let engine = &self.device.engine;
         let gone: Vec<Span<Gpa>> = plan.remove.iter().map(|region| region.gpa()).collect();
         let stopped = self.rings.iter_mut().map(|ring| ring.suspend(engine, &gone)).fold(Ok(()), Result::and);
         let changed = stopped.and_then(|()| self.memory.apply(plan));
         self.resume_rings();
-        self.watch_discards();
+        self.monitor_discards();
         changed
     }
 }

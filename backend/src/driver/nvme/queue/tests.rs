@@ -10,7 +10,7 @@ use zerocopy::FromZeros;
 use super::*;
 use crate::driver::Outcome;
 use crate::driver::nvme::tests::rig::Doorbell;
-use crate::sys::Window;
+use crate::sys::SharedMemory;
 
 const ID: u16 = 3;
 const STRIDE: usize = 8;
@@ -31,7 +31,7 @@ impl Written {
 struct Bench {
     queue: IoQueue,
     registers: Arc<Written>,
-    memory: Window,
+    memory: SharedMemory,
     depth: u16,
     /// Where the controller reads and writes next.
     sq_head: u16,
@@ -43,7 +43,7 @@ const LISTS: Iova = Iova(0x7000_0000);
 
 impl Bench {
     fn new(depth: u16) -> Self {
-        let memory = Window::of(Arc::new(MmapRegion::new(memory_needed(depth)).unwrap()));
+        let memory = SharedMemory::of(Arc::new(MmapRegion::new(memory_needed(depth)).unwrap()));
         let registers = Arc::new(Written::default());
         let note = Arc::clone(&registers);
         let doorbell = Doorbell(move |offset, value| note.0.lock().unwrap().push((offset, value)));
@@ -51,13 +51,13 @@ impl Bench {
             name: "test".to_owned(),
             id: ID,
             depth,
-            memory: Shared { window: memory.clone(), iova: LISTS, caches: None },
+            memory: Shared { shared: memory.clone(), iova: LISTS, caches: None },
             doorbells: Doorbells { registers: Arc::new(doorbell), stride: STRIDE },
             namespace: 5,
             limits: Limits { block: 512, transfer: 1 << 20 },
             sgl: None,
             event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
-            awaited: None,
+            interrupt_wanted: None,
         });
         Self { queue, registers, memory, depth, sq_head: 0, cq_tail: 0, phase: 1 }
     }
@@ -323,15 +323,15 @@ fn a_command_is_late_then_overdue_once_then_stuck() {
     bench.queue.ring();
     let cid = bench.fetch().cid;
     let overdue = vec![CommandId { queue: ID, command: cid }];
-    let late = |overdue: &[CommandId], stuck| Lateness { late: true, overdue: overdue.to_vec(), stuck };
+    let late = |overdue: &[CommandId], stuck| OverdueCommands { stalled: true, expired: overdue.to_vec(), stuck };
 
-    let found: Vec<_> = (0..8).map(|_| bench.queue.beat(4)).collect();
+    let found: Vec<_> = (0..8).map(|_| bench.queue.tick(4)).collect();
 
     let quiet = late(&[], false);
-    assert_eq!(found[0], Lateness::default(), "the first beat may have been short");
+    assert_eq!(found[0], OverdueCommands::default(), "the first beat may have been short");
     assert_eq!(found[1..4], [quiet.clone(), quiet.clone(), quiet]);
     assert_eq!(found[4], late(&overdue, false));
-    assert_eq!(found[5], Lateness::default(), "its Abort is new");
+    assert_eq!(found[5], OverdueCommands::default(), "its Abort is new");
     assert_eq!(found[6..], [late(&[], true), late(&[], true)]);
 }
 
@@ -343,10 +343,10 @@ fn a_slot_used_again_is_young_again() {
         bench.queue.ring();
         let cid = bench.fetch().cid;
         for _ in 0..5 {
-            assert!(!bench.queue.beat(5).stuck && bench.queue.in_flight() == 1);
+            assert!(!bench.queue.tick(5).stuck && bench.queue.in_flight() == 1);
         }
         bench.complete(cid, 0);
         assert_eq!(bench.reap(), [(tag, Outcome::Success)]);
-        assert_eq!(bench.queue.beat(5), Lateness::default(), "nothing is in flight");
+        assert_eq!(bench.queue.tick(5), OverdueCommands::default(), "nothing is in flight");
     }
 }

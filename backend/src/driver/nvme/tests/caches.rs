@@ -35,7 +35,7 @@ struct Bench {
 impl Bench {
     fn new(sgl: Option<Granularity>) -> Self {
         let machine = Machine::new(behind()).unwrap();
-        let space = machine.flushed_space();
+        let space = machine.staged_space();
         let memory = space.buffer(memory_needed(DEPTH)).unwrap();
         let found = Arc::new(Mutex::new(Vec::new()));
         let (iommu, queues, note) = (machine.iommu().clone(), memory.span(), Arc::clone(&found));
@@ -56,7 +56,7 @@ impl Bench {
             limits: Limits { block: 512, transfer: 1 << 20 },
             sgl,
             event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
-            awaited: None,
+            interrupt_wanted: None,
         });
         Self { machine, memory, queue, found, completed: 0 }
     }
@@ -184,7 +184,7 @@ fn a_controller_behind_the_caches_is_brought_up_and_works() {
     let rig = Rig::new(behind());
     let function = Arc::clone(&rig.function) as Arc<dyn Function>;
 
-    let mut nvme = Nvme::bring_up(function, rig.machine.flushed_space(), wanted(2)).unwrap();
+    let mut nvme = Nvme::bring_up(function, rig.machine.staged_space(), wanted(2)).unwrap();
 
     assert_eq!(nvme.geometry().blocks * u64::from(nvme.geometry().block_size), small().size);
     for mut queue in nvme.take_queues() {

@@ -38,7 +38,7 @@ fn a_controller_that_cannot_be_recovered_is_off() {
 
     let error = nvme.recover().err().unwrap();
 
-    assert!(matches!(cause(error), Cause::NotReached { awaited: "CSTS.RDY = 0", .. }));
+    assert!(matches!(cause(error), Cause::NotReached { condition: "CSTS.RDY = 0", .. }));
     rig.assert_stopped();
 }
 
@@ -126,7 +126,7 @@ fn a_stopped_controller_gives_its_memory_back_though_bus_mastering_stays_on() {
 /// An address space that can be parted from its function.
 struct Parting {
     inner: Arc<dyn AddressSpace>,
-    parted: AtomicBool,
+    released_ranges: AtomicBool,
 }
 
 impl AddressSpace for Parting {
@@ -136,11 +136,11 @@ impl AddressSpace for Parting {
     fn remove(&self, region: &Region) -> Result<(), MapError> {
         self.inner.remove(region)
     }
-    fn part(&self) {
-        self.parted.store(true, SeqCst);
+    fn release(&self) {
+        self.released_ranges.store(true, SeqCst);
     }
-    fn is_parted(&self) -> bool {
-        self.parted.load(SeqCst)
+    fn is_released(&self) -> bool {
+        self.released_ranges.load(SeqCst)
     }
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
         self.inner.buffer(bytes)
@@ -150,22 +150,22 @@ impl AddressSpace for Parting {
 #[test]
 fn a_function_that_returns_and_is_of_no_use_is_parted_from_again() {
     let rig = Rig::new(small());
-    let space = Arc::new(Parting { inner: rig.machine.space(), parted: AtomicBool::new(false) });
+    let space = Arc::new(Parting { inner: rig.machine.space(), released_ranges: AtomicBool::new(false) });
     let (function, joined) = (Arc::clone(&rig.function), Arc::clone(&space));
     let mut nvme = Nvme::bring_up(function.clone(), space.clone(), wanted(1)).unwrap().returning(Box::new(move || {
-        joined.parted.store(false, SeqCst);
+        joined.released_ranges.store(false, SeqCst);
         Ok(function.clone())
     }));
     drop(nvme.take_queues());
     nvme.release();
-    assert!(space.is_parted());
+    assert!(space.is_released());
     rig.function.how.gone.store(true, SeqCst);
 
     assert!(matches!(cause(nvme.recover().err().unwrap()), Cause::Gone));
 
-    assert!(nvme.is_released() && space.is_parted());
+    assert!(nvme.is_released() && space.is_released());
     rig.function.how.gone.store(false, SeqCst);
     let mut queues = nvme.recover().unwrap();
     assert_eq!(run(&mut *queues[0], ONE_BLOCK, &[span(0, 512)], 512), Outcome::Success);
-    assert!(!space.is_parted());
+    assert!(!space.is_released());
 }

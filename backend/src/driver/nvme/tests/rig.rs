@@ -13,7 +13,7 @@ use crate::driver::nvme::{Nvme, NvmeError, NvmeOptions};
 use crate::driver::{Command, Completion, Driver, Outcome, Queue};
 use crate::emulated::{Machine, Options};
 use crate::hardware::{DmaBuffer, Function, Registers};
-use crate::sys::{Poller, Window};
+use crate::sys::{Poller, SharedMemory};
 
 /// Where the guest's memory begins.
 pub(super) const GUEST: Iova = Iova(0x10_0000);
@@ -35,7 +35,7 @@ pub(super) fn span(offset: u64, len: u64) -> Span<Iova> {
 pub(super) struct Rig {
     pub(super) machine: Machine,
     pub(super) function: Arc<Tampered>,
-    pub(super) guest: Window,
+    pub(super) guest: SharedMemory,
     /// Bytes of a logical block.
     pub(super) lba: u32,
 }
@@ -44,7 +44,7 @@ impl Rig {
     pub(super) fn new(options: Options) -> Self {
         let lba = options.lba;
         let machine = Machine::new(options).unwrap();
-        let guest = Window::of(Arc::new(MmapRegion::new(GUEST_BYTES).unwrap()));
+        let guest = SharedMemory::of(Arc::new(MmapRegion::new(GUEST_BYTES).unwrap()));
         machine.iommu().map(span(0, GUEST_BYTES as u64), guest.clone()).unwrap();
         let function =
             Arc::new(Tampered { inner: machine.function(), how: Arc::default(), class: None, vectors: None });
@@ -149,8 +149,8 @@ impl Function for Tampered {
     fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.inner.route_vectors(events)
     }
-    fn awaited(&self, vector: u16) -> Option<Arc<AtomicBool>> {
-        self.inner.awaited(vector)
+    fn interrupt_wanted(&self, vector: u16) -> Option<Arc<AtomicBool>> {
+        self.inner.interrupt_wanted(vector)
     }
     fn route_removal(&self, event: BorrowedFd<'_>) -> io::Result<()> {
         self.inner.route_removal(event)
@@ -271,8 +271,8 @@ pub(super) fn transfer(
             let copy = |into_bounce: bool| {
                 for (at, place) in places.iter().enumerate() {
                     match into_bounce {
-                        true => bounce.window().write_u8(at, rig.guest.read_u8(*place)),
-                        false => rig.guest.write_u8(*place, bounce.window().read_u8(at)),
+                        true => bounce.memory().write_u8(at, rig.guest.read_u8(*place)),
+                        false => rig.guest.write_u8(*place, bounce.memory().read_u8(at)),
                     }
                 }
             };

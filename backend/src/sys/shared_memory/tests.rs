@@ -1,18 +1,18 @@
 use super::*;
 
-fn window(len: usize) -> Window {
-    Window::of(Arc::new(MmapRegion::new(len).expect("anonymous memory")))
+fn shared(len: usize) -> SharedMemory {
+    SharedMemory::of(Arc::new(MmapRegion::new(len).expect("anonymous memory")))
 }
 
 #[test]
 fn copies_of_any_alignment_return_what_was_written() {
-    let window = window(4096);
+    let shared = shared(4096);
     for offset in 0..9 {
         for len in 0..40_usize {
             let written: Vec<u8> = (0..len).map(|i| (i * 7 + offset + 1) as u8).collect();
-            window.copy_from(offset, &written);
+            shared.copy_from(offset, &written);
             let mut read = vec![0; len];
-            window.copy_to(offset, &mut read);
+            shared.copy_to(offset, &mut read);
             assert_eq!(read, written, "offset {offset}, length {len}");
         }
     }
@@ -20,37 +20,37 @@ fn copies_of_any_alignment_return_what_was_written() {
 
 #[test]
 fn words_are_little_endian() {
-    let window = window(4096);
-    window.write_u32(8, 0x0403_0201);
-    assert_eq!(window.read_u8(8), 1);
-    assert_eq!(window.read_u16(10), 0x0403);
+    let shared = shared(4096);
+    shared.write_u32(8, 0x0403_0201);
+    assert_eq!(shared.read_u8(8), 1);
+    assert_eq!(shared.read_u16(10), 0x0403);
 }
 
 #[test]
 #[should_panic(expected = "8 bytes at 4089")]
 fn an_access_past_the_end_panics() {
-    let _ = window(4096).read_u64(4089);
+    let _ = shared(4096).read_u64(4089);
 }
 
 #[test]
 #[should_panic(expected = "misaligned")]
 fn a_misaligned_atomic_panics() {
-    let _ = window(4096).load_acquire_u16(1);
+    let _ = shared(4096).load_acquire_u16(1);
 }
 
 #[test]
 fn a_slice_past_the_end_is_refused() {
-    let window = window(4096);
-    assert!(window.slice(4096, 0).is_some());
-    assert!(window.slice(4095, 2).is_none());
-    assert!(window.slice(usize::MAX, 2).is_none());
+    let shared = shared(4096);
+    assert!(shared.slice(4096, 0).is_some());
+    assert!(shared.slice(4095, 2).is_none());
+    assert!(shared.slice(usize::MAX, 2).is_none());
 }
 
 #[test]
 fn a_copy_between_windows_moves_every_byte_and_no_other() {
     let bytes: Vec<u8> = (0..1500_u32).map(|i| (i % 250) as u8 + 1).collect();
     for (offset, target, len) in [(3, 5, 1500), (8, 16, 1500), (8, 16, 1496), (8, 3, 64), (4096, 4096, 0)] {
-        let (from, to) = (window(4096), window(4096));
+        let (from, to) = (shared(4096), shared(4096));
         from.copy_from(offset, &bytes[..len]);
 
         from.copy_to_window(offset, &to, target, len);
@@ -66,13 +66,13 @@ fn a_copy_between_windows_moves_every_byte_and_no_other() {
 #[test]
 #[should_panic(expected = "9 bytes at 4088")]
 fn a_copy_past_the_end_of_the_target_panics() {
-    window(8192).copy_to_window(0, &window(4096), 4088, 9);
+    shared(8192).copy_to_window(0, &shared(4096), 4088, 9);
 }
 
 #[test]
 fn a_window_of_any_size_is_cleared_whole() {
-    let window = window(4096);
-    window.copy_from(0, &[1; 4096]);
-    window.slice(8, 13).expect("inside").clear();
-    assert_eq!((window.read_u64(8), window.read_u8(20), window.read_u8(21), window.read_u8(7)), (0, 0, 1, 1));
+    let shared = shared(4096);
+    shared.copy_from(0, &[1; 4096]);
+    shared.slice(8, 13).expect("inside").clear();
+    assert_eq!((shared.read_u64(8), shared.read_u8(20), shared.read_u8(21), shared.read_u8(7)), (0, 0, 1, 1));
 }

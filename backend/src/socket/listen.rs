@@ -14,8 +14,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
-use super::Error;
-use super::error::MAX_SOCKET_PATH;
+use super::error::{MAX_SOCKET_PATH, SocketError};
 use super::peer::Peer;
 use crate::sys::{inherit, take_variable};
 
@@ -31,7 +30,7 @@ pub enum Listen {
 }
 
 /// An open [`Listen`]. Prints as the way in which front-ends come. Dropping it closes the socket and removes the file made for it.
-pub struct Entrance(pub(crate) Socket);
+pub struct Endpoint(pub(crate) Socket);
 
 pub(crate) enum Socket {
     Listening(Listener),
@@ -54,15 +53,15 @@ impl Listen {
     /// The socket that a service manager has passed to this process, if it has (sd_listen_fds(3)).
     ///
     /// # Errors
-    /// [`Error::ActivationCount`], [`Error::NotASocket`].
-    pub fn activated() -> Result<Option<Self>, Error> {
+    /// [`SocketError::ActivationCount`], [`SocketError::NotASocket`].
+    pub fn activated() -> Result<Option<Self>, SocketError> {
         let (count, pid) = (take_variable("LISTEN_FDS"), take_variable("LISTEN_PID"));
         let (Some(count), Some(pid)) = (count, pid) else { return Ok(None) };
         if pid.parse() != Ok(std::process::id()) {
             return Ok(None);
         }
         if count != "1" {
-            return Err(Error::ActivationCount(count));
+            return Err(SocketError::ActivationCount(count));
         }
         Self::inherited(LISTEN_FDS_START).map(Some)
     }
@@ -70,28 +69,28 @@ impl Listen {
     /// The socket with this number, passed by whoever started this process.
     ///
     /// # Errors
-    /// [`Error::NotASocket`] if it is not open, or is not ours to take.
-    pub fn inherited(number: i32) -> Result<Self, Error> {
+    /// [`SocketError::NotASocket`] if it is not open, or is not ours to take.
+    pub fn inherited(number: i32) -> Result<Self, SocketError> {
         let found = |error: io::Error| match error.kind() {
             ErrorKind::PermissionDenied => "it was not passed to this process".into(),
             _ => error.to_string(),
         };
-        inherit(number).map(Self::Fd).map_err(|error| Error::NotASocket { number, found: found(error) })
+        inherit(number).map(Self::Fd).map_err(|error| SocketError::NotASocket { number, found: found(error) })
     }
 
     /// Opens it: front-ends can connect from now on, and wait until they are served.
     ///
     /// # Errors
     /// Why there is no socket: its path is too long or taken, or the descriptor is no UNIX stream socket.
-    pub fn open(self) -> Result<Entrance, Error> {
+    pub fn open(self) -> Result<Endpoint, SocketError> {
         match self {
-            Self::Path(path) => Listener::bind(path).map(Socket::Listening).map(Entrance),
+            Self::Path(path) => Listener::bind(path).map(Socket::Listening).map(Endpoint),
             Self::Fd(fd) => adopt(fd),
         }
     }
 }
 
-impl fmt::Display for Entrance {
+impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Socket::Listening(listener) => f.write_str(&listener.name),
@@ -101,21 +100,21 @@ impl fmt::Display for Entrance {
 }
 
 /// Tells a listening socket from a connected one.
-fn adopt(fd: OwnedFd) -> Result<Entrance, Error> {
+fn adopt(fd: OwnedFd) -> Result<Endpoint, SocketError> {
     let number = fd.as_raw_fd();
-    let wrong = |found: String| Error::NotASocket { number, found };
-    let errno = |error: rustix::io::Errno| Error::NotASocket { number, found: error.to_string() };
+    let wrong = |found: String| SocketError::NotASocket { number, found };
+    let errno = |error: rustix::io::Errno| SocketError::NotASocket { number, found: error.to_string() };
     let domain = sockopt::socket_domain(&fd).map_err(errno)?;
     let kind = sockopt::socket_type(&fd).map_err(errno)?;
     if domain != AddressFamily::UNIX || kind != SocketType::STREAM {
         return Err(wrong("a socket of another family or type".into()));
     }
     if !sockopt::socket_acceptconn(&fd).map_err(errno)? {
-        return Ok(Entrance(Socket::Connected(UnixStream::from(fd))));
+        return Ok(Endpoint(Socket::Connected(UnixStream::from(fd))));
     }
     let socket = UnixListener::from(fd);
-    socket.set_nonblocking(true).map_err(Error::system("set O_NONBLOCK"))?;
-    Ok(Entrance(Socket::Listening(Listener {
+    socket.set_nonblocking(true).map_err(|source| SocketError::System { what: "set O_NONBLOCK", source })?;
+    Ok(Endpoint(Socket::Listening(Listener {
         socket,
         name: format!("listening on inherited socket {number}"),
         _file: None,
@@ -123,9 +122,9 @@ fn adopt(fd: OwnedFd) -> Result<Entrance, Error> {
 }
 
 impl Listener {
-    fn bind(path: PathBuf) -> Result<Self, Error> {
+    fn bind(path: PathBuf) -> Result<Self, SocketError> {
         if path.as_os_str().len() > MAX_SOCKET_PATH {
-            return Err(Error::PathTooLong { path });
+            return Err(SocketError::PathTooLong { path });
         }
         let socket = match UnixListener::bind(&path) {
             Err(error) if error.kind() == ErrorKind::AddrInUse => {
@@ -154,19 +153,19 @@ impl Listener {
 }
 
 /// For `map_err` on a step that concerns `path`.
-fn step(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Path { path: path.to_owned(), what, source }
+fn step(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> SocketError {
+    move |source| SocketError::Path { path: path.to_owned(), what, source }
 }
 
 /// Removes a socket file that nobody listens on.
-fn remove_if_dead(path: &Path) -> Result<(), Error> {
+fn remove_if_dead(path: &Path) -> Result<(), SocketError> {
     if !fs::symlink_metadata(path).map_err(step(path, "stat"))?.file_type().is_socket() {
-        return Err(Error::NotASocketFile { path: path.to_owned() });
+        return Err(SocketError::NotASocketFile { path: path.to_owned() });
     }
     match UnixStream::connect(path) {
         Ok(stream) => {
             let holder = Peer::of(&stream).map_or_else(|_| "another process".into(), |peer| peer.to_string());
-            Err(Error::PathTaken { path: path.to_owned(), holder })
+            Err(SocketError::PathTaken { path: path.to_owned(), holder })
         }
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             log::info!("removing {}, left behind by a process that is gone", path.display());

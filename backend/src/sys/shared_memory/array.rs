@@ -4,7 +4,7 @@
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::Window;
+use super::SharedMemory;
 
 /// A machine word that one access moves whole.
 pub trait Word: Copy + sealed::Sealed {
@@ -32,23 +32,23 @@ macro_rules! word {
 }
 word!(u16, u32, u64);
 
-/// Entries of `N` words of type `W`, in memory that `O` keeps: `&Window`, or a [`Window`] of its own.
+/// Entries of `N` words of type `W`, in memory that `O` keeps: `&SharedMemory`, or a [`SharedMemory`] of its own.
 ///
 /// An index past the end panics: callers check what the other side has chosen, so a bad one here is a bug in this program.
-pub struct Rows<O, W, const N: usize> {
+pub struct SharedArray<O, W, const N: usize> {
     base: NonNull<W>,
     count: usize,
     owner: O,
 }
 
-// SAFETY: as for `Window`, which a `Rows` is a view of.
-unsafe impl<O: Send, W: Word, const N: usize> Send for Rows<O, W, N> {}
+// SAFETY: as for `SharedMemory`, which a `SharedArray` is a view of.
+unsafe impl<O: Send, W: Word, const N: usize> Send for SharedArray<O, W, N> {}
 
-impl Window {
+impl SharedMemory {
     /// `count` entries from `offset`; `None` when they are not wholly inside, or not aligned to their words.
     #[inline]
     #[must_use]
-    pub fn rows<W: Word, const N: usize>(&self, offset: usize, count: usize) -> Option<Rows<&Self, W, N>> {
+    pub fn rows<W: Word, const N: usize>(&self, offset: usize, count: usize) -> Option<SharedArray<&Self, W, N>> {
         let bytes = count.checked_mul(size_of::<[W; N]>())?;
         let last = self.len.checked_sub(bytes)?;
         if offset > last {
@@ -56,20 +56,20 @@ impl Window {
         }
         // SAFETY: offset + bytes <= len, checked above, so the result is inside (or one past) the mapping.
         let base = unsafe { self.base.add(offset) }.cast::<W>();
-        base.is_aligned().then_some(Rows { base, count, owner: self })
+        base.is_aligned().then_some(SharedArray { base, count, owner: self })
     }
 }
 
-impl<W: Word, const N: usize> Rows<&Window, W, N> {
+impl<W: Word, const N: usize> SharedArray<&SharedMemory, W, N> {
     /// The same entries, kept for as long as they are needed.
     #[must_use]
-    pub fn keep(self) -> Rows<Window, W, N> {
+    pub fn keep(self) -> SharedArray<SharedMemory, W, N> {
         let Self { base, count, owner } = self;
-        Rows { base, count, owner: owner.clone() }
+        SharedArray { base, count, owner: owner.clone() }
     }
 }
 
-impl<O, W: Word, const N: usize> Rows<O, W, N> {
+impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
     /// The first word of entry `index`.
     #[inline]
     fn row(&self, index: usize) -> NonNull<W> {
@@ -85,7 +85,7 @@ impl<O, W: Word, const N: usize> Rows<O, W, N> {
     #[must_use]
     pub fn read(&self, index: usize) -> [W; N] {
         let row = self.row(index);
-        // SAFETY: `row` checked the bounds, `Window::rows` the alignment.
+        // SAFETY: `row` checked the bounds, `SharedMemory::rows` the alignment.
         std::array::from_fn(|i| unsafe { row.add(i).read_volatile() }.swap())
     }
 
@@ -100,7 +100,7 @@ impl<O, W: Word, const N: usize> Rows<O, W, N> {
     }
 }
 
-impl<O> Rows<O, u64, 2> {
+impl<O> SharedArray<O, u64, 2> {
     /// Reads an entry, its second word first and with acquire ordering: the first word, and what this thread reads later, is at
     /// least as new as what its writer had written before the second.
     #[inline]
@@ -139,24 +139,24 @@ mod tests {
 
     use super::*;
 
-    fn window() -> Window {
-        Window::of(Arc::new(MmapRegion::new(4096).expect("anonymous memory")))
+    fn shared() -> SharedMemory {
+        SharedMemory::of(Arc::new(MmapRegion::new(4096).expect("anonymous memory")))
     }
 
     #[test]
     fn an_entry_is_what_lies_at_its_place_in_little_endian() {
-        let window = window();
-        window.copy_from(4 + 8, &[1, 2, 3, 4, 5, 6, 7, 8]);
+        let shared = shared();
+        shared.copy_from(4 + 8, &[1, 2, 3, 4, 5, 6, 7, 8]);
 
-        let rows = window.rows::<u32, 2>(4, 3).unwrap();
+        let rows = shared.rows::<u32, 2>(4, 3).unwrap();
 
         assert_eq!(rows.read(1), [0x0403_0201, 0x0807_0605]);
     }
 
     #[test]
     fn what_is_written_stays_within_its_entry() {
-        let window = window();
-        let rows = window.rows::<u64, 2>(8, 4).unwrap().keep();
+        let shared = shared();
+        let rows = shared.rows::<u64, 2>(8, 4).unwrap().keep();
 
         rows.write(1, [u64::MAX; 2]);
         rows.write_release(2, [u64::MAX, 7]);
@@ -170,23 +170,23 @@ mod tests {
 
     #[test]
     fn entries_that_are_not_wholly_inside_or_not_aligned_are_refused() {
-        let window = window();
+        let shared = shared();
 
-        assert!(window.rows::<u64, 2>(0, 256).is_some());
-        assert!(window.rows::<u64, 2>(0, 257).is_none());
-        assert!(window.rows::<u64, 2>(8, 256).is_none());
-        assert!(window.rows::<u64, 2>(4096, 0).is_some());
-        assert!(window.rows::<u64, 2>(4104, 0).is_none());
-        assert!(window.rows::<u64, 2>(0, usize::MAX).is_none());
-        assert!(window.rows::<u64, 2>(4, 1).is_none());
-        assert!(window.rows::<u32, 2>(4, 1).is_some());
+        assert!(shared.rows::<u64, 2>(0, 256).is_some());
+        assert!(shared.rows::<u64, 2>(0, 257).is_none());
+        assert!(shared.rows::<u64, 2>(8, 256).is_none());
+        assert!(shared.rows::<u64, 2>(4096, 0).is_some());
+        assert!(shared.rows::<u64, 2>(4104, 0).is_none());
+        assert!(shared.rows::<u64, 2>(0, usize::MAX).is_none());
+        assert!(shared.rows::<u64, 2>(4, 1).is_none());
+        assert!(shared.rows::<u32, 2>(4, 1).is_some());
     }
 
     #[test]
     #[should_panic(expected = "entry 3 of 3")]
     fn an_entry_past_the_last_panics() {
-        let window = window();
-        let rows = window.rows::<u16, 1>(0, 3).unwrap();
+        let shared = shared();
+        let rows = shared.rows::<u16, 1>(0, 3).unwrap();
 
         let _ = rows.read(3);
     }

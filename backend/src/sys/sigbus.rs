@@ -34,9 +34,9 @@ pub fn lost_pages() -> usize {
 
 /// Says in a message how many there are, if there are any.
 #[derive(Clone, Copy, Debug)]
-pub struct Lost;
+pub struct LostPages;
 
-impl fmt::Display for Lost {
+impl fmt::Display for LostPages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match lost_pages() {
             0 => Ok(()),

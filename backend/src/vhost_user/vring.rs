@@ -121,7 +121,7 @@ impl Complete {
 
 /// What a ring needs to know of the rest in order to start.
 #[derive(Clone, Copy)]
-pub(super) struct Surroundings<'a> {
+pub(super) struct VringContext<'a> {
     pub(super) engine: &'a Engine,
     pub(super) table: &'a MemTable,
     /// `None` until SET_FEATURES, and again after a reset.
@@ -233,7 +233,7 @@ impl Ring {
 
     /// Starts the ring if it can be started; true if it has been. A ring that waits for a message stays as it is; one that
     /// waits only for memory is an error, and stays as it is too.
-    pub(super) fn start(&mut self, around: Surroundings<'_>) -> Result<bool, Error> {
+    pub(super) fn start(&mut self, around: VringContext<'_>) -> Result<bool, Error> {
         let State::Complete(complete) = &self.state else { return Ok(false) };
         let Some(features) = around.features else {
             return if self.enabled { Err(Error::NotNegotiated { index: self.index }) } else { Ok(false) };

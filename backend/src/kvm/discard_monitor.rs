@@ -21,7 +21,7 @@ const BLOCK: u64 = 512;
 
 /// The memory files of one front-end, and how much of each was allocated.
 #[derive(Default)]
-pub(crate) struct Watch {
+pub(crate) struct DiscardMonitor {
     files: Vec<Watched>,
     /// Files about which there was an alarm; one is enough.
     reported: Vec<FileId>,
@@ -35,7 +35,7 @@ struct Watched {
     allocated: u64,
 }
 
-impl Watch {
+impl DiscardMonitor {
     /// Watches the memory in `table` from now on, and no other. All of it is pinned.
     pub(crate) fn follow(&mut self, table: &MemTable) {
         self.files.clear();
@@ -159,7 +159,7 @@ mod tests {
     fn a_hole_is_reported_once_and_other_files_are_watched_on() {
         let (one, other) = (file(2 * MIB), file(MIB));
         let regions = [region(&one, 0, 0), region(&one, 4 * MIB, MIB), region(&other, 8 * MIB, 0)];
-        let mut watch = Watch::default();
+        let mut watch = DiscardMonitor::default();
         watch.follow(&table(&[&regions[0], &regions[1], &regions[2]]));
         assert_eq!(watch.look(watch.next().unwrap(), true), 0, "nothing has happened");
 
@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn nothing_is_looked_at_before_its_time_or_without_memory() {
         let file = file(MIB);
-        let mut watch = Watch::default();
+        let mut watch = DiscardMonitor::default();
         assert_eq!(watch.next(), None);
         watch.follow(&table(&[&region(&file, 0, 0)]));
         punch(&file, 0);
@@ -193,7 +193,7 @@ mod tests {
     #[test]
     fn a_hole_while_nothing_is_pinned_is_nobodys_loss() {
         let file = file(MIB);
-        let mut watch = Watch::default();
+        let mut watch = DiscardMonitor::default();
         watch.follow(&table(&[&region(&file, 0, 0)]));
 
         punch(&file, 0);
@@ -207,7 +207,7 @@ mod tests {
     #[test]
     fn a_hole_under_memory_that_was_removed_is_nobodys_loss() {
         let file = file(MIB);
-        let mut watch = Watch::default();
+        let mut watch = DiscardMonitor::default();
         watch.follow(&table(&[&region(&file, 0, 0)]));
         watch.follow(&MemTable::default());
         punch(&file, 0);

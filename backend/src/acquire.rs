@@ -16,7 +16,7 @@ use crate::sys::{CacheLines, Instruction, Ioas, Iommufd};
 use crate::vfio::{Attached, Opened, PciAddress, VfioError, no_snoop, open_iommufd};
 
 /// A function that is ours, attached to an address space that is still empty.
-pub struct Taken {
+pub struct AcquiredFunction {
     address: PciAddress,
     function: Attached,
     table: Arc<PageTable>,
@@ -36,7 +36,7 @@ pub struct Evidence {
 
 /// Why a function could not be taken, or not be given an address space.
 #[derive(Debug, thiserror::Error)]
-pub enum TakeError {
+pub enum AcquireError {
     /// The function or `/dev/iommu`.
     #[error(transparent)]
     Vfio(#[from] VfioError),
@@ -55,31 +55,31 @@ pub enum TakeError {
     Refused(PciAddress, Refusal),
 }
 
-impl Taken {
+impl AcquiredFunction {
     /// Takes the function at `address`.
     ///
     /// # Errors
-    /// See [`TakeError`]; the function is released.
-    pub fn take(address: PciAddress) -> Result<Self, TakeError> {
+    /// See [`AcquireError`]; the function is released.
+    pub fn acquire(address: PciAddress) -> Result<Self, AcquireError> {
         let opened = Opened::open(address)?;
         let iommufd = Arc::new(open_iommufd(Path::new("/dev/iommu"))?);
         let ioas = iommufd.ioas();
         let what = "allocate an address space (IOMMU_IOAS_ALLOC)";
-        let ioas = ioas.map_err(|source| TakeError::Kernel { address, what, source })?;
+        let ioas = ioas.map_err(|source| AcquireError::Kernel { address, what, source })?;
         Self::attach(address, opened, iommufd, ioas)
     }
 
     /// Takes a function that has been away, for the address space it had: what is mapped there is pinned again.
     ///
     /// # Errors
-    /// See [`TakeError`]; the function is released.
-    pub fn again(address: PciAddress, space: &LiveSpace) -> Result<Self, TakeError> {
+    /// See [`AcquireError`]; the function is released.
+    pub fn reacquire(address: PciAddress, space: &LiveSpace) -> Result<Self, AcquireError> {
         let (iommufd, ioas) = space.place();
         Self::attach(address, Opened::open(address)?, iommufd, ioas)
     }
 
-    fn attach(address: PciAddress, opened: Opened, iommufd: Arc<Iommufd>, ioas: Ioas) -> Result<Self, TakeError> {
-        let step = |what| move |source| TakeError::Kernel { address, what, source };
+    fn attach(address: PciAddress, opened: Opened, iommufd: Arc<Iommufd>, ioas: Ioas) -> Result<Self, AcquireError> {
+        let step = |what| move |source| AcquireError::Kernel { address, what, source };
         let bound = opened.bind(&iommufd, &ioas)?;
         let table = PageTable::new(iommufd, ioas, bound.device_id());
         let table = Arc::new(table.map_err(step("make a page table (IOMMU_HWPT_ALLOC)"))?);
@@ -97,33 +97,33 @@ impl Taken {
     }
 
     /// Obeys the verdict on `facts` in how memory is mapped. That a bit is to be held off is left to
-    /// [`no_snoop::obey`].
+    /// [`no_snoop::apply`].
     ///
     /// # Errors
-    /// See [`TakeError`]; the function is released.
-    pub fn settle(self, facts: &Facts) -> Result<(Attached, LiveSpace), TakeError> {
+    /// See [`AcquireError`]; the function is released.
+    pub fn into_address_space(self, facts: &Facts) -> Result<(Attached, LiveSpace), AcquireError> {
         let Self { address, function, table, evidence } = self;
-        let step = |what| move |source| TakeError::Kernel { address, what, source };
+        let step = |what| move |source| AcquireError::Kernel { address, what, source };
         let space = match (decide(facts), evidence.lines) {
             (Verdict::Coherent(_), _) => LiveSpace::coherent(&table),
             (Verdict::Flush(_), Some(lines)) => {
                 let space = LiveSpace::flushing(&table, lines, function.device_file());
                 space.map_err(step("make a staging page table"))?
             }
-            (Verdict::Flush(_), None) => return Err(TakeError::Refused(address, Refusal::NoCacheOps)),
-            (Verdict::Refuse(refusal), _) => return Err(TakeError::Refused(address, refusal)),
+            (Verdict::Flush(_), None) => return Err(AcquireError::Refused(address, Refusal::NoCacheOps)),
+            (Verdict::Refuse(refusal), _) => return Err(AcquireError::Refused(address, refusal)),
         };
         Ok((function, space))
     }
 
-    /// As [`Self::settle`], into the address space that the function had before. The verdict must be the one it had then.
+    /// As [`Self::into_address_space`], into the address space that the function had before. The verdict must be the one it had then.
     ///
     /// # Errors
-    /// See [`TakeError`]; the function is released.
-    pub fn rejoin(self, space: &LiveSpace) -> Result<Attached, TakeError> {
+    /// See [`AcquireError`]; the function is released.
+    pub fn into_former_address_space(self, space: &LiveSpace) -> Result<Attached, AcquireError> {
         let Self { address, function, table, .. } = self;
         let what = "make a staging page table";
-        space.join(&table, function.device_file()).map_err(|source| TakeError::Kernel { address, what, source })?;
+        space.join(&table, function.device_file()).map_err(|source| AcquireError::Kernel { address, what, source })?;
         Ok(function)
     }
 }

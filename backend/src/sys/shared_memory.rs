@@ -13,18 +13,18 @@ use std::sync::{Arc, Weak};
 use vm_memory::MmapRegion;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::lost::Watch;
+use super::sigbus::Watch;
 
-mod rows;
+mod array;
 
-pub use rows::{Rows, Word};
+pub use array::{SharedArray, Word};
 
 /// A bounds-checked view of shared memory; cheap to clone, keeps the mapping alive.
 ///
 /// An offset past the end, or a misaligned atomic, panics: callers check guest-supplied ranges *before* they get a window
-/// (see `memory::MemTable::window`), so a bad offset here is a bug in this program.
+/// (see `memory::MemTable::shared`), so a bad offset here is a bug in this program.
 #[derive(Clone)]
-pub struct Window {
+pub struct SharedMemory {
     base: NonNull<u8>,
     len: usize,
     _owner: Arc<dyn Any + Send + Sync>,
@@ -32,17 +32,17 @@ pub struct Window {
 
 // SAFETY: the pointed-to memory is a shared mapping kept alive by `_owner`, which is itself Send + Sync; all access is
 // volatile or atomic, so threads can at most read torn values, as they can with a guest or device writing.
-unsafe impl Send for Window {}
-// SAFETY: as for Send; `&Window` offers nothing that a `Window` does not.
-unsafe impl Sync for Window {}
+unsafe impl Send for SharedMemory {}
+// SAFETY: as for Send; `&SharedMemory` offers nothing that a `SharedMemory` does not.
+unsafe impl Sync for SharedMemory {}
 
-impl fmt::Debug for Window {
+impl fmt::Debug for SharedMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Window({} bytes)", self.len)
+        write!(f, "SharedMemory({} bytes)", self.len)
     }
 }
 
-impl Window {
+impl SharedMemory {
     /// All of a mapping.
     ///
     /// # Panics

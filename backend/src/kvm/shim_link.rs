@@ -14,12 +14,12 @@ use std::os::fd::BorrowedFd;
 
 use kvm_vfio_shim::{Client, ClientError, Reason, Registration};
 
-use super::{NotTold, Shim, Vmm, describe};
+use super::{RegistrationError, Shim, Vmm, describe};
 use crate::coherency::Verdict;
 use crate::sys::peer_credentials;
 
 /// The link of one front-end.
-pub(crate) struct Link<'d> {
+pub(crate) struct ShimLink<'d> {
     vmm: &'d Vmm,
     /// The front-end's process, if it can be seen from here.
     front_end: Option<u32>,
@@ -40,14 +40,14 @@ enum State {
 }
 
 /// Why a registration did not come about.
-enum Trouble {
+enum RegisterFailure {
     /// It must not be gone without.
-    Refused(NotTold),
+    Refused(RegistrationError),
     /// There is nobody to talk with any more, or it was turned down and can be gone without.
     Lost(ClientError),
 }
 
-impl<'d> Link<'d> {
+impl<'d> ShimLink<'d> {
     /// `front_end` is its process id, if that is known.
     pub(crate) fn new(vmm: &'d Vmm, front_end: Option<u32>) -> Self {
         Self { vmm, front_end, state: State::Waiting(None), unwatched: false, went: false }
@@ -55,7 +55,7 @@ impl<'d> Link<'d> {
 
     /// Looks for the shim and registers with it, unless that is settled. Costs one `connect` while nobody listens, and at
     /// most [`Client::PATIENCE`] for an answer that does not come.
-    pub(crate) fn meet(&mut self) {
+    pub(crate) fn register(&mut self) {
         let (State::Waiting(_), Some(shim), false) = (&self.state, &self.vmm.shim, self.vmm.is_released()) else {
             return;
         };
@@ -64,14 +64,14 @@ impl<'d> Link<'d> {
                 log::info!("{}: KVM shim: {}", shim.device, describe(&status));
                 self.compare_processes(shim, &client);
                 self.unwatched = true;
-                let (state, outcome) = self.register(shim, client);
+                let (state, outcome) = self.register_device(shim, client);
                 if let Err(why) = outcome {
                     log::warn!("{why}");
                 }
                 state
             }
             Err(error @ ClientError::Absent(..)) => State::Waiting(Some(error)),
-            Err(error) => go_without(shim, &error),
+            Err(error) => serve_unregistered(shim, &error),
         };
     }
 
@@ -79,29 +79,29 @@ impl<'d> Link<'d> {
     ///
     /// # Errors
     /// It must not be mapped.
-    pub(crate) fn before_mapping(&mut self) -> Result<(), NotTold> {
-        self.meet();
+    pub(crate) fn require_registration(&mut self) -> Result<(), RegistrationError> {
+        self.register();
         let (Some(shim), false) = (&self.vmm.shim, self.vmm.is_released()) else { return Ok(()) };
         let (state, outcome) = match replace(&mut self.state, State::Without) {
-            State::Waiting(Some(error)) => (go_without(shim, &error), Ok(())),
+            State::Waiting(Some(error)) => (serve_unregistered(shim, &error), Ok(())),
             // It may have been for the moment only.
-            State::Met(client, None) => self.register(shim, client),
+            State::Met(client, None) => self.register_device(shim, client),
             settled => (settled, Ok(())),
         };
         self.state = state;
         match (&self.state, shim.verdict(false)) {
-            (State::Without, Verdict::Refuse(refusal)) => Err(NotTold::Verdict(shim.device.clone(), refusal)),
+            (State::Without, Verdict::Refuse(refusal)) => Err(RegistrationError::Verdict(shim.device.clone(), refusal)),
             _ => outcome,
         }
     }
 
     /// True while guest memory is kept from being discarded.
-    pub(crate) fn keeps_memory(&self) -> bool {
+    pub(crate) fn blocks_discards(&self) -> bool {
         matches!(self.state, State::Met(_, Some(_)))
     }
 
     /// The descriptor to watch from now on, told once for each connection; readable, it wants [`Self::heard`].
-    pub(crate) fn unwatched(&mut self) -> Option<BorrowedFd<'_>> {
+    pub(crate) fn take_new_socket(&mut self) -> Option<BorrowedFd<'_>> {
         match &self.state {
             State::Met(client, _) if replace(&mut self.unwatched, false) => client.socket(),
             _ => None,
@@ -110,36 +110,36 @@ impl<'d> Link<'d> {
 
     /// The shim says something without having been asked: it has gone, or has dropped us. Unless the front-end goes as
     /// well, it is looked for once more.
-    pub(crate) fn heard(&mut self, front_end_goes: bool) {
+    pub(crate) fn on_shim_event(&mut self, front_end_goes: bool) {
         let (State::Met(client, _), Some(shim)) = (&mut self.state, &self.vmm.shim) else { return };
         let Err(error) = client.query() else { return };
         self.state = State::Waiting(None);
-        self.vmm.count(|tally| tally.last = None);
+        self.vmm.count(|registrations| registrations.last = None);
         if front_end_goes {
             return log::info!("{}: {error}", shim.device);
         }
         if replace(&mut self.went, true) {
-            self.state = go_without(shim, &error);
+            self.state = serve_unregistered(shim, &error);
             return;
         }
         log::warn!("{}: {error}", shim.device);
-        self.meet();
+        self.register();
         if let State::Waiting(Some(error)) = &self.state {
-            self.state = go_without(shim, error);
+            self.state = serve_unregistered(shim, error);
         }
     }
 
     /// The device reaches no memory of the front-end any more.
-    pub(crate) fn leave(&mut self) {
+    pub(crate) fn unregister(&mut self) {
         let state = replace(&mut self.state, State::Without);
         let (State::Met(mut client, Some(handle)), Some(shim)) = (state, &self.vmm.shim) else { return };
         match client.unregister(handle) {
             Ok(status) => {
-                self.vmm.count(|tally| tally.last = Some(status));
+                self.vmm.count(|registrations| registrations.last = Some(status));
                 log::info!("{}: unregistered: {}", shim.device, describe(&status));
             }
             Err(error) => {
-                self.vmm.count(|tally| tally.last = None);
+                self.vmm.count(|registrations| registrations.last = None);
                 log::info!("{}: unregistered by the end of the connection: {error}", shim.device);
             }
         }
@@ -158,44 +158,46 @@ impl<'d> Link<'d> {
         }
     }
 
-    fn register(&self, shim: &Shim, mut client: Client) -> (State, Result<(), NotTold>) {
+    fn register_device(&self, shim: &Shim, mut client: Client) -> (State, Result<(), RegistrationError>) {
         match register(shim, &mut client) {
             Ok((Registration { handle, status }, told)) => {
-                self.vmm.count(|tally| {
-                    tally.registrations += 1;
-                    tally.told += u64::from(told);
-                    tally.last = Some(status);
+                self.vmm.count(|registrations| {
+                    registrations.registrations += 1;
+                    registrations.told += u64::from(told);
+                    registrations.last = Some(status);
                 });
                 log::info!("{}: registered: {}; DMA is {}", shim.device, describe(&status), shim.verdict(told));
                 (State::Met(client, Some(handle)), Ok(()))
             }
-            Err(Trouble::Refused(why)) => {
-                self.vmm.count(|tally| tally.refusals += 1);
+            Err(RegisterFailure::Refused(why)) => {
+                self.vmm.count(|registrations| registrations.refusals += 1);
                 (State::Met(client, None), Err(why))
             }
-            Err(Trouble::Lost(error)) => (go_without(shim, &error), Ok(())),
+            Err(RegisterFailure::Lost(error)) => (serve_unregistered(shim, &error), Ok(())),
         }
     }
 }
 
-fn go_without(shim: &Shim, error: &ClientError) -> State {
+fn serve_unregistered(shim: &Shim, error: &ClientError) -> State {
     let (device, verdict) = (&shim.device, shim.verdict(false));
     log::warn!("{device}: {error}. Guest memory is not kept from being discarded; DMA is {verdict}");
     State::Without
 }
 
 /// As the verdict asks. True if KVM has been told.
-fn register(shim: &Shim, client: &mut Client) -> Result<(Registration, bool), Trouble> {
+fn register(shim: &Shim, client: &mut Client) -> Result<(Registration, bool), RegisterFailure> {
     let keep_memory = |client: &mut Client| match client.register_coherent() {
         Ok(registration) => Ok((registration, false)),
-        Err(error) => Err(Trouble::Lost(error)),
+        Err(error) => Err(RegisterFailure::Lost(error)),
     };
     let Some(path) = shim.file.as_ref().filter(|_| shim.tells_kvm()) else { return keep_memory(client) };
     let device = shim.device.clone();
     // A second open, which is bound to no iommufd: it gives the VMM no right to the device and keeps nothing pinned.
     let file = match File::options().read(true).write(true).open(path) {
         Ok(file) => file,
-        Err(source) => return Err(Trouble::Refused(NotTold::File { device, file: path.clone(), source })),
+        Err(source) => {
+            return Err(RegisterFailure::Refused(RegistrationError::File { device, file: path.clone(), source }));
+        }
     };
     match client.register_non_coherent(&file) {
         Ok(registration) => Ok((registration, true)),
@@ -203,7 +205,9 @@ fn register(shim: &Shim, client: &mut Client) -> Result<(Registration, bool), Tr
             log::warn!("{device}: there is no KVM to tell: {refused}");
             keep_memory(client)
         }
-        Err(ClientError::Refused(refused)) => Err(Trouble::Refused(NotTold::Refused { device, refused })),
-        Err(error) => Err(Trouble::Lost(error)),
+        Err(ClientError::Refused(refused)) => {
+            Err(RegisterFailure::Refused(RegistrationError::Refused { device, refused }))
+        }
+        Err(error) => Err(RegisterFailure::Lost(error)),
     }
 }

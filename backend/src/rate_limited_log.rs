@@ -9,7 +9,7 @@ const INTERVAL: Duration = Duration::from_secs(10);
 
 /// Counts lines; consulted on error paths only.
 #[derive(Clone, Copy)]
-pub(crate) struct LogLimit {
+pub(crate) struct RateLimitedLog {
     /// `module_path!()` of the owner.
     target: &'static str,
     since: Option<Instant>,
@@ -17,7 +17,7 @@ pub(crate) struct LogLimit {
     left_out: u32,
 }
 
-impl LogLimit {
+impl RateLimitedLog {
     /// For lines of the module `target`, for which alone `RUST_LOG` may ask.
     pub(crate) const fn of(target: &'static str) -> Self {
         Self { target, since: None, lines: 0, left_out: 0 }
@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn a_flood_is_cut_and_counted() {
-        let mut limit = LogLimit::of(module_path!());
+        let mut limit = RateLimitedLog::of(module_path!());
         let start = Instant::now();
 
         let written = (0..100).filter(|_| limit.admit(start).is_some()).count();

@@ -11,7 +11,7 @@ use crate::addr::{Address, Bytes, Iova, Span};
 use crate::hardware::{MapError, SpaceStatistics};
 
 /// See the top of this file.
-pub struct Exposure {
+pub struct MappedMemory {
     sequence: Sequence,
     /// Pieces end where the address is a multiple of this; the kernel can never split a mapping.
     chunk: u64,
@@ -20,7 +20,7 @@ pub struct Exposure {
     maps: AtomicU64,
 }
 
-impl Exposure {
+impl MappedMemory {
     /// Nothing is mapped. `chunk` is a power of two, bytes.
     #[must_use]
     pub fn new(flushing: bool, chunk: u64) -> Self {
@@ -42,7 +42,7 @@ impl Exposure {
         for span in whole.span.chunks(self.chunk) {
             // Before it is mapped, so that no buffer is placed there meanwhile.
             self.ledger().enter(span);
-            if let Err(failed) = self.sequence.expose(steps, whole.part(span)) {
+            if let Err(failed) = self.sequence.map(steps, whole.part(span)) {
                 self.ledger().strike(span);
                 self.take_back(steps, whole.span);
                 return Err((span, failed));
@@ -75,14 +75,18 @@ impl Exposure {
     /// there.
     ///
     /// # Errors
-    /// [`MapError::DeviceMustRest`] asks for [`Self::remove_at_rest`]; others are final.
+    /// [`MapError::DeviceMustBeIdle`] asks for [`Self::remove_while_idle`]; others are final.
     pub fn remove(&self, steps: &dyn Steps, whole: Piece<'_>) -> Result<(), MapError> {
         self.each(
             whole,
-            |piece| self.sequence.withdraw(steps, piece),
+            |piece| self.sequence.unmap(steps, piece),
             |span, (what, source)| {
                 let out_of_memory = source.raw_os_error() == Some(libc::ENOMEM);
-                if out_of_memory { MapError::DeviceMustRest { span } } else { MapError::Kernel { what, span, source } }
+                if out_of_memory {
+                    MapError::DeviceMustBeIdle { span }
+                } else {
+                    MapError::Kernel { what, span, source }
+                }
             },
         )
     }
@@ -91,9 +95,9 @@ impl Exposure {
     ///
     /// # Errors
     /// What the kernel refused.
-    pub fn remove_at_rest(&self, steps: &dyn Steps, whole: Piece<'_>) -> Result<(), MapError> {
+    pub fn remove_while_idle(&self, steps: &dyn Steps, whole: Piece<'_>) -> Result<(), MapError> {
         log::warn!("unmap {}: no memory to keep it pinned meanwhile; the device is detached for it", whole.span);
-        let withdraw = |piece: Piece<'_>| self.sequence.withdraw_at_rest(steps, piece);
+        let withdraw = |piece: Piece<'_>| self.sequence.unmap_detached(steps, piece);
         self.each(whole, withdraw, |span, (what, source)| MapError::Kernel { what, span, source })
     }
 
