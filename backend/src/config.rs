@@ -113,7 +113,11 @@ pub enum Question {
         kvm_socket: Option<PathBuf>,
     },
     /// Show every function behind an IOMMU
-    List,
+    List {
+        /// As one JSON object
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// `--bars`: how the guest reaches the registers of a whole function.

@@ -13,7 +13,7 @@ use program::origin::Plan;
 use program::{block, whole};
 use vhost_device_vfio::config::{Config, Question};
 use vhost_device_vfio::emulated::EmulatedError;
-use vhost_device_vfio::inspect::{Report, list};
+use vhost_device_vfio::inspect::{Report, list, list_json};
 use vhost_device_vfio::socket::Listen;
 use vhost_device_vfio::sys::signal_fd;
 use vhost_device_vfio::vhost_user::capabilities;
@@ -70,7 +70,8 @@ fn listen(config: &Config) -> Result<Listen> {
 
 fn answer(question: &Question) {
     match question {
-        Question::List => list().iter().for_each(|line| println!("{line}")),
+        Question::List { json: true } => println!("{}", list_json(&list())),
+        Question::List { json: false } => list().iter().for_each(|line| println!("{line}")),
         Question::Inspect { address, json, no_snoop, kvm_socket } => {
             let report = Report::new(*address, (*no_snoop).into(), kvm_socket.as_deref());
             if *json { println!("{}", report.json()) } else { print!("{report}") }

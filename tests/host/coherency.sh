@@ -116,11 +116,14 @@ inspected() {
 inspected_as_json() {
     for policy in suppress allow refuse assume; do
         vhost-device-vfio inspect --json --no-snoop "$policy" "$FUNCTION" >/run/report
-        contains "{\"function\":\"$FUNCTION\",\"facts\":{" /run/report
-        contains "\"vhost-user-blk\":{\"serves\":true,\"verdict\":\"$(expected "$policy")\"}" /run/report
+        contains "{\"schema\":1,\"function\":\"$FUNCTION\",\"class\":\"0x010802\",\"driver\":\"vfio-pci\"," /run/report
+        contains '"no_snoop":"never-set"' /run/report
+        grep -q "\"vhost_user_blk\":{\"serves\":true,\"verdict\":\"[a-z]*\",\"reason\":\"$(expected "$policy")\"}" /run/report
     done
 }
 listed() {
+    vhost-device-vfio list --json >/run/report
+    grep -q "{\"function\":\"$FUNCTION\",\"class\":\"0x010802\",\"driver\":\"vfio-pci\",\"iommu_group\":[0-9]*,.*\"verdict\":\"coherent\"}" /run/report
     vhost-device-vfio list >/run/report
     grep -q "^$FUNCTION  0x010802  vfio-pci *group [0-9]* *[^ -][^ ]* *coherent\$" /run/report
 }

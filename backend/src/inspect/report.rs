@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use kvm_vfio_shim::Client;
+use kvm_vfio_shim::{Client, Status};
 
 use crate::acquire::{AcquiredFunction, Evidence};
 use crate::coherency::{CacheOps, Facts, NoSnoop, Personality, Policy, Verdict, decide};
@@ -16,7 +16,7 @@ use crate::vfio::PciAddress;
 /// One fact, in words, and where it comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fact {
-    /// A short name, the same in text and JSON.
+    /// A short name.
     pub name: &'static str,
     /// What was found.
     pub value: String,
@@ -24,14 +24,18 @@ pub struct Fact {
     pub source: String,
 }
 
-/// The report on one function.
+/// The report on one function. It prints as text; [`Report::json`] is for programs.
 #[derive(Clone, Debug)]
 pub struct Report {
-    address: PciAddress,
-    facts: Vec<Fact>,
-    /// One line for each personality; empty when the evidence cannot be had.
-    verdicts: Vec<(&'static str, Verdict)>,
-    advice: Vec<String>,
+    pub(super) address: PciAddress,
+    pub(super) facts: Vec<Fact>,
+    /// What the verdicts rest on; `None` when it cannot be had.
+    pub(super) evidence: Option<Evidence>,
+    /// The shim's answer, if it was asked and answered.
+    pub(super) shim: Option<Status>,
+    /// One line for each personality; empty without evidence.
+    pub(super) verdicts: Vec<(&'static str, Verdict)>,
+    pub(super) advice: Vec<String>,
 }
 
 const PERSONALITIES: [(&str, Personality); 3] = [
@@ -45,7 +49,14 @@ impl Report {
     /// `kvm_socket`.
     #[must_use]
     pub fn new(address: PciAddress, policy: Policy, kvm_socket: Option<&Path>) -> Self {
-        let mut report = Self { address, facts: outside(address), verdicts: Vec::new(), advice: Vec::new() };
+        let mut report = Self {
+            address,
+            facts: outside(address),
+            evidence: None,
+            shim: None,
+            verdicts: Vec::new(),
+            advice: Vec::new(),
+        };
         let shim = kvm_socket.is_some_and(|socket| report.ask_shim(socket));
         match AcquiredFunction::acquire(address) {
             Ok(acquired) => report.add_evidence(acquired.evidence(), policy, shim),
@@ -61,7 +72,8 @@ impl Report {
         let answer = Client::connect(socket, Client::PATIENCE);
         let value = answer.as_ref().map_or_else(ToString::to_string, |(_, status)| kvm::describe(status));
         self.facts.push(Fact { name: "kvm", value, source: format!("the shim at {}", socket.display()) });
-        answer.is_ok()
+        self.shim = answer.ok().map(|(_, status)| status);
+        self.shim.is_some()
     }
 
     fn add_evidence(&mut self, evidence: &Evidence, policy: Policy, shim: bool) {
@@ -80,28 +92,8 @@ impl Report {
         for (name, personality) in PERSONALITIES {
             self.verdicts.push((name, decide(&evidence.facts(personality, policy, shim))));
         }
+        self.evidence = Some(evidence.clone());
         self.advice.extend(advice(&evidence.facts(Personality::Mediated, policy, shim)));
-    }
-
-    /// The report as one JSON object.
-    #[must_use]
-    pub fn json(&self) -> String {
-        let facts = self
-            .facts
-            .iter()
-            .map(|f| format!("{}:{{\"value\":{},\"source\":{}}}", quoted(f.name), quoted(&f.value), quoted(&f.source)));
-        let verdicts = self.verdicts.iter().map(|(name, v)| {
-            let serves = !matches!(v, Verdict::Refuse(_));
-            format!("{}:{{\"serves\":{serves},\"verdict\":{}}}", quoted(name), quoted(&v.to_string()))
-        });
-        let advice = self.advice.iter().map(|line| quoted(line));
-        format!(
-            "{{\"function\":{},\"facts\":{{{}}},\"verdicts\":{{{}}},\"advice\":[{}]}}",
-            quoted(&self.address.to_string()),
-            facts.collect::<Vec<_>>().join(","),
-            verdicts.collect::<Vec<_>>().join(","),
-            advice.collect::<Vec<_>>().join(",")
-        )
     }
 }
 
@@ -158,50 +150,8 @@ fn advice(facts: &Facts) -> Option<String> {
     Some(better.to_owned())
 }
 
-/// Every function that has an IOMMU group, one line each: address, class, driver, group, IOMMU, and the verdict in a word.
-#[must_use]
-pub fn list() -> Vec<String> {
-    let Ok(entries) = fs::read_dir("/sys/bus/pci/devices") else { return Vec::new() };
-    let mut addresses: Vec<_> = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
-    addresses.sort_by_key(PciAddress::to_string);
-    addresses.into_iter().filter_map(line).collect()
-}
-
-fn line(address: PciAddress) -> Option<String> {
-    let group = address.group()?;
-    let class = fs::read_to_string(address.sysfs().join("class")).unwrap_or_default();
-    let driver = address.driver().unwrap_or_else(|| "-".to_owned());
-    let word = if driver == "vfio-pci" { verdict_word(address) } else { "?".to_owned() };
-    let iommu = fs::read_link(address.sysfs().join("iommu")).ok();
-    let iommu = iommu.as_ref().and_then(|link| link.file_name()?.to_str()).unwrap_or("-");
-    Some(format!("{address}  {}  {driver:<12} group {group:<4} {iommu:<8} {word}", class.trim()))
-}
-
-fn verdict_word(address: PciAddress) -> String {
-    match AcquiredFunction::acquire(address) {
-        Err(error) => format!("? ({error})"),
-        Ok(acquired) => {
-            decide(&acquired.evidence().facts(Personality::Mediated, Policy::default(), false)).word().to_owned()
-        }
-    }
-}
-
 fn yes_no(value: bool) -> &'static str {
     if value { "yes" } else { "no" }
-}
-
-/// A JSON string (RFC 8259 §7).
-fn quoted(text: &str) -> String {
-    let mut out = String::from("\"");
-    for c in text.chars() {
-        match c {
-            '"' | '\\' => out.extend(['\\', c]),
-            c if c < ' ' => out.push_str(&format!("\\u{:04x}", u32::from(c))),
-            c => out.push(c),
-        }
-    }
-    out.push('"');
-    out
 }
 
 #[cfg(test)]
@@ -228,10 +178,5 @@ mod tests {
         assert!(to_suppress.contains("--no-snoop=suppress"), "{to_suppress}");
         assert!(to_drop.contains("drop --no-snoop=assume"), "{to_drop}");
         assert!(to_move.contains("physical function"), "{to_move}");
-    }
-
-    #[test]
-    fn json_strings_are_escaped() {
-        assert_eq!(quoted("a\"b\\c\n"), "\"a\\\"b\\\\c\\u000a\"");
     }
 }

@@ -1,0 +1,59 @@
+//! Every function behind an IOMMU, with the verdict on it.
+
+use std::fmt;
+use std::fs;
+
+use crate::acquire::AcquiredFunction;
+use crate::coherency::{Personality, Policy, decide};
+use crate::vfio::PciAddress;
+
+/// One function behind an IOMMU. It prints as one line.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    pub(super) address: PciAddress,
+    /// PCI class code, as sysfs has it: `0x010802`.
+    pub(super) class: String,
+    pub(super) driver: Option<String>,
+    pub(super) group: String,
+    /// The IOMMU's name, as sysfs has it: `dmar0`.
+    pub(super) iommu: Option<String>,
+    /// The verdict in a word, or why there is none; `None` for a function that vfio-pci does not hold.
+    pub(super) verdict: Option<Result<&'static str, String>>,
+}
+
+/// Every function that has an IOMMU group, sorted by address. One that vfio-pci holds is acquired for a moment.
+#[must_use]
+pub fn list() -> Vec<Listed> {
+    let Ok(entries) = fs::read_dir("/sys/bus/pci/devices") else { return Vec::new() };
+    let mut addresses: Vec<_> = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
+    addresses.sort_by_key(PciAddress::to_string);
+    addresses.into_iter().filter_map(listed).collect()
+}
+
+fn listed(address: PciAddress) -> Option<Listed> {
+    let group = address.group()?;
+    let class = fs::read_to_string(address.sysfs().join("class")).unwrap_or_default().trim().to_owned();
+    let driver = address.driver();
+    let iommu = fs::read_link(address.sysfs().join("iommu")).ok();
+    let iommu = iommu.as_ref().and_then(|link| Some(link.file_name()?.to_str()?.to_owned()));
+    let verdict = (driver.as_deref() == Some("vfio-pci")).then(|| verdict(address));
+    Some(Listed { address, class, driver, group, iommu, verdict })
+}
+
+fn verdict(address: PciAddress) -> Result<&'static str, String> {
+    let acquired = AcquiredFunction::acquire(address).map_err(|error| error.to_string())?;
+    Ok(decide(&acquired.evidence().facts(Personality::Mediated, Policy::default(), false)).word())
+}
+
+impl fmt::Display for Listed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { address, class, group, .. } = self;
+        let (driver, iommu) = (self.driver.as_deref().unwrap_or("-"), self.iommu.as_deref().unwrap_or("-"));
+        write!(f, "{address}  {class}  {driver:<12} group {group:<4} {iommu:<8} ")?;
+        match &self.verdict {
+            None => f.write_str("?"),
+            Some(Ok(word)) => f.write_str(word),
+            Some(Err(error)) => write!(f, "? ({error})"),
+        }
+    }
+}
