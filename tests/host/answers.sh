@@ -1,6 +1,7 @@
 #!/bin/sh
 # profiles: vtd vtd-snoop vtd-scalable amd-iommu virtio-iommu
-# minutes: 1
+# minutes: 0.1
+# boot: iommu
 # What the kernel says of the function's IOMMU is what the profile was made for.
 
 # shellcheck source=tests/host/lib.sh

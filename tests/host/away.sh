@@ -1,6 +1,7 @@
 #!/bin/sh
 # profiles: vtd
-# minutes: 3
+# minutes: 1.1
+# boot: life
 # options: --iops 800
 # The host takes the drive away while requests are in flight, and gives it back: meanwhile the guest gets errors, and
 # afterwards the same process serves the same guest again.

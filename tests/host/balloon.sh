@@ -1,7 +1,8 @@
 #!/bin/sh
 # profiles: vtd
-# minutes: 3
-# options: --no-bind --add target/shim:/usr/local/shim
+# minutes: 0.5
+# boot: shim
+# options: --add target/shim:/usr/local/shim
 # A guest that gives memory back while a device reaches it: what comes of it without the KVM shim, and that nothing comes of
 # it with it.
 
@@ -82,7 +83,8 @@ as_before() {
     within 20 holes
 }
 
-dd if=/dev/urandom bs=1M count=16 2>/dev/null | tee /dev/nvme0n1 | md5sum | cut -d ' ' -f 1 >/run/sum
+bind_to_nvme "$FUNCTION" || exit
+dd if=/dev/urandom bs=1M count=16 2>/dev/null | tee "$(block_device "$FUNCTION")" | md5sum | cut -d ' ' -f 1 >/run/sum
 sync
 bind_to_vfio "$FUNCTION"
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # profiles: vtd vtd-snoop vtd-scalable amd-iommu virtio-iommu
-# minutes: 1
+# minutes: 0.3
+# boot: iommu
 # The verdict on every kind of IOMMU under every policy, what follows from it in the kernel and in which order, and the
 # reports on it. The profile says what the verdict is.
 

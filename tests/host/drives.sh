@@ -1,6 +1,6 @@
 #!/bin/sh
 # profiles: vtd
-# minutes: 1
+# minutes: 0.9
 # options: --nvme logical_block_size=4096,physical_block_size=4096,mdts=3 --qemu-arg -blockdev --qemu-arg driver=null-co,size=67108864,node-name=second --qemu-arg -device --qemu-arg nvme-ns,drive=second,nsid=2
 # A drive with blocks of 4096 bytes that takes 32 KiB at a time, served for writing and for reading only; and its second
 # namespace, of 64 MiB.

@@ -1,6 +1,7 @@
 #!/bin/sh
 # profiles: vtd vtd-snoop
-# minutes: 1
+# minutes: 0.5
+# boot: plain
 # A guest in stock QEMU works on a drive that the backend owns.
 
 # shellcheck source=tests/host/lib.sh
@@ -58,15 +59,18 @@ ended() {
     logged 'shut down'
 }
 in_order() {
-    echo nvme >"/sys/bus/pci/devices/$FUNCTION/driver_override"
-    echo "$FUNCTION" >"/sys/bus/pci/devices/$FUNCTION/driver/unbind"
-    echo "$FUNCTION" >/sys/bus/pci/drivers_probe
-    within 20 test -b /dev/nvme0n1
+    bind_to_nvme "$FUNCTION"
     # The magic number of an ext2, ext3 or ext4 file system.
-    equal 53ef "$(dd if=/dev/nvme0n1 bs=1 skip=1080 count=2 2>/dev/null | od -An -tx1 | tr -d ' ')" "magic number"
+    equal 53ef "$(dd if="$(block_device "$FUNCTION")" bs=1 skip=1080 count=2 2>/dev/null | od -An -tx1 | tr -d ' ')" "magic number"
 }
 
 backend_start --queues 2 || exit
+if [ "$PROFILE" = vtd-snoop ]; then
+    # Only the warning depends on the IOMMU. That a guest's data verify on this one is seen in tests/host/shim.sh.
+    claim "the log warns of an IOMMU that does not enforce snooping, and only of such" warned
+    claim "SIGTERM ends the backend with status 0, the socket removed, the controller shut down" ended
+    finished
+fi
 pinned >/run/pinned-before
 guest_start --queues 2 --smp 2 || exit
 

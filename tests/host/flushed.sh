@@ -1,6 +1,7 @@
 #!/bin/sh
 # profiles: vtd
-# minutes: 1
+# minutes: 0.4
+# boot: plain
 # Everything is flushed: a DIMM comes and goes, and comes again, while a workload verifies every byte it reads.
 
 # shellcheck source=tests/host/lib.sh

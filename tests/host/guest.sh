@@ -1,6 +1,7 @@
 #!/bin/sh
 # profiles: vtd
-# minutes: 1
+# minutes: 0.6
+# boot: plain
 # The guest and its helpers, with a server everybody knows in the backend's place.
 
 # shellcheck source=tests/host/lib.sh

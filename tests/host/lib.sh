@@ -13,6 +13,8 @@ BACKEND_STATUS=/run/backend.status
 # backend_start [ARGUMENT…]: serves $FUNCTION on $SOCKET; returns when the drive is up.
 backend_start() {
     rm -f "$BACKEND_STATUS"
+    # Here, not by the process below: until that runs, the log of the process before would answer for it.
+    : >"$BACKEND_LOG"
     (
         status=0
         sh -c "echo \$\$ >$BACKEND_PID; exec \"\$@\"" - \
@@ -93,6 +95,21 @@ bind_to_vfio() {
     echo vfio-pci >"/sys/bus/pci/devices/$1/driver_override"
     [ ! -e "/sys/bus/pci/devices/$1/driver" ] || echo "$1" >"/sys/bus/pci/devices/$1/driver/unbind"
     echo "$1" >/sys/bus/pci/drivers_probe
+}
+
+# bind_to_nvme FUNCTION: to the kernel's own driver; returns when its drive is there. block_device FUNCTION: the drive's path.
+bind_to_nvme() {
+    echo nvme >"/sys/bus/pci/devices/$1/driver_override"
+    [ "$(basename "$(readlink "/sys/bus/pci/devices/$1/driver")")" = nvme ] || {
+        [ ! -e "/sys/bus/pci/devices/$1/driver" ] || echo "$1" >"/sys/bus/pci/devices/$1/driver/unbind"
+        echo "$1" >/sys/bus/pci/drivers_probe
+    }
+    within 20 block_device "$1"
+}
+block_device() {
+    for at in "/sys/bus/pci/devices/$1/nvme"/nvme*/nvme*n1; do
+        [ -b "/dev/${at##*/}" ] && echo "/dev/${at##*/}"
+    done
 }
 
 # inflate BYTES: the guest keeps so many, and its balloon, a device of QEMU's, takes the rest.
@@ -202,6 +219,7 @@ whole() {
     served=$2
     shift 2
     rm -f "$BACKEND_STATUS"
+    : >"$BACKEND_LOG"
     (
         status=0
         sh -c "echo \$\$ >$BACKEND_PID; exec \"\$@\"" - \

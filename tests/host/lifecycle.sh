@@ -1,7 +1,8 @@
 #!/bin/sh
 # profiles: vtd
-# minutes: 2
-# options: --iops 500
+# minutes: 1.1
+# boot: life
+# options: --iops 800
 # What a virtual machine does in its life: reset, stop and continue, leave and return, die with requests in flight.
 
 # shellcheck source=tests/host/lib.sh

@@ -1,6 +1,7 @@
 #!/bin/sh
 # profiles: vtd
-# minutes: 4
+# minutes: 1
+# boot: load
 # options: --drive-size 128M --qemu-arg -drive --qemu-arg if=none,id=other,snapshot=on,format=raw,file.driver=null-co,file.size=128M,file.read-zeroes=on --qemu-arg -device --qemu-arg nvme,serial=other,drive=other,addr=5,logical_block_size=4096,physical_block_size=4096
 # A load of every kind and size of request, each checked: with each ring, page and block at least once, and a virtual machine
 # killed during it; what the backend needs for itself. tests/long/load.sh has every combination.

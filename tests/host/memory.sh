@@ -1,6 +1,7 @@
 #!/bin/sh
 # profiles: vtd
-# minutes: 1
+# minutes: 0.8
+# boot: load
 # Guest memory in every shape: huge pages, above 4 GiB, plugged and unplugged while requests run.
 
 # shellcheck source=tests/host/lib.sh

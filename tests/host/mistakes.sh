@@ -1,7 +1,8 @@
 #!/bin/sh
 # profiles: vtd
-# minutes: 1
-# options: --no-bind --qemu-arg -device --qemu-arg edu,addr=6 --qemu-arg -drive --qemu-arg if=none,id=own,format=raw,file.driver=null-co,file.size=64M --qemu-arg -device --qemu-arg edu,addr=7,multifunction=on --qemu-arg -device --qemu-arg nvme,serial=own,drive=own,addr=7.1
+# minutes: 0.2
+# boot: plain
+# options: --qemu-arg -device --qemu-arg edu,addr=6 --qemu-arg -drive --qemu-arg if=none,id=own,format=raw,file.driver=null-co,file.size=64M --qemu-arg -device --qemu-arg edu,addr=7,multifunction=on --qemu-arg -device --qemu-arg nvme,serial=own,drive=own,addr=7.1
 # What a first-time user gets wrong, and what the program answers: the object, the cause, the fix.
 
 # shellcheck source=tests/host/lib.sh
@@ -63,6 +64,7 @@ lockable_memory() {
         "ulimit -l 64; PATH=$PATH LD_LIBRARY_PATH=$LD_LIBRARY_PATH timeout 30 vhost-device-vfio --socket-path /run/nobody/s --device $FUNCTION"
 }
 
+bind_to_nvme "$FUNCTION" || exit
 claim "a function of another driver: the command that binds it" \
     answers "wanted bound to vfio-pci, found bound to nvme.*driverctl set-override $FUNCTION" serve "$FUNCTION"
 bind_to_vfio "$FUNCTION"

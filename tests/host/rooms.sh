@@ -1,6 +1,7 @@
 #!/bin/sh
 # profiles: vtd vtd-snoop
-# minutes: 1
+# minutes: 0.3
+# boot: iommu
 # options: --add target/live:/usr/local/bin/live
 # The iommu and vfio rooms against the real kernel, in both regimes: backend/tests/live.rs.
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # profiles: vtd vtd-snoop amd-iommu
-# minutes: 4
+# minutes: 1
+# boot: shim
 # options: --add target/shim:/usr/local/shim --qemu-arg -drive --qemu-arg if=none,id=second,driver=null-co,size=64M,read-zeroes=on --qemu-arg -device --qemu-arg nvme,drive=second,serial=second,addr=5
 # KVM is told of non-coherent DMA from outside stock QEMU: where the profile says so and nowhere else, whatever becomes of
 # either side. Counted where KVM itself counts, in its kernel functions. What can only be seen where KVM is told is asked there.
@@ -192,6 +193,9 @@ if [ "$PROFILE" = vtd ]; then
     done
 fi
 claim "KVM is told as the profile says for each policy, with the shim and without" every_policy
+# The rest on one profile where KVM is told and on one where it is not. To the shim and to KVM an IOMMU is no more than that
+# answer: amd-iommu gives the one of vtd-snoop, as has just been seen, and would only repeat what is seen there.
+[ "$PROFILE" != amd-iommu ] || finished
 
 backend_start --no-snoop assume --kvm-socket "$SHIM" || exit
 pages_pinned >/run/pinned-serving

@@ -1,6 +1,7 @@
 #!/bin/sh
 # profiles: vtd vtd-snoop amd-iommu
-# minutes: 2
+# minutes: 0.4
+# boot: iommu
 # options: --qemu trixie-backports
 # Coherency of a whole function: the verdict under each policy, KVM's counters, the order of what the kernel is told, and pins
 # against the ledger. The virtual machines have nothing but their firmware: enough to have their memory mapped.
@@ -76,7 +77,8 @@ killed_trapped() {
     booted
     kill -KILL "$(cat "$BACKEND_PID")"
     within 10 as_before
-    kill -9 "$vm"
+    # QEMU may have ended by itself.
+    kill -9 "$vm" 2>/dev/null || true
 }
 killed_direct() {
     clean_up
@@ -122,10 +124,11 @@ ordered() {
     within 20 logged 'serving '
     with_shim
     booted
-    kill -9 "$vm"
-    within 15 logged 'front-end disconnected'
+    # The process first: a virtual machine that is killed ends its KVM at the same time as this process unmaps its memory.
     kill "$(cat "$BACKEND_PID")"
     within 10 logged 'statistics: '
+    kill -9 "$vm" 2>/dev/null || true
+    ! flushes assume || within 10 logged "$UNTOLD: "
     for entry in pin copy unmap; do echo 0 >"$TRACING/events/kprobes/$entry/enable"; done
     sed -nE -e "s/.* ($TOLD|$UNTOLD): .*/\\1/p" -e 's/.* (pin|copy|unmap): .*/\1/p' \
         -e 's/.*TRACE.* (flush|flushed) 0x.*/\1/p' "$TRACING/trace" | sed "s/$TOLD/told/; s/$UNTOLD/untold/" >/run/events
@@ -143,6 +146,9 @@ claim "where a function would be flushed it is refused without a shim" refused_w
 for policy in suppress allow refuse assume; do
     claim "--no-snoop=$policy: KVM is told as the profile says, pins and ledger agree, all is unpinned at the end" one_life $policy
 done
+# The rest on one profile where the function is flushed and on one where it is not. What amd-iommu answers has just been seen
+# under every policy; from there on nothing depends on the kind of IOMMU.
+[ "$PROFILE" != amd-iommu ] || finished
 claim "without a shim in QEMU the version is refused, with an errno there and the reason here" untold_is_refused
 claim "killed with memory mapped and trapped BARs, it leaves nothing pinned" killed_trapped
 claim "with direct BARs the front-end keeps function and pins as long as it lives, and no longer" killed_direct

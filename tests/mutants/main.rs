@@ -129,15 +129,15 @@ fn lists(directory: &Path) -> Result<Vec<Mutant>, Error> {
 /// Compiles the unit tests of the copy; gives the program.
 fn build(copy: &Path, target: &Path) -> Result<PathBuf, Error> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let arguments =
-        ["test", "--locked", "--package", "vhost-device-vfio", "--lib", "--no-run", "--message-format=json"];
-    // Names and places within the workspace are those of the tree itself: but for other settings, cargo would take what is
-    // compiled here for the tree's, and no change of it for one.
-    let apart = ["vhost-device-vfio", "testbed", "kvm-vfio-shim"]
-        .map(|package| format!("profile.dev.package.{package}.debug='line-tables-only'"));
+    // With all three packages, their dependencies have the features that they have in the tree, and are not compiled again.
+    // The tree's own packages must have other settings than there: their names and paths are the same, and Cargo would
+    // mistake the copy for the tree.
+    let packages = ["vhost-device-vfio", "testbed", "kvm-vfio-shim"];
+    let settings = packages.map(|package| format!("profile.dev.package.{package}.debug=false"));
     let made = Command::new(cargo)
-        .args(arguments)
-        .args(apart.iter().flat_map(|setting| ["--config", setting]))
+        .args(["test", "--locked", "--lib", "--no-run", "--message-format=json"])
+        .args(packages.iter().flat_map(|package| ["--package", package]))
+        .args(settings.iter().flat_map(|setting| ["--config", setting]))
         .current_dir(copy)
         .env("CARGO_TARGET_DIR", target)
         .stderr(Stdio::inherit())
@@ -147,7 +147,8 @@ fn build(copy: &Path, target: &Path) -> Result<PathBuf, Error> {
         let rendered = messages.lines().filter(|line| line.contains(r#""level":"error""#));
         return Err(format!("the mutants do not compile:\n{}", rendered.collect::<Vec<_>>().join("\n")).into());
     }
-    let path = messages.lines().rev().find_map(|line| line.split_once(r#""executable":""#)?.1.split('"').next());
+    let mut backend = messages.lines().filter(|line| line.contains(r#""name":"vhost_device_vfio""#));
+    let path = backend.find_map(|line| line.split_once(r#""executable":""#)?.1.split('"').next());
     Ok(path.ok_or("cargo names no test program")?.into())
 }
 

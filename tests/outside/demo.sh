@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# minutes: 3
+# minutes: 1
 # scripts/demo, as a stranger types it.
 set -u
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# minutes: 0.4
 # The emulated drive in stock QEMU under TCG, directly on this machine: no root, no KVM, no emulated host.
 # shellcheck disable=SC2317 # functions are called by name, through claim
 set -u

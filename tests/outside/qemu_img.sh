@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# minutes: 0.3
 # QEMU's own block layer as a guest of the emulated drive, through libblkio's virtio-blk-vhost-user: a client that shares
 # no code with this project.
 # shellcheck disable=SC2317 # functions are called by name, through claim

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# minutes: 1.8
 # What scripts/testbed promises, seen from the machine it is started on.
 set -u
 
@@ -16,6 +17,69 @@ WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 # A failed run leaves its console there, for people.
 export TMPDIR=$WORK
+
+# begin NAME…: these functions, one after the other in the background; most of their time passes in waiting. Each has the
+# files $WORK/NAME.* for itself. outcome NAME: how it ended.
+begin() {
+    local name
+    for name; do
+        (
+            set -e
+            "$name"
+        ) >"$WORK/$name.said" 2>&1
+        echo $? >"$WORK/$name.status"
+    done &
+}
+outcome() {
+    within 900 test -s "$WORK/$1.status"
+    cat "$WORK/$1.said"
+    return "$(<"$WORK/$1.status")"
+}
+
+hang() {
+    local status=0
+    scripts/testbed run --timeout 60 -- sh -c 'echo last words >/dev/console; sleep 100' 2>"$WORK/hang.stderr" || status=$?
+    equal 124 "$status" "exit status"
+    contains 'last words' "$WORK/hang.stderr"
+    contains 'did not end within 60 s' "$WORK/hang.stderr"
+}
+# In front of the real QEMU, one that stands still at its first start.
+still_once() {
+    local real out=$WORK/still_once
+    real=$(command -v qemu-system-x86_64)
+    mkdir -p "$out.bin"
+    cat >"$out.bin/qemu-system-x86_64" <<END
+#!/bin/sh
+[ "\$1" = -name ] && mkdir "$out.started" 2>/dev/null && exec "$real" "\$@" -S
+exec "$real" "\$@"
+END
+    chmod +x "$out.bin/qemu-system-x86_64"
+    PATH=$out.bin:$PATH scripts/testbed run --still-timeout 30 -- uname -s >"$out.stdout" 2>"$out.stderr"
+    equal Linux "$(cat "$out.stdout")" stdout
+    [[ -d $out.started ]]
+    contains 'the host has not come to the command; it is started anew' "$out.stderr"
+}
+still_always() {
+    local status=0 out=$WORK/still_always
+    scripts/testbed run --still-timeout 1 --qemu-arg -S -- uname -s >"$out.stdout" 2>"$out.stderr" || status=$?
+    equal 125 "$status" "exit status"
+    equal '' "$(cat "$out.stdout")" stdout
+    contains 'the host has not come to the command in three starts' "$out.stderr"
+}
+# Its processors are stopped under it, from outside.
+still_later() {
+    local status=0 out=$WORK/still_later
+    mkdir "$out"
+    (
+        within 150 grep -qs begun "$out.stdout"
+        pkill -STOP -f "^qemu-system-x86_64 .*$out/testbed"
+    ) &
+    TMPDIR=$out scripts/testbed run --still-timeout 30 -- sh -c 'echo begun; sleep 300' >"$out.stdout" 2>"$out.stderr" || status=$?
+    equal 125 "$status" "exit status"
+    contains 'the host stands still (no sign of life for 30 s)' "$out.stderr"
+}
+begin hang
+begin still_once still_later still_always
 
 # One boot for all that can be seen of a run which ends well.
 truncate -s 64M "$WORK/drive.img"
@@ -67,47 +131,6 @@ not_bound() {
     equal 125 "$status" "exit status"
     contains '0000:00:04.0 is not bound to vfio-pci; what the kernel says of it' "$WORK/stderr"
     lacks 'started anew' "$WORK/stderr"
-}
-hang() {
-    local status=0
-    scripts/testbed run --timeout 60 -- sh -c 'echo last words >/dev/console; sleep 100' 2>"$WORK/stderr" || status=$?
-    equal 124 "$status" "exit status"
-    contains 'last words' "$WORK/stderr"
-    contains 'did not end within 60 s' "$WORK/stderr"
-}
-# In front of the real QEMU, one that stands still at its first start.
-still_once() {
-    local real
-    real=$(command -v qemu-system-x86_64)
-    mkdir -p "$WORK/still"
-    cat >"$WORK/still/qemu-system-x86_64" <<END
-#!/bin/sh
-[ "\$1" = -name ] && mkdir "$WORK/started" 2>/dev/null && exec "$real" "\$@" -S
-exec "$real" "\$@"
-END
-    chmod +x "$WORK/still/qemu-system-x86_64"
-    PATH=$WORK/still:$PATH scripts/testbed run --still-timeout 30 -- uname -s >"$WORK/stdout" 2>"$WORK/stderr"
-    equal Linux "$(cat "$WORK/stdout")" stdout
-    [[ -d $WORK/started ]]
-    contains 'the host has not come to the command; it is started anew' "$WORK/stderr"
-}
-still_always() {
-    local status=0
-    scripts/testbed run --still-timeout 1 --qemu-arg -S -- uname -s >"$WORK/stdout" 2>"$WORK/stderr" || status=$?
-    equal 125 "$status" "exit status"
-    equal '' "$(cat "$WORK/stdout")" stdout
-    contains 'the host has not come to the command in three starts' "$WORK/stderr"
-}
-# Its processors are stopped under it, from outside.
-still_later() {
-    local status=0
-    (
-        within 150 grep -qs begun "$WORK/stdout"
-        pkill -STOP -f "^qemu-system-x86_64 .*$WORK/testbed"
-    ) &
-    scripts/testbed run --still-timeout 30 -- sh -c 'echo begun; sleep 300' >"$WORK/stdout" 2>"$WORK/stderr" || status=$?
-    equal 125 "$status" "exit status"
-    contains 'the host stands still (no sign of life for 30 s)' "$WORK/stderr"
 }
 panicked() {
     local status=0
@@ -166,10 +189,10 @@ no_qemu_there() {
 
 claim "the NVMe function is bound to vfio-pci" bound_function
 claim "a function that cannot be bound ends with status 125 and the kernel's reason, once" not_bound
-claim "a command that hangs ends with status 124 and the console" hang
-claim "a host that stands still at boot is started anew, and the command runs once" still_once
-claim "one that does so each time is given up after three starts, with status 125" still_always
-claim "one that stands still under the command is an error, with status 125" still_later
+claim "a command that hangs ends with status 124 and the console" outcome hang
+claim "a host that stands still at boot is started anew, and the command runs once" outcome still_once
+claim "one that does so each time is given up after three starts, with status 125" outcome still_always
+claim "one that stands still under the command is an error, with status 125" outcome still_later
 claim "a kernel panic ends with status 125 and the console" panicked
 claim "an unknown profile is refused with the list of profiles" refused
 claim "a kernel of one's own is taken, and none is built" own_kernel

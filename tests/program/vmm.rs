@@ -24,6 +24,9 @@ fn built() -> &'static Path {
     TARGET.get_or_init(|| {
         let test = std::env::current_exe().unwrap();
         let target = test.parent().and_then(Path::parent).expect("target/PROFILE/deps/TEST");
+        if std::env::var_os("SHIM_LIBRARY").is_some() {
+            return target.to_owned();
+        }
         let mut cargo = Command::new(env!("CARGO"));
         cargo.args(["build", "--quiet", "--offline", "--package", "kvm-vfio-shim-preload", "--lib"]);
         cargo.args(["--example", "toy_vmm", "--target-dir"]).arg(target.parent().expect("target/PROFILE"));
@@ -40,7 +43,8 @@ impl Toy {
     fn start() -> Self {
         let directory = TempDir::new().unwrap();
         let mut command = Command::new(built().join("examples/toy_vmm"));
-        command.env("LD_PRELOAD", built().join("libkvm_vfio_shim.so"));
+        let library = std::env::var_os("SHIM_LIBRARY").map(PathBuf::from);
+        command.env("LD_PRELOAD", library.unwrap_or_else(|| built().join("libkvm_vfio_shim.so")));
         command.env("KVM_VFIO_SHIM_SOCKET", directory.as_path().join("kvm"));
         let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let output = BufReader::new(process.stdout.take().unwrap());
