@@ -47,11 +47,8 @@ pub(super) fn bring_up(
     let mut events = route_vectors(controller, options.queues, admin_event)?;
     let (mut admin, rings) = AdminQueue::new(controller)?;
     controller.enable(&rings)?;
-    let data: IdentifyController = admin.identify(
-        controller,
-        AdminCommand::identify("Identify Controller", cns::CONTROLLER, 0),
-        BRING_UP_TIMEOUT,
-    )?;
+    let command = AdminCommand::identify("Identify Controller", cns::CONTROLLER, 0);
+    let data: IdentifyController = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
     let identity = Identity::decode(&data)?;
     let namespace = find_namespace(controller, &mut admin, &identity, options.namespace)?;
     let command_limits = identify_limits(controller, &mut admin)?;
@@ -81,6 +78,17 @@ pub(super) fn bring_up(
         discard,
         zeroes,
     };
+    let shutdown_limit = identity.shutdown_limit;
+    let mut up = BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace };
+    log_summary(controller, &up, depth);
+    if up.identity.namespace_notices {
+        enable_namespace_events(controller, &mut up.admin)?;
+    }
+    Ok(up)
+}
+
+fn log_summary(controller: &Controller, up: &BroughtUp, depth: u16) {
+    let BroughtUp { identity, namespace, geometry, queues, .. } = up;
     let name = controller.function().name();
     log::info!(
         "{name}: {} (serial {}, firmware {}, NVMe {}), namespace {}: {} blocks of {}, write cache {}",
@@ -91,24 +99,19 @@ pub(super) fn bring_up(
         namespace.id,
         namespace.blocks,
         namespace.block_size,
-        match (identity.write_cache, cache_on) {
+        match (identity.write_cache, geometry.cache_on) {
             (false, _) => "none",
             (true, false) => "off",
             (true, true) => "on",
         },
     );
-    let transfer = Bytes(limits.transfer.into());
+    let transfer = Bytes(geometry.max_transfer.into());
     let sgl = match identity.sgl {
         None => "",
         Some(Granularity::Byte) => ", SGLs",
         Some(Granularity::Dword) => ", SGLs of dwords",
     };
     log::info!("{name}: {} queues of {depth} entries, transfers up to {transfer}{sgl}", queues.len());
-    if identity.namespace_notices {
-        enable_namespace_events(controller, &mut admin)?;
-    }
-    let shutdown_limit = identity.shutdown_limit;
-    Ok(BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace })
 }
 
 /// Enables namespace attribute notices. A refusal is not fatal: only size changes go unnoticed.
