@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::NvmeOptions;
 use super::admin::{AdminCommand, AdminQueue};
 use super::controller::Controller;
 use super::error::NvmeErrorKind;
 use super::identify::{Identity, Namespace, active_namespaces, format_ids, range_limits, select_namespace};
+use super::options::NvmeOptions;
 use super::prp::Limits;
 use super::queue::{IoQueue, MAX_DEPTH, QueueSetup, completions_at, memory_needed};
 use super::regs::Version;

@@ -14,6 +14,7 @@ mod bring_up;
 mod controller;
 mod error;
 mod identify;
+mod options;
 pub mod prp;
 pub mod queue;
 mod regs;
@@ -33,6 +34,7 @@ use self::bring_up::BroughtUp;
 use self::controller::Controller;
 pub use self::error::{NvmeError, NvmeErrorKind};
 use self::identify::{Identity, Namespace};
+pub use self::options::NvmeOptions;
 pub use self::status::Status;
 use super::{CommandId, Driver, Geometry, Queue};
 use crate::hardware::{AddressSpace, Function};
@@ -43,18 +45,6 @@ const SHUTDOWN_COMMAND_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Time-out of an admin command while requests are served.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Options of the operator.
-#[derive(Clone, Debug)]
-pub struct NvmeOptions {
-    /// Identifier of the namespace to serve; `None`: the only active one.
-    pub namespace: Option<u32>,
-    /// Wanted number of I/O queues, at least one. Fewer are created if the function has fewer vectors or the controller
-    /// grants fewer.
-    pub queues: u16,
-    /// Report the disk as read-only.
-    pub read_only: bool,
-}
 
 /// Reacquires a released function once it is available again.
 pub type ReacquireFn = Box<dyn FnMut() -> anyhow::Result<Arc<dyn Function>> + Send>;
