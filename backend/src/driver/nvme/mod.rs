@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The device is not trusted. Everything it writes is read once and then checked. It can access only what is mapped in its
-//! address space: guest memory, and the queue memory that `Controller` owns.
+//! address space: guest memory, bounce buffers, and the queue memory that `Controller` owns.
 
 mod admin;
 mod bring_up;
