@@ -1,64 +1,65 @@
-//! Keeps a misbehaving guest or device from filling the log: a few lines per interval, then one that says how many were left out.
+//! A rate-limited log, so that a misbehaving guest or device cannot flood the log. At most a few lines per interval are
+//! written; the next line after that reports how many were suppressed.
 
 use std::time::{Duration, Instant};
 
-/// Lines let through per interval.
+/// Maximum lines per interval.
 const BURST: u32 = 8;
-/// The interval.
+/// The interval. Short enough to show an ongoing problem, long enough to keep the log readable.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Counts lines; consulted on error paths only.
+/// A logger with a limit of its own. For rare paths only: it reads the clock.
 #[derive(Clone, Copy)]
 pub(crate) struct RateLimitedLog {
-    /// `module_path!()` of the owner.
+    /// The log target: `module_path!()` of the owner.
     target: &'static str,
     since: Option<Instant>,
     lines: u32,
-    left_out: u32,
+    suppressed: u32,
 }
 
 impl RateLimitedLog {
-    /// For lines of the module `target`, for which alone `RUST_LOG` may ask.
-    pub(crate) const fn of(target: &'static str) -> Self {
-        Self { target, since: None, lines: 0, left_out: 0 }
+    /// A logger for `target`, normally `module_path!()`, so that `RUST_LOG` can filter by module.
+    pub(crate) const fn new(target: &'static str) -> Self {
+        Self { target, since: None, lines: 0, suppressed: 0 }
     }
 
-    /// Writes the line, a warning, unless too many came before it within the interval.
+    /// Logs a warning, unless the limit of the interval is reached.
     pub(crate) fn warn(&mut self, line: impl FnOnce() -> String) {
         self.log(log::Level::Warn, line);
     }
 
-    /// The same for an error.
+    /// Logs an error, with the same limit.
     pub(crate) fn error(&mut self, line: impl FnOnce() -> String) {
         self.log(log::Level::Error, line);
     }
 
-    /// The same for what is no mistake.
+    /// Logs information, with the same limit.
     pub(crate) fn info(&mut self, line: impl FnOnce() -> String) {
         self.log(log::Level::Info, line);
     }
 
     fn log(&mut self, level: log::Level, line: impl FnOnce() -> String) {
-        if let Some(left_out) = self.admit(Instant::now()) {
-            if left_out != 0 {
-                log::log!(target: self.target, level, "({left_out} similar lines left out)");
+        if let Some(suppressed) = self.admit(Instant::now()) {
+            if suppressed != 0 {
+                log::log!(target: self.target, level, "({suppressed} similar messages suppressed)");
             }
             log::log!(target: self.target, level, "{}", line());
         }
     }
 
-    /// `Some` if a line may be written now, with the number of lines left out since the last one.
+    /// `Some` if a line may be written now, with the number of lines suppressed since the last one.
     fn admit(&mut self, now: Instant) -> Option<u32> {
         if self.since.is_none_or(|since| now.saturating_duration_since(since) >= INTERVAL) {
             self.since = Some(now);
             self.lines = 0;
         }
         if self.lines == BURST {
-            self.left_out = self.left_out.saturating_add(1);
+            self.suppressed = self.suppressed.saturating_add(1);
             return None;
         }
         self.lines += 1;
-        Some(std::mem::take(&mut self.left_out))
+        Some(std::mem::take(&mut self.suppressed))
     }
 }
 
@@ -67,8 +68,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_flood_is_cut_and_counted() {
-        let mut limit = RateLimitedLog::of(module_path!());
+    fn lines_beyond_the_limit_are_suppressed_and_counted() {
+        let mut limit = RateLimitedLog::new(module_path!());
         let start = Instant::now();
 
         let written = (0..100).filter(|_| limit.admit(start).is_some()).count();

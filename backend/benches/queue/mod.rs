@@ -7,7 +7,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use vhost_device_vfio::addr::Iova;
 use vhost_device_vfio::driver::nvme::prp::Limits;
 use vhost_device_vfio::driver::nvme::queue::{
-    Doorbells, IoQueue, MAX_DEPTH, QueueSetup, Shared, completions_at, memory_needed,
+    Doorbells, IoQueue, MAX_DEPTH, QueueMemory, QueueSetup, completions_at, memory_needed,
 };
 use vhost_device_vfio::hardware::{CacheFlush, Registers};
 use vhost_device_vfio::sys::SharedMemory;
@@ -49,7 +49,7 @@ pub(crate) fn pair(caches: Option<Arc<dyn CacheFlush>>) -> (IoQueue, Controller)
         name: "bench".to_owned(),
         id: 1,
         depth: MAX_DEPTH,
-        memory: Shared { shared: memory.clone(), iova: Iova(0x7000_0000), caches },
+        memory: QueueMemory { memory: memory.clone(), iova: Iova(0x7000_0000), caches },
         doorbells: Doorbells { registers: Arc::new(Silent), stride: 4 },
         namespace: 1,
         limits: LIMITS,

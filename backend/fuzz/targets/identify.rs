@@ -1,5 +1,5 @@
-//! A controller that says anything of itself: the input stands in its answers to Identify. The driver refuses it with a
-//! reason, or serves a disk that makes sense.
+//! A controller with arbitrary Identify data, taken from the input. The driver must either refuse it with an error or
+//! report a valid disk.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -9,12 +9,12 @@ use vhost_device_vfio::emulated::{Fault, Machine, Medium, Options};
 
 fuzz_target!(|input: &[u8]| {
     let machine = Machine::new(Options { size: 1 << 20, medium: Medium::Null, ..Options::default() }).unwrap();
-    // Each part: kind of answer, place in it, length, bytes.
+    // The input is a list of patches: CNS, offset (16 bits), length, bytes.
     let mut rest = input;
-    while let [kind, low, high, len, more @ ..] = rest {
+    while let [cns, low, high, len, more @ ..] = rest {
         let (bytes, after) = more.split_at(more.len().min((*len).into()));
         let offset = usize::from(u16::from_le_bytes([*low, *high])) % 4096;
-        machine.inject(Fault::Identify { cns: kind % 3, offset, bytes: bytes.to_vec() });
+        machine.inject(Fault::Identify { cns: cns % 3, offset, bytes: bytes.to_vec() });
         rest = after;
     }
     let options = NvmeOptions { namespace: None, queues: 1, read_only: false };
@@ -26,5 +26,5 @@ fuzz_target!(|input: &[u8]| {
         drop(nvme.take_queues());
         nvme.shut_down();
     }
-    assert_eq!(machine.iommu().fault_count(), 0, "DMA to what is not mapped");
+    assert_eq!(machine.iommu().fault_count(), 0, "DMA to an unmapped address");
 });

@@ -1,4 +1,4 @@
-//! A vhost-user front-end that says anything. The server answers or hangs up.
+//! A vhost-user front-end that sends arbitrary bytes and descriptors. The server must reply or close the connection.
 #![no_main]
 
 mod front_end;

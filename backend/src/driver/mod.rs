@@ -1,8 +1,8 @@
-//! The devices, each in its own language. The engine knows a device only through the two traits here: [`Driver`] brings
-//! the device up and down, [`Queue`] is one worker's private path to it.
+//! Device drivers. The engine knows a device only through the two traits here: [`Driver`] controls the device as a whole,
+//! [`Queue`] is one worker's private path to it.
 //!
-//! A worker owns its queue, so nothing here takes a lock. Addresses are the device's own ([`Iova`]); a driver never sees
-//! guest memory.
+//! Each worker owns its queue, so nothing here takes a lock. Drivers handle device addresses ([`Iova`]) only and never
+//! access guest memory.
 
 pub mod nvme;
 
@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 
 use crate::addr::{Iova, Span};
 
-/// What the disk is, as far as its user can tell. Sizes are in the units named.
+/// The properties of the disk that its user can see.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Geometry {
     /// Size of the disk, logical blocks.
@@ -19,41 +19,41 @@ pub struct Geometry {
     pub block_size: u32,
     /// Preferred write granularity, bytes; a power-of-two multiple of `block_size`.
     pub physical_block_size: u32,
-    /// True if writes are refused (by the operator, or by the device).
+    /// True if writes are refused, by configuration or by the device.
     pub read_only: bool,
-    /// True if there is a write cache that loses its contents with the power.
+    /// True if the device has a write cache that loses its contents on power loss.
     pub volatile_cache: bool,
-    /// True if that cache was on when the device was brought up.
+    /// True if that cache was enabled when the device was brought up.
     pub cache_on: bool,
     /// Serial number, ASCII without padding, at most 20 bytes.
     pub serial: String,
     /// Model, ASCII without padding.
     pub model: String,
-    /// Longest transfer of one command, bytes; 0 where it is not known.
+    /// Longest transfer of one command, bytes; 0 if unknown.
     pub max_transfer: u32,
-    /// What [`Queue::discard`] can take; `None` if the device has no such command.
+    /// Limits of [`Queue::discard`]; `None` if the device has no such command.
     pub discard: Option<DiscardLimits>,
-    /// What [`Command::WriteZeroes`] can take; `None` if the device has no such command.
+    /// Limits of [`Command::WriteZeroes`]; `None` if the device has no such command.
     pub zeroes: Option<ZeroesLimits>,
 }
 
-/// What one discard command can take.
+/// Limits of one discard command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiscardLimits {
     /// Most ranges, 1 to 256.
     pub ranges: u16,
-    /// Most logical blocks in one of them, at least 1.
+    /// Most logical blocks in one range, at least 1.
     pub range_blocks: u32,
-    /// Most logical blocks in all of them, at least `range_blocks`.
+    /// Most logical blocks in all ranges together, at least `range_blocks`.
     pub blocks: u64,
 }
 
-/// What one write-zeroes command can take.
+/// Limits of one write-zeroes command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ZeroesLimits {
     /// Most logical blocks, 1 to 65536.
     pub blocks: u32,
-    /// True if the blocks may be deallocated by it, and read as zeroes all the same.
+    /// True if the command can deallocate the blocks and they still read as zeroes.
     pub deallocates: bool,
 }
 
@@ -66,24 +66,24 @@ pub struct Blocks {
     pub count: u32,
 }
 
-/// One command to the device, in logical blocks.
+/// A command to the device, in logical blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// From the medium to memory.
+    /// Transfers data from the medium to memory.
     Read {
         /// First logical block.
         block: u64,
         /// How many, at least 1.
         count: u32,
     },
-    /// From memory to the medium.
+    /// Transfers data from memory to the medium.
     Write {
         /// First logical block.
         block: u64,
         /// How many, at least 1.
         count: u32,
     },
-    /// The blocks read as zeroes afterwards; no data is moved.
+    /// Makes the blocks read as zeroes, without a data transfer.
     WriteZeroes {
         /// First logical block.
         block: u64,
@@ -92,64 +92,64 @@ pub enum Command {
         /// True if the device may deallocate them.
         deallocate: bool,
     },
-    /// Everything completed so far becomes durable.
+    /// Makes all writes completed so far durable.
     Flush,
 }
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Done.
+    /// The command succeeded.
     Success,
-    /// The device does not know or does not allow the command.
+    /// The device does not support the command or one of its fields.
     Unsupported,
-    /// Anything else.
+    /// Any other error.
     Failed,
 }
 
 /// A finished command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// What [`Queue::submit`] was given.
+    /// The tag given to [`Queue::submit`] or [`Queue::discard`].
     pub tag: u32,
     /// How it ended.
     pub outcome: Outcome,
 }
 
-/// How much of a list of buffers one command can take, and how.
+/// How many bytes of a buffer list one command can transfer, and by which method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
-    /// Bytes from the given position on; a multiple of the logical block, at least one.
+    /// Bytes from the given position on: one or more whole logical blocks.
     pub bytes: u32,
-    /// True if the device reaches these bytes where they are; false if they must be copied through a bounce buffer
-    /// (contiguous, aligned to the device's page).
+    /// True if the device accesses these bytes in place; false if they must be copied through a bounce buffer, which is
+    /// contiguous and aligned to the device's page.
     pub direct: bool,
-    /// True if it needs a list of buffers of any alignment for that, where it would rather have whole pages.
+    /// True if in-place access needs a scatter-gather list, because whole pages (PRPs) cannot describe the buffers.
     pub listed: bool,
 }
 
-/// The device's name for a command in flight.
+/// Identifies a command in flight to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CommandId {
-    /// Which queue.
+    /// Queue identifier.
     pub queue: u16,
-    /// Which command of it.
+    /// Command identifier within the queue.
     pub command: u16,
 }
 
-/// What of a queue, or of several, takes longer than it should.
+/// The commands of one or more queues that take longer than they should.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OverdueCommands {
-    /// Something has been in flight for a whole beat.
+    /// A command has been in flight for at least one whole tick.
     pub stalled: bool,
-    /// What has been in flight for too long since the last beat.
+    /// Commands that exceeded the time limit since the previous tick.
     pub expired: Vec<CommandId>,
-    /// Something was overdue long ago and still is.
+    /// A command is still in flight although it expired and an abort had time to act.
     pub stuck: bool,
 }
 
 impl OverdueCommands {
-    /// Adds what another queue has found.
+    /// Adds the findings of another queue.
     pub fn merge(&mut self, other: Self) {
         self.stalled |= other.stalled;
         self.stuck |= other.stuck;
@@ -157,23 +157,24 @@ impl OverdueCommands {
     }
 }
 
-/// The queue is full; try again after a completion.
+/// The queue is full. A completion frees an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full;
 
-/// One worker's path to the device. All methods are called by that worker alone.
+/// One worker's path to the device. Only that worker calls its methods.
 ///
-/// `submit` puts commands into memory, `ring` tells the device. Between the two is the place where a non-coherent device
-/// needs its flush, and any number of commands share one `ring`.
+/// `submit` writes commands to memory and `ring` notifies the device. Data that a non-coherent device accesses is flushed
+/// between the two. Any number of commands share one `ring`.
 pub trait Queue: Send {
-    /// How many bytes of `buffers`, from `position` bytes on, the next command can take. `buffers` hold a whole number of
-    /// logical blocks in total; `position` lies inside. Bounced extents never exceed `bounce_limit` bytes.
+    /// How many bytes of `buffers`, starting `position` bytes in, the next command can transfer. The total length of
+    /// `buffers` is a whole number of logical blocks, and `position` lies inside. A bounced extent has at most
+    /// `bounce_limit` bytes.
     fn extent(&self, buffers: &[Span<Iova>], position: u64, bounce_limit: u32) -> Extent;
-    /// Queues `command` for `bytes` bytes of `buffers` from `position` on (both 0 for a command without data); `tag` comes
-    /// back in its [`Completion`].
+    /// Queues `command` for `bytes` bytes of `buffers` from `position` on (both 0 for a command without data). Its
+    /// [`Completion`] returns `tag`.
     ///
     /// # Errors
-    /// [`Full`] when no entry is free; nothing has been queued.
+    /// [`Full`] if no entry is free; nothing was queued.
     fn submit(
         &mut self,
         command: Command,
@@ -182,76 +183,75 @@ pub trait Queue: Send {
         bytes: u32,
         tag: u32,
     ) -> Result<(), Full>;
-    /// Queues one command that tells the device that nobody needs the contents of `ranges` any more, within the limits of
-    /// [`Geometry::discard`].
+    /// Queues one command that discards the contents of `ranges`, which must respect [`Geometry::discard`].
     ///
     /// # Errors
     /// [`Full`] as for [`Self::submit`].
     fn discard(&mut self, ranges: &[Blocks], tag: u32) -> Result<(), Full>;
-    /// Makes everything submitted so far visible to the device; does nothing if there is nothing new.
+    /// Notifies the device of all commands submitted since the last call; does nothing if there are none.
     fn ring(&mut self);
-    /// Takes every finished command off the queue and hands it to `done`.
+    /// Removes the finished commands from the queue and passes each to `done`.
     fn reap(&mut self, done: &mut dyn FnMut(Completion));
-    /// Marks the end of a beat, one of equal intervals; a command is overdue after `limit` of them, and stuck after another
-    /// quarter as many.
+    /// Advances the clock of the command time-outs; called at equal intervals. A command expires `limit` ticks after it
+    /// was submitted, and is stuck another `limit / 4` ticks later.
     fn tick(&mut self, limit: u32) -> OverdueCommands;
-    /// Commands submitted and not yet reaped.
+    /// Number of commands submitted and not yet reaped.
     fn in_flight(&self) -> usize;
-    /// Signalled by the device when a command has finished.
+    /// The eventfd that the device signals when a command has finished.
     fn event(&self) -> BorrowedFd<'_>;
-    /// Says whether the worker is about to wait for the event, or looks by itself. A command that finished while nobody
-    /// waited may not be signalled, so the worker looks once more before the wait.
+    /// Sets whether the worker waits for [`Self::event`] or polls. The device may skip the signal for a command that
+    /// finishes while this is false, so after setting it to true the worker must reap once more before it waits.
     fn set_interrupt_wanted(&self, interrupt_wanted: bool);
 }
 
 /// A device that has been brought up.
 pub trait Driver: Send {
-    /// What it is.
+    /// The disk's current properties.
     fn geometry(&self) -> &Geometry;
-    /// Hands out the queues, one per worker; the second call gives none.
+    /// Moves the queues out, one per worker; a second call returns none.
     fn take_queues(&mut self) -> Vec<Box<dyn Queue>>;
-    /// Stops all DMA by resetting the device, and brings it up again with fresh queues, whose number is as before. Used
-    /// when commands do not come back, and again at intervals if that has failed or the device has been released; then it
-    /// is taken again. The disk may have another size then. All former queues must have been dropped.
+    /// Stops all DMA by resetting the device, and brings it up again with the same number of new queues. Called when
+    /// commands do not complete, and then at intervals until it succeeds. A released device is reacquired first. The disk
+    /// may have a different size afterwards. All former queues must have been dropped.
     ///
     /// # Errors
-    /// What kept the device from coming back; it does no DMA then.
+    /// Why the device could not be brought up. It does no DMA then.
     fn recover(&mut self) -> anyhow::Result<Vec<Box<dyn Queue>>>;
-    /// True while the device has been released and not been taken again; then [`Self::recover`] is cheap to try.
+    /// True from [`Self::release`] until the device is reacquired. A failing [`Self::recover`] is cheap in this state.
     fn is_released(&self) -> bool {
         false
     }
-    /// Looks whether the device is there and alive.
+    /// Checks that the device is present and working.
     ///
     /// # Errors
-    /// What is wrong with it; then [`Self::recover`] is called for.
+    /// What is wrong; the caller should [`Self::recover`].
     fn check(&self) -> anyhow::Result<()>;
-    /// Asks the device to end commands early. They may end in any way, or not at all.
+    /// Asks the device to abort commands. They may complete with any outcome, or not at all.
     ///
     /// # Errors
-    /// The device does not answer; then [`Self::recover`] is called for.
+    /// The device does not respond; the caller should [`Self::recover`].
     fn abort(&mut self, commands: &[CommandId]) -> anyhow::Result<()>;
-    /// Readable when the device may have something to tell, to be answered by [`Self::handle_events`].
+    /// Readable when the device may have an asynchronous event; the caller then calls [`Self::handle_events`].
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
-    /// Hears what the device has to tell; [`Self::geometry`] is up to date then.
+    /// Handles the device's asynchronous events and updates [`Self::geometry`].
     ///
     /// # Errors
-    /// The device does not answer; then [`Self::recover`] is called for.
+    /// The device does not respond; the caller should [`Self::recover`].
     fn handle_events(&mut self) -> anyhow::Result<()> {
         Ok(())
     }
-    /// Readable when the host wants the device back, to be answered by [`Self::release`].
+    /// Readable when the host requests the device back; the caller then calls [`Self::release`].
     fn removal_request(&self) -> Option<BorrowedFd<'_>>;
-    /// Stops the device and lets go of it, so that the host can have it. All queues must have been dropped.
+    /// Stops the device and closes it, so that the host can unbind it. All queues must have been dropped.
     fn release(&mut self);
-    /// Turns the volatile write cache on or off; it stays so over [`Self::recover`]. What was written before is not made
-    /// durable by turning it off.
+    /// Turns the volatile write cache on or off; [`Self::recover`] keeps the setting. Turning it off does not make
+    /// earlier writes durable.
     ///
     /// # Errors
-    /// The device refuses, or does not answer.
+    /// The device refuses, or does not respond.
     fn set_write_cache(&mut self, on: bool) -> anyhow::Result<()>;
-    /// Tells the device to make its data durable and to stop, as before a power-off. All queues must have been dropped.
+    /// Makes the data durable and stops the device, as before a power-off. All queues must have been dropped.
     fn shut_down(&mut self);
 }

@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// # Errors
 /// Why it could not be served, or not any longer.
 pub(crate) fn serve(config: &Config, origin: &Origin, endpoint: Endpoint, stop: OwnedFd) -> Result<()> {
-    let (obtained, source) = origin.for_driver(config.no_snoop.into())?;
+    let (obtained, reacquire) = origin.for_driver(config.no_snoop.into())?;
     let (space, facts) = (Arc::clone(&obtained.space), obtained.facts);
     let name = obtained.function.name().to_owned();
     let vmm = obtained.vmm(config, &name);
@@ -32,8 +32,8 @@ pub(crate) fn serve(config: &Config, origin: &Origin, endpoint: Endpoint, stop: 
     let options = NvmeOptions { namespace: config.namespace, queues, read_only: config.read_only };
     let mut nvme = Nvme::bring_up(obtained.function, Arc::clone(&space), options)?;
     // With a shim, KVM would have to be told of the new file before anything is mapped for it.
-    if let (Some(source), None) = (source, &config.kvm_socket) {
-        nvme = nvme.returning(source);
+    if let (Some(reacquire), None) = (reacquire, &config.kvm_socket) {
+        nvme = nvme.with_reacquire(reacquire);
     }
     let options =
         Options { rings: usize::from(queues), spin: config.spin(), patience: PATIENCE, watch: config.watch() };

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use vhost_device_vfio::acquire::AcquiredFunction;
 use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
 use vhost_device_vfio::config::DeviceArg;
-use vhost_device_vfio::driver::nvme::Source;
+use vhost_device_vfio::driver::nvme::ReacquireFn;
 use vhost_device_vfio::emulated::{Machine, Options};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::iommu::LiveSpace;
@@ -57,7 +57,7 @@ impl Origin {
     ///
     /// # Errors
     /// What is in the way, or that it cannot be served coherently.
-    pub(crate) fn for_driver(&self, policy: Policy) -> Result<(Obtained<dyn Function>, Option<Source>)> {
+    pub(crate) fn for_driver(&self, policy: Policy) -> Result<(Obtained<dyn Function>, Option<ReacquireFn>)> {
         match self {
             Self::Vfio(address) => {
                 let acquired = AcquiredFunction::acquire(*address)?;
@@ -66,8 +66,8 @@ impl Origin {
                 let (function, space) = acquired.into_address_space(&facts)?;
                 let (address, former) = (*address, space.clone());
                 let function = hold_off(Arc::new(function), decide(&facts))?;
-                let source: Source = Box::new(move || reacquire(address, &former, &facts));
-                Ok((Obtained { function, space: Arc::new(space), facts, file: address.cdev() }, Some(source)))
+                let reacquire: ReacquireFn = Box::new(move || reacquire(address, &former, &facts));
+                Ok((Obtained { function, space: Arc::new(space), facts, file: address.cdev() }, Some(reacquire)))
             }
             Self::Emulated(machine) => {
                 let facts = machine.facts(policy)?;

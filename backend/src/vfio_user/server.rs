@@ -81,7 +81,7 @@ impl Server {
         let poller = Poller::new().map_err(Error::system("epoll_create1"))?;
         poller.add(stop, STOP).map_err(Error::system("epoll_ctl"))?;
         poller.add(self.device.request(), REQUEST).map_err(Error::system("epoll_ctl"))?;
-        let newcomers = RateLimitedLog::of(module_path!());
+        let newcomers = RateLimitedLog::new(module_path!());
         let mut serving = Serving {
             server: self,
             poller,

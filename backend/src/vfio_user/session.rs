@@ -67,7 +67,7 @@ impl<'d> Session<'d> {
     /// A conversation with `peer` begins.
     pub(super) fn new(device: &'d Passthrough, vmm: &'d Vmm, peer: Peer) -> Self {
         let link = ShimLink::new(vmm, peer.pid());
-        let refusals = RateLimitedLog::of(module_path!());
+        let refusals = RateLimitedLog::new(module_path!());
         Self { device, peer, link, agreed: None, refusals, counters: Counters::default() }
     }
 

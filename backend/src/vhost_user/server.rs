@@ -103,7 +103,7 @@ impl Server {
             poller,
             connection: None,
             pending: false,
-            newcomers: RateLimitedLog::of(module_path!()),
+            newcomers: RateLimitedLog::new(module_path!()),
         };
         match &self.endpoint.0 {
             Socket::Listening(listener) => {

@@ -1,36 +1,36 @@
-//! The admin queue: one command at a time, its completion polled for.
+//! The admin queue: one command at a time, completed by polling.
 //!
-//! Admin commands are issued while the controller is brought up and down, and rarely in between, so there is nothing to gain
-//! from more than one in flight, and no second thread to wake.
+//! Admin commands are issued during initialization and shutdown, and rarely in between. More than one in flight, or an
+//! interrupt per command, would gain nothing. The exception is the Asynchronous Event Request, which stays outstanding.
 
 use std::time::Duration;
 
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::controller::{AdminRings, Controller, poll};
-use super::error::Cause;
+use super::error::NvmeErrorKind;
 use super::regs::PAGE_LEN;
-use super::rings::{CompletionRing, Shared, SubmissionRing, completion_bytes, submission_bytes};
+use super::rings::{CompletionRing, QueueMemory, SubmissionRing, completion_bytes, submission_bytes};
 use super::spec::{CompletionEntry, NAMESPACE_NOTICES, SubmissionEntry, admin_opcode, feature};
 use super::status::Status;
 use crate::driver::CommandId;
 
-/// Entries of each admin ring. Few commands are ever outstanding, and those only because they timed out.
+/// Entries of each admin ring. Only commands that timed out and the event request stay outstanding.
 const SIZE: u16 = 32;
 
-/// An admin command, by what the specification calls it.
+/// An admin command and its name in the specification.
 pub(super) struct AdminCommand {
     pub(super) name: &'static str,
     pub(super) entry: SubmissionEntry,
 }
 
 impl AdminCommand {
-    /// NVMe 2.0 §5.17; the data goes to the admin queue's own page.
+    /// NVMe 2.0 §5.17. [`AdminQueue::identify`] sets the data pointer.
     pub(super) fn identify(name: &'static str, cns: u32, nsid: u32) -> Self {
         Self { name, entry: SubmissionEntry { opcode: admin_opcode::IDENTIFY, nsid, cdw10: cns, ..Default::default() } }
     }
 
-    /// NVMe 2.0 §5.27.1.5: asks for `count` pairs of I/O queues (0's based on the wire).
+    /// NVMe 2.0 §5.27.1.5: requests `count` I/O queue pairs (the field is 0's based).
     pub(super) fn set_number_of_queues(count: u16) -> Self {
         let wanted = u32::from(count) - 1;
         let entry = SubmissionEntry {
@@ -42,7 +42,7 @@ impl AdminCommand {
         Self { name: "Set Features (Number of Queues)", entry }
     }
 
-    /// NVMe 2.0 §5.27.1.4: is the write cache on? Bit 0 of the result.
+    /// NVMe 2.0 §5.27.1.4: bit 0 of the result is WCE.
     pub(super) fn get_volatile_write_cache() -> Self {
         let entry = SubmissionEntry {
             opcode: admin_opcode::GET_FEATURES,
@@ -52,7 +52,7 @@ impl AdminCommand {
         Self { name: "Get Features (Volatile Write Cache)", entry }
     }
 
-    /// NVMe 2.0 §5.1: bit 0 of the result says that nothing was aborted.
+    /// NVMe 2.0 §5.1: bit 0 of the result is 1 if the command was not aborted.
     pub(super) fn abort(id: CommandId) -> Self {
         let CommandId { queue, command } = id;
         let cdw10 = u32::from(command) << 16 | u32::from(queue);
@@ -70,7 +70,7 @@ impl AdminCommand {
         Self { name: "Set Features (Volatile Write Cache)", entry }
     }
 
-    /// NVMe 2.0 §5.27.1.8: namespace attribute notices, and nothing about health.
+    /// NVMe 2.0 §5.27.1.8: enables namespace attribute notices only, no health events.
     pub(super) fn set_async_events() -> Self {
         let entry = SubmissionEntry {
             opcode: admin_opcode::SET_FEATURES,
@@ -81,8 +81,7 @@ impl AdminCommand {
         Self { name: "Set Features (Asynchronous Event Configuration)", entry }
     }
 
-    /// NVMe 2.0 §5.16: a whole page, which the data goes to as that of Identify does. Reading it lets events about it come
-    /// again.
+    /// NVMe 2.0 §5.16: reads one page of the log. Reading the log re-enables the events that refer to it.
     fn get_log_page(id: u8) -> Self {
         let dwords = u32::try_from(PAGE_LEN / 4 - 1).expect("a page");
         let cdw10 = dwords << 16 | u32::from(id);
@@ -102,7 +101,7 @@ impl AdminCommand {
         Self { name: "Create I/O Completion Queue", entry }
     }
 
-    /// NVMe 2.0 §5.5: physically contiguous, completing to the completion queue of the same identifier.
+    /// NVMe 2.0 §5.5: physically contiguous, using the completion queue with the same identifier.
     pub(super) fn create_submission_queue(id: u16, depth: u16, memory: u64) -> Self {
         let entry = SubmissionEntry {
             opcode: admin_opcode::CREATE_IO_SQ,
@@ -129,72 +128,72 @@ impl AdminCommand {
     }
 }
 
-/// The admin queue pair and one page for data.
+/// The admin queue pair and one data page.
 pub(super) struct AdminQueue {
     submissions: SubmissionRing,
     completions: CompletionRing,
-    data: Shared,
+    data: QueueMemory,
     next_cid: u16,
-    /// The Asynchronous Event Request that waits.
-    listening: Option<u16>,
-    /// Dword 0 of its completion.
-    heard: Option<u32>,
+    /// Identifier of the outstanding Asynchronous Event Request.
+    event_request: Option<u16>,
+    /// Dword 0 of its completion, until [`Self::next_event`] returns it.
+    event_result: Option<u32>,
 }
 
 impl AdminQueue {
-    /// Takes memory from the controller, which is disabled; returns what [`Controller::enable`] must be told as well.
-    pub(super) fn new(controller: &mut Controller) -> Result<(Self, AdminRings), Cause> {
+    /// Allocates the queue of a disabled controller; also returns the ring addresses for [`Controller::enable`].
+    pub(super) fn new(controller: &mut Controller) -> Result<(Self, AdminRings), NvmeErrorKind> {
         let size = SIZE.min(u16::try_from(controller.capabilities().max_queue_entries()).unwrap_or(SIZE));
         let (sq_bytes, cq_bytes) = (submission_bytes(size), completion_bytes(size));
         let memory = controller.memory("the admin queue", sq_bytes + cq_bytes + PAGE_LEN)?;
-        let submissions = memory.part(0, sq_bytes);
-        let completions = memory.part(sq_bytes, cq_bytes);
+        let submissions = memory.slice(0, sq_bytes);
+        let completions = memory.slice(sq_bytes, cq_bytes);
         let rings = AdminRings { submissions: submissions.iova, completions: completions.iova, size };
         let doorbells = controller.doorbells();
         let queue = Self {
             submissions: SubmissionRing::new(&submissions, 0, size, &doorbells),
             completions: CompletionRing::new(&completions, 0, size, &doorbells),
-            data: memory.part(sq_bytes + cq_bytes, PAGE_LEN),
+            data: memory.slice(sq_bytes + cq_bytes, PAGE_LEN),
             next_cid: 0,
-            listening: None,
-            heard: None,
+            event_request: None,
+            event_result: None,
         };
         Ok((queue, rings))
     }
 
-    /// Runs `command` to its end and returns dword 0 of its completion.
+    /// Executes `command` and returns dword 0 of its completion.
     pub(super) fn execute(
         &mut self,
         controller: &Controller,
         command: AdminCommand,
         limit: Duration,
-    ) -> Result<u32, Cause> {
+    ) -> Result<u32, NvmeErrorKind> {
         let name = command.name;
         let cid = self.submit(command)?;
         let answer = poll(limit, || {
-            let answer = self.take_answer(cid);
+            let answer = self.completion_of(cid);
             if answer.is_none() {
                 let status = controller.status()?;
                 if status.fatal() {
-                    return Err(Cause::fatal(status));
+                    return Err(NvmeErrorKind::fatal(status));
                 }
             }
             Ok(answer)
         })?;
-        let (result, status) = answer.ok_or(Cause::NoAnswer { command: name, limit })?;
-        if status.is_success() { Ok(result) } else { Err(Cause::Command { command: name, status }) }
+        let (result, status) = answer.ok_or(NvmeErrorKind::CommandTimeout { command: name, limit })?;
+        if status.is_success() { Ok(result) } else { Err(NvmeErrorKind::CommandFailed { command: name, status }) }
     }
 
-    /// Sends `command`; its identifier comes back.
-    fn submit(&mut self, AdminCommand { name, mut entry }: AdminCommand) -> Result<u16, Cause> {
+    /// Submits `command` and returns its identifier.
+    fn submit(&mut self, AdminCommand { name, mut entry }: AdminCommand) -> Result<u16, NvmeErrorKind> {
         if self.submissions.is_full() {
-            return Err(Cause::NoAnswer { command: name, limit: Duration::ZERO });
+            return Err(NvmeErrorKind::CommandTimeout { command: name, limit: Duration::ZERO });
         }
         entry.cid = self.next_cid;
-        // FFFFh means "no command" (NVMe 2.0 §3.3.3.1).
+        // FFFFh is reserved for "no command". NVMe 2.0 §3.3.3.1
         let next = |cid: u16| (cid + 1) % u16::MAX;
         self.next_cid = next(entry.cid);
-        if self.listening == Some(self.next_cid) {
+        if self.event_request == Some(self.next_cid) {
             self.next_cid = next(self.next_cid);
         }
         self.submissions.push(&entry);
@@ -202,71 +201,77 @@ impl AdminQueue {
         Ok(entry.cid)
     }
 
-    /// Lets the controller tell what happens: the next event completes the request that is left there.
-    pub(super) fn listen(&mut self) -> Result<(), Cause> {
+    /// Submits an Asynchronous Event Request, which the controller completes at the next event. NVMe 2.0 §5.2
+    pub(super) fn request_event(&mut self) -> Result<(), NvmeErrorKind> {
         let entry = SubmissionEntry { opcode: admin_opcode::ASYNC_EVENT_REQUEST, ..Default::default() };
-        self.listening = Some(self.submit(AdminCommand { name: "Asynchronous Event Request", entry })?);
+        self.event_request = Some(self.submit(AdminCommand { name: "Asynchronous Event Request", entry })?);
         Ok(())
     }
 
-    /// What has happened, if anything has. The page that tells about it has been read, and the next event can come.
-    pub(super) fn event(&mut self, controller: &Controller, limit: Duration) -> Result<Option<u32>, Cause> {
-        // Nothing else is in flight, so whatever is there is the event.
-        while self.heard.is_none() && self.take().is_some() {}
-        let Some(event) = self.heard.take() else { return Ok(None) };
-        let [_, _, page, _] = event.to_le_bytes();
-        let mut command = AdminCommand::get_log_page(page);
+    /// Returns the next event, if there is one, after reading its log page and requesting the event after it.
+    pub(super) fn next_event(
+        &mut self,
+        controller: &Controller,
+        limit: Duration,
+    ) -> Result<Option<u32>, NvmeErrorKind> {
+        // No other command is in flight: any other completion is of one that timed out.
+        while self.event_result.is_none() && self.next_completion().is_some() {}
+        let Some(event) = self.event_result.take() else { return Ok(None) };
+        let [_, _, log_page, _] = event.to_le_bytes();
+        let mut command = AdminCommand::get_log_page(log_page);
         command.entry.prp1 = self.data.iova.0;
         match self.execute(controller, command, limit) {
             Ok(_) => {}
-            // Not every event has a page that may be read.
-            Err(error @ Cause::Command { .. }) => log::debug!("{}: {error}", controller.function().name()),
-            Err(cause) => return Err(cause),
+            // Not every event has a readable log page.
+            Err(error @ NvmeErrorKind::CommandFailed { .. }) => {
+                log::debug!("{}: {error}", controller.function().name())
+            }
+            Err(kind) => return Err(kind),
         }
-        self.listen()?;
+        self.request_event()?;
         Ok(Some(event))
     }
 
-    /// The completion of `cid`, if it is there; others belong to commands that were given up.
-    fn take_answer(&mut self, cid: u16) -> Option<(u32, Status)> {
-        let entry = self.take()?;
+    /// Result and status of command `cid`, if it has completed. Other completions are of commands that timed out.
+    fn completion_of(&mut self, cid: u16) -> Option<(u32, Status)> {
+        let entry = self.next_completion()?;
         if entry.sq_id == 0 && entry.cid == cid {
             return Some((entry.result, Status::from_word(entry.status)));
         }
-        if self.heard.is_none() {
+        if self.event_result.is_none() {
             log::warn!("dropped a completion for command {:#x} of queue {}", entry.cid, entry.sq_id);
         }
         None
     }
 
-    /// The next completion. That of [`Self::listen`] is taken note of.
-    fn take(&mut self) -> Option<CompletionEntry> {
-        let entry = self.completions.take()?;
-        self.completions.release();
-        if !self.submissions.consumed_to(entry.sq_head) {
+    /// The next completion. If it completes the event request, its result is kept in `event_result`.
+    fn next_completion(&mut self) -> Option<CompletionEntry> {
+        let entry = self.completions.pop()?;
+        self.completions.update_head();
+        if !self.submissions.set_head(entry.sq_head) {
             log::warn!("admin submission queue head {} is out of range", entry.sq_head);
         }
-        if entry.sq_id == 0 && self.listening == Some(entry.cid) {
-            self.listening = None;
-            self.heard = Status::from_word(entry.status).is_success().then_some(entry.result);
+        if entry.sq_id == 0 && self.event_request == Some(entry.cid) {
+            self.event_request = None;
+            self.event_result = Status::from_word(entry.status).is_success().then_some(entry.result);
         }
         Some(entry)
     }
 
-    /// Runs an Identify command and returns its data.
+    /// Executes an Identify command and returns its data.
     pub(super) fn identify<T: FromBytes + IntoBytes>(
         &mut self,
         controller: &Controller,
         mut command: AdminCommand,
         limit: Duration,
-    ) -> Result<T, Cause> {
+    ) -> Result<T, NvmeErrorKind> {
         const { assert!(size_of::<T>() == PAGE_LEN) };
-        // A controller that claims success without writing is seen as all zeros, not as the previous answer.
-        self.data.shared.clear();
+        // If the controller reports success without writing, the data reads as zeros, not as the previous data.
+        self.data.memory.clear();
         self.data.flush(0, PAGE_LEN);
         command.entry.prp1 = self.data.iova.0;
         self.execute(controller, command, limit)?;
         self.data.flush(0, PAGE_LEN);
-        Ok(self.data.shared.read(0))
+        Ok(self.data.memory.read(0))
     }
 }

@@ -1,5 +1,5 @@
-//! From a disabled controller to I/O queues, in the order of NVMe 2.0 §3.5.1. Every step that fails leaves the rest to
-//! [`Controller`]'s `stop`, so this file holds no undo code.
+//! Controller initialization, in the order of NVMe 2.0 §3.5.1. When a step fails, [`Controller::stop`] cleans up, so this
+//! file has no error paths of its own.
 //!
 //! ```text
 //! disable -> vectors -> enable -> Identify -> namespace -> write cache -> Number of Queues -> CQ, SQ per queue
@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::NvmeOptions;
 use super::admin::{AdminCommand, AdminQueue};
 use super::controller::Controller;
-use super::error::Cause;
-use super::identify::{Identity, Namespace, active_namespaces, choose, listed, range_limits};
+use super::error::NvmeErrorKind;
+use super::identify::{Identity, Namespace, active_namespaces, format_ids, range_limits, select_namespace};
+use super::options::NvmeOptions;
 use super::prp::Limits;
 use super::queue::{IoQueue, MAX_DEPTH, QueueSetup, completions_at, memory_needed};
 use super::regs::Version;
@@ -23,33 +23,32 @@ use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, 
 use crate::addr::Bytes;
 use crate::driver::Geometry;
 
-/// How long an admin command may take while the controller is brought up. Some drives hold Identify back until their
-/// own start is complete.
-const ADMIN_LIMIT: Duration = Duration::from_secs(30);
+/// Time-out of each admin command during initialization. Some drives complete Identify only after their own start-up.
+const BRING_UP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A controller at work.
-pub(super) struct Up {
+/// What initialization yields.
+pub(super) struct BroughtUp {
     pub(super) admin: AdminQueue,
     pub(super) geometry: Geometry,
     pub(super) queues: Vec<IoQueue>,
     pub(super) shutdown_limit: Duration,
     pub(super) identity: Identity,
-    /// The one that is served.
+    /// The namespace to serve.
     pub(super) namespace: Namespace,
 }
 
-/// Brings `controller` up; `notice` will be signalled for the admin queue. On error the caller stops it.
+/// Initializes `controller`. Vector 0, the admin queue's, signals `admin_event`. On error the caller must stop the controller.
 pub(super) fn bring_up(
     controller: &mut Controller,
     options: &NvmeOptions,
-    notice: BorrowedFd<'_>,
-) -> Result<Up, Cause> {
+    admin_event: BorrowedFd<'_>,
+) -> Result<BroughtUp, NvmeErrorKind> {
     controller.disable()?;
-    let mut events = route_vectors(controller, options.queues, notice)?;
+    let mut events = route_vectors(controller, options.queues, admin_event)?;
     let (mut admin, rings) = AdminQueue::new(controller)?;
     controller.enable(&rings)?;
-    let data: IdentifyController =
-        admin.identify(controller, AdminCommand::identify("Identify Controller", cns::CONTROLLER, 0), ADMIN_LIMIT)?;
+    let command = AdminCommand::identify("Identify Controller", cns::CONTROLLER, 0);
+    let data: IdentifyController = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
     let identity = Identity::decode(&data)?;
     let namespace = find_namespace(controller, &mut admin, &identity, options.namespace)?;
     let command_limits = identify_limits(controller, &mut admin)?;
@@ -63,7 +62,7 @@ pub(super) fn bring_up(
         queues.push(create_queue(
             controller,
             &mut admin,
-            Wanted { id, depth, namespace: namespace.id, limits, sgl: identity.sgl, event },
+            QueueParameters { id, depth, namespace: namespace.id, limits, sgl: identity.sgl, event },
         )?);
     }
     let geometry = Geometry {
@@ -79,6 +78,17 @@ pub(super) fn bring_up(
         discard,
         zeroes,
     };
+    let shutdown_limit = identity.shutdown_limit;
+    let mut up = BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace };
+    log_summary(controller, &up, depth);
+    if up.identity.namespace_notices {
+        enable_namespace_events(controller, &mut up.admin)?;
+    }
+    Ok(up)
+}
+
+fn log_summary(controller: &Controller, up: &BroughtUp, depth: u16) {
+    let BroughtUp { identity, namespace, geometry, queues, .. } = up;
     let name = controller.function().name();
     log::info!(
         "{name}: {} (serial {}, firmware {}, NVMe {}), namespace {}: {} blocks of {}, write cache {}",
@@ -89,44 +99,41 @@ pub(super) fn bring_up(
         namespace.id,
         namespace.blocks,
         namespace.block_size,
-        match (identity.write_cache, cache_on) {
+        match (identity.write_cache, geometry.cache_on) {
             (false, _) => "none",
             (true, false) => "off",
             (true, true) => "on",
         },
     );
-    let transfer = Bytes(limits.transfer.into());
+    let transfer = Bytes(geometry.max_transfer.into());
     let sgl = match identity.sgl {
         None => "",
         Some(Granularity::Byte) => ", SGLs",
         Some(Granularity::Dword) => ", SGLs of dwords",
     };
     log::info!("{name}: {} queues of {depth} entries, transfers up to {transfer}{sgl}", queues.len());
-    if identity.notices {
-        listen(controller, &mut admin)?;
-    }
-    let shutdown_limit = identity.shutdown_limit;
-    Ok(Up { admin, geometry, queues, shutdown_limit, identity, namespace })
 }
 
-/// Asks to be told when the namespace changes. A controller that offers it and then refuses is served all the same.
-fn listen(controller: &Controller, admin: &mut AdminQueue) -> Result<(), Cause> {
-    match admin.execute(controller, AdminCommand::set_async_events(), ADMIN_LIMIT) {
-        Ok(_) => admin.listen(),
-        Err(error @ Cause::Command { .. }) => {
-            log::warn!("{}: {error}; it will not tell when its size changes", controller.function().name());
+/// Enables namespace attribute notices. A refusal is not fatal: only size changes go unnoticed.
+fn enable_namespace_events(controller: &Controller, admin: &mut AdminQueue) -> Result<(), NvmeErrorKind> {
+    match admin.execute(controller, AdminCommand::set_async_events(), BRING_UP_TIMEOUT) {
+        Ok(_) => admin.request_event(),
+        Err(error @ NvmeErrorKind::CommandFailed { .. }) => {
+            log::warn!("{}: {error}; size changes will not be noticed", controller.function().name());
             Ok(())
         }
-        Err(cause) => Err(cause),
+        Err(kind) => Err(kind),
     }
 }
 
-/// Makes an eventfd for each I/O queue and routes vectors to them: vector 0, of the admin queue, to `notice`, vector n to I/O
-/// queue n.
+/// Creates an eventfd per I/O queue and routes the vectors: vector 0 (admin queue) to `admin_event`, vector n to I/O queue n.
 ///
-/// This comes before the controller is enabled, because until MSI-X is on it would signal by an interrupt line that
-/// nobody serves.
-fn route_vectors(controller: &Controller, wanted: u16, notice: BorrowedFd<'_>) -> Result<Vec<OwnedFd>, Cause> {
+/// MSI-X must be on before the controller is enabled. Until then the controller would use INTx, which nobody handles.
+fn route_vectors(
+    controller: &Controller,
+    wanted: u16,
+    admin_event: BorrowedFd<'_>,
+) -> Result<Vec<OwnedFd>, NvmeErrorKind> {
     let function = controller.function();
     let vectors = function.vectors();
     if vectors < 2 {
@@ -134,49 +141,51 @@ fn route_vectors(controller: &Controller, wanted: u16, notice: BorrowedFd<'_>) -
             0 => "0 (no MSI-X)".to_owned(),
             few => few.to_string(),
         };
-        return Err(Cause::Unsuitable { property: "number of MSI-X vectors", found, wanted: "2 or more" });
+        return Err(NvmeErrorKind::Unsuitable { property: "number of MSI-X vectors", found, wanted: "2 or more" });
     }
     let queues = wanted.clamp(1, vectors - 1).min(controller.last_queue());
     if queues == 0 {
-        let found = "room for those of the admin queue only".to_owned();
-        return Err(Cause::Unsuitable { property: "doorbell area", found, wanted: "room for one I/O queue" });
+        let found = "large enough for the admin queue only".to_owned();
+        return Err(NvmeErrorKind::Unsuitable { property: "doorbell area", found, wanted: "room for one I/O queue" });
     }
     let event = |_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-    let events: Vec<OwnedFd> =
-        (1..=queues).map(event).collect::<Result<_, _>>().map_err(|errno| Cause::function("eventfd")(errno.into()))?;
-    let borrowed: Vec<_> = std::iter::once(notice).chain(events.iter().map(AsFd::as_fd)).collect();
-    function.route_vectors(&borrowed).map_err(Cause::function("turn MSI-X on"))?;
+    let events: Vec<OwnedFd> = (1..=queues)
+        .map(event)
+        .collect::<Result<_, _>>()
+        .map_err(|errno| NvmeErrorKind::function("eventfd")(errno.into()))?;
+    let borrowed: Vec<_> = std::iter::once(admin_event).chain(events.iter().map(AsFd::as_fd)).collect();
+    function.route_vectors(&borrowed).map_err(NvmeErrorKind::function("turn MSI-X on"))?;
     Ok(events)
 }
 
-/// Finds the namespace to serve, and checks that it can be.
+/// Selects the namespace to serve and checks that this driver supports it.
 fn find_namespace(
     controller: &Controller,
     admin: &mut AdminQueue,
     identity: &Identity,
     wanted: Option<u32>,
-) -> Result<Namespace, Cause> {
-    // NVMe 1.0 has no list of namespaces; there all from 1 to NN may be active, and NSZE says which are.
+) -> Result<Namespace, NvmeErrorKind> {
+    // NVMe 1.0 has no list of active namespaces. Each of 1 to NN may be active, which NSZE tells.
     if controller.version() < Version(0x0001_0100) {
         let all = format!("1 to {}", identity.namespaces);
         let id = match wanted {
             Some(id) => id,
             None if identity.namespaces <= 1 => 1,
-            None => return Err(Cause::SeveralNamespaces { existing: all }),
+            None => return Err(NvmeErrorKind::SeveralNamespaces { existing: all }),
         };
         let valid = (1..=identity.namespaces).contains(&id);
         let found = if valid { identify_namespace(controller, admin, identity, id)? } else { None };
-        return found.ok_or(Cause::NoNamespace { wanted: id, existing: all });
+        return found.ok_or(NvmeErrorKind::NamespaceNotFound { wanted: id, existing: all });
     }
     let command = AdminCommand::identify("Identify (Active Namespace ID list)", cns::ACTIVE_NAMESPACES, 0);
-    let list: [u8; 4096] = admin.identify(controller, command, ADMIN_LIMIT)?;
+    let list: [u8; 4096] = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
     let active = active_namespaces(&list);
-    let id = choose(wanted, &active)?;
+    let id = select_namespace(wanted, &active)?;
     if active.len() > 1 {
-        log::info!("{}: serving namespace {id} of {}", controller.function().name(), listed(&active));
+        log::info!("{}: serving namespace {id} of {}", controller.function().name(), format_ids(&active));
     }
     let found = identify_namespace(controller, admin, identity, id)?;
-    found.ok_or_else(|| Cause::NoNamespace { wanted: id, existing: listed(&active) })
+    found.ok_or_else(|| NvmeErrorKind::NamespaceNotFound { wanted: id, existing: format_ids(&active) })
 }
 
 /// What a namespace is now; `None` if there is no such.
@@ -185,43 +194,46 @@ pub(super) fn identify_namespace(
     admin: &mut AdminQueue,
     identity: &Identity,
     id: u32,
-) -> Result<Option<Namespace>, Cause> {
+) -> Result<Option<Namespace>, NvmeErrorKind> {
     let command = AdminCommand::identify("Identify Namespace", cns::NAMESPACE, id);
-    let data: IdentifyNamespace = admin.identify(controller, command, ADMIN_LIMIT)?;
+    let data: IdentifyNamespace = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
     Namespace::decode(id, &data, identity)
 }
 
-/// The limits of commands that move no data, from a controller that tells them. The data structure came after NVMe 1.4
-/// without a bit to announce it, so a controller that does not know it is no surprise.
-fn identify_limits(controller: &Controller, admin: &mut AdminQueue) -> Result<Option<IdentifyNvmController>, Cause> {
+/// The controller's limits of commands without data transfer. The data structure is newer than NVMe 1.4 and no capability
+/// bit announces it, so an error status means only that the controller does not have it.
+fn identify_limits(
+    controller: &Controller,
+    admin: &mut AdminQueue,
+) -> Result<Option<IdentifyNvmController>, NvmeErrorKind> {
     if controller.version() < Version(0x0001_0400) {
         return Ok(None);
     }
     let name = "Identify (I/O Command Set Specific Controller)";
     let command = AdminCommand::identify(name, cns::COMMAND_SET_CONTROLLER, 0);
-    match admin.identify(controller, command, ADMIN_LIMIT) {
+    match admin.identify(controller, command, BRING_UP_TIMEOUT) {
         Ok(limits) => Ok(Some(limits)),
-        Err(Cause::Command { .. }) => Ok(None),
-        Err(cause) => Err(cause),
+        Err(NvmeErrorKind::CommandFailed { .. }) => Ok(None),
+        Err(kind) => Err(kind),
     }
 }
 
-/// Asks whether the write cache that is there is on. In doubt it is: a needless flush costs time, a missing one data.
+/// Reads whether the write cache is enabled. If that fails, assume it is: a needless flush costs time, a missing one data.
 fn write_cache_is_on(controller: &Controller, admin: &mut AdminQueue) -> bool {
-    match admin.execute(controller, AdminCommand::get_volatile_write_cache(), ADMIN_LIMIT) {
+    match admin.execute(controller, AdminCommand::get_volatile_write_cache(), BRING_UP_TIMEOUT) {
         Ok(enabled) => enabled & 1 == 1,
         Err(error) => {
-            log::warn!("{}: {error}; taking its write cache to be on", controller.function().name());
+            log::warn!("{}: {error}; assuming that its write cache is on", controller.function().name());
             true
         }
     }
 }
 
-/// Agrees with the controller on the number of I/O queues; at most `wanted`.
-fn negotiate_queues(controller: &Controller, admin: &mut AdminQueue, wanted: usize) -> Result<usize, Cause> {
+/// Negotiates the number of I/O queues with the controller; at most `wanted`.
+fn negotiate_queues(controller: &Controller, admin: &mut AdminQueue, wanted: usize) -> Result<usize, NvmeErrorKind> {
     let wanted = u16::try_from(wanted).expect("one event per vector");
-    let granted = admin.execute(controller, AdminCommand::set_number_of_queues(wanted), ADMIN_LIMIT)?;
-    // Submission queues in the low half, completion queues in the high one; both 0's based.
+    let granted = admin.execute(controller, AdminCommand::set_number_of_queues(wanted), BRING_UP_TIMEOUT)?;
+    // NSQA in the low half, NCQA in the high half, both 0's based. NVMe 2.0 §5.27.1.5
     let granted = (granted & 0xffff).min(granted >> 16) + 1;
     let queues = granted.min(wanted.into());
     if queues < wanted.into() {
@@ -230,7 +242,7 @@ fn negotiate_queues(controller: &Controller, admin: &mut AdminQueue, wanted: usi
     Ok(usize::try_from(queues).expect("at most 65536"))
 }
 
-struct Wanted {
+struct QueueParameters {
     id: u16,
     depth: u16,
     namespace: u32,
@@ -239,12 +251,16 @@ struct Wanted {
     event: OwnedFd,
 }
 
-fn create_queue(controller: &mut Controller, admin: &mut AdminQueue, wanted: Wanted) -> Result<IoQueue, Cause> {
-    let Wanted { id, depth, namespace, limits, sgl, event } = wanted;
+fn create_queue(
+    controller: &mut Controller,
+    admin: &mut AdminQueue,
+    wanted: QueueParameters,
+) -> Result<IoQueue, NvmeErrorKind> {
+    let QueueParameters { id, depth, namespace, limits, sgl, event } = wanted;
     let memory = controller.memory("an I/O queue", memory_needed(depth))?;
     let completions = memory.iova.0 + completions_at(depth) as u64;
-    admin.execute(controller, AdminCommand::create_completion_queue(id, depth, completions, id), ADMIN_LIMIT)?;
-    admin.execute(controller, AdminCommand::create_submission_queue(id, depth, memory.iova.0), ADMIN_LIMIT)?;
+    admin.execute(controller, AdminCommand::create_completion_queue(id, depth, completions, id), BRING_UP_TIMEOUT)?;
+    admin.execute(controller, AdminCommand::create_submission_queue(id, depth, memory.iova.0), BRING_UP_TIMEOUT)?;
     let name = format!("{} queue {id}", controller.function().name());
     let interrupt_wanted = controller.function().interrupt_wanted(id);
     Ok(IoQueue::new(QueueSetup {

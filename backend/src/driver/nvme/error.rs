@@ -1,4 +1,4 @@
-//! What can go wrong between a PCI function and a working namespace.
+//! Errors of the NVMe driver.
 
 use std::io;
 use std::time::Duration;
@@ -7,30 +7,30 @@ use super::regs::ControllerStatus;
 use super::status::Status;
 use crate::hardware::MapError;
 
-/// Which function, and what about it.
+/// An error of one function.
 #[derive(Debug, thiserror::Error)]
-#[error("{function}: {cause}")]
+#[error("{function}: {kind}")]
 pub struct NvmeError {
     /// Name of the function, such as `0000:00:04.0`.
     pub function: String,
-    /// What went wrong.
-    pub cause: Cause,
+    /// The error itself.
+    pub kind: NvmeErrorKind,
 }
 
-/// What went wrong.
+/// The kinds of errors of the NVMe driver.
 #[derive(Debug, thiserror::Error)]
-pub enum Cause {
-    /// The function is something else.
+pub enum NvmeErrorKind {
+    /// The function is not an NVMe I/O controller.
     #[error(
         "is not an NVMe controller but {what} (PCI class code {class:06x}, wanted 010802); give --device the address of an NVMe function"
     )]
     NotNvme {
         /// The class code: base class, subclass, programming interface.
         class: u32,
-        /// The class in words.
+        /// Description of the class.
         what: &'static str,
     },
-    /// The kernel refused something about the function.
+    /// A system call on the function failed.
     #[error("{what}: {source}")]
     Function {
         /// The step that failed.
@@ -38,24 +38,24 @@ pub enum Cause {
         /// The errno.
         source: io::Error,
     },
-    /// Queue memory could not be had.
+    /// Queue memory could not be allocated or mapped.
     #[error("memory for {what}: {source}")]
     Memory {
-        /// What it was for.
+        /// Purpose of the memory.
         what: &'static str,
-        /// Why not.
+        /// Reason.
         source: MapError,
     },
-    /// Registers read as all ones.
+    /// The registers read as all ones.
     #[error("does not answer (its registers read as all ones): removed, powered down, or its memory space disabled")]
     Gone,
-    /// It has been stopped, and has not come back.
+    /// The controller is stopped and has not been recovered.
     #[error("is stopped")]
     Stopped,
-    /// The host has it, or nobody: it was given back.
-    #[error("is away: {0:#}")]
-    Away(
-        /// Why it cannot be taken again.
+    /// The function was released to the host.
+    #[error("is released to the host and cannot be reacquired: {0:#}")]
+    Released(
+        /// Why it cannot be reacquired.
         anyhow::Error,
     ),
     /// CSTS.CFS is set.
@@ -64,80 +64,80 @@ pub enum Cause {
         /// CSTS at that time.
         String,
     ),
-    /// CSTS did not come to say what it should.
+    /// CSTS did not reach an expected state in time.
     #[error("no {condition} within {limit:?} ({status})")]
-    NotReached {
-        /// What was waited for.
+    StatusTimeout {
+        /// The expected state.
         condition: &'static str,
-        /// How long.
+        /// The time-out.
         limit: Duration,
-        /// CSTS at the end.
+        /// CSTS at the time-out.
         status: String,
     },
-    /// The controller cannot do what this driver needs.
+    /// The controller lacks something that this driver requires.
     #[error("{property} is {found}, but {wanted} is needed")]
     Unsuitable {
-        /// Which property.
+        /// Name of the property.
         property: &'static str,
         /// Its value.
         found: String,
-        /// What this driver needs.
+        /// The value that this driver requires.
         wanted: &'static str,
     },
-    /// No completion of an admin command.
+    /// An admin command did not complete in time.
     #[error("no answer to {command} within {limit:?}")]
-    NoAnswer {
-        /// Which command.
+    CommandTimeout {
+        /// Name of the command.
         command: &'static str,
-        /// How long was waited.
+        /// The time-out.
         limit: Duration,
     },
-    /// An admin command failed.
+    /// An admin command completed with an error status.
     #[error("{command} failed: {status}")]
-    Command {
-        /// Which command.
+    CommandFailed {
+        /// Name of the command.
         command: &'static str,
-        /// How.
+        /// The status.
         status: Status,
     },
-    /// The wanted namespace does not exist or is not attached to this controller.
+    /// The requested namespace does not exist or is not attached to this controller.
     #[error("has no active namespace {wanted}; it has: {existing}")]
-    NoNamespace {
-        /// The namespace asked for.
+    NamespaceNotFound {
+        /// Identifier of the requested namespace.
         wanted: u32,
-        /// Those that exist, for the message.
+        /// The active namespaces, formatted.
         existing: String,
     },
-    /// None was asked for, and there is more than one.
+    /// No namespace was requested, and more than one is active.
     #[error("has several namespaces: {existing}; choose one with --namespace")]
     SeveralNamespaces {
-        /// Those that exist, for the message.
+        /// The active namespaces, formatted.
         existing: String,
     },
-    /// There is no active namespace at all.
+    /// No namespace is active.
     #[error("has no active namespace; create and attach one (nvme create-ns, nvme attach-ns)")]
-    Empty,
-    /// The namespace's blocks cannot be served.
+    NoActiveNamespace,
+    /// The logical block format of the namespace is not supported.
     #[error(
         "namespace {namespace} has blocks of {data} data and {metadata} metadata bytes; 512 or 4096 without metadata can be served (nvme format --lbaf=…)"
     )]
     BlockFormat {
-        /// Which namespace.
+        /// Namespace identifier.
         namespace: u32,
         /// Data bytes per block, as a number or a power of two.
         data: String,
         /// Metadata bytes per block.
         metadata: u16,
     },
-    /// The disk is another than the one that the guest has.
+    /// After a reset the disk is not the one that the guest has.
     #[error("is no longer what it was: {0}")]
     Changed(
-        /// What is different.
+        /// The difference.
         String,
     ),
 }
 
-impl Cause {
+impl NvmeErrorKind {
     /// For `map_err` on calls to the function.
     pub(super) fn function(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Function { what, source }

@@ -1,23 +1,23 @@
-//! What the controller says about itself and its namespaces, and whether that can be served.
+//! Decodes and checks the Identify data of the controller and its namespaces.
 //!
-//! The answers come from a device, so nothing in them is believed to be in range: each `decode` is a pure function from
-//! Identify data to checked values, or to the reason why not.
+//! The data comes from an untrusted device, so every field is range-checked. Each `decode` is a pure function from Identify
+//! data to checked values or an error.
 
 use std::time::Duration;
 
-use super::error::Cause;
-use super::prp::MAX_LISTED;
+use super::error::NvmeErrorKind;
+use super::prp::MAX_TRANSFER;
 use super::sgl::Granularity;
 use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, MAX_RANGES, NAMESPACE_NOTICES};
 use crate::driver::{DiscardLimits, ZeroesLimits};
 
-/// The longest transfer of a controller that names no limit, bytes.
+/// The longest transfer that this driver uses with a controller without a limit, bytes.
 const UNLIMITED_TRANSFER: u32 = 1 << 20;
-/// How long a shutdown may take at least, and at most, whatever RTD3E says: a drive that writes back a large cache takes
-/// seconds, one that takes a minute will not end.
-const SHUTDOWN_LIMITS: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
+/// Lower and upper bound of the shutdown time-out, whatever RTD3E says. Writing back a large cache takes seconds; a drive
+/// that takes more than a minute will not finish.
+const SHUTDOWN_TIMEOUTS: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 
-/// The controller, as far as this driver cares.
+/// The properties of the controller that this driver uses.
 #[derive(Clone, Debug)]
 pub(super) struct Identity {
     pub(super) serial: String,
@@ -25,18 +25,18 @@ pub(super) struct Identity {
     pub(super) firmware: String,
     /// Longest transfer, bytes.
     pub(super) max_transfer: u32,
-    /// VWC bit 0: there is a volatile write cache (which may be off).
+    /// VWC bit 0: a volatile write cache is present. It may be disabled.
     pub(super) write_cache: bool,
-    /// How long a shutdown may take.
+    /// Time-out of a normal shutdown.
     pub(super) shutdown_limit: Duration,
     /// NN: the highest valid namespace identifier.
     pub(super) namespaces: u32,
-    /// AWUPF, as blocks.
+    /// AWUPF, logical blocks (1's based).
     atomic_blocks: u32,
-    /// SGLS: what SGLs can name, if there are any.
+    /// SGLS: granularity of SGLs; `None` if not supported.
     pub(super) sgl: Option<Granularity>,
-    /// OAES bit 8: says when the namespace has changed.
-    pub(super) notices: bool,
+    /// OAES bit 8: the controller reports namespace changes.
+    pub(super) namespace_notices: bool,
     /// ONCS bit 2: Dataset Management.
     dataset_management: bool,
     /// ONCS bit 3: Write Zeroes.
@@ -45,15 +45,15 @@ pub(super) struct Identity {
 
 impl Identity {
     /// Checks Identify Controller data. NVMe 2.0 §5.17.2.1
-    pub(super) fn decode(data: &IdentifyController) -> Result<Self, Cause> {
+    pub(super) fn decode(data: &IdentifyController) -> Result<Self, NvmeErrorKind> {
         // CNTRLTYPE: 0 not reported, 1 I/O, 2 discovery, 3 administrative.
         if data.cntrltype > 1 {
             let found = format!("{} (no I/O controller)", data.cntrltype);
-            return Err(Cause::Unsuitable { property: "controller type", found, wanted: "1" });
+            return Err(NvmeErrorKind::Unsuitable { property: "controller type", found, wanted: "1" });
         }
         entry_size("submission queue entry sizes (SQES)", data.sqes, 6, "6 (64 bytes) in the range")?;
         entry_size("completion queue entry sizes (CQES)", data.cqes, 4, "4 (16 bytes) in the range")?;
-        let (least, most) = SHUTDOWN_LIMITS;
+        let (least, most) = SHUTDOWN_TIMEOUTS;
         Ok(Self {
             serial: printable(&data.sn),
             model: printable(&data.mn),
@@ -64,14 +64,14 @@ impl Identity {
             namespaces: data.nn,
             atomic_blocks: u32::from(data.awupf) + 1,
             sgl: Granularity::decode(data.sgls),
-            notices: data.oaes & NAMESPACE_NOTICES != 0,
+            namespace_notices: data.oaes & NAMESPACE_NOTICES != 0,
             dataset_management: data.oncs & 1 << 2 != 0,
             write_zeroes: data.oncs & 1 << 3 != 0,
         })
     }
 }
 
-/// What discard and write-zeroes can take on a namespace; `limits` are those of the controller, if it tells them.
+/// The limits of discard and write-zeroes on a namespace. `limits` are the controller's, if it reports them.
 pub(super) fn range_limits(
     identity: &Identity,
     namespace: &Namespace,
@@ -83,7 +83,7 @@ pub(super) fn range_limits(
     )
 }
 
-/// Zero is no limit.
+/// In `limits`, zero means no limit.
 fn discard_limits(limits: Option<&IdentifyNvmController>) -> DiscardLimits {
     let (dmrl, dmrsl, dmsl) = limits.map_or((0, 0, 0), |limits| (limits.dmrl, limits.dmrsl, limits.dmsl));
     let blocks = if dmsl == 0 { u64::MAX } else { dmsl };
@@ -95,8 +95,8 @@ fn discard_limits(limits: Option<&IdentifyNvmController>) -> DiscardLimits {
     }
 }
 
-/// Without WZSL, MDTS bounds the command: it should not (NVM Command Set 1.0 §3.2.8), but there are controllers on which it
-/// does, and Linux is as careful.
+/// Without WZSL, apply MDTS. By the specification MDTS does not limit Write Zeroes (NVM Command Set 1.0 §3.2.8), but some
+/// controllers apply it, and Linux does the same.
 fn zeroes_limits(identity: &Identity, namespace: &Namespace, limits: Option<&IdentifyNvmController>) -> ZeroesLimits {
     let bytes = match limits.map_or(0, |limits| limits.wzsl) {
         0 => u64::from(identity.max_transfer),
@@ -108,11 +108,11 @@ fn zeroes_limits(identity: &Identity, namespace: &Namespace, limits: Option<&Ide
 }
 
 /// SQES and CQES: the smallest size in bits 3:0, the largest in bits 7:4, as powers of two.
-fn entry_size(property: &'static str, sizes: u8, shift: u8, wanted: &'static str) -> Result<(), Cause> {
+fn entry_size(property: &'static str, sizes: u8, shift: u8, wanted: &'static str) -> Result<(), NvmeErrorKind> {
     if (sizes & 0xf..=sizes >> 4).contains(&shift) {
         return Ok(());
     }
-    Err(Cause::Unsuitable { property, found: format!("{} to {}", sizes & 0xf, sizes >> 4), wanted })
+    Err(NvmeErrorKind::Unsuitable { property, found: format!("{} to {}", sizes & 0xf, sizes >> 4), wanted })
 }
 
 /// MDTS is a power of two of the smallest page, which is 4 KiB here (`Controller::open` accepts no other).
@@ -120,11 +120,11 @@ fn max_transfer(mdts: u8) -> u32 {
     match mdts {
         0 => UNLIMITED_TRANSFER,
         1..=8 => 4096 << mdts,
-        _ => MAX_LISTED,
+        _ => MAX_TRANSFER,
     }
 }
 
-/// Text from a device, fit for a terminal and for a guest: printable ASCII, no padding.
+/// Converts a text field of the device to printable ASCII without padding, safe for terminals and guests.
 pub(super) fn printable(text: &[u8]) -> String {
     let clean = |&byte: &u8| if byte == b' ' || byte.is_ascii_graphic() { char::from(byte) } else { '?' };
     let unpadded = text.trim_ascii_end();
@@ -132,12 +132,12 @@ pub(super) fn printable(text: &[u8]) -> String {
     unpadded[..end].trim_ascii_start().iter().map(clean).collect()
 }
 
-/// A namespace that can be served.
+/// A namespace that this driver supports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Namespace {
     pub(super) id: u32,
-    /// NGUID and EUI64, each zero where it has none: no other namespace has the same, whatever its number.
-    pub(super) unique: ([u8; 16], [u8; 8]),
+    /// NGUID and EUI64, each zero if the namespace has none. Globally unique otherwise, unlike `id`.
+    pub(super) identifiers: ([u8; 16], [u8; 8]),
     /// NSZE, logical blocks.
     pub(super) blocks: u64,
     /// Bytes of a logical block.
@@ -146,20 +146,24 @@ pub(super) struct Namespace {
     pub(super) physical_block_size: u32,
     /// NSATTR bit 0.
     pub(super) write_protected: bool,
-    /// DLFEAT: Write Zeroes may deallocate (bit 3), and deallocated blocks read as zeroes (bits 2:0 = 001b).
+    /// DLFEAT: Write Zeroes can deallocate (bit 3) and deallocated blocks read as zeroes (bits 2:0 = 001b).
     pub(super) zeroes_deallocate: bool,
 }
 
 impl Namespace {
     /// Checks Identify Namespace data; `None` if the namespace is inactive. NVM Command Set 1.0 §4.1.5.1
-    pub(super) fn decode(id: u32, data: &IdentifyNamespace, identity: &Identity) -> Result<Option<Self>, Cause> {
+    pub(super) fn decode(
+        id: u32,
+        data: &IdentifyNamespace,
+        identity: &Identity,
+    ) -> Result<Option<Self>, NvmeErrorKind> {
         if data.nsze == 0 {
             return Ok(None);
         }
-        // FLBAS: index bits 3:0 and, for more than 16 formats, 6:5 above them.
+        // FLBAS: bits 3:0 are the low bits of the format index, bits 6:5 the high ones.
         let index = data.flbas & 0xf | (data.flbas >> 1) & 0x30;
         let format = data.lbaf[usize::from(index)];
-        let refuse = |data: String| Err(Cause::BlockFormat { namespace: id, data, metadata: format.metadata });
+        let refuse = |data: String| Err(NvmeErrorKind::BlockFormat { namespace: id, data, metadata: format.metadata });
         let block_size: u32 = match format.data_shift {
             9 => 512,
             12 => 4096,
@@ -171,14 +175,18 @@ impl Namespace {
         }
         if data.nsze.checked_mul(block_size.into()).is_none() {
             let found = format!("{} blocks of {block_size} bytes", data.nsze);
-            return Err(Cause::Unsuitable { property: "namespace size", found, wanted: "less than 2^64 bytes" });
+            return Err(NvmeErrorKind::Unsuitable {
+                property: "namespace size",
+                found,
+                wanted: "less than 2^64 bytes",
+            });
         }
         let physical_block_size = physical_block(data, identity, block_size);
         let write_protected = data.nsattr & 1 == 1;
         let zeroes_deallocate = data.dlfeat & 0b1111 == 0b1001;
         Ok(Some(Self {
             id,
-            unique: (data.nguid, data.eui64),
+            identifiers: (data.nguid, data.eui64),
             blocks: data.nsze,
             block_size,
             physical_block_size,
@@ -187,9 +195,9 @@ impl Namespace {
         }))
     }
 
-    /// How it has become another one than `before`, if it has. It may have another size.
-    pub(super) fn change(&self, before: &Self) -> Option<String> {
-        if self.unique != before.unique {
+    /// Describes why this is not the same namespace as `before`; `None` if it is. The size is not compared.
+    pub(super) fn difference(&self, before: &Self) -> Option<String> {
+        if self.identifiers != before.identifiers {
             return Some(format!("namespace {} is another one (NGUID, EUI64)", self.id));
         }
         let (now, before) = (self.block_size, before.block_size);
@@ -197,17 +205,17 @@ impl Namespace {
     }
 }
 
-/// What writes should be multiples of: NPWG where given (NSFEAT bit 4), but no more than what survives a power failure in
-/// one piece (NAWUPF, NSFEAT bit 1, else AWUPF), because a guest may take it for that.
+/// Preferred write granularity, bytes: NPWG if reported (NSFEAT bit 4), but at most the atomic write unit at power failure
+/// (NAWUPF if reported in NSFEAT bit 1, else AWUPF), because guests assume that a physical block is written atomically.
 fn physical_block(data: &IdentifyNamespace, identity: &Identity, block_size: u32) -> u32 {
     let preferred = if data.nsfeat & 1 << 4 != 0 { u32::from(data.npwg) + 1 } else { 1 };
     let atomic = if data.nsfeat & 1 << 1 != 0 { u32::from(data.nawupf) + 1 } else { identity.atomic_blocks };
     let blocks = preferred.min(atomic);
-    // At most 65536 blocks of 4096 bytes.
+    // No overflow: at most 65536 blocks of 4096 bytes.
     if blocks.is_power_of_two() { blocks * block_size } else { block_size }
 }
 
-/// The identifiers in an Active Namespace ID list (NVMe 2.0 §5.17.2.2): increasing, ended by zero.
+/// The identifiers in an Active Namespace ID list, which are increasing and end with zero. NVMe 2.0 §5.17.2.2
 pub(super) fn active_namespaces(list: &[u8; 4096]) -> Vec<u32> {
     let words = list.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().expect("chunks of four")));
     let mut last = 0;
@@ -220,19 +228,19 @@ pub(super) fn active_namespaces(list: &[u8; 4096]) -> Vec<u32> {
         .collect()
 }
 
-/// Picks the namespace asked for, else the only one.
-pub(super) fn choose(wanted: Option<u32>, active: &[u32]) -> Result<u32, Cause> {
+/// Selects the requested namespace, or the only active one if none is requested.
+pub(super) fn select_namespace(wanted: Option<u32>, active: &[u32]) -> Result<u32, NvmeErrorKind> {
     match (wanted, active) {
-        (_, []) => Err(Cause::Empty),
+        (_, []) => Err(NvmeErrorKind::NoActiveNamespace),
         (None, &[only]) => Ok(only),
-        (None, several) => Err(Cause::SeveralNamespaces { existing: listed(several) }),
+        (None, several) => Err(NvmeErrorKind::SeveralNamespaces { existing: format_ids(several) }),
         (Some(id), active) if active.contains(&id) => Ok(id),
-        (Some(wanted), active) => Err(Cause::NoNamespace { wanted, existing: listed(active) }),
+        (Some(wanted), active) => Err(NvmeErrorKind::NamespaceNotFound { wanted, existing: format_ids(active) }),
     }
 }
 
-/// The first few, as a person would list them.
-pub(super) fn listed(ids: &[u32]) -> String {
+/// Formats the first few identifiers for an error message.
+pub(super) fn format_ids(ids: &[u32]) -> String {
     const SHOWN: usize = 16;
     let mut text: Vec<String> = ids.iter().take(SHOWN).map(u32::to_string).collect();
     if ids.len() > SHOWN {

@@ -1,19 +1,20 @@
-//! NVM Express: a PCIe controller served through its I/O queue pairs (NVMe Base Specification 2.0, NVM Command Set 1.0).
+//! NVMe driver for a PCIe controller (NVMe Base Specification 2.0, NVM Command Set 1.0).
 //!
 //! ```text
-//! Nvme ──> Controller   registers, running state, all memory the device may reach        controller, regs
-//!   │        └─ AdminQueue   one command at a time while brought up and down             admin, identify, bring_up
-//!   └──> IoQueue ×n     one per worker: submit, ring, reap; no lock, no allocation       queue, rings, prp, sgl
+//! Nvme ──> Controller      registers, state, all memory the device may access            controller, regs
+//!   ├────> AdminQueue      one command at a time                                         admin, identify, bring_up
+//!   └────> IoQueue ×n      one per worker: submit, ring, reap; no lock, no allocation    queue, rings, prp, sgl
 //! ```
 //!
-//! The device is not trusted. Whatever it writes is read once and checked, and it can reach only what the address space
-//! was given: guest memory and the rings that its `Controller` keeps.
+//! The device is not trusted. Everything it writes is read once and then checked. It can access only what is mapped in its
+//! address space: guest memory, bounce buffers, and the queue memory that `Controller` owns.
 
 mod admin;
 mod bring_up;
 mod controller;
 mod error;
 mod identify;
+mod options;
 pub mod prp;
 pub mod queue;
 mod regs;
@@ -29,66 +30,56 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 
 use self::admin::{AdminCommand, AdminQueue};
-use self::bring_up::Up;
+use self::bring_up::BroughtUp;
 use self::controller::Controller;
-pub use self::error::{Cause, NvmeError};
+pub use self::error::{NvmeError, NvmeErrorKind};
 use self::identify::{Identity, Namespace};
+pub use self::options::NvmeOptions;
 pub use self::status::Status;
 use super::{CommandId, Driver, Geometry, Queue};
 use crate::hardware::{AddressSpace, Function};
 
-/// How long an admin command may take when the controller is told to stop: a healthy one answers at once, and for any
-/// other there is CC.SHN.
-const LAST_COMMANDS_LIMIT: Duration = Duration::from_millis(500);
+/// Time-out of each admin command during a shutdown. A healthy controller completes a queue deletion at once; an unhealthy
+/// one is shut down through CC.SHN anyway.
+const SHUTDOWN_COMMAND_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// How long an admin command may take while requests are served.
-const RUNNING_LIMIT: Duration = Duration::from_secs(5);
+/// Time-out of an admin command while requests are served.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What the operator decides.
-#[derive(Clone, Debug)]
-pub struct NvmeOptions {
-    /// Which namespace to serve; `None`: the only one.
-    pub namespace: Option<u32>,
-    /// I/O queues wanted, at least one; fewer are made when the function has fewer vectors or the controller grants fewer.
-    pub queues: u16,
-    /// Report the disk as read-only.
-    pub read_only: bool,
-}
+/// Reacquires a released function once it is available again.
+pub type ReacquireFn = Box<dyn FnMut() -> anyhow::Result<Arc<dyn Function>> + Send>;
 
-/// Takes a function that has been given back, once it is there again.
-pub type Source = Box<dyn FnMut() -> anyhow::Result<Arc<dyn Function>> + Send>;
-
-/// An NVMe controller that has been brought up. Dropping it stops the controller without a shutdown notification.
+/// An initialized NVMe controller. Dropping it stops the controller without a shutdown notification.
 pub struct Nvme {
     name: String,
     space: Arc<dyn AddressSpace>,
-    /// `None` while it is released.
+    /// `None` while the function is released.
     controller: Option<Controller>,
-    source: Option<Source>,
-    /// Signalled when the host wants the function back.
-    removal: OwnedFd,
-    /// Signalled by the controller for its admin queue.
-    notice: OwnedFd,
-    /// What the controller said of itself, and the namespace that is served.
+    reacquire: Option<ReacquireFn>,
+    /// Eventfd, signalled when the host requests the function back.
+    removal_request: OwnedFd,
+    /// Eventfd of vector 0, which is the admin queue's.
+    admin_event: OwnedFd,
     identity: Identity,
+    /// The namespace served, as last identified.
     namespace: Namespace,
     options: NvmeOptions,
     geometry: Geometry,
     /// `None` while the controller is stopped.
     admin: Option<AdminQueue>,
     queues: Vec<Box<dyn Queue>>,
-    /// How many there are, taken or not.
+    /// Number of I/O queues, including those moved out by `take_queues`.
     queue_count: u16,
     shutdown_limit: Duration,
-    /// What the write cache was switched to, if it was.
+    /// The last setting made by `set_write_cache`, which a recovery repeats.
     write_cache: Option<bool>,
 }
 
 impl Nvme {
-    /// Brings the controller behind `function` up; its queue memory comes from `space`.
+    /// Initializes the controller of `function`; queue memory is allocated in `space`.
     ///
     /// # Errors
-    /// See [`Cause`]. The function does no DMA then.
+    /// See [`NvmeErrorKind`]. The function does no DMA after an error.
     pub fn bring_up(
         function: Arc<dyn Function>,
         space: Arc<dyn AddressSpace>,
@@ -98,22 +89,23 @@ impl Nvme {
         let up = || {
             let event = || {
                 let made = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-                made.map_err(|errno| Cause::function("eventfd")(errno.into()))
+                made.map_err(|errno| NvmeErrorKind::function("eventfd")(errno.into()))
             };
-            let (removal, notice) = (event()?, event()?);
-            let mut controller = open(function, &space, &removal)?;
-            let up = bring_up::bring_up(&mut controller, &options, notice.as_fd())?;
-            Ok((controller, up, removal, notice))
+            let (removal_request, admin_event) = (event()?, event()?);
+            let mut controller = open(function, &space, &removal_request)?;
+            let up = bring_up::bring_up(&mut controller, &options, admin_event.as_fd())?;
+            Ok((controller, up, removal_request, admin_event))
         };
-        let (controller, up, removal, notice) = up().map_err(|cause| NvmeError { function: name.clone(), cause })?;
+        let (controller, up, removal_request, admin_event) =
+            up().map_err(|kind| NvmeError { function: name.clone(), kind })?;
         let geometry = up.geometry.clone();
         let mut nvme = Self {
             name,
             space,
             controller: Some(controller),
-            source: None,
-            removal,
-            notice,
+            reacquire: None,
+            removal_request,
+            admin_event,
             identity: up.identity.clone(),
             namespace: up.namespace.clone(),
             options,
@@ -128,14 +120,14 @@ impl Nvme {
         Ok(nvme)
     }
 
-    /// The same, which can be taken again from `source` after it has been released, for the address space it had.
+    /// Lets [`Driver::recover`] reacquire the function after a release. `reacquire` must attach it to the same address space.
     #[must_use]
-    pub fn returning(self, source: Source) -> Self {
-        Self { source: Some(source), ..self }
+    pub fn with_reacquire(self, reacquire: ReacquireFn) -> Self {
+        Self { reacquire: Some(reacquire), ..self }
     }
 
-    fn install(&mut self, up: Up) {
-        let Up { admin, geometry, queues, shutdown_limit, identity, namespace } = up;
+    fn install(&mut self, up: BroughtUp) {
+        let BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace } = up;
         self.queue_count = u16::try_from(queues.len()).expect("queue identifiers have 16 bits");
         self.queues = queues.into_iter().map(|queue| Box::new(queue) as Box<dyn Queue>).collect();
         self.admin = Some(admin);
@@ -145,92 +137,93 @@ impl Nvme {
         self.namespace = namespace;
     }
 
-    /// What the controller was brought up for must still be there: a guest cannot be given another disk. It may have grown or
-    /// shrunk.
-    fn check_unchanged(&self, up: &Up) -> Result<(), Cause> {
+    /// Checks that the guest keeps the disk it has: same serial number and namespace. The size may differ.
+    fn check_unchanged(&self, up: &BroughtUp) -> Result<(), NvmeErrorKind> {
         let (before, now) = (&self.geometry.serial, &up.geometry.serial);
         if before != now {
-            return Err(Cause::Changed(format!("serial {now} instead of {before}")));
+            return Err(NvmeErrorKind::Changed(format!("serial {now} instead of {before}")));
         }
-        if let Some(change) = up.namespace.change(&self.namespace) {
-            return Err(Cause::Changed(change));
+        if let Some(difference) = up.namespace.difference(&self.namespace) {
+            return Err(NvmeErrorKind::Changed(difference));
         }
         if up.queues.len() < usize::from(self.queue_count) {
-            return Err(Cause::Changed(format!("{} queues instead of {}", up.queues.len(), self.queue_count)));
+            return Err(NvmeErrorKind::Changed(format!("{} queues instead of {}", up.queues.len(), self.queue_count)));
         }
         Ok(())
     }
 
-    /// Takes a released function again.
-    fn retake(&mut self) -> Result<Controller, Cause> {
-        let source = self.source.as_mut().ok_or(Cause::Stopped)?;
-        let function = source().map_err(Cause::Away)?;
-        // A function that is let go of again has to be parted from again, and that is done while it is still attached.
-        open(Arc::clone(&function), &self.space, &self.removal).inspect_err(|_| self.space.release())
+    /// Reacquires a released function.
+    fn reacquire(&mut self) -> Result<Controller, NvmeErrorKind> {
+        let reacquire = self.reacquire.as_mut().ok_or(NvmeErrorKind::Stopped)?;
+        let function = reacquire().map_err(NvmeErrorKind::Released)?;
+        // On error the function is dropped. The space must be released before that, while the function is still attached.
+        open(Arc::clone(&function), &self.space, &self.removal_request).inspect_err(|_| self.space.release())
     }
 
-    fn restart(&mut self) -> Result<(), Cause> {
+    fn restart(&mut self) -> Result<(), NvmeErrorKind> {
         if self.controller.is_none() {
-            self.controller = Some(self.retake()?);
+            self.controller = Some(self.reacquire()?);
         }
-        let controller = self.controller.as_mut().expect("there now");
+        let controller = self.controller.as_mut().expect("reacquired above");
         controller.stop()?;
-        // The same namespace, whichever others there are by now.
+        // Keep the namespace, even if others have become active since.
         let options =
             NvmeOptions { namespace: Some(self.namespace.id), queues: self.queue_count, ..self.options.clone() };
-        let up = bring_up::bring_up(controller, &options, self.notice.as_fd())?;
+        let up = bring_up::bring_up(controller, &options, self.admin_event.as_fd())?;
         self.check_unchanged(&up)?;
         self.install(up);
-        // The reset has switched it back. NVMe 2.0 §5.27.1
+        // A reset restores the default. NVMe 2.0 §5.27.1
         self.write_cache.map_or(Ok(()), |on| self.switch_write_cache(on))
     }
 
-    /// Looks at the namespace again. One that has become another is not served: the controller is to be reset, and does not come
-    /// back until it is the former.
-    fn measure(&mut self) -> Result<(), Cause> {
-        let (Some(admin), Some(controller)) = (&mut self.admin, &self.controller) else { return Err(Cause::Stopped) };
+    /// Identifies the namespace again. Fails if it is not the same one any more; recovery then fails as well until the
+    /// former namespace is back.
+    fn refresh_namespace(&mut self) -> Result<(), NvmeErrorKind> {
+        let (Some(admin), Some(controller)) = (&mut self.admin, &self.controller) else {
+            return Err(NvmeErrorKind::Stopped);
+        };
         let namespace = bring_up::identify_namespace(controller, admin, &self.identity, self.namespace.id)?;
         match namespace {
-            Some(namespace) => match namespace.change(&self.namespace) {
-                Some(change) => return Err(Cause::Changed(change)),
+            Some(namespace) => match namespace.difference(&self.namespace) {
+                Some(difference) => return Err(NvmeErrorKind::Changed(difference)),
                 None => {
                     self.geometry.blocks = namespace.blocks;
                     self.namespace = namespace;
                 }
             },
-            // Commands to it fail from now on, each by itself.
+            // No error: the device fails each further command to it.
             None => log::error!("{}: namespace {} is no longer active", self.name, self.namespace.id),
         }
         Ok(())
     }
 
-    /// What the controller has to tell.
-    fn hear(&mut self) -> Result<(), Cause> {
-        // Type and information of an event. NVMe 2.0 §5.2.1
+    /// Handles all pending asynchronous events.
+    fn process_events(&mut self) -> Result<(), NvmeErrorKind> {
+        // Asynchronous event type (bits 2:0) and information (bits 15:8). NVMe 2.0 §5.2.1
         const NAMESPACE_CHANGED: u32 = 0x00_02;
         while let (Some(admin), Some(controller)) = (&mut self.admin, &self.controller) {
-            match admin.event(controller, RUNNING_LIMIT)? {
+            match admin.next_event(controller, COMMAND_TIMEOUT)? {
                 None => break,
-                Some(event) if event & 0xff07 == NAMESPACE_CHANGED => self.measure()?,
-                Some(event) => log::warn!("{}: reports event {event:#08x}", self.name),
+                Some(event) if event & 0xff07 == NAMESPACE_CHANGED => self.refresh_namespace()?,
+                Some(event) => log::warn!("{}: unhandled asynchronous event {event:#08x}", self.name),
             }
         }
         Ok(())
     }
 
-    /// Runs an admin command while requests are served.
-    fn execute(&mut self, command: AdminCommand) -> Result<u32, Cause> {
+    /// Executes an admin command while requests are served.
+    fn execute(&mut self, command: AdminCommand) -> Result<u32, NvmeErrorKind> {
         match (&mut self.admin, &self.controller) {
-            (Some(admin), Some(controller)) => admin.execute(controller, command, RUNNING_LIMIT),
-            _ => Err(Cause::Stopped),
+            (Some(admin), Some(controller)) => admin.execute(controller, command, COMMAND_TIMEOUT),
+            _ => Err(NvmeErrorKind::Stopped),
         }
     }
 
-    fn error(&self, cause: Cause) -> anyhow::Error {
-        NvmeError { function: self.name.clone(), cause }.into()
+    fn error(&self, kind: NvmeErrorKind) -> anyhow::Error {
+        NvmeError { function: self.name.clone(), kind }.into()
     }
 
-    /// Stops the controller, if that can be done; its failure is logged.
+    /// Stops the controller; a failure is only logged.
     fn stop(&mut self) {
         self.queues.clear();
         self.admin = None;
@@ -239,19 +232,20 @@ impl Nvme {
         }
     }
 
-    fn switch_write_cache(&mut self, on: bool) -> Result<(), Cause> {
+    fn switch_write_cache(&mut self, on: bool) -> Result<(), NvmeErrorKind> {
         self.execute(AdminCommand::set_volatile_write_cache(on)).map(drop)
     }
 
-    /// Deletes the I/O queues and notifies the controller; each step is tried once, for the next one does not depend on it.
-    fn say_goodbye(&self, controller: &Controller, mut admin: AdminQueue) -> Result<(), Cause> {
+    /// Deletes the I/O queues, then requests a normal shutdown. The shutdown does not depend on the deletions, so their
+    /// errors are only logged.
+    fn delete_queues_and_shut_down(&self, controller: &Controller, mut admin: AdminQueue) -> Result<(), NvmeErrorKind> {
         let ids = 1..=self.queue_count;
         let deletions = ids
             .clone()
             .map(AdminCommand::delete_submission_queue)
             .chain(ids.map(AdminCommand::delete_completion_queue));
         for command in deletions {
-            if let Err(error) = admin.execute(controller, command, LAST_COMMANDS_LIMIT) {
+            if let Err(error) = admin.execute(controller, command, SHUTDOWN_COMMAND_TIMEOUT) {
                 log::warn!("{}: {error}", self.name);
                 break;
             }
@@ -260,10 +254,14 @@ impl Nvme {
     }
 }
 
-/// Opens `function`, and listens for the host.
-fn open(function: Arc<dyn Function>, space: &Arc<dyn AddressSpace>, removal: &OwnedFd) -> Result<Controller, Cause> {
+/// Opens `function` and routes the host's removal request to `removal`.
+fn open(
+    function: Arc<dyn Function>,
+    space: &Arc<dyn AddressSpace>,
+    removal: &OwnedFd,
+) -> Result<Controller, NvmeErrorKind> {
     if let Err(error) = function.route_removal(removal.as_fd()) {
-        log::warn!("{}: cannot hear that the host wants it back: {error}", function.name());
+        log::warn!("{}: removal requests of the host will not be seen: {error}", function.name());
     }
     Controller::open(function, Arc::clone(space))
 }
@@ -284,13 +282,13 @@ impl Driver for Nvme {
         }
         self.queues.clear();
         self.admin = None;
-        if let Err(cause) = self.restart() {
+        if let Err(kind) = self.restart() {
             if released {
                 self.release()
             } else {
                 self.stop()
             }
-            return Err(self.error(cause));
+            return Err(self.error(kind));
         }
         Ok(self.take_queues())
     }
@@ -300,11 +298,11 @@ impl Driver for Nvme {
     }
 
     fn check(&self) -> anyhow::Result<()> {
-        let status = self.controller.as_ref().ok_or(Cause::Stopped).and_then(Controller::status);
+        let status = self.controller.as_ref().ok_or(NvmeErrorKind::Stopped).and_then(Controller::status);
         match status {
-            Ok(status) if status.fatal() => Err(self.error(Cause::fatal(status))),
+            Ok(status) if status.fatal() => Err(self.error(NvmeErrorKind::fatal(status))),
             Ok(_) => Ok(()),
-            Err(cause) => Err(self.error(cause)),
+            Err(kind) => Err(self.error(kind)),
         }
     }
 
@@ -312,24 +310,24 @@ impl Driver for Nvme {
         for &id in commands {
             match self.execute(AdminCommand::abort(id)) {
                 Ok(_) => {}
-                // It may be too late for this one, or there are too many Aborts; what counts is whether it comes back.
-                Err(error @ Cause::Command { .. }) => log::warn!("{}: {error}", self.name),
-                Err(cause) => return Err(self.error(cause)),
+                // The command may have completed, or the Abort limit is reached. Only a missing completion matters.
+                Err(error @ NvmeErrorKind::CommandFailed { .. }) => log::warn!("{}: {error}", self.name),
+                Err(kind) => return Err(self.error(kind)),
             }
         }
         Ok(())
     }
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.notice.as_fd())
+        Some(self.admin_event.as_fd())
     }
 
     fn handle_events(&mut self) -> anyhow::Result<()> {
-        self.hear().map_err(|cause| self.error(cause))
+        self.process_events().map_err(|kind| self.error(kind))
     }
 
     fn removal_request(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.removal.as_fd())
+        Some(self.removal_request.as_fd())
     }
 
     fn release(&mut self) {
@@ -342,7 +340,7 @@ impl Driver for Nvme {
     }
 
     fn set_write_cache(&mut self, on: bool) -> anyhow::Result<()> {
-        self.switch_write_cache(on).map_err(|cause| self.error(cause))?;
+        self.switch_write_cache(on).map_err(|kind| self.error(kind))?;
         self.write_cache = Some(on);
         Ok(())
     }
@@ -350,7 +348,7 @@ impl Driver for Nvme {
     fn shut_down(&mut self) {
         self.queues.clear();
         if let (Some(admin), Some(controller)) = (self.admin.take(), &self.controller) {
-            match self.say_goodbye(controller, admin) {
+            match self.delete_queues_and_shut_down(controller, admin) {
                 Ok(()) => log::info!("{}: shut down", self.name),
                 Err(error) => log::warn!("{}: {error}", self.name),
             }

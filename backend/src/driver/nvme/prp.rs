@@ -1,58 +1,59 @@
-//! Physical Region Pages: how a command names its buffer, and how much of a list of buffers one command can name.
+//! Physical Region Pages: describing the data buffers of a command, and how much of a buffer list one command can describe.
 //!
-//! Pure arithmetic. A PRP names one page; only the first may start inside its page, at a multiple of four bytes, and only
-//! the last may end early (NVMe 2.0 §4.1.1). So a list of buffers can be named as long as each *seam* between two of
-//! them is either no seam at all (the next begins where the last one ended) or falls on page boundaries on both sides:
+//! Pure arithmetic. A PRP entry points to one page. Only the first may start inside its page, at a multiple of four bytes,
+//! and only the last may end inside its page (NVMe 2.0 §4.1.1). So two successive buffers fit one command if they are
+//! contiguous, or if the first ends and the second starts on a page boundary. Anything else is a *gap*, which ends the
+//! command:
 //!
 //! ```text
-//! |....####|########|##......|      one buffer, or two that touch: 3 entries
-//! |....####|  |########|            ends at a page end, starts at a page start: 2 entries
-//! |....###.|  |########|            a hole: not one command
+//! |....####|########|##......|      one buffer, or contiguous ones: 3 entries
+//! |....####|  |########|            page boundary on both sides: 2 entries
+//! |....###.|  |########|            a gap: not one command
 //! ```
 
 use super::regs::PAGE;
 use crate::addr::{Address, Iova, Span};
 use crate::driver::Extent;
 
-/// Entries that fit one PRP list page. A list of just this length needs no pointer to a further page.
+/// Entries in one PRP list page. A list of exactly this length needs no pointer to a further page.
 const LIST_ENTRIES: u32 = 512;
-/// The longest transfer that PRP1 and one list page can name whatever its offset in the first page, bytes.
-pub(super) const MAX_LISTED: u32 = LIST_ENTRIES * 4096;
+/// The longest transfer that PRP1 and one list page describe at any offset in the first page, bytes.
+pub(super) const MAX_TRANSFER: u32 = LIST_ENTRIES * 4096;
 
-/// What bounds a command.
+/// Limits of one command.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Logical block, bytes; a power of two.
+    /// Size of a logical block, bytes; a power of two.
     pub block: u32,
     /// Longest transfer, bytes; a multiple of `block`, at most 2 MiB.
     pub transfer: u32,
 }
 
-/// The parts of `buffers` from `position` bytes on. Nothing if the position lies outside.
-pub(super) fn parts(buffers: &[Span<Iova>], position: u64) -> impl Iterator<Item = Span<Iova>> {
+/// The segments of `buffers` from `position` bytes on; none if `position` lies outside.
+pub(super) fn segments(buffers: &[Span<Iova>], position: u64) -> impl Iterator<Item = Span<Iova>> {
     let mut skip = position;
     buffers.iter().filter_map(move |buffer| {
-        let part = buffer.slice(skip, buffer.len().saturating_sub(skip));
+        let segment = buffer.slice(skip, buffer.len().saturating_sub(skip));
         skip = skip.saturating_sub(buffer.len());
-        part
+        segment
     })
 }
 
-/// The address just after a span; `None` at the top of the address space, where nothing can follow.
+/// The address after a span; `None` if the span ends at the top of the address space.
 #[inline]
 fn end(span: &Span<Iova>) -> Option<u64> {
     span.last().raw().checked_add(1)
 }
 
-/// True if a command can go on from `before` into `after`.
+/// True if one command can describe `after` behind `before`: there is no gap between them.
 #[inline]
-fn seam_is_legal(before: &Span<Iova>, after: &Span<Iova>) -> bool {
-    let touches = end(before) == Some(after.start().raw());
+fn can_follow(before: &Span<Iova>, after: &Span<Iova>) -> bool {
+    let contiguous = end(before) == Some(after.start().raw());
     let on_pages = after.start().is_aligned(PAGE) && end(before).is_none_or(|end| end.is_multiple_of(PAGE));
-    touches || on_pages
+    contiguous || on_pages
 }
 
-/// How much of `buffers` from `position` on the next command can take; see [`crate::driver::Queue::extent`].
+/// Implements [`crate::driver::Queue::extent`] for PRPs.
 #[inline]
 #[must_use]
 pub fn extent(buffers: &[Span<Iova>], position: u64, limits: Limits, bounce_limit: u32) -> Extent {
@@ -64,36 +65,36 @@ pub fn extent(buffers: &[Span<Iova>], position: u64, limits: Limits, bounce_limi
     if direct != 0 {
         return Extent { bytes: direct, direct: true, listed: false };
     }
-    let rest = parts(buffers, position).fold(0_u64, |sum, part| sum.saturating_add(part.len()));
+    let rest = segments(buffers, position).fold(0_u64, |sum, segment| sum.saturating_add(segment.len()));
     let bounced = whole_blocks(rest, bounce_limit.min(limits.transfer));
     debug_assert!(bounced != 0, "less than a block at {position} of {buffers:?}, bounce limit {bounce_limit}");
     Extent { bytes: bounced, direct: false, listed: false }
 }
 
-/// True if PRPs can name `bytes` bytes from `position` on.
+/// True if the PRPs of one command can describe `bytes` bytes from `position` on.
 #[inline]
-pub(super) fn fit(buffers: &[Span<Iova>], position: u64, bytes: u32) -> bool {
+pub(super) fn can_describe(buffers: &[Span<Iova>], position: u64, bytes: u32) -> bool {
     direct_prefix(buffers, position, bytes) >= bytes.into()
 }
 
-/// Bytes from `position` on that PRPs can name; stops looking once there are `enough`.
+/// Bytes from `position` on that the PRPs of one command can describe; stops counting at `enough`.
 #[inline]
 fn direct_prefix(buffers: &[Span<Iova>], position: u64, enough: u32) -> u64 {
     if let ([only], 0) = (buffers, position) {
         return if only.start().is_aligned(4) { only.len() } else { 0 };
     }
-    direct_parts(buffers, position, enough)
+    direct_prefix_of_list(buffers, position, enough)
 }
 
-/// [`direct_prefix`] of any list, from any position.
-fn direct_parts(buffers: &[Span<Iova>], position: u64, enough: u32) -> u64 {
-    let mut parts = parts(buffers, position);
-    let Some(mut last) = parts.next().filter(|first| first.start().is_aligned(4)) else {
+/// [`direct_prefix`] of any buffer list at any position.
+fn direct_prefix_of_list(buffers: &[Span<Iova>], position: u64, enough: u32) -> u64 {
+    let mut segments = segments(buffers, position);
+    let Some(mut last) = segments.next().filter(|first| first.start().is_aligned(4)) else {
         return 0;
     };
     let mut bytes = last.len();
     while bytes < u64::from(enough) {
-        let Some(next) = parts.next().filter(|next| seam_is_legal(&last, next)) else {
+        let Some(next) = segments.next().filter(|next| can_follow(&last, next)) else {
             break;
         };
         bytes = bytes.saturating_add(next.len());
@@ -102,13 +103,13 @@ fn direct_parts(buffers: &[Span<Iova>], position: u64, enough: u32) -> u64 {
     bytes
 }
 
-/// The two PRP fields of a command for `bytes` bytes of `buffers` from `position` on. Entries beyond the second go to
-/// the list at `list`, through `put(index, entry)`.
+/// The PRP1 and PRP2 fields of a command for `bytes` bytes of `buffers` from `position` on. If a list is needed, `put(index,
+/// entry)` writes its entries to the page at `list`.
 ///
-/// The bytes must be a direct [`extent`] or contiguous and page-aligned; no entry is made for memory outside `buffers`.
+/// The bytes must be a direct [`extent`], or contiguous and page-aligned. No entry points outside `buffers`.
 ///
 /// # Panics
-/// If one list page is not enough: the caller ignored [`Limits::transfer`].
+/// If one list page is too small, because the caller ignored [`Limits::transfer`].
 #[inline]
 pub fn build(buffers: &[Span<Iova>], position: u64, bytes: u32, list: Iova, put: impl FnMut(u32, u64)) -> (u64, u64) {
     if let ([only], 0) = (buffers, position) {
@@ -118,11 +119,11 @@ pub fn build(buffers: &[Span<Iova>], position: u64, bytes: u32, list: Iova, put:
             return (start, if bytes <= first { 0 } else { start + first });
         }
     }
-    build_parts(buffers, position, bytes, list, put)
+    build_from_list(buffers, position, bytes, list, put)
 }
 
-/// [`build`] of any list, from any position.
-fn build_parts(
+/// [`build`] of any buffer list at any position.
+fn build_from_list(
     buffers: &[Span<Iova>],
     position: u64,
     bytes: u32,
@@ -135,7 +136,7 @@ fn build_parts(
         match count {
             0 => prp1 = address,
             1 => prp2 = address,
-            // A third entry: the second was the first of a list after all.
+            // The third entry needs a list: move the second one there.
             2 => {
                 put(0, std::mem::replace(&mut prp2, list.raw()));
                 put(1, address);
@@ -149,19 +150,19 @@ fn build_parts(
     };
     let mut left = u64::from(bytes);
     let mut first = true;
-    for part in parts(buffers, position) {
-        let Some(part) = part.slice(0, part.len().min(left)) else {
+    for segment in segments(buffers, position) {
+        let Some(segment) = segment.slice(0, segment.len().min(left)) else {
             break;
         };
-        left -= part.len();
-        // A part that begins inside a page goes on where the one before it ended: that page has its entry.
-        if first || part.start().is_aligned(PAGE) {
-            entry(part.start().raw());
+        left -= segment.len();
+        // A later segment that starts inside a page is contiguous to the one before it, which has the entry of that page.
+        if first || segment.start().is_aligned(PAGE) {
+            entry(segment.start().raw());
         }
         first = false;
-        // None follows the last page of the address space.
-        let after = |address: u64| (address | (PAGE - 1)).checked_add(1).filter(|next| *next <= part.last().raw());
-        let mut next = after(part.start().raw());
+        // The next page that the segment reaches; none after the last page of the address space.
+        let after = |address: u64| (address | (PAGE - 1)).checked_add(1).filter(|next| *next <= segment.last().raw());
+        let mut next = after(segment.start().raw());
         while let Some(page) = next {
             entry(page);
             next = after(page);

@@ -1,17 +1,16 @@
 //! One I/O queue pair: a worker's private path to the controller.
 //!
-//! Everything a command needs was set aside when the queue was made: a slot per command identifier, holding the caller's
-//! tag, and with it one list page (for PRPs, an SGL, or ranges). So submitting allocates nothing and completing searches nothing.
+//! Everything a command needs is allocated with the queue: a slot, which holds the caller's tag, and one list page per slot
+//! (for PRPs, an SGL, or ranges). So submission allocates nothing, and completion finds the slot by the command identifier.
 //!
 //! ```text
-//! slot:   free --submit--> busy --completion with its identifier--> free
+//! slot:   free --submit--> busy --completion with its CID--> free
 //! memory: submission ring | completion ring | list page of slot 0 | list page of slot 1 | ...
 //! ```
 //!
-//! Between `submit` and `ring` the new entries, and the list pages of the slots named in them, are written but not yet
-//! announced. The completion ring is written by the device, and the device is not trusted: a completion counts only if
-//! it carries the identifier of a busy slot. Identifiers carry a generation, so a completion that comes twice does not
-//! finish the slot's next command.
+//! Between `submit` and `ring` the new entries and their list pages are in memory, but the controller does not know of them
+//! yet. The device is not trusted: a completion counts only if its command identifier is that of a busy slot. Identifiers
+//! contain a generation, so a duplicate completion does not complete the next command of the slot.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -20,7 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::prp::{self, Limits};
 use super::regs::PAGE_LEN;
 use super::rings::{CompletionRing, SubmissionRing, completion_bytes, submission_bytes};
-pub use super::rings::{Doorbells, Shared};
+pub use super::rings::{Doorbells, QueueMemory};
 use super::sgl::{self, Granularity};
 use super::spec::{
     CompletionEntry, DEALLOCATE, DEALLOCATE_ZEROED, DatasetRange, MAX_RANGES, SubmissionEntry, io_opcode,
@@ -30,44 +29,44 @@ use crate::addr::{Iova, Span};
 use crate::driver::{Blocks, Command, CommandId, Completion, Extent, Full, OverdueCommands, Queue};
 use crate::rate_limited_log::RateLimitedLog;
 
-/// Entries of an I/O queue where the controller allows as many.
+/// Maximum entries of an I/O queue; fewer if the controller supports fewer.
 pub const MAX_DEPTH: u16 = 256;
-/// Bits of a command identifier that name the slot; the rest counts generations.
+/// Low bits of a command identifier that are the slot index; the others count generations.
 const SLOT_BITS: u32 = 8;
 const SLOT_MASK: u16 = MAX_DEPTH - 1;
 const _: () = assert!(MAX_DEPTH == 1 << SLOT_BITS);
 
-/// What a queue is made of.
+/// Parameters of [`IoQueue::new`].
 pub struct QueueSetup {
-    /// Who the log is about, such as `0000:00:04.0 queue 1`.
+    /// Name in the log, such as `0000:00:04.0 queue 1`.
     pub name: String,
-    /// Queue identifier, the same for both rings; 1 is the first.
+    /// Queue identifier of both rings, at least 1.
     pub id: u16,
     /// Entries in each ring: 2 to [`MAX_DEPTH`].
     pub depth: u16,
     /// Zeroed memory, [`memory_needed`] bytes.
-    pub memory: Shared,
-    /// Where the rings are announced.
+    pub memory: QueueMemory,
+    /// The controller's doorbells.
     pub doorbells: Doorbells,
-    /// The namespace all commands go to.
+    /// Namespace identifier of all commands.
     pub namespace: u32,
-    /// What one command can carry.
+    /// Limits of one command.
     pub limits: Limits,
-    /// What SGLs can name, if the controller knows them.
+    /// Granularity of SGLs; `None` if the controller does not support them.
     pub sgl: Option<Granularity>,
-    /// Signalled by the vector that the completion ring was given.
+    /// Eventfd of the completion queue's vector.
     pub event: OwnedFd,
-    /// Whether somebody waits for it; see [`Function::interrupt_wanted`](crate::hardware::Function::interrupt_wanted).
+    /// Flag: the worker waits for `event`; see [`Function::interrupt_wanted`](crate::hardware::Function::interrupt_wanted).
     pub interrupt_wanted: Option<Arc<AtomicBool>>,
 }
 
-/// Bytes of memory that a queue of `depth` entries needs.
+/// Memory that a queue of `depth` entries needs, bytes.
 #[must_use]
 pub fn memory_needed(depth: u16) -> usize {
     lists_at(depth) + usize::from(slots(depth)) * PAGE_LEN
 }
 
-/// Where the completion ring begins, bytes into the queue's memory; the submission ring is at 0.
+/// Offset of the completion ring in the queue's memory, bytes; the submission ring is at 0.
 #[must_use]
 pub fn completions_at(depth: u16) -> usize {
     submission_bytes(depth)
@@ -77,65 +76,67 @@ fn lists_at(depth: u16) -> usize {
     submission_bytes(depth) + completion_bytes(depth)
 }
 
-/// Commands in flight at most: one entry of a ring stays unused. So slot 255 does not exist, and no identifier is FFFFh,
-/// which means "none" (NVMe 2.0 §3.3.3.1).
+/// Maximum commands in flight: one entry of a ring stays unused. So slot 255 does not exist, and no command identifier is
+/// FFFFh, which is reserved (NVMe 2.0 §3.3.3.1).
 fn slots(depth: u16) -> u16 {
     depth - 1
 }
 
 #[derive(Clone, Copy)]
 struct Slot {
-    /// Identifier of the command in the slot, or of the next one.
+    /// Identifier of the slot's command if busy, else of its next one.
     cid: u16,
     busy: bool,
     tag: u32,
-    /// The beat in which it was submitted, or its Abort was.
-    since: u32,
+    /// Tick in which the command, or its Abort, was submitted.
+    since_tick: u32,
     aborted: bool,
 }
 
-/// One I/O queue pair.
+/// An I/O queue pair.
 pub struct IoQueue {
     name: String,
     id: u16,
     submissions: SubmissionRing,
     completions: CompletionRing,
     slots: Box<[Slot]>,
-    /// Free slots; the one used last comes first, while its list page is warm.
+    /// Free slots, as a stack: the list page of the slot used last is most likely in the CPU cache.
     free: Vec<u16>,
-    lists: Shared,
+    lists: QueueMemory,
     namespace: u32,
     limits: Limits,
     sgl: Option<Granularity>,
     event: OwnedFd,
     interrupt_wanted: Option<Arc<AtomicBool>>,
-    complaints: RateLimitedLog,
-    /// Beats so far.
-    beats: u32,
+    warnings: RateLimitedLog,
+    /// Ticks so far, wrapping.
+    ticks: u32,
 }
 
 impl IoQueue {
-    /// The driver's half; the controller's was made by Create I/O Completion Queue and Create I/O Submission Queue.
+    /// Creates the driver's side. The controller's side is created by admin commands.
     ///
     /// # Panics
-    /// If the depth is out of range or the memory too small.
+    /// If the depth or the longest transfer is out of range, or the memory is too small.
     #[must_use]
     pub fn new(setup: QueueSetup) -> Self {
         let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, sgl, event, interrupt_wanted } = setup;
         assert!((2..=MAX_DEPTH).contains(&depth), "queue depth {depth}");
-        assert!(limits.transfer <= prp::MAX_LISTED, "a transfer of {} bytes", limits.transfer);
+        assert!(limits.transfer <= prp::MAX_TRANSFER, "a transfer of {} bytes", limits.transfer);
         let slots = slots(depth);
         Self {
-            submissions: SubmissionRing::new(&memory.part(0, submission_bytes(depth)), id, depth, &doorbells),
+            submissions: SubmissionRing::new(&memory.slice(0, submission_bytes(depth)), id, depth, &doorbells),
             completions: CompletionRing::new(
-                &memory.part(completions_at(depth), completion_bytes(depth)),
+                &memory.slice(completions_at(depth), completion_bytes(depth)),
                 id,
                 depth,
                 &doorbells,
             ),
-            slots: (0..slots).map(|slot| Slot { cid: slot, busy: false, tag: 0, since: 0, aborted: false }).collect(),
+            slots: (0..slots)
+                .map(|slot| Slot { cid: slot, busy: false, tag: 0, since_tick: 0, aborted: false })
+                .collect(),
             free: (0..slots).rev().collect(),
-            lists: memory.part(lists_at(depth), usize::from(slots) * PAGE_LEN),
+            lists: memory.slice(lists_at(depth), usize::from(slots) * PAGE_LEN),
             name,
             id,
             namespace,
@@ -143,21 +144,21 @@ impl IoQueue {
             sgl,
             event,
             interrupt_wanted,
-            complaints: RateLimitedLog::of(module_path!()),
-            beats: 0,
+            warnings: RateLimitedLog::new(module_path!()),
+            ticks: 0,
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn complain(&mut self, what: impl FnOnce() -> String) {
+    fn warn(&mut self, what: impl FnOnce() -> String) {
         let name = &self.name;
-        self.complaints.warn(|| format!("{name}: {}", what()));
+        self.warnings.warn(|| format!("{name}: {}", what()));
     }
 
-    /// Opcode, first block and number of blocks, 0's based (NVM Command Set 1.0 §3.2.4, §3.2.6).
+    /// A Read or Write command (NVM Command Set 1.0 §3.2.4, §3.2.6), without its data pointer.
     ///
-    /// A transfer whose length differs from what its PRPs name would go to memory that nobody named.
+    /// The length must match the buffers: the device would access memory beyond them otherwise.
     #[inline]
     fn transfer(&self, opcode: u8, block: u64, count: u32, bytes: u32) -> SubmissionEntry {
         assert!(
@@ -167,10 +168,10 @@ impl IoQueue {
         Self::range(opcode, block, count)
     }
 
-    /// The same without data.
+    /// A command on a block range (the number of blocks is 0's based).
     #[inline]
     fn range(opcode: u8, block: u64, count: u32) -> SubmissionEntry {
-        let blocks = u16::try_from(count - 1).expect("no command is for more than 65536 blocks");
+        let blocks = u16::try_from(count - 1).expect("commands have at most 65536 blocks");
         let (low, high) = (block & 0xffff_ffff, block >> 32);
         SubmissionEntry {
             opcode,
@@ -181,19 +182,26 @@ impl IoQueue {
         }
     }
 
-    /// The list page of `slot`.
+    /// Offset and device address of the list page of `slot`.
     #[inline]
     fn list(&self, slot: u16) -> (usize, Iova) {
         let offset = usize::from(slot) * PAGE_LEN;
         (offset, Iova(self.lists.iova.0 + offset as u64))
     }
 
-    /// Fills in the data pointer of the command of slot `index`: PRPs where they can name the buffers, else an SGL.
+    /// Fills in the data pointer of the command of slot `index`: PRPs if they can describe the buffers, else an SGL.
     #[inline]
-    fn name_data(&self, entry: &mut SubmissionEntry, index: u16, buffers: &[Span<Iova>], position: u64, bytes: u32) {
+    fn set_data_pointer(
+        &self,
+        entry: &mut SubmissionEntry,
+        index: u16,
+        buffers: &[Span<Iova>],
+        position: u64,
+        bytes: u32,
+    ) {
         let (at, list) = self.list(index);
-        let page = &self.lists.shared;
-        if self.sgl.is_some() && !prp::fit(buffers, position, bytes) {
+        let page = &self.lists.memory;
+        if self.sgl.is_some() && !prp::can_describe(buffers, position, bytes) {
             let ([low, high], count) = sgl::build(buffers, position, bytes, list, |i, words| {
                 page.write_u64(at + i * 16, words[0]);
                 page.write_u64(at + i * 16 + 8, words[1]);
@@ -215,40 +223,40 @@ impl IoQueue {
         }
     }
 
-    /// The slot of the next command, if there is room for one.
+    /// The slot for the next command.
     #[inline]
-    fn vacant(&self) -> Result<u16, Full> {
+    fn free_slot(&self) -> Result<u16, Full> {
         self.free.last().copied().filter(|_| !self.submissions.is_full()).ok_or(Full)
     }
 
-    /// Puts `entry` into the ring as the command of slot `index`, the one that [`Self::vacant`] has shown.
+    /// Writes `entry` to the ring as the command of slot `index`, which [`Self::free_slot`] returned.
     #[inline]
-    fn push(&mut self, index: u16, mut entry: SubmissionEntry, tag: u32) {
+    fn enqueue(&mut self, index: u16, mut entry: SubmissionEntry, tag: u32) {
         self.free.pop();
         let slot = &mut self.slots[usize::from(index)];
         slot.busy = true;
         slot.tag = tag;
-        slot.since = self.beats;
+        slot.since_tick = self.ticks;
         slot.aborted = false;
         entry.cid = slot.cid;
         entry.nsid = self.namespace;
         self.submissions.push(&entry);
     }
 
-    /// Checks one completion and frees its slot; `None` if it is none of ours.
+    /// Checks a completion and frees its slot; `None` if it matches no command in flight.
     #[inline]
-    fn retire(&mut self, entry: &CompletionEntry) -> Option<Completion> {
+    fn complete(&mut self, entry: &CompletionEntry) -> Option<Completion> {
         if entry.sq_id != self.id {
-            self.complain(|| format!("dropped a completion for submission queue {}", entry.sq_id));
+            self.warn(|| format!("dropped a completion for submission queue {}", entry.sq_id));
             return None;
         }
-        if !self.submissions.consumed_to(entry.sq_head) {
-            self.complain(|| format!("submission queue head {} is out of range", entry.sq_head));
+        if !self.submissions.set_head(entry.sq_head) {
+            self.warn(|| format!("submission queue head {} is out of range", entry.sq_head));
         }
         let index = entry.cid & SLOT_MASK;
         let Some(slot) = self.slots.get_mut(usize::from(index)).filter(|slot| slot.busy && slot.cid == entry.cid)
         else {
-            self.complain(|| format!("dropped a completion for command {:#x}, which is not in flight", entry.cid));
+            self.warn(|| format!("dropped a completion for command {:#x}, which is not in flight", entry.cid));
             return None;
         };
         slot.busy = false;
@@ -257,7 +265,7 @@ impl IoQueue {
         self.free.push(index);
         let status = Status::from_word(entry.status);
         if !status.is_success() {
-            self.complain(|| format!("command {:#x}: {status}", entry.cid));
+            self.warn(|| format!("command {:#x}: {status}", entry.cid));
         }
         Some(Completion { tag, outcome: status.outcome() })
     }
@@ -268,9 +276,9 @@ impl Queue for IoQueue {
         let pages = prp::extent(buffers, position, self.limits, bounce_limit);
         let Some(granularity) = self.sgl else { return pages };
         if pages.direct && buffers.len() == 1 {
-            return pages; // all of it, or as much as a command can carry
+            return pages; // a contiguous buffer: an SGL cannot describe more
         }
-        let bytes = sgl::reach(buffers, position, self.limits, granularity);
+        let bytes = sgl::max_bytes(buffers, position, self.limits, granularity);
         let by_pages = if pages.direct { pages.bytes } else { 0 };
         if bytes > by_pages { Extent { bytes, direct: true, listed: true } } else { pages }
     }
@@ -283,7 +291,7 @@ impl Queue for IoQueue {
         bytes: u32,
         tag: u32,
     ) -> Result<(), Full> {
-        let index = self.vacant()?;
+        let index = self.free_slot()?;
         let mut entry = match command {
             Command::Read { block, count } => self.transfer(io_opcode::READ, block, count, bytes),
             Command::Write { block, count } => self.transfer(io_opcode::WRITE, block, count, bytes),
@@ -295,20 +303,20 @@ impl Queue for IoQueue {
             Command::Flush => SubmissionEntry { opcode: io_opcode::FLUSH, ..SubmissionEntry::default() },
         };
         if bytes != 0 {
-            self.name_data(&mut entry, index, buffers, position, bytes);
+            self.set_data_pointer(&mut entry, index, buffers, position, bytes);
         }
-        self.push(index, entry, tag);
+        self.enqueue(index, entry, tag);
         Ok(())
     }
 
-    /// Dataset Management with the ranges in the slot's list page, which is one PRP.
+    /// Dataset Management, with the ranges in the slot's list page (one PRP).
     fn discard(&mut self, ranges: &[Blocks], tag: u32) -> Result<(), Full> {
         assert!((1..=usize::from(MAX_RANGES)).contains(&ranges.len()), "{} ranges in one command", ranges.len());
-        let index = self.vacant()?;
+        let index = self.free_slot()?;
         let (at, list) = self.list(index);
         for (n, &Blocks { first, count }) in ranges.iter().enumerate() {
             let range = DatasetRange { attributes: 0, count, first };
-            self.lists.shared.write(at + n * size_of::<DatasetRange>(), &range);
+            self.lists.memory.write(at + n * size_of::<DatasetRange>(), &range);
         }
         self.lists.flush(at, ranges.len() * size_of::<DatasetRange>());
         let entry = SubmissionEntry {
@@ -318,7 +326,7 @@ impl Queue for IoQueue {
             cdw11: DEALLOCATE,
             ..SubmissionEntry::default()
         };
-        self.push(index, entry, tag);
+        self.enqueue(index, entry, tag);
         Ok(())
     }
 
@@ -328,32 +336,32 @@ impl Queue for IoQueue {
 
     fn reap(&mut self, done: &mut dyn FnMut(Completion)) {
         let mut taken = 0;
-        // A controller that writes entries as fast as they are taken would otherwise keep the worker here.
+        // Bounded: a controller that posts completions as fast as they are reaped must not keep the worker here.
         while taken < self.completions.size() {
-            let Some(entry) = self.completions.take() else {
+            let Some(entry) = self.completions.pop() else {
                 break;
             };
             taken += 1;
-            if let Some(completion) = self.retire(&entry) {
+            if let Some(completion) = self.complete(&entry) {
                 done(completion);
             }
         }
         if taken != 0 {
-            self.completions.release();
+            self.completions.update_head();
         }
     }
 
     fn tick(&mut self, limit: u32) -> OverdueCommands {
-        self.beats = self.beats.wrapping_add(1);
+        self.ticks = self.ticks.wrapping_add(1);
         let mut found = OverdueCommands::default();
         for slot in self.slots.iter_mut().filter(|slot| slot.busy) {
-            // The beat in which it was submitted had begun before.
-            let whole_beats = self.beats.wrapping_sub(slot.since).saturating_sub(1);
-            found.stalled |= whole_beats >= 1;
+            // The tick interval of the submission was already running, so it does not count.
+            let whole_ticks = self.ticks.wrapping_sub(slot.since_tick).saturating_sub(1);
+            found.stalled |= whole_ticks >= 1;
             if slot.aborted {
-                found.stuck |= whole_beats >= (limit / 4).max(1);
-            } else if whole_beats >= limit {
-                (slot.aborted, slot.since) = (true, self.beats);
+                found.stuck |= whole_ticks >= (limit / 4).max(1);
+            } else if whole_ticks >= limit {
+                (slot.aborted, slot.since_tick) = (true, self.ticks);
                 found.expired.push(CommandId { queue: self.id, command: slot.cid });
             }
         }
@@ -370,7 +378,7 @@ impl Queue for IoQueue {
 
     fn set_interrupt_wanted(&self, interrupt_wanted: bool) {
         if let Some(flag) = &self.interrupt_wanted {
-            // Before the last look at the completion ring.
+            // SeqCst: the store must be visible before the worker reaps for the last time before it waits.
             flag.store(interrupt_wanted, Ordering::SeqCst);
         }
     }

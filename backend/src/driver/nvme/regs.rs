@@ -1,5 +1,5 @@
-//! Controller registers: offsets, and the fields this driver reads or writes. A register value is read once into one of
-//! the types here and then only decoded, so decoding is pure and tested without a device.
+//! Controller registers: offsets, and the fields that this driver uses. A register is read once into one of the types here
+//! and then decoded, so decoding is pure and tested without a device.
 //!
 //! | name | offset | NVMe 2.0 § | | name | offset | NVMe 2.0 § |
 //! |---|---|---|---|---|---|---|
@@ -8,7 +8,7 @@
 //! | `CC`   | 14h | 3.1.3.5 | | `ACQ`  | 30h | 3.1.3.10 |
 //! | `CSTS` | 1Ch | 3.1.3.6 | | `CRTO` | 68h | 3.1.3.21 |
 //!
-//! Doorbells follow from 1000h on (NVMe over PCIe Transport 1.0 §3.1.2).
+//! Doorbells start at 1000h (NVMe over PCIe Transport 1.0 §3.1.2).
 
 use std::fmt;
 use std::time::Duration;
@@ -23,15 +23,15 @@ pub(super) const ACQ: usize = 0x30;
 pub(super) const CRTO: usize = 0x68;
 pub(super) const DOORBELLS: usize = 0x1000;
 
-/// The memory page of this driver (CC.MPS = 0), bytes. PRP entries and lists are made of such pages.
+/// Memory page size of this driver (CC.MPS = 0), bytes. PRP entries and lists refer to such pages.
 pub(super) const PAGE: u64 = 4096;
-/// [`PAGE`] as a length in this process.
+/// [`PAGE`] as a `usize`.
 pub(super) const PAGE_LEN: usize = 4096;
 
-/// The unit of CAP.TO and CRTO.
+/// Unit of CAP.TO and CRTO.
 const TIMEOUT_UNIT: Duration = Duration::from_millis(500);
 
-/// `CAP @ 00h`: what the controller can do.
+/// `CAP @ 00h`: controller capabilities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Capabilities(pub(super) u64);
 
@@ -40,12 +40,12 @@ impl Capabilities {
         (self.0 >> low) & ((1 << bits) - 1)
     }
 
-    /// MQES: the largest queue, in entries (the field is 0's based).
+    /// MQES: maximum queue size, entries (the field is 0's based).
     pub(super) fn max_queue_entries(self) -> u32 {
         u32::try_from(self.field(0, 16)).expect("16 bits") + 1
     }
 
-    /// TO: how long RDY may take to follow EN; `crto` replaces it where it is longer than TO can say.
+    /// TO: how long RDY may take to follow EN. CRTO, read by `crto`, replaces it if it is longer.
     pub(super) fn ready_timeout(self, crto: impl FnOnce() -> u32) -> Duration {
         let to = u32::try_from(self.field(24, 8)).expect("8 bits");
         // CRMS bit 0 (CRWMS): CRTO.CRWMT is valid. NVMe 2.0 §3.1.3.21
@@ -53,28 +53,28 @@ impl Capabilities {
         TIMEOUT_UNIT * to.max(crwmt).max(1)
     }
 
-    /// DSTRD: bytes from one doorbell to the next.
+    /// DSTRD: distance between two doorbells, bytes.
     pub(super) fn doorbell_stride(self) -> usize {
         4 << self.field(32, 4)
     }
 
-    /// CSS bit 0: the NVM command set.
+    /// CSS bit 0: the NVM command set is supported.
     pub(super) fn nvm_command_set(self) -> bool {
         self.field(37, 1) == 1
     }
 
-    /// MPSMIN: the smallest memory page, bytes.
+    /// MPSMIN: minimum memory page size, bytes.
     pub(super) fn min_page(self) -> u64 {
         PAGE << self.field(48, 4)
     }
 
-    /// All ones is what a bus returns for a device that is not there; no controller has such capabilities.
+    /// A PCI read from an absent device returns all ones, which no controller has as its capabilities.
     pub(super) fn is_gone(self) -> bool {
         self.0 == u64::MAX
     }
 }
 
-/// `VS @ 08h`: the version of the specification the controller follows.
+/// `VS @ 08h`: the specification version of the controller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Version(pub(super) u32);
 
@@ -96,7 +96,7 @@ pub(super) const CC_SHN_MASK: u32 = 3 << 14;
 /// `CC @ 14h`: SHN = 01b, normal shutdown.
 pub(super) const CC_SHN_NORMAL: u32 = 1 << 14;
 
-/// `CSTS @ 1Ch`: where the controller stands.
+/// `CSTS @ 1Ch`: controller status.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct ControllerStatus(pub(super) u32);
 
@@ -111,7 +111,7 @@ impl ControllerStatus {
         self.0 & 2 != 0
     }
 
-    /// SHST is not 00b: shutdown processing has begun, and may be complete.
+    /// SHST is not 00b: shutdown processing is in progress or complete.
     pub(super) fn shutting_down(self) -> bool {
         (self.0 >> 2) & 3 != 0
     }
@@ -143,7 +143,7 @@ pub(super) fn completion_doorbell(queue: u16, stride: usize) -> usize {
     submission_doorbell(queue, stride) + stride
 }
 
-/// Bytes of registers needed for queues 0 to `last`.
+/// Size of the registers with the doorbells of queues 0 to `last`, bytes.
 pub(super) fn registers_needed(last: u16, stride: usize) -> usize {
     completion_doorbell(last, stride) + 4
 }
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_timeout_of_zero_is_not_no_time_at_all() {
+    fn a_timeout_field_of_zero_still_allows_500_ms() {
         assert_eq!(Capabilities(0).ready_timeout(|| 0), Duration::from_millis(500));
     }
 
@@ -196,17 +196,17 @@ mod tests {
     }
 
     #[test]
-    fn versions_print_as_people_write_them() {
+    fn versions_print_as_in_the_specification() {
         assert_eq!(Version(0x0001_0400).to_string(), "1.4");
         assert_eq!(Version(0x0001_0201).to_string(), "1.2.1");
     }
 
     #[test]
-    fn controller_status_fields_are_told_apart() {
-        let shut = ControllerStatus(0b1001);
-        assert!(shut.ready() && shut.shutdown_complete() && !shut.fatal());
-        let on_its_way = ControllerStatus(0b0101);
-        assert!(on_its_way.shutting_down() && !on_its_way.shutdown_complete());
+    fn controller_status_fields_decode_independently() {
+        let complete = ControllerStatus(0b1001);
+        assert!(complete.ready() && complete.shutdown_complete() && !complete.fatal());
+        let in_progress = ControllerStatus(0b0101);
+        assert!(in_progress.shutting_down() && !in_progress.shutdown_complete());
         assert!(!ControllerStatus(0b0011).shutting_down());
         assert!(ControllerStatus(u32::MAX).is_gone());
     }

@@ -1,12 +1,12 @@
-//! The two rings of a queue pair, in memory shared with the controller, and the doorbells that announce moves on them.
+//! The submission and completion ring of a queue pair, and their doorbells.
 //!
 //! ```text
-//! submission:  driver writes entry at tail ... ring() -> tail doorbell;    head comes back in completions
-//! completion:  controller writes entry with its phase bit flipped per lap; driver reads, release() -> head doorbell
+//! submission:  driver writes entry at tail, ring() -> tail doorbell;        completions report the head
+//! completion:  controller writes entry, its phase bit inverted per wrap;    driver reads, update_head() -> head doorbell
 //! ```
 //!
-//! Each ring has one owner, so all state here is plain; only the phase bit is read with acquire ordering, because the
-//! rest of the entry stands behind it (NVMe 2.0 §3.3.1, §3.3.3.2).
+//! One worker owns a ring, so its state needs no atomics. Only a completion is read with acquire ordering: its phase bit says
+//! whether the rest of it is valid (NVMe 2.0 §3.3.1, §3.3.3.2).
 
 use std::sync::Arc;
 
@@ -16,26 +16,26 @@ use crate::addr::Iova;
 use crate::hardware::{CacheFlush, DmaBuffer, Registers};
 use crate::sys::{SharedArray, SharedMemory};
 
-/// A piece of memory that both sides see: where this process and where the device finds it. The mapping itself is kept
-/// by the controller, which gives it up only when the device has stopped.
+/// Memory shared with the device: this process's view and the device's address. `Controller` owns the mapping and frees it
+/// only after the device has stopped.
 #[derive(Clone)]
-pub struct Shared {
+pub struct QueueMemory {
     /// This process's view.
-    pub shared: SharedMemory,
-    /// The device's address of its first byte.
+    pub memory: SharedMemory,
+    /// Device address of the first byte.
     pub iova: Iova,
-    /// What makes the two views agree, if they do not by themselves.
+    /// Flushes CPU caches for a non-coherent device; `None` if the device is coherent.
     pub caches: Option<Arc<dyn CacheFlush>>,
 }
 
-impl Shared {
-    /// Both views of `buffer`, which must be kept until the device has stopped.
+impl QueueMemory {
+    /// Refers to `buffer`, which must live until the device has stopped.
     #[must_use]
-    pub fn of(buffer: &DmaBuffer, caches: Option<Arc<dyn CacheFlush>>) -> Self {
-        Self { shared: buffer.memory().clone(), iova: buffer.span().start(), caches }
+    pub fn new(buffer: &DmaBuffer, caches: Option<Arc<dyn CacheFlush>>) -> Self {
+        Self { memory: buffer.memory().clone(), iova: buffer.span().start(), caches }
     }
 
-    /// Makes both views agree on `len` bytes from `offset`: after writing and before the doorbell, or before reading.
+    /// Flushes and invalidates `len` bytes from `offset`: between a write and the doorbell, or before a read.
     #[inline]
     pub(super) fn flush(&self, offset: usize, len: usize) {
         if self.caches.is_some() {
@@ -43,32 +43,32 @@ impl Shared {
         }
     }
 
-    /// Apart, so that a coherent device pays for one comparison alone.
+    /// Not inlined, so that a coherent device costs only one comparison.
     #[inline(never)]
     fn flush_lines(&self, offset: usize, len: usize) {
         if let Some(caches) = &self.caches {
-            caches.flush(&self.shared, offset, len);
+            caches.flush(&self.memory, offset, len);
         }
     }
 
-    /// The first `count` entries of a ring; the driver has sized the memory for them.
-    fn rows<const N: usize>(&self, count: u16) -> SharedArray<SharedMemory, u64, N> {
-        self.shared.rows(0, count.into()).expect("a ring begins on a page of its own").keep()
+    /// The `count` entries of a ring that starts here.
+    fn entries<const N: usize>(&self, count: u16) -> SharedArray<SharedMemory, u64, N> {
+        self.memory.rows(0, count.into()).expect("rings are page-aligned and sized for their entries").keep()
     }
 
-    /// `len` bytes from `offset`; the driver has sized the memory for what it keeps there.
-    pub(super) fn part(&self, offset: usize, len: usize) -> Self {
-        let shared = self.shared.slice(offset, len).expect("queue memory is sized for its parts");
-        Self { shared, iova: Iova(self.iova.0 + offset as u64), caches: self.caches.clone() }
+    /// The `len` bytes from `offset`, which must lie inside.
+    pub(super) fn slice(&self, offset: usize, len: usize) -> Self {
+        let memory = self.memory.slice(offset, len).expect("queue memory is sized for its contents");
+        Self { memory, iova: Iova(self.iova.0 + offset as u64), caches: self.caches.clone() }
     }
 }
 
-/// The registers by which a queue is announced.
+/// The doorbell registers of a controller.
 #[derive(Clone)]
 pub struct Doorbells {
     /// The controller's registers, large enough for the queue's doorbells.
     pub registers: Arc<dyn Registers>,
-    /// Bytes between two doorbells (CAP.DSTRD).
+    /// Distance between two doorbells, bytes (CAP.DSTRD).
     pub stride: usize,
 }
 
@@ -84,36 +84,36 @@ impl Doorbell {
     }
 }
 
-/// Bytes of memory for a submission ring of `entries`, in whole pages.
+/// Memory for a submission ring of `entries`, bytes, in whole pages.
 pub(super) fn submission_bytes(entries: u16) -> usize {
     (usize::from(entries) * size_of::<SubmissionEntry>()).next_multiple_of(PAGE_LEN)
 }
 
-/// Bytes of memory for a completion ring of `entries`, in whole pages.
+/// Memory for a completion ring of `entries`, bytes, in whole pages.
 pub(super) fn completion_bytes(entries: u16) -> usize {
     (usize::from(entries) * size_of::<CompletionEntry>()).next_multiple_of(PAGE_LEN)
 }
 
-/// Commands on their way to the controller.
+/// The driver's side of a submission queue.
 pub(super) struct SubmissionRing {
-    memory: Shared,
+    memory: QueueMemory,
     entries: SharedArray<SharedMemory, u64, 8>,
     size: u16,
-    /// Next entry the controller may not have read yet, as far as it said.
+    /// First entry that the controller has not reported as read.
     head: u16,
     /// Next entry to write.
     tail: u16,
-    /// What the doorbell says; entries from here to `tail` are known to this process alone.
-    rung: u16,
+    /// Value last written to the doorbell. The controller does not know of the entries from here to `tail` yet.
+    doorbell_tail: u16,
     doorbell: Doorbell,
 }
 
 impl SubmissionRing {
-    pub(super) fn new(memory: &Shared, queue: u16, size: u16, doorbells: &Doorbells) -> Self {
+    pub(super) fn new(memory: &QueueMemory, queue: u16, size: u16, doorbells: &Doorbells) -> Self {
         let offset = submission_doorbell(queue, doorbells.stride);
         let doorbell = Doorbell { registers: Arc::clone(&doorbells.registers), offset };
-        let entries = memory.rows(size);
-        Self { memory: memory.clone(), entries, size, head: 0, tail: 0, rung: 0, doorbell }
+        let entries = memory.entries(size);
+        Self { memory: memory.clone(), entries, size, head: 0, tail: 0, doorbell_tail: 0, doorbell }
     }
 
     #[inline]
@@ -121,13 +121,13 @@ impl SubmissionRing {
         if index + 1 == self.size { 0 } else { index + 1 }
     }
 
-    /// True if no entry can be written: one stays unused, to tell full from empty. NVMe 2.0 §3.3.1.5
+    /// True if no entry can be written. One entry always stays unused, to distinguish full from empty. NVMe 2.0 §3.3.1.5
     #[inline]
     pub(super) fn is_full(&self) -> bool {
         self.next(self.tail) == self.head
     }
 
-    /// Writes one entry; the controller learns of it by [`Self::ring`]. The ring must not be full.
+    /// Writes one entry, which [`Self::ring`] makes known to the controller. The ring must not be full.
     #[inline]
     pub(super) fn push(&mut self, entry: &SubmissionEntry) {
         debug_assert!(!self.is_full());
@@ -135,11 +135,11 @@ impl SubmissionRing {
         self.tail = self.next(self.tail);
     }
 
-    /// Makes the entries written since the last doorbell visible to a controller that does not snoop.
+    /// Flushes the entries written since the last doorbell, for a controller that does not snoop.
     #[inline]
     fn flush(&self) {
         let at = |index: u16| usize::from(index) * size_of::<SubmissionEntry>();
-        let (from, to) = (at(self.rung), at(self.tail));
+        let (from, to) = (at(self.doorbell_tail), at(self.tail));
         if from < to {
             self.memory.flush(from, to - from);
         } else {
@@ -148,23 +148,23 @@ impl SubmissionRing {
         }
     }
 
-    /// Announces what has been written; false if there was nothing new.
+    /// Writes the doorbell if there are new entries; returns whether it did.
     #[inline]
     pub(super) fn ring(&mut self) -> bool {
-        if self.rung == self.tail {
+        if self.doorbell_tail == self.tail {
             return false;
         }
         self.flush();
         self.doorbell.write(self.tail);
-        self.rung = self.tail;
+        self.doorbell_tail = self.tail;
         true
     }
 
-    /// Takes note of how far the controller says it has read; false if that is beyond what it was told of.
+    /// Sets the head that the controller reports; false, without effect, if it lies beyond the last doorbell.
     #[inline]
-    pub(super) fn consumed_to(&mut self, head: u16) -> bool {
+    pub(super) fn set_head(&mut self, head: u16) -> bool {
         let distance = |to: u16| if to >= self.head { to - self.head } else { self.size - self.head + to };
-        let plausible = head < self.size && distance(head) <= distance(self.rung);
+        let plausible = head < self.size && distance(head) <= distance(self.doorbell_tail);
         if plausible {
             self.head = head;
         }
@@ -172,38 +172,39 @@ impl SubmissionRing {
     }
 }
 
-/// Completions on their way back.
+/// The driver's side of a completion queue.
 pub(super) struct CompletionRing {
-    memory: Shared,
+    memory: QueueMemory,
     entries: SharedArray<SharedMemory, u64, 2>,
     size: u16,
     head: u16,
-    /// The value of the phase bit that marks an entry of the current lap as new.
+    /// Phase bit of new entries; inverted at each wrap.
     phase: bool,
     doorbell: Doorbell,
 }
 
 impl CompletionRing {
-    /// The memory must be zeroed: the first lap is marked by phase 1.
-    pub(super) fn new(memory: &Shared, queue: u16, size: u16, doorbells: &Doorbells) -> Self {
+    /// The memory must be zeroed: the phase of the first pass through the ring is 1.
+    pub(super) fn new(memory: &QueueMemory, queue: u16, size: u16, doorbells: &Doorbells) -> Self {
         let offset = completion_doorbell(queue, doorbells.stride);
         let doorbell = Doorbell { registers: Arc::clone(&doorbells.registers), offset };
-        let entries = memory.rows(size);
+        let entries = memory.entries(size);
         Self { memory: memory.clone(), entries, size, head: 0, phase: true, doorbell }
     }
 
-    /// How many entries there are, hence the most that one honest pass can find.
+    /// Number of entries: the most that a well-behaved controller can have posted at once.
     pub(super) fn size(&self) -> u16 {
         self.size
     }
 
-    /// Takes the next completion, if the controller has written one.
+    /// Removes the next completion, if the controller has written one.
     #[inline]
-    pub(super) fn take(&mut self) -> Option<CompletionEntry> {
+    pub(super) fn pop(&mut self) -> Option<CompletionEntry> {
         let at = usize::from(self.head);
-        // The controller may have written behind a cached line; this process never writes it, so the flush only drops it.
+        // Drop a stale cached line. This process never writes to it, so the flush writes nothing back.
         self.memory.flush(at * size_of::<CompletionEntry>(), size_of::<CompletionEntry>());
-        // Dwords 2 and 3 at once and first: the phase bit in the last is written last, and vouches for all.
+        // Dwords 2 and 3 are read first and in one access. The controller writes the phase bit, in dword 3, last: if it is
+        // new, all dwords are.
         let entry = CompletionEntry::from_words(self.entries.read_acquire(at));
         if (entry.status & 1 == 1) != self.phase {
             return None;
@@ -216,9 +217,9 @@ impl CompletionRing {
         Some(entry)
     }
 
-    /// Gives all taken entries back to the controller. Costs a register write, so it is done once per pass.
+    /// Releases all removed entries to the controller. This is a register write, so call it once per batch.
     #[inline]
-    pub(super) fn release(&self) {
+    pub(super) fn update_head(&self) {
         self.doorbell.write(self.head);
     }
 }

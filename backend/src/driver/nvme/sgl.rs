@@ -1,28 +1,28 @@
-//! Scatter Gather Lists: how a command names buffers that PRPs cannot, where the controller offers it (NVMe 2.0 §4.1.2).
+//! Scatter Gather Lists: describing buffers that PRPs cannot, if the controller supports them (NVMe 2.0 §4.1.2).
 //!
-//! Pure arithmetic, as in `prp`. Every buffer is one data block descriptor of any length, so there are no seams; what
-//! bounds a command is the list, which must fit the page of its slot, and the dword alignment that some controllers want.
+//! Pure arithmetic, as in `prp`. Every buffer becomes one data block descriptor of any length, so gaps do not matter. The
+//! list must fit the list page of its slot, and some controllers require dword alignment.
 //!
 //! ```text
 //! one buffer:   SQE <- data block
 //! more:         SQE <- last segment --> list page: data block, data block, ...
 //! ```
 
-use super::prp::{Limits, parts};
+use super::prp::{Limits, segments};
 use super::regs::PAGE;
 use crate::addr::{Address, Iova, Span};
 
-/// Bytes of a descriptor (NVMe 2.0 §4.1.2.1).
+/// Size of a descriptor, bytes. NVMe 2.0 §4.1.2.1
 const DESCRIPTOR: u64 = 16;
-/// Descriptors that fit the list page.
+/// Descriptors in a list page.
 const LIST_ENTRIES: usize = (PAGE / DESCRIPTOR) as usize;
 /// SGL identifiers, in the last byte of a descriptor: type in bits 7:4, subtype 0h (an address) in bits 3:0.
 const DATA_BLOCK: u64 = 0x00 << 56;
 const LAST_SEGMENT: u64 = 0x30 << 56;
-/// PSDT in the second byte of a submission entry: data by SGL, metadata pointer contiguous (NVMe 2.0 §3.3.3.1).
+/// PSDT in the second byte of a submission entry: SGL for data, contiguous metadata buffer. NVMe 2.0 §3.3.3.1
 pub(super) const PSDT: u8 = 0b01 << 6;
 
-/// What the controller's SGLs can name.
+/// Required alignment of addresses and lengths in SGLs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Granularity {
     /// Any address, any length.
@@ -32,7 +32,7 @@ pub enum Granularity {
 }
 
 impl Granularity {
-    /// SGLS of Identify Controller, bits 1:0; `None` if there are no SGLs. NVMe 2.0 §5.17.2.1, bytes 539:536
+    /// From SGLS bits 1:0 of Identify Controller; `None` if SGLs are not supported. NVMe 2.0 §5.17.2.1, bytes 539:536
     pub(super) fn decode(sgls: u32) -> Option<Self> {
         match sgls & 0b11 {
             0b01 => Some(Self::Byte),
@@ -49,18 +49,18 @@ impl Granularity {
     }
 }
 
-/// How many bytes of `buffers` from `position` on the next command can name: whole blocks, perhaps none.
+/// How many bytes of `buffers` from `position` on one SGL can describe: whole blocks, or 0.
 #[must_use]
-pub fn reach(buffers: &[Span<Iova>], position: u64, limits: Limits, granularity: Granularity) -> u32 {
+pub fn max_bytes(buffers: &[Span<Iova>], position: u64, limits: Limits, granularity: Granularity) -> u32 {
     let unit = granularity.bytes();
     let mut bytes = 0_u64;
-    for part in parts(buffers, position).take(LIST_ENTRIES) {
-        if !part.start().is_aligned(unit) {
+    for segment in segments(buffers, position).take(LIST_ENTRIES) {
+        if !segment.start().is_aligned(unit) {
             break;
         }
-        bytes = bytes.saturating_add(part.len());
-        // Nothing can follow a part that ends inside a unit, and blocks end between units.
-        if !part.len().is_multiple_of(unit) || bytes >= limits.transfer.into() {
+        bytes = bytes.saturating_add(segment.len());
+        // A length that is not a multiple of the unit can only be the last, cut to whole blocks below.
+        if !segment.len().is_multiple_of(unit) || bytes >= limits.transfer.into() {
             break;
         }
     }
@@ -68,8 +68,8 @@ pub fn reach(buffers: &[Span<Iova>], position: u64, limits: Limits, granularity:
     bytes - bytes % limits.block
 }
 
-/// The two words of the data pointer of a command for `bytes` bytes of `buffers` from `position` on, which [`reach`] has
-/// found. Descriptors of a list go to the page at `list`, through `put(index, words)`; gives how many there are, too.
+/// The data pointer of a command for `bytes` bytes of `buffers` from `position` on, at most [`max_bytes`], and the number of
+/// descriptors in the list. `put(index, words)` writes them to the page at `list`; a single buffer needs no list.
 pub fn build(
     buffers: &[Span<Iova>],
     position: u64,
@@ -80,10 +80,10 @@ pub fn build(
     let mut left = u64::from(bytes);
     let mut first = None;
     let mut count = 0;
-    for part in parts(buffers, position) {
-        let Some(part) = part.slice(0, part.len().min(left)) else { break };
-        left -= part.len();
-        let descriptor = [part.start().raw(), part.len() | DATA_BLOCK];
+    for segment in segments(buffers, position) {
+        let Some(segment) = segment.slice(0, segment.len().min(left)) else { break };
+        left -= segment.len();
+        let descriptor = [segment.start().raw(), segment.len() | DATA_BLOCK];
         assert!(count < LIST_ENTRIES, "{bytes} bytes need more than one SGL page");
         match first {
             None => first = Some(descriptor),
@@ -116,7 +116,7 @@ mod tests {
         Span::new(Iova(start), len).unwrap()
     }
 
-    /// The spans that a controller would touch.
+    /// The spans that a controller accesses.
     fn walk(buffers: &[Span<Iova>], position: u64, bytes: u32) -> Vec<(u64, u64)> {
         let mut list = Vec::new();
         let (pointer, count) = build(buffers, position, bytes, LIST, |index, words| {
@@ -140,23 +140,23 @@ mod tests {
     }
 
     #[test]
-    fn a_list_never_outgrows_its_page() {
+    fn a_list_never_exceeds_its_page() {
         let many: Vec<_> = (0..300).map(|n| span(0x10_0001 + n * 0x100, 10)).collect();
-        assert_eq!(reach(&many, 0, LIMITS, Granularity::Byte), 2560);
+        assert_eq!(max_bytes(&many, 0, LIMITS, Granularity::Byte), 2560);
         assert_eq!(walk(&many, 0, 2560).len(), 256);
     }
 
     #[test]
     fn dword_granularity_stops_at_an_odd_address_and_after_an_odd_length() {
-        let reach = |buffers: &[Span<Iova>]| reach(buffers, 0, LIMITS, Granularity::Dword);
-        assert_eq!(reach(&[span(0x1002, 1024)]), 0);
-        assert_eq!(reach(&[span(0x1004, 1024), span(0x8004, 512)]), 1536);
-        assert_eq!(reach(&[span(0x1004, 1024), span(0x8001, 512)]), 1024);
-        assert_eq!(reach(&[span(0x1004, 1022), span(0x8000, 514)]), 512);
+        let max_bytes = |buffers: &[Span<Iova>]| max_bytes(buffers, 0, LIMITS, Granularity::Dword);
+        assert_eq!(max_bytes(&[span(0x1002, 1024)]), 0);
+        assert_eq!(max_bytes(&[span(0x1004, 1024), span(0x8004, 512)]), 1536);
+        assert_eq!(max_bytes(&[span(0x1004, 1024), span(0x8001, 512)]), 1024);
+        assert_eq!(max_bytes(&[span(0x1004, 1022), span(0x8000, 514)]), 512);
     }
 
     #[test]
-    fn support_is_what_the_two_bits_say() {
+    fn granularity_follows_sgls_bits_1_0() {
         assert_eq!(
             [0, 1, 2, 3].map(Granularity::decode),
             [None, Some(Granularity::Byte), Some(Granularity::Dword), None]
@@ -166,7 +166,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_byte_is_named_once_and_in_order(
+        fn every_byte_is_described_once_and_in_order(
             lens in prop::collection::vec(1_u64..3000, 1..400),
             at in any::<prop::sample::Index>(),
         ) {
@@ -174,7 +174,7 @@ mod tests {
             let total: u64 = lens.iter().sum();
             prop_assume!(total >= 512);
             let position = at.index((total / 512) as usize) as u64 * 512;
-            let bytes = reach(&buffers, position, LIMITS, Granularity::Byte);
+            let bytes = max_bytes(&buffers, position, LIMITS, Granularity::Byte);
             prop_assume!(bytes != 0);
             prop_assert!(bytes.is_multiple_of(512) && bytes <= LIMITS.transfer);
             let named: Vec<u64> = walk(&buffers, position, bytes).iter().flat_map(|&(start, len)| start..start + len).collect();

@@ -1,7 +1,7 @@
-//! What lies in memory between driver and controller: queue entries and Identify data, byte for byte.
+//! Data structures shared with the controller: queue entries and Identify data.
 //!
-//! All fields are little-endian and naturally aligned, as is this host (`lib.rs` refuses any other), so each structure is
-//! a plain `repr(C)` one. Sizes and the offsets that matter are asserted at compile time.
+//! All fields are little-endian and naturally aligned. The host is little-endian, too (`lib.rs` refuses others), so each
+//! structure is plain `repr(C)`. Sizes and the offsets used are asserted at compile time.
 
 use std::mem::offset_of;
 
@@ -37,7 +37,7 @@ pub(super) mod feature {
     pub(in crate::driver::nvme) const ASYNC_EVENTS: u32 = 0x0b;
 }
 
-/// CNS: which Identify structure. NVMe 2.0 §5.17.1
+/// CNS: selects the Identify data structure. NVMe 2.0 §5.17.1
 pub(super) mod cns {
     pub(in crate::driver::nvme) const NAMESPACE: u32 = 0x00;
     pub(in crate::driver::nvme) const CONTROLLER: u32 = 0x01;
@@ -45,23 +45,23 @@ pub(super) mod cns {
     pub(in crate::driver::nvme) const COMMAND_SET_CONTROLLER: u32 = 0x06;
 }
 
-/// Namespace Attribute Notices: in OAES, and to be asked for by Set Features. NVMe 2.0 §5.27.1.8
+/// Namespace Attribute Notices, in OAES and in Asynchronous Event Configuration. NVMe 2.0 §5.27.1.8
 pub(super) const NAMESPACE_NOTICES: u32 = 1 << 8;
 
 /// Write Zeroes, command dword 12: DEAC. NVM Command Set 1.0 §3.2.8
 pub(super) const DEALLOCATE_ZEROED: u32 = 1 << 25;
 /// Dataset Management, command dword 11: AD. NVM Command Set 1.0 §3.2.3
 pub(super) const DEALLOCATE: u32 = 1 << 2;
-/// Ranges of one Dataset Management command: they fill a page. NVM Command Set 1.0 §3.2.3
+/// Maximum ranges of one Dataset Management command, which fill a page. NVM Command Set 1.0 §3.2.3
 pub(super) const MAX_RANGES: u16 = 256;
 
 /// One range of Dataset Management. NVM Command Set 1.0 §3.2.3, figure "Dataset Management – Range Definition"
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct DatasetRange {
-    /// Context attributes, hints that this driver does not give.
+    /// Context attributes: hints, which this driver leaves at 0.
     pub(super) attributes: u32,
-    /// Logical blocks.
+    /// Number of logical blocks.
     pub(super) count: u32,
     /// First logical block.
     pub(super) first: u64,
@@ -71,13 +71,13 @@ pub(super) struct DatasetRange {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct SubmissionEntry {
-    /// Which command.
+    /// Opcode.
     pub(super) opcode: u8,
-    /// FUSE and PSDT; 0: not fused, PRPs.
+    /// FUSE and PSDT; 0: not fused, data by PRPs.
     pub(super) flags: u8,
     /// Command identifier, unique among the commands in flight on the queue.
     pub(super) cid: u16,
-    /// Namespace, 0 where the command is not about one.
+    /// Namespace identifier; 0 if the command has none.
     pub(super) nsid: u32,
     /// Command specific.
     pub(super) cdw2: u32,
@@ -104,8 +104,8 @@ pub(super) struct SubmissionEntry {
 }
 
 impl SubmissionEntry {
-    /// The entry as the controller fetches it. Not by its bytes: fields stored one by one and read back as words would make
-    /// the processor wait for each (failed store forwarding).
+    /// The entry as the words that the controller fetches. Built from the fields, not read back from the struct in memory:
+    /// loading words after narrower stores stalls the CPU (failed store forwarding).
     #[inline]
     pub(super) fn words(&self) -> [u64; 8] {
         let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
@@ -131,25 +131,25 @@ pub(super) struct CompletionEntry {
     pub(super) result: u32,
     /// Command specific.
     pub(super) dw1: u32,
-    /// How far the controller has read the submission queue.
+    /// SQ head pointer: how far the controller has read the submission queue.
     pub(super) sq_head: u16,
-    /// Which submission queue.
+    /// Submission queue identifier.
     pub(super) sq_id: u16,
-    /// Which command.
+    /// Command identifier.
     pub(super) cid: u16,
     /// Bit 0: phase; bits 15:1: status field.
     pub(super) status: u16,
 }
 
 impl CompletionEntry {
-    /// From the two words it is read as.
+    /// From the two words of one read.
     #[inline]
     pub(super) fn from_words(words: [u64; 2]) -> Self {
         zerocopy::transmute!(words)
     }
 }
 
-/// Identify Controller data structure, up to what this driver reads. NVMe 2.0 §5.17.2.1
+/// Identify Controller data structure, the fields that this driver reads. NVMe 2.0 §5.17.2.1
 #[derive(Clone, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct IdentifyController {
@@ -213,7 +213,7 @@ pub(super) struct LbaFormat {
     pub(super) performance: u8,
 }
 
-/// Identify Namespace data structure, up to what this driver reads. NVM Command Set 1.0 §4.1.5.1
+/// Identify Namespace data structure, the fields that this driver reads. NVM Command Set 1.0 §4.1.5.1
 #[derive(Clone, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct IdentifyNamespace {

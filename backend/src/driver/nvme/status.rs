@@ -1,4 +1,4 @@
-//! How a command ended: the status field of a completion, by the names of the specification.
+//! The status field of a completion, with the names of the specification.
 //!
 //! NVMe 2.0 §3.3.3.2.1; codes 80h and up of SCT 0 and 2: NVM Command Set 1.0 §3.1.2.
 
@@ -11,7 +11,7 @@ use crate::driver::Outcome;
 pub struct Status(u16);
 
 impl Status {
-    /// From the last word of a completion, phase bit included.
+    /// From the last 16 bits of a completion, including the phase bit.
     #[inline]
     pub(super) const fn from_word(word: u16) -> Self {
         Self(word >> 1)
@@ -29,20 +29,20 @@ impl Status {
         (self.0 >> 8) & 7
     }
 
-    /// DNR: the same command will fail again.
+    /// DNR: the command will fail again if retried.
     #[must_use]
     pub const fn do_not_retry(self) -> bool {
         self.0 & 1 << 14 != 0
     }
 
-    /// True if the command did what it was asked to.
+    /// True if the command succeeded.
     #[inline]
     #[must_use]
     pub const fn is_success(self) -> bool {
         self.0 & 0x7ff == 0
     }
 
-    /// What the engine is told.
+    /// The status in terms of the [`Queue`](crate::driver::Queue) trait.
     #[inline]
     #[must_use]
     pub const fn outcome(self) -> Outcome {
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_commands_are_unsupported_and_all_else_has_failed() {
+    fn invalid_opcodes_and_fields_are_unsupported_and_all_other_errors_are_failures() {
         assert_eq!(status(0, 1).outcome(), Outcome::Unsupported);
         assert_eq!(status(0, 2).outcome(), Outcome::Unsupported);
         assert_eq!(status(0, 6).outcome(), Outcome::Failed);

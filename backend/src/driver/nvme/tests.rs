@@ -1,8 +1,8 @@
-//! The driver above the emulated function: the same trait objects that it meets above VFIO.
+//! The driver on the emulated function, through the same traits as on VFIO.
 
-mod caches;
-mod faults;
-mod hostile;
+mod cache_maintenance;
+mod command_faults;
+mod controller_faults;
 mod io;
-mod life;
+mod lifecycle;
 pub(super) mod rig;

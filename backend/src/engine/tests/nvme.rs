@@ -45,7 +45,7 @@ impl Drive {
         let there = Arc::clone(there);
         Self::made(options, engine, LEN, |nvme, machine| {
             let function = machine.function();
-            nvme.returning(Box::new(move || {
+            nvme.with_reacquire(Box::new(move || {
                 anyhow::ensure!(there.load(Ordering::Relaxed), "the host has it");
                 Ok(Arc::clone(&function))
             }))

@@ -23,7 +23,7 @@ fn namespace(data_shift: u8, metadata: u16) -> IdentifyNamespace {
     data
 }
 
-fn decode(data: &IdentifyNamespace) -> Result<Option<Namespace>, Cause> {
+fn decode(data: &IdentifyNamespace) -> Result<Option<Namespace>, NvmeErrorKind> {
     Namespace::decode(1, data, &identity())
 }
 
@@ -57,7 +57,7 @@ fn shutdown_limits_are_bounded_on_both_sides() {
 #[test]
 fn a_controller_of_another_kind_or_entry_size_is_refused() {
     let discovery = Identity::decode(&IdentifyController { cntrltype: 2, ..controller() });
-    assert!(matches!(discovery, Err(Cause::Unsuitable { property: "controller type", .. })));
+    assert!(matches!(discovery, Err(NvmeErrorKind::Unsuitable { property: "controller type", .. })));
     let large_entries = Identity::decode(&IdentifyController { sqes: 0x77, ..controller() });
     assert_eq!(
         large_entries.unwrap_err().to_string(),
@@ -75,7 +75,7 @@ fn namespaces_of_512_and_4096_bytes_are_served() {
 }
 
 #[test]
-fn other_block_formats_are_refused_by_their_numbers() {
+fn errors_about_other_block_formats_state_their_sizes() {
     let message = |data| decode(&data).unwrap_err().to_string();
     assert!(message(namespace(9, 8)).contains("512 data and 8 metadata bytes"));
     assert!(message(namespace(13, 0)).contains("8192 data and 0 metadata bytes"));
@@ -85,20 +85,20 @@ fn other_block_formats_are_refused_by_their_numbers() {
 #[test]
 fn the_format_index_has_six_bits() {
     let mut data = namespace(9, 0);
-    data.flbas = 0b0110_0011; // index 0b11_0011; bit 4 is about metadata
+    data.flbas = 0b0110_0011; // index 0b11_0011; bit 4 belongs to metadata
     data.lbaf[0b11_0011] = LbaFormat { metadata: 0, data_shift: 12, performance: 0 };
     assert_eq!(decode(&data).unwrap().unwrap().block_size, 4096);
 }
 
 #[test]
-fn an_inactive_namespace_is_none_and_an_impossible_one_refused() {
+fn an_inactive_namespace_is_none_and_an_oversized_one_is_refused() {
     assert_eq!(decode(&IdentifyNamespace { nsze: 0, ..namespace(9, 0) }).unwrap(), None);
     assert!(decode(&IdentifyNamespace { nsze: u64::MAX / 512 + 1, ..namespace(9, 0) }).is_err());
     assert!(decode(&IdentifyNamespace { nsze: u64::MAX / 512, ..namespace(9, 0) }).is_ok());
 }
 
 #[test]
-fn the_preferred_write_size_counts_as_far_as_it_is_atomic() {
+fn the_physical_block_is_the_preferred_write_size_up_to_the_atomic_one() {
     let physical = |nsfeat, npwg, nawupf| {
         decode(&IdentifyNamespace { nsfeat, npwg, nawupf, ..namespace(9, 0) }).unwrap().unwrap().physical_block_size
     };
@@ -114,8 +114,8 @@ fn the_preferred_write_size_counts_as_far_as_it_is_atomic() {
 #[test]
 fn the_active_list_ends_where_it_stops_increasing() {
     let mut list = [0; 4096];
-    for (place, id) in [1_u32, 2, 7, 7, 9].into_iter().enumerate() {
-        list[place * 4..place * 4 + 4].copy_from_slice(&id.to_le_bytes());
+    for (index, id) in [1_u32, 2, 7, 7, 9].into_iter().enumerate() {
+        list[index * 4..index * 4 + 4].copy_from_slice(&id.to_le_bytes());
     }
     assert_eq!(active_namespaces(&list), [1, 2, 7]);
     assert!(active_namespaces(&[0; 4096]).is_empty());
@@ -123,13 +123,13 @@ fn the_active_list_ends_where_it_stops_increasing() {
 }
 
 #[test]
-fn a_missing_namespace_is_answered_with_those_that_exist() {
-    assert_eq!(choose(None, &[5]).unwrap(), 5);
-    assert_eq!(choose(Some(5), &[3, 5]).unwrap(), 5);
-    assert_eq!(choose(Some(4), &[3, 5]).unwrap_err().to_string(), "has no active namespace 4; it has: 3, 5");
-    let unchosen = choose(None, &[3, 5]).unwrap_err().to_string();
-    assert_eq!(unchosen, "has several namespaces: 3, 5; choose one with --namespace");
-    assert!(matches!(choose(None, &[]), Err(Cause::Empty)));
+fn a_namespace_that_cannot_be_selected_is_reported_with_the_active_ones() {
+    assert_eq!(select_namespace(None, &[5]).unwrap(), 5);
+    assert_eq!(select_namespace(Some(5), &[3, 5]).unwrap(), 5);
+    assert_eq!(select_namespace(Some(4), &[3, 5]).unwrap_err().to_string(), "has no active namespace 4; it has: 3, 5");
+    let ambiguous = select_namespace(None, &[3, 5]).unwrap_err().to_string();
+    assert_eq!(ambiguous, "has several namespaces: 3, 5; choose one with --namespace");
+    assert!(matches!(select_namespace(None, &[]), Err(NvmeErrorKind::NoActiveNamespace)));
     let many: Vec<u32> = (1..=1024).collect();
-    assert!(listed(&many).ends_with("16, … (1024 in all)"));
+    assert!(format_ids(&many).ends_with("16, … (1024 in all)"));
 }

@@ -1,5 +1,5 @@
-//! The arithmetic against a model that looks at every byte: which addresses does the transfer touch, in order, and which
-//! would a controller touch that walks the PRPs?
+//! The arithmetic against a model of single bytes: the addresses of the transfer, in order, must be those that a controller
+//! accesses when it walks the PRPs.
 
 use proptest::prelude::*;
 
@@ -20,7 +20,7 @@ fn addresses(buffers: &[Span<Iova>]) -> Vec<u64> {
     buffers.iter().flat_map(|buffer| (0..buffer.len()).map(|i| buffer.start().raw() + i)).collect()
 }
 
-/// The address of every byte that a controller touches (NVMe 2.0 §4.1.1), or what it would object to.
+/// The address of every byte that a controller accesses, or why it would refuse the PRPs. NVMe 2.0 §4.1.1
 fn walk(prp1: u64, prp2: u64, list: &[u64], bytes: u64) -> Result<Vec<u64>, String> {
     if !prp1.is_multiple_of(4) {
         return Err(format!("PRP1 {prp1:#x} is not dword-aligned"));
@@ -38,9 +38,9 @@ fn walk(prp1: u64, prp2: u64, list: &[u64], bytes: u64) -> Result<Vec<u64>, Stri
         if !page.is_multiple_of(4096) {
             return Err(format!("entry {page:#x} has an offset"));
         }
-        let part = left.min(4096);
-        touched.extend(page..page + part);
-        left -= part;
+        let segment = left.min(4096);
+        touched.extend(page..page + segment);
+        left -= segment;
     }
     match pages.next() {
         Some(extra) if bytes > 4096 => Err(format!("an entry too many: {extra:#x}")),
@@ -57,24 +57,24 @@ fn build_and_walk(buffers: &[Span<Iova>], position: u64, bytes: u32) -> Result<V
     walk(prp1, prp2, &list, u64::from(bytes))
 }
 
-/// True if PRPs can name these addresses: slow and obvious.
-fn nameable(addresses: &[u64]) -> bool {
+/// True if PRPs can describe these addresses: slow and obvious.
+fn describable(addresses: &[u64]) -> bool {
     let page = |address: u64| address.is_multiple_of(4096);
     let jump_is_legal = |pair: &[u64]| pair[1] == pair[0] + 1 || (page(pair[0] + 1) && page(pair[1]));
     addresses.first().is_none_or(|first| first.is_multiple_of(4)) && addresses.windows(2).all(jump_is_legal)
 }
 
-/// The longest direct extent, by trying every number of blocks.
+/// The longest direct extent, found by trying every number of blocks.
 fn longest(addresses: &[u64], limits: Limits) -> u32 {
     (1..)
         .map(|n| n * limits.block)
         .take_while(|&bytes| bytes <= limits.transfer && bytes as usize <= addresses.len())
-        .filter(|&bytes| nameable(&addresses[..bytes as usize]))
+        .filter(|&bytes| describable(&addresses[..bytes as usize]))
         .last()
         .unwrap_or(0)
 }
 
-/// Buffers as guests make them: mostly page-wise, now and then contiguous, odd, or tiny.
+/// Buffers as guests use them: mostly whole pages, sometimes contiguous, unaligned, or tiny.
 fn buffers(block: u64) -> impl Strategy<Value = Vec<Span<Iova>>> {
     let start = prop_oneof![
         4 => Just(0_u64),
@@ -93,7 +93,7 @@ fn buffers(block: u64) -> impl Strategy<Value = Vec<Span<Iova>>> {
         let mut page = 0x10_0000;
         for (offset, len, shape) in pieces {
             let start = match (shape, spans.last()) {
-                // Touching the one before, or to the end of the page, so that long extents are common.
+                // Contiguous to the one before, or up to the end of the page, so that long extents are common.
                 (1, Some(last)) => last.last().raw() + 1,
                 _ => page + offset,
             };
@@ -112,7 +112,7 @@ fn buffers(block: u64) -> impl Strategy<Value = Vec<Span<Iova>>> {
 
 fn cases() -> impl Strategy<Value = (Vec<Span<Iova>>, u64, Limits)> {
     let block = prop_oneof![Just(512_u32), Just(4096)];
-    let transfer = prop_oneof![Just(4096_u32), Just(16384), Just(MAX_LISTED)];
+    let transfer = prop_oneof![Just(4096_u32), Just(16384), Just(MAX_TRANSFER)];
     (block, transfer).prop_flat_map(|(block, transfer)| {
         (buffers(u64::from(block)), any::<prop::sample::Index>()).prop_map(move |(buffers, index)| {
             let blocks = buffers.iter().map(Span::len).sum::<u64>() / u64::from(block);
@@ -126,7 +126,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
-    fn extents_are_the_longest_and_prps_name_just_their_bytes((buffers, position, limits) in cases()) {
+    fn extents_are_the_longest_and_prps_describe_exactly_their_bytes((buffers, position, limits) in cases()) {
         let wanted = addresses(&buffers)[usize::try_from(position).unwrap()..].to_vec();
         let bounce_limit = 8192;
 
@@ -145,7 +145,7 @@ proptest! {
     }
 
     #[test]
-    fn extents_in_turn_cover_every_byte_once((buffers, _, limits) in cases()) {
+    fn successive_extents_cover_every_byte_once((buffers, _, limits) in cases()) {
         let all = addresses(&buffers);
         let mut position = 0;
         let mut seen = Vec::new();
@@ -169,7 +169,7 @@ proptest! {
 fn a_buffer_of_virtually_contiguous_pages_is_one_command() {
     let buffers = [span(0x1200, 0xe00), span(0x8000, 0x1000), span(0x5000, 0x200)];
 
-    let extent = extent(&buffers, 0, limits(512, MAX_LISTED), 4096);
+    let extent = extent(&buffers, 0, limits(512, MAX_TRANSFER), 4096);
 
     assert_eq!(extent, Extent { bytes: 0x2000, direct: true, listed: false });
     let mut list = Vec::new();
@@ -184,24 +184,24 @@ fn two_pages_need_no_list() {
 }
 
 #[test]
-fn a_hole_ends_the_extent_at_the_last_whole_block() {
+fn a_gap_ends_the_extent_at_the_last_whole_block() {
     let buffers = [span(0x1000, 0x1300), span(0x8000, 0xd00)];
     assert_eq!(
-        extent(&buffers, 0, limits(512, MAX_LISTED), 4096),
+        extent(&buffers, 0, limits(512, MAX_TRANSFER), 4096),
         Extent { bytes: 0x1200, direct: true, listed: false }
     );
-    // The block across the hole, and what follows it, cannot be named.
+    // PRPs cannot describe the block across the gap, nor what follows it.
     assert_eq!(
-        extent(&buffers, 0x1200, limits(512, MAX_LISTED), 4096),
+        extent(&buffers, 0x1200, limits(512, MAX_TRANSFER), 4096),
         Extent { bytes: 0xe00, direct: false, listed: false }
     );
 }
 
 #[test]
-fn an_odd_start_is_bounced_up_to_the_limit() {
+fn an_unaligned_start_is_bounced_up_to_the_limit() {
     let buffers = [span(0x1002, 0x4000)];
     assert_eq!(
-        extent(&buffers, 0, limits(512, MAX_LISTED), 4096),
+        extent(&buffers, 0, limits(512, MAX_TRANSFER), 4096),
         Extent { bytes: 4096, direct: false, listed: false }
     );
     assert_eq!(extent(&buffers, 0, limits(512, 1024), 4096), Extent { bytes: 1024, direct: false, listed: false });
@@ -209,20 +209,20 @@ fn an_odd_start_is_bounced_up_to_the_limit() {
 
 #[test]
 fn the_longest_transfer_fits_one_list_page_at_the_worst_offset() {
-    let buffer = [span(0x1ffc, u64::from(MAX_LISTED))];
+    let buffer = [span(0x1ffc, u64::from(MAX_TRANSFER))];
     let mut list = Vec::new();
 
-    let (prp1, prp2) = build(&buffer, 0, MAX_LISTED, BIG_LIST, |_, entry| list.push(entry));
+    let (prp1, prp2) = build(&buffer, 0, MAX_TRANSFER, BIG_LIST, |_, entry| list.push(entry));
 
     assert_eq!((prp1, prp2, list.len()), (0x1ffc, BIG_LIST.raw(), 512));
-    assert_eq!(walk(prp1, prp2, &list, u64::from(MAX_LISTED)).map(|touched| touched == addresses(&buffer)), Ok(true));
+    assert_eq!(walk(prp1, prp2, &list, u64::from(MAX_TRANSFER)).map(|touched| touched == addresses(&buffer)), Ok(true));
 }
 
 #[test]
-fn the_top_of_the_address_space_can_be_named() {
+fn the_last_page_of_the_address_space_can_be_described() {
     let buffers = [span(0x1000, 0x1000), span(u64::MAX - 0xfff, 0x1000)];
     assert_eq!(
-        extent(&buffers, 0, limits(4096, MAX_LISTED), 4096),
+        extent(&buffers, 0, limits(4096, MAX_TRANSFER), 4096),
         Extent { bytes: 0x2000, direct: true, listed: false }
     );
     let prps = build(&buffers, 0, 0x2000, BIG_LIST, |_, _| panic!("no list"));

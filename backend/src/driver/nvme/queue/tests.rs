@@ -1,4 +1,4 @@
-//! The queue against its memory: the test is the controller and writes what one would write, or should not.
+//! The queue and its memory; the test acts as a controller, well-behaved or not.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -17,7 +17,7 @@ const STRIDE: usize = 8;
 const TAIL: usize = 0x1000 + 6 * STRIDE;
 const HEAD: usize = TAIL + STRIDE;
 
-/// What was written to the registers, in order.
+/// Register writes, in order.
 #[derive(Default)]
 struct Written(Mutex<Vec<(usize, u32)>>);
 
@@ -27,13 +27,13 @@ impl Written {
     }
 }
 
-/// A queue and its other side.
-struct Bench {
+/// A queue and the controller's side of it.
+struct QueueHarness {
     queue: IoQueue,
     registers: Arc<Written>,
     memory: SharedMemory,
     depth: u16,
-    /// Where the controller reads and writes next.
+    /// The controller's next positions in the two rings.
     sq_head: u16,
     cq_tail: u16,
     phase: u16,
@@ -41,7 +41,7 @@ struct Bench {
 
 const LISTS: Iova = Iova(0x7000_0000);
 
-impl Bench {
+impl QueueHarness {
     fn new(depth: u16) -> Self {
         let memory = SharedMemory::of(Arc::new(MmapRegion::new(memory_needed(depth)).unwrap()));
         let registers = Arc::new(Written::default());
@@ -51,7 +51,7 @@ impl Bench {
             name: "test".to_owned(),
             id: ID,
             depth,
-            memory: Shared { shared: memory.clone(), iova: LISTS, caches: None },
+            memory: QueueMemory { memory: memory.clone(), iova: LISTS, caches: None },
             doorbells: Doorbells { registers: Arc::new(doorbell), stride: STRIDE },
             namespace: 5,
             limits: Limits { block: 512, transfer: 1 << 20 },
@@ -62,7 +62,7 @@ impl Bench {
         Self { queue, registers, memory, depth, sq_head: 0, cq_tail: 0, phase: 1 }
     }
 
-    /// What the controller finds at its next place in the submission ring.
+    /// Fetches the next submission queue entry.
     fn fetch(&mut self) -> SubmissionEntry {
         let entry = self.memory.read(usize::from(self.sq_head) * 64);
         self.sq_head = (self.sq_head + 1) % self.depth;
@@ -95,208 +95,208 @@ impl Bench {
 }
 
 #[test]
-fn a_write_is_laid_out_as_the_specification_says() {
-    let mut bench = Bench::new(4);
+fn a_write_command_is_encoded_as_specified() {
+    let mut harness = QueueHarness::new(4);
     let buffers = [Span::new(Iova(0x20_0200), 0x4000).unwrap()];
     let command = Command::Write { block: 0x1_2345_6789, count: 24 };
 
-    bench.queue.submit(command, &buffers, 0x1000, 24 * 512, 99).unwrap();
+    harness.queue.submit(command, &buffers, 0x1000, 24 * 512, 99).unwrap();
 
-    let entry = bench.fetch();
+    let entry = harness.fetch();
     assert_eq!((entry.opcode, entry.flags, entry.nsid), (1, 0, 5));
     assert_eq!((entry.cdw10, entry.cdw11, entry.cdw12), (0x2345_6789, 1, 23));
     let list = memory_needed(4) - 3 * 4096;
     assert_eq!((entry.prp1, entry.prp2), (0x20_1200, LISTS.0 + list as u64));
-    let pages: Vec<u64> = (0..4).map(|i| bench.memory.read_u64(list + i * 8)).collect();
-    assert_eq!(pages, [0x20_2000, 0x20_3000, 0x20_4000, 0], "three pages follow the first");
+    let pages: Vec<u64> = (0..4).map(|i| harness.memory.read_u64(list + i * 8)).collect();
+    assert_eq!(pages, [0x20_2000, 0x20_3000, 0x20_4000, 0], "a list of the three pages after the first");
 }
 
 #[test]
 fn a_flush_has_no_buffer() {
-    let mut bench = Bench::new(4);
-    bench.queue.submit(Command::Flush, &[], 0, 0, 1).unwrap();
-    let entry = bench.fetch();
+    let mut harness = QueueHarness::new(4);
+    harness.queue.submit(Command::Flush, &[], 0, 0, 1).unwrap();
+    let entry = harness.fetch();
     assert_eq!(entry, SubmissionEntry { nsid: 5, cid: entry.cid, ..SubmissionEntry::default() });
 }
 
 #[test]
-fn the_doorbell_is_written_by_ring_once_and_only_for_news() {
-    let mut bench = Bench::new(8);
-    bench.read(1).unwrap();
-    bench.read(2).unwrap();
-    assert_eq!(bench.registers.take(), []);
+fn ring_writes_the_doorbell_once_and_only_for_new_entries() {
+    let mut harness = QueueHarness::new(8);
+    harness.read(1).unwrap();
+    harness.read(2).unwrap();
+    assert_eq!(harness.registers.take(), []);
 
-    bench.queue.ring();
-    bench.queue.ring();
+    harness.queue.ring();
+    harness.queue.ring();
 
-    assert_eq!(bench.registers.take(), [(TAIL, 2)]);
+    assert_eq!(harness.registers.take(), [(TAIL, 2)]);
 }
 
 #[test]
-fn nothing_is_reaped_or_released_while_the_phase_is_old() {
-    let mut bench = Bench::new(4);
-    bench.read(1).unwrap();
-    bench.queue.ring();
-    bench.registers.take();
+fn nothing_is_reaped_while_the_phase_is_old() {
+    let mut harness = QueueHarness::new(4);
+    harness.read(1).unwrap();
+    harness.queue.ring();
+    harness.registers.take();
 
-    assert_eq!(bench.reap(), []);
+    assert_eq!(harness.reap(), []);
 
-    assert_eq!(bench.registers.take(), []);
-    assert_eq!(bench.queue.in_flight(), 1);
+    assert_eq!(harness.registers.take(), []);
+    assert_eq!(harness.queue.in_flight(), 1);
 }
 
 #[test]
 fn every_depth_wraps_many_times_without_losing_a_command() {
     for depth in [2, 3, 7, 16, 255, 256] {
-        let mut bench = Bench::new(depth);
+        let mut harness = QueueHarness::new(depth);
         let mut tag = 0;
         for round in 0..u32::from(depth) * 4 {
             let batch = round % u32::from(depth - 1) + 1;
             let first = tag;
             for _ in 0..batch {
-                bench.read(tag).unwrap();
+                harness.read(tag).unwrap();
                 tag += 1;
             }
-            bench.queue.ring();
-            let fetched: Vec<u16> = (0..batch).map(|_| bench.fetch().cid).collect();
+            harness.queue.ring();
+            let fetched: Vec<u16> = (0..batch).map(|_| harness.fetch().cid).collect();
             // Controllers complete in any order.
             for cid in fetched.into_iter().rev() {
-                bench.complete(cid, 0);
+                harness.complete(cid, 0);
             }
 
-            let done = bench.reap();
+            let done = harness.reap();
 
             let expected: Vec<_> = (first..tag).rev().map(|tag| (tag, Outcome::Success)).collect();
             assert_eq!(done, expected, "depth {depth}, round {round}");
-            let written = bench.registers.take();
-            assert_eq!(written, [(TAIL, u32::from(bench.sq_head)), (HEAD, u32::from(bench.cq_tail))]);
-            assert_eq!(bench.queue.in_flight(), 0);
+            let written = harness.registers.take();
+            assert_eq!(written, [(TAIL, u32::from(harness.sq_head)), (HEAD, u32::from(harness.cq_tail))]);
+            assert_eq!(harness.queue.in_flight(), 0);
         }
     }
 }
 
 #[test]
-fn a_full_queue_says_so_and_takes_one_more_after_a_completion() {
-    let mut bench = Bench::new(4);
+fn a_full_queue_accepts_one_more_command_after_a_completion() {
+    let mut harness = QueueHarness::new(4);
     for tag in 0..3 {
-        bench.read(tag).unwrap();
+        harness.read(tag).unwrap();
     }
-    assert_eq!(bench.read(3), Err(Full));
-    assert_eq!(bench.queue.in_flight(), 3);
+    assert_eq!(harness.read(3), Err(Full));
+    assert_eq!(harness.queue.in_flight(), 3);
 
-    bench.queue.ring();
-    let cid = bench.fetch().cid;
-    bench.complete(cid, 0);
+    harness.queue.ring();
+    let cid = harness.fetch().cid;
+    harness.complete(cid, 0);
 
-    assert_eq!(bench.reap(), [(0, Outcome::Success)]);
-    assert_eq!(bench.read(3), Ok(()));
-    assert_eq!(bench.read(4), Err(Full));
+    assert_eq!(harness.reap(), [(0, Outcome::Success)]);
+    assert_eq!(harness.read(3), Ok(()));
+    assert_eq!(harness.read(4), Err(Full));
 }
 
 #[test]
 fn a_status_becomes_an_outcome() {
-    let mut bench = Bench::new(8);
+    let mut harness = QueueHarness::new(8);
     for tag in 0..3 {
-        bench.read(tag).unwrap();
+        harness.read(tag).unwrap();
     }
-    bench.queue.ring();
+    harness.queue.ring();
     for status in [0x0281, 0x4001, 0] {
-        let cid = bench.fetch().cid;
-        bench.complete(cid, status);
+        let cid = harness.fetch().cid;
+        harness.complete(cid, status);
     }
-    assert_eq!(bench.reap(), [(0, Outcome::Failed), (1, Outcome::Unsupported), (2, Outcome::Success)]);
+    assert_eq!(harness.reap(), [(0, Outcome::Failed), (1, Outcome::Unsupported), (2, Outcome::Success)]);
 }
 
 #[test]
-fn completions_for_nothing_in_flight_are_dropped() {
-    let mut bench = Bench::new(8);
-    bench.read(42).unwrap();
-    bench.queue.ring();
-    let cid = bench.fetch().cid;
+fn completions_that_match_no_command_in_flight_are_dropped() {
+    let mut harness = QueueHarness::new(8);
+    harness.read(42).unwrap();
+    harness.queue.ring();
+    let cid = harness.fetch().cid;
     let free = cid ^ 1;
     for wrong in [free, 7, 0xff, 0x1ff, cid | 0x100, u16::MAX] {
-        bench.complete(wrong, 0);
+        harness.complete(wrong, 0);
     }
-    bench.post(CompletionEntry { cid, sq_id: ID + 1, sq_head: 1, ..CompletionEntry::new_zeroed() });
+    harness.post(CompletionEntry { cid, sq_id: ID + 1, sq_head: 1, ..CompletionEntry::new_zeroed() });
 
-    assert_eq!(bench.reap(), []);
-    assert_eq!(bench.queue.in_flight(), 1);
+    assert_eq!(harness.reap(), []);
+    assert_eq!(harness.queue.in_flight(), 1);
 
-    bench.complete(cid, 0);
-    assert_eq!(bench.reap(), [(42, Outcome::Success)]);
+    harness.complete(cid, 0);
+    assert_eq!(harness.reap(), [(42, Outcome::Success)]);
 }
 
 #[test]
-fn a_second_completion_does_not_finish_the_next_command_of_the_slot() {
-    let mut bench = Bench::new(8);
-    bench.read(1).unwrap();
-    bench.queue.ring();
-    let first = bench.fetch().cid;
-    bench.complete(first, 0);
-    assert_eq!(bench.reap().len(), 1);
-    bench.read(2).unwrap();
-    bench.queue.ring();
-    let second = bench.fetch().cid;
+fn a_duplicate_completion_does_not_complete_the_next_command_of_the_slot() {
+    let mut harness = QueueHarness::new(8);
+    harness.read(1).unwrap();
+    harness.queue.ring();
+    let first = harness.fetch().cid;
+    harness.complete(first, 0);
+    assert_eq!(harness.reap().len(), 1);
+    harness.read(2).unwrap();
+    harness.queue.ring();
+    let second = harness.fetch().cid;
     assert_eq!(first & 0xff, second & 0xff, "the slot is used again");
 
-    bench.complete(first, 0);
+    harness.complete(first, 0);
 
-    assert_eq!(bench.reap(), []);
-    bench.complete(second, 0);
-    assert_eq!(bench.reap(), [(2, Outcome::Success)]);
+    assert_eq!(harness.reap(), []);
+    harness.complete(second, 0);
+    assert_eq!(harness.reap(), [(2, Outcome::Success)]);
 }
 
 #[test]
 fn an_impossible_submission_head_frees_no_entry() {
-    let mut bench = Bench::new(4);
+    let mut harness = QueueHarness::new(4);
     for tag in 0..3 {
-        bench.read(tag).unwrap();
+        harness.read(tag).unwrap();
     }
-    bench.queue.ring();
-    let cids = [bench.fetch().cid, bench.fetch().cid, bench.fetch().cid];
+    harness.queue.ring();
+    let cids = [harness.fetch().cid, harness.fetch().cid, harness.fetch().cid];
     for (cid, sq_head) in cids.into_iter().zip([4, u16::MAX, 77]) {
-        bench.post(CompletionEntry { cid, sq_head, sq_id: ID, ..CompletionEntry::new_zeroed() });
+        harness.post(CompletionEntry { cid, sq_head, sq_id: ID, ..CompletionEntry::new_zeroed() });
     }
 
-    assert_eq!(bench.reap().len(), 3, "the commands themselves are done");
+    assert_eq!(harness.reap().len(), 3, "the commands themselves have completed");
 
-    assert_eq!(bench.read(9), Err(Full), "no entry is known to have been read");
+    assert_eq!(harness.read(9), Err(Full), "no entry has been freed");
 }
 
 #[test]
-fn a_head_beyond_the_doorbell_is_not_believed() {
-    let mut bench = Bench::new(8);
-    bench.read(1).unwrap();
-    bench.queue.ring();
-    bench.read(2).unwrap();
-    let cid = bench.fetch().cid;
+fn a_head_beyond_the_doorbell_is_ignored() {
+    let mut harness = QueueHarness::new(8);
+    harness.read(1).unwrap();
+    harness.queue.ring();
+    harness.read(2).unwrap();
+    let cid = harness.fetch().cid;
 
-    bench.post(CompletionEntry { cid, sq_head: 2, sq_id: ID, ..CompletionEntry::new_zeroed() });
+    harness.post(CompletionEntry { cid, sq_head: 2, sq_id: ID, ..CompletionEntry::new_zeroed() });
 
-    assert_eq!(bench.reap(), [(1, Outcome::Success)]);
+    assert_eq!(harness.reap(), [(1, Outcome::Success)]);
     for tag in 0..5 {
-        bench.read(tag).unwrap();
+        harness.read(tag).unwrap();
     }
-    bench.queue.ring();
-    assert_eq!(bench.read(6), Err(Full), "entries 0 to 6 are taken");
+    harness.queue.ring();
+    assert_eq!(harness.read(6), Err(Full), "entries 0 to 6 are in use");
 }
 
 #[test]
-fn a_pass_ends_though_the_controller_never_stops_completing() {
-    let mut bench = Bench::new(4);
-    bench.read(1).unwrap();
-    bench.queue.ring();
-    let cid = bench.fetch().cid;
-    bench.registers.take();
+fn reap_is_bounded_even_if_the_controller_never_stops_completing() {
+    let mut harness = QueueHarness::new(4);
+    harness.read(1).unwrap();
+    harness.queue.ring();
+    let cid = harness.fetch().cid;
+    harness.registers.take();
     for _ in 0..3 {
-        bench.complete(u16::MAX, 0);
+        harness.complete(u16::MAX, 0);
     }
-    bench.complete(cid, 0);
-    let Bench { queue, memory, .. } = &mut bench;
+    harness.complete(cid, 0);
+    let QueueHarness { queue, memory, .. } = &mut harness;
     let mut done = 0;
 
-    // While the last entry is handled, the next lap appears, which no honest controller would write before the entries
-    // were released.
+    // While the last entry is handled, entries of the next phase appear. A well-behaved controller would not write them
+    // before the head doorbell.
     queue.reap(&mut |_| {
         done += 1;
         for entry in 0..3 {
@@ -305,48 +305,48 @@ fn a_pass_ends_though_the_controller_never_stops_completing() {
     });
 
     assert_eq!(done, 1);
-    assert_eq!(bench.registers.take(), [(HEAD, 0)], "four entries and no more");
+    assert_eq!(harness.registers.take(), [(HEAD, 0)], "four entries and no more");
 }
 
 #[test]
 #[should_panic(expected = "a command of 2 blocks with 512 bytes of buffer")]
-fn a_length_that_its_buffer_does_not_have_is_never_sent() {
-    let mut bench = Bench::new(4);
+fn a_length_that_does_not_match_the_buffer_is_never_submitted() {
+    let mut harness = QueueHarness::new(4);
     let buffer = [Span::new(Iova(0), 512).unwrap()];
-    let _ = bench.queue.submit(Command::Read { block: 0, count: 2 }, &buffer, 0, 512, 0);
+    let _ = harness.queue.submit(Command::Read { block: 0, count: 2 }, &buffer, 0, 512, 0);
 }
 
 #[test]
-fn a_command_is_late_then_overdue_once_then_stuck() {
-    let mut bench = Bench::new(4);
-    bench.read(1).unwrap();
-    bench.queue.ring();
-    let cid = bench.fetch().cid;
-    let overdue = vec![CommandId { queue: ID, command: cid }];
-    let late = |overdue: &[CommandId], stuck| OverdueCommands { stalled: true, expired: overdue.to_vec(), stuck };
+fn a_command_is_stalled_then_expires_once_then_is_stuck() {
+    let mut harness = QueueHarness::new(4);
+    harness.read(1).unwrap();
+    harness.queue.ring();
+    let cid = harness.fetch().cid;
+    let expired = vec![CommandId { queue: ID, command: cid }];
+    let stalled = |expired: &[CommandId], stuck| OverdueCommands { stalled: true, expired: expired.to_vec(), stuck };
 
-    let found: Vec<_> = (0..8).map(|_| bench.queue.tick(4)).collect();
+    let found: Vec<_> = (0..8).map(|_| harness.queue.tick(4)).collect();
 
-    let quiet = late(&[], false);
-    assert_eq!(found[0], OverdueCommands::default(), "the first beat may have been short");
-    assert_eq!(found[1..4], [quiet.clone(), quiet.clone(), quiet]);
-    assert_eq!(found[4], late(&overdue, false));
-    assert_eq!(found[5], OverdueCommands::default(), "its Abort is new");
-    assert_eq!(found[6..], [late(&[], true), late(&[], true)]);
+    let only_stalled = stalled(&[], false);
+    assert_eq!(found[0], OverdueCommands::default(), "the first interval may have been short");
+    assert_eq!(found[1..4], [only_stalled.clone(), only_stalled.clone(), only_stalled]);
+    assert_eq!(found[4], stalled(&expired, false));
+    assert_eq!(found[5], OverdueCommands::default(), "the Abort is new");
+    assert_eq!(found[6..], [stalled(&[], true), stalled(&[], true)]);
 }
 
 #[test]
-fn a_slot_used_again_is_young_again() {
-    let mut bench = Bench::new(2);
+fn reusing_a_slot_restarts_its_clock() {
+    let mut harness = QueueHarness::new(2);
     for tag in 0..10 {
-        bench.read(tag).unwrap();
-        bench.queue.ring();
-        let cid = bench.fetch().cid;
+        harness.read(tag).unwrap();
+        harness.queue.ring();
+        let cid = harness.fetch().cid;
         for _ in 0..5 {
-            assert!(!bench.queue.tick(5).stuck && bench.queue.in_flight() == 1);
+            assert!(!harness.queue.tick(5).stuck && harness.queue.in_flight() == 1);
         }
-        bench.complete(cid, 0);
-        assert_eq!(bench.reap(), [(tag, Outcome::Success)]);
-        assert_eq!(bench.queue.tick(5), OverdueCommands::default(), "nothing is in flight");
+        harness.complete(cid, 0);
+        assert_eq!(harness.reap(), [(tag, Outcome::Success)]);
+        assert_eq!(harness.queue.tick(5), OverdueCommands::default(), "nothing is in flight");
     }
 }

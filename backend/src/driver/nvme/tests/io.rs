@@ -1,31 +1,31 @@
-//! Data: what is written is what is read, wherever the buffers lie.
+//! Data integrity: data written reads back unchanged, whatever the buffers' addresses.
 
 use std::collections::HashMap;
 
 use proptest::prelude::*;
 
-use super::rig::{GUEST_BYTES, Rig, collect, places, run, small, span, transfer, wanted};
+use super::rig::{GUEST_BYTES, Rig, collect, nvme_options, offsets, run, small, span, transfer};
 use crate::addr::Span;
 use crate::driver::{Blocks, Command, DiscardLimits, Driver, Full, Outcome, Queue, ZeroesLimits};
 use crate::emulated::{Commands, Effect, Fault, Mode, Options, Status};
 
-/// A byte that tells its place.
-fn pattern(place: usize) -> u8 {
-    (place ^ place >> 8 ^ place >> 16) as u8
+/// A byte value derived from its offset.
+fn pattern(offset: usize) -> u8 {
+    (offset ^ offset >> 8 ^ offset >> 16) as u8
 }
 
 fn fill(rig: &Rig, from: usize, len: usize) {
-    for place in from..from + len {
-        rig.guest.write_u8(place, pattern(place));
+    for offset in from..from + len {
+        rig.guest.write_u8(offset, pattern(offset));
     }
 }
 
 #[test]
-fn the_geometry_is_the_drives() {
+fn the_geometry_is_that_of_the_drive() {
     for (lba, volatile_cache) in [(512, true), (4096, false)] {
         let rig = Rig::new(Options { lba, volatile_cache, serial: "SN 12".to_owned(), ..small() });
 
-        let nvme = rig.bring_up(wanted(2)).unwrap();
+        let nvme = rig.bring_up(nvme_options(2)).unwrap();
 
         let geometry = nvme.geometry();
         assert_eq!((geometry.blocks, geometry.block_size), ((8 << 20) / u64::from(lba), lba));
@@ -36,7 +36,7 @@ fn the_geometry_is_the_drives() {
 }
 
 #[test]
-fn contiguous_data_comes_back_in_commands_as_long_as_mdts_allows() {
+fn contiguous_data_reads_back_with_commands_of_mdts_size() {
     for lba in [512, 4096] {
         let rig = Rig::new(Options { lba, mdts: 5, ..small() });
         let (_nvme, mut queues) = rig.up(1);
@@ -46,13 +46,13 @@ fn contiguous_data_comes_back_in_commands_as_long_as_mdts_allows() {
         let read = transfer(&rig, &mut *queues[0], false, 3, &[span(2 << 20, 1 << 20)]);
 
         assert_eq!((written, read), ([8, 0], [8, 0]), "1 MiB in commands of 128 KiB, none bounced");
-        assert!((0..1 << 20).all(|place| rig.guest.read_u8((2 << 20) + place) == pattern(place)));
+        assert!((0..1 << 20).all(|offset| rig.guest.read_u8((2 << 20) + offset) == pattern(offset)));
         assert_eq!(rig.machine.iommu().faults(), []);
     }
 }
 
 #[test]
-fn an_unlimited_controller_gets_a_mebibyte_at_once_at_any_dword() {
+fn without_mdts_one_command_transfers_a_mebibyte_at_any_dword() {
     let rig = Rig::new(Options { mdts: 0, ..small() });
     let (_nvme, mut queues) = rig.up(1);
     fill(&rig, 0xffc, 1 << 20);
@@ -61,7 +61,7 @@ fn an_unlimited_controller_gets_a_mebibyte_at_once_at_any_dword() {
     let read = transfer(&rig, &mut *queues[0], false, 0, &[span(2 << 20, 1 << 20)]);
 
     assert_eq!((written, read), ([1, 0], [1, 0]));
-    assert!((0..1 << 20).all(|place| rig.guest.read_u8((2 << 20) + place) == pattern(place + 0xffc)));
+    assert!((0..1 << 20).all(|offset| rig.guest.read_u8((2 << 20) + offset) == pattern(offset + 0xffc)));
 }
 
 #[test]
@@ -75,7 +75,7 @@ fn a_flush_succeeds_with_and_without_a_cache() {
 }
 
 #[test]
-fn a_failed_command_fails_alone() {
+fn a_failed_command_does_not_affect_others() {
     let rig = Rig::new(small());
     let (nvme, mut queues) = rig.up(1);
     let end = nvme.geometry().blocks;
@@ -122,7 +122,7 @@ fn queues_of_every_depth_wrap_many_times() {
 }
 
 #[test]
-fn queues_on_several_threads_do_not_disturb_each_other() {
+fn queues_on_several_threads_are_independent() {
     for doorbell_stride in [0, 3] {
         let rig = Rig::new(Options { mode: Mode::Threaded, doorbell_stride, ..small() });
         let (_nvme, queues) = rig.up(4);
@@ -151,7 +151,7 @@ fn queues_on_several_threads_do_not_disturb_each_other() {
     }
 }
 
-/// Buffers of any alignment, disjoint, whole blocks in sum.
+/// Disjoint buffers of any alignment; their total length is whole blocks.
 fn scattered(block: u64) -> impl Strategy<Value = Vec<Span<crate::addr::Iova>>> {
     let gap = prop_oneof![3 => Just(0_u64), 2 => (0..16_u64).prop_map(|i| i * 512), 1 => 0..5000_u64];
     let len = prop_oneof![3 => Just(4096_u64), 2 => (1..20_u64).prop_map(|i| i * 512), 1 => 1..9000_u64];
@@ -174,31 +174,31 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
-    fn scattered_data_comes_back((lba, buffers) in prop_oneof![Just(512_u32), Just(4096)]
+    fn scattered_data_reads_back((lba, buffers) in prop_oneof![Just(512_u32), Just(4096)]
         .prop_flat_map(|lba| (Just(lba), scattered(lba.into()))))
     {
         let rig = Rig::new(Options { lba, mdts: 2, ..small() });
         let (_nvme, mut queues) = rig.up(1);
         let total: u64 = buffers.iter().map(Span::len).sum();
-        let places = places(&buffers, 0, total as u32);
+        let offsets = offsets(&buffers, 0, total as u32);
         fill(&rig, 0, 1 << 20);
 
         transfer(&rig, &mut *queues[0], true, 1, &buffers);
         transfer(&rig, &mut *queues[0], false, 1, &[span(2 << 20, total)]);
-        for (i, place) in places.iter().enumerate() {
-            prop_assert_eq!(rig.guest.read_u8((2 << 20) + i), pattern(*place));
-            rig.guest.write_u8(*place, 0xee);
+        for (i, offset) in offsets.iter().enumerate() {
+            prop_assert_eq!(rig.guest.read_u8((2 << 20) + i), pattern(*offset));
+            rig.guest.write_u8(*offset, 0xee);
         }
         transfer(&rig, &mut *queues[0], false, 1, &buffers);
 
-        for place in 0..1 << 20 {
-            prop_assert_eq!(rig.guest.read_u8(place), pattern(place), "byte {:#x} in or beside the buffers", place);
+        for offset in 0..1 << 20 {
+            prop_assert_eq!(rig.guest.read_u8(offset), pattern(offset), "byte {:#x} in or beside the buffers", offset);
         }
         prop_assert_eq!(rig.machine.iommu().faults(), []);
     }
 }
 
-/// What the medium holds in `count` blocks from `block` on, read through `queue`.
+/// The contents of `count` blocks from `block` on, read through `queue`.
 fn on_medium(rig: &Rig, queue: &mut dyn Queue, block: u64, count: usize) -> Vec<u8> {
     let bytes = count * rig.lba as usize;
     transfer(rig, queue, false, block, &[span(1 << 20, bytes as u64)]);
@@ -206,12 +206,12 @@ fn on_medium(rig: &Rig, queue: &mut dyn Queue, block: u64, count: usize) -> Vec<
 }
 
 #[test]
-fn discarded_ranges_and_zeroed_blocks_read_as_zero_and_their_neighbours_do_not() {
+fn discarded_and_zeroed_blocks_read_as_zero_and_their_neighbours_are_unchanged() {
     for lba in [512, 4096] {
         let rig = Rig::new(Options { lba, ..small() });
         let (nvme, mut queues) = rig.up(1);
         let queue = &mut *queues[0];
-        (0..64 << 10).for_each(|place| rig.guest.write_u8(place, 0x5a));
+        (0..64 << 10).for_each(|offset| rig.guest.write_u8(offset, 0x5a));
         transfer(&rig, queue, true, 0, &[span(0, 16 * u64::from(lba))]);
         let limits = nvme.geometry().discard.unwrap();
         assert_eq!((limits.ranges, limits.range_blocks), (256, u32::MAX));
@@ -236,11 +236,11 @@ fn discarded_ranges_and_zeroed_blocks_read_as_zero_and_their_neighbours_do_not()
 }
 
 #[test]
-fn a_command_may_discard_256_ranges() {
+fn one_command_discards_256_ranges() {
     let rig = Rig::new(small());
     let (_nvme, mut queues) = rig.up(1);
     let ranges: Vec<_> = (0..256).map(|n| Blocks { first: 2 * n, count: 1 }).collect();
-    (0..512 << 9).for_each(|place| rig.guest.write_u8(place, 1));
+    (0..512 << 9).for_each(|offset| rig.guest.write_u8(offset, 1));
     transfer(&rig, &mut *queues[0], true, 0, &[span(0, 512 << 9)]);
 
     queues[0].discard(&ranges, 0).unwrap();
@@ -262,55 +262,55 @@ fn ranges_past_the_end_fail() {
 }
 
 #[test]
-fn limits_are_what_the_controller_says_in_either_identify_page() {
+fn limits_come_from_both_identify_controller_structures() {
     let rig = Rig::new(small());
     let limits = [&[0, 2, 0, 3][..], &7_u32.to_le_bytes(), &20_u64.to_le_bytes()].concat();
     rig.machine.inject(Fault::Identify { cns: 6, offset: 0, bytes: limits });
-    let geometry = rig.bring_up(wanted(1)).unwrap().geometry().clone();
+    let geometry = rig.bring_up(nvme_options(1)).unwrap().geometry().clone();
     assert_eq!(geometry.discard, Some(DiscardLimits { ranges: 3, range_blocks: 7, blocks: 20 }));
     assert_eq!(geometry.zeroes, Some(ZeroesLimits { blocks: 32, deallocates: true }), "WZSL: 16 KiB");
 
     rig.machine.heal();
     rig.machine.inject(Fault::always(Commands::admin(6), Effect::Status(Status::INVALID_FIELD)));
-    assert!(rig.bring_up(wanted(1)).is_err(), "Identify Controller itself is needed");
+    assert!(rig.bring_up(nvme_options(1)).is_err(), "Identify Controller is mandatory");
 
     rig.machine.heal();
     rig.machine.inject(Fault::Identify { cns: 1, offset: 520, bytes: vec![0, 0] });
-    let geometry = rig.bring_up(wanted(1)).unwrap().geometry().clone();
-    assert_eq!((geometry.discard, geometry.zeroes), (None, None), "ONCS says there are none");
+    let geometry = rig.bring_up(nvme_options(1)).unwrap().geometry().clone();
+    assert_eq!((geometry.discard, geometry.zeroes), (None, None), "ONCS reports neither command");
 }
 
 #[test]
-fn a_controller_without_limits_of_its_own_keeps_zeroes_within_its_longest_transfer() {
+fn without_wzsl_write_zeroes_is_limited_by_mdts() {
     let rig = Rig::new(Options { mdts: 3, ..small() });
     let fourth_identify =
         Fault::Command { on: Commands::admin(6), skip: 3, times: 1, effect: Effect::Status(Status::INVALID_FIELD) };
     rig.machine.inject(fourth_identify);
 
-    let geometry = rig.bring_up(wanted(1)).unwrap().geometry().clone();
+    let geometry = rig.bring_up(nvme_options(1)).unwrap().geometry().clone();
 
     assert_eq!(geometry.zeroes.unwrap().blocks, (4096 << 3) / 512);
     assert_eq!(geometry.discard.unwrap().ranges, 256);
 }
 
 #[test]
-fn an_sgl_names_what_prps_cannot_and_nothing_is_bounced() {
+fn an_sgl_describes_what_prps_cannot_without_bouncing() {
     for (sgls, bounced) in [(1, 0), (2, 1)] {
         let rig = Rig::new(Options { sgl: true, ..small() });
         rig.machine.inject(Fault::Identify { cns: 1, offset: 536, bytes: vec![sgls] });
         let (_nvme, mut queues) = rig.up(1);
         fill(&rig, 0, 1 << 16);
-        let holes = [span(0x0204, 0x1800), span(0x3008, 0x0200), span(0x5ff0, 0x2000)];
+        let gaps = [span(0x0204, 0x1800), span(0x3008, 0x0200), span(0x5ff0, 0x2000)];
         let odd = [span(0x9001, 300), span(0xa003, 212)];
 
-        let lists = transfer(&rig, &mut *queues[0], true, 0, &holes);
+        let lists = transfer(&rig, &mut *queues[0], true, 0, &gaps);
         let bytes = transfer(&rig, &mut *queues[0], true, 100, &odd);
 
-        assert_eq!(lists, [1, 0], "one command for three buffers with holes between them");
-        assert_eq!(bytes, [1 - bounced, bounced], "single bytes only where the controller takes them");
-        let wanted: Vec<u8> = places(&odd, 0, 512).into_iter().map(pattern).collect();
+        assert_eq!(lists, [1, 0], "one command for three buffers with gaps between them");
+        assert_eq!(bytes, [1 - bounced, bounced], "byte alignment only if the controller supports it");
+        let wanted: Vec<u8> = offsets(&odd, 0, 512).into_iter().map(pattern).collect();
         assert_eq!(on_medium(&rig, &mut *queues[0], 100, 1), wanted);
-        let wanted: Vec<u8> = places(&holes, 0, 0x3a00).into_iter().map(pattern).collect();
+        let wanted: Vec<u8> = offsets(&gaps, 0, 0x3a00).into_iter().map(pattern).collect();
         assert_eq!(on_medium(&rig, &mut *queues[0], 0, 0x1d), wanted);
         assert_eq!(rig.machine.iommu().faults(), []);
     }

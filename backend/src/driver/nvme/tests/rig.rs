@@ -1,4 +1,4 @@
-//! A machine with a drive, guest memory, and the little an engine does around a queue.
+//! Test fixture: an emulated machine with a drive, guest memory, and the parts of the engine that use a queue.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -15,7 +15,7 @@ use crate::emulated::{Machine, Options};
 use crate::hardware::{DmaBuffer, Function, Registers};
 use crate::sys::{Poller, SharedMemory};
 
-/// Where the guest's memory begins.
+/// Start of guest memory.
 pub(super) const GUEST: Iova = Iova(0x10_0000);
 pub(super) const GUEST_BYTES: usize = 4 << 20;
 
@@ -23,7 +23,7 @@ pub(super) fn small() -> Options {
     Options { size: 8 << 20, ..Options::default() }
 }
 
-pub(super) fn wanted(queues: u16) -> NvmeOptions {
+pub(super) fn nvme_options(queues: u16) -> NvmeOptions {
     NvmeOptions { namespace: None, queues, read_only: false }
 }
 
@@ -31,12 +31,12 @@ pub(super) fn span(offset: u64, len: u64) -> Span<Iova> {
     Span::new(Iova(GUEST.0 + offset), len).unwrap()
 }
 
-/// A machine, and a function to tamper with in front of its own.
+/// An emulated machine whose function is wrapped to inject faults.
 pub(super) struct Rig {
     pub(super) machine: Machine,
-    pub(super) function: Arc<Tampered>,
+    pub(super) function: Arc<FaultyFunction>,
     pub(super) guest: SharedMemory,
-    /// Bytes of a logical block.
+    /// Size of a logical block, bytes.
     pub(super) lba: u32,
 }
 
@@ -47,13 +47,13 @@ impl Rig {
         let guest = SharedMemory::of(Arc::new(MmapRegion::new(GUEST_BYTES).unwrap()));
         machine.iommu().map(span(0, GUEST_BYTES as u64), guest.clone()).unwrap();
         let function =
-            Arc::new(Tampered { inner: machine.function(), how: Arc::default(), class: None, vectors: None });
+            Arc::new(FaultyFunction { inner: machine.function(), faults: Arc::default(), class: None, vectors: None });
         Self { machine, function, guest, lba }
     }
 
-    pub(super) fn tampered(options: Options, tamper: impl FnOnce(&mut Tampered)) -> Self {
+    pub(super) fn with_function(options: Options, change: impl FnOnce(&mut FaultyFunction)) -> Self {
         let mut rig = Self::new(options);
-        tamper(Arc::get_mut(&mut rig.function).unwrap());
+        change(Arc::get_mut(&mut rig.function).unwrap());
         rig
     }
 
@@ -62,12 +62,12 @@ impl Rig {
     }
 
     pub(super) fn up(&self, queues: u16) -> (Nvme, Vec<Box<dyn Queue>>) {
-        let mut nvme = self.bring_up(wanted(queues)).unwrap();
+        let mut nvme = self.bring_up(nvme_options(queues)).unwrap();
         let queues = nvme.take_queues();
         (nvme, queues)
     }
 
-    /// What of the driver's own is mapped.
+    /// Number of mappings that belong to the driver.
     pub(super) fn driver_memory(&self) -> usize {
         self.machine.iommu().mapped().len() - 1
     }
@@ -82,17 +82,17 @@ impl Rig {
         self.machine.space().buffer(bytes).unwrap()
     }
 
-    /// Asserts what holds after every stop: no DMA is possible, and nothing of the driver's is left.
+    /// Asserts the state after every stop: no DMA is possible, and the driver's memory is unmapped.
     pub(super) fn assert_stopped(&self) {
         assert!(!self.bus_master_is_on(), "bus mastering is off");
         assert_eq!(self.driver_memory(), 0, "the driver's memory is unmapped");
-        assert_eq!(self.machine.iommu().faults(), [], "nothing was reached that was not mapped");
+        assert_eq!(self.machine.iommu().faults(), [], "no DMA to unmapped addresses");
     }
 }
 
-/// How a function misbehaves; changed while a driver runs on it.
+/// Faults of the function, switched on and off while the driver runs.
 #[derive(Default)]
-pub(super) struct How {
+pub(super) struct InjectedFaults {
     /// CSTS.RDY reads as 1 until the function is reset.
     pub(super) stuck_ready: AtomicBool,
     /// Every register reads as all ones.
@@ -100,27 +100,27 @@ pub(super) struct How {
     pub(super) fatal: AtomicBool,
     pub(super) reset_fails: AtomicBool,
     pub(super) bus_master_stays: AtomicBool,
-    /// There are vectors for one I/O queue only, whatever there were before.
+    /// The function has vectors for one I/O queue only.
     pub(super) fewer_vectors: AtomicBool,
     pub(super) resets: AtomicUsize,
-    /// What was written to CC, in order.
+    /// Values written to CC, in order.
     pub(super) configurations: Mutex<Vec<u32>>,
 }
 
-/// The emulated function with a fault or two.
-pub(super) struct Tampered {
+/// The emulated function with injected faults.
+pub(super) struct FaultyFunction {
     inner: Arc<dyn Function>,
-    pub(super) how: Arc<How>,
+    pub(super) faults: Arc<InjectedFaults>,
     pub(super) class: Option<[u8; 3]>,
     pub(super) vectors: Option<u16>,
 }
 
-struct TamperedRegisters {
+struct FaultyRegisters {
     inner: Arc<dyn Registers>,
-    how: Arc<How>,
+    faults: Arc<InjectedFaults>,
 }
 
-impl Function for Tampered {
+impl Function for FaultyFunction {
     fn name(&self) -> &str {
         "0000:00:04.0"
     }
@@ -138,10 +138,10 @@ impl Function for Tampered {
     }
     fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>> {
         let inner = self.inner.registers(bar)?;
-        Ok(Arc::new(TamperedRegisters { inner, how: Arc::clone(&self.how) }))
+        Ok(Arc::new(FaultyRegisters { inner, faults: Arc::clone(&self.faults) }))
     }
     fn vectors(&self) -> u16 {
-        if self.how.fewer_vectors.load(SeqCst) {
+        if self.faults.fewer_vectors.load(SeqCst) {
             return 2;
         }
         self.vectors.unwrap_or(self.inner.vectors())
@@ -156,23 +156,23 @@ impl Function for Tampered {
         self.inner.route_removal(event)
     }
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
-        if !on && self.how.bus_master_stays.load(SeqCst) {
+        if !on && self.faults.bus_master_stays.load(SeqCst) {
             return Err(io::Error::from_raw_os_error(5));
         }
         self.inner.set_bus_master(on)
     }
     fn reset(&self) -> io::Result<()> {
-        self.how.resets.fetch_add(1, SeqCst);
-        if self.how.reset_fails.load(SeqCst) {
+        self.faults.resets.fetch_add(1, SeqCst);
+        if self.faults.reset_fails.load(SeqCst) {
             return Err(io::Error::from_raw_os_error(25));
         }
-        self.how.stuck_ready.store(false, SeqCst);
-        self.how.fatal.store(false, SeqCst);
+        self.faults.stuck_ready.store(false, SeqCst);
+        self.faults.fatal.store(false, SeqCst);
         self.inner.reset()
     }
 }
 
-impl Registers for TamperedRegisters {
+impl Registers for FaultyRegisters {
     fn size(&self) -> usize {
         self.inner.size()
     }
@@ -180,29 +180,29 @@ impl Registers for TamperedRegisters {
         let on = |fault: &AtomicBool| fault.load(SeqCst);
         let mut value = self.inner.read32(offset);
         if offset == 0x1c {
-            value |= u32::from(on(&self.how.stuck_ready)) | u32::from(on(&self.how.fatal)) << 1;
+            value |= u32::from(on(&self.faults.stuck_ready)) | u32::from(on(&self.faults.fatal)) << 1;
         }
-        if on(&self.how.gone) { u32::MAX } else { value }
+        if on(&self.faults.gone) { u32::MAX } else { value }
     }
     fn read64(&self, offset: usize) -> u64 {
-        if self.how.gone.load(SeqCst) { u64::MAX } else { self.inner.read64(offset) }
+        if self.faults.gone.load(SeqCst) { u64::MAX } else { self.inner.read64(offset) }
     }
     fn write32(&self, offset: usize, value: u32) {
         if offset == 0x14 {
-            self.how.configurations.lock().unwrap().push(value);
+            self.faults.configurations.lock().unwrap().push(value);
         }
-        if !self.how.gone.load(SeqCst) {
+        if !self.faults.gone.load(SeqCst) {
             self.inner.write32(offset, value);
         }
     }
     fn write64(&self, offset: usize, value: u64) {
-        if !self.how.gone.load(SeqCst) {
+        if !self.faults.gone.load(SeqCst) {
             self.inner.write64(offset, value);
         }
     }
 }
 
-/// Registers of which a queue has the doorbells only; each write goes to a function.
+/// Registers with doorbells only; each write calls the closure.
 pub(in crate::driver::nvme) struct Doorbell<F>(pub(in crate::driver::nvme) F);
 
 impl<F: Fn(usize, u32) + Send + Sync> Registers for Doorbell<F> {
@@ -210,10 +210,10 @@ impl<F: Fn(usize, u32) + Send + Sync> Registers for Doorbell<F> {
         0x2000
     }
     fn read32(&self, _: usize) -> u32 {
-        unreachable!("a queue reads no register")
+        unreachable!("queues do not read registers")
     }
     fn read64(&self, _: usize) -> u64 {
-        unreachable!("a queue reads no register")
+        unreachable!("queues do not read registers")
     }
     fn write32(&self, offset: usize, value: u32) {
         self.0(offset, value);
@@ -223,7 +223,7 @@ impl<F: Fn(usize, u32) + Send + Sync> Registers for Doorbell<F> {
     }
 }
 
-/// Reaps until `count` commands have come back; sleeps on the queue's event in between, as a worker would.
+/// Reaps until `count` commands have completed; waits for the queue's event in between, as a worker does.
 pub(super) fn collect(queue: &mut dyn Queue, count: usize) -> Vec<Completion> {
     let mut done = Vec::new();
     let mut poller = Poller::new().unwrap();
@@ -238,15 +238,15 @@ pub(super) fn collect(queue: &mut dyn Queue, count: usize) -> Vec<Completion> {
     }
 }
 
-/// One command, rung and waited for.
+/// Submits one command and waits for its completion.
 pub(super) fn run(queue: &mut dyn Queue, command: Command, buffers: &[Span<Iova>], bytes: u32) -> Outcome {
     queue.submit(command, buffers, 0, bytes, 7).unwrap();
     queue.ring();
     collect(queue, 1)[0].outcome
 }
 
-/// Moves all of `buffers` to or from the medium, in as many commands as it takes. Returns how many were direct and how
-/// many bounced.
+/// Transfers all of `buffers` to or from the medium, one command per extent. Returns the numbers of direct and of bounced
+/// commands.
 pub(super) fn transfer(
     rig: &Rig,
     queue: &mut dyn Queue,
@@ -267,12 +267,12 @@ pub(super) fn transfer(
             queue.ring();
             collect(queue, 1)[0].outcome
         } else {
-            let places = places(buffers, position, extent.bytes);
+            let offsets = offsets(buffers, position, extent.bytes);
             let copy = |into_bounce: bool| {
-                for (at, place) in places.iter().enumerate() {
+                for (at, offset) in offsets.iter().enumerate() {
                     match into_bounce {
-                        true => bounce.memory().write_u8(at, rig.guest.read_u8(*place)),
-                        false => rig.guest.write_u8(*place, bounce.memory().read_u8(at)),
+                        true => bounce.memory().write_u8(at, rig.guest.read_u8(*offset)),
+                        false => rig.guest.write_u8(*offset, bounce.memory().read_u8(at)),
                     }
                 }
             };
@@ -288,8 +288,8 @@ pub(super) fn transfer(
     counts
 }
 
-/// Offsets in guest memory of each byte.
-pub(super) fn places(buffers: &[Span<Iova>], position: u64, bytes: u32) -> Vec<usize> {
+/// The offset in guest memory of each byte of the buffers.
+pub(super) fn offsets(buffers: &[Span<Iova>], position: u64, bytes: u32) -> Vec<usize> {
     let all = buffers.iter().flat_map(|buffer| (0..buffer.len()).map(|i| buffer.start().0 - GUEST.0 + i));
-    all.skip(position as usize).take(bytes as usize).map(|place| place as usize).collect()
+    all.skip(position as usize).take(bytes as usize).map(|offset| offset as usize).collect()
 }

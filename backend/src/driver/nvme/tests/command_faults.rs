@@ -1,6 +1,6 @@
-//! Commands that end badly, one at a time and at every step of the way up.
+//! Commands that fail, get lost or complete twice, during initialization and I/O.
 
-use super::rig::{Rig, run, small, span, wanted};
+use super::rig::{Rig, nvme_options, run, small, span};
 use crate::driver::{Command, Completion, Driver, Outcome, Queue};
 use crate::emulated::{Commands, Effect, Fault, Status};
 
@@ -22,7 +22,7 @@ fn done(tag: u32) -> Completion {
 }
 
 #[test]
-fn every_failure_on_the_way_up_leaves_the_controller_stopped() {
+fn every_failure_during_initialization_leaves_the_controller_stopped() {
     for effect in [Effect::Status(Status::INTERNAL_ERROR), Effect::Fatal, Effect::Remove] {
         let mut failures = 0;
         for skip in 0.. {
@@ -33,7 +33,7 @@ fn every_failure_on_the_way_up_leaves_the_controller_stopped() {
                 times: 1,
                 effect,
             });
-            let up = rig.bring_up(wanted(2));
+            let up = rig.bring_up(nvme_options(2));
             if rig.machine.traffic().admin < skip {
                 break;
             }
@@ -44,18 +44,18 @@ fn every_failure_on_the_way_up_leaves_the_controller_stopped() {
             }
             drop(up);
             rig.assert_stopped();
-            assert!(rig.bring_up(wanted(2)).is_ok(), "after {effect:?} at command {skip}");
+            assert!(rig.bring_up(nvme_options(2)).is_ok(), "after {effect:?} at command {skip}");
         }
-        // Three Identifies, Number of Queues, two pairs of Create; the write cache may be unknown, but not fatal.
+        // Three Identify commands, Number of Queues, and two pairs of Create. Get Features (Volatile Write Cache) may fail.
         assert!(failures >= 8, "{failures} failures of {effect:?}");
     }
 }
 
 #[test]
-fn an_unknown_write_cache_is_taken_to_be_on() {
+fn an_unknown_write_cache_state_is_assumed_to_be_on() {
     let rig = Rig::new(small());
     rig.machine.inject(Fault::once(Commands::admin(0x0a), Effect::Status(Status::INVALID_FIELD)));
-    assert!(rig.bring_up(wanted(1)).unwrap().geometry().volatile_cache);
+    assert!(rig.bring_up(nvme_options(1)).unwrap().geometry().volatile_cache);
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn a_lost_command_stays_in_flight_until_the_controller_is_recovered() {
 }
 
 #[test]
-fn a_command_completed_twice_is_done_once() {
+fn a_duplicate_completion_is_reported_once() {
     let rig = Rig::new(small());
     let (_nvme, mut queues) = rig.up(1);
     rig.machine.inject(Fault::always(Commands::of_queue(1), Effect::Twice));
@@ -87,7 +87,7 @@ fn a_command_completed_twice_is_done_once() {
 }
 
 #[test]
-fn statuses_reach_the_engine() {
+fn error_statuses_become_outcomes() {
     let rig = Rig::new(small());
     let (_nvme, mut queues) = rig.up(1);
     let cases = [(Status::INVALID_OPCODE, Outcome::Unsupported), (Status::INTERNAL_ERROR, Outcome::Failed)];
@@ -98,7 +98,7 @@ fn statuses_reach_the_engine() {
 }
 
 #[test]
-fn a_fatal_or_removed_controller_at_work_completes_nothing_and_can_be_shut_down() {
+fn a_controller_that_fails_or_vanishes_during_io_completes_nothing_and_can_be_shut_down() {
     for effect in [Effect::Fatal, Effect::Remove] {
         let rig = Rig::new(small());
         let (mut nvme, mut queues) = rig.up(1);

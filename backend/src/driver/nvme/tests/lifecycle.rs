@@ -1,16 +1,16 @@
-//! Up, down, and up again.
+//! Initialization, shutdown and recovery.
 
 use std::sync::atomic::Ordering::SeqCst;
 
-use super::rig::{Rig, collect, run, small, span, wanted};
-use crate::driver::nvme::{Cause, NvmeOptions};
+use super::rig::{Rig, collect, nvme_options, run, small, span};
+use crate::driver::nvme::{NvmeErrorKind, NvmeOptions};
 use crate::driver::{Command, Driver, Outcome};
 use crate::emulated::{Commands, Effect, Fault, Mode, Options, Status};
 
 const ONE_BLOCK: Command = Command::Read { block: 0, count: 1 };
 
 #[test]
-fn a_shut_down_controller_has_been_told_and_reaches_nothing() {
+fn a_shutdown_notifies_the_controller_and_ends_dma() {
     let rig = Rig::new(small());
     let (mut nvme, mut queues) = rig.up(3);
     assert_eq!(run(&mut *queues[0], ONE_BLOCK, &[span(0, 512)], 512), Outcome::Success);
@@ -20,16 +20,16 @@ fn a_shut_down_controller_has_been_told_and_reaches_nothing() {
     nvme.shut_down();
 
     rig.assert_stopped();
-    assert_eq!(rig.machine.traffic().admin - commands, 6, "three queue pairs were deleted");
+    assert_eq!(rig.machine.traffic().admin - commands, 6, "three queue pairs are deleted");
     let on = 1 | 6 << 16 | 4 << 20;
-    let configurations = rig.function.how.configurations.lock().unwrap().clone();
+    let configurations = rig.function.faults.configurations.lock().unwrap().clone();
     assert_eq!(configurations, [on - 1, on, on | 1 << 14, on - 1], "set, enabled, shut down normally, disabled");
     nvme.shut_down();
     rig.assert_stopped();
 }
 
 #[test]
-fn a_dropped_controller_reaches_nothing() {
+fn dropping_the_driver_ends_dma() {
     let rig = Rig::new(Options { mode: Mode::Threaded, ..small() });
     let (nvme, mut queues) = rig.up(1);
     for tag in 0..32 {
@@ -43,7 +43,7 @@ fn a_dropped_controller_reaches_nothing() {
 }
 
 #[test]
-fn a_controller_comes_up_again_after_a_shutdown() {
+fn a_controller_can_be_brought_up_after_a_shutdown() {
     let rig = Rig::new(small());
     let (mut nvme, queues) = rig.up(1);
     drop(queues);
@@ -55,7 +55,7 @@ fn a_controller_comes_up_again_after_a_shutdown() {
 }
 
 #[test]
-fn a_controller_left_running_by_a_former_owner_is_taken_over() {
+fn a_controller_left_enabled_by_a_former_owner_is_brought_up() {
     let rig = Rig::new(small());
     let former = rig.up(2);
     std::mem::forget(former);
@@ -69,7 +69,7 @@ fn a_controller_left_running_by_a_former_owner_is_taken_over() {
 }
 
 #[test]
-fn recovery_gives_as_many_fresh_queues_and_keeps_the_data() {
+fn recovery_returns_as_many_new_queues_and_keeps_the_data() {
     let rig = Rig::new(small());
     let (mut nvme, mut queues) = rig.up(3);
     rig.guest.write_u64(0, 0x1122_3344);
@@ -114,11 +114,11 @@ fn recovery_can_be_repeated_under_load() {
 }
 
 #[test]
-fn recovery_with_fewer_queues_is_none() {
+fn recovery_with_fewer_queues_fails() {
     let rig = Rig::new(small());
     let (mut nvme, queues) = rig.up(3);
     drop(queues);
-    rig.function.how.fewer_vectors.store(true, SeqCst);
+    rig.function.faults.fewer_vectors.store(true, SeqCst);
 
     let error = nvme.recover().err().unwrap();
 
@@ -127,7 +127,7 @@ fn recovery_with_fewer_queues_is_none() {
 }
 
 #[test]
-fn another_disk_is_not_served_in_place_of_the_former() {
+fn recovery_does_not_replace_the_disk_by_another() {
     // Identify Controller: the serial number. Identify Namespace: LBADS of the first format, NGUID, EUI64.
     let cases: [(u8, usize, &[u8], &str); 4] = [
         (1, 4, b"OTHER     ", "serial OTHER instead of EMULATED-0"),
@@ -146,12 +146,12 @@ fn another_disk_is_not_served_in_place_of_the_former() {
         assert_eq!(error.to_string(), format!("0000:00:04.0: is no longer what it was: {change}"));
         rig.assert_stopped();
         rig.machine.heal();
-        assert!(nvme.recover().is_ok(), "the former is served again");
+        assert!(nvme.recover().is_ok(), "the original disk is served again");
     }
 }
 
 #[test]
-fn a_disk_that_shrinks_is_still_the_same() {
+fn a_disk_that_shrinks_is_the_same_disk() {
     let rig = Rig::new(small());
     let (mut nvme, queues) = rig.up(1);
     drop(queues);
@@ -163,7 +163,7 @@ fn a_disk_that_shrinks_is_still_the_same() {
 }
 
 #[test]
-fn queues_are_handed_out_once() {
+fn queues_can_be_taken_once() {
     let rig = Rig::new(small());
     let (mut nvme, queues) = rig.up(2);
     assert_eq!(queues.len(), 2);
@@ -171,38 +171,46 @@ fn queues_are_handed_out_once() {
 }
 
 #[test]
-fn no_more_queues_are_made_than_vectors_grants_and_wishes_allow() {
-    let count = |rig: &Rig, wish| rig.up(wish).1.len();
-    assert_eq!(count(&Rig::new(Options { queues: 4, ..small() }), 3), 3, "as wished");
-    assert_eq!(count(&Rig::new(Options { queues: 4, ..small() }), 9), 4, "as vectors allow");
-    assert_eq!(count(&Rig::tampered(Options { queues: 4, ..small() }, |f| f.vectors = Some(3)), 9), 2, "fewer vectors");
-    assert_eq!(count(&Rig::tampered(Options { queues: 2, ..small() }, |f| f.vectors = Some(3)), 0), 1, "at least one");
+fn the_number_of_queues_is_limited_by_request_vectors_and_grant() {
+    let count = |rig: &Rig, requested| rig.up(requested).1.len();
+    assert_eq!(count(&Rig::new(Options { queues: 4, ..small() }), 3), 3, "as requested");
+    assert_eq!(count(&Rig::new(Options { queues: 4, ..small() }), 9), 4, "as the controller grants");
+    assert_eq!(
+        count(&Rig::with_function(Options { queues: 4, ..small() }, |f| f.vectors = Some(3)), 9),
+        2,
+        "fewer vectors"
+    );
+    assert_eq!(
+        count(&Rig::with_function(Options { queues: 2, ..small() }, |f| f.vectors = Some(3)), 0),
+        1,
+        "at least one"
+    );
 }
 
 #[test]
-fn a_read_only_disk_says_so() {
+fn the_read_only_option_makes_the_disk_read_only() {
     let rig = Rig::new(small());
-    let nvme = rig.bring_up(NvmeOptions { read_only: true, ..wanted(1) }).unwrap();
+    let nvme = rig.bring_up(NvmeOptions { read_only: true, ..nvme_options(1) }).unwrap();
     assert!(nvme.geometry().read_only);
 }
 
 #[test]
-fn a_missing_namespace_is_named_with_those_there_are() {
+fn a_missing_namespace_is_reported_with_the_active_ones() {
     let rig = Rig::new(small());
 
-    let error = rig.bring_up(NvmeOptions { namespace: Some(7), ..wanted(1) }).err().unwrap();
+    let error = rig.bring_up(NvmeOptions { namespace: Some(7), ..nvme_options(1) }).err().unwrap();
 
     assert_eq!(error.to_string(), "0000:00:04.0: has no active namespace 7; it has: 1");
-    assert!(matches!(error.cause, Cause::NoNamespace { wanted: 7, .. }));
+    assert!(matches!(error.kind, NvmeErrorKind::NamespaceNotFound { wanted: 7, .. }));
     rig.assert_stopped();
-    assert!(rig.bring_up(NvmeOptions { namespace: Some(1), ..wanted(1) }).is_ok());
+    assert!(rig.bring_up(NvmeOptions { namespace: Some(1), ..nvme_options(1) }).is_ok());
 }
 
 #[test]
-fn another_kind_of_function_is_called_by_its_name() {
-    let rig = Rig::tampered(small(), |function| function.class = Some([0x00, 0x00, 0x02]));
+fn another_kind_of_function_is_refused_by_its_class() {
+    let rig = Rig::with_function(small(), |function| function.class = Some([0x00, 0x00, 0x02]));
 
-    let error = rig.bring_up(wanted(1)).err().unwrap().to_string();
+    let error = rig.bring_up(nvme_options(1)).err().unwrap().to_string();
 
     assert!(
         error.starts_with("0000:00:04.0: is not an NVMe controller but a network controller (PCI class code 020000")
@@ -213,15 +221,15 @@ fn another_kind_of_function_is_called_by_its_name() {
 #[test]
 fn a_function_without_vectors_is_refused() {
     for (vectors, found) in [(0, "0 (no MSI-X)"), (1, "1")] {
-        let rig = Rig::tampered(small(), |function| function.vectors = Some(vectors));
-        let error = rig.bring_up(wanted(1)).err().unwrap().to_string();
+        let rig = Rig::with_function(small(), |function| function.vectors = Some(vectors));
+        let error = rig.bring_up(nvme_options(1)).err().unwrap().to_string();
         assert_eq!(error, format!("0000:00:04.0: number of MSI-X vectors is {found}, but 2 or more is needed"));
         rig.assert_stopped();
     }
 }
 
 #[test]
-fn the_write_cache_stays_as_switched_over_a_recovery_or_there_is_none() {
+fn recovery_restores_the_write_cache_setting_or_fails() {
     const SET_FEATURES: u8 = 9;
     let rig = Rig::new(small());
     let (mut nvme, queues) = rig.up(1);
@@ -229,12 +237,12 @@ fn the_write_cache_stays_as_switched_over_a_recovery_or_there_is_none() {
     drop(queues);
     drop(nvme.recover().unwrap());
 
-    // The first is for the number of queues, the second for events, the third for the cache.
+    // Set Features commands, in order: Number of Queues, Asynchronous Event Configuration, Volatile Write Cache.
     let refusal = Effect::Status(Status::INVALID_FIELD);
     rig.machine.inject(Fault::Command { on: Commands::admin(SET_FEATURES), skip: 2, times: 1, effect: refusal });
     let error = nvme.recover().err().unwrap().to_string();
 
     assert!(error.contains("Set Features (Volatile Write Cache) failed"), "{error}");
     rig.assert_stopped();
-    assert!(nvme.set_write_cache(true).is_err(), "a stopped controller has no cache to switch");
+    assert!(nvme.set_write_cache(true).is_err(), "a stopped controller cannot change its cache");
 }
