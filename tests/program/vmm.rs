@@ -191,7 +191,8 @@ fn inspect_shows_what_the_shim_says_or_why_there_is_nothing_to_show() {
 
     let vm = format!("{}0 device(s) registered", toy.words());
     assert!(text.contains(&vm), "{text}");
-    assert!(json.contains(&format!("\"kvm\":{{\"value\":\"{vm}")), "{json}");
+    let pid = format!("\"kvm\":{{\"vmm_pid\":{},", toy.process.id());
+    assert!(json.contains(&pid) && json.contains("\"registered\":0"), "{json}");
     assert!(nobody.contains("LD_PRELOAD=libkvm_vfio_shim.so"), "{nobody}");
     assert!(!plain.contains("kvm"), "{plain}");
     assert_eq!(toy.status().registered, 0, "asking registers nothing");
