@@ -4,7 +4,7 @@
 //! ```text
 //! driver --write32--> Bar --> Controller --run_io--> Entry --execute--> Store   (the medium)
 //!                                 |                              |
-//!                                 +------ every DMA -------> SoftIommu --> Window (guest RAM, driver's buffers)
+//!                                 +------ every DMA -------> SoftIommu --> SharedMemory (guest RAM, driver's buffers)
 //!                                 +------ vectors ---------> eventfds
 //! ```
 //!

@@ -9,8 +9,8 @@
 //! away    (the host wants the device) as for stop, but what is mapped stays in the IOAS, unpinned, for the day it is back
 //! ```
 //!
-//! What "expose" and "withdraw" mean is the regime's matter, see `sequence.rs`; `mapped.rs` walks the pieces and keeps the
-//! ledger. Pieces, because the kernel can never split a mapping; 1 GiB, because that is the largest IOMMU page.
+//! `sequence.rs` says what "expose" and "withdraw" mean with and without flushing; `mapped_memory.rs` walks the pieces and
+//! keeps the ledger. Pieces, because the kernel can never split a mapping; 1 GiB, because that is the largest IOMMU page.
 
 mod flusher;
 mod ledger;

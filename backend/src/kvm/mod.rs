@@ -23,7 +23,7 @@
 //! | nobody, or nobody to talk with   | served, a warning, watched  | the same, KVM is not told               |
 //! | one that goes while it is needed | asked once more, then as if nobody was there | the same               |
 //!
-//! *Kept*: discards of guest memory have no effect. *Watched*: see `watch.rs`. *Nobody to talk with*: no answer in time,
+//! *Kept*: discards of guest memory have no effect. *Watched*: see `discard_monitor.rs`. *Nobody to talk with*: no answer in time,
 //! another version, another user's. A service that cannot do without KVM is refused memory in each of these cases.
 //!
 //! Why a shim that says no weighs more than none: without one, the owner of the VM has left KVM's answer as it is, and this
