@@ -14,6 +14,7 @@ use super::rings::{CompletionRing, QueueMemory, SubmissionRing, completion_bytes
 use super::spec::{CompletionEntry, NAMESPACE_NOTICES, SubmissionEntry, admin_opcode, feature};
 use super::status::Status;
 use crate::driver::CommandId;
+use crate::rate_limited_log::RateLimitedLog;
 
 /// Entries of each admin ring. Only commands that timed out and the event request stay outstanding.
 const SIZE: u16 = 32;
@@ -138,6 +139,8 @@ pub(super) struct AdminQueue {
     event_request: Option<u16>,
     /// Dword 0 of its completion, until [`Self::next_event`] returns it.
     event_result: Option<u32>,
+    /// For what a misbehaving controller can cause.
+    log: RateLimitedLog,
 }
 
 impl AdminQueue {
@@ -157,6 +160,7 @@ impl AdminQueue {
             next_cid: 0,
             event_request: None,
             event_result: None,
+            log: RateLimitedLog::new(module_path!()),
         };
         Ok((queue, rings))
     }
@@ -201,6 +205,12 @@ impl AdminQueue {
         Ok(entry.cid)
     }
 
+    /// Takes no more events until the controller has been reset.
+    pub(super) fn ignore_events(&mut self) {
+        self.event_request = None;
+        self.event_result = None;
+    }
+
     /// Submits an Asynchronous Event Request, which the controller completes at the next event. NVMe 2.0 §5.2
     pub(super) fn request_event(&mut self) -> Result<(), NvmeErrorKind> {
         let entry = SubmissionEntry { opcode: admin_opcode::ASYNC_EVENT_REQUEST, ..Default::default() };
@@ -214,8 +224,13 @@ impl AdminQueue {
         controller: &Controller,
         limit: Duration,
     ) -> Result<Option<u32>, NvmeErrorKind> {
-        // No other command is in flight: any other completion is of one that timed out.
-        while self.event_result.is_none() && self.next_completion().is_some() {}
+        // No other command is in flight: any other completion is of one that timed out. A controller that writes completions
+        // without end gets no more than a queue of them read.
+        for _ in 0..SIZE {
+            if self.event_result.is_some() || self.next_completion().is_none() {
+                break;
+            }
+        }
         let Some(event) = self.event_result.take() else { return Ok(None) };
         let [_, _, log_page, _] = event.to_le_bytes();
         let mut command = AdminCommand::get_log_page(log_page);
@@ -239,7 +254,7 @@ impl AdminQueue {
             return Some((entry.result, Status::from_word(entry.status)));
         }
         if self.event_result.is_none() {
-            log::warn!("dropped a completion for command {:#x} of queue {}", entry.cid, entry.sq_id);
+            self.log.warn(|| format!("dropped a completion for command {:#x} of queue {}", entry.cid, entry.sq_id));
         }
         None
     }
@@ -249,7 +264,7 @@ impl AdminQueue {
         let entry = self.completions.pop()?;
         self.completions.update_head();
         if !self.submissions.set_head(entry.sq_head) {
-            log::warn!("admin submission queue head {} is out of range", entry.sq_head);
+            self.log.warn(|| format!("admin submission queue head {} is out of range", entry.sq_head));
         }
         if entry.sq_id == 0 && self.event_request == Some(entry.cid) {
             self.event_request = None;

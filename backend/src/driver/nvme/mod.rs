@@ -38,6 +38,7 @@ pub use self::options::NvmeOptions;
 pub use self::status::Status;
 use super::{CommandId, Driver, Geometry, Queue};
 use crate::hardware::{AddressSpace, Function};
+use crate::rate_limited_log::RateLimitedLog;
 
 /// Time-out of each admin command during a shutdown. A healthy controller completes a queue deletion at once; an unhealthy
 /// one is shut down through CC.SHN anyway.
@@ -45,6 +46,10 @@ const SHUTDOWN_COMMAND_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Time-out of an admin command while requests are served.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Asynchronous events handled at a time. A controller reports an event, waits until its log page has been read, and reports
+/// the next; one that has more than these ready does not follow the protocol.
+const MAX_EVENTS: u32 = 64;
 
 /// Reacquires a released function once it is available again.
 pub type ReacquireFn = Box<dyn FnMut() -> anyhow::Result<Arc<dyn Function>> + Send>;
@@ -73,6 +78,8 @@ pub struct Nvme {
     shutdown_limit: Duration,
     /// The last setting made by `set_write_cache`, which a recovery repeats.
     write_cache: Option<bool>,
+    /// For what a misbehaving controller can cause.
+    log: RateLimitedLog,
 }
 
 impl Nvme {
@@ -115,6 +122,7 @@ impl Nvme {
             queue_count: 0,
             shutdown_limit: Duration::ZERO,
             write_cache: None,
+            log: RateLimitedLog::new(module_path!()),
         };
         nvme.install(up);
         Ok(nvme)
@@ -192,7 +200,7 @@ impl Nvme {
                 }
             },
             // No error: the device fails each further command to it.
-            None => log::error!("{}: namespace {} is no longer active", self.name, self.namespace.id),
+            None => self.log.error(|| format!("{}: namespace {} is no longer active", self.name, self.namespace.id)),
         }
         Ok(())
     }
@@ -201,13 +209,21 @@ impl Nvme {
     fn process_events(&mut self) -> Result<(), NvmeErrorKind> {
         // Asynchronous event type (bits 2:0) and information (bits 15:8). NVMe 2.0 §5.2.1
         const NAMESPACE_CHANGED: u32 = 0x00_02;
-        while let (Some(admin), Some(controller)) = (&mut self.admin, &self.controller) {
+        for _ in 0..MAX_EVENTS {
+            let (Some(admin), Some(controller)) = (&mut self.admin, &self.controller) else { return Ok(()) };
             match admin.next_event(controller, COMMAND_TIMEOUT)? {
-                None => break,
+                None => return Ok(()),
                 Some(event) if event & 0xff07 == NAMESPACE_CHANGED => self.refresh_namespace()?,
-                Some(event) => log::warn!("{}: unhandled asynchronous event {event:#08x}", self.name),
+                Some(event) => self.log.warn(|| format!("{}: unhandled asynchronous event {event:#08x}", self.name)),
             }
         }
+        if let Some(admin) = &mut self.admin {
+            admin.ignore_events();
+        }
+        log::warn!(
+            "{}: {MAX_EVENTS} asynchronous events at once; the next ones are ignored until the controller is reset",
+            self.name
+        );
         Ok(())
     }
 

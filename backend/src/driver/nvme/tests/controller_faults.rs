@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use super::rig::{Rig, nvme_options, run, small, span};
 use crate::driver::nvme::{Nvme, NvmeError, NvmeErrorKind};
 use crate::driver::{Command, Driver, Outcome};
+use crate::emulated::{Commands, Effect, Fault, Medium, Options, Status};
 use crate::hardware::{AddressSpace, DmaBuffer, MapError};
 use crate::memory::Region;
 
@@ -171,4 +172,27 @@ fn a_reacquired_function_that_cannot_be_brought_up_is_released_again() {
     let mut queues = nvme.recover().unwrap();
     assert_eq!(run(&mut *queues[0], ONE_BLOCK, &[span(0, 512)], 512), Outcome::Success);
     assert!(!space.is_released());
+}
+
+#[test]
+fn events_without_end_hold_up_nobody_and_are_ignored_until_the_next_reset() {
+    const ASYNC_EVENT_REQUEST: u8 = 0x0c;
+    let rig = Rig::new(Options { medium: Medium::Null, ..small() });
+    let (mut nvme, queues) = rig.up(1);
+    drop(queues);
+    let at_once = Effect::Status(Status::SUCCESS);
+    rig.machine.inject(Fault::always(Commands::admin(ASYNC_EVENT_REQUEST), at_once));
+    let mut queues = nvme.recover().unwrap();
+
+    nvme.handle_events().unwrap();
+    nvme.handle_events().unwrap();
+
+    assert_eq!(run(&mut *queues[0], ONE_BLOCK, &[span(0, 512)], 512), Outcome::Success);
+    rig.machine.heal();
+    drop(queues);
+    nvme.recover().unwrap();
+    let before = nvme.geometry().blocks;
+    rig.machine.resize(before * 512 * 2).unwrap();
+    nvme.handle_events().unwrap();
+    assert_eq!(nvme.geometry().blocks, before * 2, "events are heard again");
 }
