@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# minutes: 0.4
-# The emulated drive in stock QEMU under TCG, directly on this machine: no root, no KVM, no emulated host.
+# minutes: 0.7
+# The emulated drive in stock QEMU under TCG, directly on this machine: no root, no KVM, no emulated host. As a disk, then as a
+# whole function, which needs a newer QEMU than most machines have.
 # shellcheck disable=SC2317 # functions are called by name, through claim
 set -u
 
@@ -157,4 +158,36 @@ firmware_boots() {
     backend_stop
 }
 claim "SeaBIOS boots from the drive" firmware_boots
+
+# The whole function: the guest's own nvme driver.
+whole_starts() {
+    local qemu
+    qemu=$("$TESTBED_ROOT/scripts/testbed" qemu trixie-backports) || return
+    rm -f "$DISK"
+    (
+        exec "$BACKEND" --vfio-user --socket-path "$SOCKET" --device "emulated:file=$DISK,create=on,size=64M"
+    ) </dev/null >"$WORK/whole.log" 2>&1 &
+    echo $! >"$WORK/backend.pid"
+    within 20 test -S "$SOCKET"
+    PATH=$WORK/bin:$qemu/bin:$PATH guest start --mem 256M --timeout 180 --qemu-arg -device \
+        --qemu-arg "{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"$SOCKET\"}}"
+    guest exec -- 'test -b /dev/nvme0n1'
+}
+whole_data_get_out() {
+    guest exec -- 'dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
+        dd if=/tmp/data of=/dev/nvme0n1 bs=256k seek=16 oflag=direct 2>/dev/null && sync && sha256sum </tmp/data' >"$WORK/sum"
+    equal "$(cat "$WORK/sum")" "$(dd if="$DISK" bs=1M skip=4 count=8 status=none | sha256sum)" "the file behind the drive"
+    guest exec -- 'grep -q nvme0q1 /proc/interrupts'
+}
+whole_ends() {
+    guest stop
+    within 20 grep -q 'it has left' "$WORK/whole.log" || { cat "$WORK/whole.log" && return 1; }
+    kill -TERM "$(<"$WORK/backend.pid")"
+    within 20 test ! -S "$SOCKET"
+    rm "$WORK/backend.pid"
+    lacks 'ERROR' "$WORK/whole.log"
+}
+claim "whole, over vfio-user, the guest's own nvme driver finds it" whole_starts
+claim "what the guest writes to the whole drive is in the file behind it" whole_data_get_out
+claim "and that ends without an error" whole_ends
 finished
