@@ -102,6 +102,9 @@ pub trait AddressSpace: Send + Sync {
     fn remove_while_idle(&self, region: &Region) -> Result<(), MapError> {
         self.remove(region)
     }
+    /// From now on, memory that cannot be flushed before the device reaches it is refused. Needed where the guest drives the
+    /// device: nobody else decides when the device uses memory that is mapped.
+    fn require_flush_before_map(&self) {}
     /// What has been done here so far.
     fn statistics(&self) -> SpaceStatistics {
         SpaceStatistics::default()

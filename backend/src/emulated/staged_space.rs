@@ -175,6 +175,10 @@ impl AddressSpace for StagedSpace {
         self.0.mapped.remove_while_idle(&*self.0, whole(region))
     }
 
+    fn require_flush_before_map(&self) {
+        self.0.mapped.require_flush_before_map();
+    }
+
     fn statistics(&self) -> SpaceStatistics {
         self.0.mapped.statistics()
     }

@@ -28,6 +28,11 @@ impl MappedMemory {
         Self { sequence: Sequence::new(flushing), chunk, ledger, maps: AtomicU64::new(0) }
     }
 
+    /// See [`AddressSpace::require_flush_before_map`](crate::hardware::AddressSpace::require_flush_before_map).
+    pub fn require_flush_before_map(&self) {
+        self.sequence.require_flush_before_map();
+    }
+
     /// What is mapped.
     pub(super) fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)

@@ -270,6 +270,10 @@ impl AddressSpace for LiveSpace {
         live.withdraw(whole, || live.mapped.remove_while_idle(live, whole))
     }
 
+    fn require_flush_before_map(&self) {
+        self.0.mapped.require_flush_before_map();
+    }
+
     fn release(&self) {
         let ranges = self.0.iommufd.iova_ranges(&self.0.ioas).unwrap_or_else(|error| {
             log::error!("IOMMU_IOAS_IOVA_RANGES: {error}; while the device is away no memory can be mapped");

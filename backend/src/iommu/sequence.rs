@@ -17,7 +17,8 @@
 //!
 //! Detaching stops all DMA of the device, so "at rest" is for a device that has nothing in flight. "Gated" rests on the
 //! engine: it names memory to the device only after it has been exposed, and withdraws it when no request touches it any
-//! more. Each step that fails undoes those before it.
+//! more. Where the guest drives the device nobody does that, so there the map fails instead. Each step that fails undoes
+//! those before it.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -84,6 +85,10 @@ pub trait Steps {
     fn attach(&self) -> io::Result<()>;
 }
 
+/// The step that an IOMMU driver does not know which maps nothing before a device is attached.
+const MAPS_ATTACHED_ONLY: &str =
+    "flush, before the device can reach it, on an IOMMU that maps only for attached devices";
+
 /// A step's name and the errno it failed with.
 pub(super) type Failed = (&'static str, io::Error);
 
@@ -91,6 +96,8 @@ pub(super) type Failed = (&'static str, io::Error);
 pub(super) struct Sequence {
     flushing: bool,
     flush_after_map: AtomicBool,
+    /// Nobody keeps the device from memory that is mapped and not flushed yet.
+    flush_before_map: AtomicBool,
     staged: AtomicU64,
     map_bytes: AtomicU64,
     unmap_bytes: AtomicU64,
@@ -103,7 +110,14 @@ impl Sequence {
     pub(super) fn new(flushing: bool) -> Self {
         let zero = || AtomicU64::new(0);
         let (staged, map_bytes, unmap_bytes, nanoseconds) = (zero(), zero(), zero(), zero());
-        Self { flushing, flush_after_map: AtomicBool::new(false), staged, map_bytes, unmap_bytes, nanoseconds }
+        let no = || AtomicBool::new(false);
+        let (flush_after_map, flush_before_map) = (no(), no());
+        Self { flushing, flush_after_map, flush_before_map, staged, map_bytes, unmap_bytes, nanoseconds }
+    }
+
+    /// See [`AddressSpace::require_flush_before_map`](crate::hardware::AddressSpace::require_flush_before_map).
+    pub(super) fn require_flush_before_map(&self) {
+        self.flush_before_map.store(true, Relaxed);
     }
 
     /// Makes `piece` reachable.
@@ -116,7 +130,12 @@ impl Sequence {
         }
         if !self.flush_after_map.load(Relaxed) {
             match self.map_staged(steps, piece) {
-                Err((_, error)) if error.raw_os_error() == Some(libc::ENODEV) => self.switch_to_flush_after_map(),
+                Err((_, error)) if error.raw_os_error() == Some(libc::ENODEV) => {
+                    if self.flush_before_map.load(Relaxed) {
+                        return Err((MAPS_ATTACHED_ONLY, error));
+                    }
+                    self.switch_to_flush_after_map();
+                }
                 other => return other,
             }
         }

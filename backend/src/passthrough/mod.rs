@@ -70,6 +70,7 @@ impl Passthrough {
                 function.name()
             );
         }
+        space.require_flush_before_map();
         Ok(Self { function, space, bars, facts, known_to_vfio, request })
     }
 

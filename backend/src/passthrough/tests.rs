@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
+use std::sync::atomic::Ordering::SeqCst;
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -131,6 +132,9 @@ impl AddressSpace for Recorder<dyn AddressSpace> {
         self.note("unmap");
         self.inner.remove(region)
     }
+    fn require_flush_before_map(&self) {
+        self.inner.require_flush_before_map();
+    }
     fn statistics(&self) -> SpaceStatistics {
         self.inner.statistics()
     }
@@ -231,6 +235,20 @@ fn memory_is_flushed_as_it_comes_and_as_it_goes() {
     let found = machine.disagreements();
     assert_eq!((found.exposed, found.unpinned), (0, 0));
     assert_eq!(device.space().statistics().mapped, 0);
+}
+
+#[test]
+fn memory_that_cannot_be_flushed_before_the_device_reaches_it_is_refused() {
+    let machine = machine();
+    let device = passthrough(&machine, Policy::Allow);
+    let mut assignment = device.assign().unwrap();
+    machine.space_faults().unwrap().attach_first.store(true, SeqCst);
+
+    let error = assignment.maps.map(map(&memory(1 << 20), 0, 1 << 20, true)).unwrap_err();
+
+    assert_eq!(error.errno(), libc::ENODEV, "{error}");
+    assert!(error.to_string().contains("before the device can reach it"), "{error}");
+    assert_eq!(machine.iommu().mapped(), []);
 }
 
 #[test]
