@@ -178,8 +178,8 @@ impl Rig {
     }
 
     /// The host asks for the device, as when an administrator unbinds it.
-    pub(crate) fn ask_back(&self) {
-        self.machine.ask_back();
+    pub(crate) fn request_removal(&self) {
+        self.machine.request_removal();
     }
 
     /// After `successes` more changes of the address space one fails.

@@ -298,7 +298,7 @@ fn a_device_that_the_host_takes_back_is_unregistered_though_the_front_end_stays(
     assert_eq!(wire.add_region(page(1), file.as_fd()), 0);
     assert!(vm.pinned());
 
-    rig.ask_back();
+    rig.request_removal();
 
     wait_until("it is unregistered", || !vm.pinned());
     assert_eq!(wire.add_region(page(2), file.as_fd()), 0);

@@ -27,6 +27,6 @@ fn memory_is_flushed_when_it_comes_and_when_it_goes() {
     drop(client);
     rig.until(|rig| rig.mapped() == 0);
 
-    let found = rig.machine.disagreements();
-    assert_eq!((found.exposed, found.unpinned), (0, 0), "pages that caches and DRAM did not agree about");
+    let found = rig.machine.stale_lines();
+    assert_eq!((found.at_map, found.at_unpin), (0, 0), "pages that caches and DRAM did not agree about");
 }

@@ -75,7 +75,7 @@ fn the_hosts_request_reaches_the_virtual_machine_and_its_leaving_ends_the_server
     let request = event();
     client.set_irqs(EVENTFD_TRIGGER, [REQ, 0, 1], &[request.as_fd()]).unwrap();
 
-    rig.machine.ask_back();
+    rig.machine.request_removal();
     assert!(signalled(&request, 10_000), "the virtual machine is asked");
     assert!(client.read(crate::client::CONFIG, 0, 4).is_ok(), "and served until it has unplugged");
     drop(client);
@@ -86,7 +86,7 @@ fn the_hosts_request_reaches_the_virtual_machine_and_its_leaving_ends_the_server
 #[test]
 fn a_function_that_nobody_uses_is_given_back_at_once() {
     let rig = Rig::new();
-    rig.machine.ask_back();
+    rig.machine.request_removal();
     assert_eq!(rig.ended(), vhost_device_vfio::vfio_user::Ended::HostWantsFunction);
 }
 
@@ -95,7 +95,7 @@ fn a_virtual_machine_that_does_not_unplug_loses_the_function() {
     let rig = Rig::new();
     let mut client = rig.client();
 
-    rig.machine.ask_back();
+    rig.machine.request_removal();
 
     assert!(client.receive().is_none(), "the server hangs up after 10 s");
     assert_eq!(rig.ended(), vhost_device_vfio::vfio_user::Ended::HostWantsFunction);

@@ -72,7 +72,7 @@ impl Controller {
             0x06 if entry.cdw(11) >> 24 == 0 => {} // NVM command set: no limits
             _ => return Err(Status::INVALID_FIELD),
         }
-        self.faults.forge(cns, &mut page);
+        self.faults.override_identify(cns, &mut page);
         self.send(entry, &page)
     }
 

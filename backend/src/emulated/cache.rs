@@ -46,7 +46,7 @@ struct State {
     tidy_at: usize,
     /// Where DMA finds a part of DRAM as memory.
     scratch: SharedMemory,
-    disagreements: Disagreements,
+    stale_lines: StaleLines,
 }
 
 struct Page {
@@ -61,7 +61,7 @@ struct Page {
 
 /// Lines on which caches and DRAM did not agree when they had to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Disagreements {
+pub struct StaleLines {
     /// The function could have read what was in DRAM before the CPUs' last writes: another owner's data.
     pub exposed: u64,
     /// The CPUs would have gone on seeing, or written back over, what was there before the function's last writes.
@@ -86,7 +86,7 @@ impl Cache {
                 pages: HashMap::new(),
                 tidy_at: 1024,
                 scratch,
-                disagreements: Disagreements::default(),
+                stale_lines: StaleLines::default(),
             }),
         })
     }
@@ -102,17 +102,17 @@ impl Cache {
     /// The function can reach `len` bytes from `offset` from now on.
     pub(super) fn exposed(&self, shared: &SharedMemory, offset: usize, len: usize) {
         let state = &mut *lock(&self.state);
-        state.disagreements.exposed += state.differ(shared, offset, len);
+        state.stale_lines.exposed += state.differ(shared, offset, len);
     }
 
     /// `len` bytes from `offset` are unpinned.
     pub(super) fn unpinned(&self, shared: &SharedMemory, offset: usize, len: usize) {
         let state = &mut *lock(&self.state);
-        state.disagreements.unpinned += state.differ(shared, offset, len);
+        state.stale_lines.unpinned += state.differ(shared, offset, len);
     }
 
-    pub(super) fn disagreements(&self) -> Disagreements {
-        lock(&self.state).disagreements
+    pub(super) fn stale_lines(&self) -> StaleLines {
+        lock(&self.state).stale_lines
     }
 
     /// A transfer that does not snoop: `part` is called with DRAM in place of `len` bytes at `offset` of `shared`.

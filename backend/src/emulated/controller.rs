@@ -53,7 +53,7 @@ pub(super) struct Controller {
     pub(super) interrupts: AtomicU32,
     pub(super) bad_doorbells: AtomicU32,
     /// True while an event waits for a request, or nobody has looked for one.
-    pub(super) untold: AtomicBool,
+    pub(super) event_pending: AtomicBool,
     pub(super) faults: Faults,
     start: Instant,
     /// What [`Self::advance`] has added to the clock, nanoseconds.
@@ -90,7 +90,7 @@ impl Controller {
             interrupt_wanted: (0..pairs).map(|_| Arc::new(AtomicBool::new(true))).collect(),
             interrupts: AtomicU32::new(0),
             bad_doorbells: AtomicU32::new(0),
-            untold: AtomicBool::new(false),
+            event_pending: AtomicBool::new(false),
             faults: Faults::default(),
             start: Instant::now(),
             advanced: AtomicU64::new(0),
@@ -135,7 +135,7 @@ impl Controller {
     /// Normal or abrupt shutdown: finishes what runs, makes data durable (NVMe 2.0 §3.6.1).
     pub(super) fn shut_down(&self) {
         self.ready.store(false, SeqCst);
-        self.settle();
+        self.wait_for_running_commands();
         if let Err(error) = self.store.flush() {
             log::error!("emulated function: flush at shutdown: {error}");
         }
@@ -144,7 +144,7 @@ impl Controller {
     }
 
     /// Waits until no command runs that was fetched before.
-    pub(super) fn settle(&self) {
+    pub(super) fn wait_for_running_commands(&self) {
         for slot in &self.sqs {
             drop(lock(&slot.state));
         }
@@ -216,7 +216,7 @@ impl Controller {
     }
 
     /// Nothing more is done, and CC is not heard.
-    pub(super) fn stick(&self) {
+    pub(super) fn hang(&self) {
         self.faults.stuck_ready.store(true, SeqCst);
         self.ready.store(false, SeqCst);
     }

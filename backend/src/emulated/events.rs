@@ -24,7 +24,7 @@ impl Controller {
             return Err(Status::EVENT_LIMIT_EXCEEDED);
         }
         events.waiting.push(entry.cid());
-        self.untold.store(events.pending(), SeqCst);
+        self.event_pending.store(events.pending(), SeqCst);
         Ok(())
     }
 
@@ -37,7 +37,7 @@ impl Controller {
             return false;
         }
         let completion = Completion { result: 0, sq: 0, sq_head, cid, status: Status::ABORT_REQUESTED };
-        self.post_late(0, completion, None, &mut Pass::default());
+        self.lock_and_post(0, completion, None, &mut Pass::default());
         true
     }
 
@@ -58,7 +58,7 @@ impl Controller {
         let events = &mut lock(&self.admin).events;
         if !events.masked {
             events.pending = Some(what as u32);
-            self.untold.store(true, SeqCst);
+            self.event_pending.store(true, SeqCst);
         }
     }
 
@@ -73,15 +73,15 @@ impl Controller {
         let admin = &mut *lock(&self.admin);
         if admin.features.notices() {
             admin.events.changed.get_or_insert(Notice::Pending);
-            self.untold.store(true, SeqCst);
+            self.event_pending.store(true, SeqCst);
         }
         Ok(())
     }
 
     /// Completes a waiting request with what is pending. Called with no queue locked.
     #[inline]
-    pub(super) fn tell_events(&self) {
-        if self.untold.load(SeqCst) {
+    pub(super) fn report_events(&self) {
+        if self.event_pending.load(SeqCst) {
             self.tell();
         }
     }
@@ -90,12 +90,12 @@ impl Controller {
     fn tell(&self) {
         let state = lock(&self.sqs[0].state);
         let Some(sq) = state.queue.as_ref().filter(|_| self.may_run()) else { return };
-        if !lock(&self.cqs[0].queue).as_mut().is_some_and(|cq| self.room(&self.cqs[0], cq)) {
+        if !lock(&self.cqs[0].queue).as_mut().is_some_and(|cq| self.cq_has_room(&self.cqs[0], cq)) {
             return;
         }
         let (cid, result) = {
             let events = &mut lock(&self.admin).events;
-            self.untold.store(false, SeqCst);
+            self.event_pending.store(false, SeqCst);
             if events.waiting.is_empty() {
                 return;
             }
@@ -104,7 +104,7 @@ impl Controller {
         };
         let mut pass = Pass::default();
         let completion = Completion { result, sq: 0, sq_head: sq.head(), cid, status: Status::SUCCESS };
-        self.post_late(0, completion, None, &mut pass);
+        self.lock_and_post(0, completion, None, &mut pass);
         self.signal(&pass);
     }
 }

@@ -1,7 +1,7 @@
 //! Faults on demand: what a broken controller does, so that a test can say what its user sees.
 //!
 //! A fault on commands waits for its `skip` matches, strikes the next `times`, and is then spent. Faults of the whole
-//! controller stay until [`Machine::heal`](super::Machine::heal). The first fault that strikes a command has it to itself.
+//! controller stay until [`Machine::clear_faults`](super::Machine::clear_faults). The first fault that strikes a command has it to itself.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -153,7 +153,7 @@ impl Faults {
         }
     }
 
-    pub(super) fn heal(&self) {
+    pub(super) fn clear(&self) {
         self.armed.store(false, SeqCst);
         lock(&self.traps).clear();
         *lock(&self.forged) = Forged::default();
@@ -178,12 +178,12 @@ impl Faults {
 
     /// What strikes the command just fetched.
     #[inline]
-    pub(super) fn strike(&self, queue: u16, opcode: u8) -> Option<Effect> {
-        if self.armed.load(SeqCst) { self.strike_traps(queue, opcode) } else { None }
+    pub(super) fn effect_on(&self, queue: u16, opcode: u8) -> Option<Effect> {
+        if self.armed.load(SeqCst) { self.effect_of_command_fault(queue, opcode) } else { None }
     }
 
     #[cold]
-    fn strike_traps(&self, queue: u16, opcode: u8) -> Option<Effect> {
+    fn effect_of_command_fault(&self, queue: u16, opcode: u8) -> Option<Effect> {
         let mut traps = lock(&self.traps);
         let mut effect = None;
         for trap in traps.iter_mut().filter(|trap| trap.on.contain(queue, opcode)) {

@@ -62,7 +62,7 @@ impl EmulatedFunction {
             });
         }
         if was && !on {
-            self.controller.settle();
+            self.controller.wait_for_running_commands();
         }
     }
 }
@@ -163,7 +163,7 @@ impl EmulatedFunction {
     }
 
     /// Signals the event of [`Function::route_removal`].
-    pub(super) fn ask_back(&self) {
+    pub(super) fn request_removal(&self) {
         if let Some(event) = &*lock(&self.removal)
             && let Err(errno) = rustix::io::write(event, &1_u64.to_ne_bytes())
         {
@@ -177,7 +177,7 @@ impl EmulatedFunction {
 
     pub(super) fn resize(&self, bytes: u64) -> io::Result<()> {
         self.controller.resize(bytes)?;
-        self.controller.tell_events();
+        self.controller.report_events();
         Ok(())
     }
 
@@ -190,13 +190,13 @@ impl EmulatedFunction {
         self.controller.faults.inject(fault);
         if removed {
             self.controller.remove();
-            self.controller.settle();
+            self.controller.wait_for_running_commands();
         }
     }
 
-    pub(super) fn heal(&self) {
+    pub(super) fn clear_faults(&self) {
         let removed = self.removed();
-        self.controller.faults.heal();
+        self.controller.faults.clear();
         if removed {
             self.power_on();
             return;

@@ -46,11 +46,11 @@ impl SoftIommu {
     /// An empty address space of `1 << width` bytes (12 to 57 bits) without `reserved`, that enforces snooping.
     #[must_use]
     pub fn new(width: u8, reserved: &[Span<Iova>]) -> Self {
-        Self::in_front_of(None, width, reserved)
+        Self::with_cache(None, width, reserved)
     }
 
     /// The same that lets transactions go behind `cache`, if there is one.
-    pub(super) fn in_front_of(cache: Option<Arc<Cache>>, width: u8, reserved: &[Span<Iova>]) -> Self {
+    pub(super) fn with_cache(cache: Option<Arc<Cache>>, width: u8, reserved: &[Span<Iova>]) -> Self {
         let last = (1 << width.clamp(12, 57)) - 1;
         let mut reserved = reserved.to_vec();
         reserved.sort_by_key(Span::start);

@@ -94,7 +94,7 @@ impl Store {
         match self {
             Self::Null => Ok(()),
             Self::Memory(memory) => {
-                memory.copy_to_window(index(offset), shared, at, len);
+                memory.copy_to_shared(index(offset), shared, at, len);
                 Ok(())
             }
             Self::File(file) => {
@@ -115,7 +115,7 @@ impl Store {
         match self {
             Self::Null => Ok(()),
             Self::Memory(memory) => {
-                shared.copy_to_window(at, memory, index(offset), len);
+                shared.copy_to_shared(at, memory, index(offset), len);
                 Ok(())
             }
             Self::File(file) => {

@@ -58,7 +58,7 @@ use crate::whole_function::WholeFunction;
 use cache::Cache;
 use staged_space::StagedSpace;
 
-pub use cache::Disagreements;
+pub use cache::StaleLines;
 pub use fault::{Commands, Effect, Fault};
 pub use function::EmulatedFunction;
 pub use iommu::SoftIommu;
@@ -169,7 +169,7 @@ impl Machine {
         let faults = options.faults.clone();
         let cache =
             if options.snoop_enforced { None } else { Some(Arc::new(Cache::new().map_err(EmulatedError::Cache)?)) };
-        let iommu = SoftIommu::in_front_of(cache.clone(), options.address_width, &options.reserved);
+        let iommu = SoftIommu::with_cache(cache.clone(), options.address_width, &options.reserved);
         let function = Arc::new(EmulatedFunction::new(options, iommu.clone())?);
         faults.into_iter().for_each(|fault| function.inject(fault));
         let flushed = cache.clone().map(|cache| StagedSpace::new(iommu.clone(), cache));
@@ -216,8 +216,8 @@ impl Machine {
     /// Where memory was exposed or unpinned and caches and DRAM did not agree; always 0 with [`Self::staged_space`] if
     /// nobody writes to memory meanwhile.
     #[must_use]
-    pub fn disagreements(&self) -> Disagreements {
-        self.flushed.as_ref().map_or_else(Disagreements::default, StagedSpace::disagreements)
+    pub fn stale_lines(&self) -> StaleLines {
+        self.flushed.as_ref().map_or_else(StaleLines::default, StagedSpace::stale_lines)
     }
 
     /// In which order [`Self::staged_space`] exposes memory, in words.
@@ -248,8 +248,8 @@ impl Machine {
     }
 
     /// Asks the owner to give the function back, as the host does when an administrator unbinds it.
-    pub fn ask_back(&self) {
-        self.function.ask_back();
+    pub fn request_removal(&self) {
+        self.function.request_removal();
     }
 
     /// What the controller has done since the start, summed over its queues.
@@ -272,8 +272,8 @@ impl Machine {
     }
 
     /// Ends all faults. A removed function is plugged in again, as at power-on; commands lost stay lost.
-    pub fn heal(&self) {
-        self.function.heal();
+    pub fn clear_faults(&self) {
+        self.function.clear_faults();
     }
 
     /// Moves the controller's clock ahead: commands in flight by [`Options::latency`] or [`Effect::Delay`] whose time has

@@ -34,7 +34,7 @@ impl Controller {
     #[inline]
     pub(super) fn execute_io(&self, sq: &mut Sq, entry: &Entry, dma: &Dma<'_>, traffic: &mut Traffic) -> Status {
         let result = match entry.opcode() {
-            _ if entry.fuse() != 0 || !self.knows_pointer(entry) => Err(Status::INVALID_FIELD),
+            _ if entry.fuse() != 0 || !self.supports_psdt(entry) => Err(Status::INVALID_FIELD),
             nvm::READ => self.read(entry, &mut sq.hints, dma).map(|bytes| {
                 traffic.reads += 1;
                 traffic.bytes_read += bytes;
@@ -58,7 +58,7 @@ impl Controller {
     }
 
     /// PSDT is one that this controller offers; 11b is reserved.
-    fn knows_pointer(&self, entry: &Entry) -> bool {
+    fn supports_psdt(&self, entry: &Entry) -> bool {
         match entry.psdt() {
             0 => true,
             1 | 2 => self.options.sgl,

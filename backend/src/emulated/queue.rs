@@ -67,8 +67,8 @@ impl Sq {
     /// Takes the entry at the head. It is read once, word by word, into the caller's place.
     #[inline]
     pub(super) fn fetch(&mut self, memory: &QueueMemory<'_, 8>, entry: &mut Entry) -> Result<(), DmaFault> {
-        match &memory.rows {
-            Some(rows) => entry.0 = rows.read(self.head as usize),
+        match &memory.array {
+            Some(array) => entry.0 = array.read(self.head as usize),
             None => self.fetch_through(memory.dma, entry)?,
         }
         self.head = if self.head + 1 == self.entries { 0 } else { self.head + 1 };
@@ -185,7 +185,7 @@ impl Cq {
     }
 
     /// The same with the wrong phase: the host takes it for an entry of the last round.
-    pub(super) fn post_unseen(&mut self, memory: &QueueMemory<'_, 2>, completion: &Completion) -> Result<(), DmaFault> {
+    pub(super) fn post_with_wrong_phase(&mut self, memory: &QueueMemory<'_, 2>, completion: &Completion) -> Result<(), DmaFault> {
         self.write(memory, completion, !self.phase)
     }
 
@@ -195,8 +195,8 @@ impl Cq {
             [completion.sq_head, completion.sq, completion.cid, completion.status.bits() << 1 | u16::from(phase)];
         let back = fields.iter().rev().fold(0, |word, field| word << 16 | u64::from(*field));
         let words = [completion.result.into(), back];
-        match &memory.rows {
-            Some(rows) => rows.write_release(self.tail as usize, words),
+        match &memory.array {
+            Some(array) => array.write_release(self.tail as usize, words),
             None => self.write_through(memory.dma, words)?,
         }
         self.tail += 1;
@@ -223,7 +223,7 @@ impl Cq {
 /// The memory of a queue of entries of `N` words: at once where all of it lies in one mapping, else entry by entry.
 pub(super) struct QueueMemory<'a, const N: usize> {
     dma: &'a Dma<'a>,
-    rows: Option<SharedArray<&'a SharedMemory, u64, N>>,
+    array: Option<SharedArray<&'a SharedMemory, u64, N>>,
 }
 
 impl<'a, const N: usize> QueueMemory<'a, N> {
@@ -231,7 +231,7 @@ impl<'a, const N: usize> QueueMemory<'a, N> {
     fn new(dma: &'a Dma<'a>, base: Iova, entries: u32, hint: usize) -> Self {
         let whole = Span::new(base, u64::from(entries) * (N * size_of::<u64>()) as u64);
         let found = whole.and_then(|whole| dma.shared(whole, hint));
-        Self { dma, rows: found.and_then(|(shared, offset)| shared.rows(offset, entries as usize)) }
+        Self { dma, array: found.and_then(|(shared, offset)| shared.array(offset, entries as usize)) }
     }
 }
 

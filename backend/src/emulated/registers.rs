@@ -121,7 +121,7 @@ impl Controller {
         let open = |id: usize| if is_head { self.cqs[id].open.load(SeqCst) } else { self.sqs[id].open.load(SeqCst) };
         if !known || !open(id.into()) {
             self.bad_doorbell(BadDoorbell::NoQueue);
-            self.wake(Self::tell_events);
+            self.wake(Self::report_events);
             return;
         }
         let value = value & 0xffff;
@@ -129,7 +129,7 @@ impl Controller {
             let slot = &self.cqs[usize::from(id)];
             slot.head.store(value, SeqCst);
             if slot.starved.load(SeqCst) && slot.starved.swap(false, SeqCst) {
-                self.wake(|this| this.run_fed_by(id));
+                self.wake(|this| this.run_queues_of_cq(id));
             }
         } else {
             self.sqs[usize::from(id)].tail.store(value, SeqCst);

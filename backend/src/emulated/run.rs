@@ -34,7 +34,7 @@ impl Controller {
     pub(super) fn run(&self, id: u16) -> Option<Duration> {
         let pass = if id == 0 { self.run_admin() } else { self.run_io(id) };
         self.signal(&pass);
-        self.tell_events();
+        self.report_events();
         pass.due
     }
 
@@ -54,7 +54,7 @@ impl Controller {
 
     /// Completion queue `cq` has got room: run what completes to it.
     #[cold]
-    pub(super) fn run_fed_by(&self, cq: u16) {
+    pub(super) fn run_queues_of_cq(&self, cq: u16) {
         for id in 0..=self.options.queues {
             if lock(&self.sqs[usize::from(id)].state).queue.as_ref().is_some_and(|sq| sq.cq == cq) {
                 self.run(id);
@@ -76,7 +76,7 @@ impl Controller {
         let (commands, completions) = (sq.memory(&dma), cq.memory(&dma));
         let mut entry = Entry::default();
         let mut taken = 0;
-        while self.may_run() && self.has_work(slot, sq) && self.room(cq_slot, cq) {
+        while self.may_run() && self.has_work(slot, sq) && self.cq_has_room(cq_slot, cq) {
             taken += 1;
             let Some(effect) = self.take(sq, id, &commands, &mut entry) else { continue };
             let status = match effect {
@@ -102,7 +102,7 @@ impl Controller {
         let mut state = lock(&slot.state);
         let state = &mut *state;
         let Some(sq) = state.queue.as_mut() else { return pass };
-        let room = || lock(&cq_slot.queue).as_mut().is_some_and(|cq| self.room(cq_slot, cq));
+        let room = || lock(&cq_slot.queue).as_mut().is_some_and(|cq| self.cq_has_room(cq_slot, cq));
         while self.may_run() && self.has_work(slot, sq) && room() {
             let mut entry = Entry::default();
             let dma = self.iommu.dma();
@@ -119,7 +119,7 @@ impl Controller {
                 self.log_error(0, &entry, status);
             }
             let completion = Completion { result, sq: 0, sq_head: sq.head(), cid: entry.cid(), status };
-            self.post_late(0, completion, effect, &mut pass);
+            self.lock_and_post(0, completion, effect, &mut pass);
         }
         pass.due = sq.first_due();
         pass
@@ -127,11 +127,11 @@ impl Controller {
 
     /// Posts to completion queue `id` from outside a pass over it. A completion for which there is no room is lost, as the
     /// host was told when it deleted the queue (NVMe 2.0 §5.6); all others have made sure of it.
-    pub(super) fn post_late(&self, id: u16, completion: Completion, effect: Option<Effect>, pass: &mut Pass) {
+    pub(super) fn lock_and_post(&self, id: u16, completion: Completion, effect: Option<Effect>, pass: &mut Pass) {
         let slot = &self.cqs[usize::from(id)];
         let mut cq = lock(&slot.queue);
         let Some(cq) = cq.as_mut() else { return };
-        if self.room(slot, cq) {
+        if self.cq_has_room(slot, cq) {
             let dma = self.iommu.dma();
             self.post(cq, &cq.memory(&dma), completion, effect, pass);
         }
@@ -145,7 +145,7 @@ impl Controller {
         let aborted = sq.release(which);
         for entry in &aborted {
             let completion = Completion { result: 0, sq: id, sq_head: sq.head(), cid: entry.cid(), status };
-            self.post_late(sq.cq, completion, None, &mut pass);
+            self.lock_and_post(sq.cq, completion, None, &mut pass);
         }
         self.signal(&pass);
         aborted.len()
@@ -172,7 +172,7 @@ impl Controller {
             self.fatal();
             return None;
         }
-        let effect = self.faults.strike(id, entry.opcode());
+        let effect = self.faults.effect_on(id, entry.opcode());
         let latency = if id == 0 { Duration::ZERO } else { self.options.latency };
         let (wait, effect) = match effect {
             Some(Effect::Fatal) => {
@@ -180,7 +180,7 @@ impl Controller {
                 return None;
             }
             Some(Effect::Stick) => {
-                self.stick();
+                self.hang();
                 return None;
             }
             Some(Effect::Remove) => {
@@ -215,7 +215,7 @@ impl Controller {
     ) {
         let mut posted = match effect {
             Some(Effect::Lose) => return,
-            Some(Effect::WrongPhase) => cq.post_unseen(memory, &completion),
+            Some(Effect::WrongPhase) => cq.post_with_wrong_phase(memory, &completion),
             Some(Effect::WrongId(cid)) => {
                 completion.cid = cid;
                 cq.post(memory, &completion)
@@ -235,7 +235,7 @@ impl Controller {
     /// True if the completion queue can take an entry. Else it is marked, so that its doorbell runs us again; the second
     /// look closes the gap between the first and the mark.
     #[inline]
-    pub(super) fn room(&self, slot: &CqSlot, cq: &mut Cq) -> bool {
+    pub(super) fn cq_has_room(&self, slot: &CqSlot, cq: &mut Cq) -> bool {
         for _ in 0..2 {
             if cq.set_head(slot.head.load(SeqCst)).is_err() {
                 self.bad_doorbell(BadDoorbell::BadValue);

@@ -14,7 +14,7 @@ use crate::iommu::{MappedMemory, Piece, Space, Steps, flush};
 use crate::memory::Region;
 use crate::sys::SharedMemory;
 
-use super::cache::{Cache, Disagreements};
+use super::cache::{Cache, StaleLines};
 use super::{SoftIommu, lock};
 
 /// Pieces are small, so that there are several of them in small memory, bytes.
@@ -61,8 +61,8 @@ impl StagedSpace {
         &self.0.faults
     }
 
-    pub(super) fn disagreements(&self) -> Disagreements {
-        self.0.cache.disagreements()
+    pub(super) fn stale_lines(&self) -> StaleLines {
+        self.0.cache.stale_lines()
     }
 
     pub(super) fn order(&self) -> &'static str {
@@ -77,7 +77,7 @@ impl Spaces {
     }
 
     /// The function is about to lose what `reach` says; its last chance to write there.
-    fn part_from(&self, reach: impl Fn(Iova) -> bool) {
+    fn write_last_byte(&self, reach: impl Fn(Iova) -> bool) {
         if let Some(at) = lock(&self.faults.last_write).take_if(|at| reach(*at))
             && let Err(fault) = self.iommu.write(at, &[LAST_WRITE])
         {
@@ -124,7 +124,7 @@ impl Steps for Spaces {
         let found = lock(&self.pinned)[space as usize].remove(&span.start());
         let Some((_, shared, _)) = found else { return errno(libc::ENOENT) };
         if space == Space::Live {
-            self.part_from(|at| span.contains(at));
+            self.write_last_byte(|at| span.contains(at));
             self.iommu.unmap(span).map_err(io::Error::other)?;
         }
         if !self.holds(span) {
@@ -138,7 +138,7 @@ impl Steps for Spaces {
     }
 
     fn detach(&self) -> io::Result<()> {
-        self.part_from(|_| true);
+        self.write_last_byte(|_| true);
         self.iommu.set_detached(true);
         Ok(())
     }

@@ -86,7 +86,7 @@ impl GuestMemoryView {
     /// The `entries` descriptors that `span` holds; `None` unless all of them lie in one region, aligned to words.
     #[inline]
     pub fn descriptors(&mut self, span: Span<Gpa>, entries: u16) -> Option<SharedArray<&SharedMemory, u64, 2>> {
-        self.table_window(span).and_then(|(shared, offset)| shared.rows(offset, entries.into()))
+        self.table_window(span).and_then(|(shared, offset)| shared.array(offset, entries.into()))
     }
 
     /// Type and sector of a request whose header lies at `address` in one region, aligned to words (virtio 1.2 §5.2.6).
@@ -94,7 +94,7 @@ impl GuestMemoryView {
     pub fn header(&mut self, address: Gpa) -> Option<(u32, u64)> {
         let span = Span::new(address, 16)?;
         let (shared, offset) = self.table.host_memory(span, &mut self.header_hint)?;
-        let [front, sector] = shared.rows::<u64, 2>(offset, 1)?.read(0);
+        let [front, sector] = shared.array::<u64, 2>(offset, 1)?.read(0);
         Some((u32::try_from(front & 0xffff_ffff).expect("masked"), sector))
     }
 
@@ -173,9 +173,9 @@ impl GuestMemoryView {
             for (shared, offset, len) in self.pieces(part.identity_gpa()) {
                 let Some(shared) = shared else { return };
                 if to_guest {
-                    slot.shared.copy_to_window(slot.offset + done, shared, offset, len);
+                    slot.shared.copy_to_shared(slot.offset + done, shared, offset, len);
                 } else {
-                    shared.copy_to_window(offset, slot.shared, slot.offset + done, len);
+                    shared.copy_to_shared(offset, slot.shared, slot.offset + done, len);
                 }
                 done += len;
             }

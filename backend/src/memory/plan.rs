@@ -13,7 +13,7 @@ use crate::addr::{Gpa, Qva, Span};
 pub struct Plan {
     /// In the old table only.
     pub remove: Vec<Arc<Region>>,
-    /// In both: the old table's mapping serves on.
+    /// In both: the old table's mapping is_mapping_of on.
     pub keep: Vec<Arc<Region>>,
     /// In the new table only; still to be mapped into this process.
     pub add: Vec<RegionSpec>,
@@ -24,7 +24,7 @@ impl Plan {
     /// may repeat itself.
     #[must_use]
     pub fn adding(old: &MemTable, spec: RegionSpec) -> Self {
-        let known = old.regions().iter().any(|region| region.serves(&spec));
+        let known = old.regions().iter().any(|region| region.is_mapping_of(&spec));
         let add = if known { Vec::new() } else { vec![spec] };
         Self { remove: Vec::new(), keep: old.regions().to_vec(), add }
     }
@@ -33,7 +33,7 @@ impl Plan {
     /// `None` if there is no such region.
     #[must_use]
     pub fn removing(old: &MemTable, gpa: Span<Gpa>, qva: Qva) -> Option<Self> {
-        let (remove, keep): (Vec<_>, Vec<_>) = old.regions().iter().cloned().partition(|region| region.is(gpa, qva));
+        let (remove, keep): (Vec<_>, Vec<_>) = old.regions().iter().cloned().partition(|region| region.is_announced_as(gpa, qva));
         (!remove.is_empty()).then(|| Self { remove, keep, add: Vec::new() })
     }
 
@@ -43,7 +43,7 @@ impl Plan {
         let mut keep = Vec::new();
         let mut add = Vec::new();
         for spec in announced {
-            match old.regions().iter().find(|region| region.serves(&spec)) {
+            match old.regions().iter().find(|region| region.is_mapping_of(&spec)) {
                 Some(region) => keep.push(Arc::clone(region)),
                 None => add.push(spec),
             }

@@ -195,14 +195,14 @@ impl Region {
     }
 
     /// True if `spec` is this very memory at the same addresses.
-    pub(super) fn serves(&self, spec: &RegionSpec) -> bool {
+    pub(super) fn is_mapping_of(&self, spec: &RegionSpec) -> bool {
         // The file last: asking for its identity is a system call, and most regions differ in their addresses.
-        let same_place = self.is(spec.gpa, spec.qva) && spec.offset == self.offset;
+        let same_place = self.is_announced_as(spec.gpa, spec.qva) && spec.offset == self.offset;
         same_place && FileId::of(&spec.file).is_ok_and(|id| id == self.id)
     }
 
     /// True if the front-end announced this region at these addresses and of this size.
-    pub(super) fn is(&self, gpa: Span<Gpa>, qva: Qva) -> bool {
+    pub(super) fn is_announced_as(&self, gpa: Span<Gpa>, qva: Qva) -> bool {
         self.gpa.start() == gpa.start() && self.announced == gpa.len() && self.qva.start() == qva
     }
 
@@ -323,7 +323,7 @@ fn map_file(spec: &RegionSpec, len: usize, page_size: u64) -> io::Result<SharedM
     let whole = (skip + len).checked_next_multiple_of(page).ok_or(io::ErrorKind::InvalidInput)?;
     // The last page of a file may be shorter than a page; more than that is never mapped.
     let mapping = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&spec.file), start), whole);
-    let shared = SharedMemory::of_foreign(mapping.map_err(mmap_errno)?, page);
+    let shared = SharedMemory::of_truncatable(mapping.map_err(mmap_errno)?, page);
     Ok(shared.slice(skip, len).expect("inside what was mapped"))
 }
 

@@ -232,8 +232,8 @@ fn memory_is_flushed_as_it_comes_and_as_it_goes() {
     assignment.maps.map(map(&guest, 0, 1 << 20, true)).unwrap();
     drop(assignment);
 
-    let found = machine.disagreements();
-    assert_eq!((found.exposed, found.unpinned), (0, 0));
+    let found = machine.stale_lines();
+    assert_eq!((found.at_map, found.at_unpin), (0, 0));
     assert_eq!(device.space().statistics().mapped, 0);
 }
 
@@ -294,7 +294,7 @@ fn the_hosts_request_goes_to_the_guest() {
     assert!(!assignment.interrupts.ask_for_function(), "it has not said how");
     assignment.interrupts.set(&eventfds(REQUEST_IRQ), vec![request.try_clone().unwrap()]).unwrap();
 
-    machine.ask_back();
+    machine.request_removal();
 
     assert!(rustix::io::read(device.request(), &mut [0; 8]).is_ok(), "this process hears it");
     assert!(assignment.interrupts.ask_for_function() && signalled(&request), "and passes it on");

@@ -1,11 +1,11 @@
 //! Write-back and invalidation of CPU cache lines, from user space.
 //!
-//! Only write-back-and-*invalidate* instructions are used. A write-back alone would do before a device reads, but keeps
-//! the line, which is wrong after a device has written; and on the processors measured it is not faster than CLFLUSHOPT.
-//! All of them act on the whole coherence domain by address, from any CPU, and fault like a load, so the range must be
-//! mapped: a [`SharedMemory`] is.
+//! Only write-back-and-*invalidate* instructions are used. A plain write-back is enough before a device reads. It is wrong
+//! after a device has written, because it keeps the line. On the processors measured it is no faster than CLFLUSHOPT.
+//! The instructions work by address on the whole coherence domain, from any CPU. They fault like a load, so the range must
+//! be mapped; a [`SharedMemory`] always is.
 //!
-//! The code for arm64 has been neither compiled nor run by this project's tests, which need an x86-64 machine.
+//! This project's tests need an x86-64 machine: they neither compile nor run the arm64 code.
 
 use super::SharedMemory;
 use crate::hardware::CacheFlush;
@@ -29,7 +29,7 @@ pub enum Instruction {
 }
 
 impl CacheLines {
-    /// Asks the CPU; `None` if it gives programs no such instruction.
+    /// Detects the instruction with CPUID. `None` if user space has none.
     #[cfg(target_arch = "x86_64")]
     #[must_use]
     pub fn detect() -> Option<Self> {
@@ -45,41 +45,41 @@ impl CacheLines {
         Some(Self { instruction, line })
     }
 
-    /// Asks the CPU; Linux lets programs use the instruction on every arm64 machine (`SCTLR_EL1.UCI`).
+    /// Reads the line size. Linux allows user space the instruction on every arm64 machine (`SCTLR_EL1.UCI`).
     #[cfg(target_arch = "aarch64")]
     #[must_use]
     pub fn detect() -> Option<Self> {
         let ctr: u64;
-        // SAFETY: reads a register that Linux makes readable to programs (`SCTLR_EL1.UCT`), or emulates.
+        // SAFETY: reads a register that Linux makes readable in user space (`SCTLR_EL1.UCT`), or emulates.
         unsafe { std::arch::asm!("mrs {}, ctr_el0", out(reg) ctr, options(nomem, nostack, preserves_flags)) };
         // Arm ARM, CTR_EL0.DminLine [19:16]: log2 of the smallest data cache line, in words of four bytes.
         Some(Self { instruction: Instruction::DcCivac, line: 4 << ((ctr >> 16) & 0xf) })
     }
 
-    /// Asks the CPU.
+    /// Always `None`: no instruction is known for this architecture.
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     #[must_use]
     pub fn detect() -> Option<Self> {
         None
     }
 
-    /// Which instruction it is.
+    /// The instruction that [`Self::flush`] uses.
     #[must_use]
     pub fn instruction(&self) -> Instruction {
         self.instruction
     }
 
-    /// Size of a cache line, bytes.
+    /// Cache line size in bytes.
     #[must_use]
     pub fn line(&self) -> usize {
         self.line
     }
 
-    /// Writes back and invalidates every line that holds one of `len` bytes from `offset`. When this returns, DRAM holds
-    /// what the CPUs had written before, and the next read of a CPU comes from DRAM.
+    /// Writes back and invalidates every line that overlaps the `len` bytes at `offset`. On return, DRAM holds all earlier
+    /// CPU writes, and the next CPU read comes from DRAM.
     ///
     /// # Panics
-    /// If the range is not inside the window.
+    /// If the range is not inside `shared`.
     pub fn flush(&self, shared: &SharedMemory, offset: usize, len: usize) {
         assert!(offset <= shared.len() && len <= shared.len() - offset, "{len} bytes at {offset} of {shared:?}");
         if len == 0 {
@@ -89,7 +89,7 @@ impl CacheLines {
         barrier();
         let mut line = first & !(self.line - 1);
         while line < first + len {
-            // SAFETY: the line holds at least one byte of the window, which is mapped as long as `shared` lives.
+            // SAFETY: the line holds at least one byte of `shared`, which keeps its memory mapped.
             unsafe { flush_line(self.instruction, line) };
             line += self.line;
         }
@@ -132,8 +132,8 @@ unsafe fn flush_line(_: Instruction, line: usize) {
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 unsafe fn flush_line(_: Instruction, _: usize) {}
 
-/// Orders line operations against all other accesses: CLFLUSHOPT is ordered by fences only (Intel SDM vol. 2A), DC CIVAC by
-/// DSB (Arm ARM B2.7.3).
+/// Orders cache-line operations against all other accesses. CLFLUSHOPT is ordered only by fences (Intel SDM vol. 2A), DC
+/// CIVAC by DSB (Arm ARM B2.7.3).
 #[inline]
 fn barrier() {
     #[cfg(target_arch = "x86_64")]
@@ -155,7 +155,7 @@ mod tests {
     use vm_memory::MmapRegion;
 
     #[test]
-    fn a_flush_leaves_memory_as_it_was() {
+    fn a_flush_does_not_change_memory() {
         let shared = SharedMemory::of(Arc::new(MmapRegion::new(8192).unwrap()));
         let bytes: Vec<u8> = (0..8192_u32).map(|i| (i % 253) as u8).collect();
         shared.copy_from(0, &bytes);

@@ -1,5 +1,4 @@
-//! What a process is given rather than makes: descriptors and variables from whoever started it, and the identity of the
-//! process at the other end of a socket.
+//! Descriptors and environment variables inherited from the parent process, and the credentials of a socket's peer.
 
 use std::io;
 use std::mem::size_of;
@@ -7,11 +6,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
 
-/// Takes possession of a descriptor that was open when this program started.
+/// Takes ownership of a descriptor that was open when this program started.
 ///
 /// # Errors
-/// EBADF if it is not open; [`io::ErrorKind::PermissionDenied`] if it was opened by this program itself or has been taken
-/// already.
+/// EBADF if it is not open; [`io::ErrorKind::PermissionDenied`] if this program opened it, or if it has been taken already.
 pub fn inherit(number: RawFd) -> io::Result<OwnedFd> {
     if number < 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
@@ -22,41 +20,41 @@ pub fn inherit(number: RawFd) -> io::Result<OwnedFd> {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
     fcntl_setfd(borrowed, FdFlags::CLOEXEC)?;
-    // SAFETY: every descriptor this program opens is close-on-exec (Rust's std and rustix see to it, and the session sets
-    // the flag on those it receives); this one was not, so it came through exec and nobody owns it. It is marked now, so
-    // that it cannot be taken twice.
+    // SAFETY: every descriptor this program opens is close-on-exec: std and rustix set the flag, and the session sets it on
+    // those it receives. This one was not close-on-exec, so it came through exec and has no owner yet. The flag is set now,
+    // so a second call fails.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// Reads an environment variable and, while no other thread could be reading the environment, removes it, so that no child
-/// takes it for its own.
+/// Reads an environment variable. Also removes it if this is the only thread, so that no child process inherits it.
 #[must_use]
 pub fn take_variable(name: &str) -> Option<String> {
     let value = std::env::var(name).ok()?;
     if std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() == 1) {
-        // SAFETY: this is the only thread, counted just now, and it is here, so nobody reads or writes the environment.
+        // SAFETY: the count above shows that this is the only thread, so no other thread accesses the environment.
         unsafe { std::env::remove_var(name) };
     }
     Some(value)
 }
 
-/// Who is at the other end of a UNIX socket.
+/// Identity of the process at the other end of a UNIX socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Credentials {
-    /// Process id; `None` if the process lives in a PID namespace that cannot be seen from here.
+    /// Process ID; `None` if the peer's PID namespace is not visible from here.
     pub pid: Option<u32>,
-    /// User id.
+    /// User ID.
     pub uid: u32,
 }
 
-/// The process that connected (or, for a client, the one that listens), as the kernel noted it then (`SO_PEERCRED`).
+/// Credentials of the process that connected (for a client: that listens), recorded by the kernel at that time
+/// (`SO_PEERCRED`).
 ///
 /// # Errors
 /// The errno of `getsockopt`.
 pub fn peer_credentials(socket: impl AsFd) -> io::Result<Credentials> {
     let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut len = libc::socklen_t::try_from(size_of::<libc::ucred>()).expect("a dozen bytes");
-    // SAFETY: `credentials` and `len` live through the call and `len` is the size of the former, which the kernel obeys.
+    // SAFETY: `credentials` and `len` outlive the call. The kernel writes at most `len` bytes, the size of `credentials`.
     let result = unsafe {
         libc::getsockopt(
             socket.as_fd().as_raw_fd(),
@@ -80,7 +78,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[test]
-    fn a_descriptor_of_our_own_is_not_inherited() {
+    fn a_descriptor_opened_by_this_process_is_refused() {
         let (ours, _peer) = UnixStream::pair().unwrap();
 
         let error = inherit(ours.as_raw_fd()).unwrap_err();

@@ -1,7 +1,7 @@
-//! `/dev/iommu`: the calls that `iommufd-ioctls` has, with their errno kept, and the few it lacks.
+//! `/dev/iommu`: wraps `iommufd-ioctls` so that the errno is kept, and adds the ioctls which that crate lacks.
 //!
-//! Object ids are types, so an address space cannot be handed where a page table is meant. A call either has its effect
-//! or returns the errno; nothing here remembers anything.
+//! Each kind of object ID has its own type, so an IOAS cannot be passed where a page table is expected. A call either takes
+//! effect or returns the errno. This module keeps no state.
 
 use std::fs::File;
 use std::io;
@@ -37,11 +37,11 @@ pub struct Iommufd {
     fd: Arc<IommuFd>,
 }
 
-/// An I/O address space of one [`Iommufd`]; destroyed when the last owner drops it.
+/// An I/O address space (IOAS) of one [`Iommufd`]. It is destroyed when the last clone is dropped.
 #[derive(Clone)]
 pub struct Ioas(pub(super) Arc<IommufdIoas>);
 
-/// A hardware page table: what a device is attached to.
+/// A hardware page table (HWPT), to which devices are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HwptId(pub(super) u32);
 
@@ -49,7 +49,7 @@ pub struct HwptId(pub(super) u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceId(pub(super) u32);
 
-/// What the IOMMU in front of a device says of itself.
+/// Hardware information about the IOMMU that serves a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HwInfo {
     /// Intel VT-d, with its capability registers (VT-d 4.1 §11.4.2, §11.4.3).
@@ -59,12 +59,12 @@ pub enum HwInfo {
         /// Extended Capability Register.
         ecap: u64,
     },
-    /// Any other, by the number of `enum iommu_hw_info_type`.
+    /// Any other IOMMU, with its value of `enum iommu_hw_info_type`.
     Other(u32),
 }
 
-/// How the device may use a mapping, which is at a fixed address.
-fn access(writable: bool) -> u32 {
+/// `IOMMU_IOAS_MAP_*` flags of a mapping at a fixed IOVA.
+fn map_flags(writable: bool) -> u32 {
     MAP_FIXED_IOVA | MAP_READABLE | if writable { MAP_WRITEABLE } else { 0 }
 }
 
@@ -82,7 +82,7 @@ impl Iommufd {
         &self.fd
     }
 
-    /// A new, empty address space (`IOMMU_IOAS_ALLOC`).
+    /// Allocates an empty address space (`IOMMU_IOAS_ALLOC`).
     ///
     /// # Errors
     /// The errno of the call.
@@ -90,11 +90,12 @@ impl Iommufd {
         Ok(Ioas(Arc::new(IommufdIoas::new(Arc::clone(&self.fd)).map_err(errno)?)))
     }
 
-    /// Pins `span.len()` bytes of `file` from `offset` and maps them at `span`, readable and perhaps `writable` for the
-    /// device (`IOMMU_IOAS_MAP_FILE`).
+    /// Pins `span.len()` bytes of `file` at `offset` and maps them at `span` (`IOMMU_IOAS_MAP_FILE`). The device may read
+    /// them, and write them if `writable`.
     ///
     /// # Errors
-    /// ENOTTY before Linux 6.13; EINVAL for a file that is neither shmem nor hugetlbfs; ENOMEM past `RLIMIT_MEMLOCK`; …
+    /// The errno of the call, among them ENOTTY before Linux 6.13, EINVAL for a file that is neither shmem nor hugetlbfs, and
+    /// ENOMEM beyond `RLIMIT_MEMLOCK`.
     pub fn map_file(
         &self,
         ioas: &Ioas,
@@ -106,10 +107,10 @@ impl Iommufd {
         ioas.0.map_file(file.as_raw_fd(), offset, span.len(), span.start().raw(), writable).map_err(errno)
     }
 
-    /// Pins the pages behind a window, from an offset in it, and maps them at `span` (`IOMMU_IOAS_MAP`).
+    /// Pins the pages behind `shared`, starting at `offset`, and maps them at `span` (`IOMMU_IOAS_MAP`).
     ///
     /// # Errors
-    /// The errno of the call; EINVAL when the window is shorter.
+    /// The errno of the call; EINVAL if `span` is longer than the rest of `shared`.
     pub fn map_memory(
         &self,
         ioas: &Ioas,
@@ -121,7 +122,7 @@ impl Iommufd {
         let part = shared.slice(offset, bytes).ok_or(io::ErrorKind::InvalidInput)?;
         let map = iommu_ioas_map {
             size: size_u32::<iommu_ioas_map>(),
-            flags: access(writable),
+            flags: map_flags(writable),
             ioas_id: ioas.0.id(),
             __reserved: 0,
             user_va: part.host_address(),
@@ -131,8 +132,8 @@ impl Iommufd {
         self.fd.map_iommu_ioas(&map).map_err(errno)
     }
 
-    /// Takes a mapping away and unpins its pages unless another address space holds them (`IOMMU_IOAS_UNMAP`). The
-    /// device cannot reach them once this returns. Partial mappings are refused by the kernel with ENOENT.
+    /// Removes a mapping, and unpins its pages unless another address space also maps them (`IOMMU_IOAS_UNMAP`). On return
+    /// the device can no longer reach them. The kernel refuses to unmap part of a mapping (ENOENT).
     ///
     /// # Errors
     /// The errno of the call.
@@ -146,26 +147,26 @@ impl Iommufd {
         self.fd.unmap_iommu_ioas(&mut unmap).map_err(errno)
     }
 
-    /// Maps what `from` has at `span` at the same place in `to`, sharing its pins (`IOMMU_IOAS_COPY`).
+    /// Copies the mapping at `span` from `from` to the same IOVA in `to`. Both share the pinned pages (`IOMMU_IOAS_COPY`).
     ///
     /// # Errors
     /// The errno of the call.
     pub fn copy(&self, from: &Ioas, to: &Ioas, span: Span<Iova>, writable: bool) -> io::Result<()> {
         let copy = iommu_ioas_copy {
             size: size_u32::<iommu_ioas_copy>(),
-            flags: access(writable),
+            flags: map_flags(writable),
             dst_ioas_id: to.0.id(),
             src_ioas_id: from.0.id(),
             length: span.len(),
             dst_iova: span.start().raw(),
             src_iova: span.start().raw(),
         };
-        // SAFETY: the kernel reads a structure of the size it states and touches no other memory of ours.
+        // SAFETY: the kernel reads only the structure, whose size field is correct.
         checked(unsafe { ioctl_with_ref(&*self.fd, IOMMU_IOAS_COPY(), &copy) }).map(drop)
     }
 
-    /// The ranges in which mappings are allowed at present, in order (`IOMMU_IOAS_IOVA_RANGES`). Attaching a device may
-    /// narrow them.
+    /// The IOVA ranges in which mappings are currently allowed, in ascending order (`IOMMU_IOAS_IOVA_RANGES`). Attaching a
+    /// device may narrow them.
     ///
     /// # Errors
     /// The errno of the call.
@@ -195,8 +196,8 @@ impl Iommufd {
         }
     }
 
-    /// Makes a page table for `device` that follows `ioas`. From now on, whatever is mapped in `ioas` is pinned, attached or
-    /// not (`IOMMU_HWPT_ALLOC`).
+    /// Allocates a page table for `device` that mirrors `ioas` (`IOMMU_HWPT_ALLOC`). From now on all mappings of `ioas` are
+    /// pinned, even while no device is attached.
     ///
     /// # Errors
     /// The errno of the call.
@@ -219,9 +220,9 @@ impl Iommufd {
         self.fd.destroy_iommu_object(page_table.0).map_err(errno)
     }
 
-    /// The kernel's own answer to "does every page table of `ioas` force DMA to snoop the CPU caches?"
-    /// (`VFIO_CHECK_EXTENSION(VFIO_DMA_CC_IOMMU)`). An address space without a page table answers yes, so ask only after
-    /// [`Self::page_table`], whose result is asked for here as proof.
+    /// True if every page table of `ioas` forces DMA to snoop the CPU caches
+    /// (`VFIO_CHECK_EXTENSION(VFIO_DMA_CC_IOMMU)`). The kernel also says yes if `ioas` has no page table. The unused argument
+    /// ensures that [`Self::page_table`] has been called.
     ///
     /// # Errors
     /// The errno of the calls.
@@ -232,18 +233,18 @@ impl Iommufd {
             op: u16::try_from(VFIO_IOAS_SET).map_err(io::Error::other)?,
             __reserved: 0,
         };
-        // SAFETY: the kernel reads a structure of the size it states.
+        // SAFETY: the kernel reads only the structure, whose size field is correct.
         checked(unsafe { ioctl_with_ref(&*self.fd, IOMMU_VFIO_IOAS(), &select) })?;
         // SAFETY: the argument is a number; no memory is involved.
         let answer = checked(unsafe { ioctl_with_val(&*self.fd, VFIO_CHECK_EXTENSION(), VFIO_DMA_CC_IOMMU.into()) });
-        // The compatibility slot holds a reference to the IOAS, which could then not be destroyed.
+        // The compatibility IOAS slot holds a reference, with which the IOAS could not be destroyed.
         select.op = u16::try_from(VFIO_IOAS_CLEAR).map_err(io::Error::other)?;
         // SAFETY: as above.
         checked(unsafe { ioctl_with_ref(&*self.fd, IOMMU_VFIO_IOAS(), &select) })?;
         Ok(answer? == 1)
     }
 
-    /// What the IOMMU in front of `device` says of itself (`IOMMU_GET_HW_INFO`).
+    /// Hardware information about the IOMMU that serves `device` (`IOMMU_GET_HW_INFO`).
     ///
     /// # Errors
     /// The errno of the call.

@@ -15,19 +15,19 @@ pub struct Mmio {
     len: usize,
 }
 
-// SAFETY: the mapping belongs to this value alone and is unmapped only on drop; device registers accept accesses from any
-// CPU, and each access is one volatile instruction.
+// SAFETY: this value alone owns the mapping and unmaps it on drop. Device registers accept accesses from any CPU, and each
+// access is one volatile instruction.
 unsafe impl Send for Mmio {}
 // SAFETY: as for Send.
 unsafe impl Sync for Mmio {}
 
 impl Mmio {
-    /// Maps `len` bytes at `offset` of a device file, readable and writable.
+    /// Maps `len` bytes of a device file at `offset` for reading and writing.
     ///
     /// # Errors
     /// The errno of `mmap`.
     pub fn map(device: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<Self> {
-        // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing of ours.
+        // SAFETY: the kernel chooses the address, so the new mapping overlaps no other.
         let base = unsafe {
             mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, device, offset)
         }?;
@@ -67,8 +67,8 @@ impl Registers for Mmio {
 
     #[inline]
     fn write32(&self, offset: usize, value: u32) {
-        // What the register announces (a queue entry) must be visible before the announcement. x86 keeps stores in order,
-        // so there this only stops the compiler; on aarch64 it is a store barrier.
+        // A doorbell write announces a queue entry, which must be visible before the write. x86 does not reorder stores, so
+        // there the fence only restrains the compiler. On aarch64 it is a barrier.
         fence(Ordering::SeqCst);
         // SAFETY: `register` checked bounds and alignment.
         unsafe { self.register::<u32>(offset).write_volatile(value.to_le()) }
@@ -84,7 +84,7 @@ impl Registers for Mmio {
 
 impl Drop for Mmio {
     fn drop(&mut self) {
-        // SAFETY: base and len are those of our own mapping, and no pointer into it outlives self.
+        // SAFETY: `base` and `len` are those of this mapping, and no pointer into it outlives `self`.
         if let Err(errno) = unsafe { munmap(self.base.as_ptr().cast(), self.len) } {
             log::error!("munmap of {:#x} bytes of device registers: {errno}", self.len);
         }

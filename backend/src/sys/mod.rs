@@ -1,10 +1,10 @@
-//! The basement: the only room with `unsafe`. It owns what the type system cannot check — ioctls, mapped memory that a
-//! guest or a device writes at any moment, device registers — and hands up values that can only be used safely.
+//! The only module with `unsafe`. It owns what the type system cannot check: ioctls, device registers, and mapped memory
+//! that a guest or a device may write at any time. Its interface is safe.
 //!
-//! Memory shared with a guest or a device is never a Rust reference. A `&[u8]` promises that nobody writes while it lives,
-//! and the compiler may read it twice or cache it; a guest keeps no such promise. So [`SharedMemory`] gives volatile or atomic
-//! copies only, each bounds-checked, and every other room works on those copies.
-#![expect(unsafe_code, reason = "the one room where it is allowed")]
+//! Memory shared with a guest or a device is never a Rust reference. A `&[u8]` asserts that nobody writes the memory while
+//! the reference lives, so the compiler may cache a read or repeat it. A guest may write at any time. [`SharedMemory`]
+//! therefore offers only bounds-checked volatile or atomic copies, and all other modules work on the copies.
+#![expect(unsafe_code, reason = "the only module where it is allowed")]
 
 mod cache;
 mod inherited_fds;

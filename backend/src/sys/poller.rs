@@ -1,5 +1,4 @@
-//! An owned epoll instance: the `epoll` crate gives the calls, this gives them an owner, a type for tokens and a timeout
-//! that survives signals.
+//! An owned epoll instance on top of the `epoll` crate. A signal ends a wait early instead of failing it.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -7,34 +6,34 @@ use std::time::Duration;
 
 use epoll::{ControlOptions, Events};
 
-/// Something has happened on the descriptor that was added with `token`.
+/// An event on the descriptor that was added with `token`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
-    /// What [`Poller::add`] was given.
+    /// The token passed to [`Poller::add`].
     pub token: u64,
-    /// True if the peer has gone or the descriptor is broken; there may still be data to read.
+    /// True if the peer has hung up or the descriptor is in error. There may still be data to read.
     pub hang_up: bool,
 }
 
-/// Waits for many descriptors at once, level-triggered unless added with [`Self::add_edge`].
+/// Waits for many descriptors: level-triggered if added with [`Self::add`], else edge-triggered.
 pub struct Poller {
     fd: OwnedFd,
     ready: Vec<epoll::Event>,
 }
 
 impl Poller {
-    /// A poller that waits for nothing yet.
+    /// Creates a poller without descriptors.
     ///
     /// # Errors
     /// The errno of `epoll_create1`.
     pub fn new() -> io::Result<Self> {
         let raw = epoll::create(true)?;
-        // SAFETY: `epoll::create` has just returned this descriptor and nobody else owns it.
+        // SAFETY: `epoll::create` has just returned this descriptor, and it has no other owner.
         let fd = unsafe { OwnedFd::from_raw_fd(raw) };
         Ok(Self { fd, ready: vec![epoll::Event::new(Events::empty(), 0); 64] })
     }
 
-    /// Reports `token` while `source` is readable. The descriptor must be removed before it is closed if it has duplicates.
+    /// Reports `token` while `source` is readable. A descriptor that has duplicates must be removed before it is closed.
     ///
     /// # Errors
     /// The errno of `epoll_ctl`.
@@ -42,8 +41,8 @@ impl Poller {
         self.control(ControlOptions::EPOLL_CTL_ADD, source, epoll::Event::new(Events::EPOLLIN, token))
     }
 
-    /// Reports `token` once each time something arrives at `source` or its peer goes; what was there before the wait and
-    /// has not been read since is not reported again.
+    /// Reports `token` once each time data arrives at `source` or its peer hangs up (EPOLLET). Data that has been reported
+    /// and not been read is not reported again.
     ///
     /// # Errors
     /// The errno of `epoll_ctl`.
@@ -52,7 +51,7 @@ impl Poller {
         self.control(ControlOptions::EPOLL_CTL_ADD, source, epoll::Event::new(interest, token))
     }
 
-    /// As [`Self::add_edge`], and once each time `source` takes bytes again after it took none.
+    /// Like [`Self::add_edge`], and also reports `token` each time `source` becomes writable again.
     ///
     /// # Errors
     /// The errno of `epoll_ctl`.
@@ -73,8 +72,8 @@ impl Poller {
         epoll::ctl(self.fd.as_raw_fd(), option, source.as_fd().as_raw_fd(), interest)
     }
 
-    /// Waits until something is ready or `timeout` has passed (`None`: for ever; rounded up to milliseconds) and hands over
-    /// what is ready. A signal ends the wait early with nothing ready.
+    /// Waits for events until `timeout` has passed, and calls `ready` for each. `None` waits forever; a timeout is rounded up
+    /// to milliseconds. Returns the number of events. A signal ends the wait early with none.
     ///
     /// # Errors
     /// The errno of `epoll_wait`, except EINTR.
@@ -118,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn an_edge_is_reported_once_for_each_arrival() {
+    fn an_edge_is_reported_once_per_write() {
         let mut poller = Poller::new().unwrap();
         let source = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         poller.add_edge(&source, 7).unwrap();
@@ -135,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_ends_when_its_time_is_over() {
+    fn a_wait_ends_after_its_timeout() {
         let mut poller = Poller::new().unwrap();
         assert_eq!(poller.wait(Some(Duration::from_millis(1)), |_| ()).unwrap(), 0);
     }

@@ -1,8 +1,7 @@
-//! A piece of mapped memory that someone else may write: guest RAM, or a buffer shared with the device.
+//! Mapped memory that a guest or a device may write at any time: guest RAM, or a buffer shared with the device.
 //!
-//! Every access is a copy of one machine word (or a run of them), bounds-checked against the window. Ordering is chosen by
-//! name: `load_acquire` / `store_release` for the words that hand memory over (ring indices, completion phase), plain
-//! volatile access for what lies behind such a word.
+//! Every access copies one or more machine words and is bounds-checked. `load_acquire` and `store_release` are for the words
+//! that publish other memory (ring indices, the completion phase). The published memory itself needs volatile access only.
 
 use std::any::Any;
 use std::fmt;
@@ -19,10 +18,10 @@ mod array;
 
 pub use array::{SharedArray, Word};
 
-/// A bounds-checked view of shared memory; cheap to clone, keeps the mapping alive.
+/// A bounds-checked view of shared memory. It keeps the mapping alive and is cheap to clone.
 ///
-/// An offset past the end, or a misaligned atomic, panics: callers check guest-supplied ranges *before* they get a window
-/// (see `memory::MemTable::shared`), so a bad offset here is a bug in this program.
+/// An offset past the end or a misaligned atomic access panics. Callers check guest-supplied ranges *before* they get a view
+/// (see `memory::MemTable::host_memory`), so a bad offset here is a bug in this program.
 #[derive(Clone)]
 pub struct SharedMemory {
     base: NonNull<u8>,
@@ -30,10 +29,10 @@ pub struct SharedMemory {
     _owner: Arc<dyn Any + Send + Sync>,
 }
 
-// SAFETY: the pointed-to memory is a shared mapping kept alive by `_owner`, which is itself Send + Sync; all access is
-// volatile or atomic, so threads can at most read torn values, as they can with a guest or device writing.
+// SAFETY: `_owner`, which is Send + Sync, keeps the mapping alive. All access is volatile or atomic, so a race between
+// threads can at worst produce a torn value, just as a racing guest or device can.
 unsafe impl Send for SharedMemory {}
-// SAFETY: as for Send; `&SharedMemory` offers nothing that a `SharedMemory` does not.
+// SAFETY: as for Send; every method takes `&self`.
 unsafe impl Sync for SharedMemory {}
 
 impl fmt::Debug for SharedMemory {
@@ -43,7 +42,7 @@ impl fmt::Debug for SharedMemory {
 }
 
 impl SharedMemory {
-    /// All of a mapping.
+    /// A view of a whole mapping.
     ///
     /// # Panics
     /// If the mapping starts at address zero, which `mmap` never gives.
@@ -54,20 +53,21 @@ impl SharedMemory {
         Self { base, len, _owner: region }
     }
 
-    /// The same, of a mapping in pages of `page` bytes whose file may become shorter: what is lost then reads as zero.
+    /// Like [`Self::of`], for a file mapping whose file may be truncated. Lost pages then read as zero. `page` is the page
+    /// size of the mapping in bytes.
     ///
     /// # Panics
     /// As [`Self::of`].
     #[must_use]
-    pub fn of_foreign(region: MmapRegion<()>, page: usize) -> Self {
+    pub fn of_truncatable(region: MmapRegion<()>, page: usize) -> Self {
         let base = NonNull::new(region.as_ptr()).expect("mmap never returns address zero");
         let len = region.size();
         let watch = Watch::new(base.as_ptr() as usize, len, page);
-        // Dropped in this order: nothing is watched that may belong to another mapping already.
+        // The watch is dropped before the mapping: afterwards the addresses may belong to another mapping.
         Self { base, len, _owner: Arc::new((watch, region)) }
     }
 
-    /// `len` bytes from `offset`, or `None` when that is not wholly inside.
+    /// A view of `len` bytes at `offset`; `None` if they are not all inside.
     #[inline]
     #[must_use]
     pub fn slice(&self, offset: usize, len: usize) -> Option<Self> {
@@ -86,23 +86,23 @@ impl SharedMemory {
         self.len
     }
 
-    /// True if it has no bytes.
+    /// True if the size is zero.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Tells, by having no strong count, that the mapping is gone and its addresses may belong to another.
+    /// A weak reference to the mapping. Once it has no strong count, the addresses may belong to another mapping.
     pub(crate) fn mapping(&self) -> Weak<dyn Any + Send + Sync> {
         Arc::downgrade(&self._owner)
     }
 
-    /// Where the window starts in this process, for a kernel call that takes an address, or to tell memory from memory.
+    /// Start address in this process: for system calls that take an address, and to compare views.
     pub(crate) fn host_address(&self) -> u64 {
         self.base.as_ptr() as u64
     }
 
-    /// Pointer to a word of type `T` at `offset`, after the bounds and alignment checks every accessor relies on.
+    /// Pointer to a word of type `T` at `offset`. It checks bounds and alignment for all accessors.
     #[inline]
     fn word<T>(&self, offset: usize) -> NonNull<T> {
         let size = size_of::<T>();
@@ -115,7 +115,7 @@ impl SharedMemory {
         pointer
     }
 
-    /// `len` bytes from `offset` lie inside, or this is a bug.
+    /// Panics unless the `len` bytes at `offset` are inside.
     #[inline]
     fn check(&self, offset: usize, len: usize) {
         if self.len.checked_sub(len).is_none_or(|last| offset > last) {
@@ -123,7 +123,7 @@ impl SharedMemory {
         }
     }
 
-    // Apart and by value: what a message is made of would else be laid out on the stack before each access.
+    // Out of line, with arguments by value: otherwise each access would prepare the message's arguments on the stack.
     #[cold]
     #[inline(never)]
     fn outside(&self, offset: usize, len: usize) -> ! {
@@ -196,7 +196,8 @@ impl SharedMemory {
         unsafe { self.word::<u64>(offset).write_volatile(value.to_le()) }
     }
 
-    /// Reads a little-endian 16-bit word; later reads of this thread see at least what its writer had written before it.
+    /// Reads a little-endian 16-bit word with acquire ordering: later reads of this thread see everything that the writer
+    /// had stored before the word.
     #[inline]
     #[must_use]
     pub fn load_acquire_u16(&self, offset: usize) -> u16 {
@@ -204,14 +205,14 @@ impl SharedMemory {
         u16::from_le(unsafe { AtomicU16::from_ptr(self.word::<u16>(offset).as_ptr()) }.load(Ordering::Acquire))
     }
 
-    /// Writes a little-endian 16-bit word after all earlier writes of this thread.
+    /// Writes a little-endian 16-bit word with release ordering: after all earlier writes of this thread.
     #[inline]
     pub fn store_release_u16(&self, offset: usize, value: u16) {
         // SAFETY: as for `load_acquire_u16`.
         unsafe { AtomicU16::from_ptr(self.word::<u16>(offset).as_ptr()) }.store(value.to_le(), Ordering::Release);
     }
 
-    /// Writes a little-endian 64-bit word after all earlier writes of this thread.
+    /// Writes a little-endian 64-bit word with release ordering: after all earlier writes of this thread.
     #[inline]
     pub fn store_release_u64(&self, offset: usize, value: u64) {
         // SAFETY: as for `load_acquire_u16`.
@@ -226,8 +227,8 @@ impl SharedMemory {
         u64::from_le(unsafe { AtomicU64::from_ptr(self.word::<u64>(offset).as_ptr()) }.load(Ordering::Acquire))
     }
 
-    /// Reads a wire structure: 64 bits at a time where both sides are aligned, so a structure of whole words (a
-    /// descriptor, a queue entry) is read once, word by word. It may still be torn between words.
+    /// Reads a wire structure. Where the offset is aligned, a structure of whole 64-bit words (a descriptor, a queue entry) is
+    /// read word by word, each word once. A concurrent writer may still tear it between words.
     #[inline]
     #[must_use]
     pub fn read<T: FromBytes + IntoBytes>(&self, offset: usize) -> T {
@@ -240,8 +241,8 @@ impl SharedMemory {
         self.read_bytes(offset)
     }
 
-    /// [`Self::read`] where it cannot be done in words; apart, so that its byte stores do not take the fast path's value
-    /// to pieces.
+    /// [`Self::read`] where word accesses are impossible. Out of line, so that its byte stores do not make the compiler build
+    /// the fast path's value from bytes.
     #[cold]
     fn read_bytes<T: FromBytes + IntoBytes>(&self, offset: usize) -> T {
         let mut value = T::new_zeroed();
@@ -249,16 +250,16 @@ impl SharedMemory {
         value
     }
 
-    /// Copies out as many words as [`Self::words`] has found.
+    /// Reads `bytes.len() / 8` words at `offset`. [`Self::words`] must have allowed them.
     #[inline]
     fn copy_words(&self, offset: usize, bytes: &mut [u8]) {
-        // SAFETY: `words` checked that `bytes.len()` bytes from here lie inside.
+        // SAFETY: `words` checked that `bytes.len()` bytes at `offset` are inside.
         let from = unsafe { self.base.add(offset) }.cast::<u64>();
         for (i, chunk) in bytes.chunks_exact_mut(8).enumerate() {
-            // SAFETY: inside, see above; `words` finds none where they are not aligned.
+            // SAFETY: inside, see above; `words` returns 0 for unaligned offsets.
             let word = unsafe { from.add(i).read_volatile() };
-            // One store per word: through a byte array the compiler makes eight, and whoever reads a field of a structure
-            // right after waits for all of them (failed store forwarding).
+            // One store per word. Through a byte array the compiler emits eight stores, and a field read right afterwards
+            // stalls on all of them (failed store forwarding).
             // SAFETY: a chunk has exactly eight bytes; the store needs no alignment.
             unsafe { chunk.as_mut_ptr().cast::<u64>().write_unaligned(word) };
         }
@@ -270,16 +271,16 @@ impl SharedMemory {
         self.copy_from(offset, value.as_bytes());
     }
 
-    /// Reads words, little-endian, each once.
+    /// Reads `N` little-endian words, each once.
     #[inline]
     #[must_use]
     pub fn read_words<const N: usize>(&self, offset: usize) -> [u64; N] {
         let from = self.word::<[u64; N]>(offset).cast::<u64>();
-        // SAFETY: `word` checked that all N lie inside, aligned.
+        // SAFETY: `word` checked that all N are inside and aligned.
         std::array::from_fn(|i| u64::from_le(unsafe { from.add(i).read_volatile() }))
     }
 
-    /// Copies out `bytes.len()` bytes from `offset`.
+    /// Copies `bytes.len()` bytes at `offset` into `bytes`.
     #[inline]
     pub fn copy_to(&self, offset: usize, bytes: &mut [u8]) {
         let words = self.words(offset, bytes.len());
@@ -290,17 +291,17 @@ impl SharedMemory {
         }
     }
 
-    /// Copies `bytes` in at `offset`.
+    /// Copies `bytes` to `offset`.
     #[inline]
     pub fn copy_from(&self, offset: usize, bytes: &[u8]) {
         let words = self.words(offset, bytes.len());
         let (head, tail) = bytes.split_at(words * 8);
-        // SAFETY: `words` checked that `bytes.len()` bytes from here lie inside.
+        // SAFETY: `words` checked that `bytes.len()` bytes at `offset` are inside.
         let to = unsafe { self.base.add(offset) }.cast::<u64>();
         for (i, chunk) in head.chunks_exact(8).enumerate() {
             // SAFETY: a chunk has exactly eight bytes; the load needs no alignment.
             let word = unsafe { chunk.as_ptr().cast::<u64>().read_unaligned() };
-            // SAFETY: inside, see above; `words` finds none where they are not aligned.
+            // SAFETY: inside, see above; `words` returns 0 for unaligned offsets.
             unsafe { to.add(i).write_volatile(word) };
         }
         for (i, byte) in tail.iter().enumerate() {
@@ -308,21 +309,21 @@ impl SharedMemory {
         }
     }
 
-    /// How many whole 64-bit words of a copy of `len` bytes at `offset` can be done as words: all or none.
+    /// How many 64-bit word accesses a copy of `len` bytes at `offset` can use: `len / 8` if aligned, else 0.
     #[inline]
     fn words(&self, offset: usize, len: usize) -> usize {
         self.check(offset, len);
         if (self.base.as_ptr() as usize + offset).is_multiple_of(8) { len / 8 } else { 0 }
     }
 
-    /// Copies `len` bytes to another window, such as between guest RAM and a bounce buffer.
-    pub fn copy_to_window(&self, offset: usize, target: &Self, target_offset: usize, len: usize) {
+    /// Copies `len` bytes to other shared memory, for example between guest RAM and a bounce buffer.
+    pub fn copy_to_shared(&self, offset: usize, target: &Self, target_offset: usize, len: usize) {
         let words = self.words(offset, len).min(target.words(target_offset, len));
-        // SAFETY: `words` checked that `len` bytes lie inside both windows.
+        // SAFETY: `words` checked that the `len` bytes are inside both views.
         let (from, to) = unsafe { (self.base.add(offset), target.base.add(target_offset)) };
         let (from_words, to_words) = (from.cast::<u64>(), to.cast::<u64>());
         for i in 0..words {
-            // SAFETY: 8 * words <= len, and `words` is not zero only if both sides are aligned to words.
+            // SAFETY: 8 * words <= len, and `words` is nonzero only if both sides are aligned.
             unsafe { to_words.add(i).write_volatile(from_words.add(i).read_volatile()) };
         }
         for i in words * 8..len {

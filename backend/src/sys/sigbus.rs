@@ -1,38 +1,38 @@
-//! Memory whose file becomes shorter after it has been mapped. Touching a page that the file no longer has raises SIGBUS,
-//! which would end this process. A front-end can do that to its own guest; it must not be able to do it to us, and to
-//! whoever uses the drive next. So each such page is replaced, when it is touched, by a zero page of our own: what stood
-//! there is gone in any case, and a ring of zeroes is a broken ring like any other.
+//! Handles SIGBUS from guest memory whose file was truncated after it was mapped. An access to a page past the new end raises
+//! SIGBUS, which by default kills the process. A front-end may break its own guest, but must not kill this process. The
+//! handler therefore replaces each such page with a private zero page on first access. The old contents are lost anyway, and
+//! a ring of zeroes is handled like any other broken ring.
 //!
-//! The handler looks at a fixed table of atomics and makes one system call, both of which are allowed there
-//! (signal-safety(7)). A SIGBUS from anywhere else takes its usual course.
+//! The handler reads a fixed table of atomics and makes one system call. Both are async-signal-safe (signal-safety(7)). A
+//! SIGBUS from any other address gets the default action.
 
 use std::fmt;
 use std::io;
 use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// More mappings than these are not watched; a front-end has at most 509 regions.
-const PLACES: usize = 1024;
+/// Size of the table. Further mappings are not watched; a front-end has at most 509 regions.
+const MAX_WATCHED: usize = 1024;
 
-/// A watched mapping; free while `start` is zero.
-struct Place {
+/// A watched mapping. The slot is free while `start` is zero.
+struct Slot {
     start: AtomicUsize,
     end: AtomicUsize,
     page: AtomicUsize,
 }
 
-static TABLE: [Place; PLACES] =
-    [const { Place { start: AtomicUsize::new(0), end: AtomicUsize::new(0), page: AtomicUsize::new(0) } }; PLACES];
+static TABLE: [Slot; MAX_WATCHED] =
+    [const { Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), page: AtomicUsize::new(0) } }; MAX_WATCHED];
 static LOST: AtomicUsize = AtomicUsize::new(0);
 static HANDLER: Once = Once::new();
 
-/// How many pages have been replaced since the start.
+/// Number of pages replaced since the process started.
 #[must_use]
 pub fn lost_pages() -> usize {
     LOST.load(Ordering::Relaxed)
 }
 
-/// Says in a message how many there are, if there are any.
+/// A suffix for log lines: the number of lost pages, or nothing if there are none.
 #[derive(Clone, Copy, Debug)]
 pub struct LostPages;
 
@@ -40,48 +40,48 @@ impl fmt::Display for LostPages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match lost_pages() {
             0 => Ok(()),
-            pages => write!(f, " ({pages} pages of guest memory are gone: a front-end has made its file shorter)"),
+            pages => write!(f, " ({pages} pages of guest memory are gone: the front-end truncated its file)"),
         }
     }
 }
 
-/// Watches a mapping as long as it lives; `None` if the table was full.
-pub(super) struct Watch(Option<&'static Place>);
+/// Watches a mapping until dropped. `None` if the table was full.
+pub(super) struct Watch(Option<&'static Slot>);
 
 impl Watch {
-    /// Watches `len` bytes from `start`, mapped in pages of `page` bytes.
+    /// Watches `len` bytes at `start`, mapped in pages of `page` bytes.
     pub(super) fn new(start: usize, len: usize, page: usize) -> Self {
         HANDLER.call_once(|| {
             if let Err(error) = install() {
-                log::error!("handle SIGBUS: {error}; a front-end that shortens its memory ends this process");
+                log::error!("install the SIGBUS handler: {error}; a front-end that truncates its memory kills this process");
             }
         });
-        // 1 is no address of a mapping: the place is taken, and matches nothing until it is complete.
-        let take = |place: &&Place| place.start.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok();
-        let place = TABLE.iter().find(take);
-        if let Some(place) = place {
-            place.end.store(start + len, Ordering::Relaxed);
-            place.page.store(page, Ordering::Relaxed);
-            place.start.store(start, Ordering::Release);
+        // No mapping starts at address 1: the value reserves the slot, and the handler ignores it until `start` is stored.
+        let reserve = |slot: &&Slot| slot.start.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        let slot = TABLE.iter().find(reserve);
+        if let Some(slot) = slot {
+            slot.end.store(start + len, Ordering::Relaxed);
+            slot.page.store(page, Ordering::Relaxed);
+            slot.start.store(start, Ordering::Release);
         }
-        Self(place)
+        Self(slot)
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        if let Some(place) = self.0 {
-            place.start.store(0, Ordering::Release);
+        if let Some(slot) = self.0 {
+            slot.start.store(0, Ordering::Release);
         }
     }
 }
 
 fn install() -> io::Result<()> {
-    // SAFETY: sigaction is plain data; all of it but what is set here may be zero.
+    // SAFETY: `sigaction` is plain data, for which all zeroes is a valid value.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = on_sigbus as *const () as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // SAFETY: `action` is initialised, the handler obeys signal-safety(7), and the former action is not wanted.
+    // SAFETY: `action` is initialised, the handler is async-signal-safe, and a null pointer discards the old action.
     if unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) } < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -89,25 +89,25 @@ fn install() -> io::Result<()> {
 }
 
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo_t, whose address field SIGBUS has.
+    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo_t, and SIGBUS sets its address field.
     let (address, code) = unsafe { ((*info).si_addr() as usize, (*info).si_code) };
-    let inside = |place: &&Place| {
-        let start = place.start.load(Ordering::Acquire);
-        start > 1 && start <= address && address < place.end.load(Ordering::Relaxed)
+    let contains = |slot: &&Slot| {
+        let start = slot.start.load(Ordering::Acquire);
+        start > 1 && start <= address && address < slot.end.load(Ordering::Relaxed)
     };
-    // Not a memory error of the machine (BUS_MCEERR_*): what it hit is not known to be lost.
-    if let Some(place) = TABLE.iter().find(inside).filter(|_| code == libc::BUS_ADRERR) {
-        let page = place.page.load(Ordering::Relaxed);
-        let (access, how) =
+    // Only BUS_ADRERR: a hardware memory error (BUS_MCEERR_*) does not mean that the file was truncated.
+    if let Some(slot) = TABLE.iter().find(contains).filter(|_| code == libc::BUS_ADRERR) {
+        let page = slot.page.load(Ordering::Relaxed);
+        let (protection, flags) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         let at = (address & !(page - 1)) as *mut libc::c_void;
-        // SAFETY: the page lies in a watched mapping, whose owner keeps it mapped and reaches it by volatile copies only,
-        // so bytes that change under it are nothing new.
-        if unsafe { libc::mmap(at, page, access, how, -1, 0) } != libc::MAP_FAILED {
+        // SAFETY: the page lies in a watched mapping. Its owner keeps it mapped and accesses it only by volatile copies, so
+        // the contents may change at any time.
+        if unsafe { libc::mmap(at, page, protection, flags, -1, 0) } != libc::MAP_FAILED {
             LOST.fetch_add(1, Ordering::Relaxed);
             return;
         }
     }
-    // SAFETY: resetting to the default action is allowed in a handler; the access is repeated and then ends the process.
+    // SAFETY: signal() is async-signal-safe. The access is repeated on return and then kills the process.
     unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
 }

@@ -1,11 +1,11 @@
-//! Termination signals as a readable descriptor, so that the control loop waits for them like for everything else.
+//! Termination signals as a readable descriptor, so that the control loop can wait for them with epoll.
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use vmm_sys_util::signal::block_signal;
 
-/// Blocks `signals` for this thread and all threads it starts from now on, and returns a descriptor that becomes readable
+/// Blocks `signals` for this thread and for all threads that it starts later. Returns a descriptor that becomes readable
 /// when one of them arrives.
 ///
 /// # Errors
@@ -14,7 +14,7 @@ pub fn signal_fd(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
     for signal in signals {
         block_signal(*signal).map_err(|error| io::Error::other(format!("block signal {signal}: {error:?}")))?;
     }
-    // SAFETY: sigset_t is plain data that sigemptyset initialises before anything reads it.
+    // SAFETY: `sigset_t` is plain data, and `sigemptyset` initialises it before it is read.
     let set = unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
@@ -28,6 +28,6 @@ pub fn signal_fd(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: signalfd has just returned this descriptor and nobody else owns it.
+    // SAFETY: `signalfd` has just returned this descriptor, and it has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -1,5 +1,5 @@
-//! A VFIO device file: opened, bound and attached by `vfio-ioctls`; configuration space, interrupts and reset by our own
-//! calls, because that crate swallows their errors.
+//! A VFIO device cdev. `vfio-ioctls` opens, binds and attaches it. Configuration space, interrupts and reset use ioctls of
+//! this module, because that crate discards their errors.
 
 mod whole;
 
@@ -23,28 +23,28 @@ use super::mmio::Mmio;
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
 
-/// The most vectors one `VFIO_DEVICE_SET_IRQS` of ours can route.
+/// Most vectors that [`Cdev::route_vectors`] can route.
 const MAX_VECTORS: usize = 256;
 
-/// A device file bound to an [`Iommufd`].
+/// A device cdev that is bound to an [`Iommufd`].
 pub struct Cdev {
     device: ManuallyDrop<VfioDevice>,
     id: DeviceId,
 }
 
-/// `struct vfio_irq_set` with room for the eventfds behind it.
+/// `struct vfio_irq_set` followed by space for the eventfds.
 #[repr(C)]
-struct IrqSet {
+struct IrqSetBuffer {
     header: vfio_irq_set,
     eventfds: [i32; MAX_VECTORS],
 }
 
 impl Cdev {
-    /// Opens the cdev of the device at `sysfs` (such as `/sys/bus/pci/devices/0000:00:04.0`) and binds it. KVM is not
-    /// told; that is only possible inside the virtual machine's own process.
+    /// Opens the cdev of the device at `sysfs` (such as `/sys/bus/pci/devices/0000:00:04.0`) and binds it. The device is not
+    /// registered with KVM, which only the virtual machine's own process can do.
     ///
     /// # Errors
-    /// The errno of the step that failed: EPERM, EBUSY, EINVAL, ENODEV, whose meaning depends on the device's state.
+    /// The errno of the failed step: EPERM, EBUSY, EINVAL or ENODEV. The meaning depends on the device's state.
     pub fn bind(sysfs: &Path, iommufd: &Iommufd, ioas: &Ioas) -> io::Result<Self> {
         let context = VfioIommufd::new(Arc::clone(iommufd.inner()), Some(Arc::clone(&ioas.0)), None).map_err(errno)?;
         let device = VfioDevice::new(sysfs, Arc::new(context), false).map_err(errno)?;
@@ -52,13 +52,13 @@ impl Cdev {
         Ok(Self { device: ManuallyDrop::new(device), id: DeviceId(id) })
     }
 
-    /// The id under which the iommufd knows the device.
+    /// The device's iommufd object ID.
     #[must_use]
     pub fn id(&self) -> DeviceId {
         self.id
     }
 
-    /// Lets the device reach what `page_table` maps.
+    /// Attaches the device to `page_table`, so that it can access what is mapped there.
     ///
     /// # Errors
     /// The errno of the call.
@@ -66,7 +66,7 @@ impl Cdev {
         self.device.attach_hwpt(page_table.0).map_err(errno)
     }
 
-    /// Blocks all DMA of the device. What its page table maps stays pinned.
+    /// Detaches the device, which blocks all its DMA. The mappings of its page table stay pinned.
     ///
     /// # Errors
     /// The errno of the call.
@@ -83,7 +83,7 @@ impl Cdev {
     /// Maps a whole region.
     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`] if the kernel does not let it be mapped; else the errno of `mmap`.
+    /// [`io::ErrorKind::Unsupported`] if the kernel does not allow the region to be mapped; else the errno of `mmap`.
     pub fn map_region(&self, index: u32) -> io::Result<Mmio> {
         if self.device.get_region_flags(index) & VFIO_REGION_INFO_FLAG_MMAP == 0 {
             return Err(io::ErrorKind::Unsupported.into());
@@ -103,7 +103,7 @@ impl Cdev {
         if read == wanted { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
     }
 
-    /// Writes `bytes` into a region at `offset`.
+    /// Writes `bytes` to a region at `offset`.
     ///
     /// # Errors
     /// The errno of `pwrite`; [`io::ErrorKind::WriteZero`] for a short write.
@@ -113,13 +113,13 @@ impl Cdev {
         if written == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 
-    /// How many vectors the interrupt `index` (INTx, MSI, MSI-X …) has.
+    /// Number of vectors of IRQ index `index` (INTx, MSI, MSI-X, ...).
     #[must_use]
     pub fn vectors(&self, index: u32) -> u32 {
         self.device.get_irq_info(index).map_or(0, |irq| irq.count)
     }
 
-    /// Routes vectors 0, 1, … of the interrupt `index` to `events`; none turns the interrupt off.
+    /// Routes vectors 0, 1, ... of IRQ index `index` to `events`. An empty slice disables the interrupt.
     ///
     /// # Errors
     /// The errno of the call; [`io::ErrorKind::InvalidInput`] for more than 256 vectors.
@@ -137,7 +137,7 @@ impl Cdev {
             count,
             ..Default::default()
         };
-        let mut set = IrqSet { header, eventfds: [-1; MAX_VECTORS] };
+        let mut set = IrqSetBuffer { header, eventfds: [-1; MAX_VECTORS] };
         for (slot, event) in set.eventfds.iter_mut().zip(events) {
             *slot = event.as_raw_fd();
         }
@@ -153,7 +153,7 @@ impl Cdev {
     /// # Errors
     /// The errno of the call.
     pub fn reset(&self) -> io::Result<()> {
-        // SAFETY: no argument, no memory involved.
+        // SAFETY: the ioctl takes no argument and accesses no memory of this process.
         if unsafe { ioctl(&*self.device, VFIO_DEVICE_RESET()) } < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -161,17 +161,17 @@ impl Cdev {
     }
 
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor is owned by `self.device` and lives as long as the borrow of self.
+        // SAFETY: `self.device` owns the descriptor, which stays open as long as `self` is borrowed.
         unsafe { BorrowedFd::borrow_raw(self.device.as_raw_fd()) }
     }
 }
 
 impl Drop for Cdev {
     fn drop(&mut self) {
-        // `VfioDevice::drop` panics if it cannot detach, as happens when the device has been unplugged. A detached device
-        // can be detached again without harm, so success here means success there.
+        // `VfioDevice::drop` panics if it cannot detach, for example after the device was unplugged. Detaching twice is
+        // harmless, so if it succeeds here it also succeeds there.
         match self.detach() {
-            // SAFETY: `device` is dropped once, here, and not used afterwards.
+            // SAFETY: `device` is dropped only here, and not used afterwards.
             Ok(()) => unsafe { ManuallyDrop::drop(&mut self.device) },
             Err(error) => log::error!("detach the device from its page table: {error}; its file stays open until exit"),
         }

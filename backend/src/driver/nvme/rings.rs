@@ -53,7 +53,7 @@ impl QueueMemory {
 
     /// The `count` entries of a ring that starts here.
     fn entries<const N: usize>(&self, count: u16) -> SharedArray<SharedMemory, u64, N> {
-        self.memory.rows(0, count.into()).expect("rings are page-aligned and sized for their entries").keep()
+        self.memory.array(0, count.into()).expect("rings are page-aligned and sized for their entries").into_owned()
     }
 
     /// The `len` bytes from `offset`, which must lie inside.

@@ -22,13 +22,13 @@ fn behind() -> Options {
 }
 
 /// A host that flushes its queues, and one block of memory that it does not.
-struct Bench {
+struct Fixture {
     host: Host,
     pair: Pair,
     data: DmaBuffer,
 }
 
-impl Bench {
+impl Fixture {
     fn new(options: Options) -> Self {
         let mut host = Host::up(options);
         let pair = host.pair(1, [16; 2]);
@@ -74,122 +74,122 @@ impl Bench {
 
 #[test]
 fn with_every_flush_data_are_right() {
-    let mut bench = Bench::new(behind());
+    let mut fixture = Fixture::new(behind());
     for value in [1, 2] {
-        bench.store(value);
-        bench.fill(0xff);
-        assert_eq!(bench.stored(), value);
+        fixture.store(value);
+        fixture.fill(0xff);
+        assert_eq!(fixture.stored(), value);
     }
 }
 
 #[test]
 fn a_write_without_a_flush_stores_what_was_there_before() {
-    let mut bench = Bench::new(behind());
-    bench.fill(1);
+    let mut fixture = Fixture::new(behind());
+    fixture.fill(1);
 
-    bench.run(WRITE);
+    fixture.run(WRITE);
 
-    assert_eq!(bench.stored(), 0);
+    assert_eq!(fixture.stored(), 0);
 }
 
 #[test]
 fn a_read_without_a_flush_after_it_shows_the_old_data() {
-    let mut bench = Bench::new(behind());
-    bench.store(1);
-    bench.fill(2);
-    bench.flush();
+    let mut fixture = Fixture::new(behind());
+    fixture.store(1);
+    fixture.fill(2);
+    fixture.flush();
 
-    bench.run(READ);
+    fixture.run(READ);
 
-    assert_eq!(bench.seen(), 2);
-    bench.flush();
-    assert_eq!(bench.seen(), 1);
+    assert_eq!(fixture.seen(), 2);
+    fixture.flush();
+    assert_eq!(fixture.seen(), 1);
 }
 
 #[test]
 fn a_read_into_lines_not_flushed_before_is_overwritten_by_them() {
-    let mut bench = Bench::new(behind());
-    bench.store(1);
-    bench.fill(2);
+    let mut fixture = Fixture::new(behind());
+    fixture.store(1);
+    fixture.fill(2);
 
-    bench.run(READ);
-    bench.flush();
+    fixture.run(READ);
+    fixture.flush();
 
-    assert_eq!(bench.seen(), 2, "the line was dirty while the function wrote to DRAM");
+    assert_eq!(fixture.seen(), 2, "the line was dirty while the function wrote to DRAM");
 }
 
 #[test]
 fn a_neighbour_in_the_same_line_is_as_bad() {
-    let mut bench = Bench::new(behind());
-    bench.store(1);
-    bench.fill(2);
-    bench.flush();
+    let mut fixture = Fixture::new(behind());
+    fixture.store(1);
+    fixture.fill(2);
+    fixture.flush();
 
-    bench.run(READ);
-    bench.data.memory().write_u8(511, 3);
-    bench.flush();
+    fixture.run(READ);
+    fixture.data.memory().write_u8(511, 3);
+    fixture.flush();
 
-    assert_eq!([447, 448, 510].map(|at| bench.data.memory().read_u8(at)), [1, 2, 2]);
+    assert_eq!([447, 448, 510].map(|at| fixture.data.memory().read_u8(at)), [1, 2, 2]);
 }
 
 #[test]
 fn memory_mapped_without_a_flush_shows_neither_side_the_other() {
-    let mut bench = Bench::new(behind());
+    let mut fixture = Fixture::new(behind());
     let page = crate::sys::SharedMemory::of(Arc::new(vm_memory::MmapRegion::new(4096).unwrap()));
     let at = Span::new(Iova(0x1000), 4096).unwrap();
     page.copy_from(0, &[7; 512]);
-    bench.host.machine.iommu().map(at, page).unwrap();
+    fixture.host.machine.iommu().map(at, page).unwrap();
 
-    let done = bench.host.run(&mut bench.pair, Sqe::rw(WRITE, 0, 1).prps(at.start(), Iova(0)));
+    let done = fixture.host.run(&mut fixture.pair, Sqe::rw(WRITE, 0, 1).prps(at.start(), Iova(0)));
 
     assert_eq!(done.status, 0);
-    assert_eq!(bench.stored(), 0xdb);
+    assert_eq!(fixture.stored(), 0xdb);
 }
 
 #[test]
 fn an_entry_that_was_not_flushed_is_not_the_one_that_runs() {
-    let mut bench = Bench::new(behind());
-    let cache = bench.host.cache.take();
-    bench.host.push(&mut bench.pair, Sqe::rw(READ, 0, 1).prps(bench.data.span().start(), Iova(0)));
-    bench.host.ring(&bench.pair);
-    bench.host.cache = cache;
+    let mut fixture = Fixture::new(behind());
+    let cache = fixture.host.cache.take();
+    fixture.host.push(&mut fixture.pair, Sqe::rw(READ, 0, 1).prps(fixture.data.span().start(), Iova(0)));
+    fixture.host.ring(&fixture.pair);
+    fixture.host.cache = cache;
 
     // The memory was zero when it was flushed: the command found there is a Flush of no namespace.
-    let done = bench.host.take(&mut bench.pair).unwrap();
+    let done = fixture.host.take(&mut fixture.pair).unwrap();
 
     assert_eq!((done.cid, done.status), (0, 0x00b));
-    assert_eq!(bench.host.machine.traffic().reads, 0);
+    assert_eq!(fixture.host.machine.traffic().reads, 0);
 }
 
 #[test]
 fn a_completion_is_not_seen_before_its_line_is_flushed() {
-    let mut bench = Bench::new(behind());
-    bench.host.push(&mut bench.pair, Sqe::rw(READ, 0, 1).prps(bench.data.span().start(), Iova(0)));
-    bench.host.ring(&bench.pair);
+    let mut fixture = Fixture::new(behind());
+    fixture.host.push(&mut fixture.pair, Sqe::rw(READ, 0, 1).prps(fixture.data.span().start(), Iova(0)));
+    fixture.host.ring(&fixture.pair);
 
-    assert_eq!(bench.pair.peek(), None);
+    assert_eq!(fixture.pair.peek(), None);
 
-    assert_eq!(bench.host.take(&mut bench.pair).unwrap().status, 0);
+    assert_eq!(fixture.host.take(&mut fixture.pair).unwrap().status, 0);
 }
 
 #[test]
 fn nothing_need_be_flushed_if_snooping_is_enforced_or_the_bit_is_clear_or_fixed() {
-    let held = |bench: Bench| {
-        bench.host.function.config_write(DEVICE_CONTROL, &0_u16.to_le_bytes()).unwrap();
-        bench
+    let held = |fixture: Fixture| {
+        fixture.host.function.config_write(DEVICE_CONTROL, &0_u16.to_le_bytes()).unwrap();
+        fixture
     };
-    for mut bench in [
-        Bench::new(Options { snoop_enforced: true, ..behind() }),
-        Bench::new(Options { no_snoop: false, ..behind() }),
-        held(Bench::new(behind())),
+    for mut fixture in [
+        Fixture::new(Options { snoop_enforced: true, ..behind() }),
+        Fixture::new(Options { no_snoop: false, ..behind() }),
+        held(Fixture::new(behind())),
     ] {
-        bench.host.cache = None;
+        fixture.host.cache = None;
         for value in [1, 2] {
-            bench.fill(value);
-            bench.run(WRITE);
-            bench.fill(0xff);
-            bench.run(READ);
-            assert_eq!(bench.seen(), value);
+            fixture.fill(value);
+            fixture.run(WRITE);
+            fixture.fill(0xff);
+            fixture.run(READ);
+            assert_eq!(fixture.seen(), value);
         }
     }
 }

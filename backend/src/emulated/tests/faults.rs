@@ -16,13 +16,13 @@ fn reads() -> Commands {
     Commands { queue: Some(1), opcode: Some(READ) }
 }
 
-struct Bench {
+struct Fixture {
     host: Host,
     pair: Pair,
     data: DmaBuffer,
 }
 
-impl Bench {
+impl Fixture {
     fn new(options: Options) -> Self {
         let mut host = Host::up(options);
         let pair = host.pair(1, [16; 2]);
@@ -49,18 +49,18 @@ impl Bench {
 
 #[test]
 fn the_nth_matching_command_is_struck_and_no_other() {
-    let mut bench = Bench::new(small());
+    let mut fixture = Fixture::new(small());
     let effect = Effect::Status(Status::new(2, 0x81));
-    bench.host.machine.inject(Fault::Command { on: reads(), skip: 2, times: 1, effect });
+    fixture.host.machine.inject(Fault::Command { on: reads(), skip: 2, times: 1, effect });
 
     for _ in 0..4 {
-        bench.read();
+        fixture.read();
     }
-    let flush = bench.host.push(&mut bench.pair, Sqe::new(0).nsid(1));
-    bench.host.ring(&bench.pair);
+    let flush = fixture.host.push(&mut fixture.pair, Sqe::new(0).nsid(1));
+    fixture.host.ring(&fixture.pair);
 
-    assert_eq!(bench.reap(), [(0, 0), (1, 0), (2, 0x281), (3, 0), (flush, 0)]);
-    assert_eq!(bench.host.machine.traffic().reads, 3, "a failed command is not executed");
+    assert_eq!(fixture.reap(), [(0, 0), (1, 0), (2, 0x281), (3, 0), (flush, 0)]);
+    assert_eq!(fixture.host.machine.traffic().reads, 3, "a failed command is not executed");
 }
 
 #[test]
@@ -71,149 +71,149 @@ fn completions_are_lost_doubled_misnamed_or_unseen() {
         (Effect::WrongId(77), vec![(77, 0), (1, 0)]),
         (Effect::WrongPhase, vec![]),
     ] {
-        let mut bench = Bench::new(small());
-        bench.host.machine.inject(Fault::once(reads(), effect));
+        let mut fixture = Fixture::new(small());
+        fixture.host.machine.inject(Fault::once(reads(), effect));
 
-        bench.read();
-        bench.read();
+        fixture.read();
+        fixture.read();
 
-        assert_eq!(bench.reap(), seen, "{effect:?}");
-        assert_eq!(bench.host.machine.traffic().reads, 2, "{effect:?}: the data were moved");
+        assert_eq!(fixture.reap(), seen, "{effect:?}");
+        assert_eq!(fixture.host.machine.traffic().reads, 2, "{effect:?}: the data were moved");
     }
 }
 
 #[test]
 fn a_delayed_command_touches_memory_only_when_its_time_has_come() {
-    let mut bench = Bench::new(small());
-    bench.data.memory().write_u8(0, 7);
-    bench.host.machine.inject(Fault::once(reads(), Effect::Delay(Duration::from_secs(3))));
+    let mut fixture = Fixture::new(small());
+    fixture.data.memory().write_u8(0, 7);
+    fixture.host.machine.inject(Fault::once(reads(), Effect::Delay(Duration::from_secs(3))));
 
-    bench.read();
-    bench.read();
-    bench.data.memory().write_u8(0, 8);
-    let before = bench.reap();
-    bench.host.machine.advance(Duration::from_millis(2999));
-    let early = (bench.reap(), bench.data.memory().read_u8(0));
-    bench.host.machine.advance(Duration::from_millis(1));
+    fixture.read();
+    fixture.read();
+    fixture.data.memory().write_u8(0, 8);
+    let before = fixture.reap();
+    fixture.host.machine.advance(Duration::from_millis(2999));
+    let early = (fixture.reap(), fixture.data.memory().read_u8(0));
+    fixture.host.machine.advance(Duration::from_millis(1));
 
     assert_eq!(before, [(1, 0)]);
     assert_eq!(early, (vec![], 8));
-    assert_eq!((bench.reap(), bench.data.memory().read_u8(0)), (vec![(0, 0)], 0));
+    assert_eq!((fixture.reap(), fixture.data.memory().read_u8(0)), (vec![(0, 0)], 0));
 }
 
 #[test]
 fn memory_taken_away_under_a_command_in_flight_is_a_recorded_fault() {
-    let mut bench = Bench::new(Options { latency: Duration::from_millis(1), ..small() });
-    bench.read();
-    let gone = bench.data.span().start();
-    bench.data = bench.host.buffer(8192);
+    let mut fixture = Fixture::new(Options { latency: Duration::from_millis(1), ..small() });
+    fixture.read();
+    let gone = fixture.data.span().start();
+    fixture.data = fixture.host.buffer(8192);
 
-    bench.host.machine.advance(Duration::from_millis(1));
+    fixture.host.machine.advance(Duration::from_millis(1));
 
-    assert_eq!(bench.reap(), [(0, 0x004)]);
-    assert_eq!(bench.host.machine.iommu().faults()[0].iova, gone);
+    assert_eq!(fixture.reap(), [(0, 0x004)]);
+    assert_eq!(fixture.host.machine.iommu().faults()[0].iova, gone);
 }
 
 #[test]
 fn commands_in_flight_are_aborted_by_abort_and_by_deletion() {
-    let mut bench = Bench::new(Options { latency: Duration::from_secs(1), ..small() });
-    let cids: Vec<_> = (0..3).map(|_| bench.read()).collect();
+    let mut fixture = Fixture::new(Options { latency: Duration::from_secs(1), ..small() });
+    let cids: Vec<_> = (0..3).map(|_| fixture.read()).collect();
 
-    let abort = bench.host.admin(Sqe::new(8).dword(10, u32::from(cids[1]) << 16 | 1));
-    let unknown = bench.host.admin(Sqe::new(8).dword(10, 99 << 16 | 1));
-    let aborted = bench.reap();
-    let deleted = bench.host.admin(Sqe::new(0).dword(10, 1));
-    bench.host.machine.advance(Duration::from_secs(2));
+    let abort = fixture.host.admin(Sqe::new(8).dword(10, u32::from(cids[1]) << 16 | 1));
+    let unknown = fixture.host.admin(Sqe::new(8).dword(10, 99 << 16 | 1));
+    let aborted = fixture.reap();
+    let deleted = fixture.host.admin(Sqe::new(0).dword(10, 1));
+    fixture.host.machine.advance(Duration::from_secs(2));
 
     assert_eq!((abort.result & 1, unknown.result & 1, deleted.status), (0, 1, 0));
     assert_eq!(aborted, [(1, 0x007)]);
-    assert_eq!(bench.reap(), [(0, 0x008), (2, 0x008)]);
-    assert_eq!(bench.host.machine.traffic().reads, 0);
+    assert_eq!(fixture.reap(), [(0, 0x008), (2, 0x008)]);
+    assert_eq!(fixture.host.machine.traffic().reads, 0);
 }
 
 #[test]
 fn a_threaded_controller_takes_its_latency_and_completes() {
-    let mut bench = Bench::new(Options { latency: Duration::from_millis(2), ..threaded() });
+    let mut fixture = Fixture::new(Options { latency: Duration::from_millis(2), ..threaded() });
     let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-    bench.host.function.route_vectors(&[event.as_fd(), event.as_fd()]).unwrap();
+    fixture.host.function.route_vectors(&[event.as_fd(), event.as_fd()]).unwrap();
 
-    bench.read();
+    fixture.read();
     rustix::io::read(&event, &mut [0; 8]).unwrap();
 
-    assert_eq!(bench.reap(), [(0, 0)]);
+    assert_eq!(fixture.reap(), [(0, 0)]);
 }
 
 #[test]
 fn a_lost_interrupt_leaves_the_completion() {
-    let mut bench = Bench::new(small());
+    let mut fixture = Fixture::new(small());
     let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
-    bench.host.function.route_vectors(&[event.as_fd(), event.as_fd()]).unwrap();
-    bench.host.machine.inject(Fault::once(reads(), Effect::LoseInterrupt));
+    fixture.host.function.route_vectors(&[event.as_fd(), event.as_fd()]).unwrap();
+    fixture.host.machine.inject(Fault::once(reads(), Effect::LoseInterrupt));
 
-    bench.read();
+    fixture.read();
 
     assert!(rustix::io::read(&event, &mut [0; 8]).is_err());
-    assert_eq!(bench.reap(), [(0, 0)]);
+    assert_eq!(fixture.reap(), [(0, 0)]);
 }
 
 #[test]
 fn a_fatal_status_stops_the_controller_until_it_is_reset() {
-    let mut bench = Bench::new(small());
-    bench.host.machine.inject(Fault::once(reads(), Effect::Fatal));
+    let mut fixture = Fixture::new(small());
+    fixture.host.machine.inject(Fault::once(reads(), Effect::Fatal));
 
-    bench.read();
-    bench.read();
-    let (done, csts) = (bench.reap(), bench.host.bar.read32(CSTS));
-    bench.host.bar.write32(CC, 0);
-    let reset = bench.host.bar.read32(CSTS);
-    bench.host.enable();
+    fixture.read();
+    fixture.read();
+    let (done, csts) = (fixture.reap(), fixture.host.bar.read32(CSTS));
+    fixture.host.bar.write32(CC, 0);
+    let reset = fixture.host.bar.read32(CSTS);
+    fixture.host.enable();
 
     assert_eq!((done, csts, reset), (vec![], 0b11, 0));
 }
 
 #[test]
 fn a_stuck_controller_neither_stops_nor_starts() {
-    let mut bench = Bench::new(small());
-    bench.host.machine.inject(Fault::StuckReady);
+    let mut fixture = Fixture::new(small());
+    fixture.host.machine.inject(Fault::StuckReady);
 
-    bench.host.bar.write32(CC, CC_ON & !1);
-    let stopping = bench.host.bar.read32(CSTS);
-    bench.host.function.reset().unwrap();
-    bench.host.bar.write32(CC, CC_ON);
-    let starting = bench.host.bar.read32(CSTS);
-    bench.host.bar.write32(CC, 0);
-    bench.host.machine.heal();
-    bench.host.function.set_bus_master(true).unwrap();
-    bench.host.enable();
+    fixture.host.bar.write32(CC, CC_ON & !1);
+    let stopping = fixture.host.bar.read32(CSTS);
+    fixture.host.function.reset().unwrap();
+    fixture.host.bar.write32(CC, CC_ON);
+    let starting = fixture.host.bar.read32(CSTS);
+    fixture.host.bar.write32(CC, 0);
+    fixture.host.machine.clear_faults();
+    fixture.host.function.set_bus_master(true).unwrap();
+    fixture.host.enable();
 
     assert_eq!((stopping, starting), (1, 0));
 }
 
 #[test]
 fn a_refused_reset_changes_nothing() {
-    let mut bench = Bench::new(small());
-    bench.host.machine.inject(Fault::ResetRefused);
-    assert!(bench.host.function.reset().is_err());
-    bench.read();
-    assert_eq!(bench.reap(), [(0, 0)]);
+    let mut fixture = Fixture::new(small());
+    fixture.host.machine.inject(Fault::ResetRefused);
+    assert!(fixture.host.function.reset().is_err());
+    fixture.read();
+    assert_eq!(fixture.reap(), [(0, 0)]);
 }
 
 #[test]
 fn a_removed_function_answers_ones_and_comes_back_cold() {
     for fault in [Fault::Removed, Fault::once(reads(), Effect::Remove)] {
-        let mut bench = Bench::new(small());
-        bench.host.machine.inject(fault);
-        bench.read();
+        let mut fixture = Fixture::new(small());
+        fixture.host.machine.inject(fault);
+        fixture.read();
         let mut id = [0; 4];
-        bench.host.function.config_read(0, &mut id).unwrap();
+        fixture.host.function.config_read(0, &mut id).unwrap();
 
-        assert_eq!((bench.host.bar.read32(CSTS), bench.host.bar.read64(0), id), (u32::MAX, u64::MAX, [0xff; 4]));
-        assert_eq!(bench.reap(), []);
-        assert!(bench.host.function.reset().is_err());
-        bench.host.machine.heal();
-        assert_eq!(bench.host.bar.read32(CSTS), 0);
-        bench.host.function.set_bus_master(true).unwrap();
-        bench.host.enable();
+        assert_eq!((fixture.host.bar.read32(CSTS), fixture.host.bar.read64(0), id), (u32::MAX, u64::MAX, [0xff; 4]));
+        assert_eq!(fixture.reap(), []);
+        assert!(fixture.host.function.reset().is_err());
+        fixture.host.machine.clear_faults();
+        assert_eq!(fixture.host.bar.read32(CSTS), 0);
+        fixture.host.function.set_bus_master(true).unwrap();
+        fixture.host.enable();
     }
 }
 
@@ -240,7 +240,7 @@ fn capability_and_identify_can_be_forged_until_healed() {
     let (forged, bytes) = (host.bar.read64(0), page.memory().read_u16(4094));
     host.admin(identify(1));
     let other = page.memory().read_u16(4094);
-    host.machine.heal();
+    host.machine.clear_faults();
     host.admin(identify(0));
 
     assert_eq!((forged, bytes, other), (u64::MAX, 0x0201, 0));

@@ -9,7 +9,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::host::small;
 use crate::addr::{Gpa, Iova, Qva, Span};
-use crate::emulated::{Disagreements, LAST_WRITE, Machine, Options};
+use crate::emulated::{StaleLines, LAST_WRITE, Machine, Options};
 use crate::hardware::{AddressSpace, MapError, SpaceStatistics};
 use crate::memory::{Region, RegionSpec};
 
@@ -42,13 +42,13 @@ fn seen_by_cpus(region: &Region) -> Vec<u8> {
     bytes
 }
 
-struct Bench {
+struct Fixture {
     machine: Machine,
     space: Arc<dyn AddressSpace>,
     region: Arc<Region>,
 }
 
-impl Bench {
+impl Fixture {
     fn new() -> Self {
         let machine = Machine::new(Options { no_snoop: true, snoop_enforced: false, ..small() }).unwrap();
         let (space, region) = (machine.staged_space(), region(AT, LEN));
@@ -67,170 +67,170 @@ impl Bench {
     }
 
     fn assert_agreed(&self) {
-        assert_eq!(self.machine.disagreements(), Disagreements::default());
+        assert_eq!(self.machine.stale_lines(), StaleLines::default());
     }
 }
 
 #[test]
 fn memory_is_reachable_only_with_what_the_cpus_wrote_to_it() {
-    let bench = Bench::new();
+    let fixture = Fixture::new();
 
-    bench.space.add(&bench.region).unwrap();
+    fixture.space.add(&fixture.region).unwrap();
 
-    assert!(bench.seen_by_function() == pattern(1, LEN));
-    bench.assert_agreed();
-    let SpaceStatistics { mapped, staged, flushed_at_map, .. } = bench.space.statistics();
+    assert!(fixture.seen_by_function() == pattern(1, LEN));
+    fixture.assert_agreed();
+    let SpaceStatistics { mapped, staged, flushed_at_map, .. } = fixture.space.statistics();
     assert_eq!((mapped, staged, flushed_at_map), (LEN, 3, LEN));
 }
 
 #[test]
 fn memory_that_was_taken_away_shows_what_the_function_wrote_to_the_end() {
-    let bench = Bench::new();
-    bench.space.add(&bench.region).unwrap();
-    bench.function_writes(2);
+    let fixture = Fixture::new();
+    fixture.space.add(&fixture.region).unwrap();
+    fixture.function_writes(2);
 
-    bench.space.remove(&bench.region).unwrap();
+    fixture.space.remove(&fixture.region).unwrap();
 
-    assert!(seen_by_cpus(&bench.region) == pattern(2, LEN));
-    bench.assert_agreed();
-    assert_eq!(bench.machine.iommu().mapped(), []);
-    let SpaceStatistics { mapped, staged, flushed_at_unmap, .. } = bench.space.statistics();
+    assert!(seen_by_cpus(&fixture.region) == pattern(2, LEN));
+    fixture.assert_agreed();
+    assert_eq!(fixture.machine.iommu().mapped(), []);
+    let SpaceStatistics { mapped, staged, flushed_at_unmap, .. } = fixture.space.statistics();
     assert_eq!((mapped, staged, flushed_at_unmap), (0, 6, LEN));
 }
 
 #[test]
 fn memory_that_comes_again_has_no_line_of_its_former_life() {
-    let bench = Bench::new();
+    let fixture = Fixture::new();
     for seed in 2..5 {
-        bench.space.add(&bench.region).unwrap();
-        bench.function_writes(seed);
-        bench.space.remove(&bench.region).unwrap();
-        fill(&bench.region, seed + 7);
-        bench.space.add(&bench.region).unwrap();
-        assert!(bench.seen_by_function() == pattern(seed + 7, LEN));
-        bench.space.remove(&bench.region).unwrap();
+        fixture.space.add(&fixture.region).unwrap();
+        fixture.function_writes(seed);
+        fixture.space.remove(&fixture.region).unwrap();
+        fill(&fixture.region, seed + 7);
+        fixture.space.add(&fixture.region).unwrap();
+        assert!(fixture.seen_by_function() == pattern(seed + 7, LEN));
+        fixture.space.remove(&fixture.region).unwrap();
     }
-    bench.assert_agreed();
+    fixture.assert_agreed();
 }
 
 #[test]
 fn without_memory_for_the_copy_a_region_stays_until_the_device_rests() {
-    let bench = Bench::new();
+    let fixture = Fixture::new();
     let other = region(0x100_0000, 0x1000);
-    bench.space.add(&bench.region).unwrap();
-    bench.space.add(&other).unwrap();
-    bench.function_writes(3);
-    bench.machine.space_faults().unwrap().no_memory_at.store(1, SeqCst);
+    fixture.space.add(&fixture.region).unwrap();
+    fixture.space.add(&other).unwrap();
+    fixture.function_writes(3);
+    fixture.machine.space_faults().unwrap().no_memory_at.store(1, SeqCst);
 
-    let refused = bench.space.remove(&bench.region).unwrap_err();
-    let reachable = bench.seen_by_function();
-    bench.space.remove_while_idle(&bench.region).unwrap();
+    let refused = fixture.space.remove(&fixture.region).unwrap_err();
+    let reachable = fixture.seen_by_function();
+    fixture.space.remove_while_idle(&fixture.region).unwrap();
 
     assert!(matches!(refused, MapError::DeviceMustBeIdle { .. }), "{refused}");
     assert!(reachable == pattern(3, LEN), "nothing has been taken away");
-    assert!(seen_by_cpus(&bench.region) == pattern(3, LEN));
-    bench.assert_agreed();
-    assert_eq!(bench.machine.iommu().mapped(), [other.gpa().identity_iova()]);
-    bench.machine.iommu().write(Iova(0x100_0000), &[1; 64]).expect("the function is attached again");
+    assert!(seen_by_cpus(&fixture.region) == pattern(3, LEN));
+    fixture.assert_agreed();
+    assert_eq!(fixture.machine.iommu().mapped(), [other.gpa().identity_iova()]);
+    fixture.machine.iommu().write(Iova(0x100_0000), &[1; 64]).expect("the function is attached again");
 }
 
 #[test]
 fn what_has_been_taken_away_before_memory_ran_out_is_not_missed_afterwards() {
-    let bench = Bench::new();
-    bench.space.add(&bench.region).unwrap();
-    bench.function_writes(3);
-    bench.machine.space_faults().unwrap().no_memory_at.store(2, SeqCst);
+    let fixture = Fixture::new();
+    fixture.space.add(&fixture.region).unwrap();
+    fixture.function_writes(3);
+    fixture.machine.space_faults().unwrap().no_memory_at.store(2, SeqCst);
 
-    let refused = bench.space.remove(&bench.region).unwrap_err();
-    let left = bench.machine.iommu().mapped().len();
-    bench.space.remove(&bench.region).unwrap();
+    let refused = fixture.space.remove(&fixture.region).unwrap_err();
+    let left = fixture.machine.iommu().mapped().len();
+    fixture.space.remove(&fixture.region).unwrap();
 
     assert!(matches!(refused, MapError::DeviceMustBeIdle { .. }), "{refused}");
-    assert_eq!((left, bench.machine.iommu().mapped().len()), (2, 0), "of three pieces");
-    assert!(seen_by_cpus(&bench.region) == pattern(3, LEN));
-    bench.assert_agreed();
-    assert!(matches!(bench.space.remove(&bench.region), Err(MapError::NotMapped { .. })));
+    assert_eq!((left, fixture.machine.iommu().mapped().len()), (2, 0), "of three pieces");
+    assert!(seen_by_cpus(&fixture.region) == pattern(3, LEN));
+    fixture.assert_agreed();
+    assert!(matches!(fixture.space.remove(&fixture.region), Err(MapError::NotMapped { .. })));
 }
 
 #[test]
 fn where_nothing_can_be_mapped_before_an_attach_memory_is_flushed_before_it_is_used() {
-    let bench = Bench::new();
-    bench.machine.space_faults().unwrap().attach_first.store(true, SeqCst);
-    let before = bench.machine.order();
+    let fixture = Fixture::new();
+    fixture.machine.space_faults().unwrap().attach_first.store(true, SeqCst);
+    let before = fixture.machine.order();
 
-    bench.space.add(&bench.region).unwrap();
+    fixture.space.add(&fixture.region).unwrap();
 
-    assert_eq!((before, bench.machine.order()), ("pinned, flushed, mapped", "mapped, flushed, published"));
-    assert!(bench.seen_by_function() == pattern(1, LEN));
-    bench.function_writes(5);
-    bench.space.remove(&bench.region).unwrap();
-    assert!(seen_by_cpus(&bench.region) == pattern(5, LEN));
-    assert_eq!(bench.machine.disagreements().unpinned, 0);
+    assert_eq!((before, fixture.machine.order()), ("pinned, flushed, mapped", "mapped, flushed, published"));
+    assert!(fixture.seen_by_function() == pattern(1, LEN));
+    fixture.function_writes(5);
+    fixture.space.remove(&fixture.region).unwrap();
+    assert!(seen_by_cpus(&fixture.region) == pattern(5, LEN));
+    assert_eq!(fixture.machine.stale_lines().unpinned, 0);
 }
 
 #[test]
 fn a_region_that_cannot_be_mapped_to_its_end_is_not_mapped_at_all() {
-    let bench = Bench::new();
-    bench.machine.space_faults().unwrap().no_memory_at.store(3, SeqCst);
+    let fixture = Fixture::new();
+    fixture.machine.space_faults().unwrap().no_memory_at.store(3, SeqCst);
 
-    let error = bench.space.add(&bench.region).unwrap_err();
+    let error = fixture.space.add(&fixture.region).unwrap_err();
 
     assert!(error.to_string().contains("map for DMA after the flush"), "{error}");
-    assert_eq!(bench.machine.iommu().mapped(), []);
-    assert_eq!(bench.space.statistics().mapped, 0);
-    bench.space.add(&bench.region).unwrap();
-    assert!(bench.seen_by_function() == pattern(1, LEN));
+    assert_eq!(fixture.machine.iommu().mapped(), []);
+    assert_eq!(fixture.space.statistics().mapped, 0);
+    fixture.space.add(&fixture.region).unwrap();
+    assert!(fixture.seen_by_function() == pattern(1, LEN));
 }
 
 #[test]
 fn a_region_over_another_is_refused() {
-    let bench = Bench::new();
-    bench.space.add(&region(AT + LEN - 0x1000, 0x4000)).unwrap();
-    let before = bench.machine.iommu().mapped();
+    let fixture = Fixture::new();
+    fixture.space.add(&region(AT + LEN - 0x1000, 0x4000)).unwrap();
+    let before = fixture.machine.iommu().mapped();
 
-    assert!(matches!(bench.space.add(&bench.region), Err(MapError::Overlap { .. })));
+    assert!(matches!(fixture.space.add(&fixture.region), Err(MapError::Overlap { .. })));
 
-    assert_eq!(bench.machine.iommu().mapped(), before);
+    assert_eq!(fixture.machine.iommu().mapped(), before);
 }
 
 /// Exposes the region, lets the function write a last byte in each of its pieces as it is cut off from it, and gives those
 /// that CPUs do not see afterwards.
-fn lost(take_away: impl Fn(&Bench)) -> Vec<u64> {
+fn lost(take_away: impl Fn(&Fixture)) -> Vec<u64> {
     let seen = |offset: u64| {
-        let bench = Bench::new();
-        bench.space.add(&bench.region).unwrap();
-        *bench.machine.space_faults().unwrap().last_write.lock().unwrap() = Some(Iova(AT + offset));
-        take_away(&bench);
-        bench.assert_agreed();
-        bench.region.memory().read_u8(offset as usize) == LAST_WRITE
+        let fixture = Fixture::new();
+        fixture.space.add(&fixture.region).unwrap();
+        *fixture.machine.space_faults().unwrap().last_write.lock().unwrap() = Some(Iova(AT + offset));
+        take_away(&fixture);
+        fixture.assert_agreed();
+        fixture.region.memory().read_u8(offset as usize) == LAST_WRITE
     };
     [0, 0x1000, LEN - 1].into_iter().filter(|offset| !seen(*offset)).collect()
 }
 
 #[test]
 fn what_the_function_writes_until_it_is_cut_off_is_not_lost() {
-    assert!(lost(|bench| bench.space.remove(&bench.region).unwrap()).is_empty());
+    assert!(lost(|fixture| fixture.space.remove(&fixture.region).unwrap()).is_empty());
 }
 
 #[test]
 fn what_the_function_writes_until_it_is_detached_is_not_lost_either() {
-    assert!(lost(|bench| bench.space.remove_while_idle(&bench.region).unwrap()).is_empty());
+    assert!(lost(|fixture| fixture.space.remove_while_idle(&fixture.region).unwrap()).is_empty());
 }
 
 #[test]
 fn the_drivers_own_memory_is_flushed_in_both_directions_too() {
-    let bench = Bench::new();
-    let buffer = bench.space.buffer(5000).unwrap();
+    let fixture = Fixture::new();
+    let buffer = fixture.space.buffer(5000).unwrap();
     let shared = buffer.memory().clone();
     let mut found = vec![1; 5000];
-    bench.machine.iommu().read(buffer.span().start(), &mut found).unwrap();
+    fixture.machine.iommu().read(buffer.span().start(), &mut found).unwrap();
 
-    bench.machine.iommu().write(buffer.span().start(), &[9; 5000]).unwrap();
+    fixture.machine.iommu().write(buffer.span().start(), &[9; 5000]).unwrap();
     drop(buffer);
 
     assert!(found == [0; 5000], "zeroed, and not what another owner left");
     assert_eq!(shared.read_u8(4999), 9);
-    bench.assert_agreed();
+    fixture.assert_agreed();
 }
 
 #[test]

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use super::nvme::{Drive, NVM_READ, NVM_WRITE, soak};
 use super::rig::*;
 use crate::addr::Span;
-use crate::emulated::{Commands, Disagreements, Effect, Fault, Mode, Options};
+use crate::emulated::{Commands, StaleLines, Effect, Fault, Mode, Options};
 use crate::engine::{Statistics, WatchdogOptions};
 use crate::hardware::{AddressSpace, MapError};
 use crate::memory::{MemTable, Region};
@@ -207,7 +207,7 @@ proptest! {
         let mut world = World::new();
         ops.iter().for_each(|op| world.apply(op));
         world.unplug();
-        assert_eq!(world.drive.machine.disagreements(), Disagreements::default());
+        assert_eq!(world.drive.machine.stale_lines(), StaleLines::default());
         assert_eq!(world.drive.machine.iommu().faults(), []);
     }
 }

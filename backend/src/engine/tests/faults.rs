@@ -121,7 +121,7 @@ fn a_drive_pulled_out_fails_requests_at_once_and_is_served_again_when_it_is_back
             assert_eq!(read(driver), 1);
         }
 
-        drive.machine.heal();
+        drive.machine.clear_faults();
 
         until("the drive is back", || drivers.iter_mut().all(|driver| read(driver) == 0));
     }
@@ -139,7 +139,7 @@ fn a_drive_that_the_host_wants_back_is_let_go_and_served_again_when_it_returns()
     drive.machine.inject(Fault::once(opcode(NVM_WRITE), Effect::Lose));
     let lost = driver.send(OUT, 0, &[(DATA, 512)]);
 
-    drive.machine.ask_back();
+    drive.machine.request_removal();
 
     driver.wait(1);
     assert_eq!(driver.status(lost), 1);
@@ -169,7 +169,7 @@ fn a_drive_can_be_lent_to_the_host_again_and_again() {
     let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
     for _ in 0..10 {
         back.store(false, Ordering::Relaxed);
-        drive.machine.ask_back();
+        drive.machine.request_removal();
         until("requests fail", || drivers.iter_mut().all(|driver| read(driver) == 1));
 
         back.store(true, Ordering::Relaxed);
@@ -185,7 +185,7 @@ fn a_drive_that_returns_as_another_one_is_let_go_again() {
     let function = drive.machine.function();
     let held = Arc::strong_count(&function);
     let mut driver = drive.driver(0, Shape::default());
-    drive.machine.ask_back();
+    drive.machine.request_removal();
     until("requests fail", || read(&mut driver) == 1);
     drive.machine.inject(Fault::Identify { cns: 1, offset: 4, bytes: b"ANOTHER".to_vec() });
 
@@ -252,7 +252,7 @@ fn a_namespace_replaced_under_its_number_fails_requests_until_it_is_back() {
     drive.machine.resize(8 << 20).unwrap(); // for its notice
 
     until("it is found to be another", || read(&mut driver) == 1);
-    drive.machine.heal();
+    drive.machine.clear_faults();
     until("the former is served again", || read(&mut driver) == 0);
 }
 

@@ -329,7 +329,7 @@ fn a_request_longer_than_any_command_is_completed_once_however_its_commands_end(
     drive.machine.inject(Fault::Command { on, skip: 60, times: 3, effect });
     let failed = driver.send(IN, 0, &[(DATA, 1 << 20)]);
     assert_eq!(driver.wait(1), [(u32::from(failed.head), 1)]);
-    drive.machine.heal();
+    drive.machine.clear_faults();
     let good = driver.send(IN, 0, &[(DATA, 512)]);
     assert_eq!(driver.wait(1), [(u32::from(good.head), 513)], "and no other used entry in between");
     assert_eq!((driver.status(whole), driver.status(failed), driver.status(good)), (0, 1, 0));

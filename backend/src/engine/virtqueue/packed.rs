@@ -124,7 +124,7 @@ impl PackedRing {
         let VringSetup { index, size, base, .. } = *setup;
         let [desc, driver_event, device_event] = windows(setup, table)?;
         let (next_avail, next_used) = positions(base, size).ok_or(EngineError::RingBase { index, size, base })?;
-        let descriptors = desc.rows(0, size.into()).expect("`windows` has seen to size and alignment").keep();
+        let descriptors = desc.array(0, size.into()).expect("`windows` has seen to size and alignment").into_owned();
         Ok(Self {
             desc,
             descriptors,

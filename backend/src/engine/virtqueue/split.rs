@@ -58,10 +58,10 @@ impl SplitRing {
         let entries = usize::from(size);
         let aligned = "`windows` has seen to size and alignment";
         Ok(Self {
-            desc: desc.rows(0, entries).expect(aligned).keep(),
-            avail_ring: avail.rows(RING, entries).expect(aligned).keep(),
+            desc: desc.array(0, entries).expect(aligned).into_owned(),
+            avail_ring: avail.array(RING, entries).expect(aligned).into_owned(),
             avail,
-            used_ring: used.rows(RING, entries).expect(aligned).keep(),
+            used_ring: used.array(RING, entries).expect(aligned).into_owned(),
             used,
             size,
             event_idx: setup.event_idx,

@@ -47,13 +47,13 @@ fn a_slice_past_the_end_is_refused() {
 }
 
 #[test]
-fn a_copy_between_windows_moves_every_byte_and_no_other() {
+fn a_copy_to_shared_memory_changes_only_the_target_bytes() {
     let bytes: Vec<u8> = (0..1500_u32).map(|i| (i % 250) as u8 + 1).collect();
     for (offset, target, len) in [(3, 5, 1500), (8, 16, 1500), (8, 16, 1496), (8, 3, 64), (4096, 4096, 0)] {
         let (from, to) = (shared(4096), shared(4096));
         from.copy_from(offset, &bytes[..len]);
 
-        from.copy_to_window(offset, &to, target, len);
+        from.copy_to_shared(offset, &to, target, len);
 
         let mut read = vec![0; 4096];
         to.copy_to(0, &mut read);
@@ -66,11 +66,11 @@ fn a_copy_between_windows_moves_every_byte_and_no_other() {
 #[test]
 #[should_panic(expected = "9 bytes at 4088")]
 fn a_copy_past_the_end_of_the_target_panics() {
-    shared(8192).copy_to_window(0, &shared(4096), 4088, 9);
+    shared(8192).copy_to_shared(0, &shared(4096), 4088, 9);
 }
 
 #[test]
-fn a_window_of_any_size_is_cleared_whole() {
+fn clear_zeroes_a_view_of_any_size_and_nothing_else() {
     let shared = shared(4096);
     shared.copy_from(0, &[1; 4096]);
     shared.slice(8, 13).expect("inside").clear();

@@ -1,5 +1,5 @@
-//! The calls of a device file that only a function passed through whole needs: regions as another process may map them,
-//! and interrupts of any index, from any vector on.
+//! Calls of a device cdev that only whole-function passthrough needs: regions that another process may map, and
+//! `VFIO_DEVICE_SET_IRQS` with any index and start vector.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -20,10 +20,10 @@ use crate::whole_function::{IrqAction, IrqData, IrqInfo, IrqSet, RegionInfo};
 
 ioctl_io_nr!(VFIO_DEVICE_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 7);
 
-/// The most vectors of one interrupt (PCI Local Bus 3.0 §6.8.2.3).
+/// Most vectors of one IRQ index (MSI-X: PCI Local Bus 3.0 §6.8.2.3).
 const MAX_VECTORS: usize = 2048;
 
-/// `struct vfio_irq_set` with room for the data of every vector behind it.
+/// `struct vfio_irq_set` followed by space for the data of every vector.
 #[repr(C)]
 struct IrqSetBuffer {
     header: vfio_irq_set,
@@ -31,7 +31,7 @@ struct IrqSetBuffer {
 }
 
 impl Cdev {
-    /// Size and access of a region; all zero if the device has none of that index.
+    /// Size and access rights of a region; all zero if the device has no such region.
     #[must_use]
     pub fn region_info(&self, index: u32) -> RegionInfo {
         let flags = self.device.get_region_flags(index);
@@ -42,14 +42,14 @@ impl Cdev {
         }
     }
 
-    /// Where a region begins in the device file, bytes.
+    /// Offset of a region in the device file, in bytes.
     #[must_use]
     pub fn region_offset(&self, index: u32) -> u64 {
         self.device.get_region_offset(index)
     }
 
-    /// The parts of a region that can be mapped, as offset and size in bytes; an empty list means all of it. `None` where
-    /// nothing can.
+    /// The areas of a region that can be mapped, as offset and size in bytes. An empty list means the whole region; `None`
+    /// means that nothing can be mapped.
     #[must_use]
     pub fn mmap_areas(&self, index: u32) -> Option<Vec<(u64, u64)>> {
         if self.device.get_region_flags(index) & VFIO_REGION_INFO_FLAG_MMAP == 0 {
@@ -62,12 +62,12 @@ impl Cdev {
         Some(areas.unwrap_or_default())
     }
 
-    /// A dma-buf of the whole region, where the kernel exports one and lets it be mapped (`VFIO_DEVICE_FEATURE_DMA_BUF`).
-    /// Its holder can do nothing with the device but map this region. Linux 7.2 exports it and refuses to map it.
+    /// A dma-buf of the whole region, if the kernel exports one that can be mapped (`VFIO_DEVICE_FEATURE_DMA_BUF`). Whoever
+    /// holds it can only map this region. Linux 7.2 exports a dma-buf but does not allow it to be mapped.
     #[must_use]
     pub fn mappable_dma_buf(&self, index: u32) -> Option<OwnedFd> {
         if !self.mmap_areas(index)?.is_empty() {
-            return None; // A part of a region would begin at offset 0 of the dma-buf, not at its own offset.
+            return None; // An area of the region would start at offset 0 of the dma-buf instead of its own offset.
         }
         let length = self.region_size(index);
         let ranges = [VfioRegionDmaRange { offset: 0, length }];
@@ -77,7 +77,7 @@ impl Cdev {
         Some(file.into())
     }
 
-    /// True if the kernel knows a way to reset this device alone (`VFIO_DEVICE_FLAGS_RESET`).
+    /// True if the kernel can reset this device alone (`VFIO_DEVICE_FLAGS_RESET`).
     #[must_use]
     pub fn resettable(&self) -> bool {
         let argsz = u32::try_from(size_of::<vfio_device_info>()).expect("a few words");
@@ -87,7 +87,7 @@ impl Cdev {
         result >= 0 && info.flags & VFIO_DEVICE_FLAGS_RESET != 0
     }
 
-    /// Another descriptor of this file, for another process. It can do all that this file can.
+    /// Duplicates the descriptor, for another process. The duplicate grants the same access.
     ///
     /// # Errors
     /// The errno of `fcntl`.
@@ -95,7 +95,7 @@ impl Cdev {
         self.as_fd().try_clone_to_owned()
     }
 
-    /// Flags and number of vectors of an interrupt; all zero if the device has none of that index.
+    /// Flags and number of vectors of an IRQ index; all zero if the device has no such index.
     #[must_use]
     pub fn irq_info(&self, index: u32) -> IrqInfo {
         let irq = self.device.get_irq_info(index);
@@ -105,7 +105,7 @@ impl Cdev {
     /// `VFIO_DEVICE_SET_IRQS`.
     ///
     /// # Errors
-    /// The errno of the call; EINVAL where the data are not of `set.count` vectors, or are of too many.
+    /// The errno of the call; EINVAL if the data is not for `set.count` vectors, or for too many.
     pub fn set_irqs(&self, set: &IrqSet<'_>) -> io::Result<()> {
         let buffer = encode(set).ok_or(io::Error::from_raw_os_error(libc::EINVAL))?;
         // SAFETY: the kernel reads `argsz` bytes, all of them inside `buffer`; see `encode`.
@@ -116,7 +116,7 @@ impl Cdev {
     }
 }
 
-/// The argument of `VFIO_DEVICE_SET_IRQS`; `argsz` covers the header and the data, and never exceeds the buffer.
+/// The argument of `VFIO_DEVICE_SET_IRQS`. `argsz` covers the header and the data, and never exceeds the buffer.
 fn encode(set: &IrqSet<'_>) -> Option<Box<IrqSetBuffer>> {
     let mut buffer = Box::new(IrqSetBuffer { header: vfio_irq_set::default(), data: [0; MAX_VECTORS] });
     let count = usize::try_from(set.count).ok()?;
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn an_absent_eventfd_is_minus_one_and_argsz_covers_all_of_them() {
+    fn a_missing_eventfd_is_minus_one_and_argsz_covers_all() {
         let event = std::fs::File::open("/dev/null").unwrap();
         let fds = [Some(event.as_fd()), None];
 
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_packed_and_data_of_another_length_are_refused() {
+    fn bools_are_packed_and_data_of_the_wrong_length_is_refused() {
         let buffer = encode(&set(IrqData::Bools(&[1, 0, 1, 0, 1]), 5)).unwrap();
         assert_eq!(buffer.data[..2], [0x0001_0001, 1]);
         assert_eq!(buffer.header.argsz, 25);

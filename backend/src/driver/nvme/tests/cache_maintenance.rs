@@ -195,6 +195,6 @@ fn a_controller_behind_the_caches_is_brought_up_and_works() {
         assert_eq!(done, [(5, Outcome::Success)]);
     }
     nvme.shut_down();
-    assert_eq!(rig.machine.disagreements(), crate::emulated::Disagreements::default());
+    assert_eq!(rig.machine.stale_lines(), crate::emulated::StaleLines::default());
     rig.assert_stopped();
 }

@@ -37,7 +37,7 @@ fn every_failure_during_initialization_leaves_the_controller_stopped() {
             if rig.machine.traffic().admin < skip {
                 break;
             }
-            rig.machine.heal();
+            rig.machine.clear_faults();
             failures += usize::from(up.is_err());
             if up.is_err() {
                 rig.assert_stopped();
@@ -109,7 +109,7 @@ fn a_controller_that_fails_or_vanishes_during_io_completes_nothing_and_can_be_sh
 
         nvme.shut_down();
 
-        rig.machine.heal();
+        rig.machine.clear_faults();
         rig.assert_stopped();
     }
 }

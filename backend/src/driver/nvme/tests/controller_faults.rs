@@ -188,7 +188,7 @@ fn events_without_end_hold_up_nobody_and_are_ignored_until_the_next_reset() {
     nvme.handle_events().unwrap();
 
     assert_eq!(run(&mut *queues[0], ONE_BLOCK, &[span(0, 512)], 512), Outcome::Success);
-    rig.machine.heal();
+    rig.machine.clear_faults();
     drop(queues);
     nvme.recover().unwrap();
     let before = nvme.geometry().blocks;

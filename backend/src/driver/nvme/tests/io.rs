@@ -270,11 +270,11 @@ fn limits_come_from_both_identify_controller_structures() {
     assert_eq!(geometry.discard, Some(DiscardLimits { ranges: 3, range_blocks: 7, blocks: 20 }));
     assert_eq!(geometry.zeroes, Some(ZeroesLimits { blocks: 32, deallocates: true }), "WZSL: 16 KiB");
 
-    rig.machine.heal();
+    rig.machine.clear_faults();
     rig.machine.inject(Fault::always(Commands::admin(6), Effect::Status(Status::INVALID_FIELD)));
     assert!(rig.bring_up(nvme_options(1)).is_err(), "Identify Controller is mandatory");
 
-    rig.machine.heal();
+    rig.machine.clear_faults();
     rig.machine.inject(Fault::Identify { cns: 1, offset: 520, bytes: vec![0, 0] });
     let geometry = rig.bring_up(nvme_options(1)).unwrap().geometry().clone();
     assert_eq!((geometry.discard, geometry.zeroes), (None, None), "ONCS reports neither command");

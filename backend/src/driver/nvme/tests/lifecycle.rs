@@ -145,7 +145,7 @@ fn recovery_does_not_replace_the_disk_by_another() {
 
         assert_eq!(error.to_string(), format!("0000:00:04.0: is no longer what it was: {change}"));
         rig.assert_stopped();
-        rig.machine.heal();
+        rig.machine.clear_faults();
         assert!(nvme.recover().is_ok(), "the original disk is served again");
     }
 }
