@@ -1,9 +1,9 @@
-//! What flushing costs: whole ranges beside the bare instruction in a loop, and a request of 4 KiB beside one that needs
-//! none. Figures of one run are to be read as ratios.
+//! Cost of flushing: ranges compared with a bare loop of the instruction, and a 4 KiB request compared with one without
+//! flushes. Compare figures of one run only, as ratios.
 #![allow(missing_docs, reason = "a program")]
 #![allow(clippy::unwrap_used, reason = "a bench may fail")]
 #![allow(clippy::cast_precision_loss, reason = "figures of a measurement")]
-#![expect(unsafe_code, reason = "the yardstick is the bare instruction")]
+#![expect(unsafe_code, reason = "the baseline is the bare instruction")]
 
 mod queue;
 
@@ -21,14 +21,14 @@ use vm_memory::MmapRegion;
 
 use queue::shared;
 
-/// A thread's lines that are to be in its cache when they are flushed, bytes.
+/// Bytes per thread whose lines are cached when they are flushed.
 const CACHED: usize = 1 << 20;
-/// Lines that are to be in none, bytes; long enough for the flusher to start threads.
+/// Bytes whose lines are in no cache; large enough for the flusher to start threads.
 const LARGE: usize = 256 << 20;
 const ROUNDS: usize = 15;
 const REQUESTS: u32 = 20_000;
 
-/// Memory as the product sees it, and where it begins.
+/// Shared memory and its address in this process.
 struct Memory {
     shared: SharedMemory,
     at: u64,
@@ -40,12 +40,13 @@ fn memory(bytes: usize) -> Memory {
     Memory { shared: SharedMemory::of(region), at }
 }
 
-/// The yardstick: nothing but the instruction, and a fence on each side.
+/// The baseline: only the instruction, with a fence on each side.
 #[cfg(target_arch = "x86_64")]
 fn bare(memory: &Memory, part: Range<usize>, lines: &CacheLines) {
     assert!(part.end <= memory.shared.len());
     let (mut at, end) = (memory.at + part.start as u64, memory.at + part.end as u64);
-    // SAFETY: every line lies in `memory`, as asserted, which is mapped as long as its window lives; the instructions change no architectural state.
+    // SAFETY: the assertion above keeps every line inside `memory`, which keeps its mapping. The instructions change no
+    // architectural state.
     unsafe {
         std::arch::asm!("mfence", options(nostack, preserves_flags));
         if lines.instruction() == Instruction::ClflushOpt {
@@ -94,8 +95,9 @@ fn median(mut times: Vec<Duration>) -> Duration {
 
 type Work<'a> = &'a (dyn Fn(&Memory) + Sync);
 
-/// Runs each work on all places at once; bytes by the longest time that a place took, in the median of the rounds, in GB/s.
-fn both(state: Lines, places: &[Memory], ours: Work<'_>, bare: Work<'_>) -> [f64; 2] {
+/// Throughput of both kinds of work in GB/s. One thread per place runs the work; a round takes as long as its slowest thread,
+/// and the result is the median round.
+fn measure(state: Lines, places: &[Memory], ours: Work<'_>, bare: Work<'_>) -> [f64; 2] {
     let timed = |memory: &Memory, work: Work<'_>| {
         prepare(state, &memory.shared);
         let start = Instant::now();
@@ -111,7 +113,7 @@ fn both(state: Lines, places: &[Memory], ours: Work<'_>, bare: Work<'_>) -> [f64
     };
     let (mut times, bytes) = ([Vec::new(), Vec::new()], places.iter().map(|memory| memory.shared.len()).sum::<usize>());
     for _ in 0..ROUNDS {
-        // In turn, so that both meet the same neighbours.
+        // Alternating, so that other load on the machine affects both alike.
         times[0].push(round(ours));
         times[1].push(round(bare));
     }
@@ -122,7 +124,7 @@ fn row(state: Lines, threads: usize, [ours, bare]: [f64; 2]) {
     println!("| {state:?} | {threads} | {ours:.1} | {bare:.1} | {:.2} |", ours / bare);
 }
 
-/// Nanoseconds of a request of 4 KiB through a queue whose controller answers at once, its data written or read by a CPU.
+/// Nanoseconds per 4 KiB request through a queue whose controller completes at once. A CPU writes or reads the data.
 fn request(lines: Option<CacheLines>, write: bool) -> f64 {
     let data = shared(4096);
     let caches = lines.map(|lines| Arc::new(lines) as Arc<dyn CacheFlush>);
@@ -157,8 +159,8 @@ fn request(lines: Option<CacheLines>, write: bool) -> f64 {
 }
 
 fn main() {
-    // Cargo passes words such as --bench.
-    let Some(lines) = CacheLines::detect() else { return println!("this CPU gives programs no cache-line operations") };
+    // Arguments are ignored: cargo passes --bench and the like.
+    let Some(lines) = CacheLines::detect() else { return println!("this CPU has no cache-line operations in user space") };
     println!(
         "{:?}, lines of {} bytes; GB/s, medians of {ROUNDS} alternating rounds\n",
         lines.instruction(),
@@ -171,13 +173,13 @@ fn main() {
         for state in [Lines::Clean, Lines::Dirty] {
             places.iter().for_each(|memory| prepare(Lines::Dirty, &memory.shared));
             let ours = |memory: &Memory| lines.flush(&memory.shared, 0, CACHED);
-            row(state, threads, both(state, &places, &ours, &whole));
+            row(state, threads, measure(state, &places, &ours, &whole));
         }
     }
     let large = [memory(LARGE)];
     prepare(Lines::Dirty, &large[0].shared);
     let alone = |memory: &Memory| lines.flush(&memory.shared, 0, LARGE);
-    row(Lines::Uncached, 1, both(Lines::Uncached, &large, &alone, &whole));
+    row(Lines::Uncached, 1, measure(Lines::Uncached, &large, &alone, &whole));
     let halves = |memory: &Memory| {
         std::thread::scope(|scope| {
             scope.spawn(|| bare(memory, LARGE / 2..LARGE, &lines));
@@ -185,7 +187,7 @@ fn main() {
         });
     };
     let shared = |memory: &Memory| flush(&lines, &memory.shared, 0, LARGE);
-    row(Lines::Uncached, 2, both(Lines::Uncached, &large, &shared, &halves));
+    row(Lines::Uncached, 2, measure(Lines::Uncached, &large, &shared, &halves));
 
     println!(
         "\n| request of 4 KiB, one at a time | without flushing, ns | flushing, ns | added, ns |\n|---|---|---|---|"

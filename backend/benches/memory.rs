@@ -1,4 +1,4 @@
-//! What a memory message costs before the first mapping: comparing a table of 512 regions, the most QEMU has, with the next
+//! Cost of a memory table message before anything is mapped: comparing a table of 512 regions, QEMU's maximum, with the next
 //! one.
 #![allow(missing_docs, reason = "criterion_group makes an undocumented function")]
 #![allow(clippy::unwrap_used, reason = "a bench may fail")]
@@ -15,7 +15,7 @@ use vhost_device_vfio::memory::{MemTable, Plan, Region, RegionSpec};
 const REGIONS: u64 = 512;
 const SIZE: u64 = 1 << 20;
 
-/// Region `n`, with a gap after it.
+/// Region `n`, followed by a gap.
 fn spec(file: &Arc<File>, n: u64) -> RegionSpec {
     let start = n * 2 * SIZE;
     RegionSpec {

@@ -1,5 +1,5 @@
-//! Cost of a command in this driver, beside a lower bound: the memory accesses that any driver needs. Compare figures of
-//! one run only, as ratios.
+//! Cost of a command in this driver, compared with a lower bound: the memory accesses that every driver needs. Compare figures
+//! of one run only, as ratios.
 #![allow(missing_docs, reason = "criterion_group makes an undocumented function")]
 #![allow(clippy::unwrap_used, reason = "a bench may fail")]
 

@@ -1,7 +1,7 @@
-//! What one request costs in the ring loop: take the chain, read the header, look the data up for the device, write the
-//! status, give the chain back; published and considered for a notification once per batch of 32. Ours, split and packed,
-//! beside `virtio-queue` (which has no packed ring) over the same bytes in the same run, because only the ratio carries from
-//! machine to machine.
+//! Cost of one request in the ring loop: take the chain, read the header, translate the data addresses, write the status, and
+//! push a used entry. Used entries are published, and the notification decided, once per batch of 32. Our split and packed
+//! rings are compared with `virtio-queue`, which has no packed ring, on the same bytes in the same run. Only the ratio is
+//! comparable between machines.
 
 #![allow(missing_docs, reason = "criterion's macros make public functions")]
 #![allow(clippy::unwrap_used, reason = "a benchmark may stop")]
@@ -34,7 +34,7 @@ const AVAIL: u64 = 0x3000;
 const USED: u64 = 0x5000;
 const HEADERS: u64 = 0x1_0000;
 const TABLES: u64 = 0x2_0000;
-/// The packed ring, and its indirect tables.
+/// The packed ring and its indirect tables.
 const PACKED: u64 = 0x8000;
 const PACKED_SIZE: u16 = 255;
 const PACKED_TABLES: u64 = 0x3_0000;
@@ -42,7 +42,7 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// One guest memory, mapped twice.
+/// The same guest memory, mapped once for this crate and once for `virtio-queue`.
 struct Memory {
     ours: Arc<MemTable>,
     theirs: GuestMemoryMmap,
@@ -52,7 +52,7 @@ fn memory(regions: u64) -> Memory {
     let mut ours = Vec::new();
     let mut theirs = Vec::new();
     for n in 0..regions {
-        // A gap after each region, so that none can be merged with the next.
+        // A gap after each region keeps regions from being merged.
         let start = n * 2 * REGION;
         let file = Arc::new(File::from(memfd_create("bench", MemfdFlags::CLOEXEC).unwrap()));
         ftruncate(&*file, REGION).unwrap();
@@ -67,7 +67,7 @@ fn memory(regions: u64) -> Memory {
     }
 }
 
-/// Reads of 4 KiB, each of three descriptors, whose data lies in all regions in turn.
+/// Writes requests into guest memory: 4 KiB reads of three descriptors each, with data in all regions in turn.
 fn fill(memory: &GuestMemoryMmap, regions: u64, indirect: bool) {
     let put = |at: u64, addr: u64, len: u32, flags: u16, next: u16| {
         memory.write_obj(addr, GuestAddress(at)).unwrap();
@@ -94,10 +94,11 @@ fn fill(memory: &GuestMemoryMmap, regions: u64, indirect: bool) {
     }
 }
 
-/// The driver of a packed ring over the requests of [`fill`]. It writes every descriptor anew in each round, as a driver must.
+/// The driver side of a packed ring with the requests of [`fill`]. It writes every descriptor again in each round, as every
+/// driver must.
 struct PackedDriver {
     memory: GuestMemoryMmap,
-    /// Descriptors of a request, and of the whole ring in use.
+    /// Descriptors per request.
     descriptors: u16,
     ring: Vec<[u64; 2]>,
     count: u64,
@@ -110,7 +111,7 @@ impl PackedDriver {
         let mut ring = Vec::new();
         for n in 0..u64::from(PACKED_SIZE / 3) {
             let entry = |at: u64| memory.read_obj::<[u64; 2]>(GuestAddress(at)).unwrap();
-            // Flags move up by 16 bits, past the ID.
+            // The flags move up by 16 bits, above the buffer ID.
             let pack = |[addr, rest]: [u64; 2]| [addr, rest & 0xffff_ffff | (rest >> 32 & 0xffff) << 48 | n << 32];
             let request = 64 * (n % u64::from(SIZE / 4));
             for part in 0..3 {
@@ -151,7 +152,7 @@ impl PackedDriver {
 fn packed(memory: &Memory, regions: u64, indirect: bool) -> impl FnMut(u64) -> Duration {
     let span = |start, len| Span::new(Gpa(start), len).unwrap();
     let mut driver = PackedDriver::new(&memory.theirs, regions, indirect);
-    memory.theirs.write_obj(2_u32 << 16, GuestAddress(AVAIL)).unwrap(); // a wish for a place, as EVENT_IDX has it
+    memory.theirs.write_obj(2_u32 << 16, GuestAddress(AVAIL)).unwrap(); // RING_EVENT_FLAGS_DESC, as with EVENT_IDX
     let setup = VringSetup {
         layout: Layout::Packed,
         size: driver.size(),
@@ -160,7 +161,7 @@ fn packed(memory: &Memory, regions: u64, indirect: bool) -> impl FnMut(u64) -> D
         ..setup()
     };
     let mut serve = serve(memory, &setup);
-    // Its driver has three descriptors to write for each request; that is not our time.
+    // The driver writes three descriptors per request; that time is not counted.
     move |rounds| {
         let mut total = Duration::ZERO;
         for _ in 0..rounds {
@@ -231,18 +232,18 @@ fn take(
     Some(pending_used)
 }
 
-/// Serves all that is available.
+/// Serves all available requests.
 fn serve(memory: &Memory, setup: &VringSetup) -> impl FnMut() + use<> {
     let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 512, ..Geometry::default() };
     let disk = Disk::new(&geometry, Arc::new(LiveGeometry::of(&geometry)));
     let mut ring = Virtqueue::new(setup, &memory.ours).unwrap();
     let mut guest = GuestMemoryView::default();
     guest.publish(Arc::clone(&memory.ours));
-    let mut room = (Chain::default(), Data::default());
+    let mut buffers = (Chain::default(), Data::default());
     move || {
         let mut served = 0;
         for _ in 0..ring.available().unwrap() {
-            let Some(pending_used) = take(&mut ring, &mut guest, &disk, &mut room) else { break };
+            let Some(pending_used) = take(&mut ring, &mut guest, &disk, &mut buffers) else { break };
             guest.write_status(pending_used.status().unwrap(), Status::Ok as u8);
             ring.push_used(pending_used.complete(), 4097);
             served += 1;

@@ -1,4 +1,4 @@
-//! An I/O queue of the driver's whose controller is the bench, for those that measure one.
+//! An I/O queue of the driver whose controller is simulated by the bench.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -13,13 +13,13 @@ use vhost_device_vfio::hardware::{CacheFlush, Registers};
 use vhost_device_vfio::sys::SharedMemory;
 use vm_memory::MmapRegion;
 
-/// Blocks and the longest transfer of the drive that there is not.
+/// Limits of the simulated controller.
 pub(crate) const LIMITS: Limits = Limits { block: 512, transfer: 1 << 20 };
 
-/// Doorbells that nobody hears.
-struct Silent;
+/// A BAR that ignores doorbell writes.
+struct IgnoredDoorbells;
 
-impl Registers for Silent {
+impl Registers for IgnoredDoorbells {
     fn size(&self) -> usize {
         0x2000
     }
@@ -37,12 +37,12 @@ impl Registers for Silent {
     }
 }
 
-/// `bytes` of memory.
+/// `bytes` bytes of anonymous memory.
 pub(crate) fn shared(bytes: usize) -> SharedMemory {
     SharedMemory::of(Arc::new(MmapRegion::new(bytes).unwrap()))
 }
 
-/// A queue as deep as any, and its controller; flushed by `caches` if there are any.
+/// A queue of maximum depth and its controller. `caches`, if given, flushes the queue.
 pub(crate) fn pair(caches: Option<Arc<dyn CacheFlush>>) -> (IoQueue, Controller) {
     let memory = shared(memory_needed(MAX_DEPTH));
     let queue = IoQueue::new(QueueSetup {
@@ -50,7 +50,7 @@ pub(crate) fn pair(caches: Option<Arc<dyn CacheFlush>>) -> (IoQueue, Controller)
         id: 1,
         depth: MAX_DEPTH,
         memory: QueueMemory { memory: memory.clone(), iova: Iova(0x7000_0000), caches },
-        doorbells: Doorbells { registers: Arc::new(Silent), stride: 4 },
+        doorbells: Doorbells { registers: Arc::new(IgnoredDoorbells), stride: 4 },
         namespace: 1,
         limits: LIMITS,
         sgl: None,
@@ -60,7 +60,7 @@ pub(crate) fn pair(caches: Option<Arc<dyn CacheFlush>>) -> (IoQueue, Controller)
     (queue, Controller::new(memory))
 }
 
-/// The controller's half: where it fetches and completes.
+/// The controller's side of the queue pair.
 pub(crate) struct Controller {
     pub(crate) memory: SharedMemory,
     pub(crate) sq_head: u16,
@@ -69,12 +69,12 @@ pub(crate) struct Controller {
 }
 
 impl Controller {
-    /// At the start of the rings in `memory`.
+    /// Starts at the first entries of the rings in `memory`.
     pub(crate) fn new(memory: SharedMemory) -> Self {
         Self { memory, sq_head: 0, cq_tail: 0, phase: 1 }
     }
 
-    /// Completes the next command, knowing only its identifier.
+    /// Completes the next command. It reads only the command identifier.
     pub(crate) fn complete_one(&mut self) {
         let cid = self.memory.read_u16(usize::from(self.sq_head) * 64 + 2);
         self.sq_head = (self.sq_head + 1) % MAX_DEPTH;

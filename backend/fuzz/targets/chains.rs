@@ -1,5 +1,5 @@
-//! A guest that writes anything into its ring, split or packed: the input is all of its memory. Nothing panics, every chain
-//! that is taken ends, and no buffer leaves the memory.
+//! A guest with an arbitrary ring, split or packed: the input is the contents of guest memory. The device must not panic, must
+//! complete every chain it takes, and must not use a buffer outside guest memory.
 #![no_main]
 
 use std::cell::RefCell;
@@ -70,7 +70,7 @@ fn serve(layout: Layout, table: &Arc<MemTable>) {
         let (pending_used, _) = parse(&chain, &mut guest, &disk, &mut data);
         for buffer in &data.buffers {
             let inside = |(start, len): &(u64, u64)| buffer.start().0 >= *start && buffer.last().0 < start + len;
-            assert!(REGIONS.iter().any(inside), "{buffer} is no guest memory");
+            assert!(REGIONS.iter().any(inside), "{buffer} is not guest memory");
         }
         if let Some(status) = pending_used.status() {
             guest.write_status(status, Status::Ok as u8);

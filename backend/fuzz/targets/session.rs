@@ -32,13 +32,13 @@ fn device() -> Device {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let (ours, theirs) = front_end::conversation();
+    let (ours, theirs) = front_end::connect();
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let server = std::thread::spawn(move || {
         let mut server = Server::new(Listen::Fd(theirs).open().unwrap(), device()).unwrap();
         server.run(stop).unwrap();
         server.into_device().engine.shut_down();
     });
-    front_end::say(&ours, input);
+    front_end::send_input(&ours, input);
     server.join().unwrap();
 });

@@ -1,5 +1,5 @@
-//! A vfio-user client that says anything, after a version or without one. The server answers or hangs up, and nothing stays
-//! mapped for the device.
+//! A vfio-user client that sends arbitrary bytes and descriptors, with or without a version message first. The server must
+//! reply or close the connection, and must leave nothing mapped for the device.
 #![no_main]
 
 mod front_end;
@@ -22,13 +22,13 @@ fn machine() -> (Machine, Passthrough) {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let (ours, theirs) = front_end::conversation();
+    let (ours, theirs) = front_end::connect();
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let server = std::thread::spawn(move || {
         let (machine, device) = machine();
         Server::new(Listen::Fd(theirs).open().unwrap(), device, Vmm::without_shim()).run(&stop).unwrap();
-        assert!(machine.iommu().mapped().is_empty(), "something stays mapped");
+        assert!(machine.iommu().mapped().is_empty(), "memory is still mapped");
     });
-    front_end::say(&ours, input);
+    front_end::send_input(&ours, input);
     server.join().unwrap();
 });

@@ -1,8 +1,8 @@
-//! The table of guest memory: which guest physical ranges exist, where the front-end sees them, and how this process
-//! reaches them. A table is immutable; a change makes a new one, so a worker holds one `Arc` and never a lock.
+//! The guest memory table. For each guest physical range it holds the front-end's virtual address and this process's mapping.
+//! A table is immutable and a change makes a new one, so workers share it by `Arc`, without a lock.
 //!
-//! Regions arrive validated ([`Region::map`]), are kept sorted by guest address and are disjoint both in guest physical
-//! and in front-end virtual addresses. Nothing here knows about the IOMMU.
+//! Regions are validated by [`Region::map`], sorted by guest physical address, and disjoint both in guest physical and in
+//! front-end virtual addresses. This module does not depend on the IOMMU.
 
 mod plan;
 mod region;
@@ -16,7 +16,7 @@ pub use region::{FileId, Region, RegionError, RegionSpec};
 use crate::addr::{Address, Gpa, Iova, Qva, Span};
 use crate::sys::SharedMemory;
 
-/// Sorted, disjoint guest regions.
+/// Guest memory regions, sorted and disjoint.
 #[derive(Clone, Default)]
 pub struct MemTable {
     regions: Vec<Arc<Region>>,
@@ -26,7 +26,7 @@ impl MemTable {
     /// Builds a table from regions in any order.
     ///
     /// # Errors
-    /// [`RegionError::Overlap`] names the two regions that collide in guest or front-end addresses.
+    /// [`RegionError::Overlap`] if two regions overlap in guest physical or front-end virtual addresses.
     pub fn new(mut regions: Vec<Arc<Region>>) -> Result<Self, RegionError> {
         regions.sort_by_key(|region| region.gpa().start());
         for pair in regions.windows(2) {
@@ -50,17 +50,17 @@ impl MemTable {
         &self.regions
     }
 
-    /// True if the front-end has announced no memory.
+    /// True if there are no regions.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
     }
 
-    /// Where the device finds `span`, if all of it is guest memory. It may run over the seam of two adjacent regions,
-    /// which the device does not see.
+    /// The IOVA range of `span`, if all of it is guest memory. `span` may cross from one region into an adjacent one, because
+    /// their IOVAs are contiguous.
     ///
-    /// `hint` is the caller's memory of the last region used, an index that may be stale; a ring's buffers mostly come
-    /// from one region, so this is one comparison.
+    /// `hint` is the index of the last region used, and may be stale. Most buffers of a ring are in one region, so the lookup
+    /// usually costs one comparison.
     #[inline]
     #[must_use]
     pub fn iova(&self, span: Span<Gpa>, hint: &mut usize) -> Option<Span<Iova>> {
@@ -78,24 +78,24 @@ impl MemTable {
         (span.last() <= last).then(|| span.identity_iova())
     }
 
-    /// This process's view of `span`: the window of its region and the offset in it. `None` unless all of it lies in one
-    /// region.
+    /// This process's mapping of `span`: the region's memory and the offset in it. `None` unless one region contains all of
+    /// `span`.
     #[inline]
     #[must_use]
     pub fn host_memory(&self, span: Span<Gpa>, hint: &mut usize) -> Option<(&SharedMemory, usize)> {
-        let fits = |offset| usize::try_from(offset).expect("a mapped region fits the address space");
-        let hit = |index: usize| {
+        let to_usize = |offset| usize::try_from(offset).expect("a mapped region fits the address space");
+        let look_up = |index: usize| {
             let region = self.regions.get(index)?;
-            region.gpa().offset_of_span(&span).map(|offset| (region.memory(), fits(offset)))
+            region.gpa().offset_of_span(&span).map(|offset| (region.memory(), to_usize(offset)))
         };
-        if let Some(found) = hit(*hint) {
+        if let Some(found) = look_up(*hint) {
             return Some(found);
         }
         *hint = self.find(span.start())?;
-        hit(*hint)
+        look_up(*hint)
     }
 
-    /// The guest address of a front-end virtual address range that lies in one region.
+    /// Translates a front-end virtual address range. `None` unless one region contains all of it.
     #[must_use]
     pub fn gpa(&self, start: Qva, len: u64) -> Option<Span<Gpa>> {
         let span = Span::new(start, len)?;
@@ -103,7 +103,7 @@ impl MemTable {
         region.gpa().slice(region.qva().offset_of(start)?, len)
     }
 
-    /// This table with one more region.
+    /// A copy of this table with one more region.
     ///
     /// # Errors
     /// See [`Self::new`].
@@ -113,14 +113,14 @@ impl MemTable {
         Self::new(regions)
     }
 
-    /// Index of the region that holds `address`.
+    /// Index of the region that contains `address`.
     fn find(&self, address: Gpa) -> Option<usize> {
         let after = self.regions.partition_point(|region| region.gpa().start() <= address);
         after.checked_sub(1).filter(|&index| self.regions[index].gpa().contains(address))
     }
 }
 
-/// The guest ranges, for messages: `0x0+2G, 0x100000000+2G`.
+/// The guest physical ranges, for messages: `0x0+2G, 0x100000000+2G`.
 impl fmt::Display for MemTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_empty() {

@@ -1,8 +1,8 @@
-//! From one memory table to the next: what to take away, what to add, what to leave alone. Pure, so that the order and
-//! the roll-back can be tested without a device.
+//! The steps from one memory table to the next: regions to remove, to keep and to add. A plan has no side effects, so order
+//! and rollback can be tested without a device.
 //!
-//! `SET_MEM_TABLE` replaces the whole table, but most of it is usually the same memory; only the difference may be
-//! unmapped and mapped, because a page that stays must stay pinned (vhost-user: "Memory regions description").
+//! `SET_MEM_TABLE` replaces the whole table, but most regions usually stay. Only the difference may be unmapped and mapped: a
+//! page that stays must remain pinned (vhost-user: "Memory regions description").
 
 use std::sync::Arc;
 
@@ -20,24 +20,24 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// To the table with one more region (`ADD_MEM_REG`). A region that is there already is left alone, so that a front-end
-    /// may repeat itself.
+    /// Adds one region (`ADD_MEM_REG`). Adding a region that exists already changes nothing, so a front-end may repeat the
+    /// message.
     #[must_use]
     pub fn adding(old: &MemTable, spec: RegionSpec) -> Self {
-        let known = old.regions().iter().any(|region| region.is_mapping_of(&spec));
-        let add = if known { Vec::new() } else { vec![spec] };
+        let exists = old.regions().iter().any(|region| region.is_mapping_of(&spec));
+        let add = if exists { Vec::new() } else { vec![spec] };
         Self { remove: Vec::new(), keep: old.regions().to_vec(), add }
     }
 
-    /// To the table without one region (`REM_MEM_REG`), which is named by its guest and front-end addresses and its size;
-    /// `None` if there is no such region.
+    /// Removes one region (`REM_MEM_REG`), identified by guest physical address, size and front-end address. `None` if there
+    /// is no such region.
     #[must_use]
     pub fn removing(old: &MemTable, gpa: Span<Gpa>, qva: Qva) -> Option<Self> {
         let (remove, keep): (Vec<_>, Vec<_>) = old.regions().iter().cloned().partition(|region| region.is_announced_as(gpa, qva));
         (!remove.is_empty()).then(|| Self { remove, keep, add: Vec::new() })
     }
 
-    /// To the announced table (`SET_MEM_TABLE`): compares what is mapped with what the front-end announces now.
+    /// Replaces the table (`SET_MEM_TABLE`): compares the mapped regions with the announced ones.
     #[must_use]
     pub fn replacing(old: &MemTable, announced: Vec<RegionSpec>) -> Self {
         let mut keep = Vec::new();
@@ -53,7 +53,7 @@ impl Plan {
         Self { remove, keep, add }
     }
 
-    /// The table after the change, given the regions made from [`Self::add`].
+    /// The new table. `added` are the regions mapped from [`Self::add`].
     ///
     /// # Errors
     /// See [`MemTable::new`].

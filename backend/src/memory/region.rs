@@ -1,7 +1,7 @@
-//! One region of guest memory: a span of a file that the front-end shared, mapped into this process.
+//! A region of guest memory: part of a file that the front-end has shared, mapped into this process.
 //!
-//! The front-end is believed in nothing. What it announces is compared with what the file is before a byte of it is
-//! touched: a region past the end of its file would kill this process with SIGBUS at the first access, not at `mmap`.
+//! The front-end is not trusted. An announced region is checked against its file before the memory is accessed: `mmap`
+//! accepts a region past the end of the file, and the first access would raise SIGBUS.
 
 use std::fmt;
 use std::fs::File;
@@ -20,10 +20,10 @@ const HUGETLBFS_MAGIC: i64 = 0x958458f6;
 /// `f_type` of a tmpfs or memfd file (statfs(2)).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
-/// The smallest page of every IOMMU, bytes.
+/// Smallest page size of every IOMMU, in bytes.
 const IOMMU_PAGE: u64 = 4096;
 
-/// Which file, whatever its descriptor number: QEMU sends the same memfd under several numbers.
+/// Identity of a file. The descriptor number is no identity: QEMU sends the same memfd under several numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileId {
     device: u64,
@@ -31,7 +31,7 @@ pub struct FileId {
 }
 
 impl FileId {
-    /// Which file `file` is.
+    /// The identity of `file`.
     ///
     /// # Errors
     /// The errno of `fstat`.
@@ -40,14 +40,14 @@ impl FileId {
         Ok(Self { device: stat.st_dev, inode: stat.st_ino })
     }
 
-    /// The inode number, as `/proc/PID/maps` shows it.
+    /// The inode number, as in `/proc/PID/maps`.
     #[must_use]
     pub fn inode(&self) -> u64 {
         self.inode
     }
 }
 
-/// As `/proc/PID/maps` shows it: `00:01 1034`.
+/// Device and inode as in `/proc/PID/maps`: `00:01 1034`.
 impl fmt::Display for FileId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (major, minor) = (rustix::fs::major(self.device), rustix::fs::minor(self.device));
@@ -55,14 +55,14 @@ impl fmt::Display for FileId {
     }
 }
 
-/// A region as the front-end announced it (vhost-user: "Memory region description"), not yet believed.
+/// A region as announced by the front-end (vhost-user: "Memory region description"), not yet validated.
 #[derive(Clone, Debug)]
 pub struct RegionSpec {
     /// Guest physical range.
     pub gpa: Span<Gpa>,
-    /// Start in the front-end's address space (with `GPA_ADDRESSES`: the guest physical address again).
+    /// Front-end virtual address (with `GPA_ADDRESSES`: the guest physical address again).
     pub qva: Qva,
-    /// Byte offset in the file.
+    /// Offset in the file, in bytes.
     pub offset: u64,
     /// The shared file.
     pub file: Arc<File>,
@@ -70,8 +70,8 @@ pub struct RegionSpec {
 
 /// A validated and mapped region.
 ///
-/// A region that ends within a page is served to the end of that page: pages are all that an IOMMU can map, and the rest of
-/// the page comes from the same file. (libblkio shares buffers of any size; QEMU's are always whole pages.)
+/// A region that ends inside a page is extended to the end of the page, because an IOMMU maps whole pages. The rest of the
+/// page belongs to the same file. (libblkio shares buffers of any size; QEMU's regions are always whole pages.)
 pub struct Region {
     gpa: Span<Gpa>,
     announced: u64,
@@ -91,56 +91,56 @@ pub enum RegionError {
     /// The range is empty or wraps around.
     #[error("memory region at {start} of {len} bytes: empty, or past the end of the address space")]
     Range {
-        /// Start, raw, of whichever address wrapped.
+        /// Start of the range that wrapped: guest address, front-end address or file offset.
         start: u64,
-        /// Length, bytes.
+        /// Length in bytes.
         len: u64,
     },
-    /// The file holds no memory that could be shared.
+    /// The descriptor is not a file whose memory can be shared.
     #[error("memory region {gpa}: its file descriptor is a {found}, not a file in memory (memfd, tmpfs, hugetlbfs)")]
     NotMemory {
-        /// The guest range.
+        /// Guest physical range.
         gpa: Span<Gpa>,
-        /// What it is.
+        /// The file type found.
         found: String,
     },
-    /// The range or the file offset does not start on a page boundary of the memory behind it.
-    #[error("memory region {gpa} at file offset {offset:#x}: not aligned to its pages of {}", Bytes(*page_size))]
+    /// The guest address or the file offset is not page-aligned.
+    #[error("memory region {gpa} at file offset {offset:#x}: not aligned to its page size of {}", Bytes(*page_size))]
     Alignment {
-        /// The guest range.
+        /// Guest physical range.
         gpa: Span<Gpa>,
-        /// Offset in the file, bytes.
+        /// Offset in the file, in bytes.
         offset: u64,
-        /// Page size of the memory, bytes.
+        /// Page size of the memory, in bytes.
         page_size: u64,
     },
     /// The file is shorter than the region.
     #[error(
-        "memory region {gpa}: needs {needed} bytes of its file, which has {found}; touching the rest would raise SIGBUS"
+        "memory region {gpa}: needs {needed} bytes of its file, which has {found}; accessing the rest would raise SIGBUS"
     )]
     PastEnd {
-        /// The guest range.
+        /// Guest physical range.
         gpa: Span<Gpa>,
-        /// Bytes needed.
+        /// File size needed, in bytes.
         needed: u64,
-        /// Bytes there.
+        /// File size found, in bytes.
         found: u64,
     },
-    /// Two regions claim the same addresses.
+    /// Two regions overlap.
     #[error("memory region {added} overlaps {other}")]
     Overlap {
-        /// One.
+        /// One region.
         added: Span<Gpa>,
-        /// The other.
+        /// The other region.
         other: Span<Gpa>,
     },
-    /// The kernel would not say what the file is, or would not map it.
-    #[error("memory region {gpa}: {what}: {source}")]
+    /// A system call on the file failed.
+    #[error("memory region {gpa}: {call}: {source}")]
     Kernel {
-        /// The guest range.
+        /// Guest physical range.
         gpa: Span<Gpa>,
-        /// The step that failed.
-        what: &'static str,
+        /// The system call that failed.
+        call: &'static str,
         /// The errno.
         source: io::Error,
     },
@@ -153,7 +153,7 @@ impl RegionError {
 }
 
 impl Region {
-    /// Validates `spec` against its file and maps it, shared, readable and writable.
+    /// Validates `spec` against its file and maps it (`MAP_SHARED`, readable and writable).
     ///
     /// # Errors
     /// See [`RegionError`]; nothing stays mapped.
@@ -161,8 +161,8 @@ impl Region {
         Self::map_as(spec, true, None)
     }
 
-    /// The same for a piece of a file that need not begin or end with one of its pages, but with one of the IOMMU's (4 KiB):
-    /// a virtual machine maps its memory around holes that are smaller than huge pages. The device may only read it unless
+    /// Like [`Self::map`], but needs only the alignment of an IOMMU page (4 KiB), not that of the file's pages: a virtual
+    /// machine maps its memory around holes that are smaller than a huge page. The device may write the memory only if
     /// `writable`.
     ///
     /// # Errors
@@ -173,7 +173,7 @@ impl Region {
 
     fn map_as(spec: RegionSpec, writable: bool, unit: Option<u64>) -> Result<Self, RegionError> {
         let announced = spec.gpa;
-        let kernel = |what| move |source: io::Error| RegionError::Kernel { gpa: announced, what, source };
+        let kernel = |call| move |source: io::Error| RegionError::Kernel { gpa: announced, call, source };
         let backing = Backing::of(&spec.file).map_err(kernel("fstat"))?;
         let gpa = backing.check(&spec, unit.unwrap_or(backing.page_size))?;
         let range = |start: u64| RegionError::Range { start, len: gpa.len() };
@@ -194,14 +194,14 @@ impl Region {
         })
     }
 
-    /// True if `spec` is this very memory at the same addresses.
+    /// True if `spec` describes the same memory at the same addresses.
     pub(super) fn is_mapping_of(&self, spec: &RegionSpec) -> bool {
-        // The file last: asking for its identity is a system call, and most regions differ in their addresses.
-        let same_place = self.is_announced_as(spec.gpa, spec.qva) && spec.offset == self.offset;
-        same_place && FileId::of(&spec.file).is_ok_and(|id| id == self.id)
+        // The file is compared last: its identity costs a system call, and most regions already differ in their addresses.
+        let same_range = self.is_announced_as(spec.gpa, spec.qva) && spec.offset == self.offset;
+        same_range && FileId::of(&spec.file).is_ok_and(|id| id == self.id)
     }
 
-    /// True if the front-end announced this region at these addresses and of this size.
+    /// True if the front-end announced this region with these addresses and this size.
     pub(super) fn is_announced_as(&self, gpa: Span<Gpa>, qva: Qva) -> bool {
         self.gpa.start() == gpa.start() && self.announced == gpa.len() && self.qva.start() == qva
     }
@@ -225,44 +225,44 @@ impl Region {
         &self.file
     }
 
-    /// Where in the file the region starts, bytes.
+    /// Offset of the region in its file, in bytes.
     #[must_use]
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Which file that is.
+    /// Identity of the file.
     #[must_use]
     pub fn id(&self) -> FileId {
         self.id
     }
 
-    /// Page size of the memory behind it, bytes.
+    /// Page size of the memory behind it, in bytes.
     #[must_use]
     pub fn page_size(&self) -> u64 {
         self.page_size
     }
 
-    /// True if the kernel can pin the file itself (memfd, tmpfs, hugetlbfs, and all of the last page inside the file), so
-    /// that no virtual address is needed.
+    /// True if the kernel can pin the file itself (`IOMMU_IOAS_MAP_FILE`) instead of a virtual address range. The file must be
+    /// a memfd or on tmpfs or hugetlbfs, and must contain the whole last page.
     #[must_use]
     pub fn pinnable(&self) -> bool {
         self.pinnable
     }
 
-    /// True if the front-end sealed the file against shrinking; else it could be truncated under us.
+    /// True if the front-end sealed the file against shrinking (`F_SEAL_SHRINK`). Otherwise it may truncate the file later.
     #[must_use]
     pub fn sealed_against_shrinking(&self) -> bool {
         fcntl_get_seals(&*self.file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
     }
 
-    /// True if the device may write it.
+    /// True if the device may write the memory.
     #[must_use]
     pub fn writable(&self) -> bool {
         self.writable
     }
 
-    /// This process's view.
+    /// This process's mapping.
     #[inline]
     #[must_use]
     pub fn memory(&self) -> &SharedMemory {
@@ -270,7 +270,7 @@ impl Region {
     }
 }
 
-/// What the kernel says about the file behind a region.
+/// Properties of the file behind a region, from `fstat` and `fstatfs`.
 struct Backing {
     id: FileId,
     kind: FileType,
@@ -293,7 +293,7 @@ impl Backing {
         })
     }
 
-    /// The whole pages, of `unit` bytes, that `spec` covers, if the file has them.
+    /// Checks `spec` against the file, and rounds its range up to whole pages of `unit` bytes.
     fn check(&self, spec: &RegionSpec, unit: u64) -> Result<Span<Gpa>, RegionError> {
         let gpa = spec.gpa;
         if self.kind != FileType::RegularFile {
@@ -315,19 +315,19 @@ impl Backing {
     }
 }
 
-/// Maps `len` bytes of a file, and around them what it takes to begin and end with its pages.
+/// Maps `len` bytes of a file. The mapping is extended to page boundaries on both sides.
 fn map_file(spec: &RegionSpec, len: usize, page_size: u64) -> io::Result<SharedMemory> {
     let page = usize::try_from(page_size).map_err(io::Error::other)?;
     let start = spec.offset - spec.offset % page_size;
     let skip = usize::try_from(spec.offset - start).map_err(io::Error::other)?;
-    let whole = (skip + len).checked_next_multiple_of(page).ok_or(io::ErrorKind::InvalidInput)?;
-    // The last page of a file may be shorter than a page; more than that is never mapped.
-    let mapping = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&spec.file), start), whole);
+    let rounded = (skip + len).checked_next_multiple_of(page).ok_or(io::ErrorKind::InvalidInput)?;
+    // The file may end inside the last page, but never before it.
+    let mapping = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&spec.file), start), rounded);
     let shared = SharedMemory::of_truncatable(mapping.map_err(mmap_errno)?, page);
-    Ok(shared.slice(skip, len).expect("inside what was mapped"))
+    Ok(shared.slice(skip, len).expect("inside the mapping"))
 }
 
-/// The errno inside the error of the mapping crate, which its text would hide.
+/// The errno inside an error of `vm-memory`, whose own text hides it.
 fn mmap_errno(error: MmapRegionError) -> io::Error {
     match error {
         MmapRegionError::Mmap(source) => source,

@@ -23,7 +23,7 @@ fn region(file: &Arc<File>, gpa: u64, len: u64, qva: u64, offset: u64) -> Arc<Re
     Arc::new(Region::map(spec(file, gpa, len, qva, offset)).unwrap())
 }
 
-fn refusal(spec: RegionSpec) -> String {
+fn map_error(spec: RegionSpec) -> String {
     Region::map(spec).err().expect("refused").to_string()
 }
 
@@ -45,7 +45,7 @@ mod a_region {
     #[test]
     fn past_the_end_of_its_file_is_refused() {
         let file = memory(2 * PAGE);
-        let message = refusal(spec(&file, 0, 2 * PAGE, 0, PAGE));
+        let message = map_error(spec(&file, 0, 2 * PAGE, 0, PAGE));
         assert!(message.contains("needs 12288 bytes of its file, which has 8192"), "{message}");
     }
 
@@ -58,21 +58,21 @@ mod a_region {
             matches!(Region::map(spec(&file, 0, PAGE, top + 1, 0)), Err(RegionError::Range { .. })),
             "user address"
         );
-        let rounded_past_the_top = spec(&memory(2 * PAGE), top, 1, 0, 0);
-        assert!(Region::map(rounded_past_the_top).is_ok(), "the last page ends where the address space ends");
+        let last_page = spec(&memory(2 * PAGE), top, 1, 0, 0);
+        assert!(Region::map(last_page).is_ok(), "the last page ends where the address space ends");
     }
 
     #[test]
-    fn off_its_pages_is_refused() {
+    fn that_is_not_page_aligned_is_refused() {
         let file = memory(4 * PAGE);
         for (gpa, offset) in [(0x800, 0), (0, 0x800), (1, 1)] {
-            let message = refusal(spec(&file, gpa, PAGE, 0, offset));
-            assert!(message.contains("not aligned to its pages of 4K"), "{message}");
+            let message = map_error(spec(&file, gpa, PAGE, 0, offset));
+            assert!(message.contains("not aligned to its page size of 4K"), "{message}");
         }
     }
 
     #[test]
-    fn that_ends_within_a_page_is_served_to_the_end_of_the_page() {
+    fn that_ends_inside_a_page_is_extended_to_the_end_of_the_page() {
         let file = memory(PAGE + 0x123);
 
         let region = region(&file, 0x1000, PAGE + 0x123, 0x7000, 0);
@@ -89,12 +89,12 @@ mod a_region {
     }
 
     #[test]
-    fn that_is_not_a_file_is_refused_by_name() {
+    fn that_is_not_a_regular_file_is_refused_with_its_type() {
         let (pipe, _writer) = rustix::pipe::pipe().unwrap();
         let directory = File::open("/").unwrap();
         let device = File::open("/dev/zero").unwrap();
         for (fd, name) in [(pipe, "Fifo"), (directory.into(), "Directory"), (device.into(), "CharacterDevice")] {
-            let message = refusal(spec(&Arc::new(File::from(fd)), 0, PAGE, 0, 0));
+            let message = map_error(spec(&Arc::new(File::from(fd)), 0, PAGE, 0, 0));
             assert!(message.contains(name), "{message}");
         }
     }
@@ -105,7 +105,7 @@ mod a_region {
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&*file));
         let read_only = Arc::new(File::open(path).unwrap());
         match Region::map(spec(&read_only, 0, PAGE, 0, 0)) {
-            Err(RegionError::Kernel { what: "mmap", source, .. }) => {
+            Err(RegionError::Kernel { call: "mmap", source, .. }) => {
                 assert_eq!(source.raw_os_error(), Some(libc::EACCES));
             }
             _ => panic!("a read-only descriptor was mapped"),
@@ -113,17 +113,17 @@ mod a_region {
     }
 
     #[test]
-    fn of_huge_pages_obeys_their_size() {
+    fn of_huge_pages_must_be_aligned_to_them() {
         let Ok(fd) = memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB) else {
-            return; // This kernel has no 2M pages.
+            return; // This kernel has no 2 MiB pages.
         };
         let file = Arc::new(File::from(fd));
         if ftruncate(&*file, 4 << 20).is_err() {
             return;
         }
-        let message = refusal(spec(&file, PAGE, 2 << 20, 0, 0));
-        assert!(message.contains("not aligned to its pages of 2M"), "{message}");
-        // Mapping reserves pages, of which there may be none here; then the errno must come through.
+        let message = map_error(spec(&file, PAGE, 2 << 20, 0, 0));
+        assert!(message.contains("not aligned to its page size of 2M"), "{message}");
+        // Mapping reserves huge pages. If this machine has none, the error must carry the errno.
         match Region::map(spec(&file, 0, PAGE, 0, 2 << 20)) {
             Ok(region) => assert_eq!(region.gpa().len(), 2 << 20),
             Err(RegionError::Kernel { source, .. }) => assert_eq!(source.raw_os_error(), Some(libc::ENOMEM)),
@@ -132,7 +132,7 @@ mod a_region {
     }
 
     #[test]
-    fn whose_file_becomes_shorter_reads_as_zero_from_there_on() {
+    fn whose_file_is_truncated_reads_as_zero_past_the_new_end() {
         let file = memory(4 * PAGE);
         let region = region(&file, 0, 4 * PAGE, 0, 0);
         let page = PAGE as usize;
@@ -144,7 +144,7 @@ mod a_region {
         let read = |n: usize| region.memory().read_u8(n * page);
         assert_eq!([0, 1, 2, 3].map(read), [7, 7, 0, 0]);
         region.memory().write_u8(2 * page, 9);
-        assert_eq!(read(2), 9, "a page of this process alone");
+        assert_eq!(read(2), 9, "a private page of this process");
         assert!(lost_pages() >= before + 2);
     }
 
@@ -166,7 +166,7 @@ mod a_table {
     use super::*;
 
     #[test]
-    fn finds_a_span_over_the_seam_of_two_regions_for_the_device_only() {
+    fn translates_a_span_across_two_regions_for_the_device_only() {
         let file = memory(4 * PAGE);
         let table = MemTable::new(vec![
             region(&file, 2 * PAGE, PAGE, 0x20_0000, PAGE),
@@ -174,12 +174,12 @@ mod a_table {
             region(&file, 4 * PAGE, PAGE, 0x30_0000, 3 * PAGE),
         ])
         .unwrap();
-        let seam = Span::new(Gpa(2 * PAGE - 8), 16).unwrap();
+        let crossing = Span::new(Gpa(2 * PAGE - 8), 16).unwrap();
         let gap = Span::new(Gpa(3 * PAGE - 8), 16).unwrap();
         let mut hint = 99;
 
-        assert_eq!(table.iova(seam, &mut hint), Some(seam.identity_iova()));
-        assert!(table.host_memory(seam, &mut hint).is_none());
+        assert_eq!(table.iova(crossing, &mut hint), Some(crossing.identity_iova()));
+        assert!(table.host_memory(crossing, &mut hint).is_none());
         assert_eq!(table.iova(gap, &mut hint), None);
         assert_eq!(table.to_string(), "0x1000+4K, 0x2000+4K, 0x4000+4K");
     }
@@ -209,7 +209,7 @@ mod a_plan {
     use super::*;
 
     #[test]
-    fn keeps_a_region_that_comes_again_under_another_descriptor() {
+    fn keeps_a_region_announced_again_with_another_descriptor() {
         let file = memory(2 * PAGE);
         let old = MemTable::new(vec![region(&file, 0, PAGE, 0x1000, PAGE)]).unwrap();
         let again = Arc::new(file.try_clone().unwrap());
@@ -239,7 +239,7 @@ mod a_plan {
     }
 
     #[test]
-    fn removes_only_the_region_that_is_meant() {
+    fn removes_only_the_region_with_the_same_address_and_size() {
         let file = memory(2 * PAGE + 0x10);
         let short = region(&file, 0, PAGE + 0x10, 0x1000, 0);
         let old = MemTable::new(vec![short]).unwrap();
@@ -249,13 +249,13 @@ mod a_plan {
         assert!(Plan::removing(&old, span(PAGE + 0x10), Qva(0x1000)).is_some());
     }
 
-    /// What a front-end may announce: which of two files, guest page, pages, page in the file.
+    /// Regions that a front-end may announce: which of two files, guest page, number of pages, page in the file.
     fn announcement() -> impl Strategy<Value = Vec<(usize, u64, u64, u64)>> {
         prop::collection::vec((0..2_usize, 0..12_u64, 1..4_u64, 0..6_u64), 0..5)
     }
 
     proptest! {
-        /// Whatever tables follow each other, the regions at hand are those announced, and none that stays is mapped anew.
+        /// After any sequence of tables, the regions are those announced, and no region that stays is mapped again.
         #[test]
         fn follows_any_sequence_of_tables(tables in prop::collection::vec(announcement(), 1..8)) {
             let files = [memory(8 * PAGE), memory(8 * PAGE)];
@@ -291,7 +291,7 @@ mod a_plan {
 }
 
 #[test]
-fn a_piece_begins_and_ends_within_the_pages_of_its_file() {
+fn a_piece_may_start_and_end_inside_the_pages_of_its_file() {
     let file = memory(3 << 12);
     let whole = Region::map(spec(&file, 0, 3 << 12, 0, 0)).unwrap();
     whole.memory().write_u32((2 << 12) - 4, 0x1234_5678);
@@ -300,5 +300,5 @@ fn a_piece_begins_and_ends_within_the_pages_of_its_file() {
 
     assert_eq!(piece.memory().read_u32((1 << 12) - 4), 0x1234_5678);
     assert_eq!((piece.offset(), piece.gpa().len()), (1 << 12, 1 << 12));
-    assert!(Region::map_piece(spec(&file, 0x5000, 0x800, 0, 0x800), true).is_err(), "not with the IOMMU's");
+    assert!(Region::map_piece(spec(&file, 0x5000, 0x800, 0, 0x800), true).is_err(), "not aligned to IOMMU pages");
 }

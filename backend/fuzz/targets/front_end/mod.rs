@@ -1,4 +1,4 @@
-//! A front-end that says anything: the input is what goes over the socket, in pieces, some with descriptors.
+//! A front-end that sends the fuzzer's input over the socket, in pieces, some with file descriptors.
 
 use std::fs::File;
 use std::io::{IoSlice, Read};
@@ -13,10 +13,10 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-/// Longest silence of a server that is not stuck; a ring may wait for commands that do not come.
+/// Longest time without a reply before the server counts as stuck. A ring may wait for commands that never complete.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// What can be sent beside bytes: memory files and eventfds.
+/// Descriptors that can accompany a piece: memfds and eventfds.
 fn descriptors() -> &'static [OwnedFd] {
     static FDS: OnceLock<Vec<OwnedFd>> = OnceLock::new();
     let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
@@ -37,16 +37,16 @@ fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
     sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT).is_ok()
 }
 
-/// Two ends of a conversation; the first is for [`say`].
-pub fn conversation() -> (UnixStream, OwnedFd) {
+/// A connected socket pair. The first socket is for [`send_input`], the second for the server.
+pub fn connect() -> (UnixStream, OwnedFd) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(LIMIT)).unwrap();
     (ours, theirs.into())
 }
 
-/// Says `input`: which descriptors, a length, and so many bytes, again and again. Then hangs up, and makes sure that the
-/// server answers or hangs up as well.
-pub fn say(ours: &UnixStream, input: &[u8]) {
+/// Sends `input`, a list of pieces: a bit mask of descriptors, a length, and that many bytes. Then closes the sending side and
+/// checks that the server closes the connection.
+pub fn send_input(ours: &UnixStream, input: &[u8]) {
     let fds = descriptors();
     let mut rest = input;
     while let [which, len, more @ ..] = rest {
@@ -63,6 +63,6 @@ pub fn say(ours: &UnixStream, input: &[u8]) {
     let mut ours = ours;
     if let Err(error) = ours.read_to_end(&mut answers) {
         let reset = error.kind() == std::io::ErrorKind::ConnectionReset;
-        assert!(reset, "the server neither answers nor hangs up: {error}");
+        assert!(reset, "the server does not close the connection: {error}");
     }
 }
