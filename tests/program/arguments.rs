@@ -35,7 +35,7 @@ fn every_mistake_has_its_message_and_status_2() {
 #[test]
 fn a_wrong_option_of_the_emulated_function_is_one_line_and_makes_nothing() {
     for (options, message) in [
-        ("sise=1G", "no option `sise`; there are size, "),
+        ("sise=1G", "unknown option `sise`; the options are size, "),
         ("size=1000", "size: wanted a multiple of the logical block, found 1000"),
         ("size=1X", "size=1X: wanted bytes"),
         ("lba=513", "lba: wanted 512 or 4096, found 513"),

@@ -230,5 +230,5 @@ fn a_wrong_list_of_faults_is_one_line_and_status_2() {
     assert_eq!((ended.status.code(), ended.log.lines().count()), (Some(2), 1), "{}", ended.log);
     let ended = start("[[fault]]\neffect = \"loose\"").end();
     assert_eq!((ended.status.code(), ended.log.lines().count()), (Some(2), 1), "{}", ended.log);
-    assert!(ended.log.contains("fault 1: no effect `loose`; there are lose, twice"), "{}", ended.log);
+    assert!(ended.log.contains("fault 1: unknown effect `loose`; the effects are lose, twice"), "{}", ended.log);
 }

@@ -163,7 +163,7 @@ fn each_region_that_cannot_be_is_one_line_that_names_it() {
     let refused = [
         (Place { len: 0, ..at(0x66_0100_0000) }, file.as_fd(), ["0x6601000000 of 0 bytes", "empty"]),
         (Place { offset: 2 * PAGE, ..at(0x66_0200_0000) }, file.as_fd(), ["0x6602000000+4K", "file, which has 8192"]),
-        (at(0x66_0300_0008), file.as_fd(), ["0x6603000008+4K", "not aligned to its pages of 4K"]),
+        (at(0x66_0300_0008), file.as_fd(), ["0x6603000008+4K", "not aligned to its page size of 4K"]),
         (Place { len: 2 * PAGE, ..at(0x65_ffff_f000) }, file.as_fd(), ["0x65fffff000+8K", "overlaps"]),
         (at(0x4_0066_0000_0000), file.as_fd(), ["0x4006600000000+4K", "outside the ranges this IOMMU allows"]),
         (at(0x66_0400_0000), pipe.as_fd(), ["0x6604000000+4K", "a Fifo, not a file in memory"]),

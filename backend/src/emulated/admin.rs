@@ -9,18 +9,18 @@ use super::prp::Prps;
 use super::queue::{Cq, Sq};
 use super::wire::{Entry, Status, admin, high16, low16};
 
-/// What both Create commands say.
+/// Parameters common to both Create commands.
 struct NewQueue {
     id: u16,
     entries: u32,
     base: u64,
 }
 
-/// Dword 0 of a completion, or a status.
-type Answer = Result<u32, Status>;
+/// Dword 0 of the completion, or an error status.
+type AdminResult = Result<u32, Status>;
 
 impl Controller {
-    /// Executes one admin command; `None` when it stays outstanding.
+    /// Executes one admin command; `None` if it stays outstanding.
     pub(super) fn execute_admin(&self, entry: &Entry, sq_head: u16) -> Option<(Status, u32)> {
         let answer = match entry.opcode() {
             _ if entry.fuse() != 0 || entry.psdt() != 0 => Err(Status::INVALID_FIELD),
@@ -42,8 +42,8 @@ impl Controller {
         Some(answer.map_or_else(|status| (status, 0), |result| (Status::SUCCESS, result)))
     }
 
-    /// Abort (NVMe 2.0 §5.1): bit 0 of the answer says that nothing was aborted. Only held commands and waiting event
-    /// requests can be: all others have run when the Abort is fetched.
+    /// Abort (NVMe 2.0 §5.1). Bit 0 of the result is set if the command was not aborted. Only held commands and waiting event
+    /// requests can be aborted; all others have completed before the Abort is fetched.
     fn abort(&self, entry: &Entry, sq_head: u16) -> u32 {
         let (sq, cid) = (low16(entry.cdw(10)), high16(entry.cdw(10)));
         if sq == 0 {
@@ -55,7 +55,7 @@ impl Controller {
     }
 
     /// Identify (NVMe 2.0 §5.17).
-    fn identify(&self, entry: &Entry) -> Answer {
+    fn identify(&self, entry: &Entry) -> AdminResult {
         let mut page = [0; IDENTIFY_BYTES];
         let cns = entry.cdw(10).to_le_bytes()[0];
         match cns {
@@ -76,8 +76,8 @@ impl Controller {
         self.send(entry, &page)
     }
 
-    /// Writes `bytes` where the command's data pointer says.
-    pub(super) fn send(&self, entry: &Entry, bytes: &[u8]) -> Answer {
+    /// Writes `bytes` to the buffer that the command's data pointer describes.
+    pub(super) fn send(&self, entry: &Entry, bytes: &[u8]) -> AdminResult {
         let prps = Prps::new(entry, bytes.len() as u64, self.page.load(Relaxed).into());
         let dma = self.iommu.dma();
         let (mut list, mut data, mut done) = (0, 0, 0);
@@ -90,7 +90,7 @@ impl Controller {
         Ok(0)
     }
 
-    fn set_features(&self, entry: &Entry) -> Answer {
+    fn set_features(&self, entry: &Entry) -> AdminResult {
         let queues_exist = (1..=self.options.queues).any(|id| self.sq_exists(id) || self.cq_exists(id));
         let features = &mut lock(&self.admin).features;
         let answer = features.set(entry, queues_exist)?;
@@ -98,7 +98,7 @@ impl Controller {
         Ok(answer)
     }
 
-    /// The identifier, size and base that both Create commands name (NVMe 2.0 §5.4, §5.5).
+    /// Checks identifier, size and base of both Create commands (NVMe 2.0 §5.4, §5.5).
     fn new_queue(&self, entry: &Entry, granted: u16, exists: bool) -> Result<NewQueue, Status> {
         let id = low16(entry.cdw(10));
         if id == 0 || id > granted || exists {
@@ -117,7 +117,7 @@ impl Controller {
         Ok(NewQueue { id, entries: u32::from(size) + 1, base: entry.prp1() })
     }
 
-    fn create_cq(&self, entry: &Entry) -> Answer {
+    fn create_cq(&self, entry: &Entry) -> AdminResult {
         let granted = lock(&self.admin).features.granted_cqs();
         let NewQueue { id, entries, base } = self.new_queue(entry, granted, self.cq_exists(low16(entry.cdw(10))))?;
         let vector = high16(entry.cdw(11));
@@ -129,9 +129,10 @@ impl Controller {
         Ok(0)
     }
 
-    fn create_sq(&self, entry: &Entry) -> Answer {
+    fn create_sq(&self, entry: &Entry) -> AdminResult {
         let cq = high16(entry.cdw(11));
-        // Identifiers beyond the range are invalid, those inside without a queue name no completion queue (§5.5).
+        // An identifier out of range is an Invalid Queue Identifier; one in range without a queue is a Completion Queue
+        // Invalid (§5.5).
         if cq == 0 || cq > self.options.queues {
             return Err(Status::INVALID_QUEUE_ID);
         }
@@ -144,17 +145,17 @@ impl Controller {
         Ok(0)
     }
 
-    /// True if `id` is an I/O submission queue. (The admin queue never is; its lock is held by the command that asks.)
+    /// True if I/O submission queue `id` exists. Never true for the admin queue, whose lock the caller holds.
     fn sq_exists(&self, id: u16) -> bool {
         id != 0 && self.sqs.get(usize::from(id)).is_some_and(|slot| slot.open.load(SeqCst))
     }
 
-    /// True if `id` is an I/O completion queue.
+    /// True if I/O completion queue `id` exists.
     fn cq_exists(&self, id: u16) -> bool {
         id != 0 && self.cqs.get(usize::from(id)).is_some_and(|slot| slot.open.load(SeqCst))
     }
 
-    fn delete_sq(&self, entry: &Entry) -> Answer {
+    fn delete_sq(&self, entry: &Entry) -> AdminResult {
         let id = low16(entry.cdw(10));
         if !self.sq_exists(id) {
             return Err(Status::INVALID_QUEUE_ID);
@@ -164,7 +165,7 @@ impl Controller {
         Ok(0)
     }
 
-    fn delete_cq(&self, entry: &Entry) -> Answer {
+    fn delete_cq(&self, entry: &Entry) -> AdminResult {
         let id = low16(entry.cdw(10));
         if !self.cq_exists(id) {
             return Err(Status::INVALID_QUEUE_ID);

@@ -1,10 +1,10 @@
-//! What admin commands leave behind.
+//! State that admin commands change.
 
 use super::Options;
 use super::event_state::Events;
 use super::features::Features;
 
-/// What admin commands have left behind; forgotten at a reset.
+/// State that admin commands change. A reset discards it.
 pub(super) struct Admin {
     pub(super) features: Features,
     pub(super) events: Events,

@@ -1,20 +1,20 @@
-//! CPU caches and DRAM as two memories, for a function that goes behind the caches: a flush that is missing or stands in
-//! the wrong place becomes wrong data, on any machine.
+//! Models CPU caches and DRAM as two separate memories, for a function that uses No Snoop. A missing or misplaced flush then
+//! produces wrong data on any machine.
 //!
-//! CPUs see mapped memory as it is. While the function sets No Snoop it sees DRAM, which is kept here. What one of them
-//! writes reaches the other only when somebody flushes the line:
+//! CPUs access the mapped memory, which stands for the caches. While the function sets No Snoop, it accesses DRAM, which is
+//! kept here. A write by one side becomes visible to the other only when the line is flushed:
 //!
 //! ```text
 //! a CPU has written the line since its last flush, or it was never flushed    DRAM := mapped memory   (written back)
 //! no CPU has                                                                  mapped memory := DRAM   (invalidated)
 //! ```
 //!
-//! Pinning may move the pages: what was flushed before is forgotten. And there are two moments at which the two memories
-//! must agree, whatever happens afterwards: when the function becomes able to reach a page, and when the page is unpinned
-//! and so may have another owner. Lines that do not are counted.
+//! Pinning may migrate pages, so it discards the flush state of a page. Both memories must agree at two times: when a page is
+//! mapped for the function, and when it is unpinned, because it may then get another owner. Lines that differ are counted.
 //!
-//! A CPU has written if the line differs from what its last flush left. Such a line wins over what the function wrote
-//! meanwhile, as in a machine. Unlike there, no line is ever written back or dropped by itself, so nothing works by luck.
+//! A line counts as written by a CPU if it differs from what its last flush left. Such a line overwrites what the function
+//! wrote meanwhile, as on real hardware. Unlike there, no line is ever written back or evicted on its own, so a missing flush
+//! cannot go unnoticed by luck.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -31,49 +31,51 @@ use super::mapping::Access;
 
 const LINE: usize = 64;
 const PAGE: usize = 4096;
-/// What DRAM holds where nothing was ever written back: fresh memory has been zeroed through the caches.
-const OLD: u8 = 0xdb;
+/// Content of DRAM that was never written back. It differs from zero because new memory is zeroed through the caches.
+const STALE: u8 = 0xdb;
 
-/// DRAM under the pages that were flushed or reached by DMA, three bytes for each of theirs.
+/// DRAM contents of all pages that were flushed or accessed by DMA.
 pub(super) struct Cache {
     state: Mutex<State>,
 }
 
 struct State {
-    /// By the address of the page in this process.
+    /// Keyed by the page's address in this process.
     pages: HashMap<u64, Box<Page>>,
-    /// With as many pages, those are forgotten whose memory is gone.
-    tidy_at: usize,
-    /// Where DMA finds a part of DRAM as memory.
+    /// Number of pages at which pages of unmapped memory are removed.
+    prune_at: usize,
+    /// Buffer through which DMA accesses a part of DRAM.
     scratch: SharedMemory,
     stale_lines: StaleLines,
 }
 
 struct Page {
-    /// The memory it belongs to; its address may be used again.
+    /// The mapping that contains the page. Its address may be reused later.
     mapping: Weak<dyn Any + Send + Sync>,
     dram: [u8; PAGE],
-    /// What the last flush of each line left in mapped memory.
-    left: [u8; PAGE],
+    /// Mapped memory as the last flush of each line left it.
+    after_flush: [u8; PAGE],
     /// Bit n is set once line n has been flushed.
     flushed: u64,
 }
 
-/// Lines on which caches and DRAM did not agree when they had to.
+/// Number of lines that differed between caches and DRAM when they had to agree.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StaleLines {
-    /// The function could have read what was in DRAM before the CPUs' last writes: another owner's data.
-    pub exposed: u64,
-    /// The CPUs would have gone on seeing, or written back over, what was there before the function's last writes.
-    pub unpinned: u64,
+    /// When memory was mapped: the function could have read older data from DRAM, possibly that of a former owner.
+    pub at_map: u64,
+    /// When memory was unpinned: CPUs could have read, or written back, data older than the function's last writes.
+    pub at_unpin: u64,
 }
 
-/// A run of bytes in one page.
+/// A range of bytes inside one page.
 #[derive(Clone, Copy)]
 struct Piece {
+    /// Address of the page in this process.
     page: u64,
+    /// Offset in the page.
     at: usize,
-    /// Where it lies in the window.
+    /// Offset in the shared memory.
     offset: usize,
     len: usize,
 }
@@ -84,38 +86,38 @@ impl Cache {
         Ok(Self {
             state: Mutex::new(State {
                 pages: HashMap::new(),
-                tidy_at: 1024,
+                prune_at: 1024,
                 scratch,
                 stale_lines: StaleLines::default(),
             }),
         })
     }
 
-    /// `len` bytes from `offset` are about to be pinned, and get other pages for it.
-    pub(super) fn moved(&self, shared: &SharedMemory, offset: usize, len: usize) {
+    /// The `len` bytes at `offset` are about to be pinned, which may migrate them to other pages.
+    pub(super) fn pages_migrated(&self, shared: &SharedMemory, offset: usize, len: usize) {
         let state = &mut *lock(&self.state);
         for Piece { page, .. } in pieces(shared, offset, len) {
             state.pages.remove(&page);
         }
     }
 
-    /// The function can reach `len` bytes from `offset` from now on.
-    pub(super) fn exposed(&self, shared: &SharedMemory, offset: usize, len: usize) {
+    /// The `len` bytes at `offset` were mapped for the function: counts stale lines.
+    pub(super) fn mapped(&self, shared: &SharedMemory, offset: usize, len: usize) {
         let state = &mut *lock(&self.state);
-        state.stale_lines.exposed += state.differ(shared, offset, len);
+        state.stale_lines.at_map += state.count_stale(shared, offset, len);
     }
 
-    /// `len` bytes from `offset` are unpinned.
+    /// The `len` bytes at `offset` were unpinned: counts stale lines.
     pub(super) fn unpinned(&self, shared: &SharedMemory, offset: usize, len: usize) {
         let state = &mut *lock(&self.state);
-        state.stale_lines.unpinned += state.differ(shared, offset, len);
+        state.stale_lines.at_unpin += state.count_stale(shared, offset, len);
     }
 
     pub(super) fn stale_lines(&self) -> StaleLines {
         lock(&self.state).stale_lines
     }
 
-    /// A transfer that does not snoop: `part` is called with DRAM in place of `len` bytes at `offset` of `shared`.
+    /// A No Snoop transfer of `len` bytes at `offset` of `shared`: calls `part` with the DRAM contents instead.
     pub(super) fn transfer<E>(
         &self,
         access: Access,
@@ -143,7 +145,7 @@ impl CacheFlush for Cache {
         if len == 0 {
             return;
         }
-        // Whole lines, as far as the window reaches.
+        // Whole lines, limited to the mapping.
         let base = usize::try_from(shared.host_address()).expect("a 64-bit address");
         let start = ((base + offset) & !(LINE - 1)).max(base) - base;
         let end = ((base + offset + len).next_multiple_of(LINE) - base).min(shared.len());
@@ -155,8 +157,8 @@ impl CacheFlush for Cache {
 }
 
 impl State {
-    /// How many lines of DRAM differ from what the CPUs see.
-    fn differ(&mut self, shared: &SharedMemory, offset: usize, len: usize) -> u64 {
+    /// Number of lines whose DRAM contents differ from what CPUs see.
+    fn count_stale(&mut self, shared: &SharedMemory, offset: usize, len: usize) -> u64 {
         let mut lines = 0;
         let mut seen = [0; PAGE];
         for piece in pieces(shared, offset, len) {
@@ -168,14 +170,14 @@ impl State {
         lines
     }
 
-    /// The page at `address`, which lies in `shared`.
+    /// The page at `address` in `shared`.
     fn page(&mut self, address: u64, shared: &SharedMemory) -> &mut Page {
-        if self.pages.len() >= self.tidy_at {
-            self.pages.retain(|_, page| page.lives());
-            self.tidy_at = (self.pages.len() * 2).max(1024);
+        if self.pages.len() >= self.prune_at {
+            self.pages.retain(|_, page| page.is_mapped());
+            self.prune_at = (self.pages.len() * 2).max(1024);
         }
         let page = self.pages.entry(address).or_insert_with(|| Page::new(shared));
-        if !page.lives() {
+        if !page.is_mapped() {
             *page = Page::new(shared);
         }
         page
@@ -184,10 +186,10 @@ impl State {
 
 impl Page {
     fn new(shared: &SharedMemory) -> Box<Self> {
-        Box::new(Self { mapping: shared.mapping(), dram: [OLD; PAGE], left: [OLD; PAGE], flushed: 0 })
+        Box::new(Self { mapping: shared.mapping(), dram: [STALE; PAGE], after_flush: [STALE; PAGE], flushed: 0 })
     }
 
-    fn lives(&self) -> bool {
+    fn is_mapped(&self) -> bool {
         self.mapping.strong_count() != 0
     }
 
@@ -207,21 +209,21 @@ impl Page {
         let mut found = [0; LINE];
         let found = &mut found[..line.len()];
         shared.copy_to(offset, found);
-        let (dram, left) = (&mut self.dram[line.clone()], &mut self.left[line]);
-        if self.flushed & bit == 0 || found != left {
+        let (dram, after_flush) = (&mut self.dram[line.clone()], &mut self.after_flush[line]);
+        if self.flushed & bit == 0 || found != after_flush {
             dram.copy_from_slice(found);
         } else {
-            // Only what differs: a CPU may be writing its neighbour.
+            // Only bytes that differ: a CPU may be writing a neighbouring byte.
             for (i, (new, _)) in dram.iter().zip(&*found).enumerate().filter(|(_, (new, old))| new != old) {
                 shared.write_u8(offset + i, *new);
             }
         }
-        left.copy_from_slice(dram);
+        after_flush.copy_from_slice(dram);
         self.flushed |= bit;
     }
 }
 
-/// The parts of `len` bytes at `offset` of `shared`, page by page.
+/// Splits `len` bytes at `offset` of `shared` by page.
 fn pieces(shared: &SharedMemory, offset: usize, len: usize) -> impl Iterator<Item = Piece> {
     let base = shared.host_address();
     let end = offset + len;

@@ -1,13 +1,13 @@
-//! PCI configuration space: bytes, and a mask that says which bits a write changes (PCI 3.0 §6, PCIe 5.0 §7.5).
+//! PCI configuration space: the bytes, and a mask of the writable bits (PCI 3.0 §6, PCIe 5.0 §7.5).
 //!
 //! ```text
 //! 0x00 header, class 01 08 02 (NVM Express)     0x40 power management -> 0x50 PCI Express -> 0x90 MSI-X
 //! ```
 //!
-//! Enable No Snoop (device control, bit 11) is hardwired to zero, as PCIe 5.0 §7.5.3.4 allows, or can be changed; then it is
-//! one at power-on, as that section has it.
+//! Enable No Snoop (Device Control, bit 11) is either hardwired to zero or writable and set at power-on. PCIe 5.0 §7.5.3.4
+//! allows both.
 
-/// Bytes of PCI Express configuration space.
+/// Size of PCI Express configuration space in bytes.
 pub(super) const SIZE: usize = 4096;
 /// Command register: Memory Space Enable, Bus Master Enable, Interrupt Disable.
 pub(super) const COMMAND: usize = 0x04;
@@ -18,13 +18,13 @@ const INTERRUPT_DISABLE: u16 = 1 << 10;
 const POWER: usize = 0x40;
 const EXPRESS: usize = 0x50;
 const MSIX: usize = 0x90;
-/// Initiate Function Level Reset, in the device control register.
+/// Initiate Function Level Reset, in the Device Control register.
 const INITIATE_FLR: u16 = 1 << 15;
 const DEVICE_CONTROL: usize = EXPRESS + 8;
-/// Enable No Snoop, in the device control register.
+/// Enable No Snoop, in the Device Control register.
 const NO_SNOOP: u16 = 1 << 11;
 
-/// No vendor has given this function an identity, so it has one outside those given out.
+/// A vendor ID that PCI-SIG has not assigned, because no vendor makes this function.
 pub(super) const VENDOR: u16 = 0xfffe;
 const DEVICE: u16 = 0x0001;
 
@@ -34,8 +34,8 @@ pub(super) struct Config {
 }
 
 impl Config {
-    /// The space at power-on, with memory decoding on as VFIO leaves it. `bar` is the size of BAR 0 and `table` the offset
-    /// of the MSI-X table of `vectors` entries in it; `no_snoop` says that the function can set No Snoop.
+    /// The power-on state, except that memory decoding is on, as under VFIO. `bar` is the size of BAR 0, and `table` the offset
+    /// in it of the MSI-X table with `vectors` entries. `no_snoop` makes Enable No Snoop writable.
     pub(super) fn new(bar: u32, table: u32, vectors: u16, no_snoop: bool) -> Self {
         let mut this = Self { bytes: [0; SIZE], writable: [0; SIZE] };
         this.put16(0x00, VENDOR);
@@ -77,7 +77,7 @@ impl Config {
         Some(())
     }
 
-    /// Writes the writable bits. True if the write initiated a function level reset.
+    /// Writes the writable bits. True if the write initiates a function level reset.
     pub(super) fn write(&mut self, offset: usize, bytes: &[u8]) -> Option<bool> {
         let range = offset..offset.checked_add(bytes.len())?;
         let masks = self.writable.get(range.clone())?;
@@ -92,7 +92,7 @@ impl Config {
         u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]])
     }
 
-    /// Enable No Snoop is set.
+    /// True if Enable No Snoop is set.
     pub(super) fn no_snoop(&self) -> bool {
         u16::from_le_bytes([self.bytes[DEVICE_CONTROL], self.bytes[DEVICE_CONTROL + 1]]) & NO_SNOOP != 0
     }

@@ -1,4 +1,4 @@
-//! The controller: who runs when, and what stops it (NVMe 2.0 §3.5, §3.6).
+//! The controller: its states, and how it starts and stops (NVMe 2.0 §3.5, §3.6).
 //!
 //! ```text
 //!             CC.EN 0->1, values good                CC.SHN
@@ -8,9 +8,8 @@
 //!   +---------- function reset, from any state
 //! ```
 //!
-//! Commands run only in Ready and with bus master on. Locks are taken in the order registers, submission queue, completion
-//! queue, IOMMU, admin state; whoever stops the controller clears `ready` and then takes each queue's lock once, so no DMA
-//! is running when it returns.
+//! Commands run only in Ready and with bus master on. Lock order: registers, submission queue, completion queue, IOMMU, admin
+//! state. To stop the controller, a thread clears `ready` and then takes each queue's lock once. No DMA is running afterwards.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
@@ -35,30 +34,30 @@ pub(super) struct Controller {
     pub(super) iommu: SoftIommu,
     pub(super) registers: Mutex<RegisterFile>,
     pub(super) csts: AtomicU32,
-    /// CC.MPS in bytes, while enabled.
+    /// Page size of CC.MPS in bytes; valid while enabled.
     pub(super) page: AtomicU32,
     pub(super) write_cache: AtomicBool,
     pub(super) bus_master: AtomicBool,
     /// False while memory decoding is off: registers read as all ones.
     pub(super) decoding: AtomicBool,
-    /// CC.IOSQES and CC.IOCQES hold the sizes of this controller's entries.
+    /// True if CC.IOSQES and CC.IOCQES hold the entry sizes of this controller.
     pub(super) entry_sizes_set: AtomicBool,
     ready: AtomicBool,
     pub(super) sqs: Box<[SqSlot]>,
     pub(super) cqs: Box<[CqSlot]>,
     pub(super) admin: Mutex<Admin>,
     pub(super) vectors: RwLock<Vec<Option<OwnedFd>>>,
-    /// For each vector, whether anybody waits for it.
+    /// For each vector, whether the driver waits for it.
     pub(super) interrupt_wanted: Box<[Arc<AtomicBool>]>,
     pub(super) interrupts: AtomicU32,
     pub(super) bad_doorbells: AtomicU32,
-    /// True while an event waits for a request, or nobody has looked for one.
+    /// True if an event may be pending for which no Asynchronous Event Request has been completed.
     pub(super) event_pending: AtomicBool,
     pub(super) faults: Faults,
     start: Instant,
-    /// What [`Self::advance`] has added to the clock, nanoseconds.
+    /// Nanoseconds that [`Self::advance`] has added to the clock.
     advanced: AtomicU64,
-    /// Who serves doorbells in threaded mode.
+    /// The thread that handles doorbells in threaded mode.
     pub(super) thread: OnceLock<Thread>,
 }
 
@@ -103,12 +102,12 @@ impl Controller {
         self.ready.load(SeqCst) && self.bus_master.load(SeqCst)
     }
 
-    /// Starts the admin queue. False if the registers hold values that no enable can follow (NVMe 2.0 §3.5.1).
+    /// Creates the admin queues and becomes ready. False if the registers hold invalid values (NVMe 2.0 §3.5.1).
     pub(super) fn enable(&self, registers: &RegisterFile) -> bool {
         let Some(page) = registers.page() else { return false };
         let (sq, cq) = (registers.admin_sq(), registers.admin_cq());
-        let good = |(base, entries): (u64, u32)| entries >= 2 && base.is_multiple_of(page.into());
-        if !registers.command_set_is_nvm() || !good(sq) || !good(cq) {
+        let valid = |(base, entries): (u64, u32)| entries >= 2 && base.is_multiple_of(page.into());
+        if !registers.command_set_is_nvm() || !valid(sq) || !valid(cq) {
             return false;
         }
         self.page.store(page, SeqCst);
@@ -119,7 +118,7 @@ impl Controller {
         true
     }
 
-    /// Stops everything and forgets all queues and settings, as a controller level reset does (NVMe 2.0 §3.7.2).
+    /// Controller level reset: deletes all queues and discards all settings (NVMe 2.0 §3.7.2).
     pub(super) fn disable(&self) {
         self.ready.store(false, SeqCst);
         for id in 0..=self.options.queues {
@@ -132,7 +131,7 @@ impl Controller {
         self.write_cache.store(self.options.volatile_cache, SeqCst);
     }
 
-    /// Normal or abrupt shutdown: finishes what runs, makes data durable (NVMe 2.0 §3.6.1).
+    /// Normal or abrupt shutdown: finishes running commands and flushes the medium (NVMe 2.0 §3.6.1).
     pub(super) fn shut_down(&self) {
         self.ready.store(false, SeqCst);
         self.wait_for_running_commands();
@@ -143,14 +142,14 @@ impl Controller {
         self.csts.fetch_or(CSTS_SHUTDOWN_DONE, SeqCst);
     }
 
-    /// Waits until no command runs that was fetched before.
+    /// Waits until all commands fetched before the call have finished.
     pub(super) fn wait_for_running_commands(&self) {
         for slot in &self.sqs {
             drop(lock(&slot.state));
         }
     }
 
-    /// Queue memory could not be reached: nothing more can be told to the host but this bit.
+    /// Stops with Controller Fatal Status. Used when queue memory is unreachable and no completion can be posted.
     #[cold]
     pub(super) fn fatal(&self) {
         self.ready.store(false, SeqCst);
@@ -186,7 +185,7 @@ impl Controller {
         *lock(&slot.queue) = None;
     }
 
-    /// A register changed: do what follows, here or on the controller's thread.
+    /// Handles a register write: on this thread in inline mode, else on the controller's thread.
     #[inline]
     pub(super) fn wake(&self, work: impl FnOnce(&Self)) {
         match (self.options.mode, self.thread.get()) {
@@ -196,7 +195,7 @@ impl Controller {
         }
     }
 
-    /// Time since power-on. In inline mode it stands still but for [`Self::advance`].
+    /// Time since creation. In inline mode only [`Self::advance`] moves it.
     pub(super) fn now(&self) -> Duration {
         let advanced = Duration::from_nanos(self.advanced.load(SeqCst));
         match self.options.mode {
@@ -205,7 +204,7 @@ impl Controller {
         }
     }
 
-    /// Moves the clock ahead and does what is due.
+    /// Advances the clock and executes commands that are due.
     pub(super) fn advance(&self, time: Duration) {
         let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let added = |now: u64| Some(now.saturating_add(nanos));
@@ -215,26 +214,26 @@ impl Controller {
         });
     }
 
-    /// Nothing more is done, and CC is not heard.
+    /// Stops executing commands and ignores CC ([`Effect::Stick`](super::Effect::Stick)).
     pub(super) fn hang(&self) {
         self.faults.stuck_ready.store(true, SeqCst);
         self.ready.store(false, SeqCst);
     }
 
-    /// Surprise removal: nothing more is done or answered.
+    /// Surprise removal: stops executing commands, and registers read as all ones.
     pub(super) fn remove(&self) {
         self.faults.removed.store(true, SeqCst);
         self.ready.store(false, SeqCst);
     }
 
-    /// Routes vector 0, 1, … to duplicates of `events`.
+    /// Routes vectors 0, 1, ... to duplicates of `events`.
     pub(super) fn route(&self, events: &[BorrowedFd<'_>]) -> std::io::Result<()> {
         let owned: Result<Vec<_>, _> = events.iter().map(|event| event.try_clone_to_owned().map(Some)).collect();
         *self.vectors.write().unwrap_or_else(PoisonError::into_inner) = owned?;
         Ok(())
     }
 
-    /// Routes vectors from `start` on; the others stay as they are.
+    /// Routes vectors `start`, `start + 1`, ... and leaves the others unchanged.
     pub(super) fn route_from(&self, start: usize, events: &[Option<BorrowedFd<'_>>]) -> std::io::Result<()> {
         let owned = events.iter().map(|event| event.map(|event| event.try_clone_to_owned()).transpose());
         let owned = owned.collect::<Result<Vec<_>, _>>()?;
@@ -261,7 +260,7 @@ impl Controller {
         sum
     }
 
-    /// The same for the I/O queues alone, as an admin command may ask.
+    /// Counters of the I/O queues only, so that an admin command, which holds the admin queue's lock, can read them.
     pub(super) fn io_traffic(&self) -> Traffic {
         let mut sum = Traffic::default();
         for slot in &self.sqs[1..] {

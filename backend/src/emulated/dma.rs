@@ -1,4 +1,4 @@
-//! What the function does on the bus: transfers to and from what is mapped, and to nothing else.
+//! DMA of the function: transfers to and from mapped memory only.
 
 use std::sync::{Mutex, RwLockReadGuard};
 
@@ -9,18 +9,17 @@ use super::cache::Cache;
 use super::lock;
 use super::mapping::{Access, DmaFault, FaultLog, Mapping};
 
-/// The function's access to memory while the mappings stand still.
+/// The function's access to memory. While this exists, mappings do not change.
 pub(super) struct Dma<'a> {
     pub(super) mappings: RwLockReadGuard<'a, Vec<Mapping>>,
     pub(super) faults: &'a Mutex<FaultLog>,
-    /// What these transfers go behind.
+    /// The cache model that these transfers bypass, if the function sets No Snoop.
     pub(super) cache: Option<&'a Cache>,
     pub(super) detached: bool,
 }
 
 impl Dma<'_> {
-    /// Where all of `span` is reached at once: nearly always, as nearly all of it lies in one writable mapping, and there is
-    /// nothing to go behind.
+    /// Fast path: the memory of `span`, if one writable mapping contains all of it and there is no cache to bypass.
     #[inline]
     pub(super) fn shared(&self, span: Span<Iova>, hint: usize) -> Option<(&SharedMemory, usize)> {
         if self.cache.is_some() || self.detached {
@@ -30,8 +29,8 @@ impl Dma<'_> {
         mapping.span.offset_of_span(&span).map(|offset| (&mapping.shared, size(offset)))
     }
 
-    /// Calls `part` for each piece of `len` bytes at `at` that lies in one mapping, in order. `hint` is the caller's memory
-    /// of the last mapping used. An unmapped byte is recorded as a fault and ends the walk.
+    /// Splits `span` by mapping and calls `part` for each piece in order. `hint` is the index of the last mapping used. The
+    /// first unmapped byte is recorded as a fault and ends the walk.
     #[inline]
     pub(super) fn each<E: From<DmaFault>>(
         &self,
@@ -46,7 +45,7 @@ impl Dma<'_> {
         self.each_piece(access, span, hint, &mut part)
     }
 
-    /// [`Self::each`] however many mappings it takes.
+    /// [`Self::each`] without the fast path.
     #[cold]
     fn each_piece<E: From<DmaFault>>(
         &self,
@@ -120,7 +119,7 @@ impl Dma<'_> {
     }
 }
 
-/// A number of bytes in a mapping, which is a window of this process.
+/// Converts a length or offset in a mapping, which fits the address space of this process.
 #[inline]
 fn size(bytes: u64) -> usize {
     usize::try_from(bytes).expect("inside shared memory")

@@ -1,10 +1,10 @@
-//! Errors the host is told about: the Error Information log and asynchronous events (NVMe 2.0 §5.2, §5.16.1.2).
+//! Asynchronous events and the Error Information log (NVMe 2.0 §5.2, §5.16.1.2).
 //!
 //! ```text
-//! something happens --> pending --(a request waits)--> completed, masked --(its log page is read)--> may happen again
+//! event --> pending --(a request is outstanding)--> reported, masked --(its log page is read)--> unmasked
 //! ```
 //!
-//! Two kinds of events are raised here: a doorbell write that makes no sense, and another size of the namespace.
+//! There are two kinds of events: an invalid doorbell write, and a change of the namespace's size.
 
 use std::io;
 use std::sync::atomic::Ordering::SeqCst;
@@ -17,7 +17,7 @@ use super::run::Pass;
 use super::wire::{Entry, Status};
 
 impl Controller {
-    /// An Asynchronous Event Request: it stays until there is something to tell.
+    /// Asynchronous Event Request: it stays outstanding until there is an event to report.
     pub(super) fn wait_for_event(&self, entry: &Entry) -> Result<(), Status> {
         let events = &mut lock(&self.admin).events;
         if events.waiting.len() == EVENT_LIMIT {
@@ -28,12 +28,13 @@ impl Controller {
         Ok(())
     }
 
-    /// Ends the waiting request `cid`. False if there is none, or no room to say so and answer the Abort.
+    /// Aborts the outstanding request `cid`. False if there is none, or if the completion queue has no room for the request's
+    /// completion and that of the Abort.
     pub(super) fn abort_event(&self, cid: u16, sq_head: u16) -> bool {
         if lock(&self.cqs[0].queue).as_ref().is_none_or(|cq| cq.free() < 2) {
             return false;
         }
-        if !lock(&self.admin).events.withdraw(cid) {
+        if !lock(&self.admin).events.remove_request(cid) {
             return false;
         }
         let completion = Completion { result: 0, sq: 0, sq_head, cid, status: Status::ABORT_REQUESTED };
@@ -41,7 +42,7 @@ impl Controller {
         true
     }
 
-    /// Records a failed command.
+    /// Adds a failed command to the error log.
     #[cold]
     pub(super) fn log_error(&self, sq: u16, entry: &Entry, status: Status) {
         let events = &mut lock(&self.admin).events;
@@ -51,18 +52,19 @@ impl Controller {
         events.errors.push_front(ErrorEntry { count, sq, cid, status, lba: entry.u64(40), nsid: entry.nsid() });
     }
 
-    /// A doorbell write without meaning changes nothing; the host is told when it asks.
+    /// Handles an invalid doorbell write. It changes nothing except that an error event becomes pending.
     #[cold]
-    pub(super) fn bad_doorbell(&self, what: BadDoorbell) {
+    pub(super) fn bad_doorbell(&self, event: BadDoorbell) {
         self.bad_doorbells.fetch_add(1, SeqCst);
         let events = &mut lock(&self.admin).events;
         if !events.masked {
-            events.pending = Some(what as u32);
+            events.pending = Some(event as u32);
             self.event_pending.store(true, SeqCst);
         }
     }
 
-    /// Gives the namespace another size. Whoever has asked for it is told when no queue is locked.
+    /// Changes the size of the namespace, in bytes. If the host has enabled notices, one becomes pending; it is reported later,
+    /// when no queue is locked.
     pub(super) fn resize(&self, bytes: u64) -> io::Result<()> {
         let lba = u64::from(self.options.lba);
         if bytes == 0 || !bytes.is_multiple_of(lba) {
@@ -78,16 +80,16 @@ impl Controller {
         Ok(())
     }
 
-    /// Completes a waiting request with what is pending. Called with no queue locked.
+    /// Completes an outstanding request with a pending event. The caller must not hold a queue's lock.
     #[inline]
     pub(super) fn report_events(&self) {
         if self.event_pending.load(SeqCst) {
-            self.tell();
+            self.report_one();
         }
     }
 
     #[cold]
-    fn tell(&self) {
+    fn report_one(&self) {
         let state = lock(&self.sqs[0].state);
         let Some(sq) = state.queue.as_ref().filter(|_| self.may_run()) else { return };
         if !lock(&self.cqs[0].queue).as_mut().is_some_and(|cq| self.cq_has_room(&self.cqs[0], cq)) {
@@ -99,7 +101,7 @@ impl Controller {
             if events.waiting.is_empty() {
                 return;
             }
-            let Some(result) = events.tell() else { return };
+            let Some(result) = events.take_next() else { return };
             (events.waiting.remove(0), result)
         };
         let mut pass = Pass::default();

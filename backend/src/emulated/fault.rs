@@ -1,7 +1,8 @@
-//! Faults on demand: what a broken controller does, so that a test can say what its user sees.
+//! Fault injection: makes the controller behave like a broken one, so that tests can check how its user reacts.
 //!
-//! A fault on commands waits for its `skip` matches, strikes the next `times`, and is then spent. Faults of the whole
-//! controller stay until [`Machine::clear_faults`](super::Machine::clear_faults). The first fault that strikes a command has it to itself.
+//! A command fault skips the first `skip` matching commands, affects the next `times`, and then expires. Faults of the whole
+//! controller stay until [`Machine::clear_faults`](super::Machine::clear_faults). Only the first matching fault affects a
+//! command.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -10,47 +11,47 @@ use std::time::Duration;
 use super::lock;
 use super::wire::Status;
 
-/// Something that goes wrong.
+/// A fault to inject.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Some commands end badly.
+    /// A fault of some commands.
     Command {
-        /// Which ones.
+        /// The commands that match.
         on: Commands,
-        /// How many of them are spared first.
+        /// Number of matching commands that are not affected first.
         skip: u64,
-        /// How many are struck after that.
+        /// Number of matching commands that are affected afterwards.
         times: u64,
-        /// What happens to them.
+        /// What happens to an affected command.
         effect: Effect,
     },
-    /// The capability register (CAP) holds this. What the controller does stays as its options say.
+    /// The capability register (CAP) reads as this value. The controller's behaviour does not change.
     Capability(u64),
-    /// Answers to Identify hold other bytes than they should.
+    /// Some bytes of Identify data are replaced.
     Identify {
-        /// Which answers: the CNS of the command.
+        /// CNS of the affected Identify commands.
         cns: u8,
-        /// Where in the 4096 bytes.
+        /// Offset in the 4096 bytes of data.
         offset: usize,
-        /// What stands there; bytes past the end are left out.
+        /// The replacement. Bytes past the end of the data are ignored.
         bytes: Vec<u8>,
     },
-    /// CSTS.RDY keeps its value whatever CC.EN says; a function reset clears it, and it stays clear.
+    /// CSTS.RDY no longer follows CC.EN. It keeps its value until a function reset clears it for good.
     StuckReady,
-    /// A function reset fails with EIO and does nothing.
+    /// A function reset fails with EIO and has no effect.
     ResetRefused,
-    /// The function is gone: registers and configuration read as all ones, writes are lost, DMA and interrupts end.
+    /// Surprise removal: registers and configuration space read as all ones, writes are ignored, DMA and interrupts stop.
     Removed,
 }
 
 impl Fault {
-    /// `effect` on the next command of `on`.
+    /// `effect` on the next command that matches `on`.
     #[must_use]
     pub fn once(on: Commands, effect: Effect) -> Self {
         Self::Command { on, skip: 0, times: 1, effect }
     }
 
-    /// `effect` on every command of `on`.
+    /// `effect` on every command that matches `on`.
     #[must_use]
     pub fn always(on: Commands, effect: Effect) -> Self {
         Self::Command { on, skip: 0, times: u64::MAX, effect }
@@ -60,9 +61,9 @@ impl Fault {
 /// A set of commands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Commands {
-    /// Only those of this submission queue; 0 is the admin queue.
+    /// Only commands of this submission queue; 0 is the admin queue.
     pub queue: Option<u16>,
-    /// Only those with this opcode.
+    /// Only commands with this opcode.
     pub opcode: Option<u8>,
 }
 
@@ -79,7 +80,7 @@ impl Commands {
         Self { queue: Some(queue), opcode: None }
     }
 
-    fn contain(self, queue: u16, opcode: u8) -> bool {
+    fn matches(self, queue: u16, opcode: u8) -> bool {
         self.queue.is_none_or(|wanted| wanted == queue) && self.opcode.is_none_or(|wanted| wanted == opcode)
     }
 }
@@ -87,52 +88,53 @@ impl Commands {
 /// What happens to a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// It is executed, and its completion never comes.
+    /// The command is executed, but no completion is posted.
     Lose,
-    /// It is executed, and its completion comes twice.
+    /// The command is executed, and its completion is posted twice.
     Twice,
-    /// Its completion is written with the phase of the last round, so the host cannot see it.
+    /// The completion is posted with the wrong phase, so the host does not see it.
     WrongPhase,
-    /// Its completion carries this command identifier.
+    /// The completion has this command identifier.
     WrongId(u16),
-    /// It is not executed and ends with this status.
+    /// The command is not executed and completes with this status.
     Status(Status),
-    /// It is executed, DMA included, so much later; see [`Machine::advance`](super::Machine::advance).
+    /// The command is executed, DMA included, after this delay; see [`Machine::advance`](super::Machine::advance).
     Delay(Duration),
-    /// It is executed and completed, and the vector is not signalled for it.
+    /// The command is executed and completed, but no interrupt is signalled.
     LoseInterrupt,
-    /// The controller does nothing any more and CSTS.RDY keeps its value, as with [`Fault::StuckReady`]; the command is
-    /// lost.
+    /// The controller hangs: the command is lost, no further command is executed, and CSTS.RDY keeps its value as with
+    /// [`Fault::StuckReady`].
     Stick,
-    /// The controller stops with Controller Fatal Status before it is executed.
+    /// The controller sets Controller Fatal Status and stops before it executes the command.
     Fatal,
-    /// The function is gone from then on, as with [`Fault::Removed`].
+    /// The function is removed, as with [`Fault::Removed`].
     Remove,
-    /// It is executed, after the namespace has got this size, bytes; see [`Machine::resize`](super::Machine::resize).
+    /// The namespace gets this size in bytes, then the command is executed; see [`Machine::resize`](super::Machine::resize).
     Resize(u64),
 }
 
-struct Trap {
+struct CommandFault {
     on: Commands,
     skip: u64,
     times: u64,
     effect: Effect,
 }
 
-/// Answers that are not true.
+/// Values that replace what the controller reports.
 #[derive(Default)]
-struct Forged {
+struct Overrides {
     capability: Option<u64>,
+    /// CNS, offset and bytes.
     identify: Vec<(u8, usize, Vec<u8>)>,
 }
 
-/// The faults in force.
+/// The injected faults.
 #[derive(Default)]
 pub(super) struct Faults {
-    /// True while there is a trap: the data path looks at nothing else.
+    /// True while there are command faults. The data path checks only this flag.
     armed: AtomicBool,
-    traps: Mutex<Vec<Trap>>,
-    forged: Mutex<Forged>,
+    command_faults: Mutex<Vec<CommandFault>>,
+    overrides: Mutex<Overrides>,
     pub(super) stuck_ready: AtomicBool,
     pub(super) reset_refused: AtomicBool,
     pub(super) removed: AtomicBool,
@@ -142,11 +144,11 @@ impl Faults {
     pub(super) fn inject(&self, fault: Fault) {
         match fault {
             Fault::Command { on, skip, times, effect } => {
-                lock(&self.traps).push(Trap { on, skip, times, effect });
+                lock(&self.command_faults).push(CommandFault { on, skip, times, effect });
                 self.armed.store(true, SeqCst);
             }
-            Fault::Capability(value) => lock(&self.forged).capability = Some(value),
-            Fault::Identify { cns, offset, bytes } => lock(&self.forged).identify.push((cns, offset, bytes)),
+            Fault::Capability(value) => lock(&self.overrides).capability = Some(value),
+            Fault::Identify { cns, offset, bytes } => lock(&self.overrides).identify.push((cns, offset, bytes)),
             Fault::StuckReady => self.stuck_ready.store(true, SeqCst),
             Fault::ResetRefused => self.reset_refused.store(true, SeqCst),
             Fault::Removed => self.removed.store(true, SeqCst),
@@ -155,28 +157,28 @@ impl Faults {
 
     pub(super) fn clear(&self) {
         self.armed.store(false, SeqCst);
-        lock(&self.traps).clear();
-        *lock(&self.forged) = Forged::default();
+        lock(&self.command_faults).clear();
+        *lock(&self.overrides) = Overrides::default();
         self.stuck_ready.store(false, SeqCst);
         self.reset_refused.store(false, SeqCst);
         self.removed.store(false, SeqCst);
     }
 
-    /// CAP as the host is to see it.
-    pub(super) fn capability(&self, truth: u64) -> u64 {
-        lock(&self.forged).capability.unwrap_or(truth)
+    /// CAP as the host reads it.
+    pub(super) fn capability(&self, actual: u64) -> u64 {
+        lock(&self.overrides).capability.unwrap_or(actual)
     }
 
-    /// Changes an answer to Identify.
-    pub(super) fn forge(&self, cns: u8, page: &mut [u8]) {
-        for (_, offset, bytes) in lock(&self.forged).identify.iter().filter(|(of, ..)| *of == cns) {
-            for (place, byte) in page.iter_mut().skip(*offset).zip(bytes) {
-                *place = *byte;
+    /// Applies the injected changes to Identify data.
+    pub(super) fn override_identify(&self, cns: u8, page: &mut [u8]) {
+        for (_, offset, bytes) in lock(&self.overrides).identify.iter().filter(|(of, ..)| *of == cns) {
+            for (target, byte) in page.iter_mut().skip(*offset).zip(bytes) {
+                *target = *byte;
             }
         }
     }
 
-    /// What strikes the command just fetched.
+    /// The effect on a command that was just fetched. Counts the command for all matching faults.
     #[inline]
     pub(super) fn effect_on(&self, queue: u16, opcode: u8) -> Option<Effect> {
         if self.armed.load(SeqCst) { self.effect_of_command_fault(queue, opcode) } else { None }
@@ -184,18 +186,18 @@ impl Faults {
 
     #[cold]
     fn effect_of_command_fault(&self, queue: u16, opcode: u8) -> Option<Effect> {
-        let mut traps = lock(&self.traps);
+        let mut faults = lock(&self.command_faults);
         let mut effect = None;
-        for trap in traps.iter_mut().filter(|trap| trap.on.contain(queue, opcode)) {
-            if trap.skip > 0 {
-                trap.skip -= 1;
-            } else if effect.is_none() && trap.times > 0 {
-                trap.times -= 1;
-                effect = Some(trap.effect);
+        for fault in faults.iter_mut().filter(|fault| fault.on.matches(queue, opcode)) {
+            if fault.skip > 0 {
+                fault.skip -= 1;
+            } else if effect.is_none() && fault.times > 0 {
+                fault.times -= 1;
+                effect = Some(fault.effect);
             }
         }
-        traps.retain(|trap| trap.times > 0);
-        self.armed.store(!traps.is_empty(), SeqCst);
+        faults.retain(|fault| fault.times > 0);
+        self.armed.store(!faults.is_empty(), SeqCst);
         effect
     }
 }

@@ -1,7 +1,7 @@
-//! A list of faults as a file (TOML): one `[[fault]]` for each, see `faults.toml` beside this source for all of them.
+//! Reads a fault file (TOML) with one `[[fault]]` entry per fault. `faults.toml` in this directory shows all of them.
 //!
-//! An entry is read into one flat structure and then understood by its effect, so that what does not belong to the effect
-//! is a mistake that is named, like a word that means nothing.
+//! Each entry is first read into one flat structure and then interpreted according to its effect. A key that does not belong
+//! to the effect is an error that names the key, just like an unknown key.
 
 use std::path::Path;
 use std::time::Duration;
@@ -46,9 +46,9 @@ enum Opcode {
     Name(String),
 }
 
-/// Reads the list at `path`.
+/// Reads the faults in the file at `path`.
 pub(super) fn read(path: &Path) -> Result<Vec<Fault>, EmulatedError> {
-    let failed = |what| EmulatedError::Faults { path: path.to_owned(), what };
+    let failed = |reason| EmulatedError::Faults { path: path.to_owned(), reason };
     let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
     parse(&text).map_err(failed)
 }
@@ -59,7 +59,7 @@ fn parse(text: &str) -> Result<Vec<Fault>, String> {
         format!("line {line}: {}", error.message().replace('\n', "; "))
     })?;
     let numbered = (1..).zip(fault);
-    numbered.map(|(n, entry)| entry.fault().map_err(|what| format!("fault {n}: {what}"))).collect()
+    numbered.map(|(n, entry)| entry.fault().map_err(|reason| format!("fault {n}: {reason}"))).collect()
 }
 
 impl Entry {
@@ -75,15 +75,15 @@ impl Entry {
                 offset: needed(self.offset.take(), "offset")?,
                 bytes: needed(self.bytes.take(), "bytes")?,
             },
-            _ => self.on_commands(&effect)?,
+            _ => self.command_fault(&effect)?,
         };
-        match self.left_over() {
+        match self.unused_key() {
             Some(name) => Err(format!("`{name}` does not belong to effect `{effect}`")),
             None => Ok(fault),
         }
     }
 
-    fn on_commands(&mut self, effect: &str) -> Result<Fault, String> {
+    fn command_fault(&mut self, effect: &str) -> Result<Fault, String> {
         let effect = match effect {
             "lose" => Effect::Lose,
             "twice" => Effect::Twice,
@@ -96,7 +96,7 @@ impl Entry {
             "fatal" => Effect::Fatal,
             "remove" => Effect::Remove,
             "resize" => Effect::Resize(bytes(&needed(self.size.take(), "size")?)?),
-            _ => return Err(format!("no effect `{effect}`; there are {EFFECTS}")),
+            _ => return Err(format!("unknown effect `{effect}`; the effects are {EFFECTS}")),
         };
         let opcode = self.opcode.take().map(|opcode| opcode.number()).transpose()?;
         let times = match self.times.take() {
@@ -108,9 +108,9 @@ impl Entry {
         Ok(Fault::Command { on, skip: self.skip.take().unwrap_or(0), times, effect })
     }
 
-    /// The first word that nobody has taken.
-    fn left_over(&self) -> Option<&'static str> {
-        let words = [
+    /// The first key that the effect does not use.
+    fn unused_key(&self) -> Option<&'static str> {
+        let keys = [
             ("queue", self.queue.is_some()),
             ("opcode", self.opcode.is_some()),
             ("skip", self.skip.is_some()),
@@ -124,7 +124,7 @@ impl Entry {
             ("offset", self.offset.is_some()),
             ("bytes", self.bytes.is_some()),
         ];
-        words.into_iter().find(|(_, there)| *there).map(|(name, _)| name)
+        keys.into_iter().find(|(_, present)| *present).map(|(name, _)| name)
     }
 }
 
@@ -139,7 +139,7 @@ impl Opcode {
                 "write-zeroes" => Ok(nvm::WRITE_ZEROES),
                 "dataset-management" => Ok(nvm::DATASET_MANAGEMENT),
                 _ => Err(format!(
-                    "no opcode `{name}`; there are read, write, flush, write-zeroes, dataset-management, and numbers"
+                    "unknown opcode `{name}`; give a number, or read, write, flush, write-zeroes or dataset-management"
                 )),
             },
         }
@@ -150,7 +150,7 @@ fn needed<T>(value: Option<T>, name: &str) -> Result<T, String> {
     value.ok_or_else(|| format!("`{name}` is missing"))
 }
 
-/// Status code type in bits 10 to 8, status code below (NVMe 2.0 §3.3.3.2.1).
+/// Status code type in bits 10:8, status code in bits 7:0 (NVMe 2.0 §3.3.3.2.1).
 fn status(bits: u16) -> Result<Status, String> {
     match bits.to_le_bytes() {
         [0, 0] => Err("status 0 is success".to_owned()),
@@ -160,19 +160,19 @@ fn status(bits: u16) -> Result<Status, String> {
 }
 
 fn time(text: &str) -> Result<Duration, String> {
-    duration(text).ok_or_else(|| format!("delay `{text}`: wanted a number of ns, us, ms or s"))
+    duration(text).ok_or_else(|| format!("delay `{text}`: wanted a number with unit ns, us, ms or s"))
 }
 
 fn bytes(text: &str) -> Result<u64, String> {
-    size(text).ok_or_else(|| format!("size `{text}`: wanted a number of bytes, or of K, M, G or T"))
+    size(text).ok_or_else(|| format!("size `{text}`: wanted bytes, optionally with suffix K, M, G or T"))
 }
 
-/// TOML's own integers have 63 bits, a register 64.
+/// A 64-bit register value. TOML integers are signed, so the file gives it as text.
 fn hexadecimal(text: &str) -> Result<u64, String> {
     let digits = text.strip_prefix("0x").filter(|digits| !digits.starts_with('+'));
     digits
         .and_then(|digits| u64::from_str_radix(digits, 16).ok())
-        .ok_or_else(|| format!("value `{text}`: wanted a text such as \"0x0020ffffff\""))
+        .ok_or_else(|| format!("value `{text}`: wanted hexadecimal text such as \"0x0020ffffff\""))
 }
 
 #[cfg(test)]
@@ -192,23 +192,23 @@ mod tests {
     }
 
     #[test]
-    fn times_zero_is_for_ever() {
+    fn times_zero_affects_all_commands() {
         let faults = parse("[[fault]]\neffect = \"twice\"\ntimes = 0").unwrap();
         assert_eq!(faults, [Fault::always(Commands::default(), Effect::Twice)]);
     }
 
     #[test]
-    fn mistakes_are_told_in_one_line_with_their_place() {
+    fn errors_are_one_line_that_says_where() {
         for (text, message) in [
-            ("effect = \"loose\"", "fault 1: no effect `loose`; there are lose, twice"),
-            ("effect = \"lose\"\nopcode = \"raed\"", "fault 1: no opcode `raed`; there are read, write"),
+            ("effect = \"loose\"", "fault 1: unknown effect `loose`; the effects are lose, twice"),
+            ("effect = \"lose\"\nopcode = \"raed\"", "fault 1: unknown opcode `raed`; give a number, or read, write"),
             ("effect = \"lose\"\nid = 3", "fault 1: `id` does not belong to effect `lose`"),
             ("effect = \"removed\"\nskip = 3", "fault 1: `skip` does not belong to effect `removed`"),
             ("effect = \"wrong-id\"", "fault 1: `id` is missing"),
             ("effect = \"status\"\nstatus = 0", "fault 1: status 0 is success"),
             ("effect = \"status\"\nstatus = 0x800", "fault 1: status 0x800 does not fit"),
-            ("effect = \"delay\"\ndelay = \"5\"", "fault 1: delay `5`: wanted a number of ns"),
-            ("effect = \"capability\"\nvalue = \"12\"", "fault 1: value `12`: wanted a text such as"),
+            ("effect = \"delay\"\ndelay = \"5\"", "fault 1: delay `5`: wanted a number with unit ns"),
+            ("effect = \"capability\"\nvalue = \"12\"", "fault 1: value `12`: wanted hexadecimal text such as"),
             ("effect = \"lose\"\ncolour = 3", "line 3: unknown field `colour`"),
             ("effect = ", "line 2: "),
             ("", "line 1: missing field `effect`"),

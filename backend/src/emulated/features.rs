@@ -1,4 +1,4 @@
-//! Get Features and Set Features (NVMe 2.0 §5.15, §5.27): a table of dwords, and the few that mean something here.
+//! Get Features and Set Features (NVMe 2.0 §5.15, §5.27). Most features are only stored; a few have an effect.
 
 use super::Options;
 use super::event_state::NAMESPACE_NOTICES;
@@ -17,11 +17,11 @@ const ASYNC_EVENTS: usize = 0x0b;
 
 const COUNT: usize = 0x0c;
 
-/// The features' values, by identifier.
+/// Feature values, indexed by feature identifier.
 pub(super) struct Features {
     current: [u32; COUNT],
     default: [u32; COUNT],
-    /// Most I/O queue pairs.
+    /// Maximum number of I/O queue pairs.
     queues: u16,
     volatile_cache: bool,
 }
@@ -50,15 +50,15 @@ impl Features {
         self.current[VOLATILE_WRITE_CACHE] & 1 != 0
     }
 
-    /// True if a change of the namespace is to be told.
+    /// True if the host has enabled Namespace Attribute Notices.
     pub(super) fn notices(&self) -> bool {
         self.current[ASYNC_EVENTS] & NAMESPACE_NOTICES != 0
     }
 
-    /// The identifier in dword 10, if there is such a feature.
+    /// The feature identifier in dword 10, if the feature is supported.
     fn id(&self, entry: &Entry) -> Result<usize, Status> {
         let id = usize::from(entry.cdw(10).to_le_bytes()[0]);
-        let known = match id {
+        let supported = match id {
             VOLATILE_WRITE_CACHE => self.volatile_cache,
             ARBITRATION
             | POWER_MANAGEMENT
@@ -71,7 +71,7 @@ impl Features {
             | ASYNC_EVENTS => true,
             _ => false,
         };
-        if known { Ok(id) } else { Err(Status::INVALID_FIELD) }
+        if supported { Ok(id) } else { Err(Status::INVALID_FIELD) }
     }
 
     /// Dword 0 of Get Features.
@@ -109,7 +109,7 @@ impl Features {
         Ok(0)
     }
 
-    /// NVMe 2.0 §5.27.1.5: both counts are zero's based, and 65535 is none.
+    /// Number of Queues (NVMe 2.0 §5.27.1.5). Both counts are zero-based, and 65535 is invalid.
     fn set_queues(&mut self, value: u32, queues_exist: bool) -> Result<u32, Status> {
         if queues_exist {
             return Err(Status::SEQUENCE_ERROR);
@@ -119,8 +119,8 @@ impl Features {
             return Err(Status::INVALID_FIELD);
         }
         let granted = |wanted: u16| u32::from(wanted.min(self.queues - 1));
-        let answer = granted(completion) << 16 | granted(submission);
-        self.current[NUMBER_OF_QUEUES] = answer;
-        Ok(answer)
+        let result = granted(completion) << 16 | granted(submission);
+        self.current[NUMBER_OF_QUEUES] = result;
+        Ok(result)
     }
 }

@@ -1,4 +1,4 @@
-//! The PCI side: configuration space, BAR 0, vectors, bus master and reset, as `vfio-pci` would show them.
+//! The PCI side: configuration space, BAR 0, vectors, bus master and reset, as `vfio-pci` presents them.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -18,14 +18,14 @@ use super::traffic::Traffic;
 use super::worker::Worker;
 use super::{EmulatedError, Mode, Options, lock};
 
-/// An NVMe function in this process.
+/// An emulated NVMe function in this process.
 pub struct EmulatedFunction {
     controller: Arc<Controller>,
     layout: Layout,
     vectors: u16,
     config: Mutex<Config>,
     worker: Option<Arc<Worker>>,
-    /// Signalled to ask the owner to give the function back.
+    /// Signalled to request that the user release the function.
     removal: Mutex<Option<OwnedFd>>,
 }
 
@@ -49,7 +49,7 @@ impl EmulatedFunction {
         self.controller.traffic()
     }
 
-    /// Follows the command and device control registers.
+    /// Applies the Command and Device Control registers.
     fn apply_command(&self, config: &Config) {
         self.controller.iommu.set_no_snoop(config.no_snoop());
         let command = config.command();
@@ -149,7 +149,8 @@ impl EmulatedFunction {
         Bar { controller: Arc::clone(&self.controller), size, _worker: self.worker.clone() }
     }
 
-    /// Routes MSI-X vectors from `start` on, `None` to none of them; without `events`, all are turned off.
+    /// Routes MSI-X vectors `start`, `start + 1`, ... to `events`; `None` in the slice disables a vector. If `events` is `None`,
+    /// all vectors are disabled.
     pub(super) fn route_from(&self, start: usize, events: Option<&[Option<BorrowedFd<'_>>]>) -> io::Result<()> {
         let Some(events) = events else {
             self.controller.unroute();
@@ -167,7 +168,7 @@ impl EmulatedFunction {
         if let Some(event) = &*lock(&self.removal)
             && let Err(errno) = rustix::io::write(event, &1_u64.to_ne_bytes())
         {
-            log::warn!("emulated function: ask for it back: {errno}");
+            log::warn!("emulated function: signal the removal request: {errno}");
         }
     }
 
@@ -201,13 +202,13 @@ impl EmulatedFunction {
             self.power_on();
             return;
         }
-        // What was written to CC while it was stuck takes effect now.
+        // CC writes that were ignored while the controller was stuck take effect now.
         self.controller.wake(|controller| {
             controller.run_all();
         });
     }
 
-    /// The state in which a function comes out of a reset, or is plugged in.
+    /// Returns to the power-on state, after a reset or when a removed function comes back.
     fn power_on(&self) {
         let mut config = lock(&self.config);
         self.controller.bus_master.store(false, SeqCst);

@@ -1,4 +1,4 @@
-//! The answers to Identify (NVMe 2.0 §5.17.2; NVM Command Set 1.0 §4.1.5). Offsets are those of the figures.
+//! Identify data (NVMe 2.0 §5.17.2; NVM Command Set 1.0 §4.1.5). The offsets are those in the specification's figures.
 
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -10,7 +10,7 @@ use super::nvm::NAMESPACE;
 use super::register_file::VERSION;
 use super::sgl;
 
-/// Bytes of an Identify answer.
+/// Size of Identify data in bytes.
 pub(super) const IDENTIFY_BYTES: usize = 4096;
 
 type Page = [u8; IDENTIFY_BYTES];
@@ -72,7 +72,7 @@ pub(super) fn namespace(controller: &Controller, page: &mut Page) {
     put(page, 128, &(shift << 16).to_le_bytes()); // LBAF0: LBADS
 }
 
-/// CNS 02h: the namespaces above `after`.
+/// CNS 02h: active namespace IDs greater than `after`.
 pub(super) fn active_namespaces(after: u32, page: &mut Page) {
     if after < NAMESPACE {
         put(page, 0, &NAMESPACE.to_le_bytes());

@@ -1,8 +1,8 @@
-//! A software IOMMU: it holds exactly what was mapped, and everything the function does on the bus goes through it. A DMA
-//! to any other address faults, is recorded, and moves no byte.
+//! A software IOMMU, which translates all DMA of the function. DMA to an unmapped address faults: the fault is recorded and no
+//! data is transferred.
 //!
-//! A transfer holds the read side of one lock, so when an unmap returns no transfer to that range is running or will run,
-//! as after an IOTLB invalidation. Lock order in this room: submission queue, completion queue, IOMMU.
+//! A transfer holds the read side of a lock, and unmapping takes the write side. When an unmap returns, no transfer to its
+//! range is running or can start, as after an IOTLB invalidation. Lock order: submission queue, completion queue, IOMMU.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
@@ -20,36 +20,37 @@ use super::dma::Dma;
 use super::lock;
 use super::mapping::{DmaFault, FaultLog, Mapping};
 
-/// Bytes of an IOMMU page; mappings of the driver's own memory are multiples of it.
+/// IOMMU page size in bytes. All mappings are multiples of it.
 const PAGE: u64 = 4096;
+
 struct Inner {
     allowed: Vec<Span<Iova>>,
     /// Sorted by start, disjoint.
     mappings: RwLock<Vec<Mapping>>,
     faults: Mutex<FaultLog>,
     maps: AtomicU64,
-    /// The caches in front of memory, if snooping them is not enforced.
+    /// The cache model, if snooping is not enforced.
     cache: Option<Arc<Cache>>,
-    /// The function marks its transactions No Snoop.
+    /// True if the function marks its transactions No Snoop.
     no_snoop: AtomicBool,
-    /// The function reaches nothing, whatever is mapped.
+    /// True if the function is detached: all its DMA faults.
     detached: AtomicBool,
 }
 
-/// The IOMMU; clones are the same one.
+/// A handle to the IOMMU. Clones refer to the same IOMMU.
 #[derive(Clone)]
 pub struct SoftIommu {
     inner: Arc<Inner>,
 }
 
 impl SoftIommu {
-    /// An empty address space of `1 << width` bytes (12 to 57 bits) without `reserved`, that enforces snooping.
+    /// An empty address space of `1 << width` bytes (12 to 57 bits), except the `reserved` ranges. It enforces snooping.
     #[must_use]
     pub fn new(width: u8, reserved: &[Span<Iova>]) -> Self {
         Self::with_cache(None, width, reserved)
     }
 
-    /// The same that lets transactions go behind `cache`, if there is one.
+    /// Like [`Self::new`], but No Snoop transactions bypass `cache`, if given.
     pub(super) fn with_cache(cache: Option<Arc<Cache>>, width: u8, reserved: &[Span<Iova>]) -> Self {
         let last = (1 << width.clamp(12, 57)) - 1;
         let mut reserved = reserved.to_vec();
@@ -85,14 +86,14 @@ impl SoftIommu {
     /// [`MapError::NotAllowed`] and [`MapError::Overlap`].
     ///
     /// # Panics
-    /// If the two differ in length, or do not consist of whole pages of 4096 bytes.
+    /// If the two differ in length, or `span` is not a multiple of 4096-byte pages.
     pub fn map(&self, span: Span<Iova>, shared: SharedMemory) -> Result<(), MapError> {
         self.map_as(span, shared, true)
     }
 
-    /// The same; unless `writable`, a write of the function faults.
+    /// Like [`Self::map`]; unless `writable`, a write of the function faults.
     pub(super) fn map_as(&self, span: Span<Iova>, shared: SharedMemory, writable: bool) -> Result<(), MapError> {
-        assert_eq!(shared.len() as u64, span.len(), "both views have one length");
+        assert_eq!(shared.len() as u64, span.len(), "memory and span have the same length");
         assert!(span.start().is_aligned(PAGE) && span.len().is_multiple_of(PAGE), "{span} is not made of whole pages");
         self.check_allowed(span)?;
         let mut mappings = self.inner.mappings.write().unwrap_or_else(PoisonError::into_inner);
@@ -103,7 +104,7 @@ impl SoftIommu {
         Ok(())
     }
 
-    /// Says whether `span` could be mapped now.
+    /// Checks whether `span` can be mapped.
     ///
     /// # Errors
     /// [`MapError::NotAllowed`] and [`MapError::Overlap`].
@@ -121,7 +122,7 @@ impl SoftIommu {
         Err(MapError::NotAllowed { span, allowed: allowed.join(", ") })
     }
 
-    /// Takes away the mapping that is exactly `span`.
+    /// Removes the mapping that is exactly `span`.
     ///
     /// # Errors
     /// [`MapError::NotMapped`].
@@ -132,31 +133,31 @@ impl SoftIommu {
         Ok(())
     }
 
-    /// How many times memory has been mapped so far.
+    /// Number of successful map calls so far.
     #[must_use]
     pub fn maps(&self) -> u64 {
         self.inner.maps.load(Relaxed)
     }
 
-    /// What is mapped now, sorted.
+    /// The current mappings, in ascending order.
     #[must_use]
     pub fn mapped(&self) -> Vec<Span<Iova>> {
         self.dma().mappings.iter().map(|mapping| mapping.span).collect()
     }
 
-    /// The last faults, oldest first; at most 1024 are kept.
+    /// The most recent faults, oldest first; at most 1024 are kept.
     #[must_use]
     pub fn faults(&self) -> Vec<DmaFault> {
         lock(&self.inner.faults).kept.iter().copied().collect()
     }
 
-    /// How many DMAs have faulted since the start.
+    /// Total number of DMA faults.
     #[must_use]
     pub fn fault_count(&self) -> u64 {
         lock(&self.inner.faults).total
     }
 
-    /// The highest free span of `len` bytes, a multiple of the page.
+    /// The highest free span of `len` bytes, which must be a multiple of the page size.
     pub(super) fn free_span(&self, len: u64) -> Option<Span<Iova>> {
         let dma = self.dma();
         for allowed in self.inner.allowed.iter().rev() {
@@ -177,7 +178,7 @@ impl SoftIommu {
         None
     }
 
-    /// A DMA read of the function that belongs to no command.
+    /// A DMA read by the function outside of any command.
     ///
     /// # Errors
     /// The fault, which is recorded.
@@ -185,7 +186,7 @@ impl SoftIommu {
         self.dma().read(at, bytes, &mut 0)
     }
 
-    /// A DMA write of the function that belongs to no command.
+    /// A DMA write by the function outside of any command.
     ///
     /// # Errors
     /// The fault, which is recorded.
@@ -193,7 +194,7 @@ impl SoftIommu {
         self.dma().write(at, bytes, &mut 0)
     }
 
-    /// Starts a series of transfers; unmapping waits until it is dropped.
+    /// Starts a series of transfers. Mapping and unmapping wait until it is dropped.
     pub(super) fn dma(&self) -> Dma<'_> {
         let mappings = self.inner.mappings.read().unwrap_or_else(PoisonError::into_inner);
         let cache = self.inner.cache.as_deref().filter(|_| self.inner.no_snoop.load(SeqCst));
@@ -201,14 +202,14 @@ impl SoftIommu {
         Dma { mappings, faults: &self.inner.faults, cache, detached }
     }
 
-    /// From now on the function reaches nothing, or again what is mapped; when this returns, no transfer that began before
-    /// is running.
+    /// Detaches the function, so that all its DMA faults, or attaches it again. On return, no transfer that started earlier is
+    /// running.
     pub(super) fn set_detached(&self, detached: bool) {
-        let _none_running = self.inner.mappings.write().unwrap_or_else(PoisonError::into_inner);
+        let _no_transfers = self.inner.mappings.write().unwrap_or_else(PoisonError::into_inner);
         self.inner.detached.store(detached, SeqCst);
     }
 
-    /// The function marks its transactions No Snoop from now on, or no longer does. Transfers under way may end as before.
+    /// Sets whether the function marks its transactions No Snoop. Running transfers are not affected.
     pub(super) fn set_no_snoop(&self, on: bool) {
         self.inner.no_snoop.store(on, SeqCst);
     }
@@ -242,7 +243,7 @@ impl AddressSpace for SoftIommu {
         let memory =
             MmapRegion::new(size).map_err(|error| MapError::Allocate { bytes, source: io::Error::other(error) })?;
         let shared = SharedMemory::of(Arc::new(memory));
-        // Another thread may take the same span between the search and the map; then the search is repeated.
+        // Another thread may map the same span between the search and the map. Then search again.
         loop {
             let span = self.free_span(len).ok_or(MapError::NoIova(bytes))?;
             match self.map(span, shared.clone()) {
@@ -256,7 +257,7 @@ impl AddressSpace for SoftIommu {
     }
 }
 
-/// Takes the driver's mapping away when its buffer is dropped.
+/// Removes the mapping when the driver's buffer is dropped.
 struct Unmap {
     iommu: SoftIommu,
     span: Span<Iova>,

@@ -1,4 +1,4 @@
-//! Get Log Page (NVMe 2.0 §5.16). Offsets are those of the figures.
+//! Get Log Page (NVMe 2.0 §5.16). The offsets are those in the specification's figures.
 
 use super::controller::Controller;
 use super::event_state::{CHANGED_LOG, ERROR_LOG, ERRORS_KEPT};
@@ -12,7 +12,7 @@ const FIRMWARE_SLOT: u8 = 0x03;
 const ERROR_BYTES: usize = 64;
 const PAGE_BYTES: usize = ERRORS_KEPT * ERROR_BYTES;
 
-/// The largest page; shorter ones leave the rest unused.
+/// Buffer for the largest log page. Shorter pages use only the start.
 type Page = [u8; PAGE_BYTES];
 
 fn put(page: &mut Page, offset: usize, bytes: &[u8]) {
@@ -20,7 +20,7 @@ fn put(page: &mut Page, offset: usize, bytes: &[u8]) {
 }
 
 impl Controller {
-    /// Sends the part of a log page that the command asks for.
+    /// Transfers the requested part of a log page to the host.
     pub(super) fn get_log_page(&self, entry: &Entry) -> Result<u32, Status> {
         let page_id = entry.cdw(10).to_le_bytes()[0];
         let retain_event = entry.cdw(10) & 1 << 15 != 0;
@@ -66,9 +66,9 @@ impl Controller {
         PAGE_BYTES
     }
 
-    /// Changed Namespace List (§5.16.1.5), which is empty once it has been read.
+    /// Changed Namespace List (§5.16.1.5). Reading it clears it.
     fn changed_namespaces(&self, page: &mut Page) -> usize {
-        if lock(&self.admin).events.read_changes() {
+        if lock(&self.admin).events.take_changes() {
             put(page, 0, &NAMESPACE.to_le_bytes());
         }
         PAGE_BYTES

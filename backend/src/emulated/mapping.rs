@@ -1,11 +1,11 @@
-//! What the software IOMMU and the DMA through it have in common: mappings, directions and faults.
+//! Mappings and DMA faults: types shared by the software IOMMU and its DMA.
 
 use std::collections::VecDeque;
 
 use crate::addr::{Iova, Span};
 use crate::sys::SharedMemory;
 
-/// How many faults are kept; older ones are forgotten, though counted.
+/// Number of faults kept. Older faults are dropped, but still counted.
 const FAULTS_KEPT: usize = 1024;
 
 /// Direction of a DMA as the function sees it.
@@ -17,12 +17,12 @@ pub enum Access {
     Write,
 }
 
-/// A DMA that met no mapping, or one that is read-only.
+/// A DMA to an unmapped address, or a write to a read-only mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaFault {
-    /// The first address that is not mapped so.
+    /// The first address that faulted.
     pub iova: Iova,
-    /// What the function wanted there.
+    /// The kind of access.
     pub access: Access,
 }
 

@@ -1,5 +1,5 @@
-//! Where the blocks live: in memory, in a file, or nowhere. Offsets and lengths are bytes and have been checked against
-//! the size of the disk by the command that brings them.
+//! Storage of the disk's blocks: memory, a file, or none. Offsets and lengths are in bytes. Callers have checked them against
+//! the size of the disk.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -14,20 +14,20 @@ use crate::sys::SharedMemory;
 
 use super::EmulatedError;
 
-/// What is behind the disk.
+/// The storage behind the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Medium {
-    /// Memory of this process, zero at first, allocated page by page as it is written.
+    /// Memory of this process, initially zero. Pages are allocated when they are written.
     Memory,
-    /// Data is neither stored nor produced: reads leave the buffer as it is. Addresses are checked all the same.
+    /// No storage: writes are discarded and reads leave the buffer unchanged. Addresses are still checked.
     Null,
-    /// A file, one byte per byte of the disk.
+    /// A raw image file.
     File {
-        /// Where it is.
+        /// Path of the file.
         path: PathBuf,
-        /// Makes the file when it is missing.
+        /// Creates the file if it does not exist.
         create: bool,
-        /// True leaves a new file sparse; false reserves its blocks at once.
+        /// True leaves a new file sparse; false allocates its blocks immediately.
         sparse: bool,
     },
 }
@@ -42,7 +42,7 @@ pub(super) enum Store {
 const CHUNK: usize = 4096;
 
 impl Store {
-    /// Opens `medium` and says how many bytes it has; `size` zero takes the size of an existing file.
+    /// Opens `medium` and returns its size in bytes. If `size` is zero, the size of an existing file is used.
     pub(super) fn open(medium: &Medium, size: u64) -> Result<(Self, u64), EmulatedError> {
         match medium {
             Medium::Null => Ok((Self::Null, size)),
@@ -53,7 +53,7 @@ impl Store {
                 Ok((Self::Memory(SharedMemory::of(Arc::new(memory))), size))
             }
             Medium::File { path, create, sparse } => {
-                let failed = |what| move |source| EmulatedError::File { path: path.clone(), what, source };
+                let failed = |operation| move |source| EmulatedError::File { path: path.clone(), operation, source };
                 let (file, found) = match OpenOptions::new().read(true).write(true).open(path) {
                     Err(error) if error.kind() == io::ErrorKind::NotFound && *create && size != 0 => {
                         (Self::create(path, size, *sparse).map_err(failed("create"))?, size)
@@ -88,7 +88,7 @@ impl Store {
         Ok(file)
     }
 
-    /// Copies `len` bytes from `offset` of the disk to `at` of `shared`.
+    /// Copies `len` bytes at `offset` of the disk to `at` of `shared`.
     #[inline]
     pub(super) fn read(&self, offset: u64, shared: &SharedMemory, at: usize, len: usize) -> io::Result<()> {
         match self {
@@ -109,7 +109,7 @@ impl Store {
         }
     }
 
-    /// Copies `len` bytes from `at` of `shared` to `offset` of the disk.
+    /// Copies `len` bytes at `at` of `shared` to `offset` of the disk.
     #[inline]
     pub(super) fn write(&self, offset: u64, shared: &SharedMemory, at: usize, len: usize) -> io::Result<()> {
         match self {
@@ -130,7 +130,7 @@ impl Store {
         }
     }
 
-    /// Makes `len` bytes from `offset` read as zero; `release` allows the medium to give up the space.
+    /// Zeroes `len` bytes at `offset`. `release` allows the medium to deallocate the space.
     pub(super) fn zero(&self, offset: u64, len: u64, release: bool) -> io::Result<()> {
         match self {
             Self::Null => Ok(()),
@@ -153,7 +153,7 @@ impl Store {
         }
     }
 
-    /// Makes room for `size` bytes. What a smaller disk no longer reaches stays where it is.
+    /// Grows the medium to `size` bytes if needed. It never shrinks, so data past the end of a smaller disk stays.
     pub(super) fn resize(&self, size: u64) -> io::Result<()> {
         match self {
             Self::Memory(memory) if size > memory.len() as u64 => Err(io::ErrorKind::Unsupported.into()),
@@ -162,7 +162,7 @@ impl Store {
         }
     }
 
-    /// Makes everything written so far durable.
+    /// Makes all earlier writes durable.
     pub(super) fn flush(&self) -> io::Result<()> {
         match self {
             Self::Null | Self::Memory(_) => Ok(()),

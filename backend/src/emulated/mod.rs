@@ -1,5 +1,5 @@
-//! An NVMe function that lives in this process, behind a software IOMMU. It speaks the same two traits as a function under
-//! VFIO, so driver, engine and session run above it unchanged, without privilege and without hardware.
+//! An emulated NVMe function behind a software IOMMU, inside this process. It implements the same two traits as a function
+//! under VFIO, so driver, engine and session run on it unchanged, without privileges and without hardware.
 //!
 //! ```text
 //! driver --write32--> Bar --> Controller --run_io--> Entry --execute--> Store   (the medium)
@@ -8,8 +8,8 @@
 //!                                 +------ vectors ---------> eventfds
 //! ```
 //!
-//! It is honest: nothing is reached but what was mapped, nothing happens without bus master, and it decodes commands by
-//! its own table of offsets. It can be simple because it has one namespace and its commands never wait.
+//! It is strict. DMA reaches only mapped memory and needs bus master. Commands are decoded with offsets of its own, not with
+//! those of the driver. It is simple because it has one namespace and its commands never block.
 
 mod admin;
 mod admin_state;
@@ -69,101 +69,101 @@ pub use staged_space::{LAST_WRITE, SpaceFaults};
 pub use traffic::Traffic;
 pub use wire::Status;
 
-/// Firmware revision, at most 8 characters.
+/// Firmware revision; at most 8 characters.
 const FIRMWARE: &str = env!("CARGO_PKG_VERSION");
 
-/// Why a function could not be made.
+/// Why a function could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum EmulatedError {
-    /// An option has a value that no controller can have.
+    /// An option's value is out of range.
     #[error("emulated function: {option}: wanted {wanted}, found {found}")]
     Option {
-        /// Its name.
+        /// Option name.
         option: &'static str,
-        /// What is possible.
+        /// The valid values.
         wanted: &'static str,
-        /// What was given.
+        /// The given value.
         found: u64,
     },
-    /// There is no such option.
-    #[error("emulated function: no option `{option}`; there are {known}")]
+    /// The option does not exist.
+    #[error("emulated function: unknown option `{option}`; the options are {known}")]
     Unknown {
-        /// What was given.
+        /// The given name.
         option: String,
-        /// All names.
+        /// All option names.
         known: &'static str,
     },
-    /// An option's value cannot be understood.
+    /// An option's value cannot be parsed.
     #[error("emulated function: {option}={found}: wanted {wanted}")]
     Value {
-        /// Its name.
+        /// Option name.
         option: &'static str,
-        /// What is possible.
+        /// The valid values.
         wanted: &'static str,
-        /// What was given.
+        /// The given value.
         found: String,
     },
-    /// The list of faults is not one.
-    #[error("emulated function: faults={}: {what}", path.display())]
+    /// The fault file is invalid.
+    #[error("emulated function: faults={}: {reason}", path.display())]
     Faults {
-        /// Which file.
+        /// The fault file.
         path: PathBuf,
         /// What is wrong with it.
-        what: String,
+        reason: String,
     },
-    /// The file could not be used.
-    #[error("emulated function: {what} {}: {source}", path.display())]
+    /// An operation on the disk's file failed.
+    #[error("emulated function: {operation} {}: {source}", path.display())]
     File {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// The step that failed.
-        what: &'static str,
+        /// The operation that failed.
+        operation: &'static str,
         /// The errno.
         source: io::Error,
     },
-    /// The file has another size than the disk was to have.
+    /// The file's size differs from the `size` option.
     #[error(
-        "emulated function: {} has {found} bytes, the disk was to have {wanted}; leave the size out to take the file's",
+        "emulated function: {} has {found} bytes, but size={wanted} was given; omit size to use the file's size",
         path.display()
     )]
     FileSize {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// Size asked for, bytes.
+        /// Requested size in bytes.
         wanted: u64,
-        /// Size found, bytes.
+        /// Size of the file in bytes.
         found: u64,
     },
-    /// Memory for the disk could not be had.
+    /// Memory for the disk could not be allocated.
     #[error("emulated function: allocate {size} bytes for the disk: {source}")]
     Memory {
-        /// Size asked for, bytes.
+        /// Requested size in bytes.
         size: u64,
         /// The errno.
         source: io::Error,
     },
-    /// Memory for the model of the caches could not be had.
-    #[error("emulated function: allocate memory for a model of the caches: {0}")]
+    /// Memory for the cache model could not be allocated.
+    #[error("emulated function: allocate memory for the cache model: {0}")]
     Cache(io::Error),
     /// The controller's thread could not be started.
-    #[error("emulated function: start its thread: {0}")]
+    #[error("emulated function: start the controller thread: {0}")]
     Thread(io::Error),
 }
 
-/// A function and the IOMMU it stands behind.
+/// An emulated function and its IOMMU.
 pub struct Machine {
     function: Arc<EmulatedFunction>,
     iommu: SoftIommu,
     cache: Option<Arc<Cache>>,
-    /// There if snooping is not enforced.
-    flushed: Option<StagedSpace>,
+    /// Present if snooping is not enforced.
+    staged: Option<StagedSpace>,
 }
 
 impl Machine {
-    /// Builds the function, powered on: bus master off, controller disabled, nothing mapped.
+    /// Creates the function in its power-on state: bus master off, controller disabled, nothing mapped.
     ///
     /// # Errors
-    /// See [`EmulatedError`]; no file is made or changed when an option is wrong.
+    /// See [`EmulatedError`]. No file is created or changed if an option is invalid.
     pub fn new(options: Options) -> Result<Self, EmulatedError> {
         options.check()?;
         let faults = options.faults.clone();
@@ -172,61 +172,61 @@ impl Machine {
         let iommu = SoftIommu::with_cache(cache.clone(), options.address_width, &options.reserved);
         let function = Arc::new(EmulatedFunction::new(options, iommu.clone())?);
         faults.into_iter().for_each(|fault| function.inject(fault));
-        let flushed = cache.clone().map(|cache| StagedSpace::new(iommu.clone(), cache));
-        Ok(Self { function, iommu, cache, flushed })
+        let staged = cache.clone().map(|cache| StagedSpace::new(iommu.clone(), cache));
+        Ok(Self { function, iommu, cache, staged })
     }
 
-    /// The function, for a driver.
+    /// The function as a driver uses it.
     #[must_use]
     pub fn function(&self) -> Arc<dyn Function> {
         Arc::clone(&self.function) as Arc<dyn Function>
     }
 
-    /// The function, to be passed through.
+    /// The function as whole-function passthrough uses it.
     #[must_use]
     pub fn whole_function(&self) -> Arc<dyn WholeFunction> {
         Arc::clone(&self.function) as Arc<dyn WholeFunction>
     }
 
-    /// The address space, for whoever maps memory.
+    /// The function's DMA address space.
     #[must_use]
     pub fn space(&self) -> Arc<dyn AddressSpace> {
         Arc::new(self.iommu.clone())
     }
 
-    /// How to flush the caches that the function may go behind; none if the IOMMU enforces snooping.
+    /// Flushes the modelled CPU caches, which No Snoop DMA bypasses; `None` if the IOMMU enforces snooping.
     #[must_use]
     pub fn cache(&self) -> Option<Arc<dyn CacheFlush>> {
         self.cache.clone().map(|cache| cache as Arc<dyn CacheFlush>)
     }
 
-    /// The address space for a function that goes behind the caches: memory is flushed as it becomes reachable and when it
-    /// no longer is. As [`Self::space`] if snooping is enforced.
+    /// The address space of a function that uses No Snoop: memory is flushed on map and on unmap. The same as
+    /// [`Self::space`] if snooping is enforced.
     #[must_use]
     pub fn staged_space(&self) -> Arc<dyn AddressSpace> {
-        self.flushed.as_ref().map_or_else(|| self.space(), |space| Arc::new(space.clone()))
+        self.staged.as_ref().map_or_else(|| self.space(), |space| Arc::new(space.clone()))
     }
 
-    /// What to refuse in [`Self::staged_space`]; none if snooping is enforced.
+    /// Faults to inject into [`Self::staged_space`]; `None` if snooping is enforced.
     #[must_use]
     pub fn space_faults(&self) -> Option<&SpaceFaults> {
-        self.flushed.as_ref().map(StagedSpace::faults)
+        self.staged.as_ref().map(StagedSpace::faults)
     }
 
-    /// Where memory was exposed or unpinned and caches and DRAM did not agree; always 0 with [`Self::staged_space`] if
-    /// nobody writes to memory meanwhile.
+    /// Cache lines that differed from DRAM when memory was mapped or unpinned. Always 0 with [`Self::staged_space`], unless the
+    /// memory is written meanwhile.
     #[must_use]
     pub fn stale_lines(&self) -> StaleLines {
-        self.flushed.as_ref().map_or_else(StaleLines::default, StagedSpace::stale_lines)
+        self.staged.as_ref().map_or_else(StaleLines::default, StagedSpace::stale_lines)
     }
 
-    /// In which order [`Self::staged_space`] exposes memory, in words.
+    /// The order in which [`Self::staged_space`] pins, flushes and maps memory, as text.
     #[must_use]
     pub fn order(&self) -> &'static str {
-        self.flushed.as_ref().map_or("mapped", StagedSpace::order)
+        self.staged.as_ref().map_or("mapped", StagedSpace::order)
     }
 
-    /// What a decision about the CPU caches rests on.
+    /// The facts for the coherency decision.
     ///
     /// # Errors
     /// As [`no_snoop::probe`]: bus master must be off.
@@ -241,49 +241,50 @@ impl Machine {
         })
     }
 
-    /// The IOMMU itself, to ask what is mapped and what has faulted.
+    /// The IOMMU, with its mappings and faults.
     #[must_use]
     pub fn iommu(&self) -> &SoftIommu {
         &self.iommu
     }
 
-    /// Asks the owner to give the function back, as the host does when an administrator unbinds it.
+    /// Requests that the user release the function, as the host does when an administrator unbinds it.
     pub fn request_removal(&self) {
         self.function.request_removal();
     }
 
-    /// What the controller has done since the start, summed over its queues.
+    /// Counters of the controller since its creation, summed over all queues.
     #[must_use]
     pub fn traffic(&self) -> Traffic {
         self.function.traffic()
     }
 
-    /// Breaks something; see [`Fault`].
+    /// Injects a fault; see [`Fault`].
     pub fn inject(&self, fault: Fault) {
         self.function.inject(fault);
     }
 
-    /// Changes the size of the disk, bytes, as an administrator does to a namespace; whoever has asked for notices is told.
+    /// Changes the size of the disk in bytes, as an administrator does with a namespace. A host that has enabled Namespace
+    /// Attribute Notices gets an event.
     ///
     /// # Errors
-    /// Not whole blocks, or the medium cannot grow: memory has at most the size it was made with.
+    /// If the size is not a multiple of the block size, or the medium cannot grow: a memory medium keeps its initial size.
     pub fn resize(&self, bytes: u64) -> io::Result<()> {
         self.function.resize(bytes)
     }
 
-    /// Ends all faults. A removed function is plugged in again, as at power-on; commands lost stay lost.
+    /// Clears all faults. A removed function returns in its power-on state. Lost commands stay lost.
     pub fn clear_faults(&self) {
         self.function.clear_faults();
     }
 
-    /// Moves the controller's clock ahead: commands in flight by [`Options::latency`] or [`Effect::Delay`] whose time has
-    /// come by then are executed, in inline mode before this returns.
+    /// Advances the controller's clock. Commands delayed by [`Options::latency`] or [`Effect::Delay`] that become due are
+    /// executed; in inline mode before this returns.
     pub fn advance(&self, time: Duration) {
         self.function.advance(time);
     }
 }
 
-/// Locks `mutex`. A thread that panicked with it has failed its test already; the others may still look.
+/// Locks `mutex`, even if it is poisoned: the panic has already failed its test, and other threads may continue.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! I/O commands (NVM Command Set 1.0 §3.2). Each runs to its end where it is fetched.
+//! I/O commands (NVM Command Set 1.0 §3.2). Each is executed synchronously by the thread that fetched it.
 
 use std::io;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -23,7 +23,7 @@ const FUA: u32 = 1 << 30;
 /// Deallocate, in command dword 12 of Write Zeroes.
 const DEALLOCATE: u32 = 1 << 25;
 
-/// A run of logical blocks, in bytes of the disk.
+/// A range of logical blocks as byte offset and length on the disk.
 struct Extent {
     offset: u64,
     len: u64,
@@ -57,7 +57,7 @@ impl Controller {
         }
     }
 
-    /// PSDT is one that this controller offers; 11b is reserved.
+    /// True if the controller supports the command's PSDT. 11b is reserved.
     fn supports_psdt(&self, entry: &Entry) -> bool {
         match entry.psdt() {
             0 => true,
@@ -66,7 +66,7 @@ impl Controller {
         }
     }
 
-    /// Calls `part` for each piece of the `len` bytes that the command's data pointer names.
+    /// Calls `part` for each piece of the `len` bytes that the command's data pointer describes.
     #[inline]
     fn walk(
         &self,
@@ -83,7 +83,7 @@ impl Controller {
         }
     }
 
-    /// The blocks that dwords 10 to 12 name, inside the namespace.
+    /// The block range in dwords 10 to 12, checked against the namespace.
     fn extent(&self, entry: &Entry) -> Result<Extent, Status> {
         self.check_namespace(entry)?;
         self.blocks(entry.u64(40), u64::from(entry.cdw(12) & 0xffff) + 1)
@@ -102,7 +102,7 @@ impl Controller {
         if entry.nsid() == NAMESPACE { Ok(()) } else { Err(Status::INVALID_NAMESPACE) }
     }
 
-    /// MDTS (NVMe 2.0 §5.17.2.1, byte 77), in units of CAP.MPSMIN, 4096 bytes.
+    /// Checks `len` against MDTS (NVMe 2.0 §5.17.2.1, byte 77), whose unit is CAP.MPSMIN, 4096 bytes.
     pub(super) fn check_size(&self, len: u64) -> Result<(), Status> {
         let fits = self.options.mdts == 0 || len <= 4096 << self.options.mdts;
         if fits { Ok(()) } else { Err(Status::INVALID_FIELD) }
@@ -139,7 +139,7 @@ impl Controller {
         Ok(len)
     }
 
-    /// A write is durable when it completes, unless the cache is on and the command does not insist.
+    /// Flushes the medium after a write, unless the write cache is on and the command has no FUA.
     fn make_durable(&self, entry: &Entry) -> Result<(), Status> {
         if self.write_cache.load(Relaxed) && entry.cdw(12) & FUA == 0 {
             return Ok(());
@@ -197,7 +197,7 @@ fn write_status(error: &io::Error) -> Status {
 }
 
 #[cold]
-fn failed(what: &str, error: &io::Error, status: Status) -> Status {
-    log::error!("emulated function: {what} of its medium: {error}");
+fn failed(operation: &str, error: &io::Error, status: Status) -> Status {
+    log::error!("emulated function: {operation} of the medium: {error}");
     status
 }

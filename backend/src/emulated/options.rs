@@ -241,7 +241,7 @@ mod tests {
     #[test]
     fn wrong_options_are_named_in_one_line() {
         for (text, part) in [
-            ("sise=1G", "no option `sise`"),
+            ("sise=1G", "unknown option `sise`"),
             ("size=1X", "size=1X: wanted bytes"),
             ("size=99999999999999999999", "size="),
             ("size=16777216T", "size="),

@@ -120,7 +120,7 @@ impl Controller {
         let known = id <= self.options.queues && on_stride;
         let open = |id: usize| if is_head { self.cqs[id].open.load(SeqCst) } else { self.sqs[id].open.load(SeqCst) };
         if !known || !open(id.into()) {
-            self.bad_doorbell(BadDoorbell::NoQueue);
+            self.bad_doorbell(BadDoorbell::InvalidRegister);
             self.wake(Self::report_events);
             return;
         }

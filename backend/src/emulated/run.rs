@@ -156,7 +156,7 @@ impl Controller {
     fn has_work(&self, slot: &SqSlot, sq: &Sq) -> bool {
         let tail = slot.tail.load(SeqCst);
         if !sq.accepts(tail) {
-            self.bad_doorbell(BadDoorbell::BadValue);
+            self.bad_doorbell(BadDoorbell::InvalidValue);
             return false;
         }
         !sq.is_empty(tail) || sq.first_due().is_some_and(|due| due <= self.now())
@@ -238,7 +238,7 @@ impl Controller {
     pub(super) fn cq_has_room(&self, slot: &CqSlot, cq: &mut Cq) -> bool {
         for _ in 0..2 {
             if cq.set_head(slot.head.load(SeqCst)).is_err() {
-                self.bad_doorbell(BadDoorbell::BadValue);
+                self.bad_doorbell(BadDoorbell::InvalidValue);
             }
             if cq.has_room() {
                 return true;

@@ -41,9 +41,9 @@ struct Spaces {
 #[derive(Debug, Default)]
 pub struct SpaceFaults {
     /// Counts copies from one space to the other down; the one that meets 1 fails with ENOMEM.
-    pub no_memory_at: AtomicU32,
+    pub fail_nth_copy: AtomicU32,
     /// Nothing can be mapped in a space that no device is attached to (ENODEV), as with Arm's SMMUv2.
-    pub attach_first: AtomicBool,
+    pub map_needs_attach: AtomicBool,
     /// Where the function writes one byte, [`LAST_WRITE`], as the last thing it does before it is cut off from there.
     pub last_write: Mutex<Option<Iova>>,
 }
@@ -88,7 +88,7 @@ impl Spaces {
     fn enter(&self, space: Space, span: Span<Iova>, shared: SharedMemory, writable: bool) -> io::Result<()> {
         if space == Space::Live {
             self.iommu.map_as(span, shared.clone(), writable).map_err(io::Error::other)?;
-            self.cache.exposed(&shared, 0, shared.len());
+            self.cache.mapped(&shared, 0, shared.len());
         }
         lock(&self.pinned)[space as usize].insert(span.start(), (span, shared, writable));
         Ok(())
@@ -101,10 +101,10 @@ fn errno<T>(errno: i32) -> io::Result<T> {
 
 impl Steps for Spaces {
     fn map(&self, space: Space, piece: Piece<'_>) -> io::Result<()> {
-        if space == Space::Staging && self.faults.attach_first.load(SeqCst) {
+        if space == Space::Staging && self.faults.map_needs_attach.load(SeqCst) {
             return errno(libc::ENODEV);
         }
-        self.cache.moved(piece.shared, piece.offset, piece.bytes());
+        self.cache.pages_migrated(piece.shared, piece.offset, piece.bytes());
         let shared = piece.shared.slice(piece.offset, piece.bytes()).expect("a piece lies in its memory");
         self.enter(space, piece.span, shared, piece.writable)
     }
@@ -112,7 +112,7 @@ impl Steps for Spaces {
     fn copy(&self, from: Space, to: Space, piece: Piece<'_>) -> io::Result<()> {
         let span = piece.span;
         let count = |left: u32| left.checked_sub(1);
-        if self.faults.no_memory_at.fetch_update(SeqCst, SeqCst, count) == Ok(1) {
+        if self.faults.fail_nth_copy.fetch_update(SeqCst, SeqCst, count) == Ok(1) {
             return errno(libc::ENOMEM);
         }
         let found = lock(&self.pinned)[from as usize].get(&span.start()).cloned();

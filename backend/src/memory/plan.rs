@@ -11,11 +11,11 @@ use crate::addr::{Gpa, Qva, Span};
 
 /// The difference between two tables.
 pub struct Plan {
-    /// In the old table only.
+    /// Regions of the old table only.
     pub remove: Vec<Arc<Region>>,
-    /// In both: the old table's mapping is_mapping_of on.
+    /// Regions of both tables; their mappings stay.
     pub keep: Vec<Arc<Region>>,
-    /// In the new table only; still to be mapped into this process.
+    /// Regions of the new table only, not yet mapped into this process.
     pub add: Vec<RegionSpec>,
 }
 

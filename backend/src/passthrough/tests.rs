@@ -242,7 +242,7 @@ fn memory_that_cannot_be_flushed_before_the_device_reaches_it_is_refused() {
     let machine = machine();
     let device = passthrough(&machine, Policy::Allow);
     let mut assignment = device.assign().unwrap();
-    machine.space_faults().unwrap().attach_first.store(true, SeqCst);
+    machine.space_faults().unwrap().map_needs_attach.store(true, SeqCst);
 
     let error = assignment.maps.map(map(&memory(1 << 20), 0, 1 << 20, true)).unwrap_err();
 

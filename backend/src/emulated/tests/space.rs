@@ -120,7 +120,7 @@ fn without_memory_for_the_copy_a_region_stays_until_the_device_rests() {
     fixture.space.add(&fixture.region).unwrap();
     fixture.space.add(&other).unwrap();
     fixture.function_writes(3);
-    fixture.machine.space_faults().unwrap().no_memory_at.store(1, SeqCst);
+    fixture.machine.space_faults().unwrap().fail_nth_copy.store(1, SeqCst);
 
     let refused = fixture.space.remove(&fixture.region).unwrap_err();
     let reachable = fixture.seen_by_function();
@@ -139,7 +139,7 @@ fn what_has_been_taken_away_before_memory_ran_out_is_not_missed_afterwards() {
     let fixture = Fixture::new();
     fixture.space.add(&fixture.region).unwrap();
     fixture.function_writes(3);
-    fixture.machine.space_faults().unwrap().no_memory_at.store(2, SeqCst);
+    fixture.machine.space_faults().unwrap().fail_nth_copy.store(2, SeqCst);
 
     let refused = fixture.space.remove(&fixture.region).unwrap_err();
     let left = fixture.machine.iommu().mapped().len();
@@ -155,7 +155,7 @@ fn what_has_been_taken_away_before_memory_ran_out_is_not_missed_afterwards() {
 #[test]
 fn where_nothing_can_be_mapped_before_an_attach_memory_is_flushed_before_it_is_used() {
     let fixture = Fixture::new();
-    fixture.machine.space_faults().unwrap().attach_first.store(true, SeqCst);
+    fixture.machine.space_faults().unwrap().map_needs_attach.store(true, SeqCst);
     let before = fixture.machine.order();
 
     fixture.space.add(&fixture.region).unwrap();
@@ -165,13 +165,13 @@ fn where_nothing_can_be_mapped_before_an_attach_memory_is_flushed_before_it_is_u
     fixture.function_writes(5);
     fixture.space.remove(&fixture.region).unwrap();
     assert!(seen_by_cpus(&fixture.region) == pattern(5, LEN));
-    assert_eq!(fixture.machine.stale_lines().unpinned, 0);
+    assert_eq!(fixture.machine.stale_lines().at_unpin, 0);
 }
 
 #[test]
 fn a_region_that_cannot_be_mapped_to_its_end_is_not_mapped_at_all() {
     let fixture = Fixture::new();
-    fixture.machine.space_faults().unwrap().no_memory_at.store(3, SeqCst);
+    fixture.machine.space_faults().unwrap().fail_nth_copy.store(3, SeqCst);
 
     let error = fixture.space.add(&fixture.region).unwrap_err();
 

@@ -134,10 +134,10 @@ impl World {
             Op::Plug => self.plug(),
             Op::Unplug => self.unplug(),
             Op::UnplugWithoutMemory { piece } => {
-                let left = &self.drive.machine.space_faults().unwrap().no_memory_at;
+                let left = &self.drive.machine.space_faults().unwrap().fail_nth_copy;
                 left.store(piece, SeqCst);
                 self.unplug();
-                self.drive.machine.space_faults().unwrap().no_memory_at.store(0, SeqCst);
+                self.drive.machine.space_faults().unwrap().fail_nth_copy.store(0, SeqCst);
             }
             Op::Stray { value } => self.stray(value),
             Op::Reset { write } => self.reset(write),
