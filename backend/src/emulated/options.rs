@@ -1,4 +1,4 @@
-//! What the function is made of, from Rust or from one line of text:
+//! Options of the emulated function, set from Rust or parsed from text such as
 //! `size=4G,lba=4096,queues=2,medium=null,mode=threaded`.
 
 use std::path::{Path, PathBuf};
@@ -12,50 +12,50 @@ use super::{EmulatedError, Fault, Medium, fault_file, units};
 /// When commands run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// A doorbell write executes what it announces before it returns, on the thread that wrote it.
+    /// A doorbell write executes the new commands on the writing thread before it returns.
     Inline,
-    /// A thread of the controller's own executes commands some time after the doorbell.
+    /// The controller's own thread executes commands some time after the doorbell write.
     Threaded,
 }
 
-/// What the function is made of.
+/// Options of the emulated function.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Size of the disk, bytes; a multiple of `lba`. Zero takes the size of an existing file.
+    /// Size of the disk in bytes; a multiple of `lba`. Zero means the size of an existing file.
     pub size: u64,
-    /// Size of a logical block, bytes: 512 or 4096.
+    /// Logical block size in bytes: 512 or 4096.
     pub lba: u32,
-    /// Most I/O queue pairs the controller grants.
+    /// Maximum number of I/O queue pairs.
     pub queues: u16,
-    /// Most entries of an I/O queue (CAP.MQES + 1).
+    /// Maximum number of entries of an I/O queue (CAP.MQES + 1).
     pub queue_entries: u16,
-    /// MDTS: largest transfer is `4096 << mdts` bytes; 0 means no limit.
+    /// MDTS: the largest transfer is `4096 << mdts` bytes; 0 means no limit.
     pub mdts: u8,
     /// True if I/O commands may use Scatter Gather Lists.
     pub sgl: bool,
     /// CAP.DSTRD: doorbells are `4 << doorbell_stride` bytes apart.
     pub doorbell_stride: u8,
-    /// Where the blocks live.
+    /// Storage of the disk's blocks.
     pub medium: Medium,
-    /// True if the controller has a volatile write cache (on at first).
+    /// True if the controller has a volatile write cache, which is then enabled by default.
     pub volatile_cache: bool,
     /// When commands run.
     pub mode: Mode,
-    /// How long each I/O command takes. In inline mode time stands still but for [`Machine::advance`](super::Machine::advance), so with any latency
+    /// Duration of each I/O command. In inline mode only [`Machine::advance`](super::Machine::advance) moves the clock, so
     /// commands stay in flight until then.
     pub latency: Duration,
-    /// False keeps MSI-X vectors silent, for a driver that only polls and wants to measure itself.
+    /// False suppresses all interrupts, for measurements of a driver that only polls.
     pub interrupts: bool,
-    /// Width of the IOMMU's addresses, bits; 57 is what five levels of tables give.
+    /// Address width of the IOMMU in bits. Five-level page tables give 57.
     pub address_width: u8,
-    /// Address ranges the platform keeps for itself.
+    /// IOVA ranges that the platform reserves.
     pub reserved: Vec<Span<Iova>>,
-    /// True if Enable No Snoop can be set, and is at power-on; false if it is hardwired to zero.
+    /// True if Enable No Snoop is writable and set at power-on; false if it is hardwired to zero.
     pub no_snoop: bool,
-    /// True if the IOMMU overrides No Snoop. If not, memory is modelled as CPU caches in front of DRAM: a function that sets
-    /// No Snoop sees only what was flushed, see [`Machine::cache`](super::Machine::cache).
+    /// True if the IOMMU overrides No Snoop. If false, CPU caches and DRAM are modelled separately: a function that sets No
+    /// Snoop sees only what was flushed with [`Machine::cache`](super::Machine::cache).
     pub snoop_enforced: bool,
-    /// What goes wrong from the start.
+    /// Faults that are active from the start.
     pub faults: Vec<Fault>,
     /// Serial number, at most 20 ASCII characters.
     pub serial: String,
@@ -88,10 +88,10 @@ impl Default for Options {
 }
 
 impl Options {
-    /// Refuses what no controller can have, before anything is opened.
+    /// Checks all values before any file is opened.
     pub(super) fn check(&self) -> Result<(), EmulatedError> {
-        let check = |good: bool, option, wanted, found| {
-            if good { Ok(()) } else { Err(EmulatedError::Option { option, wanted, found }) }
+        let check = |valid: bool, option, wanted, found| {
+            if valid { Ok(()) } else { Err(EmulatedError::Option { option, wanted, found }) }
         };
         let from_file = matches!(self.medium, Medium::File { .. });
         check(matches!(self.lba, 512 | 4096), "lba", "512 or 4096", self.lba.into())?;
@@ -107,16 +107,16 @@ impl Options {
     }
 }
 
-/// The names that [`Options::from_str`] knows.
+/// The option names of [`Options::from_str`].
 const KNOWN: &str = "size, lba, queues, entries, mdts, sgl, stride, medium, file, create, sparse, wcache, mode, latency, interrupts, width, no-snoop, snoop-enforced, faults, serial";
 
 impl FromStr for Options {
     type Err = EmulatedError;
 
-    /// Reads `name=value` pairs separated by commas; what is not named is as in [`Options::default`], but that commands run
-    /// on a thread of the controller's own. Sizes take K, M, G or T, times ns, us, ms or s. With `file=` the size may be left
-    /// out; `create=on` makes a missing file, sparse unless `sparse=off`. `faults=` names a file, see `faults.toml` beside
-    /// this one.
+    /// Parses comma-separated `name=value` pairs. Options that are not given have the value of [`Options::default`], except
+    /// that the mode is [`Mode::Threaded`]. Sizes take the suffixes K, M, G and T; times need the unit ns, us, ms or s. With
+    /// `file=` the size may be omitted. `create=on` creates a missing file, sparse unless `sparse=off`. `faults=` gives the
+    /// path of a fault file; see `faults.toml` in this directory.
     fn from_str(text: &str) -> Result<Self, EmulatedError> {
         let mut options = Self { size: 0, mode: Mode::Threaded, ..Self::default() };
         let (mut file, mut create, mut sparse) = (None, false, true);
@@ -197,10 +197,10 @@ fn mode(text: &str) -> Result<Mode, EmulatedError> {
 }
 
 fn size(option: &'static str, text: &str) -> Result<u64, EmulatedError> {
-    units::size(text).ok_or_else(|| value_error(option, "bytes, with K, M, G or T if you like", text))
+    units::size(text).ok_or_else(|| value_error(option, "bytes, optionally with suffix K, M, G or T", text))
 }
 
-/// Zero stands for a size that is not named, which is another thing than one named so.
+/// Refuses zero, which [`Options::size`] uses for an omitted size.
 fn disk_size(text: &str) -> Result<u64, EmulatedError> {
     match size("size", text)? {
         0 => Err(value_error("size", "at least one logical block", text)),
@@ -209,7 +209,7 @@ fn disk_size(text: &str) -> Result<u64, EmulatedError> {
 }
 
 fn time(option: &'static str, text: &str) -> Result<Duration, EmulatedError> {
-    units::duration(text).ok_or_else(|| value_error(option, "a number of ns, us, ms or s", text))
+    units::duration(text).ok_or_else(|| value_error(option, "a number with unit ns, us, ms or s", text))
 }
 
 #[cfg(test)]
@@ -217,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_line_says_what_the_function_is() {
+    fn options_are_parsed_from_one_line() {
         let options: Options =
             "size=4G,lba=4096,queues=2,medium=null,mode=inline,latency=80us,wcache=off".parse().unwrap();
         assert_eq!((options.size, options.lba, options.queues), (4 << 30, 4096, 2));
@@ -226,20 +226,20 @@ mod tests {
     }
 
     #[test]
-    fn nothing_at_all_is_the_default() {
+    fn an_empty_line_gives_the_defaults() {
         let options: Options = "".parse().unwrap();
         assert_eq!((options.size, options.medium, options.mode), (1 << 30, Medium::Memory, Mode::Threaded));
     }
 
     #[test]
-    fn a_file_gives_the_size_when_none_is_named() {
+    fn with_a_file_the_size_may_be_omitted() {
         let options: Options = "file=/x/y,create=on".parse().unwrap();
         assert_eq!(options.size, 0);
         assert_eq!(options.medium, Medium::File { path: "/x/y".into(), create: true, sparse: true });
     }
 
     #[test]
-    fn wrong_options_are_named_in_one_line() {
+    fn errors_are_one_line_that_names_the_option() {
         for (text, part) in [
             ("sise=1G", "unknown option `sise`"),
             ("size=1X", "size=1X: wanted bytes"),
@@ -249,7 +249,7 @@ mod tests {
             ("size=1000", "size: wanted a multiple of the logical block"),
             ("wcache", "wcache=: wanted on or off"),
             ("queues=70000", "queues=70000"),
-            ("latency=5", "latency=5: wanted a number of ns"),
+            ("latency=5", "latency=5: wanted a number with unit ns"),
             ("medium=disk", "medium=disk: wanted memory or null"),
             ("no-snoop=off", "no-snoop=off: wanted never or controllable"),
         ] {

@@ -1,8 +1,8 @@
-//! Physical Region Pages: where a command's data lie (NVMe 2.0 §4.1.1).
+//! Physical Region Pages, which describe a command's data buffer (NVMe 2.0 §4.1.1).
 //!
 //! ```text
 //! PRP1  first piece, may start inside a page
-//! PRP2  nothing | the second and last page | a list of the other pages, whose last entry may point to the next list
+//! PRP2  unused | second and last page | PRP list of the other pages, whose last entry may point to the next list
 //! ```
 
 use crate::addr::{Iova, Span};
@@ -26,12 +26,12 @@ pub(super) struct Prps {
 }
 
 impl Prps {
-    /// `len` bytes where `entry` says, in pages of `page` bytes (CC.MPS).
+    /// The buffer of `len` bytes that `entry` describes, in pages of `page` bytes (CC.MPS).
     pub(super) fn new(entry: &Entry, len: u64, page: u64) -> Self {
         Self { prp1: entry.prp1(), prp2: entry.prp2(), len, page }
     }
 
-    /// Calls `part` for each piece in order.
+    /// Calls `part` for each piece of the buffer in order.
     #[inline]
     pub(super) fn walk(
         &self,

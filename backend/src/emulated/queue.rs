@@ -1,11 +1,11 @@
-//! Submission and completion queues as the controller sees them (NVMe 2.0 §3.3.1.2).
+//! The controller's side of submission and completion queues (NVMe 2.0 §3.3.1.2).
 //!
 //! ```text
 //! submission   head == tail  empty      host moves tail (doorbell), controller moves head and reports it
-//! completion   head == tail  empty      controller moves tail and flips the phase at the end, host moves head (doorbell)
+//! completion   head == tail  empty      controller moves tail and flips the phase on wrap, host moves head (doorbell)
 //! ```
 //!
-//! The doorbell is an atomic beside the queue, so that a register write never waits for a command that runs.
+//! Doorbells are atomics outside the queue's lock, so a register write never waits for a running command.
 
 use std::collections::VecDeque;
 use std::sync::Mutex;
@@ -21,7 +21,7 @@ use super::mapping::{Access, DmaFault};
 use super::traffic::Traffic;
 use super::wire::{CQE_BYTES, Entry, SQE_BYTES, Status, low16};
 
-/// Which mapping each of a queue's streams used last.
+/// Index of the mapping last used for PRP or SGL lists, and for data.
 #[derive(Default)]
 pub(super) struct Hints {
     pub(super) list: usize,
@@ -33,9 +33,9 @@ pub(super) struct Sq {
     entries: u32,
     head: u32,
     hint: usize,
-    /// Commands that run later, the next to run first.
+    /// Fetched commands that run later, sorted by due time.
     held: VecDeque<Held>,
-    /// The completion queue its commands complete to.
+    /// Identifier of its completion queue.
     pub(super) cq: u16,
     pub(super) hints: Hints,
 }
@@ -45,7 +45,7 @@ impl Sq {
         Self { base: Iova(base), entries, head: 0, hint: 0, held: VecDeque::new(), cq, hints: Hints::default() }
     }
 
-    /// True if `tail` can be the index of an entry.
+    /// True if `tail` is a valid index.
     pub(super) fn accepts(&self, tail: u32) -> bool {
         tail < self.entries
     }
@@ -58,13 +58,13 @@ impl Sq {
         low16(self.head)
     }
 
-    /// The ring, for as long as mappings stand still.
+    /// The queue's memory, valid while `dma` keeps the mappings unchanged.
     #[inline]
     pub(super) fn memory<'a>(&self, dma: &'a Dma<'a>) -> QueueMemory<'a, 8> {
         QueueMemory::new(dma, self.base, self.entries, self.hint)
     }
 
-    /// Takes the entry at the head. It is read once, word by word, into the caller's place.
+    /// Fetches the entry at the head into `entry`. Each word is read once.
     #[inline]
     pub(super) fn fetch(&mut self, memory: &QueueMemory<'_, 8>, entry: &mut Entry) -> Result<(), DmaFault> {
         match &memory.array {
@@ -80,48 +80,48 @@ impl Sq {
         let at = self.base.checked_add(u64::from(self.head) * SQE_BYTES);
         let span = at.and_then(|at| Span::new(at, SQE_BYTES)).ok_or_else(|| dma.fault(self.base, Access::Read))?;
         dma.each(Access::Read, span, &mut self.hint, |shared, offset, len| {
-            debug_assert_eq!(len as u64, SQE_BYTES, "queues start on a page, so no entry runs over its end");
+            debug_assert_eq!(len as u64, SQE_BYTES, "queues are page-aligned, so no entry crosses a page boundary");
             entry.0 = shared.read_words(offset);
             Ok(())
         })
     }
 
-    /// Keeps a command until `due`.
+    /// Holds a command until `due`.
     pub(super) fn hold(&mut self, due: Duration, entry: &Entry, effect: Option<Effect>) {
-        // With equal waits this is the end of the queue.
-        let place = self.held.partition_point(|held| held.due <= due);
-        self.held.insert(place, Held { due, entry: *entry, effect });
+        // If all delays are equal, this is the end of the list.
+        let index = self.held.partition_point(|held| held.due <= due);
+        self.held.insert(index, Held { due, entry: *entry, effect });
     }
 
-    /// When the next held command is to run.
+    /// Due time of the next held command.
     #[inline]
     pub(super) fn first_due(&self) -> Option<Duration> {
         self.held.front().map(|held| held.due)
     }
 
-    pub(super) fn take_first(&mut self, entry: &mut Entry) -> Option<Option<Effect>> {
+    pub(super) fn take_first_held(&mut self, entry: &mut Entry) -> Option<Option<Effect>> {
         let held = self.held.pop_front()?;
         *entry = held.entry;
         Some(held.effect)
     }
 
-    /// Lets go of the held commands whose identifier `which` names.
-    pub(super) fn release(&mut self, which: impl Fn(u16) -> bool) -> Vec<Entry> {
-        let (gone, kept) = self.held.drain(..).partition(|held: &Held| which(held.entry.cid()));
+    /// Removes and returns the held commands whose identifier matches.
+    pub(super) fn remove_held(&mut self, matches: impl Fn(u16) -> bool) -> Vec<Entry> {
+        let (removed, kept) = self.held.drain(..).partition(|held: &Held| matches(held.entry.cid()));
         self.held = kept;
-        let gone: VecDeque<Held> = gone;
-        gone.into_iter().map(|held| held.entry).collect()
+        let removed: VecDeque<Held> = removed;
+        removed.into_iter().map(|held| held.entry).collect()
     }
 }
 
-/// A command that runs later.
+/// A fetched command that runs later.
 struct Held {
     due: Duration,
     entry: Entry,
     effect: Option<Effect>,
 }
 
-/// A completion queue entry before it has a place and a phase (NVMe 2.0 §3.3.3.2).
+/// A completion queue entry without its phase (NVMe 2.0 §3.3.3.2).
 #[derive(Clone, Copy)]
 pub(super) struct Completion {
     /// Dword 0.
@@ -139,11 +139,11 @@ pub(super) struct Cq {
     head: u32,
     phase: bool,
     hint: usize,
-    /// The interrupt vector, if interrupts are enabled.
+    /// Interrupt vector, if interrupts are enabled.
     pub(super) vector: Option<u16>,
 }
 
-/// The head doorbell has a value the head cannot have.
+/// The head doorbell has an invalid value.
 pub(super) struct BadHead;
 
 impl Cq {
@@ -151,7 +151,7 @@ impl Cq {
         Self { base: Iova(base), entries, tail: 0, head: 0, phase: true, hint: 0, vector }
     }
 
-    /// Takes over the head doorbell: it may only move forward over entries that were posted.
+    /// Applies the head doorbell, which may only move forward over posted entries.
     pub(super) fn set_head(&mut self, head: u32) -> Result<(), BadHead> {
         let distance = |from: u32| if self.tail >= from { self.tail - from } else { self.tail + self.entries - from };
         if head >= self.entries || distance(head) > distance(self.head) {
@@ -167,24 +167,24 @@ impl Cq {
         next != self.head
     }
 
-    /// Entries that can be posted, as far as the head is known.
+    /// Number of entries that can be posted with the current head.
     pub(super) fn free(&self) -> u32 {
         (self.head + self.entries - self.tail - 1) % self.entries
     }
 
-    /// The ring, for as long as mappings stand still.
+    /// The queue's memory, valid while `dma` keeps the mappings unchanged.
     #[inline]
     pub(super) fn memory<'a>(&self, dma: &'a Dma<'a>) -> QueueMemory<'a, 2> {
         QueueMemory::new(dma, self.base, self.entries, self.hint)
     }
 
-    /// Writes the entry at the tail, the phase with the last word.
+    /// Writes a completion at the tail. The phase is part of the word written last.
     #[inline]
     pub(super) fn post(&mut self, memory: &QueueMemory<'_, 2>, completion: &Completion) -> Result<(), DmaFault> {
         self.write(memory, completion, self.phase)
     }
 
-    /// The same with the wrong phase: the host takes it for an entry of the last round.
+    /// Like [`Self::post`], but with the wrong phase: the host takes it for an old entry.
     pub(super) fn post_with_wrong_phase(&mut self, memory: &QueueMemory<'_, 2>, completion: &Completion) -> Result<(), DmaFault> {
         self.write(memory, completion, !self.phase)
     }
@@ -212,7 +212,7 @@ impl Cq {
         let at = self.base.checked_add(u64::from(self.tail) * CQE_BYTES);
         let span = at.and_then(|at| Span::new(at, CQE_BYTES)).ok_or_else(|| dma.fault(self.base, Access::Write))?;
         dma.each(Access::Write, span, &mut self.hint, |shared, offset, len| {
-            debug_assert_eq!(len as u64, CQE_BYTES, "queues start on a page, so no entry runs over its end");
+            debug_assert_eq!(len as u64, CQE_BYTES, "queues are page-aligned, so no entry crosses a page boundary");
             shared.write_u64(offset, front);
             shared.store_release_u64(offset + 8, back);
             Ok(())
@@ -220,7 +220,7 @@ impl Cq {
     }
 }
 
-/// The memory of a queue of entries of `N` words: at once where all of it lies in one mapping, else entry by entry.
+/// The memory of a queue whose entries have `N` words. If the queue is not in one mapping, each entry is looked up separately.
 pub(super) struct QueueMemory<'a, const N: usize> {
     dma: &'a Dma<'a>,
     array: Option<SharedArray<&'a SharedMemory, u64, N>>,
@@ -235,13 +235,13 @@ impl<'a, const N: usize> QueueMemory<'a, N> {
     }
 }
 
-/// One submission queue identifier. Aligned so that two workers' doorbells share no cache line.
+/// The slot of a submission queue identifier. The alignment keeps two workers' doorbells in separate cache lines.
 #[derive(Default)]
 #[repr(align(128))]
 pub(super) struct SqSlot {
-    /// The tail doorbell as last written.
+    /// Last value of the tail doorbell.
     pub(super) tail: AtomicU32,
-    /// True while there is a queue.
+    /// True while the queue exists.
     pub(super) open: AtomicBool,
     pub(super) state: Mutex<SqState>,
 }
@@ -252,15 +252,15 @@ pub(super) struct SqState {
     pub(super) traffic: Traffic,
 }
 
-/// One completion queue identifier.
+/// The slot of a completion queue identifier.
 #[derive(Default)]
 #[repr(align(128))]
 pub(super) struct CqSlot {
-    /// The head doorbell as last written.
+    /// Last value of the head doorbell.
     pub(super) head: AtomicU32,
-    /// True while there is a queue.
+    /// True while the queue exists.
     pub(super) open: AtomicBool,
-    /// A submission queue stopped because this queue was full; a move of the head runs it again.
+    /// True if a submission queue stopped because this queue was full. A head doorbell write runs it again.
     pub(super) starved: AtomicBool,
     pub(super) queue: Mutex<Option<Cq>>,
 }

@@ -1,10 +1,10 @@
-//! The controller registers that a host can write, what their fields mean, and where BAR 0 has what (NVMe 2.0 §3.1.3).
+//! The writable controller registers, their fields, and the layout of BAR 0 (NVMe 2.0 §3.1.3).
 
-/// CAP.TO: how long a host waits for CSTS.RDY, units of 500 ms.
+/// CAP.TO: how long a host waits for CSTS.RDY, in units of 500 ms.
 pub(super) const TIMEOUT: u64 = 2;
-/// CAP.MPSMAX: largest page is `4096 << MPSMAX` bytes.
+/// CAP.MPSMAX: the largest page is `4096 << MPSMAX` bytes.
 pub(super) const MPSMAX: u32 = 4;
-/// Version 1.4: the newest whose mandatory features are all here (2.0 adds log pages and CRTO).
+/// Version 1.4, the newest whose mandatory features are all implemented (2.0 adds log pages and CRTO).
 pub(super) const VERSION: u32 = 0x0001_0400;
 
 pub(super) const CC_ENABLE: u32 = 1;
@@ -17,7 +17,7 @@ pub(super) const CSTS_SHUTDOWN_MASK: u32 = 0b11 << 2;
 /// CSTS.SHST: shutdown processing complete.
 pub(super) const CSTS_SHUTDOWN_DONE: u32 = 0b10 << 2;
 
-/// The registers a host can write, and what the controller has made of them.
+/// The registers a host can write, and which of their requests have been applied.
 #[derive(Default)]
 pub(super) struct RegisterFile {
     pub(super) cc: u32,
@@ -29,18 +29,18 @@ pub(super) struct RegisterFile {
 }
 
 impl RegisterFile {
-    /// CC.MPS in bytes, if CAP allows it.
+    /// Page size of CC.MPS in bytes, if CAP allows it.
     pub(super) fn page(&self) -> Option<u32> {
         let mps = self.cc >> 7 & 0b1111;
         (mps <= MPSMAX).then(|| 4096 << mps)
     }
 
-    /// CC.CSS: the NVM command set; and CC.AMS: round robin.
+    /// True if CC.CSS is the NVM command set and CC.AMS is round robin.
     pub(super) fn command_set_is_nvm(&self) -> bool {
         self.cc >> 4 & 0b111 == 0 && self.cc >> 11 & 0b111 == 0
     }
 
-    /// CC.IOSQES and CC.IOCQES are 64 and 16 bytes.
+    /// True if CC.IOSQES and CC.IOCQES are 64 and 16 bytes.
     pub(super) fn entry_sizes_are_set(&self) -> bool {
         self.cc >> 16 & 0b1111 == 6 && self.cc >> 20 & 0b1111 == 4
     }
@@ -59,9 +59,9 @@ impl RegisterFile {
 /// Layout of BAR 0.
 #[derive(Clone, Copy)]
 pub(super) struct Layout {
-    /// Size, a power of two.
+    /// Size in bytes; a power of two.
     pub(super) size: u32,
-    /// Where the MSI-X table starts.
+    /// Offset of the MSI-X table.
     pub(super) table: u32,
 }
 

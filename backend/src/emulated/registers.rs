@@ -1,4 +1,4 @@
-//! The register block behind BAR 0 (NVMe 2.0 §3.1.3).
+//! The registers in BAR 0 (NVMe 2.0 §3.1.3).
 //!
 //! | offset | register |
 //! |---|---|
@@ -30,16 +30,16 @@ impl Controller {
         let entries = u64::from(self.options.queue_entries - 1);
         let contiguous = 1 << 16;
         let nvm = 1 << 37;
-        let truth = entries
+        let capabilities = entries
             | contiguous
             | TIMEOUT << 24
             | u64::from(self.options.doorbell_stride) << 32
             | nvm
             | u64::from(MPSMAX) << 52;
-        self.faults.capability(truth)
+        self.faults.capability(capabilities)
     }
 
-    /// One aligned dword below the doorbells.
+    /// Reads an aligned dword below the doorbells.
     fn register(&self, offset: usize) -> u32 {
         let registers = lock(&self.registers);
         match offset {
@@ -77,7 +77,7 @@ impl Controller {
         }
     }
 
-    /// Follows CC: enable, disable, shutdown.
+    /// Applies CC: enable, disable, shutdown.
     pub(super) fn apply_configuration(&self) {
         if self.faults.stuck_ready.load(SeqCst) || self.faults.removed.load(SeqCst) {
             return;
@@ -102,7 +102,7 @@ impl Controller {
         registers.shutting_down = shutdown;
     }
 
-    /// Back to power-on: registers, queues, settings.
+    /// Resets registers, queues and settings to the power-on state.
     pub(super) fn reset_registers(&self) {
         let mut registers = lock(&self.registers);
         *registers = RegisterFile::default();
@@ -110,16 +110,16 @@ impl Controller {
         self.csts.store(0, SeqCst);
     }
 
-    /// A write at or above the doorbells.
+    /// Handles a write at or above the first doorbell.
     #[inline]
-    fn ring(&self, offset: usize, value: u32) {
+    fn write_doorbell(&self, offset: usize, value: u32) {
         let index = (offset - DOORBELLS) >> (2 + self.options.doorbell_stride);
         let (id, is_head) = (index / 2, index % 2 == 1);
         let on_stride = offset.is_multiple_of(4 << self.options.doorbell_stride);
         let Ok(id) = u16::try_from(id) else { return };
-        let known = id <= self.options.queues && on_stride;
+        let exists = id <= self.options.queues && on_stride;
         let open = |id: usize| if is_head { self.cqs[id].open.load(SeqCst) } else { self.sqs[id].open.load(SeqCst) };
-        if !known || !open(id.into()) {
+        if !exists || !open(id.into()) {
             self.bad_doorbell(BadDoorbell::InvalidRegister);
             self.wake(Self::report_events);
             return;
@@ -149,6 +149,7 @@ pub(super) struct Bar {
 }
 
 impl Bar {
+    /// Checks bounds and alignment. False if the function does not decode the access.
     #[inline]
     fn check(&self, offset: usize, width: usize) -> bool {
         assert!(
@@ -187,7 +188,7 @@ impl Registers for Bar {
         if offset < DOORBELLS {
             self.controller.set_register(offset, value);
         } else {
-            self.controller.ring(offset, value);
+            self.controller.write_doorbell(offset, value);
         }
     }
 

@@ -1,12 +1,12 @@
-//! From doorbell to completion: one pass over a submission queue.
+//! Command execution, from doorbell to completion, in passes over a submission queue.
 //!
 //! ```text
-//! tail moved --> fetch --> strike? --> execute --> post --> signal the vector once per pass
-//!                            |             ^
-//!                            +--> hold ----+  when its time has come (latency, Effect::Delay)
+//! tail moved --> fetch --> fault? --> execute --> post --> signal the vector once per pass
+//!                            |           ^
+//!                            +--> hold --+  until due (latency, Effect::Delay)
 //! ```
 //!
-//! A pass holds the queue's lock, so whoever stops the controller and then takes that lock knows that no command runs.
+//! A pass holds the queue's lock. After a thread has stopped the controller and taken that lock, no command is running.
 
 use std::sync::PoisonError;
 use std::sync::atomic::{Ordering::SeqCst, fence};
@@ -19,17 +19,17 @@ use super::lock;
 use super::queue::{Completion, Cq, CqSlot, QueueMemory, Sq, SqSlot};
 use super::wire::{Entry, Status};
 
-/// What a pass leaves to its caller.
+/// Result of a pass.
 #[derive(Default)]
 pub(super) struct Pass {
     /// The vector to signal.
     vector: Option<u16>,
-    /// When the first held command is due.
+    /// Due time of the first held command.
     due: Option<Duration>,
 }
 
 impl Controller {
-    /// Executes what submission queue `id` holds. Gives the time when the next held command is due.
+    /// Executes the commands of submission queue `id`. Returns the due time of the next held command.
     #[inline]
     pub(super) fn run(&self, id: u16) -> Option<Duration> {
         let pass = if id == 0 { self.run_admin() } else { self.run_io(id) };
@@ -38,7 +38,7 @@ impl Controller {
         pass.due
     }
 
-    /// Signals the vector of what was posted.
+    /// Signals the vector of the posted completions.
     #[inline]
     pub(super) fn signal(&self, pass: &Pass) {
         if let Some(vector) = pass.vector {
@@ -46,13 +46,13 @@ impl Controller {
         }
     }
 
-    /// Does everything there is to do; the body of the controller's thread, and what follows bus master going on.
+    /// Applies CC and runs all queues. The controller's thread calls it in a loop; enabling bus master also calls it.
     pub(super) fn run_all(&self) -> Option<Duration> {
         self.apply_configuration();
         (0..=self.options.queues).filter_map(|id| self.run(id)).min()
     }
 
-    /// Completion queue `cq` has got room: run what completes to it.
+    /// Runs the submission queues of completion queue `cq`, which has room again.
     #[cold]
     pub(super) fn run_queues_of_cq(&self, cq: u16) {
         for id in 0..=self.options.queues {
@@ -94,8 +94,8 @@ impl Controller {
         pass
     }
 
-    /// Executes admin commands until the queue is empty. Neither the IOMMU nor the completion queue is held while a
-    /// command runs: it may wait for another queue, whose pass may wait for them.
+    /// Executes admin commands until the queue is empty. No lock of the IOMMU or the completion queue is held while a command
+    /// runs: the command may wait for another queue's lock, whose pass may wait for these locks.
     fn run_admin(&self) -> Pass {
         let mut pass = Pass::default();
         let (slot, cq_slot) = (&self.sqs[0], &self.cqs[0]);
@@ -110,11 +110,11 @@ impl Controller {
             drop(dma);
             let Some(effect) = taken else { continue };
             state.traffic.admin += 1;
-            let answer = match effect {
+            let outcome = match effect {
                 Some(Effect::Status(status)) => Some((status, 0)),
                 _ => self.execute_admin(&entry, sq.head()),
             };
-            let Some((status, result)) = answer else { continue };
+            let Some((status, result)) = outcome else { continue };
             if status != Status::SUCCESS {
                 self.log_error(0, &entry, status);
             }
@@ -125,8 +125,8 @@ impl Controller {
         pass
     }
 
-    /// Posts to completion queue `id` from outside a pass over it. A completion for which there is no room is lost, as the
-    /// host was told when it deleted the queue (NVMe 2.0 §5.6); all others have made sure of it.
+    /// Locks completion queue `id` and posts a completion. If there is no room, the completion is dropped. That happens only
+    /// when a queue is deleted, where the host must expect it (NVMe 2.0 §5.6); all other callers check for room first.
     pub(super) fn lock_and_post(&self, id: u16, completion: Completion, effect: Option<Effect>, pass: &mut Pass) {
         let slot = &self.cqs[usize::from(id)];
         let mut cq = lock(&slot.queue);
@@ -137,12 +137,12 @@ impl Controller {
         }
     }
 
-    /// Ends the held commands of submission queue `id` that `which` names. Gives how many there were.
-    pub(super) fn abort_held(&self, id: u16, status: Status, which: impl Fn(u16) -> bool) -> usize {
+    /// Completes the held commands of submission queue `id` whose identifier matches with `status`. Returns their number.
+    pub(super) fn abort_held(&self, id: u16, status: Status, matches: impl Fn(u16) -> bool) -> usize {
         let mut pass = Pass::default();
         let mut state = lock(&self.sqs[usize::from(id)].state);
         let Some(sq) = state.queue.as_mut() else { return 0 };
-        let aborted = sq.release(which);
+        let aborted = sq.remove_held(matches);
         for entry in &aborted {
             let completion = Completion { result: 0, sq: id, sq_head: sq.head(), cid: entry.cid(), status };
             self.lock_and_post(sq.cq, completion, None, &mut pass);
@@ -162,11 +162,12 @@ impl Controller {
         !sq.is_empty(tail) || sq.first_due().is_some_and(|due| due <= self.now())
     }
 
-    /// Puts the next command to execute into `entry` and says what strikes it. `None` if it is held instead, or stopped the controller.
+    /// Takes the next command to execute into `entry` and returns the injected effect. `None` if the command is held, or has
+    /// stopped the controller.
     #[inline]
     fn take(&self, sq: &mut Sq, id: u16, memory: &QueueMemory<'_, 8>, entry: &mut Entry) -> Option<Option<Effect>> {
         if sq.first_due().is_some_and(|due| due <= self.now()) {
-            return sq.take_first(entry);
+            return sq.take_first_held(entry);
         }
         if sq.fetch(memory, entry).is_err() {
             self.fatal();
@@ -189,7 +190,7 @@ impl Controller {
             }
             Some(Effect::Resize(bytes)) => {
                 if let Err(error) = self.resize(bytes) {
-                    log::error!("emulated function: make the disk {bytes} bytes long: {error}");
+                    log::error!("emulated function: resize the disk to {bytes} bytes: {error}");
                 }
                 (latency, None)
             }
@@ -203,7 +204,7 @@ impl Controller {
         None
     }
 
-    /// Writes a completion, or what `effect` makes of it.
+    /// Posts a completion, modified by `effect`.
     #[inline]
     fn post(
         &self,
@@ -232,8 +233,8 @@ impl Controller {
         }
     }
 
-    /// True if the completion queue can take an entry. Else it is marked, so that its doorbell runs us again; the second
-    /// look closes the gap between the first and the mark.
+    /// True if the completion queue has room for an entry. Otherwise it is marked as starved, so that its doorbell runs the
+    /// submission queues again. The second check catches a doorbell write between the first check and the mark.
     #[inline]
     pub(super) fn cq_has_room(&self, slot: &CqSlot, cq: &mut Cq) -> bool {
         for _ in 0..2 {
@@ -252,7 +253,8 @@ impl Controller {
         if !self.options.interrupts || !self.bus_master.load(SeqCst) {
             return;
         }
-        // The completion first, then this look; whoever starts to wait does the two in the other order.
+        // The completion is written before the flag is read. A driver that starts to wait sets the flag before it reads the
+        // completion queue, so one of the two sees the other.
         fence(SeqCst);
         if self.interrupt_wanted.get(usize::from(vector)).is_some_and(|interrupt_wanted| !interrupt_wanted.load(SeqCst))
         {

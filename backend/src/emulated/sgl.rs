@@ -1,12 +1,12 @@
-//! Scatter Gather Lists: the other way to say where a command's data lie (NVMe 2.0 §4.1.2).
+//! Scatter Gather Lists, the alternative to PRPs (NVMe 2.0 §4.1.2).
 //!
 //! ```text
 //! SQE bytes 24..40   data block                                     all data in one piece
-//!                  | segment --> [data, data, .., segment] --> ..   more descriptors, the last one names the next segment
+//!                  | segment --> [data, data, .., segment] --> ..   more descriptors, the last one points to the next segment
 //!                  | last segment --> [data, data, .., data]
 //! ```
 //!
-//! The lengths of the data blocks add up to the length of the transfer exactly.
+//! The lengths of the data blocks must add up to the length of the transfer.
 
 use crate::addr::{Iova, Span};
 
@@ -17,10 +17,10 @@ use super::wire::{Entry, Status, halves};
 pub(super) const SUPPORT: u32 = 0b01;
 
 const DESCRIPTOR_BYTES: u64 = 16;
-/// Segments of one command: a list that runs in a circle ends here.
-const SEGMENTS: usize = 256;
+/// Most segments of one command. Limits the walk of a cyclic list.
+const MAX_SEGMENTS: usize = 256;
 
-/// One descriptor: address, then length, reserved bytes and the identifier (NVMe 2.0 §4.1.2.1).
+/// An SGL descriptor: address, length, reserved bytes, identifier (NVMe 2.0 §4.1.2.1).
 #[derive(Clone, Copy)]
 struct Descriptor {
     address: u64,
@@ -57,12 +57,12 @@ pub(super) struct Sgl {
 }
 
 impl Sgl {
-    /// `len` bytes where `entry` says.
+    /// The buffer of `len` bytes that `entry` describes.
     pub(super) fn new(entry: &Entry, len: u64) -> Self {
         Self { first: Descriptor::new(entry.u64(24), entry.u64(32)), len }
     }
 
-    /// Calls `part` for each piece in order.
+    /// Calls `part` for each piece of the buffer in order.
     pub(super) fn walk(
         &self,
         dma: &Dma<'_>,
@@ -82,7 +82,7 @@ impl Sgl {
             data(self.first)?;
             next = None;
         }
-        for _ in 0..SEGMENTS {
+        for _ in 0..MAX_SEGMENTS {
             let Some(segment) = next else { break };
             next = walk_segment(segment, dma, hint, &mut data)?;
         }
@@ -94,7 +94,7 @@ impl Sgl {
     }
 }
 
-/// Hands the data blocks of `segment` to `data` and gives the next segment.
+/// Calls `data` for each data block of `segment` and returns the next segment.
 fn walk_segment(
     segment: Descriptor,
     dma: &Dma<'_>,
@@ -119,6 +119,6 @@ fn walk_segment(
             _ => return Err(Status::SGL_SEGMENT_INVALID),
         }
     }
-    // A segment that is not the last ends with the descriptor of the next.
+    // Any segment but the last must end with the descriptor of the next.
     if last_segment { Ok(None) } else { Err(Status::SGL_SEGMENT_INVALID) }
 }

@@ -1,5 +1,5 @@
-//! The address space of a function that goes behind the caches. It runs the same steps as the kernel's, in the same order
-//! (`iommu::MappedMemory`), on two spaces in memory: the software IOMMU, and a second one that holds pages pinned.
+//! The address space of a function that uses No Snoop. `iommu::MappedMemory` performs the same steps in the same order as with
+//! the kernel's address spaces. Here it works on two in-memory spaces: the software IOMMU, and one that only pins pages.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,38 +17,38 @@ use crate::sys::SharedMemory;
 use super::cache::{Cache, StaleLines};
 use super::{SoftIommu, lock};
 
-/// Pieces are small, so that there are several of them in small memory, bytes.
+/// Piece size in bytes. Small, so that small test memory has several pieces.
 const CHUNK: u64 = 128 << 10;
 const PAGE: usize = 4096;
 
-/// The address space; clones are the same one.
+/// A handle to the address space. Clones refer to the same space.
 #[derive(Clone)]
 pub(super) struct StagedSpace(Arc<Spaces>);
 
-/// What one space maps, by where it begins, and whether the function may write it.
+/// Mappings of one space by start address; true if the function may write.
 type Mapped = BTreeMap<Iova, (Span<Iova>, SharedMemory, bool)>;
 
 struct Spaces {
     iommu: SoftIommu,
     cache: Arc<Cache>,
-    /// What is mapped where, to copy from and to know what is still pinned.
+    /// Mappings of both spaces. Memory that is in either of them is pinned.
     pinned: Mutex<[Mapped; 2]>,
     mapped: MappedMemory,
     faults: SpaceFaults,
 }
 
-/// What the kernel may refuse and the function may do at the worst moment. Set at any time.
+/// Faults of the kernel's address spaces, and the function's last write. May be set at any time.
 #[derive(Debug, Default)]
 pub struct SpaceFaults {
-    /// Counts copies from one space to the other down; the one that meets 1 fails with ENOMEM.
+    /// The n-th copy from one space to the other, counted from now, fails with ENOMEM. 0 means no failure.
     pub fail_nth_copy: AtomicU32,
-    /// Nothing can be mapped in a space that no device is attached to (ENODEV), as with Arm's SMMUv2.
+    /// Mapping in a space without an attached device fails with ENODEV, as with Arm's SMMUv2.
     pub map_needs_attach: AtomicBool,
-    /// Where the function writes one byte, [`LAST_WRITE`], as the last thing it does before it is cut off from there.
+    /// Address at which the function writes the byte [`LAST_WRITE`] just before it is unmapped there or detached.
     pub last_write: Mutex<Option<Iova>>,
 }
 
-/// The byte of [`SpaceFaults::last_write`].
+/// The byte written for [`SpaceFaults::last_write`].
 pub const LAST_WRITE: u8 = 0xa5;
 
 impl StagedSpace {
@@ -71,21 +71,21 @@ impl StagedSpace {
 }
 
 impl Spaces {
-    /// Whether either space maps `span`.
-    fn holds(&self, span: Span<Iova>) -> bool {
+    /// True if either space maps `span`.
+    fn is_pinned(&self, span: Span<Iova>) -> bool {
         lock(&self.pinned).iter().any(|space| space.contains_key(&span.start()))
     }
 
-    /// The function is about to lose what `reach` says; its last chance to write there.
-    fn write_last_byte(&self, reach: impl Fn(Iova) -> bool) {
-        if let Some(at) = lock(&self.faults.last_write).take_if(|at| reach(*at))
+    /// Performs [`SpaceFaults::last_write`] if the function is about to lose access to its address.
+    fn write_last_byte(&self, loses_access: impl Fn(Iova) -> bool) {
+        if let Some(at) = lock(&self.faults.last_write).take_if(|at| loses_access(*at))
             && let Err(fault) = self.iommu.write(at, &[LAST_WRITE])
         {
-            log::error!("emulated function: a write that should have been possible: {fault:?}");
+            log::error!("emulated function: the last write before losing access failed: {fault:?}");
         }
     }
 
-    fn enter(&self, space: Space, span: Span<Iova>, shared: SharedMemory, writable: bool) -> io::Result<()> {
+    fn insert(&self, space: Space, span: Span<Iova>, shared: SharedMemory, writable: bool) -> io::Result<()> {
         if space == Space::Live {
             self.iommu.map_as(span, shared.clone(), writable).map_err(io::Error::other)?;
             self.cache.mapped(&shared, 0, shared.len());
@@ -106,7 +106,7 @@ impl Steps for Spaces {
         }
         self.cache.pages_migrated(piece.shared, piece.offset, piece.bytes());
         let shared = piece.shared.slice(piece.offset, piece.bytes()).expect("a piece lies in its memory");
-        self.enter(space, piece.span, shared, piece.writable)
+        self.insert(space, piece.span, shared, piece.writable)
     }
 
     fn copy(&self, from: Space, to: Space, piece: Piece<'_>) -> io::Result<()> {
@@ -117,7 +117,7 @@ impl Steps for Spaces {
         }
         let found = lock(&self.pinned)[from as usize].get(&span.start()).cloned();
         let Some((_, shared, _)) = found.filter(|(mapped, ..)| *mapped == span) else { return errno(libc::ENOENT) };
-        self.enter(to, span, shared, piece.writable)
+        self.insert(to, span, shared, piece.writable)
     }
 
     fn unmap(&self, space: Space, span: Span<Iova>) -> io::Result<()> {
@@ -127,7 +127,7 @@ impl Steps for Spaces {
             self.write_last_byte(|at| span.contains(at));
             self.iommu.unmap(span).map_err(io::Error::other)?;
         }
-        if !self.holds(span) {
+        if !self.is_pinned(span) {
             self.cache.unpinned(&shared, 0, shared.len());
         }
         Ok(())
@@ -199,7 +199,7 @@ impl AddressSpace for StagedSpace {
     }
 }
 
-/// Takes the driver's mapping away when its buffer is dropped.
+/// Removes the mapping when the driver's buffer is dropped.
 struct Buffer {
     space: StagedSpace,
     span: Span<Iova>,

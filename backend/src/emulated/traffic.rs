@@ -1,6 +1,6 @@
 //! Counters of the controller.
 
-/// What the controller has done.
+/// Counters of commands, data and events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Admin commands completed.
@@ -19,10 +19,10 @@ pub struct Traffic {
     pub bytes_read: u64,
     /// Bytes of successful writes.
     pub bytes_written: u64,
-    /// Passes over a submission queue that found work: doorbells, less those that came together.
+    /// Passes over an I/O submission queue that found commands. One pass may handle several doorbell writes.
     pub passes: u64,
     /// Vectors signalled.
     pub interrupts: u64,
-    /// Doorbell writes with an impossible value, or to a queue that does not exist.
+    /// Doorbell writes with an invalid value, or for a queue that does not exist.
     pub bad_doorbells: u64,
 }

@@ -1,5 +1,5 @@
-//! The function passed through whole. Its registers are reached by messages alone: a doorbell does its work when it is
-//! written, and a page of memory that a guest maps would tell nobody that it was.
+//! Whole-function passthrough. Registers can only be accessed by message, not mapped: a doorbell acts when it is written, and
+//! a write to mapped memory would go unnoticed.
 
 use std::io;
 
@@ -16,7 +16,7 @@ use super::function::EmulatedFunction;
 const BAR0: u32 = 0;
 /// `VFIO_PCI_MSIX_IRQ_INDEX`.
 const MSIX: u32 = 2;
-/// `VFIO_PCI_ERR_IRQ_INDEX`; no error of the PCI Express link is ever reported.
+/// `VFIO_PCI_ERR_IRQ_INDEX`; never signalled, because no PCIe errors are emulated.
 const ERROR: u32 = 3;
 /// `VFIO_PCI_REQ_IRQ_INDEX`.
 const REQUEST: u32 = 4;
@@ -40,7 +40,7 @@ impl WholeFunction for EmulatedFunction {
     }
 
     fn region_read(&self, index: u32, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let (bar, mut at) = (self.bar(), self.inside(index, offset, bytes.len())?);
+        let (bar, mut at) = (self.bar(), self.bar_offset(index, offset, bytes.len())?);
         let mut rest = bytes;
         while !rest.is_empty() {
             let width = width(at, rest.len());
@@ -48,7 +48,7 @@ impl WholeFunction for EmulatedFunction {
             match width {
                 8 => part.copy_from_slice(&bar.read64(at).to_le_bytes()),
                 4 => part.copy_from_slice(&bar.read32(at).to_le_bytes()),
-                // Part of a register: all of it is read.
+                // Part of a register: read the whole dword.
                 _ => part[0] = bar.read32(at & !3).to_le_bytes()[at & 3],
             }
             (at, rest) = (at + width, next);
@@ -57,7 +57,7 @@ impl WholeFunction for EmulatedFunction {
     }
 
     fn region_write(&self, index: u32, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let (bar, mut at) = (self.bar(), self.inside(index, offset, bytes.len())?);
+        let (bar, mut at) = (self.bar(), self.bar_offset(index, offset, bytes.len())?);
         let mut rest = bytes;
         while !rest.is_empty() {
             let width = width(at, rest.len());
@@ -65,7 +65,7 @@ impl WholeFunction for EmulatedFunction {
             match *part {
                 [a, b, c, d, e, f, g, h] => bar.write64(at, u64::from_le_bytes([a, b, c, d, e, f, g, h])),
                 [a, b, c, d] => bar.write32(at, u32::from_le_bytes([a, b, c, d])),
-                // Registers are written whole (NVMe 2.0 §3.1.2); what else happens is undefined, and here nothing does.
+                // A partial register write is undefined (NVMe 2.0 §3.1.2). It is ignored.
                 _ => {}
             }
             (at, rest) = (at + width, next);
@@ -98,15 +98,15 @@ impl WholeFunction for EmulatedFunction {
 }
 
 impl EmulatedFunction {
-    /// The offset in BAR 0, if all of an access lies there.
-    fn inside(&self, index: u32, offset: u64, count: usize) -> io::Result<usize> {
+    /// The offset of an access in BAR 0; EINVAL unless the access is all inside.
+    fn bar_offset(&self, index: u32, offset: u64, count: usize) -> io::Result<usize> {
         let offset = usize::try_from(offset).ok().filter(|_| index == BAR0);
         let end = offset.and_then(|offset| offset.checked_add(count));
         offset.filter(|_| end.is_some_and(|end| end <= self.bar().size())).ok_or(Errno::INVAL.into())
     }
 }
 
-/// How many bytes the next access covers: as many as offset and length allow, of 8, 4 and 1.
+/// Width of the next access: the largest of 8, 4 and 1 bytes that alignment and length allow.
 fn width(at: usize, len: usize) -> usize {
     [8, 4].into_iter().find(|width| at.is_multiple_of(*width) && len >= *width).unwrap_or(1)
 }

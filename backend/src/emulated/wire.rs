@@ -1,13 +1,12 @@
-//! What crosses the bus, decoded by offset: submission and completion queue entries, opcodes and status codes. The layout
-//! constants are this controller's own and shared with no driver, so that a slip of the pen on one side cannot be
-//! mirrored on the other.
+//! Queue entries, opcodes and status codes. The layout constants are not shared with the driver, so that a mistake in one of
+//! them cannot hide in both.
 
-/// Bytes of a submission queue entry, `1 << 6` (NVMe 2.0 §3.3.3.1).
+/// Size of a submission queue entry in bytes, `1 << 6` (NVMe 2.0 §3.3.3.1).
 pub(super) const SQE_BYTES: u64 = 64;
-/// Bytes of a completion queue entry, `1 << 4` (NVMe 2.0 §3.3.3.2).
+/// Size of a completion queue entry in bytes, `1 << 4` (NVMe 2.0 §3.3.3.2).
 pub(super) const CQE_BYTES: u64 = 16;
 
-/// A submission queue entry as fetched, in words (NVMe 2.0 §3.3.3.1, Figure 87).
+/// A fetched submission queue entry as 64-bit words (NVMe 2.0 §3.3.3.1, Figure 87).
 #[derive(Clone, Copy, Default)]
 pub(super) struct Entry(pub(super) [u64; 8]);
 
@@ -27,7 +26,7 @@ impl Entry {
         self.0[0].to_le_bytes()[0]
     }
 
-    /// FUSE: nonzero asks for a fused operation.
+    /// FUSE: nonzero for a fused operation.
     pub(super) fn fuse(&self) -> u8 {
         self.0[0].to_le_bytes()[1] & 0b11
     }
@@ -107,9 +106,9 @@ impl Status {
     /// Successful Completion.
     pub const SUCCESS: Self = Self(0);
     /// Invalid Command Opcode.
-    pub const INVALID_OPCODE: Self = Self::new(0, 0x01).final_();
+    pub const INVALID_OPCODE: Self = Self::new(0, 0x01).do_not_retry();
     /// Invalid Field in Command.
-    pub const INVALID_FIELD: Self = Self::new(0, 0x02).final_();
+    pub const INVALID_FIELD: Self = Self::new(0, 0x02).do_not_retry();
     /// Data Transfer Error.
     pub const DATA_TRANSFER_ERROR: Self = Self::new(0, 0x04);
     /// Internal Error.
@@ -119,41 +118,41 @@ impl Status {
     /// Command Aborted due to SQ Deletion.
     pub const SQ_DELETED: Self = Self::new(0, 0x08);
     /// Invalid Namespace or Format.
-    pub const INVALID_NAMESPACE: Self = Self::new(0, 0x0b).final_();
+    pub const INVALID_NAMESPACE: Self = Self::new(0, 0x0b).do_not_retry();
     /// Command Sequence Error.
-    pub const SEQUENCE_ERROR: Self = Self::new(0, 0x0c).final_();
+    pub const SEQUENCE_ERROR: Self = Self::new(0, 0x0c).do_not_retry();
     /// Invalid SGL Segment Descriptor.
-    pub const SGL_SEGMENT_INVALID: Self = Self::new(0, 0x0d).final_();
+    pub const SGL_SEGMENT_INVALID: Self = Self::new(0, 0x0d).do_not_retry();
     /// Invalid Number of SGL Descriptors.
-    pub const SGL_COUNT_INVALID: Self = Self::new(0, 0x0e).final_();
+    pub const SGL_COUNT_INVALID: Self = Self::new(0, 0x0e).do_not_retry();
     /// Data SGL Length Invalid.
-    pub const SGL_LENGTH_INVALID: Self = Self::new(0, 0x0f).final_();
+    pub const SGL_LENGTH_INVALID: Self = Self::new(0, 0x0f).do_not_retry();
     /// SGL Descriptor Type Invalid.
-    pub const SGL_TYPE_INVALID: Self = Self::new(0, 0x11).final_();
+    pub const SGL_TYPE_INVALID: Self = Self::new(0, 0x11).do_not_retry();
     /// PRP Offset Invalid.
-    pub const PRP_OFFSET_INVALID: Self = Self::new(0, 0x13).final_();
+    pub const PRP_OFFSET_INVALID: Self = Self::new(0, 0x13).do_not_retry();
     /// LBA Out of Range (NVM Command Set 1.0 §3.1.2).
-    pub const LBA_OUT_OF_RANGE: Self = Self::new(0, 0x80).final_();
+    pub const LBA_OUT_OF_RANGE: Self = Self::new(0, 0x80).do_not_retry();
     /// Capacity Exceeded.
     pub const CAPACITY_EXCEEDED: Self = Self::new(0, 0x81);
     /// Completion Queue Invalid.
-    pub const COMPLETION_QUEUE_INVALID: Self = Self::new(1, 0x00).final_();
+    pub const COMPLETION_QUEUE_INVALID: Self = Self::new(1, 0x00).do_not_retry();
     /// Invalid Queue Identifier.
-    pub const INVALID_QUEUE_ID: Self = Self::new(1, 0x01).final_();
+    pub const INVALID_QUEUE_ID: Self = Self::new(1, 0x01).do_not_retry();
     /// Invalid Queue Size.
-    pub const INVALID_QUEUE_SIZE: Self = Self::new(1, 0x02).final_();
+    pub const INVALID_QUEUE_SIZE: Self = Self::new(1, 0x02).do_not_retry();
     /// Asynchronous Event Request Limit Exceeded.
-    pub const EVENT_LIMIT_EXCEEDED: Self = Self::new(1, 0x05).final_();
+    pub const EVENT_LIMIT_EXCEEDED: Self = Self::new(1, 0x05).do_not_retry();
     /// Invalid Interrupt Vector.
-    pub const INVALID_VECTOR: Self = Self::new(1, 0x08).final_();
+    pub const INVALID_VECTOR: Self = Self::new(1, 0x08).do_not_retry();
     /// Invalid Log Page.
-    pub const INVALID_LOG_PAGE: Self = Self::new(1, 0x09).final_();
+    pub const INVALID_LOG_PAGE: Self = Self::new(1, 0x09).do_not_retry();
     /// Invalid Queue Deletion.
-    pub const INVALID_QUEUE_DELETION: Self = Self::new(1, 0x0c).final_();
+    pub const INVALID_QUEUE_DELETION: Self = Self::new(1, 0x0c).do_not_retry();
     /// Feature Identifier Not Saveable.
-    pub const FEATURE_NOT_SAVEABLE: Self = Self::new(1, 0x0d).final_();
+    pub const FEATURE_NOT_SAVEABLE: Self = Self::new(1, 0x0d).do_not_retry();
     /// Feature Not Changeable.
-    pub const FEATURE_NOT_CHANGEABLE: Self = Self::new(1, 0x0e).final_();
+    pub const FEATURE_NOT_CHANGEABLE: Self = Self::new(1, 0x0e).do_not_retry();
     /// Write Fault.
     pub const WRITE_FAULT: Self = Self::new(2, 0x80);
     /// Unrecovered Read Error.
@@ -165,13 +164,13 @@ impl Status {
         Self((((kind & 0b111) as u16) << 8) | code as u16)
     }
 
-    /// The same with Do Not Retry set: repeating the command would give the same answer.
+    /// The same status with Do Not Retry set: a retry would fail again.
     #[must_use]
-    pub const fn final_(self) -> Self {
+    pub const fn do_not_retry(self) -> Self {
         Self(self.0 | 1 << 14)
     }
 
-    /// The 15 bits, as they stand above the phase bit.
+    /// The 15 bits of the status field above the phase bit.
     #[must_use]
     pub const fn bits(self) -> u16 {
         self.0

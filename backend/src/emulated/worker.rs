@@ -38,7 +38,7 @@ impl Drop for Worker {
         if let Some(handle) = self.handle.take() {
             handle.thread().unpark();
             if handle.join().is_err() {
-                log::error!("emulated function: its thread has panicked");
+                log::error!("emulated function: the controller thread panicked");
             }
         }
     }
