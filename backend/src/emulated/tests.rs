@@ -1,4 +1,4 @@
-//! The controller driven by hand, register by register, as a driver would.
+//! Drives the controller register by register, as a driver would.
 
 mod any;
 mod bring_up;

@@ -5,9 +5,9 @@ use crate::addr::Iova;
 use crate::emulated::Options;
 
 #[test]
-fn a_disabled_controller_becomes_ready_and_stops_again() {
+fn a_controller_can_be_enabled_and_disabled() {
     for options in [small(), threaded()] {
-        let mut host = Host::cold(options);
+        let mut host = Host::disabled(options);
         host.function.set_bus_master(true).unwrap();
         assert_eq!(host.bar.read32(CSTS), 0);
 
@@ -19,7 +19,7 @@ fn a_disabled_controller_becomes_ready_and_stops_again() {
 }
 
 #[test]
-fn identify_tells_what_the_options_said() {
+fn identify_matches_the_options() {
     for (lba, shift) in [(512, 9), (4096, 12)] {
         let options = Options { lba, size: 8 << 20, mdts: 3, serial: "S1".into(), ..small() };
         let mut host = Host::up(options);
@@ -41,7 +41,7 @@ fn identify_tells_what_the_options_said() {
 }
 
 #[test]
-fn an_unknown_namespace_is_all_zero_and_a_reserved_one_an_error() {
+fn identify_of_an_inactive_namespace_is_zero_and_of_an_invalid_one_an_error() {
     let mut host = Host::up(small());
     let page = host.buffer(4096);
     let at = page.span().start();
@@ -55,7 +55,7 @@ fn an_unknown_namespace_is_all_zero_and_a_reserved_one_an_error() {
 }
 
 #[test]
-fn number_of_queues_is_granted_up_to_the_option() {
+fn number_of_queues_is_limited_by_the_option() {
     let mut host = Host::up(Options { queues: 3, ..small() });
 
     let less = host.admin(Sqe::new(9).dword(10, 7).dword(11, 1 << 16 | 1));
@@ -70,7 +70,7 @@ fn number_of_queues_is_granted_up_to_the_option() {
 }
 
 #[test]
-fn queues_with_bad_fields_are_refused_with_the_status_of_the_specification() {
+fn invalid_queue_commands_fail_with_the_specified_status() {
     let mut host = Host::up(Options { queues: 2, queue_entries: 64, ..small() });
     let memory = host.buffer(4096);
     let at = memory.span().start();
@@ -78,32 +78,32 @@ fn queues_with_bad_fields_are_refused_with_the_status_of_the_specification() {
     let sq = |dw10: u32, dw11: u32| Sqe::new(1).prps(at, Iova(0)).dword(10, dw10).dword(11, dw11);
     let cases = [
         ("cq 0", cq(15 << 16, 1), 0x101),
-        ("cq past the count", cq(15 << 16 | 3, 1), 0x101),
+        ("cq id too large", cq(15 << 16 | 3, 1), 0x101),
         ("one entry", cq(1, 1), 0x102),
         ("too many entries", cq(64 << 16 | 1, 1), 0x102),
         ("not contiguous", cq(15 << 16 | 1, 0), 0x002),
-        ("vector past the last", cq(15 << 16 | 1, 3 << 16 | 3), 0x108),
+        ("vector too large", cq(15 << 16 | 1, 3 << 16 | 3), 0x108),
         ("sq without its cq", sq(15 << 16 | 1, 1 << 16 | 1), 0x100),
         ("sq on the admin cq", sq(15 << 16 | 1, 1), 0x101),
-        ("a good cq", cq(15 << 16 | 1, 1), 0),
-        ("the same again", cq(15 << 16 | 1, 1), 0x101),
-        ("a good sq", sq(15 << 16 | 1, 1 << 16 | 1), 0),
-        ("queue count now", Sqe::new(9).dword(10, 7).dword(11, 0), 0x00c),
+        ("a valid cq", cq(15 << 16 | 1, 1), 0),
+        ("an existing cq", cq(15 << 16 | 1, 1), 0x101),
+        ("a valid sq", sq(15 << 16 | 1, 1 << 16 | 1), 0),
+        ("queue count while queues exist", Sqe::new(9).dword(10, 7).dword(11, 0), 0x00c),
         ("delete a cq in use", Sqe::new(4).dword(10, 1), 0x10c),
-        ("delete no sq", Sqe::new(0).dword(10, 2), 0x101),
+        ("delete a missing sq", Sqe::new(0).dword(10, 2), 0x101),
         ("delete the sq", Sqe::new(0).dword(10, 1), 0),
         ("delete the cq", Sqe::new(4).dword(10, 1), 0),
         ("unknown opcode", Sqe::new(0x7f), 0x001),
     ];
 
-    for (what, sqe, status) in cases {
-        assert_eq!(host.admin(sqe).status, status, "{what}");
+    for (case, sqe, status) in cases {
+        assert_eq!(host.admin(sqe).status, status, "{case}");
     }
 }
 
 #[test]
-fn a_bad_admin_queue_is_a_fatal_status() {
-    let host = Host::cold(small());
+fn an_invalid_admin_queue_is_a_fatal_status() {
+    let host = Host::disabled(small());
     host.bar.write32(0x24, 0);
     host.bar.write32(CC, CC_ON);
     assert_eq!(host.bar.read32(CSTS), 0b10);
@@ -138,7 +138,7 @@ fn without_bus_master_commands_wait() {
 }
 
 #[test]
-fn a_reset_forgets_queues_and_clears_bus_master() {
+fn a_reset_deletes_queues_and_clears_bus_master() {
     for options in [small(), threaded()] {
         let mut host = Host::up(options);
         let pair = host.pair(1, [8; 2]);
@@ -183,14 +183,14 @@ fn enable_no_snoop_is_hardwired_and_a_function_level_reset_works() {
 }
 
 #[test]
-fn registers_read_as_ones_while_memory_decoding_is_off() {
+fn registers_read_as_all_ones_while_memory_decoding_is_off() {
     let host = Host::up(small());
     host.function.config_write(4, &[0, 0]).unwrap();
     assert_eq!(host.bar.read32(CSTS), u32::MAX);
 }
 
 #[test]
-fn wrong_options_are_refused_by_name() {
+fn an_invalid_option_is_named_in_the_error() {
     let refused = [
         (Options { lba: 1024, ..small() }, "lba"),
         (Options { size: 1000, ..small() }, "size"),

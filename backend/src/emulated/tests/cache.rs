@@ -1,4 +1,4 @@
-//! A function that goes behind the caches: what it and the CPUs see of each other, with every flush and without one.
+//! What a No Snoop function and the CPUs see of each other's writes, with and without flushes.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -17,11 +17,12 @@ const WRITE: u8 = 1;
 const DEVICE_CONTROL: u16 = 0x58;
 const NO_SNOOP: u16 = 1 << 11;
 
-fn behind() -> Options {
+/// Options of a function that bypasses the caches.
+fn non_coherent() -> Options {
     Options { no_snoop: true, snoop_enforced: false, ..small() }
 }
 
-/// A host that flushes its queues, and one block of memory that it does not.
+/// A host that flushes its queues, and a data buffer that each test flushes itself.
 struct Fixture {
     host: Host,
     pair: Pair,
@@ -44,8 +45,8 @@ impl Fixture {
         self.host.flush(&self.data, 0, 512);
     }
 
-    /// All 512 bytes, which must be alike.
-    fn seen(&self) -> u8 {
+    /// The value of all 512 bytes as the CPUs see them. They must be equal.
+    fn read_block(&self) -> u8 {
         let mut bytes = [0; 512];
         self.data.memory().copy_to(0, &mut bytes);
         assert!(bytes.iter().all(|byte| *byte == bytes[0]), "{bytes:x?}");
@@ -56,71 +57,71 @@ impl Fixture {
         self.data.memory().copy_from(0, &[value; 512]);
     }
 
-    /// Puts `value` into the medium as a careful host does.
+    /// Writes `value` to the medium with the necessary flush.
     fn store(&mut self, value: u8) {
         self.fill(value);
         self.flush();
         assert_eq!(self.run(WRITE).status, 0);
     }
 
-    /// What the medium holds, read with everything flushed.
-    fn stored(&mut self) -> u8 {
+    /// Reads the medium with the necessary flushes.
+    fn load(&mut self) -> u8 {
         self.flush();
         assert_eq!(self.run(READ).status, 0);
         self.flush();
-        self.seen()
+        self.read_block()
     }
 }
 
 #[test]
-fn with_every_flush_data_are_right() {
-    let mut fixture = Fixture::new(behind());
+fn with_all_flushes_data_is_correct() {
+    let mut fixture = Fixture::new(non_coherent());
     for value in [1, 2] {
         fixture.store(value);
         fixture.fill(0xff);
-        assert_eq!(fixture.stored(), value);
+        assert_eq!(fixture.load(), value);
     }
 }
 
 #[test]
-fn a_write_without_a_flush_stores_what_was_there_before() {
-    let mut fixture = Fixture::new(behind());
+fn a_write_without_a_flush_stores_old_data() {
+    let mut fixture = Fixture::new(non_coherent());
     fixture.fill(1);
 
     fixture.run(WRITE);
 
-    assert_eq!(fixture.stored(), 0);
+    assert_eq!(fixture.load(), 0);
 }
 
 #[test]
-fn a_read_without_a_flush_after_it_shows_the_old_data() {
-    let mut fixture = Fixture::new(behind());
+fn a_read_without_a_flush_afterwards_returns_old_data() {
+    let mut fixture = Fixture::new(non_coherent());
     fixture.store(1);
     fixture.fill(2);
     fixture.flush();
 
     fixture.run(READ);
 
-    assert_eq!(fixture.seen(), 2);
+    assert_eq!(fixture.read_block(), 2);
     fixture.flush();
-    assert_eq!(fixture.seen(), 1);
+    assert_eq!(fixture.read_block(), 1);
 }
 
 #[test]
-fn a_read_into_lines_not_flushed_before_is_overwritten_by_them() {
-    let mut fixture = Fixture::new(behind());
+fn a_read_into_dirty_lines_is_overwritten_by_them() {
+    let mut fixture = Fixture::new(non_coherent());
     fixture.store(1);
     fixture.fill(2);
 
     fixture.run(READ);
     fixture.flush();
 
-    assert_eq!(fixture.seen(), 2, "the line was dirty while the function wrote to DRAM");
+    assert_eq!(fixture.read_block(), 2, "the line was dirty while the function wrote to DRAM");
 }
 
 #[test]
-fn a_neighbour_in_the_same_line_is_as_bad() {
-    let mut fixture = Fixture::new(behind());
+fn a_cpu_write_to_the_same_line_overwrites_read_data() {
+    let mut fixture = Fixture::new(non_coherent());
     fixture.store(1);
     fixture.fill(2);
     fixture.flush();
@@ -133,8 +134,8 @@ fn a_neighbour_in_the_same_line_is_as_bad() {
 }
 
 #[test]
-fn memory_mapped_without_a_flush_shows_neither_side_the_other() {
-    let mut fixture = Fixture::new(behind());
+fn memory_mapped_without_a_flush_has_stale_data() {
+    let mut fixture = Fixture::new(non_coherent());
     let page = crate::sys::SharedMemory::of(Arc::new(vm_memory::MmapRegion::new(4096).unwrap()));
     let at = Span::new(Iova(0x1000), 4096).unwrap();
     page.copy_from(0, &[7; 512]);
@@ -143,18 +144,18 @@ fn memory_mapped_without_a_flush_shows_neither_side_the_other() {
     let done = fixture.host.run(&mut fixture.pair, Sqe::rw(WRITE, 0, 1).prps(at.start(), Iova(0)));
 
     assert_eq!(done.status, 0);
-    assert_eq!(fixture.stored(), 0xdb);
+    assert_eq!(fixture.load(), 0xdb);
 }
 
 #[test]
-fn an_entry_that_was_not_flushed_is_not_the_one_that_runs() {
-    let mut fixture = Fixture::new(behind());
+fn without_a_flush_the_controller_fetches_an_old_entry() {
+    let mut fixture = Fixture::new(non_coherent());
     let cache = fixture.host.cache.take();
     fixture.host.push(&mut fixture.pair, Sqe::rw(READ, 0, 1).prps(fixture.data.span().start(), Iova(0)));
     fixture.host.ring(&fixture.pair);
     fixture.host.cache = cache;
 
-    // The memory was zero when it was flushed: the command found there is a Flush of no namespace.
+    // The memory was zero when it was last flushed. The controller finds a Flush command for namespace 0.
     let done = fixture.host.take(&mut fixture.pair).unwrap();
 
     assert_eq!((done.cid, done.status), (0, 0x00b));
@@ -162,8 +163,8 @@ fn an_entry_that_was_not_flushed_is_not_the_one_that_runs() {
 }
 
 #[test]
-fn a_completion_is_not_seen_before_its_line_is_flushed() {
-    let mut fixture = Fixture::new(behind());
+fn a_completion_is_not_visible_before_its_line_is_flushed() {
+    let mut fixture = Fixture::new(non_coherent());
     fixture.host.push(&mut fixture.pair, Sqe::rw(READ, 0, 1).prps(fixture.data.span().start(), Iova(0)));
     fixture.host.ring(&fixture.pair);
 
@@ -173,15 +174,15 @@ fn a_completion_is_not_seen_before_its_line_is_flushed() {
 }
 
 #[test]
-fn nothing_need_be_flushed_if_snooping_is_enforced_or_the_bit_is_clear_or_fixed() {
-    let held = |fixture: Fixture| {
+fn no_flush_is_needed_if_snooping_is_enforced_or_enable_no_snoop_is_clear() {
+    let with_bit_cleared = |fixture: Fixture| {
         fixture.host.function.config_write(DEVICE_CONTROL, &0_u16.to_le_bytes()).unwrap();
         fixture
     };
     for mut fixture in [
-        Fixture::new(Options { snoop_enforced: true, ..behind() }),
-        Fixture::new(Options { no_snoop: false, ..behind() }),
-        held(Fixture::new(behind())),
+        Fixture::new(Options { snoop_enforced: true, ..non_coherent() }),
+        Fixture::new(Options { no_snoop: false, ..non_coherent() }),
+        with_bit_cleared(Fixture::new(non_coherent())),
     ] {
         fixture.host.cache = None;
         for value in [1, 2] {
@@ -189,7 +190,7 @@ fn nothing_need_be_flushed_if_snooping_is_enforced_or_the_bit_is_clear_or_fixed(
             fixture.run(WRITE);
             fixture.fill(0xff);
             fixture.run(READ);
-            assert_eq!(fixture.seen(), value);
+            assert_eq!(fixture.read_block(), value);
         }
     }
 }
@@ -201,7 +202,7 @@ fn control(function: &dyn Function) -> u16 {
 }
 
 #[test]
-fn the_bit_is_one_at_power_on_and_after_a_reset_if_it_exists_at_all() {
+fn enable_no_snoop_is_set_at_power_on_and_after_a_reset_unless_hardwired() {
     for (no_snoop, bit, found) in [(false, 0, NoSnoop::NeverSet), (true, NO_SNOOP, NoSnoop::Controllable)] {
         let function = Machine::new(Options { no_snoop, ..small() }).unwrap().function();
         assert_eq!(control(&*function) & NO_SNOOP, bit);
@@ -213,22 +214,22 @@ fn the_bit_is_one_at_power_on_and_after_a_reset_if_it_exists_at_all() {
     }
 }
 
-/// Given where a read begins, changes what was found there.
-type Alter = dyn Fn(u16, &mut [u8]) + Send + Sync;
+/// Modifies the bytes of a configuration space read; the first argument is the offset.
+type PatchRead = dyn Fn(u16, &mut [u8]) + Send + Sync;
 
-/// A function whose configuration space reads otherwise than it is.
-struct Altered {
+/// A function with modified configuration space reads.
+struct PatchedConfig {
     inner: Arc<dyn Function>,
-    alter: Box<Alter>,
+    patch: Box<PatchRead>,
 }
 
-impl Function for Altered {
+impl Function for PatchedConfig {
     fn name(&self) -> &str {
         self.inner.name()
     }
     fn config_read(&self, offset: u16, bytes: &mut [u8]) -> io::Result<()> {
         self.inner.config_read(offset, bytes)?;
-        (self.alter)(offset, bytes);
+        (self.patch)(offset, bytes);
         Ok(())
     }
     fn config_write(&self, offset: u16, bytes: &[u8]) -> io::Result<()> {
@@ -251,45 +252,45 @@ impl Function for Altered {
     }
 }
 
-fn altered(alter: impl Fn(u16, &mut [u8]) + Send + Sync + 'static) -> Arc<Altered> {
-    Arc::new(Altered { inner: Machine::new(behind()).unwrap().function(), alter: Box::new(alter) })
+fn patched_config(patch: impl Fn(u16, &mut [u8]) + Send + Sync + 'static) -> Arc<PatchedConfig> {
+    Arc::new(PatchedConfig { inner: Machine::new(non_coherent()).unwrap().function(), patch: Box::new(patch) })
 }
 
-/// A function whose bit reads 1 whatever is written, once `comes_back`.
-fn stubborn(comes_back: &Arc<AtomicBool>) -> Arc<Altered> {
-    let comes_back = Arc::clone(comes_back);
-    altered(move |offset, bytes| {
-        if offset == DEVICE_CONTROL && comes_back.load(SeqCst) {
+/// A function whose Enable No Snoop reads as 1, whatever is written, while `stuck` is true.
+fn with_stuck_bit(stuck: &Arc<AtomicBool>) -> Arc<PatchedConfig> {
+    let stuck = Arc::clone(stuck);
+    patched_config(move |offset, bytes| {
+        if offset == DEVICE_CONTROL && stuck.load(SeqCst) {
             bytes[1] |= 8;
         }
     })
 }
 
 #[test]
-fn a_function_whose_bit_says_nothing_is_not_ours() {
+fn a_function_whose_enable_no_snoop_means_nothing_is_not_ours() {
     let why = |function: &dyn Function, virtual_function| match probe(function, virtual_function).unwrap() {
         NoSnoop::NotOurs(why) => why,
         other => panic!("{other}"),
     };
-    let graphics = altered(|offset, bytes| match offset {
+    let graphics = patched_config(|offset, bytes| match offset {
         0 => bytes.copy_from_slice(&0x8086_u16.to_le_bytes()),
         0x0b => bytes[0] = 3,
         _ => {}
     });
-    let conventional = altered(|offset, bytes| {
+    let conventional = patched_config(|offset, bytes| {
         if offset == 6 {
             bytes[0] &= !0x10;
         }
     });
 
-    assert_eq!(why(&*altered(|_, _| {}), true), NotOurs::VirtualFunction);
+    assert_eq!(why(&*patched_config(|_, _| {}), true), NotOurs::VirtualFunction);
     assert_eq!(why(&*graphics, false), NotOurs::IntegratedGraphics);
     assert_eq!(why(&*conventional, false), NotOurs::NoCapability);
 }
 
 #[test]
-fn the_bit_is_not_tried_while_the_function_may_do_dma() {
-    let function = Machine::new(behind()).unwrap().function();
+fn enable_no_snoop_is_not_probed_while_bus_master_is_on() {
+    let function = Machine::new(non_coherent()).unwrap().function();
     function.set_bus_master(true).unwrap();
     assert_eq!(probe(&*function, false).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
 }
@@ -301,8 +302,8 @@ fn bus_master(function: &dyn Function) -> bool {
 }
 
 #[test]
-fn a_bit_held_off_is_clear_whenever_the_function_may_do_dma() {
-    let machine = Machine::new(behind()).unwrap();
+fn held_off_no_snoop_is_clear_whenever_bus_master_is_on() {
+    let machine = Machine::new(non_coherent()).unwrap();
     let function = HeldOff::new(machine.function()).unwrap().unwrap();
     for _ in 0..2 {
         machine.function().config_write(DEVICE_CONTROL, &NO_SNOOP.to_le_bytes()).unwrap();
@@ -312,21 +313,21 @@ fn a_bit_held_off_is_clear_whenever_the_function_may_do_dma() {
 }
 
 #[test]
-fn a_bit_held_off_is_clear_after_a_reset_too() {
-    let machine = Machine::new(behind()).unwrap();
+fn held_off_no_snoop_is_clear_after_a_reset() {
+    let machine = Machine::new(non_coherent()).unwrap();
     let function = HeldOff::new(machine.function()).unwrap().unwrap();
     function.reset().unwrap();
     assert_eq!(control(&function) & NO_SNOOP, 0);
 }
 
 #[test]
-fn a_function_that_stops_obeying_gets_no_bus_master_any_more() {
-    let comes_back = Arc::default();
-    let stubborn = stubborn(&comes_back);
-    let function = HeldOff::new(Arc::clone(&stubborn) as Arc<dyn Function>).unwrap().unwrap();
+fn a_function_whose_no_snoop_becomes_stuck_gets_no_bus_master() {
+    let stuck = Arc::default();
+    let inner = with_stuck_bit(&stuck);
+    let function = HeldOff::new(Arc::clone(&inner) as Arc<dyn Function>).unwrap().unwrap();
     function.set_bus_master(true).unwrap();
     function.set_bus_master(false).unwrap();
-    comes_back.store(true, SeqCst);
+    stuck.store(true, SeqCst);
 
     let after_reset = function.reset().unwrap_err();
     let error = function.set_bus_master(true).unwrap_err();
@@ -334,25 +335,25 @@ fn a_function_that_stops_obeying_gets_no_bus_master_any_more() {
     for error in [after_reset, error] {
         assert!(error.to_string().contains("--no-snoop=assume"), "{error}");
     }
-    assert!(!bus_master(&*stubborn));
+    assert!(!bus_master(&*inner));
 }
 
 #[test]
-fn a_bit_that_cannot_be_cleared_is_not_ours_and_turns_the_verdict() {
-    let function = stubborn(&Arc::new(AtomicBool::new(true)));
+fn a_stuck_no_snoop_changes_the_verdict_to_flush() {
+    let function = with_stuck_bit(&Arc::new(AtomicBool::new(true)));
     let no_snoop = probe(&*function, false).unwrap();
     assert_eq!(no_snoop, NoSnoop::NotOurs(NotOurs::Disobeys));
 
-    let facts = Facts { no_snoop, ..Machine::new(behind()).unwrap().facts(Policy::Suppress).unwrap() };
+    let facts = Facts { no_snoop, ..Machine::new(non_coherent()).unwrap().facts(Policy::Suppress).unwrap() };
 
     assert!(matches!(decide(&facts), Verdict::Flush(_)));
     assert!(HeldOff::new(function).unwrap().is_none());
 }
 
 #[test]
-fn trying_the_bit_leaves_it_as_it_was() {
+fn probing_enable_no_snoop_restores_it() {
     for before in [0, NO_SNOOP] {
-        let function = Machine::new(behind()).unwrap().function();
+        let function = Machine::new(non_coherent()).unwrap().function();
         function.config_write(DEVICE_CONTROL, &before.to_le_bytes()).unwrap();
         assert_eq!(probe(&*function, false).unwrap(), NoSnoop::Controllable);
         assert_eq!(control(&*function) & NO_SNOOP, before);
@@ -360,12 +361,12 @@ fn trying_the_bit_leaves_it_as_it_was() {
 }
 
 #[test]
-fn the_facts_are_what_the_options_say() {
+fn the_facts_match_the_options() {
     let verdict = |options: Options, policy| decide(&Machine::new(options).unwrap().facts(policy).unwrap());
     let held = Verdict::Coherent(Coherent::HeldOff { mask_guest_writes: false });
     assert_eq!(verdict(small(), Policy::Allow), Verdict::Coherent(Coherent::Enforced));
-    assert_eq!(verdict(Options { no_snoop: false, ..behind() }, Policy::Allow), Verdict::Coherent(Coherent::NeverSet));
-    assert_eq!(verdict(behind(), Policy::Suppress), held);
-    assert!(matches!(verdict(behind(), Policy::Allow), Verdict::Flush(_)));
-    assert!(matches!(verdict(behind(), Policy::Refuse), Verdict::Refuse(_)));
+    assert_eq!(verdict(Options { no_snoop: false, ..non_coherent() }, Policy::Allow), Verdict::Coherent(Coherent::NeverSet));
+    assert_eq!(verdict(non_coherent(), Policy::Suppress), held);
+    assert!(matches!(verdict(non_coherent(), Policy::Allow), Verdict::Flush(_)));
+    assert!(matches!(verdict(non_coherent(), Policy::Refuse), Verdict::Refuse(_)));
 }

@@ -30,7 +30,7 @@ fn submit(host: &mut Host, sqe: Sqe) -> u16 {
 }
 
 #[test]
-fn the_error_log_names_failed_commands_newest_first() {
+fn the_error_log_lists_failed_commands_newest_first() {
     let mut host = Host::up(small());
     let mut pair = host.pair(1, [8; 2]);
     let page = host.buffer(4096);
@@ -47,7 +47,7 @@ fn the_error_log_names_failed_commands_newest_first() {
 }
 
 #[test]
-fn a_change_of_size_is_told_once_until_the_list_of_changes_is_read() {
+fn a_resize_is_reported_once_until_the_changed_namespace_list_is_read() {
     let mut host = Host::up(small());
     let page = host.buffer(4096);
     host.machine.resize(1 << 19).unwrap();
@@ -58,18 +58,18 @@ fn a_change_of_size_is_told_once_until_the_list_of_changes_is_read() {
     host.machine.resize(1 << 18).unwrap();
 
     let done = wait(&mut host);
-    assert_eq!((done.cid, done.status, done.result), (first, 0, 0x04_00_02), "not before it was asked for");
+    assert_eq!((done.cid, done.status, done.result), (first, 0, 0x04_00_02), "not before notices are enabled");
     let second = submit(&mut host, Sqe::new(12));
     assert_eq!(host.admin(log(&page, 4, 1024)).status, 0);
     assert_eq!((page.memory().read_u32(0), page.memory().read_u32(4)), (1, 0));
     assert_eq!(host.admin(log(&page, 4, 1024)).status, 0);
-    assert_eq!(page.memory().read_u32(0), 0, "read is forgotten");
+    assert_eq!(page.memory().read_u32(0), 0, "reading the list clears it");
     host.machine.resize(1 << 20).unwrap();
     assert_eq!(wait(&mut host).cid, second);
 }
 
 #[test]
-fn a_disk_in_memory_cannot_outgrow_it_and_has_whole_blocks() {
+fn an_invalid_resize_of_a_memory_disk_is_refused() {
     let host = Host::up(small());
     for size in [0, 1000, 1 << 40] {
         assert!(host.machine.resize(size).is_err(), "{size}");
@@ -96,7 +96,7 @@ fn smart_counts_commands_and_data() {
 }
 
 #[test]
-fn a_bad_doorbell_completes_a_waiting_request_once_until_the_log_is_read() {
+fn a_bad_doorbell_is_reported_once_until_the_error_log_is_read() {
     for options in [small(), threaded()] {
         let mut host = Host::up(options);
         let page = host.buffer(4096);
@@ -104,37 +104,37 @@ fn a_bad_doorbell_completes_a_waiting_request_once_until_the_log_is_read() {
         let second = submit(&mut host, Sqe::new(12));
 
         host.bar.write32(host.doorbell(8), 1);
-        let told = wait(&mut host);
+        let event = wait(&mut host);
         host.bar.write32(host.doorbell(8), 1);
         let log_read = host.admin(log(&page, 1, 16));
         host.bar.write32(host.doorbell(8), 1);
         let again = wait(&mut host);
 
-        assert_eq!((told.cid, told.status, told.result), (first, 0, 0x01_00_00));
+        assert_eq!((event.cid, event.status, event.result), (first, 0, 0x01_00_00));
         assert_eq!(log_read.status, 0);
         assert_eq!((again.cid, again.result), (second, 0x01_00_00));
     }
 }
 
 #[test]
-fn an_event_that_nobody_waited_for_is_told_to_the_next_request() {
+fn an_event_without_a_request_is_reported_to_the_next_one() {
     let mut host = Host::up(small());
     host.bar.write32(host.doorbell(8), 1);
     let cid = submit(&mut host, Sqe::new(12));
-    let told = wait(&mut host);
-    assert_eq!((told.cid, told.result), (cid, 0x01_00_00));
+    let event = wait(&mut host);
+    assert_eq!((event.cid, event.result), (cid, 0x01_00_00));
 }
 
 #[test]
-fn waiting_requests_are_limited_and_can_be_aborted() {
+fn event_requests_are_limited_and_can_be_aborted() {
     let mut host = Host::up(small());
     let waiting: Vec<_> = (0..4).map(|_| submit(&mut host, Sqe::new(12))).collect();
 
     let fifth = host.admin(Sqe::new(12));
     let abort = submit(&mut host, Sqe::new(8).dword(10, u32::from(waiting[2]) << 16));
-    let (aborted, answer) = (wait(&mut host), wait(&mut host));
+    let (aborted, abort_done) = (wait(&mut host), wait(&mut host));
 
     assert_eq!(fifth.status, 0x105);
     assert_eq!((aborted.cid, aborted.status), (waiting[2], 0x007));
-    assert_eq!((answer.cid, answer.result & 1), (abort, 0));
+    assert_eq!((abort_done.cid, abort_done.result & 1), (abort, 0));
 }

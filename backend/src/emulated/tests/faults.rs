@@ -1,4 +1,4 @@
-//! Each fault, as the host sees it.
+//! The effect of each fault on the host.
 
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -37,7 +37,7 @@ impl Fixture {
         cid
     }
 
-    /// The identifiers and status of everything completed.
+    /// Identifier and status of all completed commands.
     fn reap(&mut self) -> Vec<(u16, u16)> {
         let mut done = Vec::new();
         while let Some(one) = self.host.take(&mut self.pair) {
@@ -48,7 +48,7 @@ impl Fixture {
 }
 
 #[test]
-fn the_nth_matching_command_is_struck_and_no_other() {
+fn only_the_nth_matching_command_is_affected() {
     let mut fixture = Fixture::new(small());
     let effect = Effect::Status(Status::new(2, 0x81));
     fixture.host.machine.inject(Fault::Command { on: reads(), skip: 2, times: 1, effect });
@@ -64,8 +64,8 @@ fn the_nth_matching_command_is_struck_and_no_other() {
 }
 
 #[test]
-fn completions_are_lost_doubled_misnamed_or_unseen() {
-    for (effect, seen) in [
+fn completions_are_lost_duplicated_or_posted_with_a_wrong_id_or_phase() {
+    for (effect, expected) in [
         (Effect::Lose, vec![(1, 0)]),
         (Effect::Twice, vec![(0, 0), (0, 0), (1, 0)]),
         (Effect::WrongId(77), vec![(77, 0), (1, 0)]),
@@ -77,13 +77,13 @@ fn completions_are_lost_doubled_misnamed_or_unseen() {
         fixture.read();
         fixture.read();
 
-        assert_eq!(fixture.reap(), seen, "{effect:?}");
-        assert_eq!(fixture.host.machine.traffic().reads, 2, "{effect:?}: the data were moved");
+        assert_eq!(fixture.reap(), expected, "{effect:?}");
+        assert_eq!(fixture.host.machine.traffic().reads, 2, "{effect:?}: the data was transferred");
     }
 }
 
 #[test]
-fn a_delayed_command_touches_memory_only_when_its_time_has_come() {
+fn a_delayed_command_accesses_memory_only_when_due() {
     let mut fixture = Fixture::new(small());
     fixture.data.memory().write_u8(0, 7);
     fixture.host.machine.inject(Fault::once(reads(), Effect::Delay(Duration::from_secs(3))));
@@ -102,20 +102,20 @@ fn a_delayed_command_touches_memory_only_when_its_time_has_come() {
 }
 
 #[test]
-fn memory_taken_away_under_a_command_in_flight_is_a_recorded_fault() {
+fn unmapping_memory_of_a_command_in_flight_causes_a_fault() {
     let mut fixture = Fixture::new(Options { latency: Duration::from_millis(1), ..small() });
     fixture.read();
-    let gone = fixture.data.span().start();
+    let unmapped = fixture.data.span().start();
     fixture.data = fixture.host.buffer(8192);
 
     fixture.host.machine.advance(Duration::from_millis(1));
 
     assert_eq!(fixture.reap(), [(0, 0x004)]);
-    assert_eq!(fixture.host.machine.iommu().faults()[0].iova, gone);
+    assert_eq!(fixture.host.machine.iommu().faults()[0].iova, unmapped);
 }
 
 #[test]
-fn commands_in_flight_are_aborted_by_abort_and_by_deletion() {
+fn abort_and_queue_deletion_abort_commands_in_flight() {
     let mut fixture = Fixture::new(Options { latency: Duration::from_secs(1), ..small() });
     let cids: Vec<_> = (0..3).map(|_| fixture.read()).collect();
 
@@ -132,7 +132,7 @@ fn commands_in_flight_are_aborted_by_abort_and_by_deletion() {
 }
 
 #[test]
-fn a_threaded_controller_takes_its_latency_and_completes() {
+fn a_threaded_controller_completes_after_its_latency() {
     let mut fixture = Fixture::new(Options { latency: Duration::from_millis(2), ..threaded() });
     let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     fixture.host.function.route_vectors(&[event.as_fd(), event.as_fd()]).unwrap();
@@ -144,7 +144,7 @@ fn a_threaded_controller_takes_its_latency_and_completes() {
 }
 
 #[test]
-fn a_lost_interrupt_leaves_the_completion() {
+fn a_lost_interrupt_does_not_lose_the_completion() {
     let mut fixture = Fixture::new(small());
     let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
     fixture.host.function.route_vectors(&[event.as_fd(), event.as_fd()]).unwrap();
@@ -172,7 +172,7 @@ fn a_fatal_status_stops_the_controller_until_it_is_reset() {
 }
 
 #[test]
-fn a_stuck_controller_neither_stops_nor_starts() {
+fn a_stuck_controller_ignores_cc_enable() {
     let mut fixture = Fixture::new(small());
     fixture.host.machine.inject(Fault::StuckReady);
 
@@ -199,7 +199,7 @@ fn a_refused_reset_changes_nothing() {
 }
 
 #[test]
-fn a_removed_function_answers_ones_and_comes_back_cold() {
+fn a_removed_function_reads_as_all_ones_and_returns_in_power_on_state() {
     for fault in [Fault::Removed, Fault::once(reads(), Effect::Remove)] {
         let mut fixture = Fixture::new(small());
         fixture.host.machine.inject(fault);
@@ -218,7 +218,7 @@ fn a_removed_function_answers_ones_and_comes_back_cold() {
 }
 
 #[test]
-fn admin_commands_can_be_struck_too() {
+fn faults_can_affect_admin_commands() {
     let mut host = Host::up(small());
     host.machine.inject(Fault::once(Commands::admin(6), Effect::Status(Status::INTERNAL_ERROR)));
     let page = host.buffer(4096);
@@ -228,21 +228,21 @@ fn admin_commands_can_be_struck_too() {
 }
 
 #[test]
-fn capability_and_identify_can_be_forged_until_healed() {
+fn capability_and_identify_are_overridden_until_faults_are_cleared() {
     let mut host = Host::up(small());
-    let truth = host.bar.read64(0);
+    let actual = host.bar.read64(0);
     let page = host.buffer(4096);
     let identify = |cns| Sqe::new(6).nsid(1).dword(10, cns).prps(page.span().start(), Iova(0));
     host.machine.inject(Fault::Capability(u64::MAX));
     host.machine.inject(Fault::Identify { cns: 0, offset: 4094, bytes: vec![1, 2, 3] });
 
     host.admin(identify(0));
-    let (forged, bytes) = (host.bar.read64(0), page.memory().read_u16(4094));
+    let (overridden, bytes) = (host.bar.read64(0), page.memory().read_u16(4094));
     host.admin(identify(1));
     let other = page.memory().read_u16(4094);
     host.machine.clear_faults();
     host.admin(identify(0));
 
-    assert_eq!((forged, bytes, other), (u64::MAX, 0x0201, 0));
-    assert_eq!((host.bar.read64(0), page.memory().read_u16(4094)), (truth, 0));
+    assert_eq!((overridden, bytes, other), (u64::MAX, 0x0201, 0));
+    assert_eq!((host.bar.read64(0), page.memory().read_u16(4094)), (actual, 0));
 }

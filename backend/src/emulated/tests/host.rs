@@ -1,5 +1,5 @@
-//! The smallest driver that can bring the controller up: it builds entries byte by byte from the figures of the
-//! specification and shares no code with the controller.
+//! A minimal driver. It builds entries byte by byte from the figures of the specification, and shares no code with the
+//! controller.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ pub(super) const CSTS: usize = 0x1c;
 pub(super) const CC_ON: u32 = 1 | 6 << 16 | 4 << 20;
 const ADMIN_ENTRIES: u32 = 16;
 
-/// A completion as found in memory.
+/// A completion queue entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Done {
     pub(super) result: u32,
@@ -70,7 +70,7 @@ pub(super) struct Host {
     pub(super) space: Arc<dyn AddressSpace>,
     pub(super) bar: Arc<dyn Registers>,
     pub(super) admin: Pair,
-    /// Flushes the host's queues, and memory as it is allocated, where the function goes behind the caches.
+    /// Flushes the host's queues if the function bypasses the caches.
     pub(super) cache: Option<Arc<dyn CacheFlush>>,
     stride: usize,
 }
@@ -80,8 +80,8 @@ pub(super) fn small() -> Options {
 }
 
 impl Host {
-    /// Function found, admin queue memory there, controller still disabled.
-    pub(super) fn cold(options: Options) -> Self {
+    /// A host with admin queue memory. The controller is still disabled.
+    pub(super) fn disabled(options: Options) -> Self {
         let machine = Machine::new(options).unwrap();
         let (function, space, cache) = (machine.function(), machine.staged_space(), machine.cache());
         let bar = function.registers(0).unwrap();
@@ -90,15 +90,15 @@ impl Host {
         Self { machine, function, space, bar, admin, cache, stride }
     }
 
-    /// Controller enabled and ready.
+    /// A host whose controller is enabled and ready.
     pub(super) fn up(options: Options) -> Self {
-        let mut host = Self::cold(options);
+        let mut host = Self::disabled(options);
         host.function.set_bus_master(true).unwrap();
         host.enable();
         host
     }
 
-    /// Sets the admin queue up, enables, waits for ready.
+    /// Sets up the admin queue, enables the controller and waits until it is ready.
     pub(super) fn enable(&mut self) {
         self.admin = Pair::new(&*self.space, 0, [ADMIN_ENTRIES; 2]);
         self.bar.write32(0x24, (ADMIN_ENTRIES - 1) << 16 | (ADMIN_ENTRIES - 1));
@@ -122,7 +122,7 @@ impl Host {
         0x1000 + index * self.stride
     }
 
-    /// Puts an entry on the queue without ringing.
+    /// Writes a submission queue entry without ringing the doorbell.
     pub(super) fn push(&self, pair: &mut Pair, mut sqe: Sqe) -> u16 {
         let cid = pair.next_cid;
         pair.next_cid += 1;
@@ -143,7 +143,7 @@ impl Host {
         }
     }
 
-    /// Takes a completion if there is one and tells the controller.
+    /// Takes the next completion, if any, and writes the head doorbell.
     pub(super) fn take(&self, pair: &mut Pair) -> Option<Done> {
         self.flush(&pair.cq, pair.head as usize * 16, 16);
         let done = pair.peek()?;
@@ -175,7 +175,7 @@ impl Host {
         done
     }
 
-    /// Creates an I/O queue pair with as many entries of either kind, and with vector `id`.
+    /// Creates an I/O queue pair with vector `id`. `entries` are those of the submission and the completion queue.
     pub(super) fn pair(&mut self, id: u16, entries: [u32; 2]) -> Pair {
         let pair = Pair::new(&*self.space, id, entries);
         let size = |entries: u32| (entries - 1) << 16 | u32::from(id);
@@ -201,7 +201,7 @@ impl Pair {
         Self::new(space, 0, [2; 2])
     }
 
-    /// The completion at the head, if its phase says it is new.
+    /// The completion at the head, if its phase shows that it is new.
     pub(super) fn peek(&self) -> Option<Done> {
         let (cq, at) = (self.cq.memory(), self.head as usize * 16);
         let status = cq.load_acquire_u16(at + 14);

@@ -25,7 +25,7 @@ fn page(buffer: &DmaBuffer, n: u64) -> Iova {
     Iova(buffer.span().start().raw() + n * 4096)
 }
 
-/// A list of `entries`, from `offset` of a fresh page on.
+/// A PRP list with `entries` at `offset` of a new page.
 fn list(host: &Host, offset: usize, entries: &[Iova]) -> DmaBuffer {
     let list = host.buffer(4096);
     for (i, entry) in entries.iter().enumerate() {
@@ -41,7 +41,7 @@ fn pair(options: Options) -> (Host, Pair) {
 }
 
 #[test]
-fn what_was_written_is_read_back() {
+fn written_data_is_read_back() {
     let directory = std::env::temp_dir();
     let path = directory.join(format!("emulated-{}", std::process::id()));
     let file = Medium::File { path: path.clone(), create: true, sparse: true };
@@ -64,7 +64,7 @@ fn what_was_written_is_read_back() {
 }
 
 #[test]
-fn a_file_survives_its_controller_and_is_never_shared() {
+fn a_file_keeps_its_data_and_is_locked_while_in_use() {
     let path = std::env::temp_dir().join(format!("emulated-survives-{}", std::process::id()));
     let options =
         |size, create| Options { size, medium: Medium::File { path: path.clone(), create, sparse: false }, ..small() };
@@ -89,7 +89,7 @@ fn a_file_survives_its_controller_and_is_never_shared() {
 }
 
 #[test]
-fn the_phase_turns_with_every_round_of_the_queue() {
+fn the_phase_flips_each_time_the_queue_wraps() {
     for options in [small(), threaded()] {
         let (host, mut pair) = pair(options);
         let data = host.buffer(4096);
@@ -103,12 +103,12 @@ fn the_phase_turns_with_every_round_of_the_queue() {
 }
 
 #[test]
-fn lists_of_pages_may_start_anywhere_and_continue_on_another_page() {
+fn prp_lists_may_start_inside_a_page_and_continue_on_another() {
     let (host, mut pair) = pair(Options { mdts: 0, size: 8 << 20, ..small() });
     let data = host.buffer(520 * 4096);
     let bytes = pattern(&data, 1);
     let other: Vec<_> = (1..520).map(|n| page(&data, n)).collect();
-    // The first page of the list has room for three entries: two of data and the pointer to the next page.
+    // The first page of the list has space for three entries: two data pages and the pointer to the next list.
     let last = list(&host, 0, &other[2 + 511..]);
     let second: Vec<_> = other[2..2 + 511].iter().copied().chain([page(&last, 0)]).collect();
     let second = list(&host, 0, &second);
@@ -124,7 +124,7 @@ fn lists_of_pages_may_start_anywhere_and_continue_on_another_page() {
 }
 
 #[test]
-fn a_list_that_ends_with_its_page_holds_data_in_the_last_entry() {
+fn a_prp_list_that_ends_at_its_page_end_has_data_in_the_last_entry() {
     let (host, mut pair) = pair(Options { mdts: 0, ..small() });
     let data = host.buffer(3 * 4096);
     let bytes = pattern(&data, 1);
@@ -139,7 +139,7 @@ fn a_list_that_ends_with_its_page_holds_data_in_the_last_entry() {
 }
 
 #[test]
-fn commands_with_bad_fields_fail_with_the_status_of_the_specification() {
+fn invalid_commands_fail_with_the_specified_status() {
     let (host, mut pair) = pair(Options { mdts: 1, ..small() });
     let data = host.buffer(16384);
     let at = page(&data, 0);
@@ -150,9 +150,9 @@ fn commands_with_bad_fields_fail_with_the_status_of_the_specification() {
         ("one past the end", Sqe::rw(2, 2047, 2).prps(at, Iova(0)), 0x080),
         ("far past the end", Sqe::rw(1, u64::MAX, 1).prps(at, Iova(0)), 0x080),
         ("the last block", Sqe::rw(2, 2047, 1).prps(at, Iova(0)), 0),
-        ("another namespace", Sqe::rw(2, 0, 1).nsid(2).prps(at, Iova(0)), 0x00b),
-        ("flush of another", Sqe::new(0).nsid(2), 0x00b),
-        ("flush of all", Sqe::new(0).nsid(u32::MAX), 0),
+        ("invalid namespace", Sqe::rw(2, 0, 1).nsid(2).prps(at, Iova(0)), 0x00b),
+        ("flush of an invalid namespace", Sqe::new(0).nsid(2), 0x00b),
+        ("flush of all namespaces", Sqe::new(0).nsid(u32::MAX), 0),
         ("more than MDTS", Sqe::rw(2, 0, 17).prps(at, Iova(0)), 0x002),
         ("an SGL", sgl, 0x002),
         ("odd first page", Sqe::rw(2, 0, 1).prps(odd(2), Iova(0)), 0x013),
@@ -161,25 +161,25 @@ fn commands_with_bad_fields_fail_with_the_status_of_the_specification() {
         ("unknown opcode", Sqe::new(0x55).nsid(1), 0x001),
     ];
 
-    for (what, sqe, status) in cases {
-        assert_eq!(host.run(&mut pair, sqe).status, status, "{what}");
+    for (case, sqe, status) in cases {
+        assert_eq!(host.run(&mut pair, sqe).status, status, "{case}");
     }
     assert_eq!(host.machine.iommu().faults(), []);
 }
 
 #[test]
-fn a_transfer_to_unmapped_memory_faults_and_fails_its_command_only() {
+fn a_transfer_to_unmapped_memory_fails_only_its_command() {
     let (host, mut pair) = pair(small());
     let data = host.buffer(4096);
-    let gone = host.buffer(4096).span().start();
+    let unmapped = host.buffer(4096).span().start();
 
-    let read = host.run(&mut pair, Sqe::rw(2, 0, 16).prps(page(&data, 0), gone));
+    let read = host.run(&mut pair, Sqe::rw(2, 0, 16).prps(page(&data, 0), unmapped));
     let write = host.run(&mut pair, Sqe::rw(1, 0, 1).prps(Iova(0x1234_5000), Iova(0)));
     let after = host.run(&mut pair, Sqe::rw(2, 0, 8).prps(page(&data, 0), Iova(0)));
 
     assert_eq!((read.status, write.status, after.status), (0x004, 0x004, 0));
     let faults: Vec<_> = host.machine.iommu().faults().iter().map(|fault| (fault.iova, fault.access)).collect();
-    assert_eq!(faults, [(gone, Access::Write), (Iova(0x1234_5000), Access::Read)]);
+    assert_eq!(faults, [(unmapped, Access::Write), (Iova(0x1234_5000), Access::Read)]);
 }
 
 #[test]
@@ -192,7 +192,7 @@ fn a_null_medium_still_checks_addresses() {
 }
 
 #[test]
-fn a_full_completion_queue_holds_commands_back_until_the_host_makes_room() {
+fn a_full_completion_queue_stops_commands_until_the_host_makes_room() {
     for options in [small(), threaded()] {
         let mut host = Host::up(options);
         let mut pair = host.pair(1, [16, 4]);
@@ -212,7 +212,7 @@ fn a_full_completion_queue_holds_commands_back_until_the_host_makes_room() {
 }
 
 #[test]
-fn vectors_are_signalled_when_routed_and_silent_otherwise() {
+fn vectors_are_signalled_only_while_routed() {
     let (host, mut pair) = pair(small());
     let event = |flags| eventfd(0, EventfdFlags::CLOEXEC | flags).unwrap();
     let events = [event(EventfdFlags::NONBLOCK), event(EventfdFlags::NONBLOCK)];
@@ -272,7 +272,7 @@ fn write_zeroes_and_deallocated_blocks_read_as_zero() {
 }
 
 #[test]
-fn wide_doorbells_and_narrow_apertures_work() {
+fn a_doorbell_stride_and_a_narrow_address_space_work() {
     let reserved = vec![Span::new(Iova(0x3f_ffff_0000), 0x10000).unwrap()];
     let options = Options { doorbell_stride: 3, address_width: 39, reserved, ..small() };
     let (host, mut pair) = pair(options);
@@ -290,7 +290,7 @@ fn descriptor(shared: &crate::sys::SharedMemory, at: usize, address: u64, len: u
     shared.write_u64(at + 8, len as u64 | u64::from(kind) << 56);
 }
 
-/// A read or write of `blocks` with this descriptor as data pointer.
+/// A read or write of `blocks` blocks whose data pointer is this SGL descriptor.
 fn sgl(opcode: u8, blocks: u32, address: Iova, len: u64, kind: u8) -> Sqe {
     let mut sqe = Sqe::rw(opcode, 0, blocks).prps(address, Iova(len | u64::from(kind) << 56));
     sqe.0[1] = 1 << 6;
@@ -298,13 +298,13 @@ fn sgl(opcode: u8, blocks: u32, address: Iova, len: u64, kind: u8) -> Sqe {
 }
 
 #[test]
-fn scatter_gather_lists_of_any_alignment_move_every_byte() {
+fn sgls_of_any_alignment_transfer_all_data() {
     let (host, mut pair) = pair(Options { sgl: true, ..small() });
     let data = host.buffer(8192);
     let bytes = pattern(&data, 4);
     let lists = host.buffer(4096);
     let (start, at) = (data.span().start().raw(), lists.span().start().raw());
-    // Three pieces of odd lengths, an empty one, in two segments.
+    // Three data blocks of odd lengths and an empty one, in two segments.
     descriptor(lists.memory(), 16, start + 1, 1001, 0x00);
     descriptor(lists.memory(), 32, at + 256, 48, 0x30);
     descriptor(lists.memory(), 256, start + 5000, 500, 0x00);
@@ -321,16 +321,16 @@ fn scatter_gather_lists_of_any_alignment_move_every_byte() {
 }
 
 #[test]
-fn lists_with_bad_descriptors_fail_with_the_status_of_the_specification() {
+fn invalid_sgls_fail_with_the_specified_status() {
     let (host, mut pair) = pair(Options { sgl: true, ..small() });
     let data = host.buffer(4096);
     let lists = host.buffer(4096);
     let (start, at) = (data.span().start().raw(), lists.span().start().raw());
     let page = |offset: u64| Iova(at + offset);
-    descriptor(lists.memory(), 0, start, 512, 0x00); // a segment that ends in data
+    descriptor(lists.memory(), 0, start, 512, 0x00); // a segment that ends with a data block
     descriptor(lists.memory(), 16, start, 512, 0x00);
     descriptor(lists.memory(), 32, at, 16, 0x30); // a segment in the last segment
-    descriptor(lists.memory(), 64, at + 64, 16, 0x20); // a circle
+    descriptor(lists.memory(), 64, at + 64, 16, 0x20); // a cycle
     descriptor(lists.memory(), 96, start, 512, 0x10); // a bit bucket
     let cases = [
         ("too short", sgl(2, 2, Iova(start), 512, 0x00), 0x00f),
@@ -340,14 +340,14 @@ fn lists_with_bad_descriptors_fail_with_the_status_of_the_specification() {
         ("bit bucket", sgl(2, 1, page(96), 16, 0x30), 0x011),
         ("empty segment", sgl(2, 1, page(0), 0, 0x30), 0x00d),
         ("half a descriptor", sgl(2, 1, page(0), 24, 0x30), 0x00d),
-        ("a segment without successor", sgl(2, 1, page(0), 16, 0x20), 0x00d),
+        ("a segment without a next segment", sgl(2, 1, page(0), 16, 0x20), 0x00d),
         ("segment in the last segment", sgl(2, 1, page(32), 16, 0x30), 0x00d),
-        ("a circle", sgl(2, 1, page(64), 16, 0x20), 0x00e),
-        ("one good segment", sgl(2, 1, page(0), 16, 0x30), 0),
+        ("a cycle", sgl(2, 1, page(64), 16, 0x20), 0x00e),
+        ("a valid segment", sgl(2, 1, page(0), 16, 0x30), 0),
         ("unmapped segment", sgl(2, 1, Iova(0x5000), 16, 0x30), 0x004),
     ];
 
-    for (what, sqe, status) in cases {
-        assert_eq!(host.run(&mut pair, sqe).status, status, "{what}");
+    for (case, sqe, status) in cases {
+        assert_eq!(host.run(&mut pair, sqe).status, status, "{case}");
     }
 }

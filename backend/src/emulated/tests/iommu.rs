@@ -1,4 +1,4 @@
-//! What may be mapped, where buffers lie, and transfers that run over a seam.
+//! Valid mappings, placement of buffers, and transfers across several mappings.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ fn shared(len: usize) -> SharedMemory {
 }
 
 #[test]
-fn reserved_windows_and_the_width_are_respected() {
+fn mappings_outside_the_allowed_ranges_are_refused() {
     let iommu = SoftIommu::new(32, &[span(0xfee0_0000, 1 << 20), span(0x8000_0000, 0x1000)]);
     let allowed = [span(0, 0x8000_0000), span(0x8000_1000, 0x1000), span(0xfff0_0000, 0x10_0000)];
     let refused =
@@ -51,7 +51,7 @@ fn overlaps_are_refused_and_only_exact_spans_unmap() {
 }
 
 #[test]
-fn buffers_come_from_the_top_around_what_is_taken_and_leave_when_dropped() {
+fn buffers_use_the_highest_free_span_and_are_unmapped_when_dropped() {
     let iommu = SoftIommu::new(32, &[span(0xffff_0000, 0x10000)]);
     iommu.map(span(0xfff0_0000, 0x000f_0000 - 0x2000), shared(0xf_0000 - 0x2000)).unwrap();
 
@@ -62,14 +62,14 @@ fn buffers_come_from_the_top_around_what_is_taken_and_leave_when_dropped() {
     assert_eq!(first.span(), span(0xfffe_f000, 0x1000));
     assert_eq!(large.span(), span(0xffef_e000, 0x2000), "below the region");
     assert_eq!(second.span(), span(0xfffe_e000, 0x1000), "in the gap above it");
-    let taken = first.span();
+    let freed = first.span();
     drop(first);
-    assert!(!iommu.mapped().contains(&taken));
-    assert_eq!(iommu.buffer(1).unwrap().span(), taken);
+    assert!(!iommu.mapped().contains(&freed));
+    assert_eq!(iommu.buffer(1).unwrap().span(), freed);
 }
 
 #[test]
-fn a_space_without_room_says_so() {
+fn a_full_address_space_is_reported() {
     let iommu = SoftIommu::new(16, &[]);
     iommu.map(span(0, 0xf000), shared(0xf000)).unwrap();
     assert!(matches!(iommu.buffer(0x2000), Err(MapError::NoIova(0x2000))));
@@ -77,7 +77,7 @@ fn a_space_without_room_says_so() {
 }
 
 #[test]
-fn a_transfer_runs_over_the_seam_of_adjacent_mappings_byte_for_byte() {
+fn a_transfer_may_cross_adjacent_mappings() {
     let mut host = Host::up(small());
     let mut pair = host.pair(1, [8; 2]);
     let (low, high) = (shared(0x1000), shared(0x1000));
@@ -100,9 +100,9 @@ fn a_transfer_runs_over_the_seam_of_adjacent_mappings_byte_for_byte() {
 }
 
 #[test]
-fn large_pages_of_the_controller_may_span_several_mappings() {
-    // With CC.MPS of 8 KiB one page lies in two mappings of 4 KiB.
-    let host = Host::cold(small());
+fn a_large_controller_page_may_cross_mappings() {
+    // With CC.MPS at 8 KiB, one page covers two mappings of 4 KiB.
+    let host = Host::disabled(small());
     host.function.set_bus_master(true).unwrap();
     let admin = host.buffer(0x10000);
     let base = admin.span().start().raw().next_multiple_of(0x2000);
@@ -121,6 +121,6 @@ fn large_pages_of_the_controller_may_span_several_mappings() {
 
     assert_eq!(admin.memory().read_u16(offset + 0x2000 + 14), 1, "success, first phase");
     assert_eq!(low.read_u8(0x800 + 512), 0x66);
-    assert_eq!(high.read_u8(0), 0, "the model number's neighbourhood is zero");
+    assert_eq!(high.read_u8(0), 0, "byte 2048 of Identify Controller is zero");
     assert_eq!(host.machine.iommu().fault_count(), 0);
 }

@@ -1,5 +1,5 @@
-//! How memory is exposed to, and taken from, a function that goes behind the caches: what each side finds at the two moments
-//! that count. The steps are those of `iommu/sequence.rs`, which runs them on the kernel's address spaces too.
+//! Mapping and unmapping memory for a function that bypasses the caches: CPUs and function must see each other's writes. The
+//! tests run the steps of `iommu/sequence.rs`, which also runs them on the kernel's address spaces.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::emulated::{StaleLines, LAST_WRITE, Machine, Options};
 use crate::hardware::{AddressSpace, MapError, SpaceStatistics};
 use crate::memory::{Region, RegionSpec};
 
-/// Crosses two of the places where the space cuts memory into pieces.
+/// A region that the space splits into three pieces.
 const AT: u64 = 0x11_f000;
 const LEN: u64 = 0x2_3000;
 
@@ -27,7 +27,7 @@ fn region(gpa: u64, len: u64) -> Arc<Region> {
     region
 }
 
-/// A pattern without the byte that stands for another owner's data.
+/// A pattern without 0xdb, the value of DRAM that was never written back.
 fn pattern(seed: u8, len: u64) -> Vec<u8> {
     (0..len).map(|n| (n / 7 % 200) as u8 ^ seed & 0xf).collect()
 }
@@ -36,7 +36,7 @@ fn fill(region: &Region, seed: u8) {
     region.memory().copy_from(0, &pattern(seed, region.gpa().len()));
 }
 
-fn seen_by_cpus(region: &Region) -> Vec<u8> {
+fn read_by_cpus(region: &Region) -> Vec<u8> {
     let mut bytes = vec![0; region.memory().len()];
     region.memory().copy_to(0, &mut bytes);
     bytes
@@ -55,90 +55,90 @@ impl Fixture {
         Self { machine, space, region }
     }
 
-    /// All of the region as the function finds it.
-    fn seen_by_function(&self) -> Vec<u8> {
+    /// Reads the whole region by DMA.
+    fn read_by_function(&self) -> Vec<u8> {
         let mut bytes = vec![0; LEN as usize];
         self.machine.iommu().read(Iova(AT), &mut bytes).unwrap();
         bytes
     }
 
-    fn function_writes(&self, seed: u8) {
+    fn write_by_function(&self, seed: u8) {
         self.machine.iommu().write(Iova(AT), &pattern(seed, LEN)).unwrap();
     }
 
-    fn assert_agreed(&self) {
+    fn assert_no_stale_lines(&self) {
         assert_eq!(self.machine.stale_lines(), StaleLines::default());
     }
 }
 
 #[test]
-fn memory_is_reachable_only_with_what_the_cpus_wrote_to_it() {
+fn memory_is_mapped_with_what_the_cpus_wrote() {
     let fixture = Fixture::new();
 
     fixture.space.add(&fixture.region).unwrap();
 
-    assert!(fixture.seen_by_function() == pattern(1, LEN));
-    fixture.assert_agreed();
+    assert!(fixture.read_by_function() == pattern(1, LEN));
+    fixture.assert_no_stale_lines();
     let SpaceStatistics { mapped, staged, flushed_at_map, .. } = fixture.space.statistics();
     assert_eq!((mapped, staged, flushed_at_map), (LEN, 3, LEN));
 }
 
 #[test]
-fn memory_that_was_taken_away_shows_what_the_function_wrote_to_the_end() {
+fn unmapped_memory_shows_what_the_function_wrote() {
     let fixture = Fixture::new();
     fixture.space.add(&fixture.region).unwrap();
-    fixture.function_writes(2);
+    fixture.write_by_function(2);
 
     fixture.space.remove(&fixture.region).unwrap();
 
-    assert!(seen_by_cpus(&fixture.region) == pattern(2, LEN));
-    fixture.assert_agreed();
+    assert!(read_by_cpus(&fixture.region) == pattern(2, LEN));
+    fixture.assert_no_stale_lines();
     assert_eq!(fixture.machine.iommu().mapped(), []);
     let SpaceStatistics { mapped, staged, flushed_at_unmap, .. } = fixture.space.statistics();
     assert_eq!((mapped, staged, flushed_at_unmap), (0, 6, LEN));
 }
 
 #[test]
-fn memory_that_comes_again_has_no_line_of_its_former_life() {
+fn memory_mapped_again_has_no_stale_lines() {
     let fixture = Fixture::new();
     for seed in 2..5 {
         fixture.space.add(&fixture.region).unwrap();
-        fixture.function_writes(seed);
+        fixture.write_by_function(seed);
         fixture.space.remove(&fixture.region).unwrap();
         fill(&fixture.region, seed + 7);
         fixture.space.add(&fixture.region).unwrap();
-        assert!(fixture.seen_by_function() == pattern(seed + 7, LEN));
+        assert!(fixture.read_by_function() == pattern(seed + 7, LEN));
         fixture.space.remove(&fixture.region).unwrap();
     }
-    fixture.assert_agreed();
+    fixture.assert_no_stale_lines();
 }
 
 #[test]
-fn without_memory_for_the_copy_a_region_stays_until_the_device_rests() {
+fn a_region_that_cannot_be_staged_stays_mapped_until_the_device_is_idle() {
     let fixture = Fixture::new();
     let other = region(0x100_0000, 0x1000);
     fixture.space.add(&fixture.region).unwrap();
     fixture.space.add(&other).unwrap();
-    fixture.function_writes(3);
+    fixture.write_by_function(3);
     fixture.machine.space_faults().unwrap().fail_nth_copy.store(1, SeqCst);
 
     let refused = fixture.space.remove(&fixture.region).unwrap_err();
-    let reachable = fixture.seen_by_function();
+    let still_mapped = fixture.read_by_function();
     fixture.space.remove_while_idle(&fixture.region).unwrap();
 
     assert!(matches!(refused, MapError::DeviceMustBeIdle { .. }), "{refused}");
-    assert!(reachable == pattern(3, LEN), "nothing has been taken away");
-    assert!(seen_by_cpus(&fixture.region) == pattern(3, LEN));
-    fixture.assert_agreed();
+    assert!(still_mapped == pattern(3, LEN), "nothing was unmapped");
+    assert!(read_by_cpus(&fixture.region) == pattern(3, LEN));
+    fixture.assert_no_stale_lines();
     assert_eq!(fixture.machine.iommu().mapped(), [other.gpa().identity_iova()]);
     fixture.machine.iommu().write(Iova(0x100_0000), &[1; 64]).expect("the function is attached again");
 }
 
 #[test]
-fn what_has_been_taken_away_before_memory_ran_out_is_not_missed_afterwards() {
+fn a_remove_that_ran_out_of_memory_can_be_repeated() {
     let fixture = Fixture::new();
     fixture.space.add(&fixture.region).unwrap();
-    fixture.function_writes(3);
+    fixture.write_by_function(3);
     fixture.machine.space_faults().unwrap().fail_nth_copy.store(2, SeqCst);
 
     let refused = fixture.space.remove(&fixture.region).unwrap_err();
@@ -147,13 +147,13 @@ fn what_has_been_taken_away_before_memory_ran_out_is_not_missed_afterwards() {
 
     assert!(matches!(refused, MapError::DeviceMustBeIdle { .. }), "{refused}");
     assert_eq!((left, fixture.machine.iommu().mapped().len()), (2, 0), "of three pieces");
-    assert!(seen_by_cpus(&fixture.region) == pattern(3, LEN));
-    fixture.assert_agreed();
+    assert!(read_by_cpus(&fixture.region) == pattern(3, LEN));
+    fixture.assert_no_stale_lines();
     assert!(matches!(fixture.space.remove(&fixture.region), Err(MapError::NotMapped { .. })));
 }
 
 #[test]
-fn where_nothing_can_be_mapped_before_an_attach_memory_is_flushed_before_it_is_used() {
+fn if_mapping_needs_an_attached_device_memory_is_flushed_after_the_map() {
     let fixture = Fixture::new();
     fixture.machine.space_faults().unwrap().map_needs_attach.store(true, SeqCst);
     let before = fixture.machine.order();
@@ -161,15 +161,15 @@ fn where_nothing_can_be_mapped_before_an_attach_memory_is_flushed_before_it_is_u
     fixture.space.add(&fixture.region).unwrap();
 
     assert_eq!((before, fixture.machine.order()), ("pinned, flushed, mapped", "mapped, flushed, published"));
-    assert!(fixture.seen_by_function() == pattern(1, LEN));
-    fixture.function_writes(5);
+    assert!(fixture.read_by_function() == pattern(1, LEN));
+    fixture.write_by_function(5);
     fixture.space.remove(&fixture.region).unwrap();
-    assert!(seen_by_cpus(&fixture.region) == pattern(5, LEN));
+    assert!(read_by_cpus(&fixture.region) == pattern(5, LEN));
     assert_eq!(fixture.machine.stale_lines().at_unpin, 0);
 }
 
 #[test]
-fn a_region_that_cannot_be_mapped_to_its_end_is_not_mapped_at_all() {
+fn a_failed_map_leaves_nothing_mapped() {
     let fixture = Fixture::new();
     fixture.machine.space_faults().unwrap().fail_nth_copy.store(3, SeqCst);
 
@@ -179,11 +179,11 @@ fn a_region_that_cannot_be_mapped_to_its_end_is_not_mapped_at_all() {
     assert_eq!(fixture.machine.iommu().mapped(), []);
     assert_eq!(fixture.space.statistics().mapped, 0);
     fixture.space.add(&fixture.region).unwrap();
-    assert!(fixture.seen_by_function() == pattern(1, LEN));
+    assert!(fixture.read_by_function() == pattern(1, LEN));
 }
 
 #[test]
-fn a_region_over_another_is_refused() {
+fn an_overlapping_region_is_refused() {
     let fixture = Fixture::new();
     fixture.space.add(&region(AT + LEN - 0x1000, 0x4000)).unwrap();
     let before = fixture.machine.iommu().mapped();
@@ -193,32 +193,32 @@ fn a_region_over_another_is_refused() {
     assert_eq!(fixture.machine.iommu().mapped(), before);
 }
 
-/// Exposes the region, lets the function write a last byte in each of its pieces as it is cut off from it, and gives those
-/// that CPUs do not see afterwards.
-fn lost(take_away: impl Fn(&Fixture)) -> Vec<u64> {
-    let seen = |offset: u64| {
+/// Maps the region, lets the function write a byte just before it loses access, and unmaps with `remove`. Returns the offsets
+/// at which CPUs do not see that byte.
+fn lost_writes(remove: impl Fn(&Fixture)) -> Vec<u64> {
+    let visible = |offset: u64| {
         let fixture = Fixture::new();
         fixture.space.add(&fixture.region).unwrap();
         *fixture.machine.space_faults().unwrap().last_write.lock().unwrap() = Some(Iova(AT + offset));
-        take_away(&fixture);
-        fixture.assert_agreed();
+        remove(&fixture);
+        fixture.assert_no_stale_lines();
         fixture.region.memory().read_u8(offset as usize) == LAST_WRITE
     };
-    [0, 0x1000, LEN - 1].into_iter().filter(|offset| !seen(*offset)).collect()
+    [0, 0x1000, LEN - 1].into_iter().filter(|offset| !visible(*offset)).collect()
 }
 
 #[test]
-fn what_the_function_writes_until_it_is_cut_off_is_not_lost() {
-    assert!(lost(|fixture| fixture.space.remove(&fixture.region).unwrap()).is_empty());
+fn a_write_just_before_the_unmap_is_not_lost() {
+    assert!(lost_writes(|fixture| fixture.space.remove(&fixture.region).unwrap()).is_empty());
 }
 
 #[test]
-fn what_the_function_writes_until_it_is_detached_is_not_lost_either() {
-    assert!(lost(|fixture| fixture.space.remove_while_idle(&fixture.region).unwrap()).is_empty());
+fn a_write_just_before_the_detach_is_not_lost() {
+    assert!(lost_writes(|fixture| fixture.space.remove_while_idle(&fixture.region).unwrap()).is_empty());
 }
 
 #[test]
-fn the_drivers_own_memory_is_flushed_in_both_directions_too() {
+fn driver_buffers_are_flushed_on_map_and_on_unmap() {
     let fixture = Fixture::new();
     let buffer = fixture.space.buffer(5000).unwrap();
     let shared = buffer.memory().clone();
@@ -228,13 +228,13 @@ fn the_drivers_own_memory_is_flushed_in_both_directions_too() {
     fixture.machine.iommu().write(buffer.span().start(), &[9; 5000]).unwrap();
     drop(buffer);
 
-    assert!(found == [0; 5000], "zeroed, and not what another owner left");
+    assert!(found == [0; 5000], "zero, not the data of a former owner");
     assert_eq!(shared.read_u8(4999), 9);
-    fixture.assert_agreed();
+    fixture.assert_no_stale_lines();
 }
 
 #[test]
-fn where_snooping_is_enforced_nothing_is_flushed_and_nothing_staged() {
+fn with_enforced_snooping_nothing_is_flushed_or_staged() {
     let machine = Machine::new(small()).unwrap();
     let (space, region) = (machine.staged_space(), region(AT, LEN));
     space.add(&region).unwrap();

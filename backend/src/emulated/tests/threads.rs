@@ -1,4 +1,4 @@
-//! Several threads at once: workers on their queues, a mapper, and one who resets.
+//! Concurrent threads: workers on their queues, mapping, and reset.
 
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
@@ -17,7 +17,7 @@ fn map_and_unmap(iommu: &SoftIommu, stop: &AtomicBool) {
 }
 
 #[test]
-fn workers_on_their_own_queues_are_not_disturbed_by_each_other_or_by_mapping() {
+fn workers_on_separate_queues_are_independent_of_each_other_and_of_mapping() {
     for options in [small(), threaded(), Options { latency: Duration::from_micros(20), ..threaded() }] {
         let mut host = Host::up(options);
         let pairs = [host.pair(1, [8; 2]), host.pair(2, [8; 2]), host.pair(3, [8; 2])];
@@ -49,7 +49,7 @@ fn workers_on_their_own_queues_are_not_disturbed_by_each_other_or_by_mapping() {
 }
 
 #[test]
-fn when_a_reset_returns_no_dma_runs_however_often_the_doorbell_is_written() {
+fn no_dma_runs_after_a_reset_even_while_doorbells_are_written() {
     for options in [small(), threaded()] {
         let mut host = Host::up(options);
         for _ in 0..10 {
@@ -88,7 +88,7 @@ fn when_a_reset_returns_no_dma_runs_however_often_the_doorbell_is_written() {
 }
 
 #[test]
-fn unmapping_while_commands_run_gives_faults_and_no_late_write() {
+fn unmapping_while_commands_run_causes_faults_and_no_late_write() {
     let mut host = Host::up(threaded());
     let mut pair = host.pair(1, [64; 2]);
     let shared = crate::sys::SharedMemory::of(std::sync::Arc::new(vm_memory::MmapRegion::new(4096).unwrap()));
