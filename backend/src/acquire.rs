@@ -63,7 +63,7 @@ impl AcquiredFunction {
     pub fn acquire(address: PciAddress) -> Result<Self, AcquireError> {
         let opened = Opened::open(address)?;
         let iommufd = Arc::new(open_iommufd(Path::new("/dev/iommu"))?);
-        let ioas = iommufd.ioas();
+        let ioas = iommufd.alloc_ioas();
         let what = "allocate an address space (IOMMU_IOAS_ALLOC)";
         let ioas = ioas.map_err(|source| AcquireError::Kernel { address, what, source })?;
         Self::attach(address, opened, iommufd, ioas)

@@ -29,7 +29,7 @@ fn take() -> Result<(LiveSpace, Attached), VfioError> {
 
 fn take_under(flushing: bool) -> Result<(LiveSpace, Attached), VfioError> {
     let iommufd = Arc::new(open_iommufd(Path::new("/dev/iommu"))?);
-    let ioas = iommufd.ioas().expect("an address space");
+    let ioas = iommufd.alloc_ioas().expect("an address space");
     let bound = Opened::open(device())?.bind(&iommufd, &ioas)?;
     let table = Arc::new(PageTable::new(iommufd, ioas, bound.device_id()).expect("a page table"));
     let attached = bound.attach(Arc::clone(&table))?;

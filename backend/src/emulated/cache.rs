@@ -14,7 +14,7 @@
 //!
 //! A line counts as written by a CPU if it differs from what its last flush left. Such a line overwrites what the function
 //! wrote meanwhile, as on real hardware. Unlike there, no line is ever written back or evicted on its own, so a missing flush
-//! cannot go unnoticed by luck.
+//! always has an effect.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -42,7 +42,7 @@ pub(super) struct Cache {
 struct State {
     /// Keyed by the page's address in this process.
     pages: HashMap<u64, Box<Page>>,
-    /// Number of pages at which pages of unmapped memory are removed.
+    /// When `pages` reaches this size, pages whose memory is no longer mapped are removed.
     prune_at: usize,
     /// Buffer through which DMA accesses a part of DRAM.
     scratch: SharedMemory,

@@ -1,9 +1,9 @@
 //! The controller: its states, and how it starts and stops (NVMe 2.0 §3.5, §3.6).
 //!
 //! ```text
-//!             CC.EN 0->1, values good                CC.SHN
+//!             CC.EN 0->1, values valid               CC.SHN
 //! Disabled --------------------------> Ready ---------------------> Shut down
-//!   ^  ^  \  values bad --> Fatal <------/ queue memory unreachable     /
+//!   ^  ^  \  values invalid --> Fatal <--/ queue memory unreachable     /
 //!   |  +-------------------- CC.EN 1->0, from any state ---------------+
 //!   +---------- function reset, from any state
 //! ```

@@ -108,7 +108,8 @@ impl Options {
 }
 
 /// The option names of [`Options::from_str`].
-const KNOWN: &str = "size, lba, queues, entries, mdts, sgl, stride, medium, file, create, sparse, wcache, mode, latency, interrupts, width, no-snoop, snoop-enforced, faults, serial";
+const NAMES: &str = "size, lba, queues, entries, mdts, sgl, stride, medium, file, create, sparse, wcache, mode, latency, \
+                     interrupts, width, no-snoop, snoop-enforced, faults, serial";
 
 impl FromStr for Options {
     type Err = EmulatedError;
@@ -143,7 +144,7 @@ impl FromStr for Options {
                 "snoop-enforced" => options.snoop_enforced = switch("snoop-enforced", value)?,
                 "faults" => options.faults = fault_file::read(Path::new(value))?,
                 "serial" => value.clone_into(&mut options.serial),
-                _ => return Err(EmulatedError::Unknown { option: name.to_owned(), known: KNOWN }),
+                _ => return Err(EmulatedError::Unknown { option: name.to_owned(), known: NAMES }),
             }
         }
         match file {

@@ -112,7 +112,7 @@ impl LiveSpace {
     /// # Errors
     /// The errno of making the staging page table.
     pub fn flushing(table: &PageTable, lines: CacheLines, device: Weak<Cdev>) -> io::Result<Self> {
-        let ioas = table.iommufd.ioas()?;
+        let ioas = table.iommufd.alloc_ioas()?;
         let device = Device { file: device, hwpt: table.id(), table: Some(table.beside(&ioas)?) };
         let staging = Staging { lines, ioas, device: Mutex::new(device), exposed: Mutex::default() };
         Ok(Self::with(table, Some(staging)))

@@ -44,7 +44,7 @@ impl PageTable {
     /// # Errors
     /// The errno of the call that failed.
     pub fn new(iommufd: Arc<Iommufd>, ioas: Ioas, device: DeviceId) -> io::Result<Self> {
-        let hwpt = iommufd.page_table(device, &ioas)?;
+        let hwpt = iommufd.alloc_hwpt(device, &ioas)?;
         let hardware = match iommufd.hw_info(device) {
             Ok(HwInfo::IntelVtd { ecap, .. }) => format!("Intel VT-d, ECAP.SC={}", u8::from(ecap & ECAP_SC != 0)),
             Ok(HwInfo::Other(kind)) => format!("IOMMU hardware type {kind}"),
@@ -79,7 +79,7 @@ impl PageTable {
 
 impl Drop for PageTable {
     fn drop(&mut self) {
-        if let Err(error) = self.iommufd.destroy_page_table(self.hwpt) {
+        if let Err(error) = self.iommufd.destroy_hwpt(self.hwpt) {
             log::error!("destroy the page table: {error}");
         }
     }

@@ -86,7 +86,7 @@ impl Iommufd {
     ///
     /// # Errors
     /// The errno of the call.
-    pub fn ioas(&self) -> io::Result<Ioas> {
+    pub fn alloc_ioas(&self) -> io::Result<Ioas> {
         Ok(Ioas(Arc::new(IommufdIoas::new(Arc::clone(&self.fd)).map_err(errno)?)))
     }
 
@@ -201,7 +201,7 @@ impl Iommufd {
     ///
     /// # Errors
     /// The errno of the call.
-    pub fn page_table(&self, device: DeviceId, ioas: &Ioas) -> io::Result<HwptId> {
+    pub fn alloc_hwpt(&self, device: DeviceId, ioas: &Ioas) -> io::Result<HwptId> {
         let mut alloc = iommu_hwpt_alloc {
             size: size_u32::<iommu_hwpt_alloc>(),
             dev_id: device.0,
@@ -216,13 +216,13 @@ impl Iommufd {
     ///
     /// # Errors
     /// EBUSY while a device is attached.
-    pub fn destroy_page_table(&self, page_table: HwptId) -> io::Result<()> {
+    pub fn destroy_hwpt(&self, page_table: HwptId) -> io::Result<()> {
         self.fd.destroy_iommu_object(page_table.0).map_err(errno)
     }
 
     /// True if every page table of `ioas` forces DMA to snoop the CPU caches
     /// (`VFIO_CHECK_EXTENSION(VFIO_DMA_CC_IOMMU)`). The kernel also says yes if `ioas` has no page table. The unused argument
-    /// ensures that [`Self::page_table`] has been called.
+    /// ensures that [`Self::alloc_hwpt`] has been called.
     ///
     /// # Errors
     /// The errno of the calls.

@@ -49,7 +49,7 @@ fn step() -> impl Strategy<Value = Step> {
 
 /// Performs `steps`, then checks that the controller works after a reset.
 fn run_and_reset(options: Options, steps: &[Step]) {
-    let mut host = Host::up(options);
+    let mut host = Host::enabled(options);
     let guest = host.buffer(0x10000);
     host.machine.iommu().map(crate::addr::Span::new(Iova(0), 0x10000).unwrap(), guest.memory().clone()).unwrap();
     let mut pair = host.pair(1, [16; 2]);

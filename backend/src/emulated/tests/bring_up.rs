@@ -22,7 +22,7 @@ fn a_controller_can_be_enabled_and_disabled() {
 fn identify_matches_the_options() {
     for (lba, shift) in [(512, 9), (4096, 12)] {
         let options = Options { lba, size: 8 << 20, mdts: 3, serial: "S1".into(), ..small() };
-        let mut host = Host::up(options);
+        let mut host = Host::enabled(options);
         let page = host.buffer(4096);
         let at = page.span().start();
 
@@ -42,7 +42,7 @@ fn identify_matches_the_options() {
 
 #[test]
 fn identify_of_an_inactive_namespace_is_zero_and_of_an_invalid_one_an_error() {
-    let mut host = Host::up(small());
+    let mut host = Host::enabled(small());
     let page = host.buffer(4096);
     let at = page.span().start();
     page.memory().write_u64(0, 7);
@@ -56,7 +56,7 @@ fn identify_of_an_inactive_namespace_is_zero_and_of_an_invalid_one_an_error() {
 
 #[test]
 fn number_of_queues_is_limited_by_the_option() {
-    let mut host = Host::up(Options { queues: 3, ..small() });
+    let mut host = Host::enabled(Options { queues: 3, ..small() });
 
     let less = host.admin(Sqe::new(9).dword(10, 7).dword(11, 1 << 16 | 1));
     let more = host.admin(Sqe::new(9).dword(10, 7).dword(11, 9 << 16 | 9));
@@ -71,7 +71,7 @@ fn number_of_queues_is_limited_by_the_option() {
 
 #[test]
 fn invalid_queue_commands_fail_with_the_specified_status() {
-    let mut host = Host::up(Options { queues: 2, queue_entries: 64, ..small() });
+    let mut host = Host::enabled(Options { queues: 2, queue_entries: 64, ..small() });
     let memory = host.buffer(4096);
     let at = memory.span().start();
     let cq = |dw10: u32, dw11: u32| Sqe::new(5).prps(at, Iova(0)).dword(10, dw10).dword(11, dw11);
@@ -111,7 +111,7 @@ fn an_invalid_admin_queue_is_a_fatal_status() {
 
 #[test]
 fn unmapped_queue_memory_is_a_fault_and_a_fatal_status() {
-    let mut host = Host::up(small());
+    let mut host = Host::enabled(small());
     let sq = host.admin.sq.span();
     host.admin = super::host::Pair::new(&*host.space, 0, [2; 2]);
 
@@ -123,7 +123,7 @@ fn unmapped_queue_memory_is_a_fault_and_a_fatal_status() {
 
 #[test]
 fn without_bus_master_commands_wait() {
-    let mut host = Host::up(small());
+    let mut host = Host::enabled(small());
     host.function.set_bus_master(false).unwrap();
     let sqe = Sqe::new(10).dword(10, 7);
     let mut admin = std::mem::replace(&mut host.admin, super::host::Pair::new(&*host.space, 0, [2; 2]));
@@ -140,7 +140,7 @@ fn without_bus_master_commands_wait() {
 #[test]
 fn a_reset_deletes_queues_and_clears_bus_master() {
     for options in [small(), threaded()] {
-        let mut host = Host::up(options);
+        let mut host = Host::enabled(options);
         let pair = host.pair(1, [8; 2]);
         host.function.reset().unwrap();
         let mut command = [0; 2];
@@ -158,7 +158,7 @@ fn a_reset_deletes_queues_and_clears_bus_master() {
 #[test]
 fn shutdown_completes_and_stops_commands() {
     for options in [small(), threaded()] {
-        let host = Host::up(options);
+        let host = Host::enabled(options);
         host.bar.write32(CC, CC_ON | 1 << 14);
         host.wait_csts(|csts| csts >> 2 & 0b11 == 0b10);
         host.bar.write32(host.doorbell(0), 1);
@@ -168,7 +168,7 @@ fn shutdown_completes_and_stops_commands() {
 
 #[test]
 fn enable_no_snoop_is_hardwired_and_a_function_level_reset_works() {
-    let mut host = Host::up(small());
+    let mut host = Host::enabled(small());
     let control = 0x58;
     host.function.config_write(control, &0x0800_u16.to_le_bytes()).unwrap();
     let mut bytes = [0; 2];
@@ -184,7 +184,7 @@ fn enable_no_snoop_is_hardwired_and_a_function_level_reset_works() {
 
 #[test]
 fn registers_read_as_all_ones_while_memory_decoding_is_off() {
-    let host = Host::up(small());
+    let host = Host::enabled(small());
     host.function.config_write(4, &[0, 0]).unwrap();
     assert_eq!(host.bar.read32(CSTS), u32::MAX);
 }

@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
-use super::host::{Done, Host, Pair, Sqe, small};
+use super::host::{Completion, Host, Pair, Sqe, small};
 use crate::addr::{Iova, Span};
 use crate::coherency::{Coherent, Facts, NoSnoop, NotOurs, Policy, Verdict, decide};
 use crate::emulated::{Machine, Options};
@@ -31,13 +31,13 @@ struct Fixture {
 
 impl Fixture {
     fn new(options: Options) -> Self {
-        let mut host = Host::up(options);
+        let mut host = Host::enabled(options);
         let pair = host.pair(1, [16; 2]);
         let data = host.buffer(4096);
         Self { host, pair, data }
     }
 
-    fn run(&mut self, opcode: u8) -> Done {
+    fn run(&mut self, opcode: u8) -> Completion {
         self.host.run(&mut self.pair, Sqe::rw(opcode, 0, 1).prps(self.data.span().start(), Iova(0)))
     }
 

@@ -1,6 +1,6 @@
 //! Log pages and asynchronous events.
 
-use super::host::{Done, Host, Sqe, small, threaded};
+use super::host::{Completion, Host, Sqe, small, threaded};
 use crate::addr::Iova;
 use crate::hardware::DmaBuffer;
 
@@ -9,7 +9,7 @@ fn log(page: &DmaBuffer, id: u32, dwords: u32) -> Sqe {
     Sqe::new(2).nsid(u32::MAX).dword(10, (dwords - 1) << 16 | id).prps(page.span().start(), Iova(0))
 }
 
-fn wait(host: &mut Host) -> Done {
+fn wait(host: &mut Host) -> Completion {
     let mut admin = std::mem::replace(&mut host.admin, super::host::Pair::new(&*host.space, 0, [2; 2]));
     let done = loop {
         if let Some(done) = host.take(&mut admin) {
@@ -31,7 +31,7 @@ fn submit(host: &mut Host, sqe: Sqe) -> u16 {
 
 #[test]
 fn the_error_log_lists_failed_commands_newest_first() {
-    let mut host = Host::up(small());
+    let mut host = Host::enabled(small());
     let mut pair = host.pair(1, [8; 2]);
     let page = host.buffer(4096);
     host.run(&mut pair, Sqe::rw(2, 5000, 1));
@@ -48,7 +48,7 @@ fn the_error_log_lists_failed_commands_newest_first() {
 
 #[test]
 fn a_resize_is_reported_once_until_the_changed_namespace_list_is_read() {
-    let mut host = Host::up(small());
+    let mut host = Host::enabled(small());
     let page = host.buffer(4096);
     host.machine.resize(1 << 19).unwrap();
     let first = submit(&mut host, Sqe::new(12));
@@ -70,7 +70,7 @@ fn a_resize_is_reported_once_until_the_changed_namespace_list_is_read() {
 
 #[test]
 fn an_invalid_resize_of_a_memory_disk_is_refused() {
-    let host = Host::up(small());
+    let host = Host::enabled(small());
     for size in [0, 1000, 1 << 40] {
         assert!(host.machine.resize(size).is_err(), "{size}");
     }
@@ -78,7 +78,7 @@ fn an_invalid_resize_of_a_memory_disk_is_refused() {
 
 #[test]
 fn smart_counts_commands_and_data() {
-    let mut host = Host::up(small());
+    let mut host = Host::enabled(small());
     let mut pair = host.pair(1, [8; 2]);
     let page = host.buffer(4096);
     for _ in 0..3 {
@@ -98,7 +98,7 @@ fn smart_counts_commands_and_data() {
 #[test]
 fn a_bad_doorbell_is_reported_once_until_the_error_log_is_read() {
     for options in [small(), threaded()] {
-        let mut host = Host::up(options);
+        let mut host = Host::enabled(options);
         let page = host.buffer(4096);
         let first = submit(&mut host, Sqe::new(12));
         let second = submit(&mut host, Sqe::new(12));
@@ -118,7 +118,7 @@ fn a_bad_doorbell_is_reported_once_until_the_error_log_is_read() {
 
 #[test]
 fn an_event_without_a_request_is_reported_to_the_next_one() {
-    let mut host = Host::up(small());
+    let mut host = Host::enabled(small());
     host.bar.write32(host.doorbell(8), 1);
     let cid = submit(&mut host, Sqe::new(12));
     let event = wait(&mut host);
@@ -127,7 +127,7 @@ fn an_event_without_a_request_is_reported_to_the_next_one() {
 
 #[test]
 fn event_requests_are_limited_and_can_be_aborted() {
-    let mut host = Host::up(small());
+    let mut host = Host::enabled(small());
     let waiting: Vec<_> = (0..4).map(|_| submit(&mut host, Sqe::new(12))).collect();
 
     let fifth = host.admin(Sqe::new(12));

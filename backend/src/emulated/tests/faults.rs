@@ -24,7 +24,7 @@ struct Fixture {
 
 impl Fixture {
     fn new(options: Options) -> Self {
-        let mut host = Host::up(options);
+        let mut host = Host::enabled(options);
         let pair = host.pair(1, [16; 2]);
         let data = host.buffer(4096);
         Self { host, pair, data }
@@ -219,7 +219,7 @@ fn a_removed_function_reads_as_all_ones_and_returns_in_power_on_state() {
 
 #[test]
 fn faults_can_affect_admin_commands() {
-    let mut host = Host::up(small());
+    let mut host = Host::enabled(small());
     host.machine.inject(Fault::once(Commands::admin(6), Effect::Status(Status::INTERNAL_ERROR)));
     let page = host.buffer(4096);
     let identify = || Sqe::new(6).dword(10, 1).prps(page.span().start(), Iova(0));
@@ -229,7 +229,7 @@ fn faults_can_affect_admin_commands() {
 
 #[test]
 fn capability_and_identify_are_overridden_until_faults_are_cleared() {
-    let mut host = Host::up(small());
+    let mut host = Host::enabled(small());
     let actual = host.bar.read64(0);
     let page = host.buffer(4096);
     let identify = |cns| Sqe::new(6).nsid(1).dword(10, cns).prps(page.span().start(), Iova(0));

@@ -14,7 +14,7 @@ const ADMIN_ENTRIES: u32 = 16;
 
 /// A completion queue entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Done {
+pub(super) struct Completion {
     pub(super) result: u32,
     pub(super) sq_head: u16,
     pub(super) sq: u16,
@@ -91,7 +91,7 @@ impl Host {
     }
 
     /// A host whose controller is enabled and ready.
-    pub(super) fn up(options: Options) -> Self {
+    pub(super) fn enabled(options: Options) -> Self {
         let mut host = Self::disabled(options);
         host.function.set_bus_master(true).unwrap();
         host.enable();
@@ -144,7 +144,7 @@ impl Host {
     }
 
     /// Takes the next completion, if any, and writes the head doorbell.
-    pub(super) fn take(&self, pair: &mut Pair) -> Option<Done> {
+    pub(super) fn take(&self, pair: &mut Pair) -> Option<Completion> {
         self.flush(&pair.cq, pair.head as usize * 16, 16);
         let done = pair.peek()?;
         pair.head = (pair.head + 1) % pair.cq_entries;
@@ -156,7 +156,7 @@ impl Host {
     }
 
     /// Runs one command and waits for its completion.
-    pub(super) fn run(&self, pair: &mut Pair, sqe: Sqe) -> Done {
+    pub(super) fn run(&self, pair: &mut Pair, sqe: Sqe) -> Completion {
         let cid = self.push(pair, sqe);
         self.ring(pair);
         loop {
@@ -168,7 +168,7 @@ impl Host {
         }
     }
 
-    pub(super) fn admin(&mut self, sqe: Sqe) -> Done {
+    pub(super) fn admin(&mut self, sqe: Sqe) -> Completion {
         let mut admin = std::mem::replace(&mut self.admin, Pair::empty(&*self.space));
         let done = self.run(&mut admin, sqe);
         self.admin = admin;
@@ -202,13 +202,13 @@ impl Pair {
     }
 
     /// The completion at the head, if its phase shows that it is new.
-    pub(super) fn peek(&self) -> Option<Done> {
+    pub(super) fn peek(&self) -> Option<Completion> {
         let (cq, at) = (self.cq.memory(), self.head as usize * 16);
         let status = cq.load_acquire_u16(at + 14);
         if (status & 1 != 0) != self.phase {
             return None;
         }
-        Some(Done {
+        Some(Completion {
             result: cq.read_u32(at),
             sq_head: cq.read_u16(at + 8),
             sq: cq.read_u16(at + 10),

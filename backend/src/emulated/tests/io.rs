@@ -35,7 +35,7 @@ fn list(host: &Host, offset: usize, entries: &[Iova]) -> DmaBuffer {
 }
 
 fn pair(options: Options) -> (Host, Pair) {
-    let mut host = Host::up(options);
+    let mut host = Host::enabled(options);
     let pair = host.pair(1, [16; 2]);
     (host, pair)
 }
@@ -194,7 +194,7 @@ fn a_null_medium_still_checks_addresses() {
 #[test]
 fn a_full_completion_queue_stops_commands_until_the_host_makes_room() {
     for options in [small(), threaded()] {
-        let mut host = Host::up(options);
+        let mut host = Host::enabled(options);
         let mut pair = host.pair(1, [16, 4]);
         let data = host.buffer(4096);
         let mut order = Vec::new();

@@ -78,7 +78,7 @@ fn a_full_address_space_is_reported() {
 
 #[test]
 fn a_transfer_may_cross_adjacent_mappings() {
-    let mut host = Host::up(small());
+    let mut host = Host::enabled(small());
     let mut pair = host.pair(1, [8; 2]);
     let (low, high) = (shared(0x1000), shared(0x1000));
     let iommu = host.machine.iommu();

@@ -19,7 +19,7 @@ fn map_and_unmap(iommu: &SoftIommu, stop: &AtomicBool) {
 #[test]
 fn workers_on_separate_queues_are_independent_of_each_other_and_of_mapping() {
     for options in [small(), threaded(), Options { latency: Duration::from_micros(20), ..threaded() }] {
-        let mut host = Host::up(options);
+        let mut host = Host::enabled(options);
         let pairs = [host.pair(1, [8; 2]), host.pair(2, [8; 2]), host.pair(3, [8; 2])];
         let (host, stop) = (&host, &AtomicBool::new(false));
         std::thread::scope(|scope| {
@@ -51,7 +51,7 @@ fn workers_on_separate_queues_are_independent_of_each_other_and_of_mapping() {
 #[test]
 fn no_dma_runs_after_a_reset_even_while_doorbells_are_written() {
     for options in [small(), threaded()] {
-        let mut host = Host::up(options);
+        let mut host = Host::enabled(options);
         for _ in 0..10 {
             let mut pair = host.pair(1, [64; 2]);
             let data = host.buffer(4096);
@@ -89,7 +89,7 @@ fn no_dma_runs_after_a_reset_even_while_doorbells_are_written() {
 
 #[test]
 fn unmapping_while_commands_run_causes_faults_and_no_late_write() {
-    let mut host = Host::up(threaded());
+    let mut host = Host::enabled(threaded());
     let mut pair = host.pair(1, [64; 2]);
     let shared = crate::sys::SharedMemory::of(std::sync::Arc::new(vm_memory::MmapRegion::new(4096).unwrap()));
     let span = Span::new(Iova(0x10_0000), 4096).unwrap();
