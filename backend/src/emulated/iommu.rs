@@ -98,8 +98,8 @@ impl SoftIommu {
         self.check_allowed(span)?;
         let mut mappings = self.inner.mappings.write().unwrap_or_else(PoisonError::into_inner);
         check_free(&mappings, span)?;
-        let place = mappings.partition_point(|mapping| mapping.span.start() < span.start());
-        mappings.insert(place, Mapping { span, shared, writable });
+        let index = mappings.partition_point(|mapping| mapping.span.start() < span.start());
+        mappings.insert(index, Mapping { span, shared, writable });
         self.inner.maps.fetch_add(1, Relaxed);
         Ok(())
     }

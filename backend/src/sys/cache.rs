@@ -20,9 +20,9 @@ pub struct CacheLines {
 /// A write-back-and-invalidate instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Instruction {
-    /// x86: unordered, so many lines are in flight at once.
+    /// x86: unordered, so many flushes can be in flight.
     ClflushOpt,
-    /// x86: one line after the other.
+    /// x86: flushes are ordered one after the other.
     Clflush,
     /// Arm: clean and invalidate by address to the point of coherency.
     DcCivac,

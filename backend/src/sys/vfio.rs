@@ -97,9 +97,9 @@ impl Cdev {
     /// # Errors
     /// The errno of `pread`; [`io::ErrorKind::UnexpectedEof`] for a short read.
     pub fn read_region(&self, index: u32, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let place = self.device.get_region_offset(index) + offset;
+        let position = self.device.get_region_offset(index) + offset;
         let wanted = bytes.len();
-        let read = rustix::io::pread(self.as_fd(), bytes, place)?;
+        let read = rustix::io::pread(self.as_fd(), bytes, position)?;
         if read == wanted { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
     }
 
@@ -108,8 +108,8 @@ impl Cdev {
     /// # Errors
     /// The errno of `pwrite`; [`io::ErrorKind::WriteZero`] for a short write.
     pub fn write_region(&self, index: u32, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let place = self.device.get_region_offset(index) + offset;
-        let written = rustix::io::pwrite(self.as_fd(), bytes, place)?;
+        let position = self.device.get_region_offset(index) + offset;
+        let written = rustix::io::pwrite(self.as_fd(), bytes, position)?;
         if written == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 
