@@ -160,7 +160,9 @@ fn request(lines: Option<CacheLines>, write: bool) -> f64 {
 
 fn main() {
     // Arguments are ignored: cargo passes --bench and the like.
-    let Some(lines) = CacheLines::detect() else { return println!("this CPU has no cache-line operations in user space") };
+    let Some(lines) = CacheLines::detect() else {
+        return println!("this CPU has no cache-line operations in user space");
+    };
     println!(
         "{:?}, lines of {} bytes; GB/s, medians of {ROUNDS} alternating rounds\n",
         lines.instruction(),

@@ -185,7 +185,11 @@ impl Cq {
     }
 
     /// Like [`Self::post`], but with the wrong phase: the host takes it for an old entry.
-    pub(super) fn post_with_wrong_phase(&mut self, memory: &QueueMemory<'_, 2>, completion: &Completion) -> Result<(), DmaFault> {
+    pub(super) fn post_with_wrong_phase(
+        &mut self,
+        memory: &QueueMemory<'_, 2>,
+        completion: &Completion,
+    ) -> Result<(), DmaFault> {
         self.write(memory, completion, !self.phase)
     }
 

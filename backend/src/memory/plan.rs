@@ -33,7 +33,8 @@ impl Plan {
     /// is no such region.
     #[must_use]
     pub fn removing(old: &MemTable, gpa: Span<Gpa>, qva: Qva) -> Option<Self> {
-        let (remove, keep): (Vec<_>, Vec<_>) = old.regions().iter().cloned().partition(|region| region.is_announced_as(gpa, qva));
+        let (remove, keep): (Vec<_>, Vec<_>) =
+            old.regions().iter().cloned().partition(|region| region.is_announced_as(gpa, qva));
         (!remove.is_empty()).then(|| Self { remove, keep, add: Vec::new() })
     }
 

@@ -53,7 +53,9 @@ impl Watch {
     pub(super) fn new(start: usize, len: usize, page: usize) -> Self {
         HANDLER.call_once(|| {
             if let Err(error) = install() {
-                log::error!("install the SIGBUS handler: {error}; a front-end that truncates its memory kills this process");
+                log::error!(
+                    "install the SIGBUS handler: {error}; a front-end that truncates its memory kills this process"
+                );
             }
         });
         // No mapping starts at address 1: the value reserves the slot, and the handler ignores it until `start` is stored.

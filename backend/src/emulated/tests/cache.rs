@@ -365,7 +365,10 @@ fn the_facts_match_the_options() {
     let verdict = |options: Options, policy| decide(&Machine::new(options).unwrap().facts(policy).unwrap());
     let held = Verdict::Coherent(Coherent::HeldOff { mask_guest_writes: false });
     assert_eq!(verdict(small(), Policy::Allow), Verdict::Coherent(Coherent::Enforced));
-    assert_eq!(verdict(Options { no_snoop: false, ..non_coherent() }, Policy::Allow), Verdict::Coherent(Coherent::NeverSet));
+    assert_eq!(
+        verdict(Options { no_snoop: false, ..non_coherent() }, Policy::Allow),
+        Verdict::Coherent(Coherent::NeverSet)
+    );
     assert_eq!(verdict(non_coherent(), Policy::Suppress), held);
     assert!(matches!(verdict(non_coherent(), Policy::Allow), Verdict::Flush(_)));
     assert!(matches!(verdict(non_coherent(), Policy::Refuse), Verdict::Refuse(_)));

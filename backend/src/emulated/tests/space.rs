@@ -9,7 +9,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::host::small;
 use crate::addr::{Gpa, Iova, Qva, Span};
-use crate::emulated::{StaleLines, LAST_WRITE, Machine, Options};
+use crate::emulated::{LAST_WRITE, Machine, Options, StaleLines};
 use crate::hardware::{AddressSpace, MapError, SpaceStatistics};
 use crate::memory::{Region, RegionSpec};
 

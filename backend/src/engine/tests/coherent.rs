@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use super::nvme::{Drive, NVM_READ, NVM_WRITE, soak};
 use super::rig::*;
 use crate::addr::Span;
-use crate::emulated::{Commands, StaleLines, Effect, Fault, Mode, Options};
+use crate::emulated::{Commands, Effect, Fault, Mode, Options, StaleLines};
 use crate::engine::{Statistics, WatchdogOptions};
 use crate::hardware::{AddressSpace, MapError};
 use crate::memory::{MemTable, Region};
