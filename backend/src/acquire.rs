@@ -74,7 +74,7 @@ impl AcquiredFunction {
     /// # Errors
     /// See [`AcquireError`]; the function is released.
     pub fn reacquire(address: PciAddress, space: &LiveSpace) -> Result<Self, AcquireError> {
-        let (iommufd, ioas) = space.place();
+        let (iommufd, ioas) = space.iommufd_and_ioas();
         Self::attach(address, Opened::open(address)?, iommufd, ioas)
     }
 
@@ -123,7 +123,7 @@ impl AcquiredFunction {
     pub fn into_former_address_space(self, space: &LiveSpace) -> Result<Attached, AcquireError> {
         let Self { address, function, table, .. } = self;
         let what = "make a staging page table";
-        space.join(&table, function.device_file()).map_err(|source| AcquireError::Kernel { address, what, source })?;
+        space.rejoin(&table, function.device_file()).map_err(|source| AcquireError::Kernel { address, what, source })?;
         Ok(function)
     }
 }

@@ -148,7 +148,7 @@ impl Serving<'_> {
                 return Ok(Ended::Stopped);
             }
             if ready.request {
-                self.ask_for_function()?;
+                self.request_unplug()?;
             }
             if ready.shim {
                 self.hear_shim();
@@ -242,11 +242,11 @@ impl Serving<'_> {
     }
 
     /// The host wants the function: asks the virtual machine to unplug it.
-    fn ask_for_function(&mut self) -> Result<(), Error> {
+    fn request_unplug(&mut self) -> Result<(), Error> {
         let request = self.server.device.request();
         rustix::io::read(request, &mut [0; 8]).map_err(Error::system("read the request event"))?;
         if self.asked.is_none() {
-            let asked = self.current.as_ref().is_some_and(|current| current.session.ask_for_function());
+            let asked = self.current.as_ref().is_some_and(|current| current.session.request_unplug());
             let name = self.server.device.name();
             log::warn!(
                 "{name}: the host wants the device back; {}",

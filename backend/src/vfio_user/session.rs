@@ -86,8 +86,8 @@ impl<'d> Session<'d> {
     }
 
     /// Asks the virtual machine for the function; false if it has not said how to.
-    pub(super) fn ask_for_function(&self) -> bool {
-        self.agreed.as_ref().is_some_and(|agreed| agreed.assignment.interrupts.ask_for_function())
+    pub(super) fn request_unplug(&self) -> bool {
+        self.agreed.as_ref().is_some_and(|agreed| agreed.assignment.interrupts.request_unplug())
     }
 
     /// Takes the function from the virtual machine, and then tells KVM so. Gives the process that may still hold a descriptor

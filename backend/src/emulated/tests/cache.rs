@@ -10,7 +10,7 @@ use crate::addr::{Iova, Span};
 use crate::coherency::{Coherent, Facts, NoSnoop, NotOurs, Policy, Verdict, decide};
 use crate::emulated::{Machine, Options};
 use crate::hardware::{DmaBuffer, Function, Registers};
-use crate::vfio::no_snoop::{HeldOff, probe};
+use crate::vfio::no_snoop::{NoSnoopDisabled, probe};
 
 const READ: u8 = 2;
 const WRITE: u8 = 1;
@@ -303,7 +303,7 @@ fn bus_master(function: &dyn Function) -> bool {
 #[test]
 fn a_bit_held_off_is_clear_whenever_the_function_may_do_dma() {
     let machine = Machine::new(behind()).unwrap();
-    let function = HeldOff::new(machine.function()).unwrap().unwrap();
+    let function = NoSnoopDisabled::new(machine.function()).unwrap().unwrap();
     for _ in 0..2 {
         machine.function().config_write(DEVICE_CONTROL, &NO_SNOOP.to_le_bytes()).unwrap();
         function.set_bus_master(true).unwrap();
@@ -314,7 +314,7 @@ fn a_bit_held_off_is_clear_whenever_the_function_may_do_dma() {
 #[test]
 fn a_bit_held_off_is_clear_after_a_reset_too() {
     let machine = Machine::new(behind()).unwrap();
-    let function = HeldOff::new(machine.function()).unwrap().unwrap();
+    let function = NoSnoopDisabled::new(machine.function()).unwrap().unwrap();
     function.reset().unwrap();
     assert_eq!(control(&function) & NO_SNOOP, 0);
 }
@@ -323,7 +323,7 @@ fn a_bit_held_off_is_clear_after_a_reset_too() {
 fn a_function_that_stops_obeying_gets_no_bus_master_any_more() {
     let comes_back = Arc::default();
     let stubborn = stubborn(&comes_back);
-    let function = HeldOff::new(Arc::clone(&stubborn) as Arc<dyn Function>).unwrap().unwrap();
+    let function = NoSnoopDisabled::new(Arc::clone(&stubborn) as Arc<dyn Function>).unwrap().unwrap();
     function.set_bus_master(true).unwrap();
     function.set_bus_master(false).unwrap();
     comes_back.store(true, SeqCst);
@@ -341,12 +341,12 @@ fn a_function_that_stops_obeying_gets_no_bus_master_any_more() {
 fn a_bit_that_cannot_be_cleared_is_not_ours_and_turns_the_verdict() {
     let function = stubborn(&Arc::new(AtomicBool::new(true)));
     let no_snoop = probe(&*function, false).unwrap();
-    assert_eq!(no_snoop, NoSnoop::NotOurs(NotOurs::Disobeys));
+    assert_eq!(no_snoop, NoSnoop::NotOurs(NotOurs::StaysSet));
 
     let facts = Facts { no_snoop, ..Machine::new(behind()).unwrap().facts(Policy::Suppress).unwrap() };
 
     assert!(matches!(decide(&facts), Verdict::Flush(_)));
-    assert!(HeldOff::new(function).unwrap().is_none());
+    assert!(NoSnoopDisabled::new(function).unwrap().is_none());
 }
 
 #[test]
@@ -362,7 +362,7 @@ fn trying_the_bit_leaves_it_as_it_was() {
 #[test]
 fn the_facts_are_what_the_options_say() {
     let verdict = |options: Options, policy| decide(&Machine::new(options).unwrap().facts(policy).unwrap());
-    let held = Verdict::Coherent(Coherent::HeldOff { mask_guest_writes: false });
+    let held = Verdict::Coherent(Coherent::Disabled { mask_guest_writes: false });
     assert_eq!(verdict(small(), Policy::Allow), Verdict::Coherent(Coherent::Enforced));
     assert_eq!(verdict(Options { no_snoop: false, ..behind() }, Policy::Allow), Verdict::Coherent(Coherent::NeverSet));
     assert_eq!(verdict(behind(), Policy::Suppress), held);
