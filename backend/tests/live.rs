@@ -135,7 +135,7 @@ fn failing<T>(n: u32, change: impl FnOnce() -> T) -> T {
 }
 
 #[test]
-fn without_kernel_memory_for_the_copy_a_region_is_withdrawn_at_rest() {
+fn without_kernel_memory_for_the_copy_a_region_is_unmapped_while_detached() {
     let (space, function) = take_under(true).unwrap();
     let (region, other) = (memory(0, 8 * MIB), memory(0x1_0000_0000, 4 * MIB));
     let before = pinned();

@@ -1,4 +1,4 @@
-//! Every function behind an IOMMU, with the verdict on it.
+//! All functions behind an IOMMU, with their verdicts.
 
 use std::fmt;
 use std::fs;
@@ -7,21 +7,21 @@ use crate::acquire::AcquiredFunction;
 use crate::coherency::{Personality, Policy, decide};
 use crate::vfio::PciAddress;
 
-/// One function behind an IOMMU. It prints as one line.
+/// One function behind an IOMMU. It displays as one line.
 #[derive(Clone, Debug)]
 pub struct Listed {
     pub(super) address: PciAddress,
-    /// PCI class code, as sysfs has it: `0x010802`.
+    /// PCI class code as in sysfs: `0x010802`.
     pub(super) class: String,
     pub(super) driver: Option<String>,
     pub(super) group: String,
-    /// The IOMMU's name, as sysfs has it: `dmar0`.
+    /// Name of the IOMMU as in sysfs: `dmar0`.
     pub(super) iommu: Option<String>,
-    /// The verdict in a word, or why there is none; `None` for a function that vfio-pci does not hold.
+    /// The verdict in one word, or why there is none; `None` if the function is not bound to vfio-pci.
     pub(super) verdict: Option<Result<&'static str, String>>,
 }
 
-/// Every function that has an IOMMU group, sorted by address. One that vfio-pci holds is acquired for a moment.
+/// Every function that has an IOMMU group, sorted by address. A function bound to vfio-pci is acquired for a moment.
 #[must_use]
 pub fn list() -> Vec<Listed> {
     let Ok(entries) = fs::read_dir("/sys/bus/pci/devices") else { return Vec::new() };

@@ -1,5 +1,5 @@
-//! Questions instead of service: what is known about a function's caches, from where, and what follows. As text for a person,
-//! as JSON for a program.
+//! The subcommands `inspect` and `list`: the facts about a function's DMA and the CPU caches, their sources, and the verdicts. As
+//! text or as JSON.
 
 mod json;
 mod list;

@@ -9,8 +9,8 @@
 //!   device ─ DMA ─▶ IOMMU ─▶ guest memory                        DmaMaps: pinned, flushed, then reachable
 //! ```
 //!
-//! [`Passthrough`] is a function that may be unassigned: bus master off, no interrupt routed, nothing mapped. `Assignment` is the
-//! function while one virtual machine has it. Dropping the assignment restores the unassigned state.
+//! [`Passthrough`] owns the function. While it is unassigned, bus master is off, no interrupt is routed and nothing is mapped.
+//! An `Assignment` gives it to one virtual machine; dropping the assignment restores that state.
 
 mod config_space;
 mod dma_maps;
