@@ -40,12 +40,12 @@ pub enum AcquireError {
     #[error(transparent)]
     Vfio(#[from] VfioError),
     /// A step that failed in the kernel.
-    #[error("{address}: {what}: {source}")]
+    #[error("{address}: {step}: {source}")]
     Kernel {
         /// The function.
         address: PciAddress,
         /// The step.
-        what: &'static str,
+        step: &'static str,
         /// The errno.
         source: io::Error,
     },
@@ -63,8 +63,8 @@ impl AcquiredFunction {
         let opened = Opened::open(address)?;
         let iommufd = Arc::new(open_iommufd(Path::new("/dev/iommu"))?);
         let ioas = iommufd.ioas();
-        let what = "allocate an address space (IOMMU_IOAS_ALLOC)";
-        let ioas = ioas.map_err(|source| AcquireError::Kernel { address, what, source })?;
+        let step = "allocate an address space (IOMMU_IOAS_ALLOC)";
+        let ioas = ioas.map_err(|source| AcquireError::Kernel { address, step, source })?;
         Self::attach(address, opened, iommufd, ioas)
     }
 
@@ -78,13 +78,13 @@ impl AcquiredFunction {
     }
 
     fn attach(address: PciAddress, opened: Opened, iommufd: Arc<Iommufd>, ioas: Ioas) -> Result<Self, AcquireError> {
-        let step = |what| move |source| AcquireError::Kernel { address, what, source };
+        let error = |step| move |source| AcquireError::Kernel { address, step, source };
         let bound = opened.bind(&iommufd, &ioas)?;
         let table = PageTable::new(iommufd, ioas, bound.device_id());
-        let table = Arc::new(table.map_err(step("allocate a page table (IOMMU_HWPT_ALLOC)"))?);
+        let table = Arc::new(table.map_err(error("allocate a page table (IOMMU_HWPT_ALLOC)"))?);
         let function = bound.attach(Arc::clone(&table))?;
         let no_snoop = no_snoop::probe(&function, address.is_virtual_function());
-        let no_snoop = no_snoop.map_err(step("probe the Enable No Snoop bit"))?;
+        let no_snoop = no_snoop.map_err(error("probe the Enable No Snoop bit"))?;
         let evidence = Evidence { snoop: table.snoop().clone(), no_snoop, lines: CacheLines::detect() };
         Ok(Self { address, function, table, evidence })
     }
@@ -102,12 +102,12 @@ impl AcquiredFunction {
     /// See [`AcquireError`]; the function is closed.
     pub fn into_address_space(self, facts: &Facts) -> Result<(Attached, LiveSpace), AcquireError> {
         let Self { address, function, table, evidence } = self;
-        let step = |what| move |source| AcquireError::Kernel { address, what, source };
+        let error = |step| move |source| AcquireError::Kernel { address, step, source };
         let space = match (decide(facts), evidence.lines) {
             (Verdict::Coherent(_), _) => LiveSpace::coherent(&table),
             (Verdict::Flush(_), Some(lines)) => {
                 let space = LiveSpace::flushing(&table, lines, function.device_file());
-                space.map_err(step("allocate a staging page table"))?
+                space.map_err(error("allocate a staging page table"))?
             }
             (Verdict::Flush(_), None) => return Err(AcquireError::Refused(address, Refusal::NoCacheOps)),
             (Verdict::Refuse(refusal), _) => return Err(AcquireError::Refused(address, refusal)),
@@ -121,8 +121,8 @@ impl AcquiredFunction {
     /// See [`AcquireError`]; the function is closed.
     pub fn into_former_address_space(self, space: &LiveSpace) -> Result<Attached, AcquireError> {
         let Self { address, function, table, .. } = self;
-        let what = "allocate a staging page table";
-        space.rejoin(&table, function.device_file()).map_err(|source| AcquireError::Kernel { address, what, source })?;
+        let step = "allocate a staging page table";
+        space.rejoin(&table, function.device_file()).map_err(|source| AcquireError::Kernel { address, step, source })?;
         Ok(function)
     }
 }

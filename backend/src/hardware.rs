@@ -166,7 +166,8 @@ impl fmt::Display for SpaceStatistics {
 pub enum MapError {
     /// The range is not within the IOMMU's address width, or overlaps a range that the platform reserves (MSI, RMRR).
     #[error(
-        "map {span} for DMA: outside the ranges this IOMMU allows ({allowed}); give the guest less memory, or the machine an IOMMU with a wider address space"
+        "map {span} for DMA: outside the ranges this IOMMU allows ({allowed}); give the guest less memory, or the machine an \
+         IOMMU with a wider address space"
     )]
     NotAllowed {
         /// The range to map.
@@ -190,7 +191,8 @@ pub enum MapError {
     },
     /// The pages would exceed RLIMIT_MEMLOCK.
     #[error(
-        "map {span} for DMA: {needed_kib} KiB must be locked, RLIMIT_MEMLOCK allows {allowed_kib} KiB for all processes of this user; raise it (ulimit -l unlimited; LimitMEMLOCK=infinity; --ulimit memlock=-1:-1) or grant CAP_IPC_LOCK"
+        "map {span} for DMA: {needed_kib} KiB must be locked, RLIMIT_MEMLOCK allows {allowed_kib} KiB for all processes of \
+         this user; raise it (ulimit -l unlimited; LimitMEMLOCK=infinity; --ulimit memlock=-1:-1) or grant CAP_IPC_LOCK"
     )]
     MemLock {
         /// The range to map.
@@ -210,10 +212,10 @@ pub enum MapError {
     #[error("no free IOVA range of {0} bytes for the driver's own memory")]
     NoIova(usize),
     /// A step failed in the kernel.
-    #[error("{what} {span}: {source}")]
+    #[error("{step} {span}: {source}")]
     Kernel {
         /// The step, such as `IOMMU_IOAS_MAP_FILE`.
-        what: &'static str,
+        step: &'static str,
         /// The range.
         span: Span<Iova>,
         /// The errno.

@@ -21,8 +21,8 @@
 //! | `verdicts` | object or null | by personality, `vhost_user_blk`, `direct_rings`, `whole_function`: `serves` (boolean), `verdict` (`coherent`, `flush`, `refuse`), `reason` (text) |
 //! | `advice` | list of text | how to get a better verdict |
 //!
-//! `list --json`: `schema`, and `functions`, a list of objects with `function`, `class`, `driver`, `iommu_group` as above, `iommu`
-//! (its name in sysfs), and `verdict` (the word for `vhost_user_blk`, or null).
+//! `list --json`: `schema`, and `functions`, a list of objects with `function`, `class`, `driver`, `iommu_group` as above,
+//! `iommu` (its name in sysfs), and `verdict` (the word for `vhost_user_blk`, or null).
 
 use serde::Serialize;
 

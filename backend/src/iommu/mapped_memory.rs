@@ -83,12 +83,12 @@ impl MappedMemory {
         self.unmap_pieces(
             whole,
             |piece| self.sequence.unmap(steps, piece),
-            |span, (what, source)| {
+            |span, (step, source)| {
                 let out_of_memory = source.raw_os_error() == Some(libc::ENOMEM);
                 if out_of_memory {
                     MapError::DeviceMustBeIdle { span }
                 } else {
-                    MapError::Kernel { what, span, source }
+                    MapError::Kernel { step, span, source }
                 }
             },
         )
@@ -101,7 +101,7 @@ impl MappedMemory {
     pub fn remove_while_idle(&self, steps: &dyn Steps, whole: Piece<'_>) -> Result<(), MapError> {
         log::warn!("unmap {}: no memory to keep it pinned meanwhile; the device is detached to unmap it", whole.span);
         let unmap = |piece: Piece<'_>| self.sequence.unmap_detached(steps, piece);
-        self.unmap_pieces(whole, unmap, |span, (what, source)| MapError::Kernel { what, span, source })
+        self.unmap_pieces(whole, unmap, |span, (step, source)| MapError::Kernel { step, span, source })
     }
 
     fn unmap_pieces(

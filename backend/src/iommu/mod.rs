@@ -222,12 +222,12 @@ impl Live {
         if let Some(ranges) = &*self.released_ranges() {
             return Ok(ranges.clone());
         }
-        let kernel = |source| MapError::Kernel { what: "IOMMU_IOAS_IOVA_RANGES for", span: about, source };
+        let kernel = |source| MapError::Kernel { step: "IOMMU_IOAS_IOVA_RANGES for", span: about, source };
         self.iommufd.iova_ranges(&self.ioas).map_err(kernel)
     }
 
     /// Turns ENOMEM into an error that names RLIMIT_MEMLOCK, if that limit is the cause.
-    fn explain(&self, span: Span<Iova>, (what, source): Failed) -> MapError {
+    fn explain(&self, span: Span<Iova>, (step, source): Failed) -> MapError {
         let limit = getrlimit(Resource::Memlock).current;
         let pinned = self.mapped.statistics().mapped;
         let needed = pinned.saturating_add(span.len());
@@ -235,7 +235,7 @@ impl Live {
             Some(limit) if source.raw_os_error() == Some(libc::ENOMEM) && needed > limit => {
                 MapError::MemLock { span, needed_kib: needed / 1024, allowed_kib: limit / 1024 }
             }
-            _ => MapError::Kernel { what, span, source },
+            _ => MapError::Kernel { step, span, source },
         }
     }
 }

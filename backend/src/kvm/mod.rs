@@ -88,7 +88,8 @@ pub struct RegistrationStatistics {
 pub enum RegistrationError {
     /// The shim refused.
     #[error(
-        "{device}: KVM must be told of its non-coherent DMA before memory is mapped, and the VM's KVM shim refuses: {refused}; or omit --kvm-socket, to serve without telling KVM"
+        "{device}: KVM must be told of its non-coherent DMA before memory is mapped, and the VM's KVM shim refuses: {refused}; \
+         or omit --kvm-socket, to serve without telling KVM"
     )]
     Refused {
         /// The device.

@@ -60,16 +60,16 @@ impl<'d> ConfigSpace<'d> {
     /// [`PassthroughError::NoSnoop`] if it does not stay clear; bus master is off then.
     pub(super) fn verify(&self) -> Result<(), PassthroughError> {
         let Some(at) = self.masked_at else { return Ok(()) };
-        let step = |what| PassthroughError::function(self.function, what);
+        let error = |step| PassthroughError::function(self.function, step);
         let mut high = [0];
-        self.function.config_read(at, &mut high).map_err(step("read Device Control"))?;
+        self.function.config_read(at, &mut high).map_err(error("read Device Control"))?;
         if high[0] & NO_SNOOP_HIGH == 0 {
             return Ok(());
         }
-        if no_snoop::disable(self.function).map_err(step("clear Enable No Snoop"))? {
+        if no_snoop::disable(self.function).map_err(error("clear Enable No Snoop"))? {
             return Ok(());
         }
-        self.function.set_bus_master(false).map_err(step("bus master off"))?;
+        self.function.set_bus_master(false).map_err(error("bus master off"))?;
         Err(PassthroughError::NoSnoop(self.function.name().to_owned()))
     }
 

@@ -71,7 +71,7 @@ impl<'d> DmaMaps<'d> {
     pub(crate) fn map(&mut self, map: DmaMap) -> Result<Span<Gpa>, PassthroughError> {
         let span = page_span(map.address, map.size)?;
         if let Some(mapped) = self.conflict(span) {
-            return Err(PassthroughError::Exists { wanted: span, mapped });
+            return Err(PassthroughError::Exists { requested: span, mapped });
         }
         let mapped = match map.file {
             Some(file) => Mapped::Region(self.map_region(span, map.offset, map.writable, file)?),

@@ -10,12 +10,12 @@ use crate::memory::RegionError;
 #[derive(Debug, thiserror::Error)]
 pub enum PassthroughError {
     /// A step on the function failed.
-    #[error("{name}: {what}: {source}")]
+    #[error("{name}: {step}: {source}")]
     Function {
         /// The function.
         name: String,
         /// The step.
-        what: &'static str,
+        step: &'static str,
         /// The errno.
         source: io::Error,
     },
@@ -60,10 +60,10 @@ pub enum PassthroughError {
         size: u64,
     },
     /// Something is mapped there already.
-    #[error("DMA map {wanted}: overlaps {mapped}, which is mapped already")]
+    #[error("DMA map {requested}: overlaps {mapped}, which is mapped already")]
     Exists {
         /// The range to map.
-        wanted: Span<Gpa>,
+        requested: Span<Gpa>,
         /// The mapping that it overlaps.
         mapped: Span<Gpa>,
     },
@@ -99,10 +99,10 @@ pub enum PassthroughError {
 }
 
 impl PassthroughError {
-    /// Maps the errno of a step `what` on `function`.
-    pub(crate) fn function(function: &(impl Function + ?Sized), what: &'static str) -> impl FnOnce(io::Error) -> Self {
+    /// Maps the errno of `step` on `function`.
+    pub(crate) fn function(function: &(impl Function + ?Sized), step: &'static str) -> impl FnOnce(io::Error) -> Self {
         let name = function.name().to_owned();
-        move |source| Self::Function { name, what, source }
+        move |source| Self::Function { name, step, source }
     }
 
     /// The errno for the virtual machine monitor.

@@ -49,8 +49,8 @@ pub struct Passthrough {
 }
 
 impl Passthrough {
-    /// `space` is the address space of `function`, and `facts` decide the verdict on its DMA. `has_vfio_file`: KVM must be told of
-    /// the function if the verdict requires that; false for an emulated function.
+    /// `space` is the address space of `function`, and `facts` decide the verdict on its DMA. `has_vfio_file` is false for an
+    /// emulated function, of which KVM need not be told.
     ///
     /// # Errors
     /// The errno of the step that failed.

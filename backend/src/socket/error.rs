@@ -30,12 +30,12 @@ pub enum SocketError {
         path: PathBuf,
     },
     /// A step on the way to a listening socket has failed.
-    #[error("socket {path:?}: {what}: {source}")]
+    #[error("socket {path:?}: {step}: {source}")]
     Path {
         /// The path.
         path: PathBuf,
         /// The step that failed.
-        what: &'static str,
+        step: &'static str,
         /// The errno.
         source: io::Error,
     },
@@ -51,10 +51,10 @@ pub enum SocketError {
     #[error("LISTEN_FDS={0}: exactly one socket can be served; give the socket unit one ListenStream=")]
     ActivationCount(String),
     /// A system call on a descriptor that was passed in failed.
-    #[error("{what}: {source}")]
+    #[error("{step}: {source}")]
     System {
         /// The call.
-        what: &'static str,
+        step: &'static str,
         /// The errno.
         source: io::Error,
     },

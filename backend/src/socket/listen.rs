@@ -29,7 +29,7 @@ pub enum Listen {
     Fd(OwnedFd),
 }
 
-/// An open socket. It displays as one line for the log. Dropping it closes the socket, and removes the file if it was created here.
+/// An open socket. It displays as one line for the log. Dropping it closes the socket, and removes the file that it created.
 pub struct Endpoint(pub(crate) Socket);
 
 pub(crate) enum Socket {
@@ -112,7 +112,7 @@ fn adopt(fd: OwnedFd) -> Result<Endpoint, SocketError> {
         return Ok(Endpoint(Socket::Connected(UnixStream::from(fd))));
     }
     let socket = UnixListener::from(fd);
-    socket.set_nonblocking(true).map_err(|source| SocketError::System { what: "set O_NONBLOCK", source })?;
+    socket.set_nonblocking(true).map_err(|source| SocketError::System { step: "set O_NONBLOCK", source })?;
     Ok(Endpoint(Socket::Listening(Listener {
         socket,
         name: format!("listening on inherited socket {number}"),
@@ -128,12 +128,12 @@ impl Listener {
         let socket = match UnixListener::bind(&path) {
             Err(error) if error.kind() == ErrorKind::AddrInUse => {
                 remove_if_stale(&path)?;
-                UnixListener::bind(&path).map_err(step(&path, "bind"))?
+                UnixListener::bind(&path).map_err(path_error(&path, "bind"))?
             }
-            other => other.map_err(step(&path, "bind"))?,
+            other => other.map_err(path_error(&path, "bind"))?,
         };
-        socket.set_nonblocking(true).map_err(step(&path, "set O_NONBLOCK"))?;
-        let file = fs::symlink_metadata(&path).map_err(step(&path, "stat"))?;
+        socket.set_nonblocking(true).map_err(path_error(&path, "set O_NONBLOCK"))?;
+        let file = fs::symlink_metadata(&path).map_err(path_error(&path, "stat"))?;
         let (mode, uid) = (file.permissions().mode() & 0o777, file.uid());
         let name = format!("listening on {} (mode {mode:03o}, uid {uid})", path.display());
         Ok(Self { socket, name, _file: Some(SocketFile { path, identity: (file.dev(), file.ino()) }) })
@@ -152,13 +152,13 @@ impl Listener {
 }
 
 /// Maps the errno of a step on `path`.
-fn step(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> SocketError {
-    move |source| SocketError::Path { path: path.to_owned(), what, source }
+fn path_error(path: &Path, step: &'static str) -> impl FnOnce(io::Error) -> SocketError {
+    move |source| SocketError::Path { path: path.to_owned(), step, source }
 }
 
 /// Removes a socket file on which no process listens.
 fn remove_if_stale(path: &Path) -> Result<(), SocketError> {
-    if !fs::symlink_metadata(path).map_err(step(path, "stat"))?.file_type().is_socket() {
+    if !fs::symlink_metadata(path).map_err(path_error(path, "stat"))?.file_type().is_socket() {
         return Err(SocketError::NotASocketFile { path: path.to_owned() });
     }
     match UnixStream::connect(path) {
@@ -168,9 +168,9 @@ fn remove_if_stale(path: &Path) -> Result<(), SocketError> {
         }
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             log::info!("removing the stale socket {}", path.display());
-            fs::remove_file(path).map_err(step(path, "remove the stale socket"))
+            fs::remove_file(path).map_err(path_error(path, "remove the stale socket"))
         }
-        Err(error) => Err(step(path, "check whether a process listens there")(error)),
+        Err(error) => Err(path_error(path, "check whether a process listens there")(error)),
     }
 }
 

@@ -94,12 +94,12 @@ pub enum VfioError {
         source: io::Error,
     },
     /// Another step failed.
-    #[error("{address}: {what}: {source}")]
+    #[error("{address}: {step}: {source}")]
     Kernel {
         /// The function.
         address: PciAddress,
         /// The step.
-        what: &'static str,
+        step: &'static str,
         /// The errno.
         source: io::Error,
     },
@@ -139,7 +139,7 @@ impl VfioError {
                 let holder = holder(address).unwrap_or_else(|| "another process".to_owned());
                 Self::InUse { address, holder, source }
             }
-            _ => Self::Kernel { address, what: "bind to iommufd", source },
+            _ => Self::Kernel { address, step: "bind to iommufd", source },
         }
     }
 }

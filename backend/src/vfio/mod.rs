@@ -109,9 +109,9 @@ impl Bound {
         let address = self.address;
         let name = address.to_string();
         let attached = Attached { name, table, cdev: Arc::new(self.cdev) };
-        let step = |what| move |source| VfioError::Kernel { address, what, source };
-        attached.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER).map_err(step("write the command register"))?;
-        attached.cdev.attach(attached.table.id()).map_err(step("attach to its page table"))?;
+        let error = |step| move |source| VfioError::Kernel { address, step, source };
+        attached.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER).map_err(error("write the command register"))?;
+        attached.cdev.attach(attached.table.id()).map_err(error("attach to its page table"))?;
         Ok(attached)
     }
 }

@@ -45,18 +45,18 @@ pub enum Error {
     #[error(transparent)]
     Passthrough(#[from] PassthroughError),
     /// A system call of the server failed.
-    #[error("{what}: {source}")]
+    #[error("{step}: {source}")]
     System {
         /// The call.
-        what: &'static str,
+        step: &'static str,
         /// The errno.
         source: io::Error,
     },
 }
 
 impl Error {
-    pub(super) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
-        move |source| Self::System { what, source: source.into() }
+    pub(super) fn system<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::System { step, source: source.into() }
     }
 
     /// True if the connection must be closed.

@@ -227,16 +227,16 @@ impl<'d> Session<'d> {
 
     fn region_info(&mut self, payload: &[u8]) -> Result<Reply, Error> {
         let command = Command::DeviceGetRegionInfo;
-        let asked = whole::<wire::RegionInfo>(command, payload)?;
-        if (asked.argsz as usize) < size_of::<wire::RegionInfo>() || asked.index >= REGIONS {
-            return Err(malformed(command, &format!("region {} with room for {} bytes", asked.index, asked.argsz)));
+        let request = whole::<wire::RegionInfo>(command, payload)?;
+        if (request.argsz as usize) < size_of::<wire::RegionInfo>() || request.index >= REGIONS {
+            return Err(malformed(command, &format!("region {} with room for {} bytes", request.index, request.argsz)));
         }
-        let info = self.assignment().regions.info(asked.index);
+        let info = self.assignment().regions.info(request.index);
         let mut flags = if info.readable { wire::REGION_READ } else { 0 };
         flags |= if info.writable { wire::REGION_WRITE } else { 0 };
-        let mmap = if info.size == 0 { None } else { self.assignment().regions.mmap(asked.index)? };
+        let mmap = if info.size == 0 { None } else { self.assignment().regions.mmap(request.index)? };
         let mut fixed =
-            wire::RegionInfo { argsz: 32, flags, index: asked.index, cap_offset: 0, size: info.size, offset: 0 };
+            wire::RegionInfo { argsz: 32, flags, index: request.index, cap_offset: 0, size: info.size, offset: 0 };
         let Some(mmap) = mmap else { return Ok(reply([fixed.as_bytes()])) };
         fixed.flags |= wire::REGION_MMAP;
         fixed.offset = mmap.offset;
@@ -251,7 +251,7 @@ impl<'d> Session<'d> {
             fixed.argsz += u32::try_from(areas.len()).expect("a few areas");
         }
         // A client without room for the capabilities repeats the command with the `argsz` of this reply.
-        if fixed.argsz <= asked.argsz && !areas.is_empty() {
+        if fixed.argsz <= request.argsz && !areas.is_empty() {
             fixed.cap_offset = 32;
         } else {
             areas.clear();
@@ -261,13 +261,13 @@ impl<'d> Session<'d> {
 
     fn irq_info(&mut self, payload: &[u8]) -> Result<Reply, Error> {
         let command = Command::DeviceGetIrqInfo;
-        let asked = whole::<wire::IrqInfo>(command, payload)?;
-        if asked.index >= IRQS {
-            return Err(malformed(command, &format!("interrupt {}: there are {IRQS}", asked.index)));
+        let request = whole::<wire::IrqInfo>(command, payload)?;
+        if request.index >= IRQS {
+            return Err(malformed(command, &format!("interrupt {}: there are {IRQS}", request.index)));
         }
-        let info = self.assignment().interrupts.info(asked.index);
-        let ours = wire::IrqInfo { argsz: 16, flags: info.flags, index: asked.index, count: info.count };
-        Ok(reply([ours.as_bytes()]))
+        let irq = self.assignment().interrupts.info(request.index);
+        let info = wire::IrqInfo { argsz: 16, flags: irq.flags, index: request.index, count: irq.count };
+        Ok(reply([info.as_bytes()]))
     }
 
     fn set_irqs(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Reply, Error> {

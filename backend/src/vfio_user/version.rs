@@ -42,14 +42,14 @@ pub(super) fn negotiate(text: &[u8]) -> Result<(Limits, Vec<u8>), Error> {
         client_fds: usize::try_from(client_fds).unwrap_or(MAX_FDS).min(MAX_FDS),
         transfer: usize::try_from(transfer).unwrap_or(MAX_TRANSFER).min(MAX_TRANSFER),
     };
-    let ours = [
+    let limits_offered = [
         ("max_msg_fds", json!(MAX_FDS)),
         ("max_data_xfer_size", json!(limits.transfer)),
         ("max_dma_maps", json!(number(&proposed, "max_dma_maps")?.unwrap_or(u64::MAX).min(MAX_DMA_MAPS as u64))),
         ("pgsizes", json!(page_sizes(&proposed)?)),
     ];
     let agreed: Map<String, Value> =
-        ours.into_iter().filter(|(name, _)| proposed.contains_key(*name)).map(|(n, v)| (n.to_owned(), v)).collect();
+        limits_offered.into_iter().filter(|(name, _)| proposed.contains_key(*name)).map(|(n, v)| (n.to_owned(), v)).collect();
     let mut reply = json!({ "capabilities": agreed }).to_string().into_bytes();
     reply.push(0);
     Ok((limits, reply))
