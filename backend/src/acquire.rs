@@ -122,7 +122,11 @@ impl AcquiredFunction {
     pub fn into_former_address_space(self, space: &LiveSpace) -> Result<Attached, AcquireError> {
         let Self { address, function, table, .. } = self;
         let step = "allocate a staging page table";
-        space.rejoin(&table, function.device_file()).map_err(|source| AcquireError::Kernel { address, step, source })?;
+        space.rejoin(&table, function.device_file()).map_err(|source| AcquireError::Kernel {
+            address,
+            step,
+            source,
+        })?;
         Ok(function)
     }
 }

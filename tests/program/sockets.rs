@@ -68,7 +68,8 @@ fn of_several_passed_sockets_none_is_taken() {
         let variables = format!("LISTEN_FDS={count} LISTEN_PID=$$");
         let ended = Process::inheriting(listener, &variables, &["--device", "emulated:size=1M"]).end();
         assert_eq!(ended.status.code(), Some(1));
-        let said = format!("LISTEN_FDS={count}: exactly one socket can be served; give the socket unit one ListenStream=");
+        let said =
+            format!("LISTEN_FDS={count}: exactly one socket can be served; give the socket unit one ListenStream=");
         assert!(ended.log.contains(&said), "{}", ended.log);
     }
 }

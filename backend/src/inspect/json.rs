@@ -26,7 +26,7 @@
 
 use serde::Serialize;
 
-use super::list::Listed;
+use super::list::ListEntry;
 use super::report::Report;
 use crate::coherency::{NoSnoop, Verdict};
 use crate::sys::{CacheLines, Instruction};
@@ -77,11 +77,11 @@ struct VerdictJson {
 #[derive(Serialize)]
 struct ListJson<'a> {
     schema: u32,
-    functions: Vec<ListedJson<'a>>,
+    functions: Vec<ListEntryJson<'a>>,
 }
 
 #[derive(Serialize)]
-struct ListedJson<'a> {
+struct ListEntryJson<'a> {
     function: String,
     class: &'a str,
     driver: Option<&'a str>,
@@ -149,14 +149,14 @@ impl From<&Verdict> for VerdictJson {
 
 /// The list as one JSON object, in the format above.
 #[must_use]
-pub fn list_json(functions: &[Listed]) -> String {
-    let functions = functions.iter().map(|listed| ListedJson {
-        function: listed.address.to_string(),
-        class: &listed.class,
-        driver: listed.driver.as_deref(),
-        iommu_group: listed.group.parse().ok(),
-        iommu: listed.iommu.as_deref(),
-        verdict: listed.verdict.as_ref().and_then(|verdict| verdict.as_ref().ok().copied()),
+pub fn list_json(functions: &[ListEntry]) -> String {
+    let functions = functions.iter().map(|entry| ListEntryJson {
+        function: entry.address.to_string(),
+        class: &entry.class,
+        driver: entry.driver.as_deref(),
+        iommu_group: entry.group.parse().ok(),
+        iommu: entry.iommu.as_deref(),
+        verdict: entry.verdict.as_ref().and_then(|verdict| verdict.as_ref().ok().copied()),
     });
     text(&ListJson { schema: SCHEMA, functions: functions.collect() })
 }
@@ -233,7 +233,7 @@ mod tests {
 
     #[test]
     fn the_format_of_a_list_is_schema_1() {
-        let listed = |driver: Option<&str>, verdict| Listed {
+        let entry = |driver: Option<&str>, verdict| ListEntry {
             address: "0000:00:04.0".parse().unwrap(),
             class: "0x010802".into(),
             driver: driver.map(str::to_owned),
@@ -242,7 +242,7 @@ mod tests {
             verdict,
         };
 
-        let json = list_json(&[listed(Some("vfio-pci"), Some(Ok("coherent"))), listed(None, None)]);
+        let json = list_json(&[entry(Some("vfio-pci"), Some(Ok("coherent"))), entry(None, None)]);
 
         let expected = concat!(
             r#"{"schema":1,"functions":[{"function":"0000:00:04.0","class":"0x010802","driver":"vfio-pci","#,

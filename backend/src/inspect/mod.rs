@@ -6,5 +6,5 @@ mod list;
 mod report;
 
 pub use json::list_json;
-pub use list::{Listed, list};
+pub use list::{ListEntry, list};
 pub use report::{Fact, Report};

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! `sequence.rs` defines map and unmap, with and without flushing. `mapped_memory.rs` walks the pieces and keeps the ledger.
-//! A region is mapped in pieces because the kernel cannot split a mapping. A piece has 1 GiB, the largest IOMMU page.
+//! A region is mapped in pieces because the kernel cannot split a mapping. A piece has at most 1 GiB, the largest IOMMU page.
 
 mod flusher;
 mod ledger;

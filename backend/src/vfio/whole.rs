@@ -6,8 +6,7 @@ use super::Attached;
 use crate::whole_function::{IrqInfo, IrqSet, MmapArea, RegionInfo, RegionMmap, WholeFunction};
 
 /// What the bound device file allows its holder. It cannot map memory for DMA, which needs the iommufd.
-const CDEV_RIGHTS: &str =
-    "the device's own file, which also allows reset, interrupts, configuration space and detach, as with plain vfio-pci";
+const CDEV_RIGHTS: &str = "the device's own file, which also allows reset, interrupts, configuration space and detach, as with plain vfio-pci";
 const DMA_BUF_RIGHTS: &str = "a dma-buf of this BAR, which allows mapping only";
 
 impl WholeFunction for Attached {

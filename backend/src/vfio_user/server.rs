@@ -251,7 +251,8 @@ impl EventLoop<'_> {
                 match (&self.current, requested) {
                     (None, _) => "it is not in use",
                     (_, true) => "the virtual machine is asked to unplug it within 10 s",
-                    (_, false) => "the virtual machine has set no eventfd to be asked by; the device is taken away after 10 s",
+                    (_, false) =>
+                        "the virtual machine has set no eventfd to be asked by; the device is taken away after 10 s",
                 }
             );
         }

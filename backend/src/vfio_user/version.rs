@@ -48,8 +48,11 @@ pub(super) fn negotiate(text: &[u8]) -> Result<(Limits, Vec<u8>), Error> {
         ("max_dma_maps", json!(number(&proposed, "max_dma_maps")?.unwrap_or(u64::MAX).min(MAX_DMA_MAPS as u64))),
         ("pgsizes", json!(page_sizes(&proposed)?)),
     ];
-    let agreed: Map<String, Value> =
-        limits_offered.into_iter().filter(|(name, _)| proposed.contains_key(*name)).map(|(n, v)| (n.to_owned(), v)).collect();
+    let agreed: Map<String, Value> = limits_offered
+        .into_iter()
+        .filter(|(name, _)| proposed.contains_key(*name))
+        .map(|(n, v)| (n.to_owned(), v))
+        .collect();
     let mut reply = json!({ "capabilities": agreed }).to_string().into_bytes();
     reply.push(0);
     Ok((limits, reply))
