@@ -67,7 +67,7 @@ pub trait Function: Send + Sync {
     /// The errno of the kernel.
     fn set_bus_master(&self, on: bool) -> io::Result<()>;
     /// Has `event` signalled when the host requests the function back, as when an administrator unbinds it. The unbind blocks
-    /// until this process has dropped the function and its registers. Does nothing for an emulated function.
+    /// until this process has dropped the function and its registers. By default there are no such requests.
     ///
     /// # Errors
     /// The errno of the kernel.

@@ -108,8 +108,8 @@ impl<'d> ShimLink<'d> {
         }
     }
 
-    /// The shim's socket is readable without a request: the shim has gone, or has closed the connection. Unless the front-end
-    /// leaves as well, one more attempt is made to register.
+    /// The shim's socket is readable without a request, most likely because the shim has closed the connection. Unless the
+    /// front-end leaves as well, one more attempt is made to register.
     pub(crate) fn on_shim_event(&mut self, front_end_goes: bool) {
         let (State::Connected(client, _), Some(shim)) = (&mut self.state, &self.vmm.shim) else { return };
         let Err(error) = client.query() else { return };
