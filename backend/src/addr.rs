@@ -1,21 +1,21 @@
-//! Whose address is it? Four kinds of address meet in this program, and mixing them up is a DMA to the wrong place.
-//! Each kind is a type, and all arithmetic on them stands in this file, so overflow is handled once.
+//! The kinds of address in this program. To confuse two of them means DMA to the wrong place, so each kind is a type. All
+//! arithmetic on addresses is in this file, so overflow is handled once.
 //!
-//! | type | address in … | who names it |
+//! | type | address in | used in |
 //! |---|---|---|
 //! | [`Gpa`]  | the guest's physical address space | ring descriptors, memory regions |
 //! | [`Qva`]  | the front-end's virtual address space | ring addresses in vhost-user messages |
 //! | [`Iova`] | the device's DMA address space (the IOAS) | PRP entries, queue base registers |
 //!
-//! Host virtual addresses of this process never appear as numbers: memory is reached through [`crate::sys::SharedMemory`].
+//! Virtual addresses of this process never appear as numbers: memory is accessed through [`crate::sys::SharedMemory`].
 
 use std::fmt;
 
 /// An address of one kind. Implemented by [`Gpa`], [`Qva`] and [`Iova`] only.
 pub trait Address: Copy + Ord + fmt::Debug + fmt::Display {
-    /// The number on the wire or in a register.
+    /// The number, as in a message or a register.
     fn raw(self) -> u64;
-    /// Gives a raw number its kind; done where a message or a register is read, nowhere else.
+    /// The address with this number. Only for numbers that were read from a message or a register.
     fn from_raw(raw: u64) -> Self;
     /// `self + bytes`, or `None` past the end of the address space.
     #[inline]
@@ -70,13 +70,13 @@ address!(
     Qva
 );
 address!(
-    /// I/O virtual address: what the device puts on the bus.
+    /// I/O virtual address: the address in the device's DMA transactions.
     Iova
 );
 
 impl Gpa {
-    /// Where the device finds this guest address. Guest RAM is mapped at IOVA = GPA, so that a ring's addresses can be
-    /// handed to the device as they are; whether the range *is* mapped is the memory table's answer, not this one's.
+    /// The IOVA of this guest address. Guest RAM is mapped at IOVA = GPA, so addresses in a ring can be given to the device
+    /// unchanged. This does not check that the range is mapped; the memory table does.
     #[inline]
     #[must_use]
     pub const fn identity_iova(self) -> Iova {
@@ -92,7 +92,7 @@ pub struct Span<A> {
 }
 
 impl<A: Address> Span<A> {
-    /// `len` bytes from `start`; `None` when empty or when the last byte lies past the end of the address space.
+    /// `len` bytes from `start`; `None` if empty or if the last byte lies past the end of the address space.
     #[inline]
     #[must_use]
     pub fn new(start: A, len: u64) -> Option<Self> {
@@ -141,7 +141,7 @@ impl<A: Address> Span<A> {
     #[inline]
     #[must_use]
     pub fn offset_of_span(&self, other: &Self) -> Option<u64> {
-        // A span does not wrap, so the distance to one that starts before it, counted around, is at least its length.
+        // If `other` starts before `self`, the difference wraps to at least `self.len`, because no span wraps around.
         let offset = other.start.raw().wrapping_sub(self.start.raw());
         (offset < self.len && other.len <= self.len - offset).then_some(offset)
     }
@@ -168,7 +168,7 @@ impl<A: Address> Span<A> {
         (offset < self.len).then_some(offset)
     }
 
-    /// `len` bytes from `offset` on; `None` when that is not wholly inside.
+    /// `len` bytes from `offset` on; `None` if that is empty or not wholly inside.
     #[inline]
     #[must_use]
     pub fn slice(&self, offset: u64, len: u64) -> Option<Self> {
@@ -176,7 +176,7 @@ impl<A: Address> Span<A> {
         inside.then(|| Self { start: A::from_raw(self.start.raw() + offset), len })
     }
 
-    /// Cut at multiples of `size` (a power of two) of the *address*, in order.
+    /// The span cut at addresses that are multiples of `size` (a power of two), in order.
     pub fn chunks(self, size: u64) -> impl Iterator<Item = Self> {
         debug_assert!(size.is_power_of_two());
         let mut rest = Some(self);
@@ -191,7 +191,7 @@ impl<A: Address> Span<A> {
 }
 
 impl Span<Gpa> {
-    /// The same range as the device names it; see [`Gpa::identity_iova`].
+    /// The IOVA range of this guest memory; see [`Gpa::identity_iova`].
     #[inline]
     #[must_use]
     pub fn identity_iova(self) -> Span<Iova> {
@@ -200,7 +200,7 @@ impl Span<Gpa> {
 }
 
 impl Span<Iova> {
-    /// The guest's name for a range of guest RAM that the device knows by this one; see [`Gpa::identity_iova`].
+    /// The guest physical range of guest RAM at this IOVA range; see [`Gpa::identity_iova`].
     #[inline]
     #[must_use]
     pub fn identity_gpa(self) -> Span<Gpa> {
@@ -208,7 +208,7 @@ impl Span<Iova> {
     }
 }
 
-/// A number of bytes, printed as a person would say it: `2M`, `512K`, `1234`.
+/// A number of bytes that displays with a unit where it is a multiple: `2M`, `512K`, `1234`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bytes(pub u64);
 
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn chunks_cut_at_address_multiples_and_lose_nothing() {
+    fn chunks_are_cut_at_address_multiples_and_cover_the_span() {
         let chunks: Vec<_> = span(0x0f00, 0x2200).chunks(0x1000).collect();
         assert_eq!(chunks, [span(0xf00, 0x100), span(0x1000, 0x1000), span(0x2000, 0x1000), span(0x3000, 0x100)]);
     }

@@ -1,4 +1,4 @@
-//! The command line, in the words QEMU's own vhost-user programs use (docs/interop/vhost-user.rst, "Backend program
+//! The command line. It follows QEMU's conventions for vhost-user programs (docs/interop/vhost-user.rst, "Backend program
 //! conventions").
 
 use std::os::fd::RawFd;
@@ -13,21 +13,21 @@ use crate::engine::WatchdogOptions;
 use crate::passthrough::BarAccess;
 use crate::vfio::{NotAnAddress, PciAddress};
 
-/// What the user asked for.
+/// The parsed command line.
 #[derive(Debug, Parser)]
 #[command(args_conflicts_with_subcommands = true)]
 #[command(version, about = "Serves a VFIO-owned device to QEMU over vhost-user", max_term_width = 100, after_help = AFTER_HELP)]
 pub struct Config {
-    /// Ask instead of serve
+    /// Show information instead of serving
     #[command(subcommand)]
-    pub question: Option<Question>,
-    /// Print what this program can do as JSON, and exit
+    pub command: Option<Command>,
+    /// Print the capabilities of this program as JSON, and exit
     #[arg(long)]
     pub print_capabilities: bool,
-    /// Listen on this UNIX socket (at most 107 bytes); created now, removed at exit
+    /// Listen on this UNIX socket (at most 107 bytes); created at start, removed at exit
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
     pub socket_path: Option<PathBuf>,
-    /// Use this inherited descriptor, a listening or a connected UNIX socket
+    /// Use this inherited descriptor of a listening or connected UNIX socket
     #[arg(long, value_name = "FDNUM")]
     pub fd: Option<RawFd>,
     /// The NVMe function to serve: one bound to vfio-pci, or one emulated in this process
@@ -40,45 +40,45 @@ pub struct Config {
     /// Serve the whole function over vfio-user (QEMU's vfio-user-pci), instead of a disk over vhost-user
     #[arg(long)]
     pub vfio_user: bool,
-    /// How the guest reaches the registers of a whole function
+    /// How the guest accesses the registers of a whole function
     #[arg(long, value_name = "HOW", value_enum, requires = "vfio_user")]
     pub bars: Option<Bars>,
     /// The namespace to serve [default: the only one]
     #[arg(long, value_name = "NSID")]
     pub namespace: Option<u32>,
-    /// Virtqueues to offer; each pair of CPU and NVMe queue serves its share [default: one per CPU]
+    /// Number of virtqueues; they are shared among one worker per NVMe queue [default: one per CPU]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub queues: Option<u16>,
-    /// Refuse writes, whatever the guest tries
+    /// Refuse all writes of the guest
     #[arg(long)]
     pub read_only: bool,
-    /// What to do about a device that could go behind the CPU caches
+    /// What to do about a device that can bypass the CPU caches
     #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
     pub no_snoop: NoSnoopPolicy,
-    /// Tell the VM's process of the device, through the shim that listens at this socket there (see README)
+    /// Register the device with the shim in the VM's process, which listens on this socket (see README)
     #[arg(long, value_name = "PATH")]
     pub kvm_socket: Option<PathBuf>,
-    /// How long a worker polls for more work before it sleeps, in microseconds
+    /// How long an idle worker polls before it sleeps, in microseconds
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub poll_us: u32,
-    /// How long a command may take before it is aborted, in milliseconds
+    /// Time-out after which a command is aborted, in milliseconds
     #[arg(long, value_name = "MS", default_value_t = 30_000, value_parser = clap::value_parser!(u32).range(1..))]
     pub timeout_ms: u32,
-    /// error, warn, info, debug or trace; RUST_LOG is heard as well
+    /// error, warn, info, debug or trace; RUST_LOG overrides it
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: log::LevelFilter,
 }
 
-/// `--device`: which function is served.
+/// `--device`: the function to serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceArg {
-    /// One bound to vfio-pci.
+    /// A function bound to vfio-pci.
     Pci(PciAddress),
-    /// One in this process; the text says what it is made of, see [`emulated::Options`](crate::emulated::Options).
+    /// A function emulated in this process, with the text of its [options](crate::emulated::Options).
     Emulated(String),
 }
 
-/// Not a device.
+/// The argument is neither a PCI address nor `emulated`.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}; or emulated[:NAME=VALUE,…]")]
 pub struct NotADevice(NotAnAddress);
@@ -94,39 +94,39 @@ impl FromStr for DeviceArg {
     }
 }
 
-/// What can be asked instead of served.
+/// The subcommands.
 #[derive(Clone, Debug, Subcommand)]
-pub enum Question {
-    /// Show what is known about a function's caches, where it is known from, and what follows
+pub enum Command {
+    /// Show the facts about a function's DMA and the CPU caches, their sources, and the verdicts
     Inspect {
         /// The function
         #[arg(value_name = "DOMAIN:BUS:DEV.FN")]
         address: PciAddress,
-        /// As one JSON object
+        /// Print one JSON object
         #[arg(long)]
         json: bool,
-        /// As it would be served with this policy
+        /// Show the verdicts with this policy
         #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
         no_snoop: NoSnoopPolicy,
-        /// Ask the shim in a VM's process, too: what KVM knows, and whether a device can still be registered
+        /// Query the shim in a VM's process as well: what KVM knows, and whether a device can still be registered
         #[arg(long, value_name = "PATH")]
         kvm_socket: Option<PathBuf>,
     },
     /// Show every function behind an IOMMU
     List {
-        /// As one JSON object
+        /// Print one JSON object
         #[arg(long)]
         json: bool,
     },
 }
 
-/// `--bars`: how the guest reaches the registers of a whole function.
+/// `--bars`: how the guest accesses the registers of a whole function.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Bars {
-    /// By mapping them: the VMM is given a descriptor of the device
+    /// Mapped into the guest: the VMM gets a descriptor of the device
     #[default]
     Direct,
-    /// By messages: the VMM is given nothing
+    /// By messages: the VMM gets no descriptor
     Trapped,
 }
 
@@ -139,17 +139,17 @@ impl From<Bars> for BarAccess {
     }
 }
 
-/// `--no-snoop`: what to do about a device that could go behind the CPU caches.
+/// `--no-snoop`: what to do about a device that can bypass the CPU caches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum NoSnoopPolicy {
-    /// Hold its Enable No Snoop bit off where that is possible, else flush
+    /// Keep its Enable No Snoop bit clear if possible, else flush
     #[default]
     Suppress,
-    /// Let it, and flush
+    /// Leave the bit as it is, and flush
     Allow,
-    /// Serve only what is coherent by itself
+    /// Serve only a device whose DMA is coherent
     Refuse,
-    /// Take it that the device goes behind the caches, whatever its bit says, and flush
+    /// Assume that the device bypasses the caches, whatever its bit says, and flush
     Assume,
 }
 
@@ -167,10 +167,10 @@ impl From<NoSnoopPolicy> for Policy {
 const AFTER_HELP: &str = "\
 Without --socket-path and --fd, a socket passed by systemd (LISTEN_FDS) is used.
 
---device emulated needs no hardware and no privilege: a disk of 1 GiB in memory. Further:
+--device emulated needs no hardware and no privilege: a disk of 1 GiB in memory. Options:
   size=4G  file=PATH,create=on  lba=512|4096  queues=N  medium=memory|null  latency=80us  wcache=on|off
   mdts=N  sgl=on|off  serial=TEXT  mode=threaded|inline  no-snoop=never|controllable  snoop-enforced=on|off
-  faults=FILE (a list of what goes wrong: backend/src/emulated/faults.toml)
+  faults=FILE (faults to inject, see backend/src/emulated/faults.toml)
 
 QEMU:
   -object memory-backend-memfd,id=mem,size=4G,share=on -machine memory-backend=mem
@@ -178,19 +178,19 @@ QEMU:
   -device vhost-user-blk-pci,chardev=c0,num-queues=N";
 
 impl Config {
-    /// How long a worker polls before it sleeps.
+    /// How long an idle worker polls before it sleeps.
     #[must_use]
     pub fn spin(&self) -> Duration {
         Duration::from_micros(self.poll_us.into())
     }
 
-    /// When commands are late, and the device is.
+    /// The time-outs of commands and of the device.
     #[must_use]
-    pub fn watch(&self) -> WatchdogOptions {
+    pub fn watchdog(&self) -> WatchdogOptions {
         WatchdogOptions { timeout: Duration::from_millis(self.timeout_ms.into()), ..WatchdogOptions::default() }
     }
 
-    /// How many virtqueues to offer.
+    /// Number of virtqueues.
     #[must_use]
     pub fn queue_count(&self) -> u16 {
         let cpus = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(64);
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_address_is_answered_with_an_example() {
+    fn a_bad_address_is_refused_with_an_example() {
         let error = parse(&["--socket-path", "/run/s", "--device", "nvme0"]).unwrap_err();
         assert!(error.contains("such as 0000:00:04.0; or emulated"), "{error}");
     }

@@ -1,13 +1,13 @@
-//! One process that owns a VFIO device and serves it to a virtual machine over a socket: as a disk (vhost-user), or whole
-//! (vfio-user).
+//! A process that owns a VFIO device and serves it to a virtual machine over a socket: as a disk (vhost-user-blk), or as a whole
+//! PCI function (vfio-user).
 //!
-//! The guest's RAM is mapped once into an iommufd address space, so the device moves data straight in and out of it.
-//! `ARCHITECTURE.md` beside this crate shows the rooms and the paths through them:
+//! Guest RAM is mapped once into an iommufd address space, so the device reads and writes it directly. `ARCHITECTURE.md` beside
+//! this crate describes the modules and the data paths:
 //!
 //! ```text
 //! message   vhost_user::Session -> memory::Plan -> hardware::AddressSpace -> sys -> /dev/iommu       then the ack
 //! kick      engine::Worker -> engine::Request -> driver::Queue::submit .. ring -> Registers          no lock, no copy
-//! register  vfio_user::Session -> passthrough::Assignment -> whole_function::WholeFunction -> sys    or straight from KVM
+//! register  vfio_user::Session -> passthrough::Assignment -> whole_function::WholeFunction -> sys    or mapped into the guest
 //! ```
 
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "tests make small numbers"))]

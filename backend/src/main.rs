@@ -1,5 +1,4 @@
-//! The program answers three questions, and only here are the answers put together: how the function is obtained and its
-//! memory mapped, what is done with it, and who asks for it.
+//! The program: parses the command line and combines a source of the function, a service and a socket.
 
 mod program;
 
@@ -9,16 +8,16 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
 
-use program::origin::Plan;
+use program::origin::DeviceSpec;
 use program::{block, whole};
-use vhost_device_vfio::config::{Config, Question};
+use vhost_device_vfio::config::{Command, Config};
 use vhost_device_vfio::emulated::EmulatedError;
 use vhost_device_vfio::inspect::{Report, list, list_json};
 use vhost_device_vfio::socket::Listen;
 use vhost_device_vfio::sys::signal_fd;
 use vhost_device_vfio::vhost_user::capabilities;
 
-/// Exit status for a command line that cannot be obeyed, as clap has it.
+/// Exit status for an invalid command line, the same as clap's.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
@@ -28,8 +27,8 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     env_logger::Builder::new().filter_level(config.log_level).parse_default_env().init();
-    if let Some(question) = &config.question {
-        answer(question);
+    if let Some(command) = &config.command {
+        execute(command);
         return ExitCode::SUCCESS;
     }
     match run(&config) {
@@ -42,23 +41,23 @@ fn main() -> ExitCode {
 }
 
 fn run(config: &Config) -> Result<()> {
-    // Before any thread is started, so that all of them have the signals blocked.
+    // Before any thread is started, so that all threads inherit the blocked signals.
     let stop = signal_fd(&[libc::SIGTERM, libc::SIGINT]).context("catch SIGTERM and SIGINT")?;
     let listen = listen(config)?;
     let Some(device) = &config.device else { bail!("no device; give --device DOMAIN:BUS:DEVICE.FUNCTION") };
-    let plan = Plan::new(device)?;
-    // Before a real device is touched, or a file made: a mistake in the path should not cost a controller reset.
+    let spec = DeviceSpec::new(device)?;
+    // Before the device is opened or a backing file is created: a wrong path must not cost a controller reset.
     let endpoint = listen.open()?;
-    let origin = plan.open()?;
+    let source = spec.open()?;
     log::info!("{endpoint}");
     if config.vfio_user {
-        whole::serve(config, &origin, endpoint, &stop)
+        whole::serve(config, &source, endpoint, &stop)
     } else {
-        block::serve(config, &origin, endpoint, stop)
+        block::serve(config, &source, endpoint, stop)
     }
 }
 
-/// The socket the user asked for: a path, a descriptor, or what systemd passed.
+/// The socket to serve: a path, a descriptor, or the one passed by systemd.
 fn listen(config: &Config) -> Result<Listen> {
     match (&config.socket_path, config.fd) {
         (Some(path), _) => Ok(Listen::Path(path.clone())),
@@ -68,11 +67,11 @@ fn listen(config: &Config) -> Result<Listen> {
     }
 }
 
-fn answer(question: &Question) {
-    match question {
-        Question::List { json: true } => println!("{}", list_json(&list())),
-        Question::List { json: false } => list().iter().for_each(|line| println!("{line}")),
-        Question::Inspect { address, json, no_snoop, kvm_socket } => {
+fn execute(command: &Command) {
+    match command {
+        Command::List { json: true } => println!("{}", list_json(&list())),
+        Command::List { json: false } => list().iter().for_each(|line| println!("{line}")),
+        Command::Inspect { address, json, no_snoop, kvm_socket } => {
             let report = Report::new(*address, (*no_snoop).into(), kvm_socket.as_deref());
             if *json { println!("{}", report.json()) } else { print!("{report}") }
         }

@@ -8,7 +8,7 @@ const BURST: u32 = 8;
 /// The interval. Short enough to show an ongoing problem, long enough to keep the log readable.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// A logger with a limit of its own. For rare paths only: it reads the clock.
+/// A logger with its own limit. For rare paths only: it reads the clock.
 #[derive(Clone, Copy)]
 pub(crate) struct RateLimitedLog {
     /// The log target: `module_path!()` of the owner.

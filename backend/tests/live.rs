@@ -135,7 +135,7 @@ fn failing<T>(n: u32, change: impl FnOnce() -> T) -> T {
 }
 
 #[test]
-fn without_kernel_memory_for_the_copy_a_region_is_withdrawn_at_rest() {
+fn without_kernel_memory_for_the_copy_a_region_is_unmapped_while_detached() {
     let (space, function) = take_under(true).unwrap();
     let (region, other) = (memory(0, 8 * MIB), memory(0x1_0000_0000, 4 * MIB));
     let before = pinned();
@@ -171,16 +171,16 @@ fn without_kernel_memory_to_make_it_reachable_a_region_is_unpinned_again() {
     for n in 1.. {
         match failing(n, || space.add(&region)) {
             // The last step is one that no kernel refuses for want of memory.
-            Ok(()) | Err(MapError::Kernel { what: "release the staging mapping of", .. }) => break,
-            Err(MapError::Kernel { what, source, .. }) => {
-                assert_eq!((pinned(), space.statistics().mapped), (before, 0), "{what}: {source}");
-                failed.push((what, source.raw_os_error()));
+            Ok(()) | Err(MapError::Kernel { step: "release the staging mapping of", .. }) => break,
+            Err(MapError::Kernel { step, source, .. }) => {
+                assert_eq!((pinned(), space.statistics().mapped), (before, 0), "{step}: {source}");
+                failed.push((step, source.raw_os_error()));
             }
             Err(other) => panic!("{other}"),
         }
     }
-    for what in ["pin for DMA", "map for DMA after the flush"] {
-        assert!(failed.contains(&(what, Some(libc::ENOMEM))), "{what}: {failed:?}");
+    for step in ["pin for DMA", "map for DMA after the flush"] {
+        assert!(failed.contains(&(step, Some(libc::ENOMEM))), "{step}: {failed:?}");
     }
 }
 

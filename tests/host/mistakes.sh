@@ -66,9 +66,9 @@ lockable_memory() {
 
 bind_to_nvme "$FUNCTION" || exit
 claim "a function of another driver: the command that binds it" \
-    answers "wanted bound to vfio-pci, found bound to nvme.*driverctl set-override $FUNCTION" serve "$FUNCTION"
+    answers "bound to nvme, must be bound to vfio-pci.*driverctl set-override $FUNCTION" serve "$FUNCTION"
 bind_to_vfio "$FUNCTION"
-claim "a function without a driver: the command that binds it" answers 'found no driver' serve "$EDU"
+claim "a function without a driver: the command that binds it" answers 'bound to no driver' serve "$EDU"
 claim "an address where nothing is: said so" answers '0000:1f:00.0: no such PCI function' serve 1f:00.0
 claim "a word that is no address: an example" answers 'not a PCI address.*0000:00:04.0' serve nvme0
 claim "no /dev/iommu: what is missing" no_iommufd

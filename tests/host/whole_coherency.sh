@@ -99,7 +99,7 @@ untold_is_refused() {
     flushes assume || return 0
     whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM"
     firmware_only env
-    within 20 logged 'refused: the device can go behind the CPU caches, and KVM cannot be told'
+    within 20 logged 'refused: the device can bypass the CPU caches, and KVM cannot be told'
     nothing_pinned
     within 20 contains 'Operation not permitted' /run/firmware.log
     kill -9 "$vm" 2>/dev/null || true

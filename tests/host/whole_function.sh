@@ -191,7 +191,7 @@ refused_at_the_version() {
     guest qmp device_add "$(whole_device edu '"bus":"rp1"')" >/run/refused 2>&1 && return 1
     cat /run/refused
     contains 'Operation not permitted' /run/refused
-    logged 'refused: the device can go behind the CPU caches, and KVM cannot be told'
+    logged 'refused: the device can bypass the CPU caches, and KVM cannot be told'
     nothing_pinned
     backend_stop
     in_guest true

@@ -122,12 +122,12 @@ fn a_drive_that_could_go_behind_the_caches_is_held_off_or_refused() {
     client.read(8, &mut found).unwrap();
     assert!(found == pattern(8, 4096));
     let log = process.stop().log;
-    assert!(log.contains("DMA is coherent: No Snoop is held off"), "{log}");
+    assert!(log.contains("DMA is coherent: No Snoop is disabled"), "{log}");
 
     let device = "emulated:no-snoop=controllable,snoop-enforced=off";
     let ended = Process::run(&["--socket-path", "DIR/socket", "--device", device, "--no-snoop", "refuse"]);
     assert_eq!(ended.status.code(), Some(1));
-    assert!(ended.log.contains("refused: the device can go behind the CPU caches"), "{}", ended.log);
+    assert!(ended.log.contains("refused: the device can bypass the CPU caches"), "{}", ended.log);
 }
 
 #[test]

@@ -68,7 +68,8 @@ fn of_several_passed_sockets_none_is_taken() {
         let variables = format!("LISTEN_FDS={count} LISTEN_PID=$$");
         let ended = Process::inheriting(listener, &variables, &["--device", "emulated:size=1M"]).end();
         assert_eq!(ended.status.code(), Some(1));
-        let said = format!("LISTEN_FDS={count}: exactly one socket is served; give the socket unit one ListenStream=");
+        let said =
+            format!("LISTEN_FDS={count}: exactly one socket can be served; give the socket unit one ListenStream=");
         assert!(ended.log.contains(&said), "{}", ended.log);
     }
 }
@@ -76,13 +77,13 @@ fn of_several_passed_sockets_none_is_taken() {
 #[test]
 fn a_descriptor_that_is_not_open_or_no_socket_is_refused() {
     let closed = Process::run(&["--fd", "99", "--device", "emulated:size=1M"]);
-    assert!(closed.log.contains("file descriptor 99 is no UNIX stream socket"), "{}", closed.log);
+    assert!(closed.log.contains("file descriptor 99 is not a UNIX stream socket"), "{}", closed.log);
     let file = std::fs::File::open("/dev/null").unwrap();
     let datagrams = UnixDatagram::unbound().unwrap();
     let network = TcpListener::bind("127.0.0.1:0").unwrap();
     for wrong in [OwnedFd::from(file), datagrams.into(), network.into()] {
         let ended = Process::inheriting(wrong, "", &["--fd", "3", "--device", "emulated:size=1M"]).end();
-        assert!(ended.log.contains("file descriptor 3 is no UNIX stream socket"), "{}", ended.log);
+        assert!(ended.log.contains("file descriptor 3 is not a UNIX stream socket"), "{}", ended.log);
         assert_eq!((closed.status.code(), ended.status.code()), (Some(1), Some(1)));
     }
 }

@@ -159,7 +159,7 @@ fn the_log_and_the_statistics_say_what_the_vm_was_told() {
     let vm = toy.words();
     for part in [
         &format!("emulated: KVM shim: {vm}0 device(s) registered"),
-        &format!("emulated: registered: {vm}1 device(s) registered; KVM takes DMA for coherent; DMA is coherent: "),
+        &format!("emulated: registered: {vm}1 device(s) registered; KVM assumes coherent DMA; DMA is coherent: "),
         &format!("emulated: unregistered: {vm}0 device(s) registered"),
         " verdict=coherent kvm=coherent registrations=",
         " told=0 refused=0 discard_alarms=0",

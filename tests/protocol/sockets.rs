@@ -70,7 +70,7 @@ fn impossible_paths_are_refused_with_the_reason() {
     assert!(matches!(crate::rig::open(Listen::Path(file.clone())), Err(SocketError::NotASocketFile { .. })));
     assert_eq!(std::fs::read_to_string(file).unwrap(), "precious");
     match crate::rig::open(Listen::Path(nowhere)) {
-        Err(SocketError::Path { what: "bind", source, .. }) => assert_eq!(source.raw_os_error(), Some(libc::ENOENT)),
+        Err(SocketError::Path { step: "bind", source, .. }) => assert_eq!(source.raw_os_error(), Some(libc::ENOENT)),
         other => panic!("{:?}", other.err()),
     }
 }

@@ -80,14 +80,14 @@ fn the_hosts_request_reaches_the_virtual_machine_and_its_leaving_ends_the_server
     assert!(client.read(crate::client::CONFIG, 0, 4).is_ok(), "and served until it has unplugged");
     drop(client);
 
-    assert_eq!(rig.ended(), vhost_device_vfio::vfio_user::Ended::HostWantsFunction);
+    assert_eq!(rig.ended(), vhost_device_vfio::vfio_user::EndReason::HostWantsFunction);
 }
 
 #[test]
 fn a_function_that_nobody_uses_is_given_back_at_once() {
     let rig = Rig::new();
     rig.machine.request_removal();
-    assert_eq!(rig.ended(), vhost_device_vfio::vfio_user::Ended::HostWantsFunction);
+    assert_eq!(rig.ended(), vhost_device_vfio::vfio_user::EndReason::HostWantsFunction);
 }
 
 #[test]
@@ -98,5 +98,5 @@ fn a_virtual_machine_that_does_not_unplug_loses_the_function() {
     rig.machine.request_removal();
 
     assert!(client.receive().is_none(), "the server hangs up after 10 s");
-    assert_eq!(rig.ended(), vhost_device_vfio::vfio_user::Ended::HostWantsFunction);
+    assert_eq!(rig.ended(), vhost_device_vfio::vfio_user::EndReason::HostWantsFunction);
 }

@@ -14,7 +14,7 @@ use vhost_device_vfio::emulated::{Machine, Options};
 use vhost_device_vfio::kvm::Vmm;
 use vhost_device_vfio::passthrough::{BarAccess, Passthrough};
 use vhost_device_vfio::socket::Listen;
-use vhost_device_vfio::vfio_user::{Ended, Server};
+use vhost_device_vfio::vfio_user::{EndReason, Server};
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::client::Client;
@@ -24,7 +24,7 @@ pub(crate) struct Rig {
     pub(crate) machine: Machine,
     pub(crate) path: PathBuf,
     stop: OwnedFd,
-    thread: Option<JoinHandle<Ended>>,
+    thread: Option<JoinHandle<EndReason>>,
     _directory: TempDir,
 }
 
@@ -81,7 +81,7 @@ impl Rig {
     }
 
     /// Why the server ended by itself.
-    pub(crate) fn ended(mut self) -> Ended {
+    pub(crate) fn ended(mut self) -> EndReason {
         self.thread.take().unwrap().join().unwrap()
     }
 }
@@ -91,7 +91,7 @@ impl Drop for Rig {
         if let Some(thread) = self.thread.take() {
             signal(&self.stop);
             let ended = thread.join();
-            assert!(std::thread::panicking() || ended.unwrap() == Ended::Stopped);
+            assert!(std::thread::panicking() || ended.unwrap() == EndReason::Stopped);
         }
     }
 }

@@ -1,63 +1,63 @@
-//! Can this device's DMA go behind the CPU caches, and what follows? One pure function answers, from facts that others
-//! gather; everything else obeys. No descriptor, no `unsafe`, no I/O in this room.
+//! Can this device's DMA bypass the CPU caches, and what must be done about it? One pure function decides, from facts that
+//! other modules gather. This module has no descriptor, no `unsafe` and no I/O.
 //!
-//! A PCI Express function may mark a transaction No Snoop (PCIe 6.0 §2.2.6.5). Unless the IOMMU overrides the mark, such a
-//! read sees DRAM instead of a dirty cache line, and such a write leaves a stale line in the cache.
+//! A PCI Express function may mark a transaction No Snoop (PCIe 6.0 §2.2.6.5). Unless the IOMMU overrides the attribute, such a
+//! read returns DRAM instead of a dirty cache line, and such a write leaves a stale line in the cache.
 //!
 //! | snoop enforced | No Snoop      | policy   | A mediated     | B direct rings | C whole function                     |
 //! |----------------|---------------|----------|----------------|----------------|--------------------------------------|
 //! | yes            | any           | any      | enforced       | enforced       | enforced                             |
 //! | no             | never set     | any but assume | never set | never set     | never set                            |
-//! | no             | controllable  | suppress | held off       | held off       | held off, the guest's writes masked  |
+//! | no             | controllable  | suppress | disabled       | disabled       | disabled, the guest's writes masked  |
 //! | no             | controllable  | allow    | flush, tell    | refuse         | flush, tell; refuse without a shim   |
 //! | no             | not ours      | suppress, allow | flush, tell | refuse     | flush, tell; refuse without a shim   |
 //! | no             | any           | assume   | flush, tell    | refuse         | flush, tell; refuse without a shim   |
 //! | no             | controllable, not ours | refuse | refuse  | refuse         | refuse                               |
 //!
-//! A row that flushes refuses if this CPU gives programs no cache-line operations. *Tell*: KVM hears of it through the shim in
-//! the VM's process, if one is there; how that is done, and what if it fails, is the room `kvm`'s matter.
+//! A cell that flushes becomes a refusal if this CPU has no cache-line operations for user space. *Tell*: KVM is told through the
+//! shim in the VM's process, if there is one; see `kvm`.
 //!
-//! Why the columns differ: in A the guest's virtio driver takes DMA for coherent and never flushes, but every request passes
-//! through this process, which can. In B the device reads the guest's rings with nobody in between. In C the guest runs the
-//! device's own driver, which may use No Snoop and flush by itself; KVM must then let its cache instructions through.
+//! Why the columns differ: in A the guest's virtio driver assumes coherent DMA and never flushes, but every request passes
+//! through this process, which flushes. In B the device reads the guest's rings directly, and nothing flushes. In C the guest
+//! runs the device's own driver, which may use No Snoop and flush by itself; KVM must then let its cache instructions through.
 
 use std::fmt;
 
-/// What the device may do about No Snoop.
+/// What the probe of the Enable No Snoop bit has found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoSnoop {
-    /// Enable No Snoop is hardwired to zero: the function never sets the mark (PCIe 6.0 §7.5.3.4).
+    /// Enable No Snoop is hardwired to zero: the function never sets the attribute (PCIe 6.0 §7.5.3.4).
     NeverSet,
-    /// The bit can be set and cleared, by us alone.
+    /// The bit can be set and cleared, and only by this process.
     Controllable,
-    /// The bit is not there, does not govern, or governs elsewhere.
+    /// The function has no such bit, or the bit does not control its transactions.
     NotOurs(NotOurs),
 }
 
 /// Why the bit cannot be relied on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NotOurs {
-    /// A virtual function: the bit is reserved there, the physical function's governs (PCIe 6.0 §9.3.5.4).
+    /// A virtual function: its bit is reserved, and the physical function's bit applies (PCIe 6.0 §9.3.5.4).
     VirtualFunction,
     /// No PCI Express capability, so no such bit.
     NoCapability,
-    /// Intel integrated graphics, whose traffic does not honour the bit.
+    /// Intel integrated graphics, which ignores the bit.
     IntegratedGraphics,
     /// The bit reads 1 after it was cleared.
-    Disobeys,
+    StaysSet,
 }
 
-/// What the operator wants (`--no-snoop`).
+/// `--no-snoop`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Policy {
-    /// Hold the bit off where that is possible.
+    /// Keep the bit clear if possible, else flush.
     #[default]
     Suppress,
-    /// Let the device use it, and flush.
+    /// Leave the bit as it is, and flush.
     Allow,
-    /// Serve only a device whose DMA is coherent by itself or by the IOMMU.
+    /// Serve only a device that never sets No Snoop, or that is behind an IOMMU that enforces snooping.
     Refuse,
-    /// The device goes behind the caches whatever its bit says.
+    /// Assume that the device bypasses the caches, whatever its bit says.
     Assume,
 }
 
@@ -72,7 +72,7 @@ pub enum Personality {
     WholeFunction,
 }
 
-/// How this CPU lets a program write back and invalidate a cache line.
+/// The CPU's instruction for user space to write back and invalidate a cache line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheOps {
     /// x86 CLFLUSHOPT.
@@ -81,75 +81,75 @@ pub enum CacheOps {
     Clflush,
     /// Arm DC CIVAC.
     DcCivac,
-    /// Not at all.
+    /// There is none.
     None,
 }
 
-/// Everything the decision rests on.
+/// The input of the decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Facts {
     /// The IOMMU forces every transaction of the device to snoop.
     pub snoop_enforced: bool,
-    /// The device's own bit.
+    /// The device's Enable No Snoop bit.
     pub no_snoop: NoSnoop,
-    /// The operator's wish.
+    /// The operator's policy.
     pub policy: Policy,
-    /// The kind of service.
+    /// How the device is given to the guest.
     pub personality: Personality,
-    /// What the CPU offers.
+    /// What the CPU can flush with.
     pub cache_ops: CacheOps,
     /// A shim inside the VMM can tell KVM.
     pub shim: bool,
 }
 
-/// What to do.
+/// The decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// DMA is coherent; nothing to flush.
     Coherent(Coherent),
-    /// DMA may go behind the caches: flush when memory becomes reachable and when it no longer is.
+    /// DMA may bypass the caches: flush when memory is mapped and when it is unmapped.
     Flush(Flush),
-    /// It cannot be done right.
+    /// The device cannot be served correctly.
     Refuse(Refusal),
 }
 
 /// Why DMA is coherent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Coherent {
-    /// The IOMMU overrides the mark.
+    /// The IOMMU enforces snooping.
     Enforced,
-    /// The device never sets it.
+    /// The device never sets No Snoop.
     NeverSet,
-    /// The bit is held at zero by this process.
-    HeldOff {
-        /// The guest can reach configuration space, so its writes to the bit must be masked.
+    /// This process keeps Enable No Snoop clear.
+    Disabled {
+        /// The guest can write configuration space, so its writes to the bit must be masked.
         mask_guest_writes: bool,
     },
 }
 
-/// What a flushing verdict asks for, beside the flushes at map and unmap.
+/// What a flushing verdict requires besides the flushes at map and unmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flush {
-    /// Flush around each request too, and the device's own queues.
+    /// Also flush around each request, and the device's own queues.
     pub requests: bool,
-    /// Tell KVM: it keeps KVM's answer true, and without it the guest's own cache instructions have no effect.
+    /// Tell KVM. Otherwise it reports coherent DMA to its users, and the guest's own cache instructions have no effect.
     pub tell_kvm: bool,
 }
 
-/// Why it cannot be done right.
+/// Why the device cannot be served correctly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// The operator asked for it.
+    /// The policy is [`Policy::Refuse`].
     Policy,
-    /// The device would read rings that nobody flushes.
+    /// The device would read rings that nothing flushes.
     DirectRings,
     /// KVM cannot be told.
     NoShim,
-    /// Nothing to flush with.
+    /// The CPU has no instruction to flush with.
     NoCacheOps,
 }
 
-/// Decides. The arms stand in the order of the table above.
+/// Decides, by the table above.
 #[must_use]
 pub fn decide(facts: &Facts) -> Verdict {
     use NoSnoop::{Controllable, NeverSet, NotOurs};
@@ -161,14 +161,14 @@ pub fn decide(facts: &Facts) -> Verdict {
         (NeverSet, Suppress | Allow | Refuse) => Verdict::Coherent(Coherent::NeverSet),
         (Controllable, Suppress) => {
             let mask_guest_writes = facts.personality == Personality::WholeFunction;
-            Verdict::Coherent(Coherent::HeldOff { mask_guest_writes })
+            Verdict::Coherent(Coherent::Disabled { mask_guest_writes })
         }
         (Controllable, Allow) | (NotOurs(_), Suppress | Allow) | (_, Assume) => flush(facts),
         (Controllable | NotOurs(_), Refuse) => Verdict::Refuse(Refusal::Policy),
     }
 }
 
-/// The cells that flush, by column.
+/// The cells of the rows that flush.
 fn flush(facts: &Facts) -> Verdict {
     let with = |requests, tell_kvm| match facts.cache_ops {
         CacheOps::None => Verdict::Refuse(Refusal::NoCacheOps),
@@ -183,7 +183,7 @@ fn flush(facts: &Facts) -> Verdict {
 }
 
 impl Verdict {
-    /// In one word.
+    /// The verdict as one word, for JSON and the statistics.
     #[must_use]
     pub fn word(&self) -> &'static str {
         match self {
@@ -201,7 +201,7 @@ impl fmt::Display for NoSnoop {
             Self::Controllable => "No Snoop controllable (the bit can be set and cleared)",
             Self::NotOurs(NotOurs::VirtualFunction) => "No Snoop governed by the physical function",
             Self::NotOurs(NotOurs::NoCapability) => "No Snoop unknown (no PCI Express capability)",
-            Self::NotOurs(NotOurs::Disobeys) => "No Snoop uncontrollable (the bit reads 1 after it was cleared)",
+            Self::NotOurs(NotOurs::StaysSet) => "No Snoop uncontrollable (the bit reads 1 after it was cleared)",
             Self::NotOurs(NotOurs::IntegratedGraphics) => "No Snoop unknown (integrated graphics ignores the bit)",
         })
     }
@@ -212,7 +212,7 @@ impl fmt::Display for Verdict {
         f.write_str(match self {
             Self::Coherent(Coherent::Enforced) => "coherent: the IOMMU enforces snooping",
             Self::Coherent(Coherent::NeverSet) => "coherent: the device never sets No Snoop",
-            Self::Coherent(Coherent::HeldOff { .. }) => "coherent: No Snoop is held off",
+            Self::Coherent(Coherent::Disabled { .. }) => "coherent: No Snoop is disabled",
             Self::Flush(Flush { requests, tell_kvm }) => {
                 let requests = if *requests { ", at unmap and around each request" } else { " and at unmap" };
                 let kvm = if *tell_kvm { "KVM is told" } else { "KVM is not told" };
@@ -227,19 +227,19 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Policy => {
-                "refused: the device can go behind the CPU caches and --no-snoop=refuse was given; \
+                "refused: the device can bypass the CPU caches and --no-snoop=refuse was given; \
                  use an IOMMU that enforces snooping, or --no-snoop=suppress"
             }
             Self::DirectRings => {
-                "refused: the device can go behind the CPU caches, and nobody would flush the guest's rings; \
+                "refused: the device can bypass the CPU caches, and nothing flushes the guest's rings; \
                  use an IOMMU that enforces snooping, or serve the device as vhost-user-blk"
             }
             Self::NoShim => {
-                "refused: the device can go behind the CPU caches, and KVM cannot be told to let the guest flush them; \
+                "refused: the device can bypass the CPU caches, and KVM cannot be told to let the guest flush them; \
                  start QEMU with the shim preloaded and give --kvm-socket"
             }
             Self::NoCacheOps => {
-                "refused: the device can go behind the CPU caches, and this CPU gives programs no cache-line operations; \
+                "refused: the device can bypass the CPU caches, and this CPU has no cache-line operations for user space; \
                  use an IOMMU that enforces snooping"
             }
         })

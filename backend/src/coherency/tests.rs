@@ -1,4 +1,4 @@
-//! Walks every combination of facts and compares it with the table, written down a second time as rows.
+//! Compares the verdict for every combination of facts with a second copy of the table.
 
 use super::*;
 
@@ -8,7 +8,7 @@ const NO_SNOOPS: [NoSnoop; 6] = [
     NoSnoop::NotOurs(NotOurs::VirtualFunction),
     NoSnoop::NotOurs(NotOurs::NoCapability),
     NoSnoop::NotOurs(NotOurs::IntegratedGraphics),
-    NoSnoop::NotOurs(NotOurs::Disobeys),
+    NoSnoop::NotOurs(NotOurs::StaysSet),
 ];
 const POLICIES: [Policy; 4] = [Policy::Suppress, Policy::Allow, Policy::Refuse, Policy::Assume];
 const PERSONALITIES: [Personality; 3] = [Personality::Mediated, Personality::DirectRings, Personality::WholeFunction];
@@ -29,17 +29,17 @@ fn every_combination() -> impl Iterator<Item = Facts> {
     })
 }
 
-/// The table's cell as one word.
+/// The name of the table's cell.
 fn cell(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Coherent(Coherent::Enforced) => "enforced",
         Verdict::Coherent(Coherent::NeverSet) => "never",
-        Verdict::Coherent(Coherent::HeldOff { mask_guest_writes: false }) => "held",
-        Verdict::Coherent(Coherent::HeldOff { mask_guest_writes: true }) => "held+mask",
+        Verdict::Coherent(Coherent::Disabled { mask_guest_writes: false }) => "disabled",
+        Verdict::Coherent(Coherent::Disabled { mask_guest_writes: true }) => "disabled+mask",
         Verdict::Flush(Flush { requests: true, tell_kvm: true }) => "flush-io+kvm",
         Verdict::Flush(Flush { requests: true, tell_kvm: false }) => "flush-io",
         Verdict::Flush(Flush { requests: false, tell_kvm: true }) => "flush+kvm",
-        Verdict::Flush(other) => panic!("no cell says {other:?}"),
+        Verdict::Flush(other) => panic!("no cell has {other:?}"),
         Verdict::Refuse(Refusal::Policy) => "refuse-policy",
         Verdict::Refuse(Refusal::DirectRings) => "refuse-rings",
         Verdict::Refuse(Refusal::NoShim) => "refuse-shim",
@@ -47,13 +47,13 @@ fn cell(verdict: Verdict) -> &'static str {
     }
 }
 
-/// The row of the table for facts that no IOMMU overrides: the cells of columns A, B and C with a shim.
+/// A row of the table where snooping is not enforced: the cells of columns A, B and C with a shim.
 fn row(no_snoop: NoSnoop, policy: Policy) -> [&'static str; 3] {
     const FLUSH: [&str; 3] = ["flush-io+kvm", "refuse-rings", "flush+kvm"];
     match (no_snoop, policy) {
         (NoSnoop::NeverSet, Policy::Assume) => FLUSH,
         (NoSnoop::NeverSet, _) => ["never"; 3],
-        (NoSnoop::Controllable, Policy::Suppress) => ["held", "held", "held+mask"],
+        (NoSnoop::Controllable, Policy::Suppress) => ["disabled", "disabled", "disabled+mask"],
         (_, Policy::Refuse) => ["refuse-policy"; 3],
         _ => FLUSH,
     }
@@ -61,7 +61,7 @@ fn row(no_snoop: NoSnoop, policy: Policy) -> [&'static str; 3] {
 
 #[test]
 fn every_combination_of_facts_gets_the_cell_of_the_table() {
-    let mut walked = 0;
+    let mut combinations = 0;
     for facts in every_combination() {
         let mut expected = match facts.personality {
             _ if facts.snoop_enforced => "enforced",
@@ -78,16 +78,16 @@ fn every_combination_of_facts_gets_the_cell_of_the_table() {
             expected = "refuse-ops";
         }
         assert_eq!(cell(decide(&facts)), expected, "{facts:?}");
-        walked += 1;
+        combinations += 1;
     }
-    assert_eq!(walked, 2 * 6 * 4 * 3 * 4 * 2);
+    assert_eq!(combinations, 2 * 6 * 4 * 3 * 4 * 2);
 }
 
 #[test]
 fn every_refusal_says_what_is_wrong_and_what_to_do() {
     let refusals = [
         (Refusal::Policy, "--no-snoop=refuse was given", "--no-snoop=suppress"),
-        (Refusal::DirectRings, "nobody would flush the guest's rings", "serve the device as vhost-user-blk"),
+        (Refusal::DirectRings, "nothing flushes the guest's rings", "serve the device as vhost-user-blk"),
         (Refusal::NoShim, "KVM cannot be told", "--kvm-socket"),
         (Refusal::NoCacheOps, "no cache-line operations", "an IOMMU that enforces snooping"),
     ];
@@ -98,7 +98,7 @@ fn every_refusal_says_what_is_wrong_and_what_to_do() {
 }
 
 #[test]
-fn a_flushing_verdict_is_never_given_where_nothing_can_flush() {
+fn no_verdict_flushes_without_cache_operations() {
     for facts in every_combination().filter(|facts| facts.cache_ops == CacheOps::None) {
         assert!(!matches!(decide(&facts), Verdict::Flush(_)), "{facts:?}");
     }

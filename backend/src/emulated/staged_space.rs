@@ -164,7 +164,7 @@ impl AddressSpace for StagedSpace {
         let whole = whole(region);
         self.0.iommu.check(whole.span)?;
         let added = self.0.mapped.add(&*self.0, whole);
-        added.map_err(|(span, (what, source))| MapError::Kernel { what, span, source })
+        added.map_err(|(span, (step, source))| MapError::Kernel { step, span, source })
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
@@ -193,7 +193,7 @@ impl AddressSpace for StagedSpace {
         let shared = SharedMemory::of(Arc::new(memory));
         let span = self.0.iommu.free_span(len as u64).ok_or(MapError::NoIova(bytes))?;
         let added = self.0.mapped.add(&*self.0, Piece { span, shared: &shared, offset: 0, file: None, writable: true });
-        added.map_err(|(span, (what, source))| MapError::Kernel { what, span, source })?;
+        added.map_err(|(span, (step, source))| MapError::Kernel { step, span, source })?;
         let mapping = Buffer { space: self.clone(), span, shared: shared.clone() };
         Ok(DmaBuffer::new(shared, span, Box::new(mapping)))
     }

@@ -1,32 +1,32 @@
-//! `inspect --json` and `list --json`: one JSON object each, for programs. This is the one description of their form.
+//! `inspect --json` and `list --json`: one JSON object each, for programs. This file specifies their format.
 //!
-//! `schema` is 1. It changes when a name goes or a value changes its meaning; names may be added without. Booleans and
-//! numbers are JSON's own, what is one of a few is a lower-case word, what is not known is null.
+//! `schema` is 1. It changes if a name is removed or a value changes its meaning; names may be added without a change. Booleans
+//! and numbers are JSON booleans and numbers, enumerations are lower-case words, unknown values are null.
 //!
 //! `inspect --json`:
 //!
-//! | name | type | what |
+//! | name | type | meaning |
 //! |---|---|---|
 //! | `function` | text | PCI address |
 //! | `class` | text or null | PCI class code, `0x010802` |
-//! | `driver` | text or null | the driver that holds it |
+//! | `driver` | text or null | the driver it is bound to |
 //! | `iommu_group` | number or null | |
 //! | `virtual_function` | boolean | |
-//! | `cache_line_bytes` | number or null | what this CPU flushes at a time; null: nothing it can flush with |
+//! | `cache_line_bytes` | number or null | cache line size of this CPU; null if it has no instruction to flush with |
 //! | `cache_instruction` | `clflushopt`, `clflush`, `dc-civac` or null | |
 //! | `snoop_enforced` | boolean or null | VFIO_DMA_CC_IOMMU on a page table made for this function |
-//! | `iommu` | text or null | what IOMMU_GET_HW_INFO says; evidence only |
-//! | `no_snoop` | `never-set`, `controllable`, `not-ours` or null | Enable No Snoop, tried with bus master off |
+//! | `iommu` | text or null | the answer of IOMMU_GET_HW_INFO; no verdict depends on it |
+//! | `no_snoop` | `never-set`, `controllable`, `not-ours` or null | the probe of Enable No Snoop with bus master off |
 //! | `kvm` | object or null | the shim's answer: `vmm_pid`, `vms`, `registered`, `told` (numbers), `kept` (boolean) |
-//! | `verdicts` | object or null | by kind of service, `vhost_user_blk`, `direct_rings`, `whole_function`: `serves` (boolean), `verdict` (`coherent`, `flush`, `refuse`), `reason` (text) |
-//! | `advice` | list of text | what would lead to a better verdict |
+//! | `verdicts` | object or null | by personality, `vhost_user_blk`, `direct_rings`, `whole_function`: `serves` (boolean), `verdict` (`coherent`, `flush`, `refuse`), `reason` (text) |
+//! | `advice` | list of text | how to get a better verdict |
 //!
-//! `list --json`: `schema` and `functions`, a list of objects with `function`, `class`, `driver`, `iommu_group`, `iommu` (its
-//! name in sysfs) as above, and `verdict`: the word for `vhost_user_blk`, or null.
+//! `list --json`: `schema`, and `functions`, a list of objects with `function`, `class`, `driver`, `iommu_group` as above,
+//! `iommu` (its name in sysfs), and `verdict` (the word for `vhost_user_blk`, or null).
 
 use serde::Serialize;
 
-use super::list::Listed;
+use super::list::ListEntry;
 use super::report::Report;
 use crate::coherency::{NoSnoop, Verdict};
 use crate::sys::{CacheLines, Instruction};
@@ -77,11 +77,11 @@ struct VerdictJson {
 #[derive(Serialize)]
 struct ListJson<'a> {
     schema: u32,
-    functions: Vec<ListedJson<'a>>,
+    functions: Vec<ListEntryJson<'a>>,
 }
 
 #[derive(Serialize)]
-struct ListedJson<'a> {
+struct ListEntryJson<'a> {
     function: String,
     class: &'a str,
     driver: Option<&'a str>,
@@ -91,7 +91,7 @@ struct ListedJson<'a> {
 }
 
 impl Report {
-    /// The report as one JSON object, see the top of this file.
+    /// The report as one JSON object, in the format above.
     #[must_use]
     pub fn json(&self) -> String {
         text(&self.to_json(CacheLines::detect()))
@@ -147,16 +147,16 @@ impl From<&Verdict> for VerdictJson {
     }
 }
 
-/// `list --json`: one JSON object, see the top of this file.
+/// The list as one JSON object, in the format above.
 #[must_use]
-pub fn list_json(functions: &[Listed]) -> String {
-    let functions = functions.iter().map(|listed| ListedJson {
-        function: listed.address.to_string(),
-        class: &listed.class,
-        driver: listed.driver.as_deref(),
-        iommu_group: listed.group.parse().ok(),
-        iommu: listed.iommu.as_deref(),
-        verdict: listed.verdict.as_ref().and_then(|verdict| verdict.as_ref().ok().copied()),
+pub fn list_json(functions: &[ListEntry]) -> String {
+    let functions = functions.iter().map(|entry| ListEntryJson {
+        function: entry.address.to_string(),
+        class: &entry.class,
+        driver: entry.driver.as_deref(),
+        iommu_group: entry.group.parse().ok(),
+        iommu: entry.iommu.as_deref(),
+        verdict: entry.verdict.as_ref().and_then(|verdict| verdict.as_ref().ok().copied()),
     });
     text(&ListJson { schema: SCHEMA, functions: functions.collect() })
 }
@@ -202,25 +202,25 @@ mod tests {
     }
 
     #[test]
-    fn the_form_of_a_report_is_schema_1() {
+    fn the_format_of_a_report_is_schema_1() {
         let json = text(&report().to_json(None));
 
-        let wanted = concat!(
+        let expected = concat!(
             r#"{"schema":1,"function":"0000:00:04.0","class":"0x010802","driver":"vfio-pci","iommu_group":5,"#,
             r#""virtual_function":false,"cache_line_bytes":null,"cache_instruction":null,"snoop_enforced":false,"#,
             r#""iommu":"Intel VT-d, ECAP.SC=0","no_snoop":"controllable","kvm":null,"verdicts":{"#,
             r#""vhost_user_blk":{"serves":true,"verdict":"coherent","reason":"coherent: the device never sets No Snoop"},"#,
             r#""direct_rings":{"serves":true,"verdict":"flush","reason":"not coherent: flushed at map, at unmap and around "#,
             r#"each request; KVM is not told"},"#,
-            r#""whole_function":{"serves":false,"verdict":"refuse","reason":"refused: the device can go behind the CPU "#,
+            r#""whole_function":{"serves":false,"verdict":"refuse","reason":"refused: the device can bypass the CPU "#,
             r#"caches, and KVM cannot be told to let the guest flush them; start QEMU with the shim preloaded and give "#,
             r#"--kvm-socket"}},"advice":["say \"no\""]}"#,
         );
-        assert_eq!(json, wanted);
+        assert_eq!(json, expected);
     }
 
     #[test]
-    fn what_is_not_known_is_null() {
+    fn unknown_values_are_null() {
         let facts = vec![fact("class", "unknown"), fact("driver", "none"), fact("iommu-group", "none")];
         let report = Report { facts, evidence: None, verdicts: Vec::new(), advice: Vec::new(), ..report() };
 
@@ -232,8 +232,8 @@ mod tests {
     }
 
     #[test]
-    fn the_form_of_a_list_is_schema_1() {
-        let listed = |driver: Option<&str>, verdict| Listed {
+    fn the_format_of_a_list_is_schema_1() {
+        let entry = |driver: Option<&str>, verdict| ListEntry {
             address: "0000:00:04.0".parse().unwrap(),
             class: "0x010802".into(),
             driver: driver.map(str::to_owned),
@@ -242,13 +242,13 @@ mod tests {
             verdict,
         };
 
-        let json = list_json(&[listed(Some("vfio-pci"), Some(Ok("coherent"))), listed(None, None)]);
+        let json = list_json(&[entry(Some("vfio-pci"), Some(Ok("coherent"))), entry(None, None)]);
 
-        let wanted = concat!(
+        let expected = concat!(
             r#"{"schema":1,"functions":[{"function":"0000:00:04.0","class":"0x010802","driver":"vfio-pci","#,
             r#""iommu_group":5,"iommu":"dmar0","verdict":"coherent"},{"function":"0000:00:04.0","class":"0x010802","#,
             r#""driver":null,"iommu_group":5,"iommu":"dmar0","verdict":null}]}"#,
         );
-        assert_eq!(json, wanted);
+        assert_eq!(json, expected);
     }
 }

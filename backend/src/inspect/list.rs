@@ -1,4 +1,4 @@
-//! Every function behind an IOMMU, with the verdict on it.
+//! All functions behind an IOMMU, with their verdicts.
 
 use std::fmt;
 use std::fs;
@@ -7,37 +7,37 @@ use crate::acquire::AcquiredFunction;
 use crate::coherency::{Personality, Policy, decide};
 use crate::vfio::PciAddress;
 
-/// One function behind an IOMMU. It prints as one line.
+/// One function behind an IOMMU. It displays as one line.
 #[derive(Clone, Debug)]
-pub struct Listed {
+pub struct ListEntry {
     pub(super) address: PciAddress,
-    /// PCI class code, as sysfs has it: `0x010802`.
+    /// PCI class code as in sysfs: `0x010802`.
     pub(super) class: String,
     pub(super) driver: Option<String>,
     pub(super) group: String,
-    /// The IOMMU's name, as sysfs has it: `dmar0`.
+    /// Name of the IOMMU as in sysfs: `dmar0`.
     pub(super) iommu: Option<String>,
-    /// The verdict in a word, or why there is none; `None` for a function that vfio-pci does not hold.
+    /// The verdict in one word, or why there is none; `None` if the function is not bound to vfio-pci.
     pub(super) verdict: Option<Result<&'static str, String>>,
 }
 
-/// Every function that has an IOMMU group, sorted by address. One that vfio-pci holds is acquired for a moment.
+/// Every function that has an IOMMU group, sorted by address. A function bound to vfio-pci is acquired for a moment.
 #[must_use]
-pub fn list() -> Vec<Listed> {
+pub fn list() -> Vec<ListEntry> {
     let Ok(entries) = fs::read_dir("/sys/bus/pci/devices") else { return Vec::new() };
     let mut addresses: Vec<_> = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
     addresses.sort_by_key(PciAddress::to_string);
-    addresses.into_iter().filter_map(listed).collect()
+    addresses.into_iter().filter_map(entry).collect()
 }
 
-fn listed(address: PciAddress) -> Option<Listed> {
+fn entry(address: PciAddress) -> Option<ListEntry> {
     let group = address.group()?;
     let class = fs::read_to_string(address.sysfs().join("class")).unwrap_or_default().trim().to_owned();
     let driver = address.driver();
     let iommu = fs::read_link(address.sysfs().join("iommu")).ok();
     let iommu = iommu.as_ref().and_then(|link| Some(link.file_name()?.to_str()?.to_owned()));
     let verdict = (driver.as_deref() == Some("vfio-pci")).then(|| verdict(address));
-    Some(Listed { address, class, driver, group, iommu, verdict })
+    Some(ListEntry { address, class, driver, group, iommu, verdict })
 }
 
 fn verdict(address: PciAddress) -> Result<&'static str, String> {
@@ -45,7 +45,7 @@ fn verdict(address: PciAddress) -> Result<&'static str, String> {
     Ok(decide(&acquired.evidence().facts(Personality::Mediated, Policy::default(), false)).word())
 }
 
-impl fmt::Display for Listed {
+impl fmt::Display for ListEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { address, class, group, .. } = self;
         let (driver, iommu) = (self.driver.as_deref().unwrap_or("-"), self.iommu.as_deref().unwrap_or("-"));

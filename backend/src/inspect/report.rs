@@ -1,5 +1,5 @@
-//! Shows what is known about a function's caches, with the source of each fact, and what follows for each kind of service.
-//! Nothing is left changed: a function that vfio-pci holds is taken, asked and released; any other is only looked at.
+//! The report of `inspect`: each fact with its source, and the verdict for each personality. Nothing stays changed: a function
+//! bound to vfio-pci is acquired, probed and released; of any other only sysfs is read.
 
 use std::fmt;
 use std::fs;
@@ -13,25 +13,25 @@ use crate::kvm;
 use crate::sys::CacheLines;
 use crate::vfio::PciAddress;
 
-/// One fact, in words, and where it comes from.
+/// One fact as text, with its source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fact {
     /// A short name.
     pub name: &'static str,
-    /// What was found.
+    /// The value.
     pub value: String,
-    /// Where.
+    /// The source, such as a file in sysfs.
     pub source: String,
 }
 
-/// The report on one function. It prints as text; [`Report::json`] is for programs.
+/// The report on one function. It displays as text; [`Report::json`] is for programs.
 #[derive(Clone, Debug)]
 pub struct Report {
     pub(super) address: PciAddress,
     pub(super) facts: Vec<Fact>,
-    /// What the verdicts rest on; `None` when it cannot be had.
+    /// The evidence for the verdicts; `None` if the function cannot be acquired.
     pub(super) evidence: Option<Evidence>,
-    /// The shim's answer, if it was asked and answered.
+    /// The shim's answer, if there is one.
     pub(super) shim: Option<Status>,
     /// One line for each personality; empty without evidence.
     pub(super) verdicts: Vec<(&'static str, Verdict)>,
@@ -45,30 +45,30 @@ const PERSONALITIES: [(&str, Personality); 3] = [
 ];
 
 impl Report {
-    /// Looks at the function, and takes it for a moment if vfio-pci holds it and nobody uses it; asks the shim at
-    /// `kvm_socket`.
+    /// Reads sysfs, queries the shim at `kvm_socket`, and acquires the function for a moment if it is bound to vfio-pci and not
+    /// in use.
     #[must_use]
     pub fn new(address: PciAddress, policy: Policy, kvm_socket: Option<&Path>) -> Self {
         let mut report = Self {
             address,
-            facts: outside(address),
+            facts: sysfs_facts(address),
             evidence: None,
             shim: None,
             verdicts: Vec::new(),
             advice: Vec::new(),
         };
-        let shim = kvm_socket.is_some_and(|socket| report.ask_shim(socket));
+        let shim = kvm_socket.is_some_and(|socket| report.query_shim(socket));
         match AcquiredFunction::acquire(address) {
             Ok(acquired) => report.add_evidence(acquired.evidence(), policy, shim),
             Err(error) => {
-                report.advice.push(format!("the kernel's own answer needs the function: {error}"));
+                report.advice.push(format!("the function could not be acquired, so there is no verdict: {error}"));
             }
         }
         report
     }
 
-    /// Adds what the shim in a VM's process says, which changes nothing there. True if there is one to talk with.
-    fn ask_shim(&mut self, socket: &Path) -> bool {
+    /// Adds the status of the shim in a VM's process, and changes nothing there. True if the shim has answered.
+    fn query_shim(&mut self, socket: &Path) -> bool {
         let answer = Client::connect(socket, Client::PATIENCE);
         let value = answer.as_ref().map_or_else(ToString::to_string, |(_, status)| kvm::describe(status));
         self.facts.push(Fact { name: "kvm", value, source: format!("the shim at {}", socket.display()) });
@@ -114,8 +114,8 @@ impl fmt::Display for Report {
     }
 }
 
-/// What can be seen without touching the function.
-fn outside(address: PciAddress) -> Vec<Fact> {
+/// The facts that can be read without opening the function.
+fn sysfs_facts(address: PciAddress) -> Vec<Fact> {
     let sysfs = address.sysfs();
     let fact = |name, value: Option<String>, none: &str, file: &str| Fact {
         name,
@@ -133,11 +133,11 @@ fn outside(address: PciAddress) -> Vec<Fact> {
     ]
 }
 
-/// What would lead to a better verdict.
+/// How to get a better verdict.
 fn advice(facts: &Facts) -> Option<String> {
     let better = match (decide(facts), facts.no_snoop) {
         (Verdict::Coherent(_), _) => return None,
-        (_, NoSnoop::Controllable) => "--no-snoop=suppress holds the bit off, and nothing needs flushing",
+        (_, NoSnoop::Controllable) => "--no-snoop=suppress keeps the bit clear, so no flushing is needed",
         (_, NoSnoop::NeverSet) => {
             "the device's bit says that it never uses No Snoop; drop --no-snoop=assume if that is true"
         }

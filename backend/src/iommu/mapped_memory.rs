@@ -1,5 +1,5 @@
-//! All memory of one address space: which ranges are exposed, cut into pieces, and how a change that fails on the way
-//! leaves them. The kernel's address space and the emulated one are both driven from here.
+//! All memory of one address space: it is mapped and unmapped piece by piece, and a map that fails halfway is undone. Used
+//! for the kernel's address space and for the emulated one.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,15 +13,15 @@ use crate::hardware::{MapError, SpaceStatistics};
 /// See the top of this file.
 pub struct MappedMemory {
     sequence: Sequence,
-    /// Pieces end where the address is a multiple of this; the kernel can never split a mapping.
+    /// Pieces end at multiples of this address. The kernel cannot split a mapping.
     chunk: u64,
-    /// What is mapped, by pieces.
+    /// The mapped pieces.
     ledger: Mutex<Ledger>,
     maps: AtomicU64,
 }
 
 impl MappedMemory {
-    /// Nothing is mapped. `chunk` is a power of two, bytes.
+    /// With nothing mapped. `flushing` if DMA may bypass the CPU caches; `chunk` is a power of two, in bytes.
     #[must_use]
     pub fn new(flushing: bool, chunk: u64) -> Self {
         let ledger = Mutex::default();
@@ -33,23 +33,22 @@ impl MappedMemory {
         self.sequence.require_flush_before_map();
     }
 
-    /// What is mapped.
     pub(super) fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Exposes all of `whole`, or nothing.
+    /// Maps all of `whole`, or nothing.
     ///
     /// # Errors
     /// The piece and the step that failed.
     pub fn add(&self, steps: &dyn Steps, whole: Piece<'_>) -> Result<(), (Span<Iova>, Failed)> {
         let mut progress = Progress::new(whole.span);
         for span in whole.span.chunks(self.chunk) {
-            // Before it is mapped, so that no buffer is placed there meanwhile.
-            self.ledger().enter(span);
+            // Before the map, so that no buffer is placed there meanwhile.
+            self.ledger().insert(span);
             if let Err(failed) = self.sequence.map(steps, whole.part(span)) {
-                self.ledger().strike(span);
-                self.take_back(steps, whole.span);
+                self.ledger().remove(span);
+                self.roll_back(steps, whole.span);
                 return Err((span, failed));
             }
             self.maps.fetch_add(1, Relaxed);
@@ -60,84 +59,83 @@ impl MappedMemory {
         Ok(())
     }
 
-    /// Unmaps what of `whole` has been exposed. The device has not been told of it, so it has written nothing there.
-    fn take_back(&self, steps: &dyn Steps, whole: Span<Iova>) {
-        for span in self.exposed(whole) {
+    /// Unmaps the pieces of `whole` that are mapped. The device does not know these addresses yet, so it has written nothing
+    /// there, and no flush is needed.
+    fn roll_back(&self, steps: &dyn Steps, whole: Span<Iova>) {
+        for span in self.mapped_pieces(whole) {
             match steps.unmap(super::sequence::Space::Live, span) {
-                Ok(()) => drop(self.ledger().strike(span)),
+                Ok(()) => drop(self.ledger().remove(span)),
                 Err(error) => log::error!("unmap {span}: {error}; it stays mapped"),
             }
         }
     }
 
-    /// The pieces of `whole` that are mapped.
-    fn exposed(&self, whole: Span<Iova>) -> Vec<Span<Iova>> {
+    fn mapped_pieces(&self, whole: Span<Iova>) -> Vec<Span<Iova>> {
         let ledger = self.ledger();
-        whole.chunks(self.chunk).filter(|span| ledger.holds(*span)).collect()
+        whole.chunks(self.chunk).filter(|span| ledger.contains(*span)).collect()
     }
 
-    /// Withdraws all of `whole`. When it fails, some pieces are withdrawn and the rest is still mapped; trying again goes on
-    /// there.
+    /// Unmaps all of `whole`. On failure, the remaining pieces are still mapped; another call continues with them.
     ///
     /// # Errors
-    /// [`MapError::DeviceMustBeIdle`] asks for [`Self::remove_while_idle`]; others are final.
+    /// [`MapError::DeviceMustBeIdle`] if [`Self::remove_while_idle`] must be used; other errors are final.
     pub fn remove(&self, steps: &dyn Steps, whole: Piece<'_>) -> Result<(), MapError> {
-        self.each(
+        self.unmap_pieces(
             whole,
             |piece| self.sequence.unmap(steps, piece),
-            |span, (what, source)| {
+            |span, (step, source)| {
                 let out_of_memory = source.raw_os_error() == Some(libc::ENOMEM);
                 if out_of_memory {
                     MapError::DeviceMustBeIdle { span }
                 } else {
-                    MapError::Kernel { what, span, source }
+                    MapError::Kernel { step, span, source }
                 }
             },
         )
     }
 
-    /// The same from a device that has nothing in flight.
+    /// As [`Self::remove`], by detaching the device, which must be idle.
     ///
     /// # Errors
-    /// What the kernel refused.
+    /// [`MapError::Kernel`] with the step that failed.
     pub fn remove_while_idle(&self, steps: &dyn Steps, whole: Piece<'_>) -> Result<(), MapError> {
-        log::warn!("unmap {}: no memory to keep it pinned meanwhile; the device is detached for it", whole.span);
-        let withdraw = |piece: Piece<'_>| self.sequence.unmap_detached(steps, piece);
-        self.each(whole, withdraw, |span, (what, source)| MapError::Kernel { what, span, source })
+        log::warn!("unmap {}: no memory to keep it pinned meanwhile; the device is detached to unmap it", whole.span);
+        let unmap = |piece: Piece<'_>| self.sequence.unmap_detached(steps, piece);
+        self.unmap_pieces(whole, unmap, |span, (step, source)| MapError::Kernel { step, span, source })
     }
 
-    fn each(
+    fn unmap_pieces(
         &self,
         whole: Piece<'_>,
-        withdraw: impl Fn(Piece<'_>) -> Result<(), Failed>,
+        unmap: impl Fn(Piece<'_>) -> Result<(), Failed>,
         error: impl Fn(Span<Iova>, Failed) -> MapError,
     ) -> Result<(), MapError> {
-        let spans = self.exposed(whole.span);
+        let spans = self.mapped_pieces(whole.span);
         if spans.is_empty() {
             return Err(MapError::NotMapped { span: whole.span });
         }
         for span in spans {
-            withdraw(whole.part(span)).map_err(|failed| error(span, failed))?;
-            self.ledger().strike(span);
+            unmap(whole.part(span)).map_err(|failed| error(span, failed))?;
+            self.ledger().remove(span);
         }
         Ok(())
     }
 
-    /// What has been done so far.
+    /// Counters since the start, and the bytes mapped now.
     #[must_use]
     pub fn statistics(&self) -> SpaceStatistics {
         let mapped = self.ledger().spans().map(|span| span.len()).sum();
         SpaceStatistics { maps: self.maps.load(Relaxed), mapped, ..self.sequence.cost() }
     }
 
-    /// In which order memory is exposed, in words.
+    /// The order of the steps by which memory is mapped, as text.
     #[must_use]
     pub fn order(&self) -> &'static str {
         self.sequence.order()
     }
 }
 
-/// Tells a person once a second how far a long map has come; the virtual machine stands still meanwhile.
+/// Reports the progress of a long map once a second: the virtual machine is stalled until it ends.
 struct Progress {
     whole: Span<Iova>,
     reported: Instant,
@@ -148,7 +146,7 @@ impl Progress {
         Self { whole, reported: Instant::now() }
     }
 
-    /// The line to write now that everything up to the end of `done` is mapped, if it is time for one.
+    /// Everything up to the end of `done` is mapped. Returns the line to log, if one is due.
     fn tick(&mut self, done: Span<Iova>, now: Instant) -> Option<String> {
         if now.saturating_duration_since(self.reported) < Duration::from_secs(1) {
             return None;
@@ -164,17 +162,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_long_map_tells_once_a_second_how_far_it_has_come() {
+    fn a_long_map_reports_its_progress_once_a_second() {
         const GIB: u64 = 1 << 30;
         let whole = Span::new(Iova(4 * GIB), 16 * GIB).unwrap();
         let mut progress = Progress::new(whole);
         let start = progress.reported;
 
         let ticks = (1..).zip(whole.chunks(GIB));
-        let told: Vec<_> =
+        let lines: Vec<_> =
             ticks.filter_map(|(n, done)| progress.tick(done, start + Duration::from_millis(300) * n)).collect();
 
         let line = |gib| format!("mapping 0x100000000+16G: {gib}G of 16G");
-        assert_eq!(told, [4, 8, 12, 16].map(line), "every 1.2 s");
+        assert_eq!(lines, [4, 8, 12, 16].map(line), "every 1.2 s");
     }
 }

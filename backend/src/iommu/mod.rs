@@ -1,16 +1,16 @@
-//! The device's address space: one live IOAS, one page table made from it for this device alone, and a ledger of what is
+//! The device's address space: one live IOAS, its page table (HWPT), which only this device uses, and a ledger of what is
 //! mapped there.
 //!
 //! ```text
-//! start   page table made ── attached, empty ── buffers mapped ── bus master on
-//! add     allowed? free? ── exposed piece by piece ── entered in the ledger
-//! remove  struck out ── withdrawn piece by piece
-//! stop    bus master off, reset ── detach ── buffers withdrawn ── page table destroyed
-//! away    (the host wants the device) as for stop, but what is mapped stays in the IOAS, unpinned, for the day it is back
+//! start    allocate the page table ── attach, empty ── map buffers ── bus master on
+//! add      allowed? free? ── for each piece: enter in the ledger, map
+//! remove   for each piece: unmap, remove from the ledger
+//! stop     bus master off, reset ── detach ── unmap buffers ── destroy the page table
+//! release  (the host wants the device) as stop, but the mappings stay in the IOAS, unpinned, until the device is back
 //! ```
 //!
-//! `sequence.rs` says what "expose" and "withdraw" mean with and without flushing; `mapped_memory.rs` walks the pieces and
-//! keeps the ledger. Pieces, because the kernel can never split a mapping; 1 GiB, because that is the largest IOMMU page.
+//! `sequence.rs` defines map and unmap, with and without flushing. `mapped_memory.rs` walks the pieces and keeps the ledger.
+//! A region is mapped in pieces because the kernel cannot split a mapping. A piece has at most 1 GiB, the largest IOMMU page.
 
 mod flusher;
 mod ledger;
@@ -38,24 +38,24 @@ use crate::memory::Region;
 use crate::sys::{CacheLines, Cdev, HwptId, Ioas, Iommufd, SharedMemory};
 use sequence::Failed;
 
-/// The largest piece mapped by one call.
+/// The largest piece mapped by one call, in bytes.
 const CHUNK: u64 = 1 << 30;
-/// Where the driver's own buffers end. AMD-Vi allows addresses of 64 bits and then maps none of the highest; what every
-/// processor has for user space is within what every page table of the kernel's has.
-const HIGHEST: Iova = Iova((1 << 47) - 1);
+/// The last IOVA of the driver's own buffers. AMD-Vi reports 64 bits of addresses but cannot map the highest. Every IOMMU page
+/// table of the kernel covers 47 bits.
+const LAST_BUFFER_IOVA: Iova = Iova((1 << 47) - 1);
 
-/// The address space of one device. Buffers made from it keep it alive.
+/// The address space of one device. Its buffers keep it alive.
 #[derive(Clone)]
 pub struct LiveSpace(Arc<Live>);
 
 struct Live {
-    // Not the page table: that belongs to the device, which may go and come back.
+    // Not the page table, which belongs to the device: the device can be released and reacquired.
     iommufd: Arc<Iommufd>,
     ioas: Ioas,
-    /// Where DMA may go behind the CPU caches.
+    /// `Some` if the device's DMA may bypass the CPU caches.
     staging: Option<Staging>,
     mapped: MappedMemory,
-    /// What the device allowed, while it is away; then the kernel itself allows everything.
+    /// While the device is released: the ranges it allowed. The kernel allows any range then.
     released_ranges: Mutex<Option<Vec<Span<Iova>>>>,
 }
 
@@ -64,17 +64,18 @@ struct Staging {
     lines: CacheLines,
     ioas: Ioas,
     device: Mutex<Device>,
-    /// What is exposed, to be flushed when the device comes or goes, neither of which happens while something is added.
-    exposed: Mutex<BTreeMap<Iova, (Span<Iova>, SharedMemory)>>,
+    /// All mapped memory, which is flushed when the device is released or reacquired. The lock is held across each map and
+    /// unmap, so neither runs during that flush.
+    flushable: Mutex<BTreeMap<Iova, (Span<Iova>, SharedMemory)>>,
 }
 
-/// The device as it is now.
+/// The device to which the live page table is attached.
 struct Device {
-    /// Its file; gone when the device has been let go, which then does no DMA.
+    /// Its file. Once it is closed, the device does no DMA.
     file: Weak<Cdev>,
     hwpt: HwptId,
-    /// The page table that is never attached and pins what is staged; none while the device is away, when nothing is pinned.
-    table: Option<PageTable>,
+    /// The staging page table, which is never attached. `None` while the device is released: nothing is pinned then.
+    staging_table: Option<PageTable>,
 }
 
 impl Staging {
@@ -82,12 +83,12 @@ impl Staging {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn exposed(&self) -> MutexGuard<'_, BTreeMap<Iova, (Span<Iova>, SharedMemory)>> {
-        self.exposed.lock().unwrap_or_else(PoisonError::into_inner)
+    fn flushable(&self) -> MutexGuard<'_, BTreeMap<Iova, (Span<Iova>, SharedMemory)>> {
+        self.flushable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn flush_all(&self, exposed: &BTreeMap<Iova, (Span<Iova>, SharedMemory)>) {
-        for (_, shared) in exposed.values() {
+    fn flush_all(&self, flushable: &BTreeMap<Iova, (Span<Iova>, SharedMemory)>) {
+        for (_, shared) in flushable.values() {
             flush(&self.lines, shared, 0, shared.len());
         }
     }
@@ -106,40 +107,40 @@ impl LiveSpace {
         Self(Arc::new(Live { iommufd, ioas, staging, mapped, released_ranges: Mutex::default() }))
     }
 
-    /// For `device`, whose DMA may go behind the CPU caches; everything is flushed with `lines` before the device can reach
-    /// it and after it no longer can.
+    /// For `device`, whose DMA may bypass the CPU caches. Memory is flushed with `lines` before the device can reach it, and
+    /// after it no longer can.
     ///
     /// # Errors
-    /// The errno of making the staging page table.
+    /// The errno of allocating the staging page table.
     pub fn flushing(table: &PageTable, lines: CacheLines, device: Weak<Cdev>) -> io::Result<Self> {
         let ioas = table.iommufd.alloc_ioas()?;
-        let device = Device { file: device, hwpt: table.id(), table: Some(table.beside(&ioas)?) };
-        let staging = Staging { lines, ioas, device: Mutex::new(device), exposed: Mutex::default() };
+        let device = Device { file: device, hwpt: table.id(), staging_table: Some(table.for_staging(&ioas)?) };
+        let staging = Staging { lines, ioas, device: Mutex::new(device), flushable: Mutex::default() };
         Ok(Self::with(table, Some(staging)))
     }
 
-    /// Where the page table of a device that comes back must be made: it then maps, and pins, what is mapped here.
+    /// Where to allocate the page table of a reacquired device: a page table of this IOAS maps, and pins, what is mapped here.
     #[must_use]
-    pub fn place(&self) -> (Arc<Iommufd>, Ioas) {
+    pub fn iommufd_and_ioas(&self) -> (Arc<Iommufd>, Ioas) {
         (Arc::clone(&self.0.iommufd), self.0.ioas.clone())
     }
 
-    /// A device has come back and been attached to `table`; it does no DMA yet.
+    /// Takes a reacquired device, which is attached to `table` and does no DMA yet.
     ///
     /// # Errors
-    /// The errno of making another staging page table.
-    pub fn join(&self, table: &PageTable, device: Weak<Cdev>) -> io::Result<()> {
+    /// The errno of allocating another staging page table.
+    pub fn rejoin(&self, table: &PageTable, device: Weak<Cdev>) -> io::Result<()> {
         if let Some(staging) = &self.0.staging {
-            let exposed = staging.exposed();
-            let pen = table.beside(&staging.ioas)?;
-            *staging.device() = Device { file: device, hwpt: table.id(), table: Some(pen) };
-            staging.flush_all(&exposed);
+            let flushable = staging.flushable();
+            let staging_table = Some(table.for_staging(&staging.ioas)?);
+            *staging.device() = Device { file: device, hwpt: table.id(), staging_table };
+            staging.flush_all(&flushable);
         }
         *self.0.released_ranges() = None;
         Ok(())
     }
 
-    /// In which order memory becomes reachable, in words.
+    /// The order of the steps by which memory is mapped, as text.
     #[must_use]
     pub fn order(&self) -> &'static str {
         self.0.mapped.order()
@@ -150,7 +151,7 @@ impl Steps for Live {
     fn map(&self, space: Space, piece: Piece<'_>) -> io::Result<()> {
         if let Some((file, offset)) = piece.file {
             match self.iommufd.map_file(self.ioas(space), file, offset, piece.span, piece.writable) {
-                // Linux before 6.13 does not know the call.
+                // Linux before 6.13 has no IOMMU_IOAS_MAP_FILE.
                 Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {}
                 other => return other,
             }
@@ -196,37 +197,37 @@ impl Live {
         self.released_ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Exposes `whole`, and remembers it if it will have to be flushed.
-    fn expose(&self, whole: Piece<'_>) -> Result<(), MapError> {
-        let mut exposed = self.staging.as_ref().map(Staging::exposed);
+    /// Maps `whole`, and records it if it must be flushed later.
+    fn add_mapping(&self, whole: Piece<'_>) -> Result<(), MapError> {
+        let mut flushable = self.staging.as_ref().map(Staging::flushable);
         self.mapped.add(self, whole).map_err(|(span, failed)| self.explain(span, failed))?;
-        if let Some(exposed) = &mut exposed {
-            exposed.insert(whole.span.start(), (whole.span, whole.shared.clone()));
+        if let Some(flushable) = &mut flushable {
+            flushable.insert(whole.span.start(), (whole.span, whole.shared.clone()));
         }
         Ok(())
     }
 
-    /// Runs `remove`, which withdraws `whole`, and forgets it.
-    fn withdraw(&self, whole: Piece<'_>, remove: impl FnOnce() -> Result<(), MapError>) -> Result<(), MapError> {
-        let mut exposed = self.staging.as_ref().map(Staging::exposed);
-        remove()?;
-        if let Some(exposed) = &mut exposed {
-            exposed.remove(&whole.span.start());
+    /// Runs `unmap`, which unmaps `whole`, and deletes the record.
+    fn remove_mapping(&self, whole: Piece<'_>, unmap: impl FnOnce() -> Result<(), MapError>) -> Result<(), MapError> {
+        let mut flushable = self.staging.as_ref().map(Staging::flushable);
+        unmap()?;
+        if let Some(flushable) = &mut flushable {
+            flushable.remove(&whole.span.start());
         }
         Ok(())
     }
 
-    /// The ranges this address space allows now; asked each time, because attaching a device narrows them.
+    /// The ranges that this address space allows now. Queried each time, because attaching a device narrows them.
     fn allowed(&self, about: Span<Iova>) -> Result<Vec<Span<Iova>>, MapError> {
         if let Some(ranges) = &*self.released_ranges() {
             return Ok(ranges.clone());
         }
-        let kernel = |source| MapError::Kernel { what: "IOMMU_IOAS_IOVA_RANGES for", span: about, source };
+        let kernel = |source| MapError::Kernel { step: "IOMMU_IOAS_IOVA_RANGES for", span: about, source };
         self.iommufd.iova_ranges(&self.ioas).map_err(kernel)
     }
 
-    /// Turns ENOMEM into the limit it stands for, if that is what it is.
-    fn explain(&self, span: Span<Iova>, (what, source): Failed) -> MapError {
+    /// Turns ENOMEM into an error that names RLIMIT_MEMLOCK, if that limit is the cause.
+    fn explain(&self, span: Span<Iova>, (step, source): Failed) -> MapError {
         let limit = getrlimit(Resource::Memlock).current;
         let pinned = self.mapped.statistics().mapped;
         let needed = pinned.saturating_add(span.len());
@@ -234,7 +235,7 @@ impl Live {
             Some(limit) if source.raw_os_error() == Some(libc::ENOMEM) && needed > limit => {
                 MapError::MemLock { span, needed_kib: needed / 1024, allowed_kib: limit / 1024 }
             }
-            _ => MapError::Kernel { what, span, source },
+            _ => MapError::Kernel { step, span, source },
         }
     }
 }
@@ -257,17 +258,17 @@ impl AddressSpace for LiveSpace {
         if let Some(taken) = taken {
             return Err(MapError::Overlap { span: whole.span, taken });
         }
-        live.expose(whole)
+        live.add_mapping(whole)
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
         let (live, whole) = (&*self.0, whole(region));
-        live.withdraw(whole, || live.mapped.remove(live, whole))
+        live.remove_mapping(whole, || live.mapped.remove(live, whole))
     }
 
     fn remove_while_idle(&self, region: &Region) -> Result<(), MapError> {
         let (live, whole) = (&*self.0, whole(region));
-        live.withdraw(whole, || live.mapped.remove_while_idle(live, whole))
+        live.remove_mapping(whole, || live.mapped.remove_while_idle(live, whole))
     }
 
     fn require_flush_before_map(&self) {
@@ -276,14 +277,14 @@ impl AddressSpace for LiveSpace {
 
     fn release(&self) {
         let ranges = self.0.iommufd.iova_ranges(&self.0.ioas).unwrap_or_else(|error| {
-            log::error!("IOMMU_IOAS_IOVA_RANGES: {error}; while the device is away no memory can be mapped");
+            log::error!("IOMMU_IOAS_IOVA_RANGES: {error}; no memory can be mapped while the device is released");
             Vec::new()
         });
         *self.0.released_ranges() = Some(ranges);
         if let Some(staging) = &self.0.staging {
-            let exposed = staging.exposed();
-            staging.flush_all(&exposed);
-            staging.device().table = None;
+            let flushable = staging.flushable();
+            staging.flush_all(&flushable);
+            staging.device().staging_table = None;
         }
     }
 
@@ -310,36 +311,36 @@ impl AddressSpace for LiveSpace {
         let len = bytes.checked_next_multiple_of(page).ok_or(MapError::NoIova(bytes))?;
         let file = memfd_create("vhost-device-vfio-dma", MemfdFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
         ftruncate(&file, len as u64).map_err(|e| failed(e.into()))?;
-        let place = FileOffset::new(file.into(), 0);
-        let mapping = MmapRegion::from_file(place.clone(), len).map_err(|e| failed(io::Error::other(e)))?;
+        let file = FileOffset::new(file.into(), 0);
+        let mapping = MmapRegion::from_file(file.clone(), len).map_err(|e| failed(io::Error::other(e)))?;
         let shared = SharedMemory::of(Arc::new(mapping));
 
         let zero = Span::new(Iova(0), len as u64).ok_or(MapError::NoIova(bytes))?;
         let allowed = live.allowed(zero)?;
-        let below = |range: &Span<Iova>| Span::inclusive(range.start(), range.last().min(HIGHEST));
+        let below = |range: &Span<Iova>| Span::inclusive(range.start(), range.last().min(LAST_BUFFER_IOVA));
         let allowed: Vec<_> = allowed.iter().filter_map(below).collect();
         let gap = live.mapped.ledger().highest_gap(&allowed, len as u64, page as u64);
         let span = gap.ok_or(MapError::NoIova(bytes))?;
-        let whole = Piece { span, shared: &shared, offset: 0, file: Some((place.file().as_fd(), 0)), writable: true };
-        live.expose(whole)?;
-        let mapping = Mapped { space: Arc::clone(&self.0), span, shared: shared.clone() };
+        let whole = Piece { span, shared: &shared, offset: 0, file: Some((file.file().as_fd(), 0)), writable: true };
+        live.add_mapping(whole)?;
+        let mapping = BufferMapping { space: Arc::clone(&self.0), span, shared: shared.clone() };
         Ok(DmaBuffer::new(shared, span, Box::new(mapping)))
     }
 }
 
-/// A buffer's mapping; taken away on drop, when the device has been told to forget it.
-struct Mapped {
+/// A buffer's mapping, unmapped on drop. The device no longer uses the buffer then.
+struct BufferMapping {
     space: Arc<Live>,
     span: Span<Iova>,
     shared: SharedMemory,
 }
 
-impl Drop for Mapped {
+impl Drop for BufferMapping {
     fn drop(&mut self) {
         let live = &*self.space;
         let whole = Piece { span: self.span, shared: &self.shared, offset: 0, file: None, writable: true };
-        let removed = live.withdraw(whole, || match live.mapped.remove(live, whole) {
-            // Nothing is in flight when the driver lets go of its memory.
+        let removed = live.remove_mapping(whole, || match live.mapped.remove(live, whole) {
+            // The driver frees its memory only when nothing is in flight.
             Err(MapError::DeviceMustBeIdle { .. }) => live.mapped.remove_while_idle(live, whole),
             other => other,
         });

@@ -1,8 +1,8 @@
-//! The page table that a device is attached to, and the address space that fills it.
+//! The page table (HWPT) that a device is attached to, and the address space (IOAS) that fills it.
 //!
-//! Made explicitly (`IOMMU_HWPT_ALLOC`), it outlives the attachment: what it maps is pinned before the device is attached
-//! and stays pinned after it is detached. The kernel's automatic page table would be destroyed, and its pages unpinned, the
-//! moment the device is detached.
+//! It is allocated explicitly (`IOMMU_HWPT_ALLOC`), so it outlives the attachment: mapped pages are pinned before the device is
+//! attached and stay pinned after it is detached. The kernel destroys its automatic page table, and unpins the pages, when
+//! the device is detached.
 
 use std::fmt;
 use std::io;
@@ -13,7 +13,7 @@ use crate::sys::{DeviceId, HwInfo, HwptId, Ioas, Iommufd};
 /// `ECAP.SC`: the IOMMU can force snooping (VT-d 4.1 §11.4.3).
 const ECAP_SC: u64 = 1 << 7;
 
-/// One address space and its page table for one device. Destroyed on drop, when the device has been detached.
+/// One address space and its page table for one device. Destroyed on drop; the device must be detached by then.
 pub struct PageTable {
     pub(super) iommufd: Arc<Iommufd>,
     pub(super) ioas: Ioas,
@@ -22,12 +22,12 @@ pub struct PageTable {
     snoop: Snoop,
 }
 
-/// Whether the IOMMU forces the device's DMA to snoop the CPU caches, and how that is known.
+/// Whether the IOMMU forces the device's DMA to snoop the CPU caches, and the evidence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snoop {
     /// The kernel's answer for the page table in use (`VFIO_DMA_CC_IOMMU`).
     pub enforced: bool,
-    /// What the hardware says of itself, in words; evidence only.
+    /// What the IOMMU hardware reports (`IOMMU_GET_HW_INFO`), as text. Shown as evidence; nothing depends on it.
     pub hardware: String,
 }
 
@@ -39,7 +39,7 @@ impl fmt::Display for Snoop {
 }
 
 impl PageTable {
-    /// Makes a page table for a bound device. Nothing is mapped, and the device is not attached.
+    /// Allocates a page table for a bound device. Nothing is mapped, and the device is not attached.
     ///
     /// # Errors
     /// The errno of the call that failed.
@@ -55,24 +55,24 @@ impl PageTable {
         Ok(made)
     }
 
-    /// What to attach the device to.
+    /// The id to attach the device to.
     #[must_use]
     pub fn id(&self) -> HwptId {
         self.hwpt
     }
 
-    /// Whether snooping is enforced.
+    /// See [`Snoop`].
     #[must_use]
     pub fn snoop(&self) -> &Snoop {
         &self.snoop
     }
 
-    /// A second page table for the same device, over `ioas`, which will never be attached to it: what is mapped there is
-    /// pinned and cannot be reached.
+    /// A second page table for the same device, of `ioas`. The device is never attached to it: what is mapped there is pinned
+    /// and unreachable.
     ///
     /// # Errors
     /// The errno of the call that failed.
-    pub(super) fn beside(&self, ioas: &Ioas) -> io::Result<Self> {
+    pub(super) fn for_staging(&self, ioas: &Ioas) -> io::Result<Self> {
         Self::new(Arc::clone(&self.iommufd), ioas.clone(), self.device)
     }
 }

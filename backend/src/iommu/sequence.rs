@@ -1,24 +1,23 @@
-//! How one piece of memory becomes reachable for the device and how it stops being so.
+//! How one piece of memory is mapped for the device, and unmapped.
 //!
-//! The kernel's map pins and makes reachable in one step, its unmap takes away and unpins in one step, and pinning may move
-//! the pages. A flush is worth something only between the two halves, so where DMA goes behind the CPU caches a second,
-//! never-attached address space holds the pages meanwhile:
+//! The kernel's map pins pages and makes them reachable in one step; its unmap makes them unreachable and unpins them in one
+//! step. Pinning may move the pages. A flush must run while the pages are pinned and unreachable. So where DMA bypasses the
+//! CPU caches, a second address space, which is never attached, keeps the pages pinned during the flush:
 //!
 //! ```text
 //! (S: staging, V: live)
-//! coherent   expose    MAP(V)
-//!            withdraw  UNMAP(V)
-//! staged     expose    MAP(S) pins ── flush ── COPY(S→V) reachable ── UNMAP(S)
-//!            withdraw  COPY(V→S) ── UNMAP(V) unreachable, still pinned ── flush ── UNMAP(S) unpins
-//!            at rest   DETACH ── flush ── UNMAP(V) ── ATTACH      when there is no memory for COPY(V→S)
-//! gated      expose    MAP(V) ── flush                            when nothing can be mapped before an attach (ENODEV)
-//!            withdraw  flush ── UNMAP(V)
+//! Coherent       map    MAP(V)
+//!                unmap  UNMAP(V)
+//! Staged         map    MAP(S) pins ── flush ── COPY(S→V) reachable ── UNMAP(S)
+//!                unmap  COPY(V→S) ── UNMAP(V) unreachable, still pinned ── flush ── UNMAP(S) unpins
+//! Detached       unmap  DETACH ── flush ── UNMAP(V) ── ATTACH      if COPY(V→S) fails for lack of memory (ENOMEM)
+//! FlushAfterMap  map    MAP(V) ── flush                            if nothing can be mapped before an attach (ENODEV)
+//!                unmap  flush ── UNMAP(V)
 //! ```
 //!
-//! Detaching stops all DMA of the device, so "at rest" is for a device that has nothing in flight. "Gated" rests on the
-//! engine: it names memory to the device only after it has been exposed, and withdraws it when no request touches it any
-//! more. Where the guest drives the device nobody does that, so there the map fails instead. Each step that fails undoes
-//! those before it.
+//! Detached blocks all DMA of the device, so the device must be idle. FlushAfterMap depends on the engine, which uses memory
+//! in a request only after the map has returned, and unmaps it only when no request uses it. In passthrough the guest's
+//! driver decides that, so the map fails instead. A step that fails undoes the steps before it.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -34,33 +33,33 @@ use crate::sys::SharedMemory;
 pub enum Space {
     /// The one the device is attached to.
     Live,
-    /// The one it is never attached to: what is mapped there is pinned and cannot be reached.
+    /// The one the device is never attached to: what is mapped there is pinned and unreachable.
     Staging,
 }
 
-/// One piece of memory: where the device will find it, and this process's view of the same bytes.
+/// One piece of memory: its IOVA range, and this process's view of the same bytes.
 #[derive(Clone, Copy)]
 pub struct Piece<'a> {
-    /// For the device.
+    /// The device's addresses.
     pub span: Span<Iova>,
-    /// For this process.
+    /// This process's view.
     pub shared: &'a SharedMemory,
-    /// Where in the window it begins, bytes.
+    /// Start of the piece in `shared`, in bytes.
     pub offset: usize,
-    /// The file behind it and where in the file it begins, if it is to be pinned by file.
+    /// The file and the offset of the piece in it (bytes), if it is mapped by IOMMU_IOAS_MAP_FILE.
     pub file: Option<(BorrowedFd<'a>, u64)>,
     /// The device may write it.
     pub writable: bool,
 }
 
 impl Piece<'_> {
-    /// Bytes.
+    /// Length in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
         usize::try_from(self.span.len()).expect("a mapped piece fits the address space")
     }
 
-    /// `span`, which lies inside.
+    /// The part at `span`, which lies inside.
     #[must_use]
     pub fn part(&self, span: Span<Iova>) -> Self {
         let inside = span.start().raw() - self.span.start().raw();
@@ -69,34 +68,34 @@ impl Piece<'_> {
     }
 }
 
-/// The steps, each one call of the kernel or one flush. Every error is an errno.
+/// The steps: each is one system call or one flush. Every error is an errno.
 pub trait Steps {
     /// Pins `piece` and maps it in `space`.
     fn map(&self, space: Space, piece: Piece<'_>) -> io::Result<()>;
-    /// Maps in `to` what `from` has of `piece`, sharing the pin.
+    /// Maps `piece` in `to` as it is mapped in `from`; both share the pin.
     fn copy(&self, from: Space, to: Space, piece: Piece<'_>) -> io::Result<()>;
-    /// Takes a mapping away, and unpins unless the other space has it.
+    /// Unmaps, and unpins unless the other space maps the same pages.
     fn unmap(&self, space: Space, span: Span<Iova>) -> io::Result<()>;
     /// Writes back and invalidates every cache line of `piece`.
     fn flush(&self, piece: Piece<'_>);
-    /// Blocks all DMA of the device; what is mapped stays pinned.
+    /// Blocks all DMA of the device; mapped memory stays pinned.
     fn detach(&self) -> io::Result<()>;
     /// Undoes [`Steps::detach`].
     fn attach(&self) -> io::Result<()>;
 }
 
-/// The step that an IOMMU driver does not know which maps nothing before a device is attached.
-const MAPS_ATTACHED_ONLY: &str =
-    "flush, before the device can reach it, on an IOMMU that maps only for attached devices";
+/// The step that fails if the IOMMU driver maps nothing before a device is attached.
+const FLUSH_BEFORE_MAP: &str =
+    "flush before the device can reach it (this IOMMU driver maps memory only for an attached device)";
 
-/// A step's name and the errno it failed with.
+/// The step that failed, and its errno.
 pub(super) type Failed = (&'static str, io::Error);
 
-/// Which of the three regimes a device is under, and what following it has cost.
+/// The regime of a device, and the cost of the flushes so far.
 pub(super) struct Sequence {
     flushing: bool,
     flush_after_map: AtomicBool,
-    /// Nobody keeps the device from memory that is mapped and not flushed yet.
+    /// FlushAfterMap is not allowed: nothing keeps the device from memory that is mapped but not flushed yet.
     flush_before_map: AtomicBool,
     staged: AtomicU64,
     map_bytes: AtomicU64,
@@ -105,7 +104,7 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    /// For a device whose DMA is coherent, or (`flushing`) one whose DMA may go behind the caches.
+    /// `flushing` if the device's DMA may bypass the caches.
     #[must_use]
     pub(super) fn new(flushing: bool) -> Self {
         let zero = || AtomicU64::new(0);
@@ -120,7 +119,7 @@ impl Sequence {
         self.flush_before_map.store(true, Relaxed);
     }
 
-    /// Makes `piece` reachable.
+    /// Maps `piece`.
     ///
     /// # Errors
     /// The step that failed; nothing is mapped then.
@@ -132,7 +131,7 @@ impl Sequence {
             match self.map_staged(steps, piece) {
                 Err((_, error)) if error.raw_os_error() == Some(libc::ENODEV) => {
                     if self.flush_before_map.load(Relaxed) {
-                        return Err((MAPS_ATTACHED_ONLY, error));
+                        return Err((FLUSH_BEFORE_MAP, error));
                     }
                     self.switch_to_flush_after_map();
                 }
@@ -157,7 +156,8 @@ impl Sequence {
         copied.and(released)
     }
 
-    /// Takes `piece` away. On failure the device can still reach it; after ENOMEM, [`Self::unmap_detached`] needs none.
+    /// Unmaps `piece`. On failure the device can still reach it. After ENOMEM, use [`Self::unmap_detached`], which needs no
+    /// kernel memory.
     ///
     /// # Errors
     /// The step that failed.
@@ -176,17 +176,17 @@ impl Sequence {
             return Err(("IOMMU_IOAS_UNMAP", error));
         }
         self.flush(steps, &self.unmap_bytes, piece);
-        // Unreachable and flushed: whatever happens to the pin now, the promise to the caller is kept.
+        // The piece is unreachable and flushed, so the unmap has succeeded even if it stays pinned.
         undo(steps.unmap(Space::Staging, span), span);
         Ok(())
     }
 
-    /// Takes `piece` away from a device that has nothing in flight, without the staging space.
+    /// Unmaps `piece` without the staging space. The device must be idle.
     ///
     /// # Errors
-    /// The step that failed. If it was the last one the device can reach nothing any more, and its next reset fails.
+    /// The step that failed. If it was the attach, the device can reach no memory, and its next reset fails.
     pub(super) fn unmap_detached(&self, steps: &dyn Steps, piece: Piece<'_>) -> Result<(), Failed> {
-        steps.detach().map_err(|e| ("detach the device, for want of memory, to unmap", e))?;
+        steps.detach().map_err(|e| ("out of memory; detach the device to unmap", e))?;
         self.flush(steps, &self.unmap_bytes, piece);
         let unmapped = steps.unmap(Space::Live, piece.span).map_err(|e| ("IOMMU_IOAS_UNMAP", e));
         steps.attach().map_err(|e| ("attach the device again after unmapping", e)).and(unmapped)
@@ -195,8 +195,8 @@ impl Sequence {
     fn switch_to_flush_after_map(&self) {
         if !self.flush_after_map.swap(true, Relaxed) {
             log::warn!(
-                "this IOMMU's driver maps nothing before a device is attached (ENODEV): \
-                 from now on memory is mapped, flushed, and only then named in a request"
+                "this IOMMU driver maps nothing before a device is attached (ENODEV): \
+                 from now on memory is mapped, then flushed, and only then used in requests"
             );
         }
     }
@@ -210,7 +210,7 @@ impl Sequence {
         self.nanoseconds.fetch_add(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX), Relaxed);
     }
 
-    /// What it has cost so far; nothing is said of what is mapped.
+    /// The cost of the flushes so far; the counters of mapped memory are left at 0.
     #[must_use]
     pub(super) fn cost(&self) -> SpaceStatistics {
         SpaceStatistics {
@@ -222,7 +222,7 @@ impl Sequence {
         }
     }
 
-    /// The order in which memory is exposed, for a person.
+    /// The order of the steps by which memory is mapped, as text.
     #[must_use]
     pub(super) fn order(&self) -> &'static str {
         match (self.flushing, self.flush_after_map.load(Relaxed)) {

@@ -1,10 +1,10 @@
-//! Notices that guest memory is discarded under a device, where nothing keeps it from being so. vhost-user has no message
-//! by which to stop a balloon, free page reporting or virtio-mem. Such a discard punches a hole into the memory file: the
-//! guest gets a new page there, the device goes on using the old, pinned one, and no error tells anyone.
+//! Detects that guest memory is discarded under a device, where nothing prevents it. A vhost-user back-end cannot stop a
+//! balloon, free page reporting or virtio-mem. Such a discard punches a hole into the memory file: the guest gets a new page
+//! there, while the device keeps using the old, pinned page. No error is reported anywhere.
 //!
-//! All of a region is allocated when it has been pinned. So a file that has fewer blocks later has lost some of it. Only
-//! looking from time to time, this misses a page that was discarded and touched again in between; but whoever discards
-//! memory does so again.
+//! Pinning allocates all of a region, so if its file has fewer blocks later, memory has been discarded. The check is periodic
+//! and misses a page that is discarded and touched again between two checks. Balloons discard repeatedly, so a later check
+//! finds them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,68 +14,68 @@ use rustix::fs::fstat;
 use crate::addr::Bytes;
 use crate::memory::{FileId, MemTable, Region};
 
-/// From one look to the next.
+/// Time between two checks: one `fstat` per file and second costs nothing.
 const PERIOD: Duration = Duration::from_secs(1);
-/// `st_blocks` counts in these, whatever the file system (stat(3type)).
+/// The unit of `st_blocks`, on every file system (stat(3type)), in bytes.
 const BLOCK: u64 = 512;
 
 /// The memory files of one front-end, and how much of each was allocated.
 #[derive(Default)]
 pub(crate) struct DiscardMonitor {
-    files: Vec<Watched>,
-    /// Files about which there was an alarm; one is enough.
+    files: Vec<MemoryFile>,
+    /// Files that have been reported, each once.
     reported: Vec<FileId>,
     next: Option<Instant>,
 }
 
-/// The regions that lie in one file.
-struct Watched {
+/// A file and the guest regions in it.
+struct MemoryFile {
     regions: Vec<Arc<Region>>,
-    /// Bytes.
+    /// Allocated when last checked, in bytes.
     allocated: u64,
 }
 
 impl DiscardMonitor {
-    /// Watches the memory in `table` from now on, and no other. All of it is pinned.
+    /// Watches the memory in `table` from now on, and no other. All of it must be pinned.
     pub(crate) fn follow(&mut self, table: &MemTable) {
         self.files.clear();
         for region in table.regions().iter().filter(|region| !self.reported.contains(&region.id())) {
-            match self.files.iter_mut().find(|watched| watched.id() == region.id()) {
-                Some(watched) => watched.regions.push(Arc::clone(region)),
-                None => self.files.extend(Watched::new(Arc::clone(region))),
+            match self.files.iter_mut().find(|file| file.id() == region.id()) {
+                Some(file) => file.regions.push(Arc::clone(region)),
+                None => self.files.extend(MemoryFile::new(Arc::clone(region))),
             }
         }
         self.next = (!self.files.is_empty()).then(|| Instant::now() + PERIOD);
     }
 
-    /// Watches nothing for now.
+    /// Watches nothing until the next [`Self::follow`].
     pub(crate) fn pause(&mut self) {
         self.follow(&MemTable::default());
     }
 
-    /// When to look next; `None` while there is nothing to look at.
+    /// When the next check is due; `None` while nothing is watched.
     pub(crate) fn next(&self) -> Option<Instant> {
         self.next
     }
 
-    /// Looks if it is time to, and raises the alarm about each file that has lost memory. Returns how many have. While
-    /// nothing is `pinned`, because the device is away, nothing can be lost.
+    /// Runs the check if it is due: logs each file that has lost memory, and returns their number. `pinned` is false while the
+    /// device is released; a discard does no harm then.
     pub(crate) fn look(&mut self, now: Instant, pinned: bool) -> usize {
         if self.next.is_none_or(|next| now < next) {
             return 0;
         }
         if !pinned {
             self.next = Some(now + PERIOD);
-            // All of it will be allocated again when it is pinned again.
-            self.files.iter_mut().for_each(|watched| watched.allocated = 0);
+            // Pinning will allocate all of it again.
+            self.files.iter_mut().for_each(|file| file.allocated = 0);
             return 0;
         }
         let before = self.files.len();
-        self.files.retain_mut(|watched| {
-            let lost = watched.lost();
+        self.files.retain_mut(|file| {
+            let lost = file.update_lost();
             if lost > 0 {
-                log::error!("{}", alarm(&watched.regions, lost));
-                self.reported.push(watched.id());
+                log::error!("{}", alarm(&file.regions, lost));
+                self.reported.push(file.id());
             }
             lost == 0
         });
@@ -84,7 +84,7 @@ impl DiscardMonitor {
     }
 }
 
-impl Watched {
+impl MemoryFile {
     fn new(region: Arc<Region>) -> Option<Self> {
         let allocated = allocated(&region)?;
         Some(Self { regions: vec![region], allocated })
@@ -94,17 +94,17 @@ impl Watched {
         self.regions[0].id()
     }
 
-    /// How many bytes of the file are gone.
-    fn lost(&mut self) -> u64 {
+    /// Bytes that have been discarded.
+    fn update_lost(&mut self) -> u64 {
         let now = allocated(&self.regions[0]).unwrap_or(self.allocated);
         let lost = self.allocated.saturating_sub(now);
-        // More, when the VMM touches parts of the file that are no guest memory.
+        // Allocation grows when the VMM touches parts of the file that are not guest memory.
         self.allocated = self.allocated.max(now);
         lost
     }
 }
 
-/// Bytes allocated in the region's file, if the kernel says.
+/// Bytes allocated in the region's file; `None` if `fstat` fails.
 fn allocated(region: &Region) -> Option<u64> {
     let blocks = fstat(region.file()).ok()?.st_blocks;
     u64::try_from(blocks).ok()?.checked_mul(BLOCK)
@@ -114,7 +114,7 @@ fn alarm(regions: &[Arc<Region>], lost: u64) -> String {
     let places: Vec<String> = regions.iter().map(|region| region.gpa().to_string()).collect();
     format!(
         "guest memory is being discarded under the device: {} of region {} (file {}) are gone. The guest has new pages \
-         there, the device goes on using the old ones, and no error will tell: what it reads and writes there is lost. Stop \
+         there, while the device keeps using the old ones: its reads and writes there are wrong, without an error. Stop \
          the VM; remove virtio-balloon, free-page-reporting and virtio-mem from it, or start the VMM with \
          LD_PRELOAD=libkvm_vfio_shim.so KVM_VFIO_SHIM_SOCKET=PATH and give --kvm-socket PATH",
         Bytes(lost),
@@ -133,7 +133,7 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// Memory that is there, as it is after pinning.
+    /// An allocated file, as after pinning.
     fn file(bytes: u64) -> Arc<File> {
         let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&file, bytes).unwrap();
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hole_is_reported_once_and_other_files_are_watched_on() {
+    fn a_hole_is_reported_once_and_other_files_are_still_watched() {
         let (one, other) = (file(2 * MIB), file(MIB));
         let regions = [region(&one, 0, 0), region(&one, 4 * MIB, MIB), region(&other, 8 * MIB, 0)];
         let mut watch = DiscardMonitor::default();
@@ -167,17 +167,17 @@ mod tests {
 
         assert_eq!(watch.look(watch.next().unwrap(), true), 1);
         punch(&one, 0);
-        assert_eq!(watch.look(watch.next().unwrap(), true), 0, "known");
+        assert_eq!(watch.look(watch.next().unwrap(), true), 0, "already reported");
         watch.follow(&table(&[&regions[0], &regions[2]]));
         punch(&one, 4096);
-        assert_eq!(watch.look(watch.next().unwrap(), true), 0, "known, after a change of memory, too");
+        assert_eq!(watch.look(watch.next().unwrap(), true), 0, "already reported, even after the table has changed");
         punch(&other, 0);
         assert_eq!(watch.look(watch.next().unwrap(), true), 1);
-        assert_eq!(watch.next(), None, "there is nothing left to learn");
+        assert_eq!(watch.next(), None, "every file has been reported");
     }
 
     #[test]
-    fn nothing_is_looked_at_before_its_time_or_without_memory() {
+    fn nothing_is_checked_before_it_is_due_or_without_memory() {
         let file = file(MIB);
         let mut watch = DiscardMonitor::default();
         assert_eq!(watch.next(), None);
@@ -191,21 +191,21 @@ mod tests {
     }
 
     #[test]
-    fn a_hole_while_nothing_is_pinned_is_nobodys_loss() {
+    fn a_hole_while_nothing_is_pinned_is_not_reported() {
         let file = file(MIB);
         let mut watch = DiscardMonitor::default();
         watch.follow(&table(&[&region(&file, 0, 0)]));
 
         punch(&file, 0);
-        assert_eq!(watch.look(watch.next().unwrap(), false), 0, "the device is away");
+        assert_eq!(watch.look(watch.next().unwrap(), false), 0, "the device is released");
 
-        assert_eq!(watch.look(watch.next().unwrap(), true), 0, "it is back, and has the guest's own page");
+        assert_eq!(watch.look(watch.next().unwrap(), true), 0, "it is back, with the guest's new page pinned");
         punch(&file, 4096);
         assert_eq!(watch.look(watch.next().unwrap(), true), 1);
     }
 
     #[test]
-    fn a_hole_under_memory_that_was_removed_is_nobodys_loss() {
+    fn a_hole_in_memory_that_was_removed_is_not_reported() {
         let file = file(MIB);
         let mut watch = DiscardMonitor::default();
         watch.follow(&table(&[&region(&file, 0, 0)]));
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn the_alarm_names_place_size_loss_and_the_ways_out() {
+    fn the_alarm_names_the_region_the_size_and_the_fix() {
         let file = file(2 * MIB);
         let text = alarm(&[region(&file, 0, 0), region(&file, 4 << 30, MIB)], 8192);
         for part in ["8K of region 0x0+1M or 0x100000000+1M", "virtio-balloon", "free-page-reporting", "--kvm-socket"] {

@@ -1,34 +1,33 @@
-//! What the process that runs the VM must hear of this device, and what is done where it does not. KVM takes such news from
-//! that process alone, and only that process can leave guest memory where it is. The shim inside it (`kvm-vfio-shim`)
-//! listens at `--kvm-socket`.
+//! Registers the device with the process that runs the VM. KVM must be told of non-coherent DMA by that process, and only that
+//! process can block discards of guest memory. The shim preloaded into it (`kvm-vfio-shim`) listens at `--kvm-socket`.
 //!
 //! ```text
-//! a front-end's first message ─ HELLO; again with each message until somebody answers, or memory is to be mapped
-//!                             ─ REGISTER, as the verdict asks
-//!                             ─ memory is mapped … the front-end leaves, the last of it is unmapped ─ UNREGISTER
+//! first message of a front-end ─ HELLO; again with each message, until the shim answers or memory must be mapped
+//!                              ─ REGISTER, as the verdict requires
+//!                              ─ memory is mapped … the front-end leaves, all memory is unmapped ─ UNREGISTER
 //! ```
 //!
-//! QEMU connects before it makes its VM, so then there is no shim yet; it says its first word before a vCPU runs, so then there
-//! is, and KVM can still be told; memory it shares when the guest's driver starts, which is too late for that.
+//! QEMU connects before it creates its VM, so the shim does not listen yet. It sends its first message before a vCPU runs: the
+//! shim listens then, and KVM can still be told. It shares memory when the guest's driver starts, which is too late.
 //!
-//! The registration stays while the front-end does, whatever becomes of its memory in between: QEMU moves a region by
-//! removing and adding it, and KVM should not change its mind over that. It ends early if the host takes the device back, whose
-//! driver waits for every open file of it.
+//! The registration lasts as long as the front-end, whatever happens to its memory. QEMU moves a region by removing and
+//! adding it, and KVM's answer must not change meanwhile. It ends early if the host takes the device back, because the host's
+//! driver waits until every file of the device is closed.
 //!
-//! | found at the socket              | coherent verdict            | flushing verdict                        |
-//! |----------------------------------|-----------------------------|-----------------------------------------|
-//! | a shim that agrees               | memory is kept              | memory is kept, KVM is told             |
-//! | one whose process has no KVM VM  | memory is kept              | memory is kept, there is no KVM to tell |
-//! | one that says no                 | served, a warning, watched  | **memory is refused**, with its reason  |
-//! | nobody, or nobody to talk with   | served, a warning, watched  | the same, KVM is not told               |
-//! | one that goes while it is needed | asked once more, then as if nobody was there | the same               |
+//! | at the socket                      | coherent verdict               | flushing verdict                           |
+//! |------------------------------------|--------------------------------|--------------------------------------------|
+//! | a shim that accepts                | discards blocked               | discards blocked, KVM is told              |
+//! | a shim in a process without KVM VM | discards blocked               | discards blocked, there is no KVM to tell  |
+//! | a shim that refuses                | served, a warning, monitored   | **memory is refused**, with the reason     |
+//! | no shim, or none that can be used  | served, a warning, monitored   | the same, KVM is not told                  |
+//! | a shim that disconnects            | tried once more, then as no shim | the same                                 |
 //!
-//! *Kept*: discards of guest memory have no effect. *Watched*: see `discard_monitor.rs`. *Nobody to talk with*: no answer in time,
-//! another version, another user's. A service that cannot do without KVM is refused memory in each of these cases.
+//! *Monitored*: see `discard_monitor.rs`. *None that can be used*: no answer in time, another version, or another user's. If the
+//! device cannot be served unless KVM is told, memory is refused in each of these cases.
 //!
-//! Why a shim that says no weighs more than none: without one, the owner of the VM has left KVM's answer as it is, and this
-//! process flushes all the same. With one, the owner wants the answer to be true and, by the lock, to stay what the guest
-//! has seen. Serving then would make it false, and no one but this process would know.
+//! Why a refusal counts more than no shim: without a shim, the owner of the VM accepts KVM's default answer, and this process
+//! flushes anyway. With a shim, the owner wants KVM's answer to be true and, under the lock policy, to stay what the guest has
+//! seen. Serving after a refusal would make the answer wrong, and only this process would know.
 
 mod discard_monitor;
 mod shim_link;
@@ -47,58 +46,59 @@ pub(crate) use shim_link::ShimLink;
 
 use crate::coherency::{Facts, Refusal, Verdict, decide};
 
-/// The process that runs the VM, as far as it can be reached.
+/// The process that runs the VM.
 pub struct Vmm {
     shim: Option<Shim>,
     registrations: Mutex<RegistrationStatistics>,
-    /// The host has got the device back: there is nothing to tell, to keep or to watch any more.
+    /// The host has the device back, for good: there is nothing left to register or to monitor.
     released: AtomicBool,
 }
 
-/// Where the shim listens, and what it is to hear.
+/// The shim's socket, and the device to register with it.
 #[derive(Clone, Debug)]
 pub struct Shim {
     /// `--kvm-socket`.
     pub socket: PathBuf,
     /// The device's name, for the log.
     pub device: String,
-    /// What the verdict rests on; whether there is a shim is found out here.
+    /// The facts behind the verdict; `shim` is replaced according to what is found at the socket.
     pub facts: Facts,
-    /// The device's own file, for a second open that is never bound; `None` for a device that VFIO does not know, of which
-    /// KVM cannot be told and need not be: its DMA is this process's own loads and stores.
+    /// The VFIO device file, for a second open that is never bound to iommufd. `None` for an emulated device: KVM cannot be told
+    /// of it and need not be, since its DMA is loads and stores of this process.
     pub file: Option<PathBuf>,
 }
 
-/// What has come of it since the start.
+/// Counters since the start.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RegistrationStatistics {
-    /// Registrations that a shim took.
+    /// Registrations that a shim accepted.
     pub registrations: u64,
-    /// Those among them of which KVM was told.
+    /// Those of them that told KVM of non-coherent DMA.
     pub told: u64,
-    /// Times that a shim said no.
+    /// Registrations that a shim refused, or that failed at the device file.
     pub refusals: u64,
-    /// Alarms about discarded memory.
+    /// Memory files of which memory was discarded.
     pub alarms: u64,
-    /// What the shim said last; `None` while there is none.
+    /// The shim's last answer; `None` while there is no shim.
     pub last: Option<Status>,
 }
 
 /// Why memory may not be mapped.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistrationError {
-    /// The shim said no.
+    /// The shim refused.
     #[error(
-        "KVM must be told before memory is mapped that {device} goes behind the CPU caches, and the VM's KVM shim refuses: {refused}; or leave --kvm-socket out, to serve without telling KVM"
+        "{device}: KVM must be told of its non-coherent DMA before memory is mapped, and the VM's KVM shim refuses: {refused}; \
+         or omit --kvm-socket, to serve without telling KVM"
     )]
     Refused {
         /// The device.
         device: String,
-        /// Why.
+        /// The reason.
         refused: Refused,
     },
-    /// There is nothing to tell KVM with.
-    #[error("KVM must be told before memory is mapped that {device} goes behind the CPU caches; open {}: {source}", file.display())]
+    /// The device file that KVM must be given cannot be opened.
+    #[error("{device}: KVM must be told of its non-coherent DMA before memory is mapped; open {}: {source}", file.display())]
     File {
         /// The device.
         device: String,
@@ -107,25 +107,25 @@ pub enum RegistrationError {
         /// The errno.
         source: io::Error,
     },
-    /// Without a shim there is no service of this kind.
+    /// The device cannot be served without a shim.
     #[error("{0}: {1}")]
     Verdict(String, Refusal),
 }
 
 impl Vmm {
-    /// One that nothing can be told.
+    /// Without `--kvm-socket`: the device is not registered.
     #[must_use]
     pub fn without_shim() -> Self {
         Self { shim: None, registrations: Mutex::default(), released: AtomicBool::new(false) }
     }
 
-    /// One in which a shim listens, or will when the VM is there.
+    /// A process with a shim, which listens as soon as the VM exists.
     #[must_use]
     pub fn with_shim(shim: Shim) -> Self {
         Self { shim: Some(shim), ..Self::without_shim() }
     }
 
-    /// What has come of it since the start.
+    /// Counters since the start.
     #[must_use]
     pub fn registrations(&self) -> RegistrationStatistics {
         *self.registrations.lock().unwrap_or_else(PoisonError::into_inner)
@@ -135,38 +135,39 @@ impl Vmm {
         change(&mut self.registrations.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// The host has got the device back. With a shim that is for good: KVM would have to be told before it returns.
+    /// The host has the device back. With a shim this is for good: KVM would have to be told of the device again before any
+    /// memory is mapped.
     pub(crate) fn release(&self) {
         if let Some(shim) = &self.shim {
-            log::warn!("{}: it stays with the host; restart this program to serve it again", shim.device);
+            log::warn!("{}: the host keeps the device; restart this program to serve it again", shim.device);
             self.released.store(true, Ordering::Relaxed);
         }
     }
 
-    /// True from then on, if it is for good.
+    /// True if the host has the device back for good.
     pub(crate) fn is_released(&self) -> bool {
         self.released.load(Ordering::Relaxed)
     }
 
-    /// Guest memory is found to have been discarded.
+    /// Counts a memory file of which memory was discarded.
     pub(crate) fn alarmed(&self) {
         self.count(|registrations| registrations.alarms += 1);
     }
 }
 
 impl Shim {
-    /// The verdict with or without this shim.
+    /// The verdict if the shim is `present`, or is not.
     fn verdict(&self, present: bool) -> Verdict {
         decide(&Facts { shim: present, ..self.facts })
     }
 
-    /// True if the device is served though KVM does not know of it.
-    fn serves_untold(&self) -> bool {
+    /// True if the device can be served even if KVM is not told.
+    fn serves_without_kvm(&self) -> bool {
         !matches!(self.verdict(false), Verdict::Refuse(_))
     }
 
-    /// True if KVM is to be told.
-    fn tells_kvm(&self) -> bool {
+    /// True if KVM must be told of non-coherent DMA.
+    fn must_tell_kvm(&self) -> bool {
         self.file.is_some() && matches!(self.verdict(true), Verdict::Flush(flush) if flush.tell_kvm)
     }
 }
@@ -185,7 +186,7 @@ impl fmt::Display for RegistrationStatistics {
     }
 }
 
-/// A shim's account of its VM, in words.
+/// A shim's status, as text.
 #[must_use]
 pub fn describe(status: &Status) -> String {
     let vm = match (status.vms, status.started_ms) {
@@ -198,8 +199,8 @@ pub fn describe(status: &Status) -> String {
         (several, _) => format!("{several} VMs"),
     };
     let kvm = match (status.told, status.kept) {
-        (0, false) => "takes DMA for coherent".to_owned(),
-        (0, true) => "still knows of non-coherent DMA, of a device that has gone".to_owned(),
+        (0, false) => "assumes coherent DMA".to_owned(),
+        (0, true) => "still knows of non-coherent DMA, of a device that is gone".to_owned(),
         (told, _) => format!("knows of non-coherent DMA, of {told} device(s)"),
     };
     let Status { vmm_pid, policy, registered, .. } = status;
@@ -211,11 +212,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_state_of_a_vm_reads_differently() {
+    fn each_state_of_a_vm_has_its_own_text() {
         let now = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_millis();
         let running = u64::try_from(now).unwrap() - 90_000;
         let states = [
-            (Status::default(), "no KVM VM, policy lock; 0 device(s) registered; KVM takes DMA for coherent"),
+            (Status::default(), "no KVM VM, policy lock; 0 device(s) registered; KVM assumes coherent DMA"),
             (Status { vms: 1, ..Status::default() }, "VM not started yet"),
             (Status { vms: 1, started_ms: running, ..Status::default() }, "VM running for 90 s"),
             (Status { vms: 2, ..Status::default() }, "2 VMs"),
@@ -229,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn the_statistics_name_kvms_state() {
+    fn the_statistics_show_the_state_of_kvm() {
         let last = |told, kept| RegistrationStatistics {
             last: Some(Status { told, kept, ..Status::default() }),
             ..RegistrationStatistics::default()

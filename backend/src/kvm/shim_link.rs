@@ -1,11 +1,11 @@
-//! One front-end's link to the shim in its process; what follows from which finding stands in the table of this room.
+//! The connection to the shim in one front-end's process. The table in `mod.rs` says what each answer leads to.
 //!
 //! ```text
-//!             HELLO answered, REGISTER                       the connection ends, the front-end stays
-//!  Waiting ────────────────────────────────────────▶ Met ─────────────────────────▶ Waiting, looked for once more
-//!     │ nobody to talk with; nobody at all            │ the front-end leaves
-//!     │ when memory is to be mapped                   ▼
-//!     └────────────────────────────────────────▶ Without
+//!             HELLO answered, REGISTER                 the connection ends, the front-end stays
+//!  Waiting ──────────────────────────────▶ Connected ─────────────────────────▶ Waiting, one more attempt
+//!     │ an answer that cannot be used;         │ the front-end leaves
+//!     │ no answer when memory must be mapped   ▼
+//!     └─────────────────────────────────▶ NoShim
 //! ```
 
 use std::fs::File;
@@ -18,43 +18,43 @@ use super::{RegistrationError, Shim, Vmm, describe};
 use crate::coherency::Verdict;
 use crate::sys::peer_credentials;
 
-/// The link of one front-end.
+/// See the top of this file.
 pub(crate) struct ShimLink<'d> {
     vmm: &'d Vmm,
-    /// The front-end's process, if it can be seen from here.
+    /// The front-end's process id, if it is visible in this PID namespace.
     front_end: Option<u32>,
     state: State,
-    /// The connection is new, and nobody watches it yet.
-    unwatched: bool,
-    /// The shim has gone once.
-    went: bool,
+    /// The socket has not been returned by [`Self::take_new_socket`] yet.
+    new_socket: bool,
+    /// The shim has disconnected once.
+    disconnected: bool,
 }
 
 enum State {
-    /// Nobody has answered yet, and why.
+    /// Nobody has answered yet; the error of the last attempt.
     Waiting(Option<ClientError>),
-    /// Somebody has; the handle of our registration, if there is one.
-    Met(Client, Option<u64>),
-    /// This front-end is served without a shim, if at all.
-    Without,
+    /// The shim has answered; the handle of the registration, if there is one.
+    Connected(Client, Option<u64>),
+    /// This front-end is served without a shim, or not at all.
+    NoShim,
 }
 
-/// Why a registration did not come about.
+/// Why the device was not registered.
 enum RegisterFailure {
-    /// It must not be gone without.
+    /// Memory must be refused.
     Refused(RegistrationError),
-    /// There is nobody to talk with any more, or it was turned down and can be gone without.
-    Lost(ClientError),
+    /// The shim cannot be reached any more, or has refused a registration that is not required.
+    Unregistered(ClientError),
 }
 
 impl<'d> ShimLink<'d> {
     /// `front_end` is its process id, if that is known.
     pub(crate) fn new(vmm: &'d Vmm, front_end: Option<u32>) -> Self {
-        Self { vmm, front_end, state: State::Waiting(None), unwatched: false, went: false }
+        Self { vmm, front_end, state: State::Waiting(None), new_socket: false, disconnected: false }
     }
 
-    /// Looks for the shim and registers with it, unless that is settled. Costs one `connect` while nobody listens, and at
-    /// most [`Client::PATIENCE`] for an answer that does not come.
+    /// Connects to the shim and registers with it, unless that has been tried with a final result. Costs one `connect` while
+    /// nobody listens, and at most [`Client::PATIENCE`] if no answer comes.
     pub(crate) fn register(&mut self) {
         let (State::Waiting(_), Some(shim), false) = (&self.state, &self.vmm.shim, self.vmm.is_released()) else {
             return;
@@ -63,7 +63,7 @@ impl<'d> ShimLink<'d> {
             Ok((client, status)) => {
                 log::info!("{}: KVM shim: {}", shim.device, describe(&status));
                 self.compare_processes(shim, &client);
-                self.unwatched = true;
+                self.new_socket = true;
                 let (state, outcome) = self.register_device(shim, client);
                 if let Err(why) = outcome {
                     log::warn!("{why}");
@@ -75,50 +75,50 @@ impl<'d> ShimLink<'d> {
         };
     }
 
-    /// Settles how this front-end is served; memory is to be mapped next.
+    /// Decides how this front-end is served. Must be called before memory is mapped.
     ///
     /// # Errors
-    /// It must not be mapped.
+    /// Why memory must not be mapped.
     pub(crate) fn require_registration(&mut self) -> Result<(), RegistrationError> {
         self.register();
         let (Some(shim), false) = (&self.vmm.shim, self.vmm.is_released()) else { return Ok(()) };
-        let (state, outcome) = match replace(&mut self.state, State::Without) {
+        let (state, outcome) = match replace(&mut self.state, State::NoShim) {
             State::Waiting(Some(error)) => (serve_unregistered(shim, &error), Ok(())),
-            // It may have been for the moment only.
-            State::Met(client, None) => self.register_device(shim, client),
-            settled => (settled, Ok(())),
+            // The reason for the refusal may no longer exist.
+            State::Connected(client, None) => self.register_device(shim, client),
+            state => (state, Ok(())),
         };
         self.state = state;
         match (&self.state, shim.verdict(false)) {
-            (State::Without, Verdict::Refuse(refusal)) => Err(RegistrationError::Verdict(shim.device.clone(), refusal)),
+            (State::NoShim, Verdict::Refuse(refusal)) => Err(RegistrationError::Verdict(shim.device.clone(), refusal)),
             _ => outcome,
         }
     }
 
-    /// True while guest memory is kept from being discarded.
+    /// True while the shim blocks discards of guest memory.
     pub(crate) fn blocks_discards(&self) -> bool {
-        matches!(self.state, State::Met(_, Some(_)))
+        matches!(self.state, State::Connected(_, Some(_)))
     }
 
-    /// The descriptor to watch from now on, told once for each connection; readable, it wants [`Self::heard`].
+    /// The descriptor to poll, returned once for each connection. Call [`Self::on_shim_event`] when it is readable.
     pub(crate) fn take_new_socket(&mut self) -> Option<BorrowedFd<'_>> {
         match &self.state {
-            State::Met(client, _) if replace(&mut self.unwatched, false) => client.socket(),
+            State::Connected(client, _) if replace(&mut self.new_socket, false) => client.socket(),
             _ => None,
         }
     }
 
-    /// The shim says something without having been asked: it has gone, or has dropped us. Unless the front-end goes as
-    /// well, it is looked for once more.
+    /// The shim's socket is readable without a request, most likely because the shim has closed the connection. Unless the
+    /// front-end leaves as well, one more attempt is made to register.
     pub(crate) fn on_shim_event(&mut self, front_end_goes: bool) {
-        let (State::Met(client, _), Some(shim)) = (&mut self.state, &self.vmm.shim) else { return };
+        let (State::Connected(client, _), Some(shim)) = (&mut self.state, &self.vmm.shim) else { return };
         let Err(error) = client.query() else { return };
         self.state = State::Waiting(None);
         self.vmm.count(|registrations| registrations.last = None);
         if front_end_goes {
             return log::info!("{}: {error}", shim.device);
         }
-        if replace(&mut self.went, true) {
+        if replace(&mut self.disconnected, true) {
             self.state = serve_unregistered(shim, &error);
             return;
         }
@@ -129,10 +129,10 @@ impl<'d> ShimLink<'d> {
         }
     }
 
-    /// The device reaches no memory of the front-end any more.
+    /// Unregisters the device, which must no longer reach any memory of the front-end.
     pub(crate) fn unregister(&mut self) {
-        let state = replace(&mut self.state, State::Without);
-        let (State::Met(mut client, Some(handle)), Some(shim)) = (state, &self.vmm.shim) else { return };
+        let state = replace(&mut self.state, State::NoShim);
+        let (State::Connected(mut client, Some(handle)), Some(shim)) = (state, &self.vmm.shim) else { return };
         match client.unregister(handle) {
             Ok(status) => {
                 self.vmm.count(|registrations| registrations.last = Some(status));
@@ -145,15 +145,15 @@ impl<'d> ShimLink<'d> {
         }
     }
 
-    /// One VM's shim should not hear of another VM's device.
+    /// Warns if the shim is in another process than the front-end: the device must not be registered with another VM.
     fn compare_processes(&self, shim: &Shim, client: &Client) {
         let listener = client.socket().and_then(|socket| peer_credentials(socket).ok()?.pid);
         let (Some(listener), Some(front_end)) = (listener, self.front_end) else { return };
         if listener != front_end {
             let (device, socket) = (&shim.device, shim.socket.display());
             log::warn!(
-                "{device}: process {listener} listens at {socket}, but the front-end is process {front_end}; unless one \
-                 has opened the connection for the other, give this VM's --kvm-socket"
+                "{device}: process {listener} listens at {socket}, but the front-end is process {front_end}; give the \
+                 --kvm-socket of this VM, unless another process such as libvirt opened the connection for it"
             );
         }
     }
@@ -167,13 +167,13 @@ impl<'d> ShimLink<'d> {
                     registrations.last = Some(status);
                 });
                 log::info!("{}: registered: {}; DMA is {}", shim.device, describe(&status), shim.verdict(told));
-                (State::Met(client, Some(handle)), Ok(()))
+                (State::Connected(client, Some(handle)), Ok(()))
             }
             Err(RegisterFailure::Refused(why)) => {
                 self.vmm.count(|registrations| registrations.refusals += 1);
-                (State::Met(client, None), Err(why))
+                (State::Connected(client, None), Err(why))
             }
-            Err(RegisterFailure::Lost(error)) => (serve_unregistered(shim, &error), Ok(())),
+            Err(RegisterFailure::Unregistered(error)) => (serve_unregistered(shim, &error), Ok(())),
         }
     }
 }
@@ -181,18 +181,18 @@ impl<'d> ShimLink<'d> {
 fn serve_unregistered(shim: &Shim, error: &ClientError) -> State {
     let (device, verdict) = (&shim.device, shim.verdict(false));
     log::warn!("{device}: {error}. Guest memory is not kept from being discarded; DMA is {verdict}");
-    State::Without
+    State::NoShim
 }
 
-/// As the verdict asks. True if KVM has been told.
+/// Registers as the verdict requires. True if KVM has been told.
 fn register(shim: &Shim, client: &mut Client) -> Result<(Registration, bool), RegisterFailure> {
-    let keep_memory = |client: &mut Client| match client.register_coherent() {
+    let block_discards = |client: &mut Client| match client.register_coherent() {
         Ok(registration) => Ok((registration, false)),
-        Err(error) => Err(RegisterFailure::Lost(error)),
+        Err(error) => Err(RegisterFailure::Unregistered(error)),
     };
-    let Some(path) = shim.file.as_ref().filter(|_| shim.tells_kvm()) else { return keep_memory(client) };
+    let Some(path) = shim.file.as_ref().filter(|_| shim.must_tell_kvm()) else { return block_discards(client) };
     let device = shim.device.clone();
-    // A second open, which is bound to no iommufd: it gives the VMM no right to the device and keeps nothing pinned.
+    // A second open that is not bound to an iommufd: the VMM cannot use the device with it, and it keeps nothing pinned.
     let file = match File::options().read(true).write(true).open(path) {
         Ok(file) => file,
         Err(source) => {
@@ -201,13 +201,13 @@ fn register(shim: &Shim, client: &mut Client) -> Result<(Registration, bool), Re
     };
     match client.register_non_coherent(&file) {
         Ok(registration) => Ok((registration, true)),
-        Err(ClientError::Refused(refused)) if refused.refusal.reason == Reason::NoVm && shim.serves_untold() => {
+        Err(ClientError::Refused(refused)) if refused.refusal.reason == Reason::NoVm && shim.serves_without_kvm() => {
             log::warn!("{device}: there is no KVM to tell: {refused}");
-            keep_memory(client)
+            block_discards(client)
         }
         Err(ClientError::Refused(refused)) => {
             Err(RegisterFailure::Refused(RegistrationError::Refused { device, refused }))
         }
-        Err(error) => Err(RegisterFailure::Lost(error)),
+        Err(error) => Err(RegisterFailure::Unregistered(error)),
     }
 }

@@ -1,9 +1,9 @@
-//! Configuration space as the guest sees it: the function's own, as VFIO virtualises it (BARs, resets, what a guest must not
-//! set), with one thing taken out. VFIO passes Device Control on as it is, so a guest could set Enable No Snoop. Where the
-//! verdict is that the bit is held off, it reads 0 here, writes to it are dropped, and the function is asked after each
-//! write and each reset whether it has stayed 0: a reset by any path (Function Level Reset, power state) may give it back.
+//! Configuration space as the guest sees it: VFIO's virtualized one (BARs, resets, bits that a guest must not set), except for
+//! one bit. VFIO passes Device Control through, so a guest could set Enable No Snoop. If the verdict requires the bit to be
+//! disabled, it reads 0 here and writes to it are dropped. It is read back after each write and each reset, because any
+//! reset (Function Level Reset, power state) may set it.
 //!
-//! A function that does not obey gets no bus master: its memory was mapped for a function whose DMA is coherent.
+//! If the bit does not stay clear, bus master stays off: memory was mapped for a function whose DMA is coherent.
 
 use crate::hardware::Function;
 use crate::vfio::no_snoop;
@@ -19,23 +19,23 @@ const NO_SNOOP_HIGH: u8 = 1 << 3;
 /// See the top of this file.
 pub(crate) struct ConfigSpace<'d> {
     function: &'d dyn Function,
-    /// Where the high byte of Device Control is, if Enable No Snoop is held off.
-    held: Option<u16>,
+    /// Offset of the high byte of Device Control, if Enable No Snoop must be masked.
+    masked_at: Option<u16>,
 }
 
 impl<'d> ConfigSpace<'d> {
-    /// Configuration space of `function`, with Enable No Snoop held off if `hold_off`.
-    pub(super) fn new(function: &'d dyn Function, hold_off: bool) -> Result<Self, PassthroughError> {
+    /// Configuration space of `function`, with Enable No Snoop masked if `disable_no_snoop`.
+    pub(super) fn new(function: &'d dyn Function, disable_no_snoop: bool) -> Result<Self, PassthroughError> {
         let at = no_snoop::device_control(function);
-        let at = at.map_err(PassthroughError::function(function, "look for the PCI Express capability"))?;
-        Ok(Self { function, held: at.filter(|_| hold_off).map(|at| at + 1) })
+        let at = at.map_err(PassthroughError::function(function, "find the PCI Express capability"))?;
+        Ok(Self { function, masked_at: at.filter(|_| disable_no_snoop).map(|at| at + 1) })
     }
 
-    /// Reads `bytes.len()` bytes from `offset`.
+    /// Reads `bytes.len()` bytes from `offset` on.
     pub(crate) fn read(&self, offset: u16, bytes: &mut [u8]) -> Result<(), PassthroughError> {
         let read = self.function.config_read(offset, bytes);
         read.map_err(PassthroughError::function(self.function, "read configuration space"))?;
-        if let Some(byte) = self.held_byte(offset, bytes) {
+        if let Some(byte) = self.masked_byte(offset, bytes) {
             *byte &= !NO_SNOOP_HIGH;
         }
         Ok(())
@@ -43,7 +43,7 @@ impl<'d> ConfigSpace<'d> {
 
     /// Writes `bytes` from `offset` on.
     pub(crate) fn write(&self, offset: u16, bytes: &mut [u8]) -> Result<(), PassthroughError> {
-        if let Some(byte) = self.held_byte(offset, bytes) {
+        if let Some(byte) = self.masked_byte(offset, bytes) {
             *byte &= !NO_SNOOP_HIGH;
         }
         if sets_bus_master(offset, bytes) {
@@ -54,32 +54,32 @@ impl<'d> ConfigSpace<'d> {
         self.verify()
     }
 
-    /// Looks whether Enable No Snoop is off where it is held off, and clears it where not.
+    /// Checks that a masked Enable No Snoop is clear, and clears it if not.
     ///
     /// # Errors
-    /// It does not stay clear; bus master is off then.
+    /// [`PassthroughError::NoSnoop`] if it does not stay clear; bus master is off then.
     pub(super) fn verify(&self) -> Result<(), PassthroughError> {
-        let Some(at) = self.held else { return Ok(()) };
-        let step = |what| PassthroughError::function(self.function, what);
+        let Some(at) = self.masked_at else { return Ok(()) };
+        let error = |step| PassthroughError::function(self.function, step);
         let mut high = [0];
-        self.function.config_read(at, &mut high).map_err(step("read Device Control"))?;
+        self.function.config_read(at, &mut high).map_err(error("read Device Control"))?;
         if high[0] & NO_SNOOP_HIGH == 0 {
             return Ok(());
         }
-        if no_snoop::hold_off(self.function).map_err(step("clear Enable No Snoop"))? {
+        if no_snoop::disable(self.function).map_err(error("clear Enable No Snoop"))? {
             return Ok(());
         }
-        self.function.set_bus_master(false).map_err(step("bus master off"))?;
+        self.function.set_bus_master(false).map_err(error("bus master off"))?;
         Err(PassthroughError::NoSnoop(self.function.name().to_owned()))
     }
 
-    /// The byte of `bytes`, which lie at `offset`, that holds the bit.
-    fn held_byte<'b>(&self, offset: u16, bytes: &'b mut [u8]) -> Option<&'b mut u8> {
-        bytes.get_mut(usize::from(self.held?.checked_sub(offset)?))
+    /// The byte with the masked bit, if it is among `bytes`, which start at `offset`.
+    fn masked_byte<'b>(&self, offset: u16, bytes: &'b mut [u8]) -> Option<&'b mut u8> {
+        bytes.get_mut(usize::from(self.masked_at?.checked_sub(offset)?))
     }
 }
 
-/// True if `bytes`, written at `offset`, turn bus master on.
+/// True if writing `bytes` at `offset` turns bus master on.
 fn sets_bus_master(offset: u16, bytes: &[u8]) -> bool {
     let byte = COMMAND.checked_sub(offset).and_then(|at| bytes.get(usize::from(at)));
     byte.is_some_and(|byte| byte & BUS_MASTER != 0)

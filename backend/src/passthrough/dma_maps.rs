@@ -1,9 +1,9 @@
-//! The virtual machine's memory as the device reaches it: one region for each DMA map, at the address that the virtual
-//! machine monitor names, which is the guest physical one.
+//! The virtual machine's memory as the device reaches it: one region for each DMA map, at the IOVA that the virtual machine
+//! monitor requests, which is the guest physical address.
 //!
-//! Not everything a virtual machine has in its address space can be mapped: ROMs, and other devices' memory, come without a
-//! file. They are taken note of, so that the conversation goes on as with kernel VFIO, and a device that aims there is
-//! stopped by the IOMMU.
+//! Not everything in a guest's address space can be mapped: ROMs, and memory of other devices, come without a file. Such maps
+//! are accepted and recorded, because QEMU expects them to succeed as with kernel VFIO, but not mapped: DMA there faults in
+//! the IOMMU.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,26 +18,26 @@ use super::PassthroughError;
 
 /// The IOMMU's smallest page, bytes.
 const PAGE: u64 = 4096;
-/// Half of the time that QEMU waits for an answer by default (`x-msg-timeout`).
+/// A map that takes longer is logged: half of the time that QEMU waits for a reply by default (`x-msg-timeout`).
 const SLOW: Duration = Duration::from_millis(2500);
 
 /// `VFIO_USER_DMA_MAP`.
 pub(crate) struct DmaMap {
-    /// Where the device finds it.
+    /// IOVA.
     pub(crate) address: u64,
     /// Bytes.
     pub(crate) size: u64,
-    /// Where it begins in `file`, bytes.
+    /// Offset in `file`, in bytes.
     pub(crate) offset: u64,
     /// The device may write it.
     pub(crate) writable: bool,
-    /// The memory itself, if it is shared.
+    /// The memory, if it is shared.
     pub(crate) file: Option<File>,
 }
 
 enum Mapped {
     Region(Arc<Region>),
-    /// The device does not reach it.
+    /// Recorded only: the device cannot reach it.
     Unreachable(Span<Gpa>),
 }
 
@@ -54,15 +54,15 @@ impl Mapped {
 pub(crate) struct DmaMaps<'d> {
     space: &'d dyn AddressSpace,
     maps: BTreeMap<u64, Mapped>,
-    noted: bool,
+    unreachable_logged: bool,
 }
 
 impl<'d> DmaMaps<'d> {
     pub(super) fn new(space: &'d dyn AddressSpace) -> Self {
-        Self { space, maps: BTreeMap::new(), noted: false }
+        Self { space, maps: BTreeMap::new(), unreachable_logged: false }
     }
 
-    /// How many maps there are.
+    /// The number of maps, unreachable ones included.
     pub(crate) fn len(&self) -> usize {
         self.maps.len()
     }
@@ -71,13 +71,13 @@ impl<'d> DmaMaps<'d> {
     pub(crate) fn map(&mut self, map: DmaMap) -> Result<Span<Gpa>, PassthroughError> {
         let span = page_span(map.address, map.size)?;
         if let Some(mapped) = self.conflict(span) {
-            return Err(PassthroughError::Exists { wanted: span, mapped });
+            return Err(PassthroughError::Exists { requested: span, mapped });
         }
         let mapped = match map.file {
             Some(file) => Mapped::Region(self.map_region(span, map.offset, map.writable, file)?),
-            // A guest's RAM begins at 0; whatever else comes without a file lies elsewhere.
+            // Address 0 is guest RAM, which must be shared. Memory of devices lies elsewhere.
             None if map.writable && map.address == 0 => return Err(PassthroughError::NotShared(span)),
-            None => self.note(span),
+            None => self.unreachable(span),
         };
         self.maps.insert(map.address, mapped);
         Ok(span)
@@ -91,7 +91,7 @@ impl<'d> DmaMaps<'d> {
         file: File,
     ) -> Result<Arc<Region>, PassthroughError> {
         let start = Instant::now();
-        // The front-end's own addresses mean nothing here; the guest's are as distinct.
+        // vfio-user has no front-end virtual addresses. A region needs a unique one, and the GPA is unique.
         let qva = Qva(gpa.start().raw());
         let spec = RegionSpec { gpa, qva, offset, file: Arc::new(file) };
         let region = Arc::new(Region::map_piece(spec, writable)?);
@@ -102,25 +102,25 @@ impl<'d> DmaMaps<'d> {
         log::info!("DMA map {gpa}{access} in {} ms; {kib} KiB in all", took.as_millis());
         if took >= SLOW {
             log::warn!(
-                "DMA map {gpa} took {} ms; QEMU gives up after x-msg-timeout (5000 ms by default): huge pages or \
-                 prealloc=on on its memory backend make this faster, a larger x-msg-timeout makes it wait",
+                "DMA map {gpa} took {} ms; QEMU gives up after x-msg-timeout (5000 ms by default): use huge pages or \
+                 prealloc=on on its memory backend to make this faster, or a larger x-msg-timeout",
                 took.as_millis()
             );
         }
         Ok(region)
     }
 
-    fn note(&mut self, span: Span<Gpa>) -> Mapped {
-        if !std::mem::replace(&mut self.noted, true) {
+    fn unreachable(&mut self, span: Span<Gpa>) -> Mapped {
+        if !std::mem::replace(&mut self.unreachable_logged, true) {
             log::info!(
                 "DMA map {span} comes without a file: a ROM or another device's memory. The device cannot reach it; \
-                 DMA there faults in the IOMMU. Further ones are not logged"
+                 DMA there faults in the IOMMU. Further maps without a file are not logged"
             );
         }
         Mapped::Unreachable(span)
     }
 
-    /// Takes away what was mapped at just this address and of just this size.
+    /// Removes the map of exactly this address and size.
     pub(crate) fn unmap(&mut self, address: u64, size: u64) -> Result<(), PassthroughError> {
         let found = self.maps.get(&address).filter(|mapped| mapped.span().len() == size);
         let mapped = found.ok_or(PassthroughError::NotMapped { address, size })?;
@@ -132,18 +132,18 @@ impl<'d> DmaMaps<'d> {
         Ok(())
     }
 
-    /// Takes everything away, one after another.
+    /// Removes all maps; stops at the first error.
     pub(crate) fn unmap_each(&mut self) -> Result<(), PassthroughError> {
         let all: Vec<_> = self.maps.values().map(Mapped::span).collect();
         all.into_iter().try_for_each(|span| self.unmap(span.start().raw(), span.len()))
     }
 
-    /// Takes everything away, whatever happens on the way. The device does no DMA any more.
+    /// Removes all maps; errors are only logged. The device must do no DMA any more.
     pub(crate) fn unmap_all(&mut self) {
         for mapped in std::mem::take(&mut self.maps).into_values() {
             let Mapped::Region(region) = mapped else { continue };
             let removed = match self.space.remove(&region) {
-                // Bus master is off: the device has nothing in flight.
+                // Bus master is off, so the device is idle.
                 Err(crate::hardware::MapError::DeviceMustBeIdle { .. }) => self.space.remove_while_idle(&region),
                 other => other,
             };
@@ -153,14 +153,14 @@ impl<'d> DmaMaps<'d> {
         }
     }
 
-    /// What of that which is mapped overlaps `span`.
+    /// The map that overlaps `span`, if any.
     fn conflict(&self, span: Span<Gpa>) -> Option<Span<Gpa>> {
         let before = self.maps.range(..=span.last().raw()).next_back().map(|(_, mapped)| mapped.span());
         before.filter(|mapped| mapped.overlaps(&span))
     }
 }
 
-/// The range of whole pages that a map names.
+/// The range of a map, which must be whole pages.
 fn page_span(address: u64, size: u64) -> Result<Span<Gpa>, PassthroughError> {
     let whole = address.is_multiple_of(PAGE) && size.is_multiple_of(PAGE);
     let span = Span::new(Gpa::from_raw(address), size).filter(|_| whole);

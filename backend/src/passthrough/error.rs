@@ -1,4 +1,4 @@
-//! Why something that a virtual machine asked of a function was not done.
+//! Why a request of a virtual machine to its function has failed.
 
 use std::io;
 
@@ -6,23 +6,23 @@ use crate::addr::{Gpa, Span};
 use crate::hardware::{Function, MapError};
 use crate::memory::RegionError;
 
-/// See the top of this file. Each has an errno, which is all that the protocol carries.
+/// See the top of this file. The protocol carries only [`Self::errno`]; the text is logged.
 #[derive(Debug, thiserror::Error)]
 pub enum PassthroughError {
     /// A step on the function failed.
-    #[error("{name}: {what}: {source}")]
+    #[error("{name}: {step}: {source}")]
     Function {
         /// The function.
         name: String,
         /// The step.
-        what: &'static str,
+        step: &'static str,
         /// The errno.
         source: io::Error,
     },
-    /// The function sets Enable No Snoop again by itself.
+    /// Enable No Snoop does not stay clear.
     #[error(
         "{0}: its Enable No Snoop bit reads 1 after it was cleared, so its DMA is not coherent; \
-         it gets no bus master; --no-snoop=assume flushes instead"
+         bus master stays off; use --no-snoop=assume to flush instead"
     )]
     NoSnoop(String),
     /// There is no such region, or the access leaves it.
@@ -30,26 +30,26 @@ pub enum PassthroughError {
     Region {
         /// `VFIO_PCI_*_REGION_INDEX`.
         index: u32,
-        /// Bytes from its start.
+        /// Offset in the region, in bytes.
         offset: u64,
-        /// Bytes.
+        /// Length of the access, in bytes.
         count: usize,
-        /// Bytes that there are.
+        /// Size of the region, in bytes.
         size: u64,
     },
     /// There are no such vectors.
-    #[error("interrupt {index}: vectors {start} to {start} + {count}: there are {available}")]
+    #[error("interrupt {index}: {count} vectors from {start}: there are {available}")]
     Vectors {
         /// `VFIO_PCI_*_IRQ_INDEX`.
         index: u32,
         /// First vector.
         start: u32,
-        /// How many.
+        /// Number of vectors in the request.
         count: u32,
-        /// How many there are.
+        /// Number of vectors of the interrupt.
         available: u32,
     },
-    /// The range is empty or wraps around.
+    /// The range is empty, not page-aligned, or wraps around.
     #[error(
         "DMA map at {address:#x} of {size} bytes: empty, not whole pages of 4 KiB, or past the end of the address space"
     )]
@@ -60,14 +60,14 @@ pub enum PassthroughError {
         size: u64,
     },
     /// Something is mapped there already.
-    #[error("DMA map {wanted}: overlaps {mapped}, which is mapped already")]
+    #[error("DMA map {requested}: overlaps {mapped}, which is mapped already")]
     Exists {
-        /// Asked for.
-        wanted: Span<Gpa>,
-        /// In the way.
+        /// The range to map.
+        requested: Span<Gpa>,
+        /// The mapping that it overlaps.
         mapped: Span<Gpa>,
     },
-    /// Nothing was mapped at just that address and of that size.
+    /// There is no mapping of exactly that address and size.
     #[error("DMA unmap at {address:#x} of {size} bytes: no such mapping")]
     NotMapped {
         /// I/O virtual address.
@@ -75,8 +75,8 @@ pub enum PassthroughError {
         /// Bytes.
         size: u64,
     },
-    /// The virtual machine has as much mapped as it may.
-    #[error("{0} DMA maps are the most; more virtual machine memory must come in fewer pieces")]
+    /// The limit on DMA maps is reached.
+    #[error("at most {0} DMA maps are possible; the virtual machine's memory must be mapped in fewer pieces")]
     TooManyMaps(usize),
     /// The virtual machine's memory is not shared.
     #[error(
@@ -84,13 +84,13 @@ pub enum PassthroughError {
          -object memory-backend-memfd,id=mem,size=…,share=on -machine memory-backend=mem"
     )]
     NotShared(Span<Gpa>),
-    /// The front-end sees other pages than it shares.
+    /// The front-end has a private mapping of the memory it shares.
     #[error(
-        "the front-end has mapped the memory at {0} privately; what the guest writes never gets there; add share=on to \
-         QEMU's memory backend"
+        "the front-end has mapped the memory at {0} privately, so the guest's writes never reach the device; add share=on \
+         to QEMU's memory backend"
     )]
     Private(Span<Gpa>),
-    /// The memory is not what was announced.
+    /// The file cannot be mapped as requested.
     #[error(transparent)]
     Memory(#[from] RegionError),
     /// The device's address space refused.
@@ -99,10 +99,10 @@ pub enum PassthroughError {
 }
 
 impl PassthroughError {
-    /// For a step `what` on `function`.
-    pub(crate) fn function(function: &(impl Function + ?Sized), what: &'static str) -> impl FnOnce(io::Error) -> Self {
+    /// Maps the errno of `step` on `function`.
+    pub(crate) fn function(function: &(impl Function + ?Sized), step: &'static str) -> impl FnOnce(io::Error) -> Self {
         let name = function.name().to_owned();
-        move |source| Self::Function { name, what, source }
+        move |source| Self::Function { name, step, source }
     }
 
     /// The errno for the virtual machine monitor.

@@ -1,13 +1,13 @@
-//! Interrupts: eventfds of the virtual machine go to the function as they come, so that a device's interrupt reaches KVM
-//! with nothing of ours on the way. Two things are kept here.
+//! Interrupts: the virtual machine's eventfds are passed to the function, so a device interrupt reaches KVM without this
+//! process. State is kept for two purposes:
 //!
 //! - An interrupt that cannot grow while it is on (`VFIO_IRQ_INFO_NORESIZE`: MSI, and MSI-X on devices without dynamic
-//!   vectors) is turned off and on again with all eventfds when more vectors come, for a client sends no more than a message
-//!   can carry. So its eventfds are kept.
-//! - The host's request for the function goes to this process, which passes it on to the virtual machine and knows then
-//!   that time is running.
+//!   vectors) must be turned off and on again with all its eventfds when vectors are added. A client sends only as many eventfds
+//!   at a time as one message can carry, so the earlier ones are kept here.
+//! - The host's request for the function goes to this process. It forwards the request to the virtual machine and starts the
+//!   time-out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use vfio_bindings::bindings::vfio::VFIO_IRQ_INFO_NORESIZE;
@@ -21,29 +21,29 @@ pub(crate) struct Interrupts<'d> {
     function: &'d dyn WholeFunction,
     /// By index: the eventfds of an interrupt that cannot grow, from vector 0 on.
     fixed: BTreeMap<u32, Vec<Option<OwnedFd>>>,
-    /// By index: interrupts that are on.
-    on: BTreeMap<u32, ()>,
-    /// How the virtual machine is asked for the function.
+    /// Indices of the interrupts that are on.
+    on: BTreeSet<u32>,
+    /// The eventfd that asks the virtual machine to unplug the function.
     request: Option<OwnedFd>,
 }
 
 impl<'d> Interrupts<'d> {
     pub(super) fn new(function: &'d dyn WholeFunction) -> Self {
-        Self { function, fixed: BTreeMap::new(), on: BTreeMap::new(), request: None }
+        Self { function, fixed: BTreeMap::new(), on: BTreeSet::new(), request: None }
     }
 
-    /// Flags and vectors; all zero for an interrupt that the function has not.
+    /// Flags and number of vectors; all zero if the function does not have the interrupt.
     pub(crate) fn info(&self, index: u32) -> IrqInfo {
         if index < IRQS { self.function.irq(index) } else { IrqInfo::default() }
     }
 
-    /// Asks the virtual machine for the function. False if it has not said how.
-    pub(crate) fn ask_for_function(&self) -> bool {
-        let asked = self.request.as_ref().map(|event| rustix::io::write(event, &1_u64.to_ne_bytes()));
-        asked.is_some_and(|written| written.is_ok())
+    /// Asks the virtual machine to unplug the function. False if it has set no eventfd for that.
+    pub(crate) fn request_unplug(&self) -> bool {
+        let written = self.request.as_ref().map(|event| rustix::io::write(event, &1_u64.to_ne_bytes()));
+        written.is_some_and(|written| written.is_ok())
     }
 
-    /// `VFIO_USER_DEVICE_SET_IRQS`; `fds` are the eventfds of a [`IrqData::Eventfds`], none to take them back.
+    /// `VFIO_USER_DEVICE_SET_IRQS`. `fds` are the eventfds of an [`IrqData::Eventfds`]; an empty list removes them.
     pub(crate) fn set(&mut self, set: &IrqSet<'_>, fds: Vec<OwnedFd>) -> Result<(), PassthroughError> {
         let IrqSet { index, start, count, .. } = *set;
         let available = self.info(index).count;
@@ -56,7 +56,7 @@ impl<'d> Interrupts<'d> {
                 self.request = fds.into_iter().next();
                 Ok(())
             }
-            // Turned off: the route to this process stays.
+            // Not forwarded: the host's request must still reach this process.
             (REQUEST_IRQ, IrqAction::Trigger, false) if count == 0 => {
                 self.request = None;
                 Ok(())
@@ -64,11 +64,11 @@ impl<'d> Interrupts<'d> {
             (_, IrqAction::Trigger, true) if self.info(index).flags & VFIO_IRQ_INFO_NORESIZE != 0 => {
                 self.route_fixed(index, start, count, fds)
             }
-            _ => self.pass_on(set, &fds),
+            _ => self.forward(set, &fds),
         }
     }
 
-    fn pass_on(&mut self, set: &IrqSet<'_>, fds: &[OwnedFd]) -> Result<(), PassthroughError> {
+    fn forward(&mut self, set: &IrqSet<'_>, fds: &[OwnedFd]) -> Result<(), PassthroughError> {
         let absent = vec![None; set.count as usize];
         let present: Vec<_> = fds.iter().map(|fd| Some(fd.as_fd())).collect();
         let data = match set.data {
@@ -83,7 +83,7 @@ impl<'d> Interrupts<'d> {
                     self.on.remove(&set.index);
                     self.fixed.remove(&set.index);
                 }
-                (_, IrqData::Eventfds(_)) => drop(self.on.insert(set.index, ())),
+                (_, IrqData::Eventfds(_)) => _ = self.on.insert(set.index),
                 _ => {}
             }
         }
@@ -108,7 +108,7 @@ impl<'d> Interrupts<'d> {
         let set = IrqSet { index, start, count, action: IrqAction::Trigger, data: IrqData::Eventfds(&events) };
         self.apply(&set)?;
         if routed.iter().any(Option::is_some) {
-            self.on.insert(index, ());
+            self.on.insert(index);
             self.fixed.insert(index, routed);
         } else if self.info(index).count > 1 {
             // Vectors without eventfds are still allocated; ERR and REQ are off without theirs.
@@ -129,9 +129,9 @@ impl<'d> Interrupts<'d> {
         self.function.set_irqs(set).map_err(PassthroughError::function(self.function, "VFIO_DEVICE_SET_IRQS"))
     }
 
-    /// Turns every interrupt off, and closes what the virtual machine has sent.
+    /// Turns every interrupt off, and closes the virtual machine's eventfds.
     pub(super) fn release(&mut self) {
-        for index in std::mem::take(&mut self.on).into_keys() {
+        for index in std::mem::take(&mut self.on) {
             if let Err(error) = self.turn_off(index) {
                 log::warn!("turn interrupt {index} off: {error}");
             }
@@ -142,5 +142,5 @@ impl<'d> Interrupts<'d> {
 }
 
 fn number(vectors: usize) -> u32 {
-    u32::try_from(vectors).expect("no more than the function has")
+    u32::try_from(vectors).expect("at most the vectors of the function")
 }

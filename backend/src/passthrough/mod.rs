@@ -1,15 +1,16 @@
-//! A PCI function as it is passed through whole: the guest's own driver drives it. This room decides what of the function
-//! the guest gets and in which order; it knows neither the protocol that asks nor how the function was obtained.
+//! A whole PCI function, passed through: the guest's own driver drives it. This module decides which parts of the function the
+//! guest can access, and in which order it is set up and torn down. It depends neither on the protocol nor on how the
+//! function was acquired.
 //!
 //! ```text
-//!   guest's driver ─ loads, stores ─▶ BAR                       direct: nothing of ours on the way
-//!                  ─ configuration ─▶ ConfigSpace ─▶ function   Enable No Snoop is held off where the verdict says so
+//!   guest's driver ─ loads, stores ─▶ BAR                       direct: not through this process
+//!                  ─ configuration ─▶ ConfigSpace ─▶ function   keeps Enable No Snoop clear if the verdict requires it
 //!   device ─ interrupt ─▶ eventfd ─▶ KVM                         Interrupts only routes
 //!   device ─ DMA ─▶ IOMMU ─▶ guest memory                        DmaMaps: pinned, flushed, then reachable
 //! ```
 //!
-//! [`Passthrough`] is the function while nobody uses it: bus master off, no interrupt routed, nothing mapped.
-//! `Assignment` is the time that one virtual machine has it; dropping it leads back there.
+//! [`Passthrough`] owns the function. While it is unassigned, bus master is off, no interrupt is routed and nothing is mapped.
+//! An `Assignment` gives it to one virtual machine; dropping the assignment restores that state.
 
 mod config_space;
 mod dma_maps;
@@ -34,22 +35,22 @@ pub(crate) use dma_maps::{DmaMap, DmaMaps};
 pub(crate) use interrupts::Interrupts;
 pub(crate) use regions::Regions;
 
-/// A function that can be given to one virtual machine after another.
+/// A function that can be assigned to one virtual machine after another.
 pub struct Passthrough {
     function: Arc<dyn WholeFunction>,
     space: Arc<dyn AddressSpace>,
     bars: BarAccess,
     facts: Facts,
-    /// There is a file by which KVM can be told of the function. One that is emulated in this process has none, and needs
-    /// none: its DMA is this process's own loads and stores.
-    known_to_vfio: bool,
-    /// Signalled by the function when the host wants it back.
+    /// The function has a VFIO device file, by which KVM can be told of it. An emulated function has none and needs none: its
+    /// DMA is loads and stores of this process.
+    has_vfio_file: bool,
+    /// Eventfd, signalled by the function when the host wants it back.
     request: OwnedFd,
 }
 
 impl Passthrough {
-    /// Takes `function`, whose memory is `space`. `facts` are what the verdict on its DMA rests on. `known_to_vfio` says that
-    /// KVM must be told of it where the verdict wants that; false for a function in this process.
+    /// `space` is the address space of `function`, and `facts` decide the verdict on its DMA. `has_vfio_file` is false for an
+    /// emulated function, of which KVM need not be told.
     ///
     /// # Errors
     /// The errno of the step that failed.
@@ -58,7 +59,7 @@ impl Passthrough {
         space: Arc<dyn AddressSpace>,
         bars: BarAccess,
         facts: Facts,
-        known_to_vfio: bool,
+        has_vfio_file: bool,
     ) -> io::Result<Self> {
         let request = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         if function.irq(REQUEST_IRQ).count != 0 {
@@ -66,12 +67,12 @@ impl Passthrough {
         }
         if !function.resettable() {
             log::warn!(
-                "{}: the kernel knows no way to reset it; what one virtual machine leaves in it is there for the next",
+                "{}: the kernel cannot reset it; the next virtual machine finds its state as the previous one left it",
                 function.name()
             );
         }
         space.require_flush_before_map();
-        Ok(Self { function, space, bars, facts, known_to_vfio, request })
+        Ok(Self { function, space, bars, facts, has_vfio_file, request })
     }
 
     /// The name a person uses, such as `0000:00:04.0`.
@@ -83,7 +84,7 @@ impl Passthrough {
     /// The verdict on its DMA, with or without a shim in the virtual machine's process.
     #[must_use]
     pub fn verdict(&self, shim: bool) -> Verdict {
-        decide(&Facts { shim: shim || !self.known_to_vfio, ..self.facts })
+        decide(&Facts { shim: shim || !self.has_vfio_file, ..self.facts })
     }
 
     /// Readable when the host wants the function back.
@@ -104,14 +105,14 @@ impl Passthrough {
         self.function.resettable()
     }
 
-    /// Gives the function to a virtual machine. It is reset first, so nothing of its former use is left in it. A function
-    /// that cannot be reset does no DMA at least: bus master is off.
+    /// Assigns the function to a virtual machine. It is reset first, so no state of the previous user is left. If it cannot be
+    /// reset, bus master is turned off, so it does no DMA.
     ///
     /// # Errors
-    /// The function does not come out of the reset as it must be.
+    /// The errno of a step, or that Enable No Snoop does not stay clear after the reset.
     pub(crate) fn assign(&self) -> Result<Assignment<'_>, PassthroughError> {
-        let hold_off = matches!(self.verdict(true), Verdict::Coherent(Coherent::HeldOff { .. }));
-        let config = ConfigSpace::new(&*self.function, hold_off)?;
+        let disable_no_snoop = matches!(self.verdict(true), Verdict::Coherent(Coherent::Disabled { .. }));
+        let config = ConfigSpace::new(&*self.function, disable_no_snoop)?;
         let assignment = Assignment {
             owner: self,
             config,
@@ -125,7 +126,7 @@ impl Passthrough {
     }
 }
 
-/// A function in the hands of one virtual machine.
+/// A function that is assigned to a virtual machine.
 pub(crate) struct Assignment<'d> {
     owner: &'d Passthrough,
     pub(crate) config: ConfigSpace<'d>,
@@ -135,10 +136,10 @@ pub(crate) struct Assignment<'d> {
 }
 
 impl Assignment<'_> {
-    /// Resets the function, as the guest asks for or the virtual machine's own reset. What is mapped stays.
+    /// Resets the function, on request of the guest or at a reset of the virtual machine. Memory stays mapped.
     ///
     /// # Errors
-    /// The errno of the reset, or that the function did not come out of it as it must be; it has no bus master then.
+    /// The errno of the reset, or that Enable No Snoop does not stay clear; bus master is off then.
     pub(crate) fn reset(&self) -> Result<(), PassthroughError> {
         let function = &*self.owner.function;
         function.reset().map_err(PassthroughError::function(function, "reset"))?;
@@ -153,7 +154,7 @@ impl Assignment<'_> {
         stopped.and(reset)
     }
 
-    /// Takes the function from the virtual machine: DMA stops, then interrupts, then memory is unmapped.
+    /// Stops DMA, then interrupts, then unmaps memory.
     fn stop(&mut self) {
         let function = &*self.owner.function;
         if let Err(error) = self.quiesce() {

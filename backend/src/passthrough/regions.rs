@@ -1,5 +1,5 @@
-//! Regions of a function but for configuration space: BARs and the expansion ROM, and what of a BAR the virtual machine
-//! monitor may map.
+//! The regions of a function except configuration space: BARs and the expansion ROM, and which parts of a BAR the virtual
+//! machine monitor may map.
 
 use std::collections::BTreeSet;
 
@@ -10,10 +10,10 @@ use super::PassthroughError;
 /// `--bars`: how the guest reaches the registers of a function.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BarAccess {
-    /// By mapping them: its loads and stores go straight to the device.
+    /// Mapped into the guest: loads and stores go straight to the device.
     #[default]
     Direct,
-    /// By messages, one for each load and store; the virtual machine monitor gets no descriptor of the device.
+    /// One message for each load and store; the virtual machine monitor gets no descriptor of the device.
     Trapped,
 }
 
@@ -21,7 +21,7 @@ pub enum BarAccess {
 pub(crate) struct Regions<'d> {
     function: &'d dyn WholeFunction,
     bars: BarAccess,
-    /// What has been handed out, and logged.
+    /// Regions whose descriptor has been given to the virtual machine monitor, and logged.
     given: BTreeSet<u32>,
 }
 
@@ -35,12 +35,12 @@ impl<'d> Regions<'d> {
         !self.given.is_empty()
     }
 
-    /// Size and access of a region; all zero for one that the function has not.
+    /// Size and access of a region; all zero if the function does not have it.
     pub(crate) fn info(&self, index: u32) -> RegionInfo {
         if index < REGIONS { self.function.region(index) } else { RegionInfo::default() }
     }
 
-    /// What the virtual machine monitor is given to map region `index` with; `None` where it gets nothing.
+    /// The descriptor with which the virtual machine monitor can map region `index`; `None` if it may not.
     pub(crate) fn mmap(&mut self, index: u32) -> Result<Option<RegionMmap>, PassthroughError> {
         if self.bars == BarAccess::Trapped || index >= CONFIG_REGION {
             return Ok(None);
@@ -71,7 +71,7 @@ impl<'d> Regions<'d> {
         written.map_err(PassthroughError::function(self.function, "write a BAR"))
     }
 
-    /// Only what lies inside a region is passed on.
+    /// Checks that an access lies inside the region.
     pub(crate) fn check(&self, index: u32, offset: u64, count: usize) -> Result<(), PassthroughError> {
         let size = self.info(index).size;
         let end = offset.checked_add(count as u64);

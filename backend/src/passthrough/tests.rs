@@ -1,5 +1,5 @@
-//! The room on the emulated function: what the guest gets of configuration space, memory and interrupts, and the order in
-//! which a function is taken back. Conversations over the socket are in `tests/vfio_user`.
+//! Passthrough of the emulated function: what the guest can access of configuration space, memory and interrupts, and the
+//! order of the teardown. Tests over the socket are in `tests/vfio_user`.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -33,7 +33,7 @@ fn passthrough(machine: &Machine, policy: Policy) -> Passthrough {
     recorded(machine, policy, &Events::default())
 }
 
-/// The same; what is done to function and memory comes to `events`.
+/// The same; `events` records the calls to function and address space.
 fn recorded(machine: &Machine, policy: Policy, events: &Events) -> Passthrough {
     let facts = Facts { personality: Personality::WholeFunction, ..machine.facts(policy).unwrap() };
     let space = if policy == Policy::Suppress { machine.space() } else { machine.staged_space() };
@@ -42,21 +42,21 @@ fn recorded(machine: &Machine, policy: Policy, events: &Events) -> Passthrough {
     Passthrough::new(Arc::new(function), Arc::new(space), BarAccess::Direct, facts, false).unwrap()
 }
 
-/// What has been done, in order.
+/// The recorded calls, in order.
 type Events = Arc<Mutex<Vec<&'static str>>>;
 
 fn take(events: &Events) -> Vec<&'static str> {
     std::mem::take(&mut events.lock().unwrap())
 }
 
-/// Notes what is done, and does it.
+/// Records each call, and forwards it.
 struct Recorder<T: ?Sized> {
     events: Events,
     inner: Arc<T>,
 }
 
 impl<T: ?Sized> Recorder<T> {
-    fn note(&self, event: &'static str) {
+    fn record(&self, event: &'static str) {
         self.events.lock().unwrap().push(event);
     }
 }
@@ -72,7 +72,7 @@ impl Function for Recorder<dyn WholeFunction> {
         if offset == COMMAND && bytes[0] & BUS_MASTER != 0 {
             let mut high = [0];
             self.inner.config_read(DEVICE_CONTROL_HIGH, &mut high)?;
-            self.note(if high[0] & NO_SNOOP == 0 { "bus master on" } else { "bus master on, with No Snoop" });
+            self.record(if high[0] & NO_SNOOP == 0 { "bus master on" } else { "bus master on, with No Snoop" });
         }
         self.inner.config_write(offset, bytes)
     }
@@ -86,14 +86,14 @@ impl Function for Recorder<dyn WholeFunction> {
         self.inner.route_vectors(events)
     }
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
-        self.note(if on { "bus master on" } else { "bus master off" });
+        self.record(if on { "bus master on" } else { "bus master off" });
         self.inner.set_bus_master(on)
     }
     fn route_removal(&self, event: BorrowedFd<'_>) -> io::Result<()> {
         self.inner.route_removal(event)
     }
     fn reset(&self) -> io::Result<()> {
-        self.note("reset");
+        self.record("reset");
         self.inner.reset()
     }
 }
@@ -118,18 +118,18 @@ impl WholeFunction for Recorder<dyn WholeFunction> {
         self.inner.irq(index)
     }
     fn set_irqs(&self, set: &IrqSet<'_>) -> io::Result<()> {
-        self.note(if set.count == 0 { "interrupts off" } else { "interrupts on" });
+        self.record(if set.count == 0 { "interrupts off" } else { "interrupts on" });
         self.inner.set_irqs(set)
     }
 }
 
 impl AddressSpace for Recorder<dyn AddressSpace> {
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
-        self.note(if region.writable() { "map" } else { "map read-only" });
+        self.record(if region.writable() { "map" } else { "map read-only" });
         self.inner.add(region)
     }
     fn remove(&self, region: &Region) -> Result<(), MapError> {
-        self.note("unmap");
+        self.record("unmap");
         self.inner.remove(region)
     }
     fn require_flush_before_map(&self) {
@@ -143,7 +143,7 @@ impl AddressSpace for Recorder<dyn AddressSpace> {
     }
 }
 
-/// What the function itself has.
+/// Enable No Snoop in the function itself.
 fn physical(machine: &Machine) -> u8 {
     let mut byte = [0];
     machine.function().config_read(DEVICE_CONTROL_HIGH, &mut byte).unwrap();
@@ -168,7 +168,7 @@ fn event() -> OwnedFd {
     eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
 }
 
-/// One vector of an interrupt gets an eventfd.
+/// Sets the eventfd of vector 0 of an interrupt.
 fn eventfds(index: u32) -> IrqSet<'static> {
     IrqSet { index, start: 0, count: 1, action: IrqAction::Trigger, data: IrqData::Eventfds(&[]) }
 }
@@ -178,7 +178,7 @@ fn signalled(event: &OwnedFd) -> bool {
 }
 
 #[test]
-fn a_guest_neither_sets_nor_sees_a_bit_that_is_held_off() {
+fn a_guest_can_neither_set_nor_see_a_disabled_bit() {
     let machine = machine();
     let device = passthrough(&machine, Policy::Suppress);
     let assignment = device.assign().unwrap();
@@ -193,21 +193,21 @@ fn a_guest_neither_sets_nor_sees_a_bit_that_is_held_off() {
 }
 
 #[test]
-fn a_bit_that_a_reset_brings_back_is_cleared_again() {
+fn a_bit_that_a_reset_sets_is_cleared_again() {
     let machine = machine();
     let device = passthrough(&machine, Policy::Suppress);
     let assignment = device.assign().unwrap();
     assert_eq!(physical(&machine), 0, "at the start");
 
     assignment.reset().unwrap();
-    assert_eq!(physical(&machine), 0, "a reset asked for");
+    assert_eq!(physical(&machine), 0, "after VFIO_USER_DEVICE_RESET");
     assignment.config.write(DEVICE_CONTROL_HIGH, &mut [FUNCTION_LEVEL_RESET]).unwrap();
 
-    assert_eq!(physical(&machine), 0, "a Function Level Reset by the guest");
+    assert_eq!(physical(&machine), 0, "after a Function Level Reset by the guest");
 }
 
 #[test]
-fn bus_master_comes_on_only_with_the_bit_off() {
+fn bus_master_is_turned_on_only_with_the_bit_clear() {
     let (machine, events) = (machine(), Events::default());
     let device = recorded(&machine, Policy::Suppress, &events);
     let assignment = device.assign().unwrap();
@@ -220,7 +220,7 @@ fn bus_master_comes_on_only_with_the_bit_off() {
 }
 
 #[test]
-fn memory_is_flushed_as_it_comes_and_as_it_goes() {
+fn memory_is_flushed_at_map_and_at_unmap() {
     let machine = machine();
     let device = passthrough(&machine, Policy::Allow);
     let mut assignment = device.assign().unwrap();
@@ -252,11 +252,11 @@ fn memory_that_cannot_be_flushed_before_the_device_reaches_it_is_refused() {
 }
 
 #[test]
-fn a_function_is_taken_from_a_guest_in_the_order_designed() {
+fn an_assignment_ends_with_dma_then_interrupts_then_memory() {
     let (machine, events) = (machine(), Events::default());
     let device = recorded(&machine, Policy::Suppress, &events);
     let mut assignment = device.assign().unwrap();
-    assert_eq!(take(&events), ["bus master off", "reset"], "before a guest has it");
+    assert_eq!(take(&events), ["bus master off", "reset"], "at the assignment");
     let guest = memory(0x1000);
     assignment.maps.map(map(&guest, 0x1000, 0x1000, true)).unwrap();
     assignment.interrupts.set(&eventfds(MSIX), vec![event()]).unwrap();
@@ -269,7 +269,7 @@ fn a_function_is_taken_from_a_guest_in_the_order_designed() {
 }
 
 #[test]
-fn what_is_read_only_or_overlaps_is_not_mapped_otherwise() {
+fn read_only_maps_stay_read_only_and_overlaps_are_refused() {
     let machine = machine();
     let device = passthrough(&machine, Policy::Suppress);
     let mut assignment = device.assign().unwrap();
@@ -291,11 +291,11 @@ fn the_hosts_request_goes_to_the_guest() {
     let device = passthrough(&machine, Policy::Suppress);
     let mut assignment = device.assign().unwrap();
     let request = event();
-    assert!(!assignment.interrupts.ask_for_function(), "it has not said how");
+    assert!(!assignment.interrupts.request_unplug(), "no eventfd is set");
     assignment.interrupts.set(&eventfds(REQUEST_IRQ), vec![request.try_clone().unwrap()]).unwrap();
 
     machine.request_removal();
 
-    assert!(rustix::io::read(device.request(), &mut [0; 8]).is_ok(), "this process hears it");
-    assert!(assignment.interrupts.ask_for_function() && signalled(&request), "and passes it on");
+    assert!(rustix::io::read(device.request(), &mut [0; 8]).is_ok(), "this process receives it");
+    assert!(assignment.interrupts.request_unplug() && signalled(&request), "and forwards it");
 }

@@ -1,4 +1,4 @@
-//! An NVMe drive as a virtio disk: the block engine over vhost-user.
+//! Serves an NVMe drive as a virtio disk over vhost-user.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -13,30 +13,30 @@ use vhost_device_vfio::engine::{Engine, Options};
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::vhost_user::{Device, Server};
 
-use super::origin::Origin;
+use super::origin::DeviceSource;
 
-/// How long commands in flight may take when a ring stops or memory goes away, before the device is reset.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Time-out for commands in flight when a ring is stopped or memory is removed. The device is reset after it.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Serves the drive until `stop` is readable.
 ///
 /// # Errors
-/// Why it could not be served, or not any longer.
-pub(crate) fn serve(config: &Config, origin: &Origin, endpoint: Endpoint, stop: OwnedFd) -> Result<()> {
-    let (obtained, reacquire) = origin.for_driver(config.no_snoop.into())?;
-    let (space, facts) = (Arc::clone(&obtained.space), obtained.facts);
-    let name = obtained.function.name().to_owned();
-    let vmm = obtained.vmm(config, &name);
+/// Why it cannot be served, or can no longer be served.
+pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, stop: OwnedFd) -> Result<()> {
+    let (owned, reacquire) = source.acquire_for_driver(config.no_snoop.into())?;
+    let (space, facts) = (Arc::clone(&owned.space), owned.facts);
+    let name = owned.function.name().to_owned();
+    let vmm = owned.vmm(config, &name);
 
     let queues = config.queue_count();
     let options = NvmeOptions { namespace: config.namespace, queues, read_only: config.read_only };
-    let mut nvme = Nvme::bring_up(obtained.function, Arc::clone(&space), options)?;
-    // With a shim, KVM would have to be told of the new file before anything is mapped for it.
+    let mut nvme = Nvme::bring_up(owned.function, Arc::clone(&space), options)?;
+    // Not with a shim: KVM would have to be told of the new device file before any memory is mapped.
     if let (Some(reacquire), None) = (reacquire, &config.kvm_socket) {
         nvme = nvme.with_reacquire(reacquire);
     }
     let options =
-        Options { rings: usize::from(queues), spin: config.spin(), patience: PATIENCE, watch: config.watch() };
+        Options { rings: usize::from(queues), spin: config.spin(), patience: DRAIN_TIMEOUT, watch: config.watchdog() };
     let engine = Engine::start(Box::new(nvme), &space, options)?;
 
     let kib = space.statistics().mapped / 1024;

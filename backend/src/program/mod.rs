@@ -1,5 +1,5 @@
-//! The two answers to "what is done with the function", each composed with the answers to "how is it obtained" (`origin.rs`)
-//! and "who asks" (the protocol rooms). Only the program knows all of them; no room knows another's alternatives.
+//! The two services of the program: a disk (`block.rs`) and a whole function (`whole.rs`). Each combines a source of the function
+//! (`origin.rs`) with a protocol. Only the program knows all combinations; the modules of the library are independent.
 
 pub(crate) mod block;
 pub(crate) mod origin;
@@ -13,18 +13,18 @@ use vhost_device_vfio::config::Config;
 use vhost_device_vfio::hardware::AddressSpace;
 use vhost_device_vfio::kvm::{Shim, Vmm};
 
-/// A function that is ours, and the address space it lives in.
-pub(crate) struct Obtained<F: ?Sized> {
+/// A function that this process owns, with its address space.
+pub(crate) struct OwnedFunction<F: ?Sized> {
     pub(crate) function: Arc<F>,
     pub(crate) space: Arc<dyn AddressSpace>,
-    /// What the verdict on its DMA rests on.
+    /// The facts that decide the verdict on its DMA.
     pub(crate) facts: Facts,
-    /// The device's own file, by which KVM can be told of it; none if it is emulated.
+    /// The VFIO device file, by which KVM can be told of it; `None` if it is emulated.
     pub(crate) file: Option<PathBuf>,
 }
 
-impl<F: ?Sized> Obtained<F> {
-    /// The virtual machine's process, which is to hear of the device `name` if `--kvm-socket` was given.
+impl<F: ?Sized> OwnedFunction<F> {
+    /// The virtual machine's process. The device `name` is registered with it if `--kvm-socket` was given.
     fn vmm(&self, config: &Config, name: &str) -> Vmm {
         let shim = |socket| Shim { socket, device: name.to_owned(), facts: self.facts, file: self.file.clone() };
         config.kvm_socket.clone().map_or_else(Vmm::without_shim, |socket| Vmm::with_shim(shim(socket)))

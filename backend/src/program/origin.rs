@@ -1,5 +1,5 @@
-//! How the function is obtained: from VFIO, with its memory mapped by iommufd, or made in this process. Either says what is
-//! known about the CPU caches and what follows, and obeys.
+//! Where the function comes from: VFIO, with memory mapped by iommufd, or an emulation in this process. Both log the facts about
+//! the CPU caches and the verdict, and set up the address space accordingly.
 
 use std::fmt::Display;
 use std::sync::Arc;
@@ -16,23 +16,23 @@ use vhost_device_vfio::iommu::LiveSpace;
 use vhost_device_vfio::vfio::{PciAddress, no_snoop};
 use vhost_device_vfio::whole_function::WholeFunction;
 
-use super::Obtained;
+use super::OwnedFunction;
 
-/// What `--device` names, understood but not touched.
-pub(crate) enum Plan {
+/// `--device`, parsed. Nothing has been opened.
+pub(crate) enum DeviceSpec {
     Vfio(PciAddress),
     Emulated(Box<Options>),
 }
 
 /// Where the function comes from.
-pub(crate) enum Origin {
+pub(crate) enum DeviceSource {
     Vfio(PciAddress),
     Emulated(Box<Machine>),
 }
 
-impl Plan {
+impl DeviceSpec {
     /// # Errors
-    /// An option that no emulated function has.
+    /// An invalid option of the emulated function.
     pub(crate) fn new(device: &DeviceArg) -> Result<Self> {
         Ok(match device {
             DeviceArg::Pci(address) => Self::Vfio(*address),
@@ -40,68 +40,71 @@ impl Plan {
         })
     }
 
-    /// Makes the function that is to be emulated.
+    /// Creates the emulated function. A VFIO function is not opened yet.
     ///
     /// # Errors
-    /// Why it cannot be made.
-    pub(crate) fn open(self) -> Result<Origin> {
+    /// Why the emulated function cannot be created.
+    pub(crate) fn open(self) -> Result<DeviceSource> {
         Ok(match self {
-            Self::Vfio(address) => Origin::Vfio(address),
-            Self::Emulated(options) => Origin::Emulated(Box::new(Machine::new(*options)?)),
+            Self::Vfio(address) => DeviceSource::Vfio(address),
+            Self::Emulated(options) => DeviceSource::Emulated(Box::new(Machine::new(*options)?)),
         })
     }
 }
 
-impl Origin {
-    /// The function for a driver in this process, and how to get it again after the host has taken it back.
+impl DeviceSource {
+    /// Acquires the function for a driver in this process. The second value reacquires it after the host has had it back.
     ///
     /// # Errors
-    /// What is in the way, or that it cannot be served coherently.
-    pub(crate) fn for_driver(&self, policy: Policy) -> Result<(Obtained<dyn Function>, Option<ReacquireFn>)> {
+    /// Why it cannot be acquired, or cannot be served coherently.
+    pub(crate) fn acquire_for_driver(
+        &self,
+        policy: Policy,
+    ) -> Result<(OwnedFunction<dyn Function>, Option<ReacquireFn>)> {
         match self {
             Self::Vfio(address) => {
                 let acquired = AcquiredFunction::acquire(*address)?;
                 let facts = acquired.evidence().facts(Personality::Mediated, policy, false);
-                announce(address, &acquired.evidence().snoop, &facts);
+                log_verdict(address, &acquired.evidence().snoop, &facts);
                 let (function, space) = acquired.into_address_space(&facts)?;
                 let (address, former) = (*address, space.clone());
-                let function = hold_off(Arc::new(function), decide(&facts))?;
+                let function = disable_no_snoop(Arc::new(function), decide(&facts))?;
                 let reacquire: ReacquireFn = Box::new(move || reacquire(address, &former, &facts));
-                Ok((Obtained { function, space: Arc::new(space), facts, file: address.cdev() }, Some(reacquire)))
+                Ok((OwnedFunction { function, space: Arc::new(space), facts, file: address.cdev() }, Some(reacquire)))
             }
             Self::Emulated(machine) => {
                 let facts = machine.facts(policy)?;
                 let space = emulated_space(machine, &facts)?;
-                let function = hold_off(machine.function(), decide(&facts))?;
-                Ok((Obtained { function, space, facts, file: None }, None))
+                let function = disable_no_snoop(machine.function(), decide(&facts))?;
+                Ok((OwnedFunction { function, space, facts, file: None }, None))
             }
         }
     }
 
-    /// The function to be passed through whole; `shim` if there will be one in the virtual machine's process.
+    /// Acquires the function to be passed through whole. `shim`: the virtual machine's process will have one.
     ///
     /// # Errors
-    /// What is in the way, or that it cannot be served coherently.
-    pub(crate) fn whole(&self, policy: Policy, shim: bool) -> Result<Obtained<dyn WholeFunction>> {
+    /// Why it cannot be acquired, or cannot be served coherently.
+    pub(crate) fn acquire_whole(&self, policy: Policy, shim: bool) -> Result<OwnedFunction<dyn WholeFunction>> {
         match self {
             Self::Vfio(address) => {
                 let acquired = AcquiredFunction::acquire(*address)?;
                 let facts = acquired.evidence().facts(Personality::WholeFunction, policy, shim);
-                announce(address, &acquired.evidence().snoop, &facts);
+                log_verdict(address, &acquired.evidence().snoop, &facts);
                 let (function, space) = acquired.into_address_space(&facts)?;
-                Ok(Obtained { function: Arc::new(function), space: Arc::new(space), facts, file: address.cdev() })
+                Ok(OwnedFunction { function: Arc::new(function), space: Arc::new(space), facts, file: address.cdev() })
             }
             Self::Emulated(machine) => {
-                // No KVM is told of a function in this process, and none need be.
+                // `shim: true`, because KVM need not be told of an emulated function.
                 let facts = Facts { personality: Personality::WholeFunction, shim: true, ..machine.facts(policy)? };
                 let space = emulated_space(machine, &facts)?;
-                Ok(Obtained { function: machine.whole_function(), space, facts, file: None })
+                Ok(OwnedFunction { function: machine.whole_function(), space, facts, file: None })
             }
         }
     }
 }
 
-/// Acquires a function again that the host has had meanwhile. What was decided about the caches must still be right.
+/// Reacquires a function that the host has had back. The verdict must be the same as before.
 fn reacquire(address: PciAddress, space: &LiveSpace, before: &Facts) -> Result<Arc<dyn Function>> {
     let acquired = AcquiredFunction::reacquire(address, space)?;
     let facts = acquired.evidence().facts(before.personality, before.policy, before.shim);
@@ -110,12 +113,12 @@ fn reacquire(address: PciAddress, space: &LiveSpace, before: &Facts) -> Result<A
         bail!("{address}: its DMA was {was} and would now be {verdict}; restart this program to serve it");
     }
     let function: Arc<dyn Function> = Arc::new(acquired.into_former_address_space(space)?);
-    hold_off(Arc::clone(&function), verdict).inspect_err(|_| space.release())
+    disable_no_snoop(Arc::clone(&function), verdict).inspect_err(|_| space.release())
 }
 
-/// The address space that the verdict asks for.
+/// The address space that the verdict requires.
 fn emulated_space(machine: &Machine, facts: &Facts) -> Result<Arc<dyn AddressSpace>> {
-    announce(&"emulated", &"software IOMMU", facts);
+    log_verdict(&"emulated", &"software IOMMU", facts);
     match decide(facts) {
         Verdict::Coherent(_) => Ok(machine.space()),
         Verdict::Flush(_) => Ok(machine.staged_space()),
@@ -123,19 +126,19 @@ fn emulated_space(machine: &Machine, facts: &Facts) -> Result<Arc<dyn AddressSpa
     }
 }
 
-/// Holds the Enable No Snoop bit off if that is the verdict.
-fn hold_off(function: Arc<dyn Function>, verdict: Verdict) -> Result<Arc<dyn Function>> {
+/// Disables No Snoop if the verdict requires it.
+fn disable_no_snoop(function: Arc<dyn Function>, verdict: Verdict) -> Result<Arc<dyn Function>> {
     let name = function.name().to_owned();
     no_snoop::apply(function, verdict).with_context(|| format!("{name}: clear the Enable No Snoop bit"))
 }
 
-/// Says what the decision rests on and how it comes out.
-fn announce(name: &dyn Display, snoop: &dyn Display, facts: &Facts) {
+/// Logs the facts and the verdict.
+fn log_verdict(name: &dyn Display, snoop: &dyn Display, facts: &Facts) {
     log::info!("{name}: {snoop}; {}", facts.no_snoop);
     log::info!("{name}: DMA is {}", decide(facts));
     if !facts.snoop_enforced {
         log::warn!(
-            "{name}: this IOMMU does not enforce snooping; a device that uses PCI No Snoop could go behind the CPU caches"
+            "{name}: this IOMMU does not enforce snooping; a device that uses PCI No Snoop can bypass the CPU caches"
         );
     }
 }

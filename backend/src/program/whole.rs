@@ -1,4 +1,4 @@
-//! A whole PCI function, passed through over vfio-user.
+//! Serves a whole PCI function over vfio-user.
 
 use std::os::fd::OwnedFd;
 
@@ -8,30 +8,30 @@ use vhost_device_vfio::coherency::decide;
 use vhost_device_vfio::config::Config;
 use vhost_device_vfio::passthrough::Passthrough;
 use vhost_device_vfio::socket::Endpoint;
-use vhost_device_vfio::vfio_user::{Ended, Server};
+use vhost_device_vfio::vfio_user::{EndReason, Server};
 
-use super::origin::Origin;
+use super::origin::DeviceSource;
 
 /// Serves the function until `stop` is readable or the host wants it back.
 ///
 /// # Errors
-/// Why it could not be served, or not any longer.
-pub(crate) fn serve(config: &Config, origin: &Origin, endpoint: Endpoint, stop: &OwnedFd) -> Result<()> {
+/// Why it cannot be served, or can no longer be served.
+pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, stop: &OwnedFd) -> Result<()> {
     if config.read_only {
         bail!("--read-only: the guest's own driver drives a whole function; this program sees none of its commands");
     }
-    let obtained = origin.whole(config.no_snoop.into(), config.kvm_socket.is_some())?;
-    let (name, facts) = (obtained.function.name().to_owned(), obtained.facts);
-    let vmm = obtained.vmm(config, &name);
+    let owned = source.acquire_whole(config.no_snoop.into(), config.kvm_socket.is_some())?;
+    let (name, facts) = (owned.function.name().to_owned(), owned.facts);
+    let vmm = owned.vmm(config, &name);
     let bars = config.bars.unwrap_or_default().into();
-    let device = Passthrough::new(obtained.function, obtained.space, bars, facts, obtained.file.is_some())?;
+    let device = Passthrough::new(owned.function, owned.space, bars, facts, owned.file.is_some())?;
 
     let server = Server::new(endpoint, device, vmm);
     log::info!("serving {name}, the whole function, over vfio-user");
     let ended = server.run(stop);
     let (space, verdict) = (server.device().space().statistics(), decide(&facts).word());
     log::info!("statistics: {space} verdict={verdict} {}", server.vmm().registrations());
-    if ended? == Ended::HostWantsFunction {
+    if ended? == EndReason::HostWantsFunction {
         log::warn!("{name}: given back to the host; start this program again to serve it");
     }
     Ok(())

@@ -1,21 +1,21 @@
-//! Why there is no socket to serve.
+//! Why a socket cannot be opened.
 
 use std::io;
 use std::path::PathBuf;
 
-/// Bytes of a path that fit into `sockaddr_un` with a terminating zero (unix(7)).
+/// Maximum length in bytes of a path in a `sockaddr_un`, without the terminating NUL (unix(7)).
 pub(super) const MAX_SOCKET_PATH: usize = 107;
 
 /// See the top of this file.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// The path does not fit into a socket address.
-    #[error("socket path {path:?} has {} bytes, at most {MAX_SOCKET_PATH} fit; choose a shorter one", path.as_os_str().len())]
+    #[error("socket path {path:?} has {} bytes, the limit is {MAX_SOCKET_PATH}; choose a shorter one", path.as_os_str().len())]
     PathTooLong {
         /// The path.
         path: PathBuf,
     },
-    /// Someone listens there.
+    /// Another process listens at the path.
     #[error("socket {path:?} is in use by {holder}; stop it or choose another path")]
     PathTaken {
         /// The path.
@@ -23,38 +23,38 @@ pub enum SocketError {
         /// The process.
         holder: String,
     },
-    /// Something that is not a socket is in the way.
+    /// The path exists and is not a socket.
     #[error("{path:?} exists and is not a socket; remove it or choose another path")]
     NotASocketFile {
         /// The path.
         path: PathBuf,
     },
-    /// The kernel refused a step on the way to a listening socket.
-    #[error("socket {path:?}: {what}: {source}")]
+    /// A step on the way to a listening socket has failed.
+    #[error("socket {path:?}: {step}: {source}")]
     Path {
         /// The path.
         path: PathBuf,
         /// The step that failed.
-        what: &'static str,
+        step: &'static str,
         /// The errno.
         source: io::Error,
     },
-    /// A descriptor that was passed in is not what it should be.
-    #[error("file descriptor {number} is no UNIX stream socket: {found}")]
+    /// A descriptor that was passed in is not a UNIX stream socket.
+    #[error("file descriptor {number} is not a UNIX stream socket: {found}")]
     NotASocket {
         /// The descriptor.
         number: i32,
-        /// What it is, or the errno.
+        /// What is wrong with it, or the errno.
         found: String,
     },
     /// Socket activation passed several sockets.
-    #[error("LISTEN_FDS={0}: exactly one socket is served; give the socket unit one ListenStream=")]
+    #[error("LISTEN_FDS={0}: exactly one socket can be served; give the socket unit one ListenStream=")]
     ActivationCount(String),
     /// A system call on a descriptor that was passed in failed.
-    #[error("{what}: {source}")]
+    #[error("{step}: {source}")]
     System {
         /// The call.
-        what: &'static str,
+        step: &'static str,
         /// The errno.
         source: io::Error,
     },

@@ -1,7 +1,7 @@
-//! Where front-ends come from: a path, or a descriptor that someone else has opened for us.
+//! The sockets to which front-ends connect: a path, or a descriptor that was passed to this process.
 //!
-//! A path belongs to us from the moment we bound it: a stale socket is removed only after a connect has proved it dead, and
-//! at the end only the file that we made ourselves.
+//! A stale socket file is removed only after a `connect` to it was refused. At the end, only the file that this process has
+//! created is removed.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -18,18 +18,18 @@ use super::error::{MAX_SOCKET_PATH, SocketError};
 use super::peer::Peer;
 use crate::sys::{inherit, take_variable};
 
-/// systemd passes sockets from this number on (sd_listen_fds(3)).
+/// The first descriptor that systemd passes (sd_listen_fds(3)).
 const LISTEN_FDS_START: i32 = 3;
 
-/// Where to wait for front-ends.
+/// The socket to open.
 pub enum Listen {
-    /// A socket to be made at this path.
+    /// A socket to be created at this path.
     Path(PathBuf),
-    /// A socket made by someone else: listening, or connected to the one front-end there will be.
+    /// A socket that was passed in: listening, or connected to the only front-end.
     Fd(OwnedFd),
 }
 
-/// An open [`Listen`]. Prints as the way in which front-ends come. Dropping it closes the socket and removes the file made for it.
+/// An open socket. It displays as one line for the log. Dropping it closes the socket, and removes the file that it created.
 pub struct Endpoint(pub(crate) Socket);
 
 pub(crate) enum Socket {
@@ -37,7 +37,7 @@ pub(crate) enum Socket {
     Connected(UnixStream),
 }
 
-/// A listening socket, and the file it has at its path if that is ours.
+/// A listening socket, and its file if it was created here.
 pub(crate) struct Listener {
     pub(crate) socket: UnixListener,
     name: String,
@@ -50,7 +50,7 @@ struct SocketFile {
 }
 
 impl Listen {
-    /// The socket that a service manager has passed to this process, if it has (sd_listen_fds(3)).
+    /// The socket that the service manager has passed to this process, if any (sd_listen_fds(3)).
     ///
     /// # Errors
     /// [`SocketError::ActivationCount`], [`SocketError::NotASocket`].
@@ -66,10 +66,10 @@ impl Listen {
         Self::inherited(LISTEN_FDS_START).map(Some)
     }
 
-    /// The socket with this number, passed by whoever started this process.
+    /// The socket with this descriptor, inherited from the parent process.
     ///
     /// # Errors
-    /// [`SocketError::NotASocket`] if it is not open, or is not ours to take.
+    /// [`SocketError::NotASocket`] if the descriptor is not open, or was opened by this process itself.
     pub fn inherited(number: i32) -> Result<Self, SocketError> {
         let found = |error: io::Error| match error.kind() {
             ErrorKind::PermissionDenied => "it was not passed to this process".into(),
@@ -78,10 +78,10 @@ impl Listen {
         inherit(number).map(Self::Fd).map_err(|error| SocketError::NotASocket { number, found: found(error) })
     }
 
-    /// Opens it: front-ends can connect from now on, and wait until they are served.
+    /// Opens it. Front-ends can connect from now on; they wait until they are served.
     ///
     /// # Errors
-    /// Why there is no socket: its path is too long or taken, or the descriptor is no UNIX stream socket.
+    /// See [`SocketError`]: for example, the path is too long or in use, or the descriptor is not a UNIX stream socket.
     pub fn open(self) -> Result<Endpoint, SocketError> {
         match self {
             Self::Path(path) => Listener::bind(path).map(Socket::Listening).map(Endpoint),
@@ -94,26 +94,25 @@ impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Socket::Listening(listener) => f.write_str(&listener.name),
-            Socket::Connected(_) => f.write_str("one front-end, by the socket that was passed"),
+            Socket::Connected(_) => f.write_str("serving the front-end of an inherited, connected socket"),
         }
     }
 }
 
-/// Tells a listening socket from a connected one.
+/// Takes an inherited socket, which may be listening or connected.
 fn adopt(fd: OwnedFd) -> Result<Endpoint, SocketError> {
     let number = fd.as_raw_fd();
-    let wrong = |found: String| SocketError::NotASocket { number, found };
     let errno = |error: rustix::io::Errno| SocketError::NotASocket { number, found: error.to_string() };
     let domain = sockopt::socket_domain(&fd).map_err(errno)?;
     let kind = sockopt::socket_type(&fd).map_err(errno)?;
     if domain != AddressFamily::UNIX || kind != SocketType::STREAM {
-        return Err(wrong("a socket of another family or type".into()));
+        return Err(SocketError::NotASocket { number, found: "a socket of another family or type".into() });
     }
     if !sockopt::socket_acceptconn(&fd).map_err(errno)? {
         return Ok(Endpoint(Socket::Connected(UnixStream::from(fd))));
     }
     let socket = UnixListener::from(fd);
-    socket.set_nonblocking(true).map_err(|source| SocketError::System { what: "set O_NONBLOCK", source })?;
+    socket.set_nonblocking(true).map_err(|source| SocketError::System { step: "set O_NONBLOCK", source })?;
     Ok(Endpoint(Socket::Listening(Listener {
         socket,
         name: format!("listening on inherited socket {number}"),
@@ -128,19 +127,19 @@ impl Listener {
         }
         let socket = match UnixListener::bind(&path) {
             Err(error) if error.kind() == ErrorKind::AddrInUse => {
-                remove_if_dead(&path)?;
-                UnixListener::bind(&path).map_err(step(&path, "bind"))?
+                remove_if_stale(&path)?;
+                UnixListener::bind(&path).map_err(path_error(&path, "bind"))?
             }
-            other => other.map_err(step(&path, "bind"))?,
+            other => other.map_err(path_error(&path, "bind"))?,
         };
-        socket.set_nonblocking(true).map_err(step(&path, "set O_NONBLOCK"))?;
-        let file = fs::symlink_metadata(&path).map_err(step(&path, "stat"))?;
+        socket.set_nonblocking(true).map_err(path_error(&path, "set O_NONBLOCK"))?;
+        let file = fs::symlink_metadata(&path).map_err(path_error(&path, "stat"))?;
         let (mode, uid) = (file.permissions().mode() & 0o777, file.uid());
         let name = format!("listening on {} (mode {mode:03o}, uid {uid})", path.display());
         Ok(Self { socket, name, _file: Some(SocketFile { path, identity: (file.dev(), file.ino()) }) })
     }
 
-    /// The next front-end, if one waits.
+    /// Accepts the next front-end, if one is waiting.
     pub(crate) fn accept(&self) -> io::Result<Option<UnixStream>> {
         match self.socket.accept() {
             Ok((stream, _)) => Ok(Some(stream)),
@@ -152,14 +151,14 @@ impl Listener {
     }
 }
 
-/// For `map_err` on a step that concerns `path`.
-fn step(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> SocketError {
-    move |source| SocketError::Path { path: path.to_owned(), what, source }
+/// Maps the errno of a step on `path`.
+fn path_error(path: &Path, step: &'static str) -> impl FnOnce(io::Error) -> SocketError {
+    move |source| SocketError::Path { path: path.to_owned(), step, source }
 }
 
-/// Removes a socket file that nobody listens on.
-fn remove_if_dead(path: &Path) -> Result<(), SocketError> {
-    if !fs::symlink_metadata(path).map_err(step(path, "stat"))?.file_type().is_socket() {
+/// Removes a socket file on which no process listens.
+fn remove_if_stale(path: &Path) -> Result<(), SocketError> {
+    if !fs::symlink_metadata(path).map_err(path_error(path, "stat"))?.file_type().is_socket() {
         return Err(SocketError::NotASocketFile { path: path.to_owned() });
     }
     match UnixStream::connect(path) {
@@ -168,17 +167,17 @@ fn remove_if_dead(path: &Path) -> Result<(), SocketError> {
             Err(SocketError::PathTaken { path: path.to_owned(), holder })
         }
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-            log::info!("removing {}, left behind by a process that is gone", path.display());
-            fs::remove_file(path).map_err(step(path, "remove the dead socket"))
+            log::info!("removing the stale socket {}", path.display());
+            fs::remove_file(path).map_err(path_error(path, "remove the stale socket"))
         }
-        Err(error) => Err(step(path, "find out whether someone listens there")(error)),
+        Err(error) => Err(path_error(path, "check whether a process listens there")(error)),
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path).is_ok_and(|file| (file.dev(), file.ino()) == self.identity);
-        if ours && let Err(error) = fs::remove_file(&self.path) {
+        let unchanged = fs::symlink_metadata(&self.path).is_ok_and(|file| (file.dev(), file.ino()) == self.identity);
+        if unchanged && let Err(error) = fs::remove_file(&self.path) {
             let path: &OsStr = self.path.as_os_str();
             log::warn!("removing {path:?}: {error}");
         }

@@ -1,5 +1,5 @@
-//! The socket on which front-ends come, whatever protocol they speak: a path, an inherited descriptor or one passed by
-//! systemd; and who is at its other end.
+//! The socket to which front-ends connect, independent of the protocol: a path, an inherited descriptor or one passed by
+//! systemd; and the process at its other end.
 
 mod error;
 mod listen;

@@ -1,5 +1,5 @@
-//! Who the front-end is, and what its own view of the shared memory is; for the log, and to catch memory that is shared
-//! with us but not with the guest.
+//! The front-end's process: its name for the log, and its mappings of the shared memory, to detect memory that is shared with
+//! this process but not with the guest.
 
 use std::fmt;
 use std::fs;
@@ -20,21 +20,21 @@ impl Peer {
     pub(crate) fn of(socket: impl AsFd) -> io::Result<Self> {
         let credentials = peer_credentials(socket)?;
         let comm = credentials.pid.and_then(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).ok());
-        // A process chooses its own name; it must not be able to write control characters into the log.
+        // Escaped, because a process can set its own name, and must not write control characters into the log.
         let name = comm.map_or_else(|| "unknown program".into(), |name| name.trim_end().escape_debug().to_string());
         Ok(Self { credentials, name })
     }
 
-    /// Its process id, if that can be seen from here.
+    /// Its process id, if it is visible in this PID namespace.
     pub(crate) fn pid(&self) -> Option<u32> {
         self.credentials.pid
     }
 
-    /// True if the process is known to see this file at `address`, or wherever it has mapped it, as a private copy: QEMU up
-    /// to 10 sends such memory, although neither we nor the device can reach what the guest has written there.
+    /// True if the process has mapped this file privately: at `address`, or with `None` in all its mappings. QEMU up to 10 shares
+    /// such memory, although the guest's writes to it reach neither this process nor the device.
     pub(crate) fn maps_privately(&self, file: FileId, address: Option<Qva>) -> bool {
         let Some(pid) = self.credentials.pid else { return false };
-        // Not readable for another user, or from another PID namespace; then nothing is known.
+        // The file is not readable for another user's process, or from another PID namespace: the mapping counts as shared.
         fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| match address {
             Some(address) => is_private(&maps, file.inode(), address),
             None => is_private_everywhere(&maps, &file.to_string()),
@@ -51,7 +51,7 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Looks up `address` in the text of `/proc/PID/maps` (proc(5)): `start-end perms offset dev inode path`.
+/// True if `/proc/PID/maps` (proc(5): `start-end perms offset dev inode path`) has a private mapping of `inode` at `address`.
 fn is_private(maps: &str, inode: u64, address: Qva) -> bool {
     let holds = |line: &&str| {
         let (start, end) = line.split_once(' ')?.0.split_once('-')?;
@@ -66,7 +66,7 @@ fn is_private(maps: &str, inode: u64, address: Qva) -> bool {
     private && same_file
 }
 
-/// Looks up all mappings of the file that `/proc/PID/maps` shows as `file`: device and inode.
+/// True if all mappings of `file` (device and inode, as in `/proc/PID/maps`) are private, and there is at least one.
 fn is_private_everywhere(maps: &str, file: &str) -> bool {
     let permissions = |line: &str| {
         let mut fields = line.split_ascii_whitespace().skip(1);
@@ -96,11 +96,11 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_given_the_benefit_of_the_doubt() {
+    fn any_other_mapping_counts_as_shared() {
         assert!(!is_private(MAPS, 1034, Qva(0x7f00_0000_0000)), "shared");
         assert!(!is_private(MAPS, 1034, Qva(0x7f00_0040_0000)), "another file");
         assert!(!is_private(MAPS, 1034, Qva(0x1000)), "nothing there");
-        assert!(!is_private("no maps\n\n-\n", 0, Qva(0)), "not the format we know");
+        assert!(!is_private("no maps\n\n-\n", 0, Qva(0)), "another format");
     }
 
     #[test]
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_is_named_with_its_pid() {
+    fn a_peer_is_displayed_with_its_pid() {
         let (one, _other) = UnixStream::pair().unwrap();
         let peer = Peer::of(&one).unwrap();
         assert!(peer.to_string().contains(&format!("pid {}", std::process::id())), "{peer}");

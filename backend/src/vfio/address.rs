@@ -1,4 +1,4 @@
-//! The name of a PCI function, and what sysfs knows of it. Read-only: nothing here opens the device.
+//! The address of a PCI function, and what sysfs says about it. Read-only: nothing here opens the device.
 
 use std::fmt;
 use std::fs;
@@ -14,15 +14,15 @@ pub struct PciAddress {
     function: u8,
 }
 
-/// Not a PCI address.
+/// The text is not a PCI address.
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is not a PCI address; wanted DOMAIN:BUS:DEVICE.FUNCTION in hexadecimal, such as 0000:00:04.0")]
+#[error("`{0}` is not a PCI address; expected DOMAIN:BUS:DEVICE.FUNCTION in hexadecimal, such as 0000:00:04.0")]
 pub struct NotAnAddress(String);
 
 impl FromStr for PciAddress {
     type Err = NotAnAddress;
 
-    /// With or without the domain, as `lspci` prints it.
+    /// Accepts an address with or without the domain, as `lspci` prints it.
     fn from_str(text: &str) -> Result<Self, NotAnAddress> {
         parse(text).ok_or_else(|| NotAnAddress(text.to_owned()))
     }
@@ -46,10 +46,10 @@ fn parse(text: &str) -> Option<PciAddress> {
     })
 }
 
-/// Plain hexadecimal digits up to `max`; no sign, no prefix.
+/// Hexadecimal digits without sign or prefix, up to `max`.
 fn hex(text: &str, max: u32) -> Option<u32> {
-    let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_hexdigit());
-    u32::from_str_radix(text, 16).ok().filter(|value| plain && *value <= max)
+    let digits_only = !text.is_empty() && text.bytes().all(|b| b.is_ascii_hexdigit());
+    u32::from_str_radix(text, 16).ok().filter(|value| digits_only && *value <= max)
 }
 
 impl fmt::Display for PciAddress {
@@ -65,13 +65,13 @@ impl PciAddress {
         Path::new("/sys/bus/pci/devices").join(self.to_string())
     }
 
-    /// The driver it is bound to.
+    /// The driver it is bound to, if any.
     #[must_use]
     pub fn driver(&self) -> Option<String> {
         link_name(&self.sysfs().join("driver"))
     }
 
-    /// Its IOMMU group; none if no IOMMU stands in front of it.
+    /// Its IOMMU group; `None` without an IOMMU.
     #[must_use]
     pub fn group(&self) -> Option<String> {
         link_name(&self.sysfs().join("iommu_group"))
@@ -83,7 +83,7 @@ impl PciAddress {
         self.sysfs().join("physfn").exists()
     }
 
-    /// Its VFIO character device, if the kernel offers one.
+    /// Its VFIO character device, if the kernel has one for it.
     #[must_use]
     pub fn cdev(&self) -> Option<PathBuf> {
         let mut entries = fs::read_dir(self.sysfs().join("vfio-dev")).ok()?;
@@ -91,20 +91,21 @@ impl PciAddress {
         Some(Path::new("/dev/vfio/devices").join(name))
     }
 
-    /// The other functions of its IOMMU group that a host driver holds, as `ADDRESS (DRIVER)`. Bridges do no DMA of their
-    /// own and do not count.
+    /// The other functions of its IOMMU group that are bound to a host driver, as `ADDRESS (DRIVER)`. Bridges are left out: they
+    /// do no DMA of their own.
     #[must_use]
-    pub fn held_siblings(&self) -> Vec<String> {
+    pub fn host_owned_siblings(&self) -> Vec<String> {
         let Ok(entries) = fs::read_dir(self.sysfs().join("iommu_group/devices")) else { return Vec::new() };
         let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        names.filter(|name| *name != self.to_string()).filter_map(|name| held(&name)).collect()
+        names.filter(|name| *name != self.to_string()).filter_map(|name| host_owned(&name)).collect()
     }
 }
 
-fn held(name: &str) -> Option<String> {
+fn host_owned(name: &str) -> Option<String> {
     let driver = link_name(&Path::new("/sys/bus/pci/devices").join(name).join("driver"))?;
-    let harmless = matches!(driver.as_str(), "vfio-pci" | "pcieport" | "pci-stub");
-    (!harmless).then(|| format!("{name} ({driver})"))
+    // These drivers do no DMA on behalf of the host, so the kernel counts the group as viable.
+    let allowed = matches!(driver.as_str(), "vfio-pci" | "pcieport" | "pci-stub");
+    (!allowed).then(|| format!("{name} ({driver})"))
 }
 
 fn link_name(link: &Path) -> Option<String> {
@@ -116,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_is_read_with_and_without_its_domain() {
+    fn an_address_parses_with_and_without_its_domain() {
         let full: PciAddress = "0000:00:04.0".parse().unwrap();
         assert_eq!("00:04.0".parse::<PciAddress>().unwrap(), full);
         assert_eq!("10000:FF:1f.7".parse::<PciAddress>().unwrap().to_string(), "10000:ff:1f.7");
@@ -124,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_is_refused_with_an_example() {
+    fn a_bad_address_is_refused_with_an_example() {
         for text in ["", "nvme0", "00:04", "00:20.0", "00:04.8", "0:0:0:4.0", "00:+4.0", "../00:04.0", "00:04.0 "] {
             let error = text.parse::<PciAddress>().unwrap_err().to_string();
             assert!(error.contains("such as 0000:00:04.0"), "{text}: {error}");

@@ -1,10 +1,10 @@
-//! One PCI function under VFIO, from "somewhere on the bus" to "does DMA for us". The states are types, and each step
-//! consumes the one before, so a doorbell cannot be rung on a function that is not attached.
+//! One PCI function under VFIO. Each state is a type, and each step consumes the previous state, so the registers of a
+//! function that is not attached cannot be accessed.
 //!
 //! ```text
 //!   Opened ── bind(iommufd) ──► Bound ── attach(table) ──► Attached : Function
-//!     │ sysfs looks right         │ ours alone, DMA blocked     │ DMA reaches what `table` maps
-//!     └ nothing touched           └ drop: released              └ drop: bus master off, reset, detached, released
+//!     │ checked in sysfs          │ owned, DMA blocked          │ DMA reaches what `table` maps
+//!     └ not opened yet            └ drop: close                 └ drop: bus master off, reset, detach, close
 //! ```
 
 mod address;
@@ -32,27 +32,27 @@ use crate::sys::{Cdev, DeviceId, Ioas, Iommufd};
 const COMMAND: u64 = 0x04;
 /// Memory Space: the function answers accesses to its memory BARs.
 const COMMAND_MEMORY: u16 = 1 << 1;
-/// Bus Master: the function may start DMA, and so send MSI-X messages.
+/// Bus Master: the function may do DMA, which includes sending MSI-X messages.
 const COMMAND_BUS_MASTER: u16 = 1 << 2;
 
 /// Opens `/dev/iommu`.
 ///
 /// # Errors
-/// [`VfioError::NoIommufd`] says what is missing.
+/// [`VfioError::NoIommufd`].
 pub fn open_iommufd(path: &Path) -> Result<Iommufd, VfioError> {
     Iommufd::open(path).map_err(|source| VfioError::no_iommufd(path, source))
 }
 
-/// A function that looks ready to be taken; nothing has been touched.
+/// A function that has passed the checks in sysfs. The device has not been opened.
 pub struct Opened {
     address: PciAddress,
 }
 
 impl Opened {
-    /// Looks the function up and checks what can be checked from outside.
+    /// Finds the function, and checks its driver, its IOMMU group and the access to its character device.
     ///
     /// # Errors
-    /// What is not as it must be, and how to make it so.
+    /// What is wrong, and how to fix it.
     pub fn open(address: PciAddress) -> Result<Self, VfioError> {
         if !address.sysfs().exists() {
             return Err(VfioError::NoSuchFunction(address));
@@ -64,7 +64,8 @@ impl Opened {
                 return Err(VfioError::NotBound { address, found: format!("bound to {driver}"), unbind });
             }
             None => {
-                return Err(VfioError::NotBound { address, found: "no driver".to_owned(), unbind: String::new() });
+                let found = "bound to no driver".to_owned();
+                return Err(VfioError::NotBound { address, found, unbind: String::new() });
             }
         }
         if address.group().is_none() {
@@ -77,30 +78,30 @@ impl Opened {
         }
     }
 
-    /// Takes the function. Its DMA is blocked until it is attached.
+    /// Opens the device and binds it to iommufd. Its DMA is blocked until it is attached.
     ///
     /// # Errors
-    /// Who or what is in the way.
+    /// Why it cannot be bound, such as the process that uses it.
     pub fn bind(self, iommufd: &Iommufd, ioas: &Ioas) -> Result<Bound, VfioError> {
         let cdev = Cdev::bind(&self.address.sysfs(), iommufd, ioas);
         cdev.map(|cdev| Bound { address: self.address, cdev }).map_err(|e| VfioError::bind(self.address, e))
     }
 }
 
-/// A function that is ours but reaches no memory.
+/// A function that this process owns, with DMA blocked.
 pub struct Bound {
     address: PciAddress,
     cdev: Cdev,
 }
 
 impl Bound {
-    /// Its id, for making a page table.
+    /// Its iommufd id, for the allocation of a page table.
     #[must_use]
     pub fn device_id(&self) -> DeviceId {
         self.cdev.id()
     }
 
-    /// Connects it to what `table` maps. Bus master is off afterwards, so no DMA happens yet.
+    /// Attaches it to `table`. Bus master is off afterwards, so it does no DMA yet.
     ///
     /// # Errors
     /// The errno of the step that failed.
@@ -108,9 +109,9 @@ impl Bound {
         let address = self.address;
         let name = address.to_string();
         let attached = Attached { name, table, cdev: Arc::new(self.cdev) };
-        let step = |what| move |source| VfioError::Kernel { address, what, source };
-        attached.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER).map_err(step("write the command register"))?;
-        attached.cdev.attach(attached.table.id()).map_err(step("attach to its page table"))?;
+        let error = |step| move |source| VfioError::Kernel { address, step, source };
+        attached.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER).map_err(error("write the command register"))?;
+        attached.cdev.attach(attached.table.id()).map_err(error("attach to its page table"))?;
         Ok(attached)
     }
 }
@@ -118,14 +119,14 @@ impl Bound {
 /// A function whose DMA goes through `table`.
 pub struct Attached {
     name: String,
-    // Before `cdev`, so that the page table goes while the device it was made for is still open. Both go after our `drop`
-    // has detached the device.
+    // Before `cdev`, because the page table must be destroyed while its device is still open. `drop` has detached the device
+    // before that.
     table: Arc<PageTable>,
     cdev: Arc<Cdev>,
 }
 
 impl Attached {
-    /// The device's file, for whoever must detach and attach it again; it closes when the function is dropped.
+    /// The device's file, to detach the device and attach it again. It is closed when the function is dropped.
     #[must_use]
     pub fn device_file(&self) -> Weak<Cdev> {
         Arc::downgrade(&self.cdev)
@@ -185,8 +186,8 @@ impl Function for Attached {
 }
 
 impl Drop for Attached {
-    /// Stops DMA before the page table can go. Each step is tried even if one before it failed, since a function that has
-    /// been unplugged fails them all and does no DMA either.
+    /// Stops DMA before the page table is destroyed. Every step is tried even if an earlier one fails: all steps fail for a
+    /// function that has been unplugged, and such a function does no DMA.
     fn drop(&mut self) {
         let reset = if self.cdev.resettable() { self.cdev.reset() } else { Ok(()) };
         let steps: [(&str, io::Result<()>); 3] =

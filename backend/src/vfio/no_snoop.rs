@@ -1,8 +1,8 @@
-//! The Enable No Snoop bit of a function: what it can do, and holding it off.
+//! The Enable No Snoop bit of a function: whether it can be changed, and keeping it clear.
 //!
-//! Reading zero proves nothing: firmware or a host driver may have cleared a bit that can be set again, and a reset gives
-//! it back. So the bit is *tried* — set and read back, cleared and read back, restored — while bus master is off and the
-//! function can start no DMA.
+//! A bit that reads zero need not be hardwired: firmware or a host driver may have cleared it, and a reset sets it again. So
+//! the bit is *probed* (set and read back, cleared and read back, restored) while bus master is off and the function cannot
+//! do DMA.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -16,7 +16,7 @@ use crate::hardware::{Function, Registers};
 const VENDOR: u16 = 0x00;
 /// Command @ 0x04 : u16; bit 2 is Bus Master Enable.
 const COMMAND: u16 = 0x04;
-/// Status @ 0x06 : u16; bit 4 says that there is a capability list.
+/// Status @ 0x06 : u16; bit 4 is Capabilities List.
 const STATUS: u16 = 0x06;
 /// Class code, base class @ 0x0b : u8; 3 is a display controller.
 const BASE_CLASS: u16 = 0x0b;
@@ -24,14 +24,14 @@ const BASE_CLASS: u16 = 0x0b;
 const CAPABILITIES: u16 = 0x34;
 /// PCI Express capability id (PCIe 6.0 §7.5.3.1).
 const EXPRESS: u8 = 0x10;
-/// Device Control, from the start of that capability (PCIe 6.0 §7.5.3.4).
+/// Offset of Device Control in that capability (PCIe 6.0 §7.5.3.4).
 const DEVICE_CONTROL: u16 = 8;
 /// Enable No Snoop, in Device Control.
 const ENABLE_NO_SNOOP: u16 = 1 << 11;
 const INTEL: u16 = 0x8086;
-const COMES_BACK: &str = "its Enable No Snoop bit reads 1 after it was cleared; --no-snoop=assume flushes instead";
+const STAYS_SET: &str = "its Enable No Snoop bit reads 1 after it was cleared; use --no-snoop=assume to flush instead";
 
-/// Finds out what the function can do about No Snoop. `virtual_function` is what sysfs says of it.
+/// Probes the function's Enable No Snoop bit. `virtual_function`: it is a virtual function, according to sysfs.
 ///
 /// # Errors
 /// The errno of the configuration access that failed; [`io::ErrorKind::ResourceBusy`] if bus master is on.
@@ -49,27 +49,27 @@ pub fn probe(function: &dyn Function, virtual_function: bool) -> io::Result<NoSn
     let control = word(function, capability + DEVICE_CONTROL)?;
     set_word(function, capability + DEVICE_CONTROL, control | ENABLE_NO_SNOOP)?;
     let set = word(function, capability + DEVICE_CONTROL)? & ENABLE_NO_SNOOP != 0;
-    let cleared = hold_off(function)?;
+    let cleared = disable(function)?;
     set_word(function, capability + DEVICE_CONTROL, control)?;
     Ok(match (set, cleared) {
-        (_, false) => NoSnoop::NotOurs(NotOurs::Disobeys),
+        (_, false) => NoSnoop::NotOurs(NotOurs::StaysSet),
         (true, true) => NoSnoop::Controllable,
         (false, true) => NoSnoop::NeverSet,
     })
 }
 
-/// Clears the bit and reads it back; false if it would not stay clear.
+/// Clears the bit and reads it back; false if it still reads 1.
 ///
 /// # Errors
 /// The errno of the configuration access that failed.
-pub fn hold_off(function: &dyn Function) -> io::Result<bool> {
+pub fn disable(function: &dyn Function) -> io::Result<bool> {
     let Some(capability) = express(function)? else { return Ok(false) };
     let control = word(function, capability + DEVICE_CONTROL)?;
     set_word(function, capability + DEVICE_CONTROL, control & !ENABLE_NO_SNOOP)?;
     Ok(word(function, capability + DEVICE_CONTROL)? & ENABLE_NO_SNOOP == 0)
 }
 
-/// Where Device Control is in configuration space (bytes); `None` for a function without a PCI Express capability.
+/// Offset of Device Control in configuration space, in bytes; `None` for a function without a PCI Express capability.
 ///
 /// # Errors
 /// The errno of the configuration access that failed.
@@ -77,44 +77,44 @@ pub fn device_control(function: &dyn Function) -> io::Result<Option<u16>> {
     Ok(express(function)?.map(|capability| capability + DEVICE_CONTROL))
 }
 
-/// Holds the bit of `function` off, if that is the verdict.
+/// Keeps the bit of `function` clear, if that is the verdict.
 ///
 /// # Errors
-/// The errno of the configuration access that failed, or that the bit would not stay clear, with what to do then.
+/// The errno of the configuration access that failed, or that the bit does not stay clear and what to do then.
 pub fn apply(function: Arc<dyn Function>, verdict: Verdict) -> io::Result<Arc<dyn Function>> {
-    if !matches!(verdict, Verdict::Coherent(Coherent::HeldOff { .. })) {
+    if !matches!(verdict, Verdict::Coherent(Coherent::Disabled { .. })) {
         return Ok(function);
     }
-    match HeldOff::new(function)? {
-        Some(held) => Ok(Arc::new(held)),
-        None => Err(io::Error::other(COMES_BACK)),
+    match NoSnoopDisabled::new(function)? {
+        Some(function) => Ok(Arc::new(function)),
+        None => Err(io::Error::other(STAYS_SET)),
     }
 }
 
-/// A function whose bit is held at zero: it is cleared, and read back, after each reset, which may bring it back, and each
-/// time the function is about to get bus master. One that does not obey any more gets no bus master: what is mapped was
-/// mapped for a function whose DMA is coherent.
-pub struct HeldOff(Arc<dyn Function>);
+/// A function whose bit is kept clear: it is cleared, and read back, after each reset, which may set it, and each time before
+/// bus master is turned on. If the bit does not stay clear, bus master is refused: memory was mapped for a function whose DMA
+/// is coherent.
+pub struct NoSnoopDisabled(Arc<dyn Function>);
 
-impl HeldOff {
-    /// Clears the bit of `function`; `None` if it would not stay clear.
+impl NoSnoopDisabled {
+    /// Clears the bit of `function`; `None` if it does not stay clear.
     ///
     /// # Errors
     /// The errno of the configuration access that failed.
     pub fn new(function: Arc<dyn Function>) -> io::Result<Option<Self>> {
-        Ok(hold_off(&*function)?.then_some(Self(function)))
+        Ok(disable(&*function)?.then_some(Self(function)))
     }
 
-    fn hold(&self) -> io::Result<()> {
-        if hold_off(&*self.0)? {
+    fn ensure_clear(&self) -> io::Result<()> {
+        if disable(&*self.0)? {
             return Ok(());
         }
-        log::error!("{}: DMA is no longer coherent: {COMES_BACK}", self.0.name());
-        Err(io::Error::other(COMES_BACK))
+        log::error!("{}: DMA is no longer coherent: {STAYS_SET}", self.0.name());
+        Err(io::Error::other(STAYS_SET))
     }
 }
 
-impl Function for HeldOff {
+impl Function for NoSnoopDisabled {
     fn name(&self) -> &str {
         self.0.name()
     }
@@ -138,7 +138,7 @@ impl Function for HeldOff {
     }
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
         if on {
-            self.hold()?;
+            self.ensure_clear()?;
         }
         self.0.set_bus_master(on)
     }
@@ -147,11 +147,11 @@ impl Function for HeldOff {
     }
     fn reset(&self) -> io::Result<()> {
         self.0.reset()?;
-        self.hold()
+        self.ensure_clear()
     }
 }
 
-/// Where the PCI Express capability is. A list that runs in a circle ends after as many entries as fit (48).
+/// Offset of the PCI Express capability. The walk ends after 48 entries, the most that fit, in case the list is circular.
 fn express(function: &dyn Function) -> io::Result<Option<u16>> {
     if word(function, STATUS)? & (1 << 4) == 0 {
         return Ok(None);

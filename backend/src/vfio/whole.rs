@@ -1,14 +1,13 @@
-//! A function under VFIO, passed through whole: regions and interrupts go to the kernel as they are.
+//! A whole function under VFIO: accesses to regions and interrupts go to the kernel unchanged.
 
 use std::io;
 
 use super::Attached;
 use crate::whole_function::{IrqInfo, IrqSet, MmapArea, RegionInfo, RegionMmap, WholeFunction};
 
-/// What the bound device file allows its holder; it cannot map memory for DMA, which takes the iommufd.
-const CDEV_RIGHTS: &str =
-    "the device's own file: reset, interrupts, configuration space and detach, as plain vfio-pci gives";
-const DMA_BUF_RIGHTS: &str = "a dma-buf of this BAR: nothing but mapping it";
+/// What the bound device file allows its holder. It cannot map memory for DMA, which needs the iommufd.
+const CDEV_RIGHTS: &str = "the device's own file, which also allows reset, interrupts, configuration space and detach, as with plain vfio-pci";
+const DMA_BUF_RIGHTS: &str = "a dma-buf of this BAR, which allows mapping only";
 
 impl WholeFunction for Attached {
     fn region(&self, index: u32) -> RegionInfo {

@@ -1,8 +1,7 @@
-//! The bytes of one conversation: whole messages in, replies out, without ever waiting for the other side.
+//! The socket of one front-end: receives whole messages and sends replies, and never blocks.
 //!
-//! A message is read in two steps, header and payload, each to its last byte and no further. So the descriptors that come
-//! with the bytes of one message are never taken for those of the next: the kernel ends a read where descriptors begin
-//! another message (unix(7), SCM_RIGHTS).
+//! Header and payload are read separately, and never beyond the end of the message. So descriptors are never attributed to
+//! the wrong message: a read of the kernel ends before data with another set of descriptors (unix(7), SCM_RIGHTS).
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -21,9 +20,9 @@ use super::error::Error;
 use super::version::{MAX_FDS, MAX_TEXT, MAX_TRANSFER};
 use super::wire::{ERROR, HEADER, Header, RegionAccess, TYPE_COMMAND, TYPE_MASK, TYPE_REPLY};
 
-/// How long a message may take to come to its end, and a reply to be read.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
-/// The longest message: a region write of the most data.
+/// Time-out for the rest of a message, and for a reply to be read.
+pub(super) const STALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Length of the longest message, a region write, in bytes.
 const MAX_MESSAGE: usize = HEADER + size_of::<RegionAccess>() + MAX_TRANSFER;
 const _: () = assert!(MAX_TEXT < MAX_TRANSFER);
 
@@ -41,25 +40,26 @@ pub(super) struct Reply {
     pub(super) fds: Vec<OwnedFd>,
 }
 
-/// What looking for a message has found.
+/// The result of [`Connection::receive`].
 pub(super) enum Received {
     Message(Message),
-    /// Nothing, or not all of a message yet.
+    /// No message, or only a part of it yet.
     Incomplete,
-    /// The other side has gone.
+    /// The front-end has closed the connection.
     Gone,
 }
 
-/// What there is of the next message.
+/// The part of the next message that has been received.
 #[derive(Default)]
 struct Incoming {
     header: Option<Header>,
+    /// Of the header while `header` is `None`, then of the payload.
     bytes: Vec<u8>,
     fds: Vec<OwnedFd>,
     since: Option<Instant>,
 }
 
-/// What of a reply has not been taken yet.
+/// A reply that has not been sent completely.
 struct Outgoing {
     bytes: Vec<u8>,
     sent: usize,
@@ -84,10 +84,10 @@ impl Connection {
         &self.socket
     }
 
-    /// When the other side will have been waited for long enough; `None` while it is not waited for.
+    /// When the front-end must have sent the rest of its message, or read the reply; `None` if neither is pending.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let since = self.outgoing.as_ref().map_or(self.incoming.since, |outgoing| Some(outgoing.since));
-        since.map(|since| since + PATIENCE)
+        since.map(|since| since + STALL_TIMEOUT)
     }
 
     /// # Errors
@@ -97,15 +97,15 @@ impl Connection {
             Some(deadline) if deadline <= now && self.outgoing.is_some() => {
                 Err(Error::Stalled("a reply has not been read"))
             }
-            Some(deadline) if deadline <= now => Err(Error::Stalled("a message has not come to its end")),
+            Some(deadline) if deadline <= now => Err(Error::Stalled("a message has been incomplete")),
             _ => Ok(()),
         }
     }
 
-    /// The next message, if all of it is there. None is taken while a reply waits to be read.
+    /// Receives the next message. While a reply is not completely sent, no message is received.
     ///
     /// # Errors
-    /// Why the conversation cannot go on.
+    /// Why the connection must be closed.
     pub(super) fn receive(&mut self) -> Result<Received, Error> {
         if !self.flush()? {
             return Ok(Received::Incomplete);
@@ -127,7 +127,7 @@ impl Connection {
         }
     }
 
-    /// Reads until there are `wanted` bytes of what is being read.
+    /// Reads until `incoming` has `wanted` bytes.
     fn fill(&mut self, wanted: usize) -> Result<Fill, Error> {
         let Self { socket, incoming, .. } = self;
         let mut have = incoming.bytes.len();
@@ -140,14 +140,14 @@ impl Connection {
                     have += count;
                     incoming.since.get_or_insert_with(Instant::now);
                 }
-                Err(Failed::Errno(Errno::INTR)) => {}
-                Err(Failed::Errno(Errno::AGAIN)) => {
+                Err(ReadError::Errno(Errno::INTR)) => {}
+                Err(ReadError::Errno(Errno::AGAIN)) => {
                     incoming.bytes.truncate(have);
                     return Ok(Fill::Part);
                 }
-                Err(Failed::Errno(Errno::CONNRESET)) => return Ok(Fill::End),
-                Err(Failed::Errno(errno)) => return Err(Error::system("recvmsg")(errno)),
-                Err(Failed::TooManyFds) => {
+                Err(ReadError::Errno(Errno::CONNRESET)) => return Ok(Fill::End),
+                Err(ReadError::Errno(errno)) => return Err(Error::system("recvmsg")(errno)),
+                Err(ReadError::TooManyFds) => {
                     return Err(Error::Framing(format!("a message with more than {MAX_FDS} descriptors")));
                 }
             }
@@ -157,28 +157,28 @@ impl Connection {
 
     fn take_header(&mut self) -> Result<(), Error> {
         let bytes = std::mem::take(&mut self.incoming.bytes);
-        let header = Header::read_from_bytes(&bytes).expect("as many bytes as a header has");
+        let header = Header::read_from_bytes(&bytes).expect("`fill` has read a whole header");
         let size = header.size as usize;
         if !(HEADER..=MAX_MESSAGE).contains(&size) {
-            return Err(Error::Framing(format!("a message of {size} bytes; wanted {HEADER} to {MAX_MESSAGE}")));
+            return Err(Error::Framing(format!("a message of {size} bytes; must be {HEADER} to {MAX_MESSAGE}")));
         }
         if header.flags & TYPE_MASK != TYPE_COMMAND {
-            return Err(Error::Framing(format!("a message that is no command (flags {:#x})", header.flags)));
+            return Err(Error::Framing(format!("a message that is not a command (flags {:#x})", header.flags)));
         }
         self.incoming.header = Some(header);
         Ok(())
     }
 
-    /// Answers the command that began with `header`: with `reply`, or an errno.
+    /// Sends the reply, or an errno, to the command with this `header`.
     ///
     /// # Errors
-    /// Why the conversation cannot go on.
-    pub(super) fn answer(&mut self, header: Header, reply: Result<Reply, u32>) -> Result<(), Error> {
+    /// Why the connection must be closed.
+    pub(super) fn reply(&mut self, header: Header, reply: Result<Reply, u32>) -> Result<(), Error> {
         let (flags, error, Reply { payload, fds }) = match reply {
             Ok(reply) => (TYPE_REPLY, 0, reply),
             Err(errno) => (TYPE_REPLY | ERROR, errno, Reply::default()),
         };
-        let size = u32::try_from(HEADER + payload.len()).expect("replies are as limited as messages");
+        let size = u32::try_from(HEADER + payload.len()).expect("a reply is at most as long as a message");
         let header = Header { id: header.id, command: header.command, size, flags, error };
         let mut bytes = Vec::with_capacity(HEADER + payload.len());
         bytes.extend_from_slice(header.as_bytes());
@@ -187,14 +187,14 @@ impl Connection {
         self.flush().map(drop)
     }
 
-    /// Sends what waits. False if some of it still does.
+    /// Sends the outgoing reply. False if a part of it remains.
     fn flush(&mut self) -> Result<bool, Error> {
         let Some(outgoing) = &mut self.outgoing else { return Ok(true) };
         while outgoing.sent < outgoing.bytes.len() {
             match write(&self.socket, &outgoing.bytes[outgoing.sent..], &outgoing.fds) {
                 Ok(count) => {
                     outgoing.sent += count;
-                    // They have gone with the first byte.
+                    // The kernel has sent them with the first byte.
                     outgoing.fds.clear();
                 }
                 Err(Errno::INTR) => {}
@@ -213,23 +213,23 @@ enum Fill {
     End,
 }
 
-enum Failed {
+enum ReadError {
     Errno(Errno),
     TooManyFds,
 }
 
-fn read(socket: &UnixStream, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, Failed> {
+fn read(socket: &UnixStream, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, ReadError> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-    let received = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut ancillary, flags).map_err(Failed::Errno)?;
+    let received = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut ancillary, flags).map_err(ReadError::Errno)?;
     for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(rights) = message {
             fds.extend(rights);
         }
     }
     if received.flags.contains(ReturnFlags::CTRUNC) || fds.len() > MAX_FDS {
-        return Err(Failed::TooManyFds);
+        return Err(ReadError::TooManyFds);
     }
     Ok(received.bytes)
 }

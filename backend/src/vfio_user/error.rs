@@ -1,4 +1,4 @@
-//! Why a message was refused, or a conversation ended.
+//! Why a message was refused, or a connection was closed.
 
 use std::io;
 
@@ -9,57 +9,57 @@ use crate::passthrough::PassthroughError;
 /// See the top of this file.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A message's header cannot be right, so where the next one begins is not known.
+    /// The header is invalid, so the start of the next message is unknown.
     #[error("{0}")]
     Framing(String),
-    /// The message came to no end, or its reply was not read.
+    /// A message stayed incomplete, or a reply was not read.
     #[error("{0} for 5 s")]
     Stalled(&'static str),
-    /// A message is not what its command says it is.
-    #[error("{command}: {what}")]
+    /// The payload is invalid for the command.
+    #[error("{command}: {defect}")]
     Malformed {
         /// The command's name.
         command: &'static str,
-        /// What is wrong.
-        what: String,
+        /// What is wrong with it.
+        defect: String,
     },
-    /// The capabilities of a `VERSION` message.
+    /// The capabilities of a `VERSION` message are invalid.
     #[error("VERSION: capabilities: {0}")]
     Capabilities(String),
-    /// Another major version.
-    #[error("VERSION: version {0}.{1} is not spoken here, only 0.x")]
+    /// The client has another major version.
+    #[error("VERSION: version {0}.{1} is not supported, only 0.x")]
     Version(u16, u16),
-    /// The conversation has to begin with `VERSION`.
+    /// The first message is not `VERSION`.
     #[error("{0} before VERSION")]
     TooEarly(&'static str),
-    /// Not a command of this server.
-    #[error("command {0} is not offered")]
-    NotOffered(u16),
-    /// The verdict on the function's DMA.
+    /// The command is unknown or not supported.
+    #[error("command {0} is not supported")]
+    NotSupported(u16),
+    /// The verdict on the function's DMA is a refusal.
     #[error("{0}: {1}")]
     Refused(String, Refusal),
-    /// The shim.
+    /// Memory may not be mapped without a registration with the shim.
     #[error(transparent)]
-    RegistrationError(#[from] RegistrationError),
-    /// What the function, or its memory, would not do.
+    Registration(#[from] RegistrationError),
+    /// The operation on the function or its memory failed.
     #[error(transparent)]
     Passthrough(#[from] PassthroughError),
-    /// A system call of ours.
-    #[error("{what}: {source}")]
+    /// A system call of the server failed.
+    #[error("{step}: {source}")]
     System {
-        /// Which.
-        what: &'static str,
+        /// The call.
+        step: &'static str,
         /// The errno.
         source: io::Error,
     },
 }
 
 impl Error {
-    pub(super) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
-        move |source| Self::System { what, source: source.into() }
+    pub(super) fn system<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::System { step, source: source.into() }
     }
 
-    /// True if the conversation cannot go on after it.
+    /// True if the connection must be closed.
     pub(super) fn is_fatal(&self) -> bool {
         matches!(
             self,
@@ -73,13 +73,13 @@ impl Error {
         )
     }
 
-    /// What the reply carries (errno(3)).
+    /// The errno in the reply.
     pub(super) fn errno(&self) -> u32 {
         let errno = match self {
             Self::Framing(_) | Self::Malformed { .. } | Self::Capabilities(_) | Self::TooEarly(_) => libc::EINVAL,
-            Self::Version(..) | Self::NotOffered(_) => libc::ENOTSUP,
+            Self::Version(..) | Self::NotSupported(_) => libc::ENOTSUP,
             Self::Stalled(_) => libc::ETIMEDOUT,
-            Self::Refused(..) | Self::RegistrationError(_) => libc::EPERM,
+            Self::Refused(..) | Self::Registration(_) => libc::EPERM,
             Self::Passthrough(error) => error.errno(),
             Self::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
         };

@@ -1,6 +1,6 @@
-//! Who may still hold a descriptor of the function. A front-end that was given one to map BARs keeps it for as long as it
-//! likes: neither a reset nor the end of its conversation takes it back. Until its process has ended nobody else is served,
-//! for it could reach the registers of a function that another virtual machine uses.
+//! The process that may still hold a descriptor of the function. A front-end that was given one to map BARs can keep it:
+//! neither a reset nor the end of the connection revokes it. Until that process has ended, no other front-end is served,
+//! because the process could access the registers of a function that another virtual machine uses.
 
 use std::os::fd::OwnedFd;
 
@@ -10,30 +10,30 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 /// A process that may hold a descriptor.
 pub(super) struct Holder {
     pid: u32,
-    /// Readable once the process has ended; `None` where it had ended already.
-    process: Option<OwnedFd>,
+    /// A pidfd, readable once the process has ended; `None` if it had ended before [`Self::new`].
+    pidfd: Option<OwnedFd>,
 }
 
 impl Holder {
-    /// The process `pid`, as it is now.
+    /// The process that has the id `pid` now.
     pub(super) fn new(pid: u32) -> Self {
-        let process = i32::try_from(pid).ok().and_then(Pid::from_raw).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
-        Self { pid, process: process.and_then(Result::ok) }
+        let pidfd = i32::try_from(pid).ok().and_then(Pid::from_raw).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
+        Self { pid, pidfd: pidfd.and_then(Result::ok) }
     }
 
-    /// The process's id.
+    /// The process id.
     pub(super) fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// True if the function may be given to process `newcomer`: to the holder itself, or when the holder has ended.
-    pub(super) fn admits(&self, newcomer: Option<u32>) -> bool {
-        newcomer == Some(self.pid) || self.has_ended()
+    /// True if process `pid` may be served: it is the holder itself, or the holder has ended.
+    pub(super) fn allows(&self, pid: Option<u32>) -> bool {
+        pid == Some(self.pid) || self.has_ended()
     }
 
     fn has_ended(&self) -> bool {
-        let Some(process) = &self.process else { return true };
-        let mut fds = [PollFd::new(process, PollFlags::IN)];
+        let Some(pidfd) = &self.pidfd else { return true };
+        let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
         poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready == 1)
     }
 }
@@ -45,16 +45,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_else_is_admitted_until_the_holder_has_ended() {
+    fn no_other_process_is_served_until_the_holder_has_ended() {
         let mut process = Command::new("sleep").arg("1000").spawn().unwrap();
         let holder = Holder::new(process.id());
 
-        assert!(!holder.admits(Some(1)) && !holder.admits(None));
-        assert!(holder.admits(Some(process.id())), "the holder itself may come again");
+        assert!(!holder.allows(Some(1)) && !holder.allows(None));
+        assert!(holder.allows(Some(process.id())), "the holder itself may reconnect");
         process.kill().unwrap();
         process.wait().unwrap();
 
-        assert!(holder.admits(Some(1)) && holder.admits(None));
-        assert!(Holder::new(process.id()).admits(Some(1)), "one that had ended before");
+        assert!(holder.allows(Some(1)) && holder.allows(None));
+        assert!(Holder::new(process.id()).allows(Some(1)), "a process that had ended before");
     }
 }

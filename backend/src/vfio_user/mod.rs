@@ -1,13 +1,13 @@
-//! The vfio-user conversation with a virtual machine monitor: QEMU's `vfio-user-pci`, 10.1 or newer. The protocol is VFIO's
-//! own interface as messages (QEMU: `docs/interop/vfio-user.rst`); what they mean is for [`passthrough`](crate::passthrough).
+//! A vfio-user server for QEMU's `vfio-user-pci`, 10.1 or newer. The protocol carries VFIO's own interface in messages (QEMU:
+//! `docs/interop/vfio-user.rst`). This module parses and answers them; [`passthrough`](crate::passthrough) executes them.
 //!
 //! ```text
-//!  socket ─▶ Connection: whole messages ─▶ Session: one match, one call an arm ─▶ Assignment
-//!         ◀─ replies, in the order of the commands ◀──────────────────────────────┘
+//!  socket ─▶ Connection: whole messages ─▶ Session: one call for each command ─▶ Assignment
+//!         ◀─ replies, in the order of the commands ◀─────────────────────────────┘
 //! ```
 //!
-//! One thread serves it. Nothing here waits for the other side: a message that does not come to its end, or a reply that
-//! nobody reads, ends the conversation after 5 s.
+//! One thread serves it and never blocks on the front-end. A message that stays incomplete, or a reply that is not read, ends
+//! the connection after 5 s.
 
 mod connection;
 mod error;
@@ -18,4 +18,4 @@ mod version;
 mod wire;
 
 pub use error::Error;
-pub use server::{Ended, Server};
+pub use server::{EndReason, Server};

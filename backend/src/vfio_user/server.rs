@@ -1,12 +1,12 @@
-//! The loop of the one thread that serves a function over vfio-user: the listening socket, the front-end's, the shim's in
-//! the front-end's process, the host's request for the function, and a stop descriptor.
+//! The event loop that serves a function over vfio-user, in one thread. It polls the listening socket, the front-end's socket,
+//! the socket of the shim in the front-end's process, the host's request for the function, and a stop descriptor.
 //!
 //! ```text
-//!             front-end connects: reset           it leaves, or breaks the protocol: reset, unmapped
+//!             front-end connects: reset           it leaves, or breaks the protocol: reset, unmap
 //!  Waiting ───────────────────────────▶ Serving ────────────────────────────────────────▶ Waiting …
-//!     │                                    │  the host wants the function: the virtual machine is asked to unplug it
+//!     │                                    │  the host wants the function: ask the virtual machine to unplug it
 //!     │                                    ▼
-//!     ├──── the host wants the function ── Asked ─── it leaves, or 10 s have passed ──▶ end
+//!     ├──── the host wants the function ── Unplugging ─── it leaves, or 10 s have passed ──▶ end
 //!     └──────────── stop ──────────────────┴──▶ end
 //! ```
 
@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use super::connection::{Connection, Received};
 use super::error::Error;
 use super::holder::Holder;
-use super::session::{Answered, Session};
+use super::session::{Response, Session};
 use crate::kvm::Vmm;
 use crate::passthrough::Passthrough;
 use crate::rate_limited_log::RateLimitedLog;
@@ -30,20 +30,20 @@ const FRONT_END: u64 = 2;
 const REQUEST: u64 = 3;
 const SHIM: u64 = 4;
 
-/// How long the virtual machine may take to unplug the function when the host wants it back. The kernel asks again every
-/// 10 s (`vfio_unregister_group_dev`), and the administrator's command waits meanwhile.
-const REQUEST_PATIENCE: Duration = Duration::from_secs(10);
-/// How long to leave the listening socket alone after `accept` has failed for want of descriptors or memory.
+/// Time-out for the virtual machine to unplug the function when the host wants it back. The kernel repeats its request every
+/// 10 s (`vfio_unregister_group_dev`), and the administrator's command blocks meanwhile.
+const UNPLUG_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause after `accept` has failed, as it does for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Why a server has ended.
+/// Why [`Server::run`] has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
-    /// It was told to.
+pub enum EndReason {
+    /// The stop descriptor is readable.
     Stopped,
-    /// The one front-end of a connected socket has left.
+    /// The only front-end of a connected socket has left.
     FrontEndLeft,
-    /// The host wants the function; it is free when the server has been dropped.
+    /// The host wants the function. The function is closed when the server is dropped.
     HostWantsFunction,
 }
 
@@ -55,13 +55,13 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves `device` to those who come by `endpoint`; `vmm` is told of it.
+    /// Serves `device` to front-ends that connect to `endpoint`, and registers it with `vmm`.
     #[must_use]
     pub fn new(endpoint: Endpoint, device: Passthrough, vmm: Vmm) -> Self {
         Self { endpoint, device, vmm }
     }
 
-    /// What is served.
+    /// The function.
     #[must_use]
     pub fn device(&self) -> &Passthrough {
         &self.device
@@ -73,34 +73,34 @@ impl Server {
         &self.vmm
     }
 
-    /// Serves front-ends until there is a reason to end. Nothing is mapped afterwards, and the function does no DMA.
+    /// Serves front-ends until a reason to end occurs. Afterwards nothing is mapped, and the function does no DMA.
     ///
     /// # Errors
-    /// The loop cannot go on. A front-end's mistakes only end its own conversation.
-    pub fn run(&self, stop: &OwnedFd) -> Result<Ended, Error> {
+    /// A system call of the loop has failed. Errors of a front-end only close its own connection.
+    pub fn run(&self, stop: &OwnedFd) -> Result<EndReason, Error> {
         let poller = Poller::new().map_err(Error::system("epoll_create1"))?;
         poller.add(stop, STOP).map_err(Error::system("epoll_ctl"))?;
         poller.add(self.device.request(), REQUEST).map_err(Error::system("epoll_ctl"))?;
-        let newcomers = RateLimitedLog::new(module_path!());
-        let mut serving = Serving {
+        let log = RateLimitedLog::new(module_path!());
+        let mut event_loop = EventLoop {
             server: self,
             poller,
             current: None,
             pending: false,
             holder: None,
-            asked: None,
-            newcomers,
-            leaving: newcomers,
+            unplug_since: None,
+            rejection_log: log,
+            connection_log: log,
         };
         match &self.endpoint.0 {
             Socket::Listening(listener) => {
-                serving.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
-                serving.serve(Some(listener))
+                event_loop.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
+                event_loop.serve(Some(listener))
             }
             Socket::Connected(socket) => {
                 let socket = socket.try_clone().map_err(Error::system("duplicate the socket"))?;
-                serving.accept(socket)?;
-                serving.serve(None)
+                event_loop.adopt(socket)?;
+                event_loop.serve(None)
             }
         }
     }
@@ -112,7 +112,7 @@ struct Current<'d> {
     session: Session<'d>,
 }
 
-/// What a wait has found.
+/// The descriptors that are ready.
 #[derive(Default)]
 struct Ready {
     stop: bool,
@@ -122,45 +122,43 @@ struct Ready {
     shim: bool,
 }
 
-/// The loop's state.
-struct Serving<'d> {
+struct EventLoop<'d> {
     server: &'d Server,
     poller: Poller,
     current: Option<Current<'d>>,
-    /// The front-end's socket may hold more than has been looked at; its arrival has been reported already.
+    /// The front-end's socket may have more data. The poller is edge-triggered and does not report it again.
     pending: bool,
-    /// Who may still hold a descriptor of the function.
+    /// The former front-end that may still hold a descriptor of the function.
     holder: Option<Holder>,
-    /// When the virtual machine was asked for the function.
-    asked: Option<Instant>,
-    /// Lines about newcomers: one that is sent away may come again at once.
-    newcomers: RateLimitedLog,
-    /// Lines about front-ends that come and go.
-    leaving: RateLimitedLog,
+    /// When the host requested the function.
+    unplug_since: Option<Instant>,
+    /// Separate limits, so that a rejected front-end that reconnects all the time does not suppress the lines of others.
+    rejection_log: RateLimitedLog,
+    connection_log: RateLimitedLog,
 }
 
-impl Serving<'_> {
-    fn serve(&mut self, listener: Option<&Listener>) -> Result<Ended, Error> {
+impl EventLoop<'_> {
+    fn serve(&mut self, listener: Option<&Listener>) -> Result<EndReason, Error> {
         loop {
             let ready = self.wait()?;
             if ready.stop {
                 self.disconnect("stopping")?;
-                return Ok(Ended::Stopped);
+                return Ok(EndReason::Stopped);
             }
             if ready.request {
-                self.ask_for_function()?;
+                self.request_unplug()?;
             }
             if ready.shim {
-                self.hear_shim();
+                self.on_shim_event();
             }
             if self.pending || ready.front_end {
                 self.serve_message()?;
             }
             self.check_deadlines()?;
-            match (&self.current, self.asked, listener) {
-                (None, Some(_), _) => return Ok(Ended::HostWantsFunction),
-                (None, None, None) => return Ok(Ended::FrontEndLeft),
-                (_, None, Some(listener)) if ready.listener => self.welcome(listener)?,
+            match (&self.current, self.unplug_since, listener) {
+                (None, Some(_), _) => return Ok(EndReason::HostWantsFunction),
+                (None, None, None) => return Ok(EndReason::FrontEndLeft),
+                (_, None, Some(listener)) if ready.listener => self.accept(listener)?,
                 _ => {}
             }
         }
@@ -182,8 +180,8 @@ impl Serving<'_> {
 
     fn until_deadline(&self) -> Option<Duration> {
         let message = self.current.as_ref().and_then(|current| current.connection.deadline());
-        let request = self.asked.map(|asked| asked + REQUEST_PATIENCE);
-        let next = message.into_iter().chain(request).min()?;
+        let unplug = self.unplug_since.map(|since| since + UNPLUG_TIMEOUT);
+        let next = message.into_iter().chain(unplug).min()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
 
@@ -193,13 +191,13 @@ impl Serving<'_> {
         if let Err(error) = stalled {
             self.disconnect(&error.to_string())?;
         }
-        if self.asked.is_some_and(|asked| asked + REQUEST_PATIENCE <= now) {
+        if self.unplug_since.is_some_and(|since| since + UNPLUG_TIMEOUT <= now) {
             self.disconnect("the host wants the device back, and the virtual machine has not unplugged it in 10 s")?;
         }
         Ok(())
     }
 
-    /// Serves at most one message, so that a front-end that sends without end delays nobody else.
+    /// Serves at most one message, so that a front-end that sends continuously does not block the other descriptors.
     fn serve_message(&mut self) -> Result<(), Error> {
         let Some(Current { connection, session }) = &mut self.current else {
             self.pending = false;
@@ -215,10 +213,10 @@ impl Serving<'_> {
             Err(error) => return self.disconnect(&error.to_string()),
         };
         self.pending = true;
-        let (answered, outcome) = session.handle(message);
-        let sent = match answered {
-            Answered::Reply(header, reply) => connection.answer(header, reply),
-            Answered::Silent => Ok(()),
+        let (response, outcome) = session.handle(message);
+        let sent = match response {
+            Response::Reply(header, reply) => connection.reply(header, reply),
+            Response::None => Ok(()),
         };
         match outcome.and(sent) {
             Ok(()) => self.watch_shim(),
@@ -234,64 +232,65 @@ impl Serving<'_> {
         }
     }
 
-    /// The shim has something to say without having been asked: it has gone.
-    fn hear_shim(&mut self) {
+    /// The shim's socket is readable: the shim has gone.
+    fn on_shim_event(&mut self) {
         if let Some(current) = &mut self.current {
             current.session.link().on_shim_event(false);
         }
     }
 
     /// The host wants the function: asks the virtual machine to unplug it.
-    fn ask_for_function(&mut self) -> Result<(), Error> {
+    fn request_unplug(&mut self) -> Result<(), Error> {
         let request = self.server.device.request();
         rustix::io::read(request, &mut [0; 8]).map_err(Error::system("read the request event"))?;
-        if self.asked.is_none() {
-            let asked = self.current.as_ref().is_some_and(|current| current.session.ask_for_function());
+        if self.unplug_since.is_none() {
+            let requested = self.current.as_ref().is_some_and(|current| current.session.request_unplug());
             let name = self.server.device.name();
             log::warn!(
                 "{name}: the host wants the device back; {}",
-                match (&self.current, asked) {
-                    (None, _) => "nobody uses it",
-                    (_, true) => "the virtual machine is asked to unplug it, and has 10 s",
-                    (_, false) => "the virtual machine has not said how to ask it, and has 10 s",
+                match (&self.current, requested) {
+                    (None, _) => "it is not in use",
+                    (_, true) => "the virtual machine is asked to unplug it within 10 s",
+                    (_, false) =>
+                        "the virtual machine has set no eventfd to be asked by; the device is taken away after 10 s",
                 }
             );
         }
-        self.asked.get_or_insert_with(Instant::now);
+        self.unplug_since.get_or_insert_with(Instant::now);
         Ok(())
     }
 
-    /// Takes the next front-end in, or sends it away if there is one already.
-    fn welcome(&mut self, listener: &Listener) -> Result<(), Error> {
+    /// Accepts the next front-end; closes its connection if the device is in use.
+    fn accept(&mut self, listener: &Listener) -> Result<(), Error> {
         let socket = match listener.accept() {
             Ok(Some(socket)) => socket,
             Ok(None) => return Ok(()),
             Err(error) => {
-                self.newcomers.error(|| format!("accept: {error}"));
+                self.rejection_log.error(|| format!("accept: {error}"));
                 std::thread::sleep(ACCEPT_PAUSE);
                 return Ok(());
             }
         };
-        let Some(Current { session, .. }) = &self.current else { return self.accept(socket) };
-        self.newcomers.warn(|| {
-            let newcomer = Peer::of(&socket).map_or_else(|error| error.to_string(), |peer| peer.to_string());
-            format!("sent {newcomer} away: this device is being used by {}", session.peer())
+        let Some(Current { session, .. }) = &self.current else { return self.adopt(socket) };
+        self.rejection_log.warn(|| {
+            let rejected = Peer::of(&socket).map_or_else(|error| error.to_string(), |peer| peer.to_string());
+            format!("sent {rejected} away: this device is being used by {}", session.peer())
         });
         Ok(())
     }
 
-    fn accept(&mut self, socket: UnixStream) -> Result<(), Error> {
+    fn adopt(&mut self, socket: UnixStream) -> Result<(), Error> {
         let peer = Peer::of(&socket).map_err(Error::system("getsockopt(SO_PEERCRED)"))?;
-        if let Some(holder) = self.holder.as_ref().filter(|holder| !holder.admits(peer.pid())) {
-            self.newcomers.error(|| {
+        if let Some(holder) = self.holder.as_ref().filter(|holder| !holder.allows(peer.pid())) {
+            self.rejection_log.error(|| {
                 let pid = holder.pid();
-                format!("sent {peer} away: process {pid} still holds this device's file, and could reach its registers")
+                format!("sent {peer} away: process {pid} still holds this device's file and could access its registers")
             });
             return Ok(());
         }
         let connection = Connection::new(socket).map_err(Error::system("set O_NONBLOCK"))?;
         let session = Session::new(&self.server.device, &self.server.vmm, peer);
-        self.leaving.info(|| format!("front-end connected: {}", session.peer()));
+        self.connection_log.info(|| format!("front-end connected: {}", session.peer()));
         let watched = self.poller.add_duplex(connection.socket().as_fd(), FRONT_END);
         watched.map_err(Error::system("epoll_ctl"))?;
         self.current = Some(Current { connection, session });
@@ -299,7 +298,7 @@ impl Serving<'_> {
         Ok(())
     }
 
-    /// Ends the conversation: the function is reset, its interrupts are off, memory is unmapped, the socket closed.
+    /// Closes the connection: the function is reset, interrupts are turned off, memory is unmapped.
     fn disconnect(&mut self, why: &str) -> Result<(), Error> {
         let Some(Current { connection, session }) = self.current.take() else { return Ok(()) };
         self.pending = false;
@@ -308,7 +307,7 @@ impl Serving<'_> {
         let (peer, counters) = (session.peer().to_string(), session.counters());
         self.holder = session.close();
         let took = start.elapsed().as_millis();
-        self.leaving.info(|| {
+        self.connection_log.info(|| {
             format!("front-end disconnected: {peer}: {why}; device reset, memory unmapped in {took} ms; {counters}")
         });
         Ok(())

@@ -1,5 +1,5 @@
-//! One conversation: what each command means. [`Session::handle`] has one call an arm, and its result becomes the reply; so
-//! nothing is acknowledged before it is done, and an error leaves everything as it was.
+//! One front-end's session: executes its commands. [`Session::handle`] calls one function for each command and replies with its
+//! result, so a command is acknowledged only after it is done, and a failed command changes nothing.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -19,32 +19,32 @@ use crate::rate_limited_log::RateLimitedLog;
 use crate::socket::Peer;
 use crate::whole_function::{CONFIG_REGION, IRQS, IrqAction, IrqData, IrqSet, REGIONS};
 
-/// Where a command's reply goes, and how.
-pub(super) enum Answered {
-    /// To the client.
+/// The response to a command.
+pub(super) enum Response {
+    /// A reply, or an errno, to the command with this header.
     Reply(Header, Result<Reply, u32>),
-    /// Nowhere: the client has set `NO_REPLY`.
-    Silent,
+    /// None: the client has set `NO_REPLY`.
+    None,
 }
 
-/// The state of one conversation.
+/// See the top of this file.
 pub(super) struct Session<'d> {
     device: &'d Passthrough,
     peer: Peer,
     link: ShimLink<'d>,
-    /// From the version on.
-    agreed: Option<Agreed<'d>>,
+    /// `None` until the `VERSION` command has succeeded.
+    negotiated: Option<Negotiated<'d>>,
     refusals: RateLimitedLog,
     counters: Counters,
 }
 
-/// What the version brings: limits, and the function.
-struct Agreed<'d> {
+/// What a session has after the `VERSION` command.
+struct Negotiated<'d> {
     limits: Limits,
     assignment: Assignment<'d>,
 }
 
-/// What a conversation has consisted of.
+/// Counters of one session, for the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counters {
     messages: u64,
@@ -64,14 +64,12 @@ impl std::fmt::Display for Counters {
 }
 
 impl<'d> Session<'d> {
-    /// A conversation with `peer` begins.
     pub(super) fn new(device: &'d Passthrough, vmm: &'d Vmm, peer: Peer) -> Self {
         let link = ShimLink::new(vmm, peer.pid());
         let refusals = RateLimitedLog::new(module_path!());
-        Self { device, peer, link, agreed: None, refusals, counters: Counters::default() }
+        Self { device, peer, link, negotiated: None, refusals, counters: Counters::default() }
     }
 
-    /// Who this is.
     pub(super) fn peer(&self) -> &Peer {
         &self.peer
     }
@@ -80,34 +78,34 @@ impl<'d> Session<'d> {
         self.counters
     }
 
-    /// The link to the shim in the client's process.
+    /// The connection to the shim in the client's process.
     pub(super) fn link(&mut self) -> &mut ShimLink<'d> {
         &mut self.link
     }
 
-    /// Asks the virtual machine for the function; false if it has not said how to.
-    pub(super) fn ask_for_function(&self) -> bool {
-        self.agreed.as_ref().is_some_and(|agreed| agreed.assignment.interrupts.ask_for_function())
+    /// Asks the virtual machine to unplug the function; false if it has set no eventfd for that.
+    pub(super) fn request_unplug(&self) -> bool {
+        self.negotiated.as_ref().is_some_and(|negotiated| negotiated.assignment.interrupts.request_unplug())
     }
 
-    /// Takes the function from the virtual machine, and then tells KVM so. Gives the process that may still hold a descriptor
-    /// of the function.
+    /// Ends the assignment, then unregisters the function. Returns the front-end's process if it may still hold a descriptor of
+    /// the function.
     pub(super) fn close(mut self) -> Option<Holder> {
-        let given = self.agreed.as_ref().is_some_and(|agreed| agreed.assignment.regions.has_given());
+        let given = self.negotiated.as_ref().is_some_and(|negotiated| negotiated.assignment.regions.has_given());
         let holder = self.peer.pid().filter(|_| given).map(Holder::new);
-        drop(self.agreed);
+        drop(self.negotiated);
         self.link.unregister();
         holder
     }
 
-    /// Obeys a command.
+    /// Executes a command.
     ///
     /// # Errors
-    /// The conversation cannot go on; its end has the reason. The reply is to be sent all the same.
-    pub(super) fn handle(&mut self, message: Message) -> (Answered, Result<(), Error>) {
+    /// Why the connection must be closed, after the response has been sent.
+    pub(super) fn handle(&mut self, message: Message) -> (Response, Result<(), Error>) {
         self.counters.messages += 1;
         let header = message.header;
-        let silent = header.flags & NO_REPLY != 0 && self.agreed.is_some();
+        let no_reply = header.flags & NO_REPLY != 0 && self.negotiated.is_some();
         let result = self.dispatch(message);
         let (reply, outcome) = match result {
             Ok(reply) => (Ok(reply), Ok(())),
@@ -121,15 +119,15 @@ impl<'d> Session<'d> {
                 (Err(errno), if fatal { Err(error) } else { Ok(()) })
             }
         };
-        (if silent { Answered::Silent } else { Answered::Reply(header, reply) }, outcome)
+        (if no_reply { Response::None } else { Response::Reply(header, reply) }, outcome)
     }
 
     fn dispatch(&mut self, message: Message) -> Result<Reply, Error> {
         let Message { header, payload, fds } = message;
-        let command = Command::from_raw(header.command).ok_or(Error::NotOffered(header.command))?;
-        if self.agreed.is_none() != (command == Command::Version) {
+        let command = Command::from_raw(header.command).ok_or(Error::NotSupported(header.command))?;
+        if self.negotiated.is_none() != (command == Command::Version) {
             return Err(match command {
-                Command::Version => malformed(command, "it has been agreed on already"),
+                Command::Version => malformed(command, "already negotiated"),
                 _ => Error::TooEarly(name(command)),
             });
         }
@@ -150,24 +148,24 @@ impl<'d> Session<'d> {
         }
     }
 
-    /// Agrees on a version, and gives the function to the client. From here on it may map memory, so the verdict falls now,
-    /// with the shim in the client's process looked for.
+    /// Negotiates the version and assigns the function to the client. The client may map memory afterwards, so this connects to
+    /// the shim in its process and checks the verdict.
     fn version(&mut self, payload: &[u8]) -> Result<Reply, Error> {
         let (version, text) = prefix::<wire::Version>(Command::Version, payload)?;
         if version.major != version::MAJOR {
             return Err(Error::Version(version.major, version.minor));
         }
         if text.len() > MAX_TEXT {
-            return Err(Error::Capabilities(format!("{} bytes of text; wanted at most {MAX_TEXT}", text.len())));
+            return Err(Error::Capabilities(format!("{} bytes of text; must be at most {MAX_TEXT}", text.len())));
         }
         let (limits, text) = version::negotiate(text)?;
         self.link.register();
         if let Verdict::Refuse(refusal) = self.device.verdict(self.link.blocks_discards()) {
             return Err(Error::Refused(self.device.name().to_owned(), refusal));
         }
-        let ours = wire::Version { major: version::MAJOR, minor: version.minor.min(version::MINOR) };
-        self.agreed = Some(Agreed { limits, assignment: self.device.assign()? });
-        Ok(reply([ours.as_bytes(), &text]))
+        let version = wire::Version { major: version::MAJOR, minor: version.minor.min(version::MINOR) };
+        self.negotiated = Some(Negotiated { limits, assignment: self.device.assign()? });
+        Ok(reply([version.as_bytes(), &text]))
     }
 
     fn dma_map(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Reply, Error> {
@@ -179,7 +177,7 @@ impl<'d> Session<'d> {
             return Err(malformed(command, "more than one file descriptor"));
         }
         if map.flags & !(wire::MAP_READ | wire::MAP_WRITE) != 0 || map.flags & wire::MAP_READ == 0 {
-            return Err(malformed(command, &format!("flags {:#x}: wanted readable, perhaps writable", map.flags)));
+            return Err(malformed(command, &format!("flags {:#x}: must be readable, may be writable", map.flags)));
         }
         if self.assignment().maps.len() >= MAX_DMA_MAPS {
             return Err(PassthroughError::TooManyMaps(MAX_DMA_MAPS).into());
@@ -194,7 +192,7 @@ impl<'d> Session<'d> {
         Ok(Reply::default())
     }
 
-    /// A file that the front-end has mapped as a private copy of its own holds nothing of what the guest writes.
+    /// Refuses a file that the front-end has mapped privately: the guest's writes do not reach the file.
     fn refuse_private(&self, map: &wire::DmaMap, file: &File) -> Result<(), Error> {
         let id = FileId::of(file).map_err(Error::system("fstat of a DMA map's descriptor"))?;
         let span = crate::addr::Span::new(crate::addr::Gpa(map.address), map.size);
@@ -210,15 +208,15 @@ impl<'d> Session<'d> {
         match unmap.flags {
             0 => self.assignment().maps.unmap(unmap.address, unmap.size)?,
             wire::UNMAP_ALL if unmap.address == 0 && unmap.size == 0 => self.assignment().maps.unmap_each()?,
-            wire::UNMAP_DIRTY_BITMAP => return Err(Error::NotOffered(command as u16)),
+            wire::UNMAP_DIRTY_BITMAP => return Err(Error::NotSupported(command as u16)),
             flags => return Err(malformed(command, &format!("flags {flags:#x}, or an address with unmap-all"))),
         }
         Ok(reply([unmap.as_bytes()]))
     }
 
-    /// The function; no command but the version comes before it.
+    /// The assigned function. Only for commands other than `VERSION`.
     fn assignment(&mut self) -> &mut Assignment<'d> {
-        &mut self.agreed.as_mut().expect("agreed on before the first command").assignment
+        &mut self.negotiated.as_mut().expect("`dispatch` refuses other commands before VERSION").assignment
     }
 
     fn device_info(&self, payload: &[u8]) -> Result<Reply, Error> {
@@ -229,16 +227,16 @@ impl<'d> Session<'d> {
 
     fn region_info(&mut self, payload: &[u8]) -> Result<Reply, Error> {
         let command = Command::DeviceGetRegionInfo;
-        let asked = whole::<wire::RegionInfo>(command, payload)?;
-        if (asked.argsz as usize) < size_of::<wire::RegionInfo>() || asked.index >= REGIONS {
-            return Err(malformed(command, &format!("region {} with room for {} bytes", asked.index, asked.argsz)));
+        let request = whole::<wire::RegionInfo>(command, payload)?;
+        if (request.argsz as usize) < size_of::<wire::RegionInfo>() || request.index >= REGIONS {
+            return Err(malformed(command, &format!("region {} with room for {} bytes", request.index, request.argsz)));
         }
-        let info = self.assignment().regions.info(asked.index);
+        let info = self.assignment().regions.info(request.index);
         let mut flags = if info.readable { wire::REGION_READ } else { 0 };
         flags |= if info.writable { wire::REGION_WRITE } else { 0 };
-        let mmap = if info.size == 0 { None } else { self.assignment().regions.mmap(asked.index)? };
+        let mmap = if info.size == 0 { None } else { self.assignment().regions.mmap(request.index)? };
         let mut fixed =
-            wire::RegionInfo { argsz: 32, flags, index: asked.index, cap_offset: 0, size: info.size, offset: 0 };
+            wire::RegionInfo { argsz: 32, flags, index: request.index, cap_offset: 0, size: info.size, offset: 0 };
         let Some(mmap) = mmap else { return Ok(reply([fixed.as_bytes()])) };
         fixed.flags |= wire::REGION_MMAP;
         fixed.offset = mmap.offset;
@@ -252,8 +250,8 @@ impl<'d> Session<'d> {
             }
             fixed.argsz += u32::try_from(areas.len()).expect("a few areas");
         }
-        // A client that has no room for the capabilities asks again, with as much as `argsz` says.
-        if fixed.argsz <= asked.argsz && !areas.is_empty() {
+        // A client without room for the capabilities repeats the command with the `argsz` of this reply.
+        if fixed.argsz <= request.argsz && !areas.is_empty() {
             fixed.cap_offset = 32;
         } else {
             areas.clear();
@@ -263,13 +261,13 @@ impl<'d> Session<'d> {
 
     fn irq_info(&mut self, payload: &[u8]) -> Result<Reply, Error> {
         let command = Command::DeviceGetIrqInfo;
-        let asked = whole::<wire::IrqInfo>(command, payload)?;
-        if asked.index >= IRQS {
-            return Err(malformed(command, &format!("interrupt {}: there are {IRQS}", asked.index)));
+        let request = whole::<wire::IrqInfo>(command, payload)?;
+        if request.index >= IRQS {
+            return Err(malformed(command, &format!("interrupt {}: there are {IRQS}", request.index)));
         }
-        let info = self.assignment().interrupts.info(asked.index);
-        let ours = wire::IrqInfo { argsz: 16, flags: info.flags, index: asked.index, count: info.count };
-        Ok(reply([ours.as_bytes()]))
+        let irq = self.assignment().interrupts.info(request.index);
+        let info = wire::IrqInfo { argsz: 16, flags: irq.flags, index: request.index, count: irq.count };
+        Ok(reply([info.as_bytes()]))
     }
 
     fn set_irqs(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Reply, Error> {
@@ -290,10 +288,9 @@ impl<'d> Session<'d> {
             wire::IRQ_DATA_EVENTFD if bytes.is_empty() && all_or_none => IrqData::Eventfds(&[]),
             _ => {
                 let (bytes, fds) = (bytes.len(), fds.len());
-                let what = format!(
-                    "flags {flags:#x}, {count} vectors, {bytes} bytes and {fds} descriptors do not go together"
-                );
-                return Err(malformed(command, &what));
+                let defect =
+                    format!("flags {flags:#x} do not match {count} vectors, {bytes} bytes and {fds} descriptors");
+                return Err(malformed(command, &defect));
             }
         };
         self.assignment().interrupts.set(&IrqSet { index, start, count, action, data }, fds)?;
@@ -320,7 +317,7 @@ impl<'d> Session<'d> {
         let (access, bytes) = prefix::<wire::RegionAccess>(command, payload)?;
         let count = self.transfer(command, access)?;
         if bytes.len() != count {
-            return Err(malformed(command, &format!("{} bytes of data; {count} were announced", bytes.len())));
+            return Err(malformed(command, &format!("{} bytes of data; the count is {count}", bytes.len())));
         }
         self.assignment().regions.check(access.region, access.offset, count)?;
         if access.region == CONFIG_REGION {
@@ -333,13 +330,14 @@ impl<'d> Session<'d> {
         Ok(reply([access.as_bytes()]))
     }
 
-    /// How many bytes an access moves, within the limit agreed on.
+    /// The byte count of an access, checked against the negotiated limit.
     fn transfer(&self, command: Command, access: wire::RegionAccess) -> Result<usize, Error> {
-        let most = self.agreed.as_ref().map_or(0, |agreed| agreed.limits.transfer);
+        let max = self.negotiated.as_ref().map_or(0, |negotiated| negotiated.limits.transfer);
         let count = access.count as usize;
-        if access.region >= REGIONS || count > most {
-            let what = format!("{count} bytes of region {}: wanted at most {most}, of one of {REGIONS}", access.region);
-            return Err(malformed(command, &what));
+        if access.region >= REGIONS || count > max {
+            let region = access.region;
+            let defect = format!("{count} bytes of region {region}: at most {max} bytes, of {REGIONS} regions");
+            return Err(malformed(command, &defect));
         }
         Ok(count)
     }
@@ -354,7 +352,7 @@ impl<'d> Session<'d> {
     }
 }
 
-/// An offset that has been checked against the size of configuration space, 4096 bytes at most.
+/// The offset, which has been checked against the size of configuration space (at most 4096 bytes).
 fn config_offset(access: wire::RegionAccess) -> u16 {
     u16::try_from(access.offset).expect("checked against the region")
 }
@@ -363,21 +361,21 @@ fn reply<const N: usize>(parts: [&[u8]; N]) -> Reply {
     Reply { payload: parts.concat(), fds: Vec::new() }
 }
 
-/// A payload that is just a `T`.
+/// Reads a payload that is exactly a `T`.
 fn whole<T: FromBytes>(command: Command, payload: &[u8]) -> Result<T, Error> {
-    let wrong = || malformed(command, &format!("{} bytes of payload; wanted {}", payload.len(), size_of::<T>()));
-    T::read_from_bytes(payload).map_err(|_| wrong())
+    let error = || malformed(command, &format!("{} bytes of payload; must be {}", payload.len(), size_of::<T>()));
+    T::read_from_bytes(payload).map_err(|_| error())
 }
 
-/// A payload that begins with a `T`; the rest of it.
+/// Reads a payload that starts with a `T`; returns the rest of it as well.
 fn prefix<T: FromBytes>(command: Command, payload: &[u8]) -> Result<(T, &[u8]), Error> {
-    let wrong =
-        || malformed(command, &format!("{} bytes of payload; wanted {} or more", payload.len(), size_of::<T>()));
-    T::read_from_prefix(payload).map_err(|_| wrong())
+    let error =
+        || malformed(command, &format!("{} bytes of payload; must be at least {}", payload.len(), size_of::<T>()));
+    T::read_from_prefix(payload).map_err(|_| error())
 }
 
-fn malformed(command: Command, what: &str) -> Error {
-    Error::Malformed { command: name(command), what: what.to_owned() }
+fn malformed(command: Command, defect: &str) -> Error {
+    Error::Malformed { command: name(command), defect: defect.to_owned() }
 }
 
 fn name(command: Command) -> &'static str {

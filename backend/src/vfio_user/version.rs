@@ -1,39 +1,39 @@
-//! The negotiation that starts every conversation (vfio-user: "VFIO_USER_VERSION"): a version and, as JSON, limits. What a
-//! client proposes can only lower ours, and the reply names nothing that the client did not.
+//! The negotiation at the start of every connection (vfio-user: "VFIO_USER_VERSION"): a version, and limits as JSON. The client
+//! can only lower the server's limits, and the reply contains only names that the client has sent.
 
 use serde_json::{Map, Value, json};
 
 use super::error::Error;
 
-/// The protocol this server speaks.
+/// The major version of this server.
 pub(super) const MAJOR: u16 = 0;
-/// Newest minor version that is understood.
+/// The newest minor version supported.
 pub(super) const MINOR: u16 = 1;
 
-/// Descriptors in one message, in either direction. QEMU takes at most 16 (`VFIO_USER_MAX_MAX_FDS`).
+/// Maximum descriptors in one message, in either direction. QEMU accepts at most 16 (`VFIO_USER_MAX_MAX_FDS`).
 pub(super) const MAX_FDS: usize = 16;
-/// Bytes that one region read or write may carry: the protocol's default, and what QEMU proposes.
+/// Maximum data of one region read or write, in bytes: the protocol's default, and what QEMU proposes.
 pub(super) const MAX_TRANSFER: usize = 1 << 20;
-/// Regions of memory that may be mapped at a time. Each costs a descriptor of this process.
+/// Maximum number of DMA maps. Each uses a descriptor of this process.
 pub(super) const MAX_DMA_MAPS: usize = 4096;
 /// Memory is mapped in units of 4 KiB, the smallest page of every IOMMU.
 const PAGE_SIZES: u64 = 4096;
-/// Longest text of capabilities that is read; QEMU's has about 200 bytes.
+/// Maximum length of the capabilities text, in bytes. QEMU's has about 200.
 pub(super) const MAX_TEXT: usize = 4096;
 
-/// What a client may send and receive.
+/// The negotiated limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Limits {
-    /// Descriptors that the client takes in one message.
+    /// Descriptors that the client accepts in one message.
     pub(super) client_fds: usize,
     /// Bytes of data in one message.
     pub(super) transfer: usize,
 }
 
-/// The limits, and the text of the reply with the NUL at its end, for a client that sent `text` after its version.
+/// Negotiates with a client that sent `text` after its version. Returns the limits and the NUL-terminated text of the reply.
 ///
 /// # Errors
-/// [`Error::Capabilities`] with what is wrong with the text.
+/// [`Error::Capabilities`] with the defect of the text.
 pub(super) fn negotiate(text: &[u8]) -> Result<(Limits, Vec<u8>), Error> {
     let proposed = capabilities(text)?;
     let client_fds = number(&proposed, "max_msg_fds")?.unwrap_or(1);
@@ -42,49 +42,52 @@ pub(super) fn negotiate(text: &[u8]) -> Result<(Limits, Vec<u8>), Error> {
         client_fds: usize::try_from(client_fds).unwrap_or(MAX_FDS).min(MAX_FDS),
         transfer: usize::try_from(transfer).unwrap_or(MAX_TRANSFER).min(MAX_TRANSFER),
     };
-    let ours = [
+    let limits_offered = [
         ("max_msg_fds", json!(MAX_FDS)),
         ("max_data_xfer_size", json!(limits.transfer)),
         ("max_dma_maps", json!(number(&proposed, "max_dma_maps")?.unwrap_or(u64::MAX).min(MAX_DMA_MAPS as u64))),
         ("pgsizes", json!(page_sizes(&proposed)?)),
     ];
-    let agreed: Map<String, Value> =
-        ours.into_iter().filter(|(name, _)| proposed.contains_key(*name)).map(|(n, v)| (n.to_owned(), v)).collect();
+    let agreed: Map<String, Value> = limits_offered
+        .into_iter()
+        .filter(|(name, _)| proposed.contains_key(*name))
+        .map(|(n, v)| (n.to_owned(), v))
+        .collect();
     let mut reply = json!({ "capabilities": agreed }).to_string().into_bytes();
     reply.push(0);
     Ok((limits, reply))
 }
 
-/// The object `capabilities`, empty where there is none.
+/// The object `capabilities`; empty if there is none.
 fn capabilities(text: &[u8]) -> Result<Map<String, Value>, Error> {
     if text.is_empty() {
         return Ok(Map::new());
     }
-    let Some((0, json)) = text.split_last() else { return Err(wrong("the text has no NUL at its end")) };
-    let value: Value = serde_json::from_slice(json).map_err(|error| wrong(&error.to_string()))?;
-    let Value::Object(mut whole) = value else { return Err(wrong("the text is no JSON object")) };
+    let Some((0, json)) = text.split_last() else { return Err(invalid("the text is not NUL-terminated")) };
+    let value: Value = serde_json::from_slice(json).map_err(|error| invalid(&error.to_string()))?;
+    let Value::Object(mut whole) = value else { return Err(invalid("the text is not a JSON object")) };
     match whole.remove("capabilities") {
         None => Ok(Map::new()),
         Some(Value::Object(capabilities)) => Ok(capabilities),
-        Some(_) => Err(wrong("capabilities is no JSON object")),
+        Some(_) => Err(invalid("capabilities is not a JSON object")),
     }
 }
 
 fn number(capabilities: &Map<String, Value>, name: &'static str) -> Result<Option<u64>, Error> {
-    let number = |value: &Value| value.as_u64().ok_or_else(|| wrong(&format!("{name} is no number from 0 on")));
+    let number = |value: &Value| value.as_u64().ok_or_else(|| invalid(&format!("{name} is not an unsigned integer")));
     capabilities.get(name).map(number).transpose()
 }
 
-/// 4 KiB, if the client can use that.
+/// The page sizes of the reply: 4 KiB. Fails if the client does not support it.
 fn page_sizes(capabilities: &Map<String, Value>) -> Result<u64, Error> {
     match number(capabilities, "pgsizes")? {
-        Some(sizes) if sizes & PAGE_SIZES == 0 => Err(wrong(&format!("pgsizes {sizes:#x} leaves out 4 KiB"))),
+        Some(sizes) if sizes & PAGE_SIZES == 0 => Err(invalid(&format!("pgsizes {sizes:#x} does not include 4 KiB"))),
         _ => Ok(PAGE_SIZES),
     }
 }
 
-fn wrong(what: &str) -> Error {
-    Error::Capabilities(what.to_owned())
+fn invalid(defect: &str) -> Error {
+    Error::Capabilities(defect.to_owned())
 }
 
 #[cfg(test)]
@@ -102,10 +105,10 @@ mod tests {
     }
 
     #[test]
-    fn the_reply_lowers_limits_and_names_nothing_that_was_not_proposed() {
-        let wanted = json!({"capabilities": {
+    fn the_reply_lowers_limits_and_contains_only_proposed_names() {
+        let expected = json!({"capabilities": {
             "max_msg_fds": 16, "max_data_xfer_size": 1_048_576, "pgsizes": 4096, "max_dma_maps": 4096}});
-        assert_eq!(reply(QEMU), wanted);
+        assert_eq!(reply(QEMU), expected);
         assert_eq!(reply(b""), json!({"capabilities": {}}));
         assert_eq!(
             reply(b"{\"capabilities\":{\"max_data_xfer_size\":64}}\0"),
@@ -114,13 +117,13 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_names_no_limits_gets_those_of_the_protocol() {
+    fn a_client_that_proposes_no_limits_gets_the_defaults_of_the_protocol() {
         assert_eq!(negotiate(b"").unwrap().0, Limits { client_fds: 1, transfer: 1 << 20 });
         assert_eq!(negotiate(QEMU).unwrap().0, Limits { client_fds: 8, transfer: 1 << 20 });
     }
 
     #[test]
-    fn a_text_that_is_not_what_it_should_be_is_refused() {
+    fn invalid_capabilities_are_refused() {
         let texts: [&[u8]; 9] = [
             b"{}",
             b"\0",

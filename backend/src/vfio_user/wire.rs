@@ -1,5 +1,5 @@
-//! The bytes of the vfio-user protocol, in the byte order of the machine (vfio-user: "Protocol Specification"). Requests
-//! are read and replies written with these structures alone; their sizes are asserted where they stand.
+//! The wire format of the vfio-user protocol, in the byte order of the machine (vfio-user: "Protocol Specification"). The sizes
+//! of all structures are asserted at the end of this file.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -20,7 +20,7 @@ pub(super) enum Command {
 }
 
 impl Command {
-    /// `None` for a command that is unknown, that only a server sends, or that this server does not offer.
+    /// `None` for a command that is unknown, not supported, or sent only by servers.
     pub(super) fn from_raw(raw: u16) -> Option<Self> {
         Some(match raw {
             1 => Self::Version,
@@ -38,33 +38,33 @@ impl Command {
     }
 }
 
-/// Bits 0–3 of [`Header::flags`]: what kind of message it is.
+/// Bits 0–3 of [`Header::flags`]: the message type.
 pub(super) const TYPE_MASK: u32 = 0xf;
 /// A command.
 pub(super) const TYPE_COMMAND: u32 = 0;
 /// A reply to a command.
 pub(super) const TYPE_REPLY: u32 = 1;
-/// The sender of the command wants no reply.
+/// The client does not want a reply.
 pub(super) const NO_REPLY: u32 = 1 << 4;
 /// The command has failed; [`Header::error`] is an errno.
 pub(super) const ERROR: u32 = 1 << 5;
 
-/// What starts every message (vfio-user: "Header").
+/// The header of every message (vfio-user: "Header").
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Header {
     pub(super) id: u16,
     pub(super) command: u16,
-    /// Bytes of the whole message, this header included.
+    /// Length of the message with this header, in bytes.
     pub(super) size: u32,
     pub(super) flags: u32,
     pub(super) error: u32,
 }
 
-/// Bytes of a [`Header`].
+/// Size of a [`Header`] in bytes.
 pub(super) const HEADER: usize = size_of::<Header>();
 
-/// Of `VFIO_USER_VERSION`; a JSON text with a NUL at its end may follow.
+/// Payload of `VFIO_USER_VERSION`; a NUL-terminated JSON text may follow.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Version {
@@ -77,7 +77,7 @@ pub(super) const MAP_READ: u32 = 1 << 0;
 /// [`DmaMap::flags`]: the device may write it.
 pub(super) const MAP_WRITE: u32 = 1 << 1;
 
-/// Of `VFIO_USER_DMA_MAP`; the reply is a header alone.
+/// Payload of `VFIO_USER_DMA_MAP`. The reply has no payload.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct DmaMap {
@@ -88,12 +88,12 @@ pub(super) struct DmaMap {
     pub(super) size: u64,
 }
 
-/// [`DmaUnmap::flags`]: a bitmap of dirty pages is wanted (`VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP`); not offered.
+/// [`DmaUnmap::flags`]: return a bitmap of dirty pages (`VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP`). Not supported.
 pub(super) const UNMAP_DIRTY_BITMAP: u32 = 1 << 0;
-/// [`DmaUnmap::flags`]: everything goes; address and size are zero (`VFIO_DMA_UNMAP_FLAG_ALL`).
+/// [`DmaUnmap::flags`]: unmap everything; address and size are zero (`VFIO_DMA_UNMAP_FLAG_ALL`).
 pub(super) const UNMAP_ALL: u32 = 1 << 1;
 
-/// Of `VFIO_USER_DMA_UNMAP`, and of its reply.
+/// Payload of `VFIO_USER_DMA_UNMAP` and of its reply.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct DmaUnmap {
@@ -103,12 +103,12 @@ pub(super) struct DmaUnmap {
     pub(super) size: u64,
 }
 
-/// [`DeviceInfo::flags`]: `VFIO_USER_DEVICE_RESET` works.
+/// [`DeviceInfo::flags`]: `VFIO_USER_DEVICE_RESET` is supported.
 pub(super) const DEVICE_RESET: u32 = 1 << 0;
-/// [`DeviceInfo::flags`]: it is a PCI device.
+/// [`DeviceInfo::flags`]: a PCI device.
 pub(super) const DEVICE_PCI: u32 = 1 << 1;
 
-/// Of `VFIO_USER_DEVICE_GET_INFO`, and of its reply.
+/// Payload of `VFIO_USER_DEVICE_GET_INFO` and of its reply.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct DeviceInfo {
@@ -124,7 +124,7 @@ pub(super) const REGION_WRITE: u32 = 1 << 1;
 pub(super) const REGION_MMAP: u32 = 1 << 2;
 pub(super) const REGION_CAPS: u32 = 1 << 3;
 
-/// Of `VFIO_USER_DEVICE_GET_REGION_INFO`, and of its reply, which capabilities may follow.
+/// Payload of `VFIO_USER_DEVICE_GET_REGION_INFO` and of its reply, where capabilities may follow.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct RegionInfo {
@@ -136,7 +136,7 @@ pub(super) struct RegionInfo {
     pub(super) offset: u64,
 }
 
-/// `VFIO_REGION_INFO_CAP_SPARSE_MMAP`, which as many [`SparseArea`]s as it says follow.
+/// `VFIO_REGION_INFO_CAP_SPARSE_MMAP`; `nr_areas` [`SparseArea`]s follow.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct SparseMmap {
@@ -148,7 +148,7 @@ pub(super) struct SparseMmap {
 }
 
 impl SparseMmap {
-    /// The only capability of a region, for `nr_areas` areas.
+    /// The only capability of a region.
     pub(super) fn new(nr_areas: u32) -> Self {
         Self { id: 1, version: 1, next: 0, nr_areas, reserved: 0 }
     }
@@ -162,7 +162,7 @@ pub(super) struct SparseArea {
     pub(super) size: u64,
 }
 
-/// Of `VFIO_USER_DEVICE_GET_IRQ_INFO`, and of its reply.
+/// Payload of `VFIO_USER_DEVICE_GET_IRQ_INFO` and of its reply.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct IrqInfo {
@@ -172,7 +172,7 @@ pub(super) struct IrqInfo {
     pub(super) count: u32,
 }
 
-/// [`SetIrqs::flags`]: `VFIO_IRQ_SET_*`. One of the first three and one of the last three are set.
+/// [`SetIrqs::flags`]: `VFIO_IRQ_SET_*`. Exactly one data flag and one action flag are set.
 pub(super) const IRQ_DATA_NONE: u32 = 1 << 0;
 pub(super) const IRQ_DATA_BOOL: u32 = 1 << 1;
 pub(super) const IRQ_DATA_EVENTFD: u32 = 1 << 2;
@@ -180,7 +180,7 @@ pub(super) const IRQ_MASK: u32 = 1 << 3;
 pub(super) const IRQ_UNMASK: u32 = 1 << 4;
 pub(super) const IRQ_TRIGGER: u32 = 1 << 5;
 
-/// Of `VFIO_USER_DEVICE_SET_IRQS`; with [`IRQ_DATA_BOOL`] a byte for each vector follows. The reply is a header alone.
+/// Payload of `VFIO_USER_DEVICE_SET_IRQS`; with [`IRQ_DATA_BOOL`] one byte per vector follows. The reply has no payload.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct SetIrqs {
@@ -191,8 +191,8 @@ pub(super) struct SetIrqs {
     pub(super) count: u32,
 }
 
-/// Of `VFIO_USER_REGION_READ` and `VFIO_USER_REGION_WRITE`, and of their replies. The data follow in a write and in the
-/// reply to a read.
+/// Payload of `VFIO_USER_REGION_READ` and `VFIO_USER_REGION_WRITE`, and of their replies. The data follow in a write and in
+/// the reply to a read.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct RegionAccess {

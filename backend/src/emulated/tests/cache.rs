@@ -10,7 +10,7 @@ use crate::addr::{Iova, Span};
 use crate::coherency::{Coherent, Facts, NoSnoop, NotOurs, Policy, Verdict, decide};
 use crate::emulated::{Machine, Options};
 use crate::hardware::{DmaBuffer, Function, Registers};
-use crate::vfio::no_snoop::{HeldOff, probe};
+use crate::vfio::no_snoop::{NoSnoopDisabled, probe};
 
 const READ: u8 = 2;
 const WRITE: u8 = 1;
@@ -304,7 +304,7 @@ fn bus_master(function: &dyn Function) -> bool {
 #[test]
 fn held_off_no_snoop_is_clear_whenever_bus_master_is_on() {
     let machine = Machine::new(non_coherent()).unwrap();
-    let function = HeldOff::new(machine.function()).unwrap().unwrap();
+    let function = NoSnoopDisabled::new(machine.function()).unwrap().unwrap();
     for _ in 0..2 {
         machine.function().config_write(DEVICE_CONTROL, &NO_SNOOP.to_le_bytes()).unwrap();
         function.set_bus_master(true).unwrap();
@@ -315,7 +315,7 @@ fn held_off_no_snoop_is_clear_whenever_bus_master_is_on() {
 #[test]
 fn held_off_no_snoop_is_clear_after_a_reset() {
     let machine = Machine::new(non_coherent()).unwrap();
-    let function = HeldOff::new(machine.function()).unwrap().unwrap();
+    let function = NoSnoopDisabled::new(machine.function()).unwrap().unwrap();
     function.reset().unwrap();
     assert_eq!(control(&function) & NO_SNOOP, 0);
 }
@@ -324,7 +324,7 @@ fn held_off_no_snoop_is_clear_after_a_reset() {
 fn a_function_whose_no_snoop_becomes_stuck_gets_no_bus_master() {
     let stuck = Arc::default();
     let inner = with_stuck_bit(&stuck);
-    let function = HeldOff::new(Arc::clone(&inner) as Arc<dyn Function>).unwrap().unwrap();
+    let function = NoSnoopDisabled::new(Arc::clone(&inner) as Arc<dyn Function>).unwrap().unwrap();
     function.set_bus_master(true).unwrap();
     function.set_bus_master(false).unwrap();
     stuck.store(true, SeqCst);
@@ -342,12 +342,12 @@ fn a_function_whose_no_snoop_becomes_stuck_gets_no_bus_master() {
 fn a_stuck_no_snoop_changes_the_verdict_to_flush() {
     let function = with_stuck_bit(&Arc::new(AtomicBool::new(true)));
     let no_snoop = probe(&*function, false).unwrap();
-    assert_eq!(no_snoop, NoSnoop::NotOurs(NotOurs::Disobeys));
+    assert_eq!(no_snoop, NoSnoop::NotOurs(NotOurs::StaysSet));
 
     let facts = Facts { no_snoop, ..Machine::new(non_coherent()).unwrap().facts(Policy::Suppress).unwrap() };
 
     assert!(matches!(decide(&facts), Verdict::Flush(_)));
-    assert!(HeldOff::new(function).unwrap().is_none());
+    assert!(NoSnoopDisabled::new(function).unwrap().is_none());
 }
 
 #[test]
@@ -363,7 +363,7 @@ fn probing_enable_no_snoop_restores_it() {
 #[test]
 fn the_facts_match_the_options() {
     let verdict = |options: Options, policy| decide(&Machine::new(options).unwrap().facts(policy).unwrap());
-    let held = Verdict::Coherent(Coherent::HeldOff { mask_guest_writes: false });
+    let held = Verdict::Coherent(Coherent::Disabled { mask_guest_writes: false });
     assert_eq!(verdict(small(), Policy::Allow), Verdict::Coherent(Coherent::Enforced));
     assert_eq!(
         verdict(Options { no_snoop: false, ..non_coherent() }, Policy::Allow),
