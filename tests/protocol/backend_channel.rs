@@ -13,7 +13,7 @@ fn listening(rig: &Rig) -> (Wire, UnixStream, UnixStream) {
     wire.negotiate_with(FEATURES, PROTOCOL | BACKEND_REQ);
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    assert_eq!(wire.ask(SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]), 0);
+    assert_eq!(wire.call(SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]), 0);
     (wire, ours, theirs)
 }
 
@@ -33,7 +33,7 @@ fn a_change_of_the_disk_is_announced_and_the_conversation_goes_on() {
     let rig = Rig::new();
     let (wire, mut channel, _theirs) = listening(&rig);
 
-    rig.announcer.config_changed();
+    rig.notifier.config_changed();
 
     assert_eq!(notice(&mut channel), config_change());
     // What a front-end does then; nobody has waited for anything on the channel.
@@ -46,8 +46,8 @@ fn a_front_end_that_leaves_its_channel_unread_is_served_all_the_same() {
     let rig = Rig::new();
     let (wire, _channel, _theirs) = listening(&rig);
     for _ in 0..2000 {
-        rig.announcer.config_changed();
-        wire.settle();
+        rig.notifier.config_changed();
+        wire.sync();
     }
 }
 
@@ -56,17 +56,17 @@ fn the_last_channel_counts_and_goes_with_the_front_end() {
     let rig = Rig::new();
     let (wire, _former, _theirs) = listening(&rig);
     let (mut ours, theirs) = UnixStream::pair().unwrap();
-    assert_eq!(wire.ask(SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]), 0);
+    assert_eq!(wire.call(SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]), 0);
     drop(theirs);
-    rig.announcer.config_changed();
+    rig.notifier.config_changed();
     assert_eq!(notice(&mut ours), config_change());
 
     drop(wire);
 
     assert_eq!(ours.read(&mut [0; 12]).unwrap(), 0, "closed");
     // With nobody to tell, a change is no event; the next front-end reads it anyway.
-    rig.announcer.config_changed();
-    rig.connect().settle();
+    rig.notifier.config_changed();
+    rig.connect().sync();
 }
 
 #[test]
@@ -75,8 +75,8 @@ fn a_channel_closed_by_the_front_end_is_given_up() {
     let (wire, ours, theirs) = listening(&rig);
     drop((ours, theirs));
     for _ in 0..3 {
-        rig.announcer.config_changed();
-        wire.settle();
+        rig.notifier.config_changed();
+        wire.sync();
     }
 }
 
@@ -86,9 +86,9 @@ fn what_is_no_channel_is_refused_and_kept_by_nobody() {
     let wire = rig.connect();
     wire.negotiate_with(FEATURES, PROTOCOL | BACKEND_REQ);
     let wrong = event();
-    assert_eq!(wire.ask(SET_BACKEND_REQ_FD, &[], &[wrong.as_fd()]), 1);
+    assert_eq!(wire.call(SET_BACKEND_REQ_FD, &[], &[wrong.as_fd()]), 1);
     assert_eq!(copies_of(&wrong).len(), 0);
-    wire.settle();
+    wire.sync();
     // Without a descriptor, with two, or unasked for, the message itself is wrong.
     wire.send(SET_BACKEND_REQ_FD, &[], &[]);
     assert!(wire.is_closed());
@@ -100,6 +100,6 @@ fn what_is_no_channel_is_refused_and_kept_by_nobody() {
     wire.negotiate();
     wire.send(SET_BACKEND_REQ_FD, &[], &[wrong.as_fd()]);
     assert!(wire.is_closed());
-    rig.connect().settle();
+    rig.connect().sync();
     assert_eq!(copies_of(&wrong).len(), 0);
 }

@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::rig::{Rig, event, memory};
-use crate::wire::{FEATURES, NEED_REPLY, PROTOCOL, Place, Reply, Wire, message, request::*, state, words};
+use crate::wire::{FEATURES, NEED_REPLY, PROTOCOL, MemoryRegion, Reply, Wire, message, request::*, state, words};
 
 /// What the sender of a bad message is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,7 +116,7 @@ fn one_that_is_not_negotiated_ends_the_conversation() {
         (SET_VRING_ENABLE, state(0, 1)),
     ] {
         let wire = rig.connect();
-        wire.settle();
+        wire.sync();
         wire.send(request, &payload, &[]);
         assert_eq!(told(&wire), Goodbye, "request {request}");
     }
@@ -127,7 +127,7 @@ fn descriptors_where_none_belong_or_too_many_end_the_conversation() {
     let rig = Rig::new();
     let extra = event();
     let fds = |count: usize| vec![extra.as_fd(); count];
-    let region = [words(&[0]), Place { gpa: 0, len: 4096, qva: 0, offset: 0 }.bytes()].concat();
+    let region = [words(&[0]), MemoryRegion { gpa: 0, len: 4096, qva: 0, offset: 0 }.bytes()].concat();
     let cases: Vec<(&str, Vec<u8>, Vec<BorrowedFd<'_>>)> = vec![
         ("with features", message(SET_FEATURES, 0, &words(&[FEATURES])), fds(1)),
         ("with a question", message(GET_FEATURES, 0, &[]), fds(3)),
@@ -146,7 +146,7 @@ fn descriptors_where_none_belong_or_too_many_end_the_conversation() {
         wire.send_bytes(&bytes, &fds);
         assert_eq!(told(&wire), Goodbye, "{what}");
     }
-    rig.connect().settle();
+    rig.connect().sync();
     assert_eq!(crate::rig::copies_of(&extra), [0_u32; 0], "all have been closed");
 }
 
@@ -154,7 +154,7 @@ fn descriptors_where_none_belong_or_too_many_end_the_conversation() {
 fn descriptors_in_the_middle_of_a_message_end_the_conversation() {
     let rig = Rig::new();
     let ram = memory("ram", 4096);
-    let region = [words(&[0]), Place { gpa: 0, len: 4096, qva: 0, offset: 0 }.bytes()].concat();
+    let region = [words(&[0]), MemoryRegion { gpa: 0, len: 4096, qva: 0, offset: 0 }.bytes()].concat();
     let bytes = message(ADD_MEM_REG, NEED_REPLY, &region);
     for split in [4, 12, 20] {
         let wire = rig.connect();

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 
 use vhost_device_vfio::socket::Listen;
 
-use crate::mistakes::{lines, listen_to_the_log};
+use crate::mistakes::{capture_log, logged_lines};
 use crate::rig::{Rig, copies_of, event, memory};
 use crate::rings::{RAM, running};
 use crate::wire::{
@@ -15,17 +15,17 @@ use crate::wire::{
 #[test]
 fn everything_is_given_back_when_a_front_end_goes() {
     let rig = Rig::new();
-    let (wire, ram, ends) = running(&rig);
+    let (wire, ram, events) = running(&rig);
     assert_ne!(copies_of(&ram).len(), 0);
     assert_eq!(rig.guest_memory(), [(RAM.gpa, RAM.len)]);
 
     drop(wire);
     // The next one is served only after the last one's affairs are settled.
-    rig.connect().settle();
+    rig.connect().sync();
 
     assert_eq!(rig.guest_memory(), []);
     for (what, fd) in
-        [("memory", ram.as_fd()), ("kick", ends.kick.as_fd()), ("call", ends.call.as_fd()), ("err", ends.err.as_fd())]
+        [("memory", ram.as_fd()), ("kick", events.kick.as_fd()), ("call", events.call.as_fd()), ("err", events.err.as_fd())]
     {
         assert_eq!(copies_of(fd).len(), 0, "{what}");
     }
@@ -34,25 +34,25 @@ fn everything_is_given_back_when_a_front_end_goes() {
 #[test]
 fn everything_is_given_back_when_the_server_stops() {
     let rig = Rig::new();
-    let (wire, ram, ends) = running(&rig);
+    let (wire, ram, events) = running(&rig);
     let path = rig.path.clone();
 
     rig.stop_then(|| assert!(!path.exists()));
 
     assert!(wire.is_closed());
-    assert_eq!(copies_of(&ram).len() + copies_of(&ends.kick).len(), 0);
+    assert_eq!(copies_of(&ram).len() + copies_of(&events.kick).len(), 0);
 }
 
 #[test]
 fn received_descriptors_are_kept_from_children() {
     const CLOEXEC: u32 = 0o2_000_000;
     let rig = Rig::new();
-    let (wire, ram, ends) = running(&rig);
+    let (wire, ram, events) = running(&rig);
     let extra = memory("extra", 4096);
-    let far = crate::wire::Place { gpa: 1 << 32, len: 4096, qva: 1 << 32, offset: 0 };
+    let far = crate::wire::MemoryRegion { gpa: 1 << 32, len: 4096, qva: 1 << 32, offset: 0 };
     assert_eq!(wire.set_table(&[(RAM, ram.as_fd()), (far, extra.as_fd())]), 0);
 
-    for fd in [ram.as_fd(), extra.as_fd(), ends.kick.as_fd(), ends.call.as_fd(), ends.err.as_fd()] {
+    for fd in [ram.as_fd(), extra.as_fd(), events.kick.as_fd(), events.call.as_fd(), events.err.as_fd()] {
         let flags = copies_of(fd);
         assert!(!flags.is_empty());
         assert!(flags.iter().all(|flags| flags & CLOEXEC != 0), "{flags:?}");
@@ -67,7 +67,7 @@ fn front_ends_follow_each_other() {
         let curious = rig.connect();
         curious.negotiate();
         drop(curious);
-        let (wire, _ram, _ends) = running(&rig);
+        let (wire, _ram, _events) = running(&rig);
         assert_eq!(wire.stop_ring(0), 0);
     }
 }
@@ -80,7 +80,7 @@ fn a_front_end_that_has_left_makes_room_even_with_messages_unread() {
         let hasty = rig.connect();
         hasty.send_bytes(&burst, &[]);
         drop(hasty);
-        rig.connect().settle();
+        rig.connect().sync();
     }
 }
 
@@ -101,23 +101,23 @@ fn half_a_message_blocks_nobody() {
     let whole = message(SET_FEATURES, 0, &words(&[0]));
     for half in [1, 11, 12, 13, whole.len() - 1] {
         let slow = rig.connect();
-        slow.settle();
+        slow.sync();
         slow.send_bytes(&whole[..half], &[]);
         assert!(rig.connect().is_closed(), "the server still opens its door, after {half} bytes");
         slow.send_bytes(&whole[half..], &[]);
-        slow.settle();
+        slow.sync();
     }
     let gone = rig.connect();
     gone.send_bytes(&whole[..5], &[]);
     drop(gone);
-    rig.connect().settle();
+    rig.connect().sync();
 }
 
 #[test]
 fn half_a_message_does_not_keep_the_server_from_stopping() {
     let rig = Rig::new();
     let slow = rig.connect();
-    slow.settle();
+    slow.sync();
     slow.send_bytes(&message(SET_FEATURES, 0, &words(&[0]))[..15], &[]);
     rig.stop();
     assert!(slow.is_closed());
@@ -158,14 +158,14 @@ fn a_front_end_that_does_not_read_is_sent_away() {
     }
     let answers = std::iter::repeat_with(|| deaf.reply()).take_while(|reply| *reply != Reply::Closed).count();
     assert!(answers < 1000, "{answers}");
-    rig.connect().settle();
+    rig.connect().sync();
     rig.stop();
 }
 
 #[test]
 fn an_end_of_a_connected_pair_is_served_once() {
     let (front_end, back_end) = UnixStream::pair().unwrap();
-    let rig = Rig::listening(|_| Listen::Fd(back_end.into()));
+    let rig = Rig::on_socket(|_| Listen::Fd(back_end.into()));
     let wire = Wire::new(front_end);
     wire.negotiate();
     drop(wire);
@@ -196,7 +196,7 @@ fn refusals(wire: &Wire, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -
 
 #[test]
 fn newcomers_that_come_again_and_again_do_not_fill_the_log() {
-    listen_to_the_log();
+    capture_log();
     let rig = Rig::new();
     let first = rig.connect();
     first.negotiate();
@@ -204,5 +204,5 @@ fn newcomers_that_come_again_and_again_do_not_fill_the_log() {
         assert!(rig.connect().is_closed());
     }
     // Other tests in this process have newcomers, too.
-    assert!((1..100).contains(&lines(&["sent", "away: this device is being used by"])));
+    assert!((1..100).contains(&logged_lines(&["sent", "away: this device is being used by"])));
 }

@@ -8,13 +8,13 @@ use vm_memory::{FileOffset, MmapRegion};
 
 use crate::rig::{Rig, memory};
 use crate::rings::{RAM, running};
-use crate::wire::{Place, Reply, request::*, state};
+use crate::wire::{MemoryRegion, Reply, request::*, state};
 
 const PAGE: u64 = 4096;
 
 /// One page each, at page 16, 32, 48 … of guest and front-end memory.
-fn page(number: u64) -> Place {
-    Place { gpa: number * 16 * PAGE, len: PAGE, qva: (1 << 40) + number * 16 * PAGE, offset: number * PAGE }
+fn page(number: u64) -> MemoryRegion {
+    MemoryRegion { gpa: number * 16 * PAGE, len: PAGE, qva: (1 << 40) + number * 16 * PAGE, offset: number * PAGE }
 }
 
 fn spans(numbers: &[u64]) -> Vec<(u64, u64)> {
@@ -36,7 +36,7 @@ fn regions_are_mapped_when_acknowledged_and_unmapped_when_removed() {
     assert_eq!(rig.guest_memory(), spans(&[1]));
 
     assert_eq!(wire.remove_region(page(2)), 1, "unknown now");
-    assert_eq!(wire.remove_region(Place { qva: 0, ..page(1) }), 1, "another address in the front-end");
+    assert_eq!(wire.remove_region(MemoryRegion { qva: 0, ..page(1) }), 1, "another address in the front-end");
     assert_eq!(rig.guest_memory(), spans(&[1]));
 }
 
@@ -47,16 +47,16 @@ fn regions_that_cannot_be_are_refused() {
     wire.negotiate();
     assert_eq!(wire.add_region(page(1), file.as_fd()), 0);
     let refused = [
-        ("empty", Place { len: 0, ..page(2) }),
-        ("wraps in guest addresses", Place { gpa: u64::MAX - PAGE + 1, len: 2 * PAGE, ..page(2) }),
-        ("wraps in front-end addresses", Place { qva: u64::MAX - 10, ..page(2) }),
-        ("wraps in the file", Place { offset: u64::MAX - PAGE + 1, ..page(2) }),
-        ("past the end of the file", Place { offset: 4 * PAGE, ..page(2) }),
-        ("misaligned", Place { gpa: page(2).gpa + 8, ..page(2) }),
-        ("overlaps in guest addresses", Place { gpa: page(1).gpa, ..page(2) }),
-        ("overlaps in front-end addresses", Place { qva: page(1).qva + PAGE - 1, ..page(2) }),
-        ("in the window of the interrupt controller", Place { gpa: 0xfee0_0000, ..page(2) }),
-        ("beyond the IOMMU", Place { gpa: 1 << 50, ..page(2) }),
+        ("empty", MemoryRegion { len: 0, ..page(2) }),
+        ("wraps in guest addresses", MemoryRegion { gpa: u64::MAX - PAGE + 1, len: 2 * PAGE, ..page(2) }),
+        ("wraps in front-end addresses", MemoryRegion { qva: u64::MAX - 10, ..page(2) }),
+        ("wraps in the file", MemoryRegion { offset: u64::MAX - PAGE + 1, ..page(2) }),
+        ("past the end of the file", MemoryRegion { offset: 4 * PAGE, ..page(2) }),
+        ("misaligned", MemoryRegion { gpa: page(2).gpa + 8, ..page(2) }),
+        ("overlaps in guest addresses", MemoryRegion { gpa: page(1).gpa, ..page(2) }),
+        ("overlaps in front-end addresses", MemoryRegion { qva: page(1).qva + PAGE - 1, ..page(2) }),
+        ("in the window of the interrupt controller", MemoryRegion { gpa: 0xfee0_0000, ..page(2) }),
+        ("beyond the IOMMU", MemoryRegion { gpa: 1 << 50, ..page(2) }),
     ];
     for (why, place) in refused {
         assert_eq!(wire.add_region(place, file.as_fd()), 1, "{why}");
@@ -86,7 +86,7 @@ fn memory_that_the_front_end_itself_sees_as_a_private_copy_is_refused() {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let size = usize::try_from(PAGE).unwrap();
         let mapping = MmapRegion::<()>::build(Some(place), size, access, how).unwrap();
-        let seen = Place { qva: mapping.as_ptr() as u64, offset: 0, ..page(1) };
+        let seen = MemoryRegion { qva: mapping.as_ptr() as u64, offset: 0, ..page(1) };
         assert_eq!(wire.add_region(seen, file.as_fd()), told);
     }
 }
@@ -96,7 +96,7 @@ fn a_region_of_part_pages_is_served_to_the_end_of_its_page() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("buffer", 0x3b10));
     wire.negotiate();
-    let place = Place { gpa: 0x7f34_3124_2000, len: 0x3b10, qva: 0x7f34_3124_2000, offset: 0 };
+    let place = MemoryRegion { gpa: 0x7f34_3124_2000, len: 0x3b10, qva: 0x7f34_3124_2000, offset: 0 };
 
     assert_eq!(wire.add_region(place, file.as_fd()), 0);
     assert_eq!(rig.guest_memory(), [(place.gpa, 0x4000)]);
@@ -147,7 +147,7 @@ fn a_mistake_in_a_table_is_found_before_anything_is_touched() {
     assert_eq!(wire.add_region(page(1), file.as_fd()), 0);
     rig.fail_after(0);
 
-    let past_the_end = Place { offset: 16 * PAGE, ..page(3) };
+    let past_the_end = MemoryRegion { offset: 16 * PAGE, ..page(3) };
     assert_eq!(wire.set_table(&[(page(2), file.as_fd()), (past_the_end, file.as_fd())]), 1);
     assert_eq!(wire.set_table(&[(page(2), file.as_fd()), (page(2), file.as_fd())]), 1, "overlap");
 
@@ -160,7 +160,7 @@ fn a_refusal_that_cannot_be_told_ends_the_conversation() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 16 * PAGE));
     wire.negotiate();
-    let payload = [state(0, 0), Place { offset: 16 * PAGE, ..page(1) }.bytes()].concat();
+    let payload = [state(0, 0), MemoryRegion { offset: 16 * PAGE, ..page(1) }.bytes()].concat();
     wire.send(ADD_MEM_REG, &payload, &[file.as_fd()]);
     assert_eq!(wire.reply(), Reply::Closed);
 }
@@ -181,42 +181,42 @@ fn more_regions_than_promised_are_refused() {
 #[test]
 fn a_ring_waits_while_its_memory_is_exchanged() {
     let rig = Rig::new();
-    let (wire, ram, _ends) = running(&rig);
+    let (wire, ram, _events) = running(&rig);
     assert_eq!(wire.remove_region(RAM), 0);
     assert_eq!(rig.guest_memory(), []);
-    assert_eq!(wire.ask(SET_VRING_BASE, &state(0, 0), &[]), 1, "waiting for memory");
+    assert_eq!(wire.call(SET_VRING_BASE, &state(0, 0), &[]), 1, "waiting for memory");
 
     assert_eq!(wire.add_region(RAM, ram.as_fd()), 0);
 
-    assert_eq!(wire.ask(SET_VRING_NUM, &state(0, 16), &[]), 1, "it runs again");
+    assert_eq!(wire.call(SET_VRING_NUM, &state(0, 16), &[]), 1, "it runs again");
     assert_eq!(wire.stop_ring(0), 0);
 }
 
 #[test]
 fn a_failed_removal_leaves_the_ring_running() {
     let rig = Rig::new();
-    let (wire, _ram, _ends) = running(&rig);
+    let (wire, _ram, _events) = running(&rig);
     rig.fail_after(0);
 
     assert_eq!(wire.remove_region(RAM), 1);
 
     assert_eq!(rig.guest_memory(), [(RAM.gpa, RAM.len)]);
-    assert_eq!(wire.ask(SET_VRING_NUM, &state(0, 16), &[]), 1, "it runs");
+    assert_eq!(wire.call(SET_VRING_NUM, &state(0, 16), &[]), 1, "it runs");
 }
 
 #[test]
 fn memory_that_can_go_only_while_the_device_rests_goes_all_the_same() {
     let rig = Rig::new();
-    let (wire, ram, _ends) = running(&rig);
-    rig.remove_only_at_rest();
+    let (wire, ram, _events) = running(&rig);
+    rig.remove_only_while_idle();
 
     assert_eq!(wire.remove_region(RAM), 0);
 
-    assert_eq!((rig.guest_memory(), rig.removed_at_rest()), (vec![], 1));
+    assert_eq!((rig.guest_memory(), rig.removals_while_idle()), (vec![], 1));
     assert_eq!(wire.add_region(RAM, ram.as_fd()), 0);
     drop(wire);
     rig.connect().negotiate();
-    assert_eq!((rig.guest_memory(), rig.removed_at_rest()), (vec![], 2));
+    assert_eq!((rig.guest_memory(), rig.removals_while_idle()), (vec![], 2));
 }
 
 #[test]
@@ -227,7 +227,7 @@ fn a_failure_that_cannot_be_undone_ends_the_conversation() {
     assert_eq!(wire.set_table(&[(page(1), file.as_fd()), (page(2), file.as_fd())]), 0);
 
     // The first region goes; the second does not, and the first cannot be brought back.
-    rig.fail_for_good_after(1);
+    rig.fail_all_after(1);
     assert_eq!(wire.set_table(&[(page(3), file.as_fd())]), 1);
     assert_eq!(wire.reply(), Reply::Closed);
 

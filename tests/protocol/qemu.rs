@@ -8,9 +8,9 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 
 use crate::requests::{BLK_IN, STATUS, put, read, wait_for};
 use crate::rig::{QUEUES, Rig, copies_of, event, memory};
-use crate::rings::{AVAIL, DESC, Ends, RAM, USED, addresses, ends};
+use crate::rings::{AVAIL, DESC, RingEvents, RAM, USED, addresses, ring_events};
 use crate::wire::{
-    BACKEND_REQ, FEATURES, GPA_ADDRESSES, NEED_REPLY, PROTOCOL, Place, RING_PACKED, Reply, Wire, message, request::*,
+    BACKEND_REQ, FEATURES, GPA_ADDRESSES, NEED_REPLY, PROTOCOL, MemoryRegion, RING_PACKED, Reply, Wire, message, request::*,
     state, words,
 };
 
@@ -26,13 +26,13 @@ const QEMU_10_0: Kind = Kind { protocol: PROTOCOL | BACKEND_REQ, asks_about_even
 const QEMU_11_1: Kind = Kind { protocol: PROTOCOL | BACKEND_REQ | GPA_ADDRESSES, asks_about_events: true };
 
 /// RAM above 4 GiB, in the same file.
-const HIGH: Place = Place { gpa: 4 << 30, len: 1 << 20, qva: RAM.qva + RAM.len, offset: RAM.len };
-const DIMM: Place = Place { gpa: 8 << 30, len: 1 << 20, qva: 1 << 45, offset: 0 };
+const HIGH: MemoryRegion = MemoryRegion { gpa: 4 << 30, len: 1 << 20, qva: RAM.qva + RAM.len, offset: RAM.len };
+const DIMM: MemoryRegion = MemoryRegion { gpa: 8 << 30, len: 1 << 20, qva: 1 << 45, offset: 0 };
 
 struct Qemu {
     kind: Kind,
     wire: Wire,
-    ends: Ends,
+    events: RingEvents,
     ram: File,
     _channel: (UnixStream, UnixStream),
 }
@@ -47,13 +47,13 @@ impl Qemu {
         assert_eq!(wire.get(GET_QUEUE_NUM), u64::from(QUEUES));
         assert_eq!(wire.get(GET_MAX_MEM_SLOTS), 509);
         let channel = UnixStream::pair().unwrap();
-        assert_eq!(wire.ask(SET_BACKEND_REQ_FD, &[], &[channel.1.as_fd()]), 0);
+        assert_eq!(wire.call(SET_BACKEND_REQ_FD, &[], &[channel.1.as_fd()]), 0);
         wire.send(SET_OWNER, &[], &[]);
         wire.get(GET_FEATURES);
-        let qemu = Self { kind, wire, ends: ends(), ram: memory("ram", 2 * RAM.len), _channel: channel };
+        let qemu = Self { kind, wire, events: ring_events(), ram: memory("ram", 2 * RAM.len), _channel: channel };
         for index in 0..u64::from(QUEUES) {
-            qemu.event(SET_VRING_CALL, index, qemu.ends.call.as_fd());
-            qemu.event(SET_VRING_ERR, index, qemu.ends.err.as_fd());
+            qemu.event(SET_VRING_CALL, index, qemu.events.call.as_fd());
+            qemu.event(SET_VRING_ERR, index, qemu.events.err.as_fd());
         }
         qemu
     }
@@ -76,18 +76,18 @@ impl Qemu {
 
     fn event(&self, request: u32, index: u64, fd: BorrowedFd<'_>) {
         if self.kind.asks_about_events {
-            assert_eq!(self.wire.ask(request, &words(&[index]), &[fd]), 0);
+            assert_eq!(self.wire.call(request, &words(&[index]), &[fd]), 0);
         } else {
             self.wire.send(request, &words(&[index]), &[fd]);
         }
     }
 
-    fn address(&self, place: Place) -> u64 {
+    fn address(&self, place: MemoryRegion) -> u64 {
         if self.kind.protocol & GPA_ADDRESSES != 0 { place.gpa } else { place.qva }
     }
 
-    fn add(&self, place: Place, fd: BorrowedFd<'_>) {
-        assert_eq!(self.wire.add_region(Place { qva: self.address(place), ..place }, fd), 0);
+    fn add(&self, place: MemoryRegion, fd: BorrowedFd<'_>) {
+        assert_eq!(self.wire.add_region(MemoryRegion { qva: self.address(place), ..place }, fd), 0);
     }
 
     fn driver_ok(&self) {
@@ -96,7 +96,7 @@ impl Qemu {
         self.wire.send(SET_FEATURES, &words(&[FEATURES]), &[]);
     }
 
-    /// Rings 0 and 1 are the guest's; it has heard of no other. All are enabled.
+    /// Rings 0 and 1 are the guest's; it has received of no other. All are enabled.
     fn start_rings(&self, base: u32) {
         for index in 0..2 {
             let start = self.address(RAM) + 0x8000 * u64::from(index);
@@ -106,12 +106,12 @@ impl Qemu {
             self.event(
                 SET_VRING_KICK,
                 index.into(),
-                if index == 0 { self.ends.kick.as_fd() } else { self.ends.err.as_fd() },
+                if index == 0 { self.events.kick.as_fd() } else { self.events.err.as_fd() },
             );
-            self.event(SET_VRING_CALL, index.into(), self.ends.call.as_fd());
+            self.event(SET_VRING_CALL, index.into(), self.events.call.as_fd());
         }
         for index in 0..u32::from(QUEUES) {
-            assert_eq!(self.wire.ask(SET_VRING_ENABLE, &state(index, 1), &[]), 0, "also those never used");
+            assert_eq!(self.wire.call(SET_VRING_ENABLE, &state(index, 1), &[]), 0, "also those never used");
         }
         self.wire.send(SET_STATUS, &words(&[0xf]), &[]);
         assert_eq!(self.wire.get(GET_STATUS), 0xf);
@@ -119,7 +119,7 @@ impl Qemu {
 
     fn stop_rings(&self) -> u32 {
         for index in 0..u32::from(QUEUES) {
-            assert_eq!(self.wire.ask(SET_VRING_ENABLE, &state(index, 0), &[]), 0);
+            assert_eq!(self.wire.call(SET_VRING_ENABLE, &state(index, 0), &[]), 0);
         }
         assert_eq!(self.wire.stop_ring(1), 0);
         self.wire.stop_ring(0)
@@ -127,8 +127,8 @@ impl Qemu {
 
     fn reads(&self, number: u16) {
         put(&self.ram, BLK_IN, number);
-        rustix::io::write(&self.ends.kick, &1_u64.to_ne_bytes()).unwrap();
-        wait_for(&self.ends.call);
+        rustix::io::write(&self.events.kick, &1_u64.to_ne_bytes()).unwrap();
+        wait_for(&self.events.call);
         assert_eq!(read::<1>(&self.ram, STATUS), [0], "request {number} of {:?}", self.kind);
     }
 
@@ -182,7 +182,7 @@ fn a_dimm_comes_and_goes_while_the_guest_runs() {
         qemu.add(DIMM, dimm.as_fd());
         assert_eq!(rig.guest_memory().len(), 3);
         qemu.reads(1);
-        assert_eq!(qemu.wire.remove_region(Place { qva: qemu.address(DIMM), ..DIMM }), 0);
+        assert_eq!(qemu.wire.remove_region(MemoryRegion { qva: qemu.address(DIMM), ..DIMM }), 0);
         qemu.reads(2);
 
         assert_eq!(rig.guest_memory().len(), 2);
@@ -215,9 +215,9 @@ fn a_ring_in_a_hole_of_shared_memory_is_refused_and_the_rest_goes_on() {
     qemu.boots();
     // A NUMA node that is not shared: no message tells of it.
     let hole = RAM.qva + (1 << 40);
-    assert_eq!(qemu.wire.ask(SET_VRING_NUM, &state(2, 8), &[]), 0);
-    assert_eq!(qemu.wire.ask(SET_VRING_ADDR, &addresses(2, hole, hole + 0x1000, hole + 0x2000), &[]), 0);
-    assert_eq!(qemu.wire.ask(SET_VRING_KICK, &words(&[2 | 0x100]), &[]), 1);
+    assert_eq!(qemu.wire.call(SET_VRING_NUM, &state(2, 8), &[]), 0);
+    assert_eq!(qemu.wire.call(SET_VRING_ADDR, &addresses(2, hole, hole + 0x1000, hole + 0x2000), &[]), 0);
+    assert_eq!(qemu.wire.call(SET_VRING_KICK, &words(&[2 | 0x100]), &[]), 1);
     qemu.reads(1);
 }
 
@@ -226,12 +226,12 @@ fn libblkio_asks_for_acknowledgements_of_what_has_a_reply_anyway() {
     let rig = Rig::new();
     let wire = rig.connect();
     for (request, expected) in [(GET_FEATURES, FEATURES), (GET_PROTOCOL_FEATURES, 0x8209)] {
-        assert_eq!(wire.ask(request, &[], &[]) & expected, expected);
+        assert_eq!(wire.call(request, &[], &[]) & expected, expected);
     }
     wire.send(SET_PROTOCOL_FEATURES, &words(&[0x8209]), &[]);
     wire.send(SET_FEATURES, &words(&[FEATURES]), &[]);
-    assert_eq!(wire.ask(GET_QUEUE_NUM, &[], &[]), u64::from(QUEUES));
-    assert_eq!(wire.ask(GET_MAX_MEM_SLOTS, &[], &[]), 509);
+    assert_eq!(wire.call(GET_QUEUE_NUM, &[], &[]), u64::from(QUEUES));
+    assert_eq!(wire.call(GET_MAX_MEM_SLOTS, &[], &[]), 509);
     wire.send_bytes(&message(GET_CONFIG, NEED_REPLY, &[state(0, 60), vec![0; 64]].concat()), &[]);
     assert!(matches!(wire.reply(), Reply::Message(GET_CONFIG, _)));
     wire.send_bytes(&message(GET_VRING_BASE, NEED_REPLY, &state(0, 0)), &[]);
@@ -240,7 +240,7 @@ fn libblkio_asks_for_acknowledgements_of_what_has_a_reply_anyway() {
     assert_eq!(wire.get(GET_FEATURES) & RING_PACKED, RING_PACKED);
     // It connects once to look, and again to work.
     drop(wire);
-    rig.connect().settle();
+    rig.connect().sync();
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn memory_may_be_sealed_as_qemu_seals_it() {
         let fd = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&fd, RAM.len).unwrap();
         fcntl_add_seals(&fd, seals).unwrap();
-        let place = Place { gpa: RAM.gpa + n * RAM.len, qva: RAM.qva + n * RAM.len, ..RAM };
+        let place = MemoryRegion { gpa: RAM.gpa + n * RAM.len, qva: RAM.qva + n * RAM.len, ..RAM };
         assert_eq!(wire.add_region(place, fd.as_fd()), 0, "{seals:?}");
     }
 }
@@ -265,7 +265,7 @@ fn a_descriptor_that_comes_with_a_removal_is_closed() {
     wire.negotiate();
     assert_eq!(wire.add_region(RAM, ram.as_fd()), 0);
     let payload = [words(&[0]), RAM.bytes()].concat();
-    assert_eq!(wire.ask(REM_MEM_REG, &payload, &[stray.as_fd()]), 0);
-    wire.settle();
+    assert_eq!(wire.call(REM_MEM_REG, &payload, &[stray.as_fd()]), 0);
+    wire.sync();
     assert_eq!(copies_of(&stray).len() + copies_of(&ram).len(), 0);
 }

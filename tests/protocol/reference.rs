@@ -18,7 +18,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use crate::rig::{QUEUES, Rig, memory};
 use crate::rings::{AVAIL, DESC, RAM, USED};
-use crate::wire::{FEATURES, OFFERED, PROTOCOL, Place};
+use crate::wire::{FEATURES, OFFERED, PROTOCOL, MemoryRegion};
 
 /// The reference does not know SET_STATUS.
 const STATUS: u64 = 1 << 16;
@@ -116,7 +116,7 @@ fn negotiate(front_end: &mut Frontend, transcript: &mut Transcript) {
     transcript.note("set features", front_end.set_features(FEATURES));
 }
 
-fn region(place: Place, file: &impl AsRawFd) -> VhostUserMemoryRegionInfo {
+fn region(place: MemoryRegion, file: &impl AsRawFd) -> VhostUserMemoryRegionInfo {
     VhostUserMemoryRegionInfo {
         guest_phys_addr: place.gpa,
         memory_size: place.len,
@@ -152,7 +152,7 @@ fn set_ring_up(front_end: &mut Frontend, transcript: &mut Transcript) {
 fn whole_life(path: &Path) -> Vec<String> {
     let (mut front_end, mut transcript) = (connect(path), Transcript(Vec::new()));
     let (ram, dimm) = (memory("ram", RAM.len), memory("dimm", 1 << 20));
-    let second = Place { gpa: 1 << 32, len: 1 << 20, qva: 1 << 45, offset: 0 };
+    let second = MemoryRegion { gpa: 1 << 32, len: 1 << 20, qva: 1 << 45, offset: 0 };
     negotiate(&mut front_end, &mut transcript);
     for index in 0..2 {
         transcript.note("call", front_end.set_vring_call(index, &EventFd::new(0).unwrap()));
@@ -194,7 +194,7 @@ const MISTAKES: [(&str, Mistake); 7] = [
         let ram = memory("ram", RAM.len);
         front_end.add_mem_region(&region(RAM, &ram))?;
         front_end
-            .add_mem_region(&region(Place { gpa: RAM.gpa + 0x1000, qva: 1 << 30, len: 0x1000, offset: 0 }, &ram))
+            .add_mem_region(&region(MemoryRegion { gpa: RAM.gpa + 0x1000, qva: 1 << 30, len: 0x1000, offset: 0 }, &ram))
             .map(drop)
     }),
 ];

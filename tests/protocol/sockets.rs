@@ -11,7 +11,7 @@ use crate::wire::Wire;
 
 #[test]
 fn a_dead_socket_is_replaced() {
-    let rig = Rig::listening(|path| {
+    let rig = Rig::on_socket(|path| {
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists(), "left behind");
         Listen::Path(path)
@@ -31,7 +31,7 @@ fn a_socket_that_someone_else_put_there_is_not_removed() {
 
 #[test]
 fn a_listening_descriptor_is_served_and_its_path_left_alone() {
-    let rig = Rig::listening(|path| Listen::Fd(UnixListener::bind(path).unwrap().into()));
+    let rig = Rig::on_socket(|path| Listen::Fd(UnixListener::bind(path).unwrap().into()));
     for _ in 0..2 {
         rig.connect().negotiate();
     }
@@ -55,7 +55,7 @@ fn a_path_in_use_names_who_uses_it() {
     let refused = crate::rig::open(Listen::Path(rig.path.clone()));
     let message = refused.err().expect("refused").to_string();
     assert!(message.contains(&format!("pid {}", std::process::id())), "{message}");
-    Wire::new(std::os::unix::net::UnixStream::connect(&rig.path).unwrap()).settle();
+    Wire::new(std::os::unix::net::UnixStream::connect(&rig.path).unwrap()).sync();
 }
 
 #[test]
