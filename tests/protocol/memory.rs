@@ -1,4 +1,4 @@
-//! Guest memory comes and goes, and a failure at any step leaves it as it was.
+//! Guest memory is added and removed. A failure at any step leaves it unchanged.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
@@ -12,7 +12,7 @@ use crate::wire::{MemoryRegion, Reply, request::*, state};
 
 const PAGE: u64 = 4096;
 
-/// One page each, at page 16, 32, 48 … of guest and front-end memory.
+/// A region of one page, at page 16 × `number` of guest and front-end memory.
 fn page(number: u64) -> MemoryRegion {
     MemoryRegion { gpa: number * 16 * PAGE, len: PAGE, qva: (1 << 40) + number * 16 * PAGE, offset: number * PAGE }
 }
@@ -41,7 +41,7 @@ fn regions_are_mapped_when_acknowledged_and_unmapped_when_removed() {
 }
 
 #[test]
-fn regions_that_cannot_be_are_refused() {
+fn invalid_regions_are_refused() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 4 * PAGE));
     wire.negotiate();
@@ -58,14 +58,14 @@ fn regions_that_cannot_be_are_refused() {
         ("in the window of the interrupt controller", MemoryRegion { gpa: 0xfee0_0000, ..page(2) }),
         ("beyond the IOMMU", MemoryRegion { gpa: 1 << 50, ..page(2) }),
     ];
-    for (why, place) in refused {
-        assert_eq!(wire.add_region(place, file.as_fd()), 1, "{why}");
-        assert_eq!(rig.guest_memory(), spans(&[1]), "{why}");
+    for (name, region) in refused {
+        assert_eq!(wire.add_region(region, file.as_fd()), 1, "{name}");
+        assert_eq!(rig.guest_memory(), spans(&[1]), "{name}");
     }
 }
 
 #[test]
-fn memory_that_is_no_memory_is_refused() {
+fn descriptors_that_are_not_memory_are_refused() {
     let rig = Rig::new();
     let wire = rig.connect();
     wire.negotiate();
@@ -77,35 +77,35 @@ fn memory_that_is_no_memory_is_refused() {
 }
 
 #[test]
-fn memory_that_the_front_end_itself_sees_as_a_private_copy_is_refused() {
+fn memory_that_the_front_end_maps_privately_is_refused() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", PAGE));
     wire.negotiate();
-    for (how, told) in [(libc::MAP_PRIVATE, 1), (libc::MAP_SHARED, 0)] {
-        let place = FileOffset::new(file.try_clone().unwrap(), 0);
+    for (flags, ack) in [(libc::MAP_PRIVATE, 1), (libc::MAP_SHARED, 0)] {
+        let offset = FileOffset::new(file.try_clone().unwrap(), 0);
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let size = usize::try_from(PAGE).unwrap();
-        let mapping = MmapRegion::<()>::build(Some(place), size, access, how).unwrap();
-        let seen = MemoryRegion { qva: mapping.as_ptr() as u64, offset: 0, ..page(1) };
-        assert_eq!(wire.add_region(seen, file.as_fd()), told);
+        let mapping = MmapRegion::<()>::build(Some(offset), size, access, flags).unwrap();
+        let region = MemoryRegion { qva: mapping.as_ptr() as u64, offset: 0, ..page(1) };
+        assert_eq!(wire.add_region(region, file.as_fd()), ack);
     }
 }
 
 #[test]
-fn a_region_of_part_pages_is_served_to_the_end_of_its_page() {
+fn a_region_that_ends_within_a_page_is_mapped_to_the_end_of_the_page() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("buffer", 0x3b10));
     wire.negotiate();
-    let place = MemoryRegion { gpa: 0x7f34_3124_2000, len: 0x3b10, qva: 0x7f34_3124_2000, offset: 0 };
+    let region = MemoryRegion { gpa: 0x7f34_3124_2000, len: 0x3b10, qva: 0x7f34_3124_2000, offset: 0 };
 
-    assert_eq!(wire.add_region(place, file.as_fd()), 0);
-    assert_eq!(rig.guest_memory(), [(place.gpa, 0x4000)]);
-    assert_eq!(wire.remove_region(place), 0);
+    assert_eq!(wire.add_region(region, file.as_fd()), 0);
+    assert_eq!(rig.guest_memory(), [(region.gpa, 0x4000)]);
+    assert_eq!(wire.remove_region(region), 0);
     assert_eq!(rig.guest_memory(), []);
 }
 
 #[test]
-fn a_table_replaces_only_the_difference() {
+fn a_table_changes_only_the_regions_that_differ() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 16 * PAGE));
     wire.negotiate();
@@ -113,7 +113,7 @@ fn a_table_replaces_only_the_difference() {
 
     assert_eq!(table(&[3, 1]), 0);
     assert_eq!(rig.guest_memory(), spans(&[1, 3]));
-    // One region goes, one comes: two changes of the address space. A third, to the one that stays, would fail.
+    // One region is removed and one added. A third change, of the region in both tables, would fail.
     rig.fail_after(2);
     assert_eq!(table(&[3, 2]), 0);
     assert_eq!(rig.guest_memory(), spans(&[2, 3]));
@@ -127,7 +127,7 @@ fn a_failure_at_any_step_leaves_memory_as_it_was() {
     let table = |numbers: &[u64]| wire.set_table(&numbers.iter().map(|n| (page(*n), file.as_fd())).collect::<Vec<_>>());
     assert_eq!(table(&[1, 2, 3]), 0);
 
-    // Two regions go, two come.
+    // Two regions are removed and two added.
     for step in 0..4 {
         rig.fail_after(step);
         assert_eq!(table(&[3, 4, 5]), 1, "step {step}");
@@ -140,7 +140,7 @@ fn a_failure_at_any_step_leaves_memory_as_it_was() {
 }
 
 #[test]
-fn a_mistake_in_a_table_is_found_before_anything_is_touched() {
+fn an_invalid_table_is_refused_before_any_change() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 16 * PAGE));
     wire.negotiate();
@@ -156,7 +156,7 @@ fn a_mistake_in_a_table_is_found_before_anything_is_touched() {
 }
 
 #[test]
-fn a_refusal_that_cannot_be_told_ends_the_conversation() {
+fn a_refusal_without_an_acknowledgement_ends_the_connection() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 16 * PAGE));
     wire.negotiate();
@@ -166,7 +166,7 @@ fn a_refusal_that_cannot_be_told_ends_the_conversation() {
 }
 
 #[test]
-fn more_regions_than_promised_are_refused() {
+fn more_regions_than_slots_are_refused() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 600 * PAGE));
     wire.negotiate();
@@ -179,7 +179,7 @@ fn more_regions_than_promised_are_refused() {
 }
 
 #[test]
-fn a_ring_waits_while_its_memory_is_exchanged() {
+fn a_ring_is_suspended_while_its_memory_is_removed() {
     let rig = Rig::new();
     let (wire, ram, _events) = running(&rig);
     assert_eq!(wire.remove_region(RAM), 0);
@@ -205,7 +205,7 @@ fn a_failed_removal_leaves_the_ring_running() {
 }
 
 #[test]
-fn memory_that_can_go_only_while_the_device_rests_goes_all_the_same() {
+fn memory_that_can_be_removed_only_while_the_device_is_idle_is_removed() {
     let rig = Rig::new();
     let (wire, ram, _events) = running(&rig);
     rig.remove_only_while_idle();
@@ -220,13 +220,13 @@ fn memory_that_can_go_only_while_the_device_rests_goes_all_the_same() {
 }
 
 #[test]
-fn a_failure_that_cannot_be_undone_ends_the_conversation() {
+fn a_failure_that_cannot_be_undone_ends_the_connection() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 16 * PAGE));
     wire.negotiate();
     assert_eq!(wire.set_table(&[(page(1), file.as_fd()), (page(2), file.as_fd())]), 0);
 
-    // The first region goes; the second does not, and the first cannot be brought back.
+    // The first region is removed. The second cannot be removed, and the first cannot be added again.
     rig.fail_all_after(1);
     assert_eq!(wire.set_table(&[(page(3), file.as_fd())]), 1);
     assert_eq!(wire.reply(), Reply::Closed);
@@ -235,7 +235,7 @@ fn a_failure_that_cannot_be_undone_ends_the_conversation() {
     rig.connect().negotiate();
 }
 
-/// A message about memory, in pages; the number says which step of it fails, if it has so many.
+/// A message about memory, by numbers of pages.
 #[derive(Clone, Debug)]
 enum Change {
     Table(BTreeSet<u64>),
@@ -243,6 +243,7 @@ enum Change {
     Remove(u64),
 }
 
+/// Messages, each with the step that fails; -1 for none.
 fn changes() -> impl Strategy<Value = Vec<(Change, i64)>> {
     let page = || 1..8_u64;
     let change = prop_oneof![
@@ -256,24 +257,24 @@ fn changes() -> impl Strategy<Value = Vec<(Change, i64)>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
-    /// Whatever is asked for and whichever step fails: the device reaches exactly what has been acknowledged.
+    /// Whatever the messages are and whichever steps fail, exactly the acknowledged regions are mapped.
     #[test]
-    fn what_is_mapped_is_what_was_acknowledged(changes in changes()) {
+    fn exactly_the_acknowledged_regions_are_mapped(changes in changes()) {
         let rig = Rig::new();
         let (wire, file) = (rig.connect(), memory("ram", 16 * PAGE));
         wire.negotiate();
         let mut model = BTreeSet::new();
         for (change, failing) in changes {
             let mut next = model.clone();
-            let known = match &change {
+            let valid = match &change {
                 Change::Table(pages) => { next = pages.clone(); true }
                 Change::Add(page) => { next.insert(*page); true }
                 Change::Remove(page) => next.remove(page),
             };
             let steps = model.symmetric_difference(&next).count();
-            let fails = !known || (0..i64::try_from(steps).unwrap()).contains(&failing);
+            let fails = !valid || (0..i64::try_from(steps).unwrap()).contains(&failing);
             rig.fail_after(failing);
-            let told = match change {
+            let ack = match change {
                 Change::Table(pages) => {
                     wire.set_table(&pages.iter().rev().map(|n| (page(*n), file.as_fd())).collect::<Vec<_>>())
                 }
@@ -281,7 +282,7 @@ proptest! {
                 Change::Remove(number) => wire.remove_region(page(number)),
             };
             rig.fail_after(-1);
-            prop_assert_eq!(told, u64::from(fails));
+            prop_assert_eq!(ack, u64::from(fails));
             if !fails {
                 model = next;
             }

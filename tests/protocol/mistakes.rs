@@ -1,5 +1,5 @@
-//! Mistakes on QEMU's command line. QEMU says "Input/output error" whatever it was, or nothing; so each must leave one line
-//! in our log that names what is wrong and what to change.
+//! Mistakes on QEMU's command line. QEMU reports at most "Input/output error", so each must have one line in the server's
+//! log that tells what is wrong and what to change.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
@@ -16,7 +16,7 @@ use crate::wire::{FEATURES, MemoryRegion, request::*, state, words};
 
 const PAGE: u64 = 4096;
 
-/// All lines of this process, whichever test they come from.
+/// All log lines of this process, from all tests.
 struct Lines(Mutex<Vec<String>>);
 
 static LINES: Lines = Lines(Mutex::new(Vec::new()));
@@ -43,20 +43,20 @@ pub(crate) fn capture_log() {
     });
 }
 
-/// How many lines have all these parts.
+/// The number of lines that contain all `parts`.
 pub(crate) fn logged_lines(parts: &[&str]) -> usize {
     LINES.0.lock().unwrap().iter().filter(|line| parts.iter().all(|part| line.contains(part))).count()
 }
 
-/// The line that has all these parts.
-fn assert_logged(parts: &[&str]) -> String {
+/// Fails unless a line contains all `parts`.
+fn assert_logged(parts: &[&str]) {
     let lines = LINES.0.lock().unwrap();
-    let found = lines.iter().find(|line| parts.iter().all(|part| line.contains(part)));
-    found.unwrap_or_else(|| panic!("no line with {parts:?} in {lines:#?}")).clone()
+    let found = lines.iter().any(|line| parts.iter().all(|part| line.contains(part)));
+    assert!(found, "no line with {parts:?} in {lines:#?}");
 }
 
 #[test]
-fn no_memory_at_all() {
+fn no_memory() {
     capture_log();
     let rig = Rig::new();
     let (wire, events) = (rig.connect(), ring_events());
@@ -73,10 +73,10 @@ fn private_memory() {
     let (wire, file) = (rig.connect(), memory("ram", RAM.len));
     wire.negotiate();
     let access = libc::PROT_READ | libc::PROT_WRITE;
-    let place = FileOffset::new(file.try_clone().unwrap(), 0);
-    let mapping = MmapRegion::<()>::build(Some(place), 1 << 20, access, libc::MAP_PRIVATE).unwrap();
-    let seen = MemoryRegion { gpa: 0x77_0000_0000, qva: mapping.as_ptr() as u64, ..RAM };
-    assert_eq!(wire.add_region(seen, file.as_fd()), 1);
+    let offset = FileOffset::new(file.try_clone().unwrap(), 0);
+    let mapping = MmapRegion::<()>::build(Some(offset), 1 << 20, access, libc::MAP_PRIVATE).unwrap();
+    let region = MemoryRegion { gpa: 0x77_0000_0000, qva: mapping.as_ptr() as u64, ..RAM };
+    assert_eq!(wire.add_region(region, file.as_fd()), 1);
     assert_logged(&["0x7700000000", "mapped this memory privately", "share=on"]);
 }
 
@@ -99,7 +99,7 @@ fn a_dimm_that_is_not_shared() {
     let rig = Rig::new();
     let (_wire, ram, events) = running(&rig);
     put(&ram, BLK_IN, 0);
-    // Data where the guest has a DIMM that no message told of.
+    // The data buffer is in a DIMM that has not been shared.
     ram.write_all_at(&0x99_0000_0000_u64.to_le_bytes(), crate::rings::DESC + 16).unwrap();
     rustix::io::write(&events.kick, &1_u64.to_ne_bytes()).unwrap();
     wait_for(&events.call);
@@ -148,7 +148,7 @@ fn a_ring_too_large() {
 }
 
 #[test]
-fn each_region_that_cannot_be_is_one_line_that_names_it() {
+fn each_invalid_region_has_one_line_that_names_it() {
     capture_log();
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 2 * PAGE));
@@ -170,9 +170,9 @@ fn each_region_that_cannot_be_is_one_line_that_names_it() {
         (at(0x66_0500_0000), read_only.as_fd(), ["0x6605000000+4K", "mmap: Permission denied"]),
         (at(0x66_0600_0000), sealed.as_fd(), ["0x6606000000+4K", "mmap: Operation not permitted"]),
     ];
-    for (place, fd, said) in refused {
-        assert_eq!(wire.add_region(place, fd), 1, "{said:?}");
-        assert_eq!(logged_lines(&said), 1, "{said:?}");
+    for (region, fd, parts) in refused {
+        assert_eq!(wire.add_region(region, fd), 1, "{parts:?}");
+        assert_eq!(logged_lines(&parts), 1, "{parts:?}");
     }
     assert_eq!(wire.remove_region(at(0x66_0700_0000)), 1);
     assert_eq!(logged_lines(&["0x6607000000+4K", "no such region", "0x6600000000+4K"]), 1);
