@@ -40,7 +40,7 @@ fn submit_read(ring: &mut Ring, sector: u64) -> u16 {
     slot
 }
 
-/// How the next request that ends has output. A good end means good data.
+/// The status of the next completed request. Checks the data of a successful one.
 fn outcome(ring: &mut Ring, sector_of: impl Fn(u16) -> u64) -> u8 {
     let done = ring.wait(LIMIT).unwrap().expect("a request ends in bounded time");
     if done.status == OK {

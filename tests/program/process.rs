@@ -14,10 +14,10 @@ use vmm_sys_util::tempdir::TempDir;
 /// The program under test.
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-device-vfio");
 
-/// Until anything expected of the program has happened; generous, since other tests share the processors.
+/// Time-out of all waits. It is long because other tests share the processors.
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
-/// What has been printed, and how it output.
+/// The output and exit status of the program.
 pub(crate) struct Output {
     pub(crate) status: ExitStatus,
     pub(crate) stdout: String,

@@ -18,7 +18,8 @@ struct TestVmm {
     directory: TempDir,
 }
 
-/// `target/debug` or `target/release`, with vmm and library in it. No test can link a cdylib, so Cargo is asked here.
+/// `target/debug` or `target/release`, with the example VMM and the shim library built. Cargo does not build the cdylib for
+/// this test, so it is called here.
 fn build_directory() -> &'static Path {
     static TARGET: OnceLock<PathBuf> = OnceLock::new();
     TARGET.get_or_init(|| {
