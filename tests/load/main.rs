@@ -121,9 +121,9 @@ fn drive(client: &mut Client, options: &Options, sectors: u64, time: Duration) -
             }
         }
         if options.sleep
-            && let Some(ended) = client.rings[0].wait(Duration::from_secs(20))?
+            && let Some(request) = client.rings[0].wait(Duration::from_secs(20))?
         {
-            check(ended.status)?;
+            check(request.status)?;
             done += 1;
         }
         passes = passes.wrapping_add(1);
@@ -148,8 +148,8 @@ fn fill(ring: &mut Ring, options: &Options, sectors: u64, random: &mut u64) -> b
 
 fn reap(ring: &mut Ring) -> Result<u64, Error> {
     let mut done = 0;
-    while let Some(ended) = ring.reap() {
-        check(ended.status)?;
+    while let Some(request) = ring.reap() {
+        check(request.status)?;
         done += 1;
     }
     Ok(done)
@@ -164,8 +164,8 @@ fn drain(client: &mut Client) -> Result<u64, Error> {
     let mut done = 0;
     for ring in &mut client.rings {
         while !ring.is_idle() {
-            let ended = ring.wait(Duration::from_secs(20))?.ok_or("a read did not end")?;
-            check(ended.status)?;
+            let request = ring.wait(Duration::from_secs(20))?.ok_or("a read did not end")?;
+            check(request.status)?;
             done += 1;
         }
     }
