@@ -74,21 +74,24 @@ fn all_slots_of_all_rings(client: &mut Client, shape: Shape) {
             assert_eq!(ring.wait(LIMIT).unwrap().expect("in time").status, 0, "{shape:?}");
         }
     }
-    let mut wanted = vec![vec![0; usize::from(shape.depth)]; shape.queues];
+    let mut sectors = vec![vec![0; usize::from(shape.depth)]; shape.queues];
     for (queue, ring) in client.rings.iter_mut().enumerate() {
         for sector in (0..depth).map(|n| sector_of(queue as u64, n)) {
             let slot = ring.submit(Request::Read { sector, bytes });
             ring.set_data(slot, &vec![0xcc; bytes]);
-            wanted[queue][usize::from(slot)] = sector;
+            sectors[queue][usize::from(slot)] = sector;
         }
         ring.publish();
     }
-    for (ring, wanted) in client.rings.iter_mut().zip(wanted) {
+    for (ring, sectors) in client.rings.iter_mut().zip(sectors) {
         for _ in 0..depth {
             let done = ring.wait(LIMIT).unwrap().expect("in time");
             let mut found = vec![0; bytes];
             ring.data(done.slot, &mut found);
-            assert!(done.status == 0 && found == pattern(wanted[usize::from(done.slot)], bytes), "{done:?}, {shape:?}");
+            assert!(
+                done.status == 0 && found == pattern(sectors[usize::from(done.slot)], bytes),
+                "{done:?}, {shape:?}"
+            );
         }
     }
 }

@@ -45,12 +45,16 @@ const NO_STATUS: &str = "no writable byte for the status";
 const CHAINS: [BadChain; 17] = [
     bad_chain("data outside memory", READ, (IOERR, 1), NOT_GUEST_MEMORY, |chain| chain[1].addr = UNMAPPED),
     bad_chain("data outside memory, written", WRITE, (IOERR, 1), NOT_GUEST_MEMORY, |chain| chain[1].addr = UNMAPPED),
-    bad_chain("data at the end of the address space", READ, (IOERR, 1), NOT_GUEST_MEMORY, |chain| chain[1].addr = u64::MAX - 511),
+    bad_chain("data at the end of the address space", READ, (IOERR, 1), NOT_GUEST_MEMORY, |chain| {
+        chain[1].addr = u64::MAX - 511
+    }),
     bad_chain("data past the end of the address space", READ, (IOERR, 1), PAST_THE_END, |chain| {
         chain[1].addr = u64::MAX - 10;
     }),
     bad_chain("more data than there is memory", READ, (IOERR, 1), NOT_GUEST_MEMORY, |chain| chain[1].len = !511),
-    bad_chain("data that is not a whole block", READ, (IOERR, 1), "not whole blocks of 512", |chain| chain[1].len = 100),
+    bad_chain("data that is not a whole block", READ, (IOERR, 1), "not whole blocks of 512", |chain| {
+        chain[1].len = 100
+    }),
     bad_chain("data of the wrong direction", READ, (IOERR, 1), "of the wrong direction", |chain| chain[1].flags = 0),
     bad_chain("a header outside memory", READ, (IOERR, 1), NO_HEADER, |chain| chain[0].addr = UNMAPPED),
     bad_chain("a header of 15 bytes", READ, (IOERR, 1), NO_HEADER, |chain| chain[0].len = 15),

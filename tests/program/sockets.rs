@@ -56,7 +56,8 @@ fn a_socket_passed_by_a_service_manager_is_found() {
 #[test]
 fn a_socket_passed_to_another_process_is_not_used() {
     let listener = UnixListener::bind(TempDir::new().unwrap().as_path().join("socket")).unwrap();
-    let output = Process::inheriting(listener, "LISTEN_FDS=1 LISTEN_PID=1", &["--device", "emulated:size=1M"]).wait_for_exit();
+    let output =
+        Process::inheriting(listener, "LISTEN_FDS=1 LISTEN_PID=1", &["--device", "emulated:size=1M"]).wait_for_exit();
     assert_eq!(output.status.code(), Some(1));
     assert!(output.log.contains("no socket; give --socket-path or --fd"), "{}", output.log);
 }

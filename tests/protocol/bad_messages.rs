@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::rig::{Rig, event, memory};
-use crate::wire::{FEATURES, NEED_REPLY, PROTOCOL, MemoryRegion, Reply, Wire, message, request::*, state, words};
+use crate::wire::{FEATURES, MemoryRegion, NEED_REPLY, PROTOCOL, Reply, Wire, message, request::*, state, words};
 
 /// The server's reaction to an invalid message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,61 +24,74 @@ fn outcome(wire: &Wire) -> Outcome {
     }
 }
 
-#[test]
-fn each_is_refused_or_ends_the_connection() {
-    let table: Vec<(&str, Outcome, Vec<u8>)> = vec![
-        ("version 0", Closed, [&GET_FEATURES.to_ne_bytes()[..], &[0; 8]].concat()),
-        ("version 2", Closed, [&GET_FEATURES.to_ne_bytes()[..], &2_u32.to_ne_bytes(), &[0; 4]].concat()),
-        ("a reply", Closed, message(GET_FEATURES, 4, &[])),
-        ("reserved flags", Closed, message(GET_FEATURES, 0x10, &[])),
-        ("request 0", Closed, message(0, 0, &[])),
-        ("request 45", Closed, message(45, NEED_REPLY, &[])),
-        ("an oversized payload", Closed, message(SET_CONFIG, 0, &[0; 4097])),
-        ("an announced size of 4 GiB", Closed, [SET_CONFIG, 1, u32::MAX].map(u32::to_ne_bytes).concat()),
-        ("an unexpected payload", Closed, message(GET_FEATURES, 0, &[0; 8])),
-        ("too short", Closed, message(SET_FEATURES, NEED_REPLY, &[0; 4])),
-        ("too long", Closed, message(SET_VRING_NUM, NEED_REPLY, &[0; 12])),
-        ("a feature not offered", Refused, message(SET_FEATURES, NEED_REPLY, &words(&[FEATURES | 1 << 33]))),
+/// Messages that end the connection.
+fn closing_messages() -> Vec<(&'static str, Vec<u8>)> {
+    vec![
+        ("version 0", [&GET_FEATURES.to_ne_bytes()[..], &[0; 8]].concat()),
+        ("version 2", [&GET_FEATURES.to_ne_bytes()[..], &2_u32.to_ne_bytes(), &[0; 4]].concat()),
+        ("a reply", message(GET_FEATURES, 4, &[])),
+        ("reserved flags", message(GET_FEATURES, 0x10, &[])),
+        ("request 0", message(0, 0, &[])),
+        ("request 45", message(45, NEED_REPLY, &[])),
+        ("an oversized payload", message(SET_CONFIG, 0, &[0; 4097])),
+        ("an announced size of 4 GiB", [SET_CONFIG, 1, u32::MAX].map(u32::to_ne_bytes).concat()),
+        ("an unexpected payload", message(GET_FEATURES, 0, &[0; 8])),
+        ("too short", message(SET_FEATURES, NEED_REPLY, &[0; 4])),
+        ("too long", message(SET_VRING_NUM, NEED_REPLY, &[0; 12])),
+        ("a misaligned ring", message(SET_VRING_ADDR, 0, &[state(0, 0), words(&[8, 0, 0, 0])].concat())),
+        ("neither enabled nor disabled", message(SET_VRING_ENABLE, NEED_REPLY, &state(0, 2))),
+        ("a kick without the announced descriptor", message(SET_VRING_KICK, NEED_REPLY, &words(&[0]))),
         (
-            "a protocol feature not offered",
-            Refused,
-            message(SET_PROTOCOL_FEATURES, NEED_REPLY, &words(&[PROTOCOL | 1 << 12])),
+            "an offset past the end of configuration space",
+            message(GET_CONFIG, 0, &[state(4096, 1), vec![0; 5]].concat()),
         ),
-        ("a ring that does not exist", Refused, message(SET_VRING_NUM, NEED_REPLY, &state(99, 8))),
-        ("the highest ring index", Refused, message(SET_VRING_BASE, NEED_REPLY, &state(u32::MAX, 0))),
-        ("a size that is not a power of two", Refused, message(SET_VRING_NUM, NEED_REPLY, &state(0, 100))),
-        ("size 0", Refused, message(SET_VRING_NUM, NEED_REPLY, &state(0, 0))),
-        ("too large a ring", Refused, message(SET_VRING_NUM, NEED_REPLY, &state(0, 2048))),
-        ("a packed ring's base", Refused, message(SET_VRING_BASE, NEED_REPLY, &state(0, 0x8000_0000))),
-        ("a ring with a log", Refused, message(SET_VRING_ADDR, NEED_REPLY, &[state(0, 1), vec![0; 32]].concat())),
-        ("a misaligned ring", Closed, message(SET_VRING_ADDR, 0, &[state(0, 0), words(&[8, 0, 0, 0])].concat())),
-        ("neither enabled nor disabled", Closed, message(SET_VRING_ENABLE, NEED_REPLY, &state(0, 2))),
-        ("a kick without the announced descriptor", Closed, message(SET_VRING_KICK, NEED_REPLY, &words(&[0]))),
-        ("a write to configuration space", Refused, message(SET_CONFIG, NEED_REPLY, &[state(33, 1), vec![0; 5]].concat())),
+        (
+            "a configuration size that does not match the payload",
+            message(GET_CONFIG, 0, &[state(0, 60), vec![0; 20]].concat()),
+        ),
+        ("a region without a descriptor", message(ADD_MEM_REG, NEED_REPLY, &[0; 40])),
+        ("a log that was not offered", message(SET_LOG_BASE, NEED_REPLY, &words(&[4096, 0]))),
+        ("an inflight buffer that was not offered", message(GET_INFLIGHT_FD, 0, &[0; 24])),
+        ("a message for network devices", message(SEND_RARP, NEED_REPLY, &words(&[0]))),
+        ("a status of another size", message(SET_STATUS, NEED_REPLY, &[0; 4])),
+        ("GET_STATUS with a payload", message(GET_STATUS, 0, &words(&[0]))),
+    ]
+}
+
+/// Messages that are refused.
+fn refused_messages() -> Vec<(&'static str, Vec<u8>)> {
+    vec![
+        ("a feature not offered", message(SET_FEATURES, NEED_REPLY, &words(&[FEATURES | 1 << 33]))),
+        ("a protocol feature not offered", message(SET_PROTOCOL_FEATURES, NEED_REPLY, &words(&[PROTOCOL | 1 << 12]))),
+        ("a ring that does not exist", message(SET_VRING_NUM, NEED_REPLY, &state(99, 8))),
+        ("the highest ring index", message(SET_VRING_BASE, NEED_REPLY, &state(u32::MAX, 0))),
+        ("a size that is not a power of two", message(SET_VRING_NUM, NEED_REPLY, &state(0, 100))),
+        ("size 0", message(SET_VRING_NUM, NEED_REPLY, &state(0, 0))),
+        ("too large a ring", message(SET_VRING_NUM, NEED_REPLY, &state(0, 2048))),
+        ("a packed ring's base", message(SET_VRING_BASE, NEED_REPLY, &state(0, 0x8000_0000))),
+        ("a ring with a log", message(SET_VRING_ADDR, NEED_REPLY, &[state(0, 1), vec![0; 32]].concat())),
+        ("a write to configuration space", message(SET_CONFIG, NEED_REPLY, &[state(33, 1), vec![0; 5]].concat())),
         (
             "an invalid value for writeback",
-            Refused,
             message(SET_CONFIG, NEED_REPLY, &[state(32, 1), vec![0, 0, 0, 0, 2]].concat()),
         ),
-        ("an offset past the end of configuration space", Closed, message(GET_CONFIG, 0, &[state(4096, 1), vec![0; 5]].concat())),
-        ("a configuration size that does not match the payload", Closed, message(GET_CONFIG, 0, &[state(0, 60), vec![0; 20]].concat())),
-        ("a table without regions", Refused, message(SET_MEM_TABLE, NEED_REPLY, &state(0, 0))),
-        ("a table shorter than announced", Refused, message(SET_MEM_TABLE, NEED_REPLY, &state(3, 0))),
-        ("a table without descriptors", Refused, message(SET_MEM_TABLE, NEED_REPLY, &[state(1, 0), vec![1; 32]].concat())),
-        ("a region without a descriptor", Closed, message(ADD_MEM_REG, NEED_REPLY, &[0; 40])),
-        ("removal of a region that does not exist", Refused, message(REM_MEM_REG, NEED_REPLY, &words(&[0, 0, 4096, 0, 0]))),
-        ("a log that was not offered", Closed, message(SET_LOG_BASE, NEED_REPLY, &words(&[4096, 0]))),
-        ("an inflight buffer that was not offered", Closed, message(GET_INFLIGHT_FD, 0, &[0; 24])),
-        ("a message for network devices", Closed, message(SEND_RARP, NEED_REPLY, &words(&[0]))),
-        ("a status of another size", Closed, message(SET_STATUS, NEED_REPLY, &[0; 4])),
-        ("GET_STATUS with a payload", Closed, message(GET_STATUS, 0, &words(&[0]))),
-    ];
+        ("a table without regions", message(SET_MEM_TABLE, NEED_REPLY, &state(0, 0))),
+        ("a table shorter than announced", message(SET_MEM_TABLE, NEED_REPLY, &state(3, 0))),
+        ("a table without descriptors", message(SET_MEM_TABLE, NEED_REPLY, &[state(1, 0), vec![1; 32]].concat())),
+        ("removal of a region that does not exist", message(REM_MEM_REG, NEED_REPLY, &words(&[0, 0, 4096, 0, 0]))),
+    ]
+}
+
+#[test]
+fn each_is_refused_or_ends_the_connection() {
     let rig = Rig::new();
-    for (name, expected, bytes) in table {
-        let wire = rig.connect();
-        wire.negotiate();
-        wire.send_bytes(&bytes, &[]);
-        assert_eq!(outcome(&wire), expected, "{name}");
+    for (messages, expected) in [(closing_messages(), Closed), (refused_messages(), Refused)] {
+        for (name, bytes) in messages {
+            let wire = rig.connect();
+            wire.negotiate();
+            wire.send_bytes(&bytes, &[]);
+            assert_eq!(outcome(&wire), expected, "{name}");
+        }
     }
     rig.connect().negotiate();
 }

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use crate::requests::{BLK_IN, STATUS, put, read, wait_for};
 use crate::rig::{Rig, copies_of, memory};
 use crate::rings::{AVAIL, DESC, RAM, USED, addresses, ring_events, running};
-use crate::wire::{FEATURES, NEED_REPLY, OFFERED, MemoryRegion, Reply, Wire, message, request::*, state, words};
+use crate::wire::{FEATURES, MemoryRegion, NEED_REPLY, OFFERED, Reply, Wire, message, request::*, state, words};
 
 /// Executes one request of a correct front-end; true if it succeeds.
 fn works(rig: &Rig) -> bool {

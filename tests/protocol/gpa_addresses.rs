@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use crate::requests::{BLK_IN, STATUS, put, read, wait_for};
 use crate::rig::{Rig, memory};
 use crate::rings::{AVAIL, DESC, RAM, USED, addresses, ring_events, send_all, setup_messages};
-use crate::wire::{FEATURES, GPA_ADDRESSES, PROTOCOL, MemoryRegion, request::*, state};
+use crate::wire::{FEATURES, GPA_ADDRESSES, MemoryRegion, PROTOCOL, request::*, state};
 
 #[test]
 fn the_acknowledged_bit_decides_which_addresses_are_valid() {

@@ -24,9 +24,12 @@ fn everything_is_released_when_a_front_end_disconnects() {
     rig.connect().sync();
 
     assert_eq!(rig.guest_memory(), []);
-    for (name, fd) in
-        [("memory", ram.as_fd()), ("kick", events.kick.as_fd()), ("call", events.call.as_fd()), ("err", events.err.as_fd())]
-    {
+    for (name, fd) in [
+        ("memory", ram.as_fd()),
+        ("kick", events.kick.as_fd()),
+        ("call", events.call.as_fd()),
+        ("err", events.err.as_fd()),
+    ] {
         assert_eq!(copies_of(fd).len(), 0, "{name}");
     }
 }
@@ -107,9 +110,9 @@ fn half_a_message_does_not_block_the_server() {
         slow.send_bytes(&whole[half..], &[]);
         slow.sync();
     }
-    let gone = rig.connect();
-    gone.send_bytes(&whole[..5], &[]);
-    drop(gone);
+    let partial = rig.connect();
+    partial.send_bytes(&whole[..5], &[]);
+    drop(partial);
     rig.connect().sync();
 }
 

@@ -63,7 +63,13 @@ fn no_memory() {
     wire.negotiate();
     send_all(&wire, &setup_messages(&events));
     assert_eq!(wire.call(SET_VRING_ENABLE, &state(0, 1), &[]), 1);
-    assert_logged(&["virtqueue 0 cannot start", "shared no memory", "memory-backend-memfd", "share=on", "memory-backend=mem"]);
+    assert_logged(&[
+        "virtqueue 0 cannot start",
+        "shared no memory",
+        "memory-backend-memfd",
+        "share=on",
+        "memory-backend=mem",
+    ]);
 }
 
 #[test]
@@ -90,7 +96,13 @@ fn a_ring_in_memory_that_is_not_shared() {
     assert_eq!(wire.call(SET_VRING_ADDR, &addresses(1, hole, hole, hole), &[]), 0);
     assert_eq!(wire.call(SET_VRING_ENABLE, &state(1, 1), &[]), 0);
     assert_eq!(wire.call(SET_VRING_KICK, &words(&[1 | 0x100]), &[]), 1);
-    assert_logged(&["virtqueue 1 cannot start", "0x123456780000", "shared: 0x100000+1M", "each NUMA node and DIMM", "share=on"]);
+    assert_logged(&[
+        "virtqueue 1 cannot start",
+        "0x123456780000",
+        "shared: 0x100000+1M",
+        "each NUMA node and DIMM",
+        "share=on",
+    ]);
 }
 
 #[test]
@@ -162,7 +174,11 @@ fn each_invalid_region_has_one_line_that_names_it() {
     assert_eq!(wire.add_region(at(0x66_0000_0000), file.as_fd()), 0);
     let refused = [
         (MemoryRegion { len: 0, ..at(0x66_0100_0000) }, file.as_fd(), ["0x6601000000 of 0 bytes", "empty"]),
-        (MemoryRegion { offset: 2 * PAGE, ..at(0x66_0200_0000) }, file.as_fd(), ["0x6602000000+4K", "file, which has 8192"]),
+        (
+            MemoryRegion { offset: 2 * PAGE, ..at(0x66_0200_0000) },
+            file.as_fd(),
+            ["0x6602000000+4K", "file, which has 8192"],
+        ),
         (at(0x66_0300_0008), file.as_fd(), ["0x6603000008+4K", "not aligned to its pages of 4K"]),
         (MemoryRegion { len: 2 * PAGE, ..at(0x65_ffff_f000) }, file.as_fd(), ["0x65fffff000+8K", "overlaps"]),
         (at(0x4_0066_0000_0000), file.as_fd(), ["0x4006600000000+4K", "outside the ranges this IOMMU allows"]),

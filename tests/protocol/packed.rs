@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use crate::requests::{BLK_IN, BLK_OUT, DATA, HEADER, NEXT, STATUS, WRITE, read, wait_for};
 use crate::rig::{Rig, memory};
-use crate::rings::{AVAIL, DESC, RingEvents, RAM, USED, addresses, ring_events};
+use crate::rings::{AVAIL, DESC, RAM, RingEvents, USED, addresses, ring_events};
 use crate::wire::{FEATURES, PROTOCOL, RING_PACKED, Wire, request::*, state, words};
 
 /// Not a power of two, and not a multiple of the three descriptors of a request.

@@ -8,10 +8,10 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 
 use crate::requests::{BLK_IN, STATUS, put, read, wait_for};
 use crate::rig::{QUEUES, Rig, copies_of, event, memory};
-use crate::rings::{AVAIL, DESC, RingEvents, RAM, USED, addresses, ring_events};
+use crate::rings::{AVAIL, DESC, RAM, RingEvents, USED, addresses, ring_events};
 use crate::wire::{
-    BACKEND_REQ, FEATURES, GPA_ADDRESSES, NEED_REPLY, PROTOCOL, MemoryRegion, RING_PACKED, Reply, Wire, message, request::*,
-    state, words,
+    BACKEND_REQ, FEATURES, GPA_ADDRESSES, MemoryRegion, NEED_REPLY, PROTOCOL, RING_PACKED, Reply, Wire, message,
+    request::*, state, words,
 };
 
 /// The differences between versions of QEMU.

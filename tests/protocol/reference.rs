@@ -18,7 +18,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use crate::rig::{QUEUES, Rig, memory};
 use crate::rings::{AVAIL, DESC, RAM, USED};
-use crate::wire::{FEATURES, OFFERED, PROTOCOL, MemoryRegion};
+use crate::wire::{FEATURES, MemoryRegion, OFFERED, PROTOCOL};
 
 /// The reference does not know SET_STATUS.
 const STATUS: u64 = 1 << 16;

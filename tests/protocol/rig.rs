@@ -72,7 +72,11 @@ struct FailurePlan {
 
 impl FailurePlan {
     fn none() -> Arc<Self> {
-        Arc::new(Self { successes: AtomicI64::new(-1), persistent: AtomicBool::new(false), while_idle: Mutex::default() })
+        Arc::new(Self {
+            successes: AtomicI64::new(-1),
+            persistent: AtomicBool::new(false),
+            while_idle: Mutex::default(),
+        })
     }
 }
 
@@ -279,8 +283,8 @@ pub(crate) fn copies_of(of: impl AsFd) -> Vec<u32> {
         let flags = u32::from_str_radix(&field("flags:")?, 8).ok()?;
         Some(((target, field("ino:"), field("eventfd-id:")), flags))
     };
-    let (wanted, _) = identity(&own.to_string()).unwrap();
+    let (expected, _) = identity(&own.to_string()).unwrap();
     let names = std::fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().file_name());
     let names = names.map(|name| name.into_string().unwrap()).filter(|name| *name != own.to_string());
-    names.filter_map(|name| identity(&name)).filter(|(found, _)| *found == wanted).map(|(_, flags)| flags).collect()
+    names.filter_map(|name| identity(&name)).filter(|(found, _)| *found == expected).map(|(_, flags)| flags).collect()
 }

@@ -15,7 +15,7 @@ use vhost_device_vfio::coherency::{self, CacheOps, Facts, NoSnoop, Personality};
 use vhost_device_vfio::kvm::{Shim, Vmm};
 
 use crate::mistakes::{capture_log, logged_lines};
-use crate::rig::{Environment, Change, Rig, memory};
+use crate::rig::{Change, Environment, Rig, memory};
 use crate::vmm::{AnswerFn, ShimSocket};
 use crate::wire::{MemoryRegion, Wire};
 
@@ -94,7 +94,7 @@ fn the_device_is_registered_before_the_first_map_and_unregistered_after_the_last
     rig.stop();
     assert_eq!(registered(&socket.path), 0);
     assert!(!vm.pinned());
-    use Change::{BeforeMap, AfterUnmap};
+    use Change::{AfterUnmap, BeforeMap};
     let changes = changes.lock().unwrap();
     assert_eq!(*changes, [(BeforeMap, true), (AfterUnmap, true), (BeforeMap, true), (AfterUnmap, true)]);
 }
@@ -178,7 +178,7 @@ fn memory_is_refused_if_the_device_file_cannot_be_passed_to_kvm() {
     assert!(!vm.pinned());
 
     let shim =
-        Shim { socket: socket.path.clone(), device: "gone".into(), facts: FLUSHED, file: Some("/no/such".into()) };
+        Shim { socket: socket.path.clone(), device: "missing".into(), facts: FLUSHED, file: Some("/no/such".into()) };
     let rig = Rig::with(Environment { vmm: Vmm::with_shim(shim), ..Environment::default() });
     assert_eq!(front_end(&rig).add_region(page(1), file.as_fd()), 1, "the file does not exist");
 }
@@ -281,7 +281,9 @@ fn after_a_lost_connection_to_the_shim_there_is_one_more_attempt_and_the_front_e
         let rig = Rig::with(socket.environment(name, COHERENT));
         let (wire, file) = (front_end(&rig), memory("ram", 16 * PAGE));
 
-        wait_until("the second attempt has failed", || logged_lines(&[name, reason, "not kept from being discarded"]) == 1);
+        wait_until("the second attempt has failed", || {
+            logged_lines(&[name, reason, "not kept from being discarded"]) == 1
+        });
 
         assert_eq!(received.lock().unwrap()[..], vec![SESSION; connections.min(2)][..], "{name}");
         assert_eq!(wire.add_region(page(1), file.as_fd()), 0, "{name}");
@@ -327,7 +329,9 @@ fn a_hole_in_guest_memory_is_reported_unless_the_shim_blocks_discards_or_nothing
     punch(&file);
 
     // The other two would have reported it before this one.
-    wait_until("the report", || logged_lines(&["0x73000000+16K", "4K of region", "virtio-balloon", "--kvm-socket"]) == 1);
+    wait_until("the report", || {
+        logged_lines(&["0x73000000+16K", "4K of region", "virtio-balloon", "--kvm-socket"]) == 1
+    });
     assert_eq!(logged_lines(&["0x71000000"]) + logged_lines(&["0x72000000"]), 0);
     drop(wires);
 }

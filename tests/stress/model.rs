@@ -124,7 +124,8 @@ impl Section {
             let number = self.first + run.0 + n;
             let expected = self.contents[usize::try_from(run.0 + n)?];
             if expected != UNKNOWN && !pattern(number, expected, block).eq(found.chunks_exact(8).map(word)) {
-                let at = pattern(number, expected, block).zip(found.chunks_exact(8).map(word)).position(|(a, b)| a != b);
+                let at =
+                    pattern(number, expected, block).zip(found.chunks_exact(8).map(word)).position(|(a, b)| a != b);
                 return Err(format!(
                     "wrong data in block {number} from byte {:?}: not that of write {expected}",
                     at.map(|at| at * 8)
@@ -173,7 +174,7 @@ impl Section {
     pub(crate) fn discard(&mut self) -> Result<(), Error> {
         let run = self.run();
         let (offset, bytes) = (self.offset(run).to_string(), self.bytes(run).to_string());
-        let device = self.disk.discard_device.as_deref().ok_or("discards were not asked for")?;
+        let device = self.disk.discard_device.as_deref().ok_or("discards are not enabled")?;
         let done = Command::new("blkdiscard").args(["-o", &offset, "-l", &bytes, device]).status()?;
         if !done.success() {
             return Err(format!("discard {bytes} bytes at {offset}: {done}").into());

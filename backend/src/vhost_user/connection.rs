@@ -104,7 +104,7 @@ impl<'d> Connection<'d> {
     }
 
     pub(super) fn session(&self) -> MutexGuard<'_, Session<'d>> {
-        self.session.lock().expect("only the control thread locks it")
+        self.session.lock().expect("the control thread has not panicked")
     }
 
     /// True once the front-end cannot send any more. Messages that it has sent may still be unread.
@@ -282,11 +282,7 @@ impl<'d> Connection<'d> {
     }
 
     /// Receives the message whose header has been peeked at. Its payload has `N` bytes; its descriptors go to `control`.
-    fn receive<const N: usize>(
-        &self,
-        header: Header,
-        control: &mut RecvAncillaryBuffer<'_>,
-    ) -> Result<[u8; N], Error> {
+    fn receive<const N: usize>(&self, header: Header, control: &mut RecvAncillaryBuffer<'_>) -> Result<[u8; N], Error> {
         if header.flags & !NEED_REPLY != VERSION_1 || header.size as usize != N {
             return Err(header.malformed(format!("flags {:#x} size {}", header.flags, header.size)));
         }

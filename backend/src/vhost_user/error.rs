@@ -70,7 +70,7 @@ pub enum Error {
     /// The request belongs to a feature that is not offered.
     #[error("{0} belongs to a feature that is not offered")]
     NotImplemented(&'static str),
-    /// SET_CONFIG wrote something else than 0 or 1 to `writeback`.
+    /// SET_CONFIG of anything but `writeback`, or with a value other than 0 or 1.
     #[error("SET_CONFIG: only writeback can be written, with 0 or 1")]
     ReadOnlyConfig,
     /// There is no such virtqueue.

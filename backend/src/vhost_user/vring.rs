@@ -6,9 +6,9 @@
 //!  Setup ────────────────────────────────▶ Complete ────────────────────────────────▶ Running
 //!    ▲    with the last of NUM ADDR KICK       ▲                                       │ │
 //!    │                                         └───────────────────────────────────────┘ │
-//!    │                                           suspended: its memory is taken away     │
+//!    │                                           suspended: its memory is removed        │
 //!    └───────────────────────────────────────────────────────────────────────────────────┘
-//!                                        GET_VRING_BASE, reset, front-end gone
+//!                                        GET_VRING_BASE, reset, disconnect
 //! ```
 //!
 //! A vring starts only once it is enabled, so no request is taken before the front-end has finished the setup. Disabling a

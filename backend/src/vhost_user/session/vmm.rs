@@ -17,7 +17,7 @@ impl Session<'_> {
         self.shim.take_new_socket()
     }
 
-    /// The shim's socket is readable, most likely because the shim has closed it. `front_end_exits`: so has the front-end.
+    /// The shim's socket is readable, most likely because the shim has exited. `front_end_exits`: the front-end exits, too.
     pub(in super::super) fn on_shim_event(&mut self, front_end_exits: bool) {
         self.shim.on_shim_event(front_end_exits);
         self.monitor_discards();
