@@ -137,8 +137,8 @@ impl<'d> GuestMemory<'d> {
         }
     }
 
-    /// Unmaps all memory after the front-end has disconnected. An error does not skip the remaining regions. Vrings have been
-    /// stopped.
+    /// Unmaps all memory after the front-end has disconnected and its vrings have been stopped. After an error it continues
+    /// with the next region.
     ///
     /// # Errors
     /// The data path has failed. The IOMMU stops any DMA that its device may still do.

@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
-pub use server::{Announcer, Server};
+pub use server::{ConfigNotifier, Server};
 
 use crate::engine::Engine;
 use crate::hardware::AddressSpace;

@@ -114,7 +114,7 @@ impl<'d> Session<'d> {
         }
     }
 
-    /// Stops the vrings, unmaps all memory and unregisters from KVM. A failed step does not skip the others.
+    /// Stops the vrings, unmaps all memory and unregisters from KVM. Each step is done even if another fails.
     ///
     /// # Errors
     /// The data path has failed, so no other front-end can be served either.
