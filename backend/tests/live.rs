@@ -1,7 +1,7 @@
-//! The iommu and vfio rooms against the real kernel: real iommufd, a real VFIO function.
+//! Tests of the `iommu` and `vfio` modules on a real kernel, with iommufd and a VFIO function.
 //!
-//! These need a machine with an IOMMU and a function bound to vfio-pci, named in `VDV_DEVICE`, so `cargo test` leaves them
-//! out and `scripts/test` runs them in the testbed, one at a time (a function has one owner).
+//! They need a machine with an IOMMU and a function bound to vfio-pci, named in `VDV_DEVICE`. So `cargo test` leaves them out,
+//! and `scripts/test` runs them in the testbed, one at a time, because a function has one owner.
 
 use std::fs::File;
 use std::io;
@@ -23,11 +23,11 @@ fn device() -> PciAddress {
     std::env::var("VDV_DEVICE").expect("VDV_DEVICE names the function under test").parse().expect("a PCI address")
 }
 
-fn take() -> Result<(LiveSpace, Attached), VfioError> {
-    take_under(std::env::var("VDV_REGIME").is_ok_and(|regime| regime == "flushing"))
+fn attach() -> Result<(LiveSpace, Attached), VfioError> {
+    attach_with(std::env::var("VDV_REGIME").is_ok_and(|regime| regime == "flushing"))
 }
 
-fn take_under(flushing: bool) -> Result<(LiveSpace, Attached), VfioError> {
+fn attach_with(flushing: bool) -> Result<(LiveSpace, Attached), VfioError> {
     let iommufd = Arc::new(open_iommufd(Path::new("/dev/iommu"))?);
     let ioas = iommufd.alloc_ioas().expect("an address space");
     let bound = Opened::open(device())?.bind(&iommufd, &ioas)?;
@@ -62,8 +62,8 @@ fn pinned() -> u64 {
 }
 
 #[test]
-fn an_added_region_is_pinned_once_and_unpinned_when_removed() {
-    let (space, _function) = take().unwrap();
+fn an_added_region_is_pinned_once_and_unpinned_when_it_is_removed() {
+    let (space, _function) = attach().unwrap();
     let region = memory(0x1_0000_0000, 64 * MIB);
     let before = pinned();
 
@@ -76,31 +76,31 @@ fn an_added_region_is_pinned_once_and_unpinned_when_removed() {
 }
 
 #[test]
-fn the_ledger_and_the_kernel_agree_on_what_is_pinned() {
+fn the_statistics_and_the_kernel_agree_on_the_pinned_memory() {
     let start = pinned();
-    let (space, _function) = take().unwrap();
-    let agreed = || assert_eq!(space.statistics().mapped, pinned() - start);
+    let (space, _function) = attach().unwrap();
+    let check = || assert_eq!(space.statistics().mapped, pinned() - start);
     let (low, high) = (memory(0, 8 * MIB), memory(0x1_0000_0000, 4 * MIB));
 
-    agreed();
+    check();
     let buffer = space.buffer(5000).unwrap();
     space.add(&low).unwrap();
-    agreed();
+    check();
     space.add(&high).unwrap();
-    agreed();
+    check();
     assert!(space.add(&memory(4 * MIB, 8 * MIB)).is_err());
-    agreed();
+    check();
     space.remove(&low).unwrap();
-    agreed();
+    check();
     drop(buffer);
-    agreed();
+    check();
     space.remove(&high).unwrap();
-    agreed();
+    check();
 }
 
 #[test]
 fn a_coherent_space_stages_and_flushes_nothing() {
-    let (space, _function) = take_under(false).unwrap();
+    let (space, _function) = attach_with(false).unwrap();
     let region = memory(0, 8 * MIB);
     space.add(&region).unwrap();
     drop(space.buffer(8192).unwrap());
@@ -113,8 +113,8 @@ fn a_coherent_space_stages_and_flushes_nothing() {
 }
 
 #[test]
-fn a_flushing_space_flushes_every_byte_once_each_way() {
-    let (space, _function) = take_under(true).unwrap();
+fn a_flushing_space_flushes_every_byte_once_at_map_and_once_at_unmap() {
+    let (space, _function) = attach_with(true).unwrap();
     let region = memory(0, 8 * MIB);
     space.add(&region).unwrap();
     space.remove(&region).unwrap();
@@ -124,8 +124,7 @@ fn a_flushing_space_flushes_every_byte_once_each_way() {
     assert_eq!(space.order(), "pinned, flushed, mapped");
 }
 
-/// Calls the kernel in `change` while the `n`th step that iommufd lets fail on purpose does (Linux: fault-injection,
-/// `fail-nth`).
+/// Calls `change` while the kernel's `n`th fault-injection point fails (Linux: fault-injection, `fail-nth`).
 fn failing<T>(n: u32, change: impl FnOnce() -> T) -> T {
     let arm = |n: u32| std::fs::write("/proc/thread-self/fail-nth", n.to_string());
     arm(n).expect("a kernel with fault injection");
@@ -135,18 +134,18 @@ fn failing<T>(n: u32, change: impl FnOnce() -> T) -> T {
 }
 
 #[test]
-fn without_kernel_memory_for_the_copy_a_region_is_unmapped_while_detached() {
-    let (space, function) = take_under(true).unwrap();
+fn without_kernel_memory_for_the_copy_a_region_is_removed_while_the_device_is_idle() {
+    let (space, function) = attach_with(true).unwrap();
     let (region, other) = (memory(0, 8 * MIB), memory(0x1_0000_0000, 4 * MIB));
     let before = pinned();
     space.add(&region).unwrap();
     space.add(&other).unwrap();
 
-    // The first steps only look the objects up.
+    // The first fault-injection points are lookups of iommufd objects, whose failure is final.
     let out_of_memory = |n| match failing(n, || space.remove(&region)) {
         Err(MapError::DeviceMustBeIdle { .. }) => true,
         Err(_) => false,
-        Ok(()) => panic!("it was removed, and memory never ran out"),
+        Ok(()) => panic!("it was removed without a failed allocation of the copy"),
     };
     assert!((1..).any(out_of_memory));
     let still = pinned();
@@ -154,23 +153,23 @@ fn without_kernel_memory_for_the_copy_a_region_is_unmapped_while_detached() {
 
     assert_eq!((still - before, pinned() - before), (12 * MIB, 4 * MIB));
     assert_eq!(space.statistics().flushed_at_unmap, 8 * MIB);
-    // Attached again: memory comes and goes as before, and so does the function.
+    // The device is attached again: regions can be added and removed, and the function can be released and attached.
     space.add(&region).unwrap();
     space.remove(&region).unwrap();
     space.remove(&other).unwrap();
     drop((space, function));
-    take().expect("the function can be taken again");
+    attach().expect("the function is free again");
 }
 
 #[test]
-fn without_kernel_memory_to_make_it_reachable_a_region_is_unpinned_again() {
-    let (space, _function) = take_under(true).unwrap();
+fn without_kernel_memory_for_the_final_map_a_region_is_unpinned_again() {
+    let (space, _function) = attach_with(true).unwrap();
     let region = memory(0, 4 * MIB);
     let before = pinned();
     let mut failed = Vec::new();
     for n in 1.. {
         match failing(n, || space.add(&region)) {
-            // The last step is one that no kernel refuses for want of memory.
+            // The last step needs no memory, so it is the end of the loop.
             Ok(()) | Err(MapError::Kernel { step: "release the staging mapping of", .. }) => break,
             Err(MapError::Kernel { step, source, .. }) => {
                 assert_eq!((pinned(), space.statistics().mapped), (before, 0), "{step}: {source}");
@@ -185,8 +184,8 @@ fn without_kernel_memory_to_make_it_reachable_a_region_is_unpinned_again() {
 }
 
 #[test]
-fn a_region_over_the_interrupt_window_is_refused_before_the_kernel_is_asked() {
-    let (space, _function) = take().unwrap();
+fn a_region_over_the_interrupt_window_is_refused_without_a_system_call() {
+    let (space, _function) = attach().unwrap();
     let before = pinned();
 
     let error = space.add(&memory(0xfee0_0000 - MIB, 2 * MIB)).unwrap_err();
@@ -196,8 +195,8 @@ fn a_region_over_the_interrupt_window_is_refused_before_the_kernel_is_asked() {
 }
 
 #[test]
-fn a_region_over_another_is_refused_and_the_first_stays() {
-    let (space, _function) = take().unwrap();
+fn an_overlapping_region_is_refused_and_the_first_stays_mapped() {
+    let (space, _function) = attach().unwrap();
     space.add(&memory(0, 4 * MIB)).unwrap();
     let before = pinned();
 
@@ -209,14 +208,14 @@ fn a_region_over_another_is_refused_and_the_first_stays() {
 
 #[test]
 fn a_region_that_was_never_added_cannot_be_removed() {
-    let (space, _function) = take().unwrap();
+    let (space, _function) = attach().unwrap();
     let error = space.remove(&memory(0, 4 * MIB)).unwrap_err();
     assert!(matches!(error, MapError::NotMapped { .. }), "{error}");
 }
 
 #[test]
-fn buffers_lie_above_guest_memory_and_go_when_dropped() {
-    let (space, _function) = take().unwrap();
+fn buffers_are_above_guest_memory_and_unmapped_when_dropped() {
+    let (space, _function) = attach().unwrap();
     let before = pinned();
 
     let first = space.buffer(1).unwrap();
@@ -232,20 +231,20 @@ fn buffers_lie_above_guest_memory_and_go_when_dropped() {
 }
 
 #[test]
-fn dropping_the_function_and_its_space_unpins_everything_and_frees_the_function() {
+fn dropping_the_function_and_its_space_unpins_all_memory_and_releases_the_function() {
     let before = pinned();
-    let (space, function) = take().unwrap();
+    let (space, function) = attach().unwrap();
     space.add(&memory(0, 16 * MIB)).unwrap();
 
     drop((space, function));
 
     assert_eq!(pinned(), before);
-    take().expect("the function can be taken again");
+    attach().expect("the function is free again");
 }
 
 #[test]
-fn the_function_answers_and_starts_with_bus_master_off() {
-    let (_space, function) = take().unwrap();
+fn the_function_is_accessible_and_has_bus_master_off() {
+    let (_space, function) = attach().unwrap();
     let (mut class, mut command) = ([0; 3], [0; 2]);
     function.config_read(0x09, &mut class).unwrap();
     function.config_read(0x04, &mut command).unwrap();
@@ -258,7 +257,7 @@ fn the_function_answers_and_starts_with_bus_master_off() {
 
 #[test]
 fn a_reset_leaves_bus_master_off_and_memory_decoding_on() {
-    let (_space, function) = take().unwrap();
+    let (_space, function) = attach().unwrap();
     function.set_bus_master(true).unwrap();
 
     function.reset().unwrap();
@@ -269,26 +268,26 @@ fn a_reset_leaves_bus_master_off_and_memory_decoding_on() {
 }
 
 #[test]
-fn a_bar_that_is_not_there_is_not_found() {
-    let (_space, function) = take().unwrap();
+fn a_bar_that_does_not_exist_is_not_found() {
+    let (_space, function) = attach().unwrap();
     assert_eq!(function.registers(3).err().map(|e| e.kind()), Some(io::ErrorKind::NotFound));
 }
 
 #[test]
-fn a_function_in_use_is_refused_by_name() {
-    let (_space, _function) = take().unwrap();
-    let error = take().err().expect("taken already");
+fn a_function_in_use_is_refused() {
+    let (_space, _function) = attach().unwrap();
+    let error = attach().err().expect("it is in use");
     assert!(matches!(error, VfioError::InUse { .. }), "{error}");
 }
 
 #[test]
 fn a_function_that_does_not_exist_is_refused() {
-    let error = Opened::open("ffff:00:00.0".parse().unwrap()).err().expect("nothing there");
+    let error = Opened::open("ffff:00:00.0".parse().unwrap()).err().expect("it does not exist");
     assert!(matches!(error, VfioError::NoSuchFunction(_)), "{error}");
 }
 
 #[test]
-fn a_missing_iommufd_names_what_the_kernel_lacks() {
-    let error = open_iommufd(Path::new("/dev/no-such-iommu")).err().expect("not there");
+fn a_missing_iommufd_is_an_error_of_its_own() {
+    let error = open_iommufd(Path::new("/dev/no-such-iommu")).err().expect("it does not exist");
     assert!(matches!(error, VfioError::NoIommufd { .. }), "{error}");
 }

@@ -1,5 +1,5 @@
-//! `load SOCKET OPTION…`: reads of a vhost-user-blk disk, as many at a time as asked for, and what they cost the server.
-//! One line of `name=value` pairs on standard output; `scripts/bench` makes tables of them.
+//! `load SOCKET OPTION…`: reads from a vhost-user-blk disk at a given queue depth, and measures throughput and the server's
+//! CPU time. Prints one line of `name=value` pairs; `scripts/bench` makes tables of them.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,21 +10,24 @@ use testbed::client::{Client, Error, Request, Ring, Shape};
 const USAGE: &str = "usage: load SOCKET [--depth N] [--queues N] [--bytes N] [--seconds S] [--requests N] \
     [--pid SERVER] [--packed] [--sleep] [--idle]";
 
-/// What was asked for.
-struct Wanted {
+/// The command line.
+struct Options {
     socket: PathBuf,
     shape: Shape,
-    /// How long, and how many requests at most.
+    /// Duration of the measurement.
     time: Duration,
+    /// The measurement also ends after this many requests.
     requests: u64,
+    /// PID of the server.
     server: Option<u32>,
+    /// Wait for calls instead of polling.
     sleep: bool,
-    /// Connected, and nothing asked for.
+    /// Connect, but submit no requests.
     idle: bool,
 }
 
 fn main() -> ExitCode {
-    match wanted().and_then(|wanted| run(&wanted)) {
+    match parse_options().and_then(|options| run(&options)) {
         Ok(line) => {
             println!("{line}");
             ExitCode::SUCCESS
@@ -36,11 +39,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn wanted() -> Result<Wanted, Error> {
+fn parse_options() -> Result<Options, Error> {
     let mut words = std::env::args().skip(1);
     let socket = words.next().ok_or(USAGE)?.into();
     let shape = Shape { depth: 1, bytes: 4096, ..Shape::default() };
-    let mut wanted = Wanted {
+    let mut options = Options {
         socket,
         shape,
         time: Duration::from_secs(2),
@@ -52,35 +55,35 @@ fn wanted() -> Result<Wanted, Error> {
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or(USAGE);
         match word.as_str() {
-            "--depth" => wanted.shape.depth = value()?.parse()?,
-            "--queues" => wanted.shape.queues = value()?.parse()?,
-            "--bytes" => wanted.shape.bytes = value()?.parse()?,
-            "--seconds" => wanted.time = Duration::from_secs_f64(value()?.parse()?),
-            "--requests" => (wanted.requests, wanted.time) = (value()?.parse()?, Duration::MAX),
-            "--pid" => wanted.server = Some(value()?.parse()?),
-            "--packed" => wanted.shape.packed = true,
-            "--idle" => wanted.idle = true,
-            "--sleep" => wanted.sleep = true,
+            "--depth" => options.shape.depth = value()?.parse()?,
+            "--queues" => options.shape.queues = value()?.parse()?,
+            "--bytes" => options.shape.bytes = value()?.parse()?,
+            "--seconds" => options.time = Duration::from_secs_f64(value()?.parse()?),
+            "--requests" => (options.requests, options.time) = (value()?.parse()?, Duration::MAX),
+            "--pid" => options.server = Some(value()?.parse()?),
+            "--packed" => options.shape.packed = true,
+            "--idle" => options.idle = true,
+            "--sleep" => options.sleep = true,
             _ => return Err(USAGE.into()),
         }
     }
-    Ok(wanted)
+    Ok(options)
 }
 
-fn run(wanted: &Wanted) -> Result<String, Error> {
-    let mut client = Client::connect(&wanted.socket, wanted.shape)?;
-    let sectors = client.capacity() - wanted.shape.bytes as u64 / 512;
-    if wanted.requests == u64::MAX {
-        // Long enough for the server to have touched everything it will touch.
-        drive(&mut client, wanted, sectors, Duration::from_millis(200))?;
+fn run(options: &Options) -> Result<String, Error> {
+    let mut client = Client::connect(&options.socket, options.shape)?;
+    let sectors = client.capacity() - options.shape.bytes as u64 / 512;
+    if options.requests == u64::MAX {
+        // Warm up: afterwards the server has touched all its memory.
+        drive(&mut client, options, sectors, Duration::from_millis(200))?;
     }
-    if wanted.idle {
-        return idle(wanted);
+    if options.idle {
+        return idle(options);
     }
     let kicks: u64 = client.rings.iter().map(|ring| ring.kicks).sum();
-    let (before, start) = (Server::now(wanted.server)?, Instant::now());
-    let done = drive(&mut client, wanted, sectors, wanted.time)?;
-    let (elapsed, after) = (start.elapsed().as_secs_f64(), Server::now(wanted.server)?);
+    let (before, start) = (ServerUsage::now(options.server)?, Instant::now());
+    let done = drive(&mut client, options, sectors, options.time)?;
+    let (elapsed, after) = (start.elapsed().as_secs_f64(), ServerUsage::now(options.server)?);
     let kicks = client.rings.iter().map(|ring| ring.kicks).sum::<u64>() - kicks;
     #[expect(clippy::cast_precision_loss, reason = "figures of a measurement")]
     let per = |count: u64| count as f64 / done as f64;
@@ -94,59 +97,59 @@ fn run(wanted: &Wanted) -> Result<String, Error> {
     ))
 }
 
-/// What a server costs while its client wants nothing of it.
-fn idle(wanted: &Wanted) -> Result<String, Error> {
-    let (before, start) = (Server::now(wanted.server)?, Instant::now());
-    std::thread::sleep(wanted.time);
-    let after = Server::now(wanted.server)?;
+/// Measures the CPU time of a server with an idle client.
+fn idle(options: &Options) -> Result<String, Error> {
+    let (before, start) = (ServerUsage::now(options.server)?, Instant::now());
+    std::thread::sleep(options.time);
+    let after = ServerUsage::now(options.server)?;
     let percent = 100.0 * (after.cpu - before.cpu) / start.elapsed().as_secs_f64();
     Ok(format!("idle_percent={percent:.2} rss_kib={}", after.rss_kib))
 }
 
-/// Keeps every ring full for `time`; how many requests have ended by then.
-fn drive(client: &mut Client, wanted: &Wanted, sectors: u64, time: Duration) -> Result<u64, Error> {
+/// Keeps every ring full for `time`. Returns the number of completed requests.
+fn drive(client: &mut Client, options: &Options, sectors: u64, time: Duration) -> Result<u64, Error> {
     let (mut random, mut done, start) = (0x9e37_79b9_7f4a_7c15_u64, 0, Instant::now());
-    let mut looked = 0_u32;
+    let mut passes = 0_u32;
     loop {
         for ring in &mut client.rings {
             done += reap(ring)?;
-            if fill(ring, wanted, sectors, &mut random) {
+            if fill(ring, options, sectors, &mut random) {
                 ring.publish();
-                if !wanted.sleep {
+                if !options.sleep {
                     ring.silence();
                 }
             }
         }
-        if wanted.sleep
-            && let Some(ended) = client.rings[0].wait(Duration::from_secs(20))?
+        if options.sleep
+            && let Some(request) = client.rings[0].wait(Duration::from_secs(20))?
         {
-            check(ended.status)?;
+            check(request.status)?;
             done += 1;
         }
-        looked = looked.wrapping_add(1);
-        if done >= wanted.requests || (looked.is_multiple_of(64) && start.elapsed() >= time) {
+        passes = passes.wrapping_add(1);
+        if done >= options.requests || (passes.is_multiple_of(64) && start.elapsed() >= time) {
             return drain(client).map(|rest| done + rest);
         }
     }
 }
 
-fn fill(ring: &mut Ring, wanted: &Wanted, sectors: u64, random: &mut u64) -> bool {
-    let mut some = false;
+fn fill(ring: &mut Ring, options: &Options, sectors: u64, random: &mut u64) -> bool {
+    let mut submitted = false;
     while ring.has_room() {
-        // xorshift64 (Marsaglia 2003): cheap, and no prefetcher guesses it.
+        // xorshift64 (Marsaglia 2003): cheap, and not predictable for a prefetcher.
         *random ^= *random << 13;
         *random ^= *random >> 7;
         *random ^= *random << 17;
-        ring.submit(Request::Read { sector: (*random % sectors) & !7, bytes: wanted.shape.bytes });
-        some = true;
+        ring.submit(Request::Read { sector: (*random % sectors) & !7, bytes: options.shape.bytes });
+        submitted = true;
     }
-    some
+    submitted
 }
 
 fn reap(ring: &mut Ring) -> Result<u64, Error> {
     let mut done = 0;
-    while let Some(ended) = ring.reap() {
-        check(ended.status)?;
+    while let Some(request) = ring.reap() {
+        check(request.status)?;
         done += 1;
     }
     Ok(done)
@@ -156,36 +159,36 @@ fn check(status: u8) -> Result<(), Error> {
     if status == 0 { Ok(()) } else { Err(format!("a read ended with status {status}").into()) }
 }
 
-/// Waits for everything in flight.
+/// Waits for all requests in flight.
 fn drain(client: &mut Client) -> Result<u64, Error> {
     let mut done = 0;
     for ring in &mut client.rings {
         while !ring.is_idle() {
-            let ended = ring.wait(Duration::from_secs(20))?.ok_or("a read did not end")?;
-            check(ended.status)?;
+            let request = ring.wait(Duration::from_secs(20))?.ok_or("a read did not end")?;
+            check(request.status)?;
             done += 1;
         }
     }
     Ok(done)
 }
 
-/// What the kernel counts for the server.
+/// The kernel's counters of the server.
 #[derive(Default)]
-struct Server {
-    /// Seconds, user and system, of all threads.
+struct ServerUsage {
+    /// User and system time of all threads, seconds.
     cpu: f64,
     /// Context switches of all threads.
     switches: u64,
     rss_kib: u64,
 }
 
-impl Server {
+impl ServerUsage {
     fn now(pid: Option<u32>) -> Result<Self, Error> {
         let Some(pid) = pid else { return Ok(Self::default()) };
         let mut sum = Self::default();
         for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
             let task = task?.path();
-            // Nanoseconds on a processor: exact, where utime and stime count ticks (proc_pid_schedstat(5)).
+            // CPU time in nanoseconds. utime and stime only count ticks. proc_pid_schedstat(5)
             let schedstat = std::fs::read_to_string(task.join("schedstat"))?;
             let nanoseconds: f64 = schedstat.split(' ').next().ok_or("an empty schedstat")?.parse()?;
             sum.cpu += nanoseconds / 1e9;

@@ -1,5 +1,5 @@
-//! The copy of the tree that holds every mutant. Files that have not changed are left alone, so that cargo compiles only
-//! what it must.
+//! The copy of the tree that contains all mutants. Unchanged files are not written again, so that Cargo compiles only what
+//! has changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -10,15 +10,15 @@ use std::path::{Path, PathBuf};
 
 use super::{Error, Mutant, VARIABLE};
 
-/// What the copy needs of the tree.
+/// The files and directories of the tree that are copied.
 const PARTS: [&str; 5] = ["Cargo.toml", "Cargo.lock", "backend", "frontend-shim", "tests"];
-/// Where the choice is made.
+/// The file to which the function `mutant` is added.
 const LIBRARY: &str = "backend/src/lib.rs";
 
-/// Texts of one file, each with the mutants that replace it: the mutant's number and its text.
+/// Texts of one file, each with the numbers of the mutants that replace it and their replacements.
 type Choices<'a> = BTreeMap<&'a str, Vec<(usize, &'a str)>>;
 
-/// Copies the tree at `root` to `copy`, with all `mutants` in it; they are numbered from 1.
+/// Copies the tree at `root` to `copy` and adds all `mutants`, numbered from 1.
 pub(super) fn prepare(root: &Path, copy: &Path, mutants: &[Mutant]) -> Result<(), Error> {
     let mut files: BTreeMap<&Path, Choices<'_>> = BTreeMap::new();
     for (number, mutant) in (1..).zip(mutants) {
@@ -37,9 +37,9 @@ pub(super) fn prepare(root: &Path, copy: &Path, mutants: &[Mutant]) -> Result<()
                     .into_bytes();
             }
             if file == Path::new(LIBRARY) {
-                text.extend(chooser().into_bytes());
+                text.extend(mutant_function().into_bytes());
             }
-            write_if_new(&copy.join(&file), &text)?;
+            write_if_changed(&copy.join(&file), &text)?;
             kept.insert(file);
         }
     }
@@ -54,46 +54,46 @@ pub(super) fn prepare(root: &Path, copy: &Path, mutants: &[Mutant]) -> Result<()
     Ok(())
 }
 
-/// The number of the mutant to be.
-fn chooser() -> String {
+/// The source of `mutant`, which returns the number of the active mutant.
+fn mutant_function() -> String {
     format!(
         "\npub(crate) fn mutant() -> usize {{\n    static MUTANT: std::sync::OnceLock<usize> = std::sync::OnceLock::new();\n    \
          *MUTANT.get_or_init(|| std::env::var({VARIABLE:?}).ok().and_then(|n| n.parse().ok()).unwrap_or(0))\n}}\n"
     )
 }
 
-/// `source` with a choice in each place.
+/// `source` with each text in `choices` replaced by a `match`.
 fn with_choices(source: &str, choices: &Choices<'_>) -> Result<String, Error> {
     let mut places = Vec::new();
     for (from, mutants) in choices {
         let mut found = source.match_indices(from);
         let (Some((at, _)), None) = (found.next(), found.next()) else {
-            return Err(format!("wanted once, found {} times: {from}", source.matches(from).count()).into());
+            return Err(format!("expected once, found {} times: {from}", source.matches(from).count()).into());
         };
         places.push((at, *from, mutants));
     }
     places.sort_by_key(|(at, ..)| *at);
-    let (mut made, mut done) = (String::new(), 0);
+    let (mut result, mut done) = (String::new(), 0);
     for (at, from, mutants) in places {
         let between = source.get(done..at).ok_or_else(|| format!("overlaps with another change: {from}"))?;
-        write!(made, "{between}match crate::mutant() {{ ")?;
+        write!(result, "{between}match crate::mutant() {{ ")?;
         for (number, to) in mutants {
-            write!(made, "{number} => {{ {to} }} ")?;
+            write!(result, "{number} => {{ {to} }} ")?;
         }
-        write!(made, "_ => {{ {from} }} }}")?;
+        write!(result, "_ => {{ {from} }} }}")?;
         done = at + from.len();
     }
-    Ok(made + &source[done..])
+    Ok(result + &source[done..])
 }
 
-/// All files below `root`/`part`, named from `root`; `part` may be a file itself. What cargo has built is left out.
+/// All files in `root`/`part`, relative to `root`, without build directories. `part` may also be a file.
 fn files_below(root: &Path, part: &Path) -> io::Result<Vec<PathBuf>> {
-    let place = root.join(part);
-    if !place.is_dir() {
-        return Ok(if place.exists() { vec![part.to_owned()] } else { Vec::new() });
+    let path = root.join(part);
+    if !path.is_dir() {
+        return Ok(if path.exists() { vec![part.to_owned()] } else { Vec::new() });
     }
     let mut files = Vec::new();
-    for entry in fs::read_dir(place)? {
+    for entry in fs::read_dir(path)? {
         let name = entry?.file_name();
         if name != OsStr::new("target") {
             files.extend(files_below(root, &part.join(name))?);
@@ -102,7 +102,7 @@ fn files_below(root: &Path, part: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn write_if_new(file: &Path, text: &[u8]) -> io::Result<()> {
+fn write_if_changed(file: &Path, text: &[u8]) -> io::Result<()> {
     if fs::read(file).is_ok_and(|before| before == text) {
         return Ok(());
     }

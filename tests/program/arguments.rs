@@ -1,4 +1,4 @@
-//! What the command line answers, above all to mistakes: one line, an exit status, and nothing made or changed.
+//! The command line, mainly its errors: one line, an exit status, and no side effects.
 
 use std::fs;
 
@@ -6,14 +6,14 @@ use crate::process::{PROGRAM, Process};
 
 #[test]
 fn capabilities_are_printed_without_a_device_or_a_socket() {
-    let ended = Process::run(&["--print-capabilities"]);
-    assert!(ended.status.success());
-    assert_eq!(ended.stdout.trim(), r#"{"type":"block","features":["read-only"]}"#);
-    assert_eq!(ended.log, "");
+    let output = Process::run(&["--print-capabilities"]);
+    assert!(output.status.success());
+    assert_eq!(output.stdout.trim(), r#"{"type":"block","features":["read-only"]}"#);
+    assert_eq!(output.log, "");
 }
 
 #[test]
-fn every_mistake_has_its_message_and_status_2() {
+fn every_usage_error_has_its_message_and_status_2() {
     for (arguments, message) in [
         (&["--device"][..], "a value is required"),
         (&["--device", "nvme0"], "such as 0000:00:04.0; or emulated"),
@@ -25,15 +25,15 @@ fn every_mistake_has_its_message_and_status_2() {
         (&["--device", "emulated", "--timeout-ms", "0"], "0 is not in 1.."),
         (&["--device", "emulated", "--nonesuch"], "unexpected argument"),
     ] {
-        let ended = Process::run(arguments);
-        assert_eq!(ended.status.code(), Some(2), "{arguments:?}: {}", ended.log);
-        assert!(ended.log.contains(message), "{arguments:?}: {}", ended.log);
-        assert_eq!(ended.stdout, "");
+        let output = Process::run(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", output.log);
+        assert!(output.log.contains(message), "{arguments:?}: {}", output.log);
+        assert_eq!(output.stdout, "");
     }
 }
 
 #[test]
-fn a_wrong_option_of_the_emulated_function_is_one_line_and_makes_nothing() {
+fn an_invalid_option_of_the_emulated_function_is_one_line_and_creates_nothing() {
     for (options, message) in [
         ("sise=1G", "unknown option `sise`; the options are size, "),
         ("size=1000", "size: wanted a multiple of the logical block, found 1000"),
@@ -62,7 +62,7 @@ fn a_wrong_option_of_the_emulated_function_is_one_line_and_makes_nothing() {
         ("file=DIR/no/such,create=on,size=1M", "create DIR/no/such: No such file or directory"),
         ("file=DIR/made,create=on,size=1000", "size: wanted a multiple of the logical block"),
         ("file=DIR", "open DIR: Is a directory"),
-        // Even root cannot write to a program that runs.
+        // Even root cannot open a running program for writing.
         ("file=PROGRAM", "open PROGRAM: Text file busy"),
         ("latency=soon", "latency=soon: wanted"),
         ("faults=DIR/missing", "faults=DIR/missing: No such file or directory"),
@@ -70,13 +70,13 @@ fn a_wrong_option_of_the_emulated_function_is_one_line_and_makes_nothing() {
     ] {
         let device = format!("emulated:{}", options.replace("PROGRAM", PROGRAM));
         let mut process = Process::start(&["--socket-path", "DIR/socket", "--device", &device]);
-        let ended = process.end();
+        let output = process.wait_for_exit();
         let directory = process.path("");
-        let wanted =
+        let expected =
             message.replace("DIR", directory.to_str().unwrap().trim_end_matches('/')).replace("PROGRAM", PROGRAM);
-        assert_eq!(ended.status.code(), Some(2), "{options}: {}", ended.log);
-        assert!(ended.log.contains(&wanted), "{options}: {}", ended.log);
-        assert_eq!(ended.log.lines().count(), 1, "{options}: {}", ended.log);
+        assert_eq!(output.status.code(), Some(2), "{options}: {}", output.log);
+        assert!(output.log.contains(&expected), "{options}: {}", output.log);
+        assert_eq!(output.log.lines().count(), 1, "{options}: {}", output.log);
         let mut left: Vec<_> = fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         left.sort();
         assert_eq!(left, ["log", "stdout"], "{options}");
@@ -84,16 +84,16 @@ fn a_wrong_option_of_the_emulated_function_is_one_line_and_makes_nothing() {
 }
 
 #[test]
-fn a_file_of_another_size_is_left_as_it_is() {
+fn a_file_of_another_size_is_not_changed() {
     let mut first = Process::serve("file=DIR/disk,create=on,size=1M");
     let path = first.path("disk");
     first.stop();
     let device = format!("emulated:size=2M,file={}", path.display());
 
-    let ended = Process::run(&["--socket-path", "DIR/socket", "--device", &device]);
+    let output = Process::run(&["--socket-path", "DIR/socket", "--device", &device]);
 
-    assert_eq!(ended.status.code(), Some(2));
-    assert!(ended.log.contains("has 1048576 bytes, the disk was to have 2097152"), "{}", ended.log);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(output.log.contains("has 1048576 bytes, the disk was to have 2097152"), "{}", output.log);
     assert_eq!(fs::metadata(path).unwrap().len(), 1 << 20);
 }
 
@@ -102,15 +102,15 @@ fn a_file_in_use_is_not_shared() {
     let mut first = Process::serve("file=DIR/disk,create=on,size=1M");
     let device = format!("emulated:file={}", first.path("disk").display());
 
-    let ended = Process::run(&["--socket-path", "DIR/socket", "--device", &device]);
+    let output = Process::run(&["--socket-path", "DIR/socket", "--device", &device]);
 
-    assert_eq!(ended.status.code(), Some(2));
-    assert!(ended.log.contains("is another process using it?"), "{}", ended.log);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(output.log.contains("is another process using it?"), "{}", output.log);
     first.stop();
 }
 
 #[test]
-fn a_socket_in_use_names_its_holder_and_no_disk_is_made() {
+fn a_socket_in_use_is_refused_with_its_user_and_no_disk_is_created() {
     let first = Process::serve("size=1M");
     let path = first.path("socket");
 
@@ -120,16 +120,16 @@ fn a_socket_in_use_names_its_holder_and_no_disk_is_made() {
         "--device",
         "emulated:size=1M,file=DIR/disk,create=on",
     ]);
-    let ended = second.end();
+    let output = second.wait_for_exit();
 
-    assert_eq!(ended.status.code(), Some(1));
-    assert!(ended.log.contains("is in use by"), "{}", ended.log);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.log.contains("is in use by"), "{}", output.log);
     assert!(!second.path("disk").exists());
 }
 
 #[test]
-fn a_namespace_that_is_not_there_is_an_error_with_the_list_of_those_that_are() {
-    let ended = Process::run(&["--socket-path", "DIR/socket", "--device", "emulated:size=1M", "--namespace", "7"]);
-    assert_eq!(ended.status.code(), Some(1));
-    assert!(ended.log.contains("namespace 7"), "{}", ended.log);
+fn a_namespace_that_does_not_exist_is_an_error() {
+    let output = Process::run(&["--socket-path", "DIR/socket", "--device", "emulated:size=1M", "--namespace", "7"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.log.contains("namespace 7"), "{}", output.log);
 }

@@ -1,4 +1,4 @@
-//! A real front-end with a guest's rings, through the process to the emulated drive and back.
+//! Requests of a front-end with a guest's rings, through the process to the emulated drive and back.
 
 use testbed::client::{Client, Request, Shape};
 
@@ -10,7 +10,7 @@ fn pattern(sector: u64, bytes: usize) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_written_is_read_back_at_every_size() {
+fn written_data_is_read_back_at_every_size() {
     for options in ["size=16M", "size=16M,lba=4096", "size=16M,sgl=on,mdts=1", "size=16M,mode=inline"] {
         let process = Process::serve(options);
         let mut client = process.client();
@@ -58,7 +58,7 @@ fn a_file_keeps_the_data_from_one_process_to_the_next() {
     assert!(found == pattern(16, 4096));
 }
 
-/// Writes as many requests at once as fit into all rings of the client, then reads the same places.
+/// Submits as many writes at once as fit into all rings of the client, then reads the same sectors.
 fn all_slots_of_all_rings(client: &mut Client, shape: Shape) {
     let (depth, bytes) = (u64::from(shape.depth), shape.bytes);
     let sector_of = |queue: u64, n: u64| (queue * depth + n) * (bytes as u64 / 512);
@@ -74,27 +74,30 @@ fn all_slots_of_all_rings(client: &mut Client, shape: Shape) {
             assert_eq!(ring.wait(LIMIT).unwrap().expect("in time").status, 0, "{shape:?}");
         }
     }
-    let mut wanted = vec![vec![0; usize::from(shape.depth)]; shape.queues];
+    let mut sectors = vec![vec![0; usize::from(shape.depth)]; shape.queues];
     for (queue, ring) in client.rings.iter_mut().enumerate() {
         for sector in (0..depth).map(|n| sector_of(queue as u64, n)) {
             let slot = ring.submit(Request::Read { sector, bytes });
             ring.set_data(slot, &vec![0xcc; bytes]);
-            wanted[queue][usize::from(slot)] = sector;
+            sectors[queue][usize::from(slot)] = sector;
         }
         ring.publish();
     }
-    for (ring, wanted) in client.rings.iter_mut().zip(wanted) {
+    for (ring, sectors) in client.rings.iter_mut().zip(sectors) {
         for _ in 0..depth {
             let done = ring.wait(LIMIT).unwrap().expect("in time");
             let mut found = vec![0; bytes];
             ring.data(done.slot, &mut found);
-            assert!(done.status == 0 && found == pattern(wanted[usize::from(done.slot)], bytes), "{done:?}, {shape:?}");
+            assert!(
+                done.status == 0 && found == pattern(sectors[usize::from(done.slot)], bytes),
+                "{done:?}, {shape:?}"
+            );
         }
     }
 }
 
 #[test]
-fn many_requests_in_flight_on_two_queues_all_come_back_with_their_data() {
+fn many_requests_in_flight_on_two_queues_complete_with_their_data() {
     let process = Process::serve("size=16M,latency=100us");
     for shape in (Shape { queues: 2, depth: 32, bytes: 4096, ..Shape::default() }).kinds() {
         all_slots_of_all_rings(&mut process.client_of(shape), shape);
@@ -102,11 +105,11 @@ fn many_requests_in_flight_on_two_queues_all_come_back_with_their_data() {
 }
 
 #[test]
-fn sixty_four_virtqueues_of_1024_descriptors_carry_what_fits_into_them_at_once() {
+fn sixty_four_full_virtqueues_of_1024_descriptors_are_served() {
     let mut process =
         Process::start(&["--socket-path", "DIR/socket", "--device", "emulated:size=64M", "--queues", "64"]);
     process.wait_for_socket();
-    // Three descriptors for each request: of a split ring, 1024 are the next power of two.
+    // Each request has three descriptors. The size of a split ring is the next power of two, 1024.
     for packed in [false, true] {
         let shape = Shape { queues: 64, depth: 256, bytes: 4096, indirect: false, packed, ..Shape::default() };
         all_slots_of_all_rings(&mut process.client_of(shape), shape);
@@ -114,7 +117,7 @@ fn sixty_four_virtqueues_of_1024_descriptors_carry_what_fits_into_them_at_once()
 }
 
 #[test]
-fn a_drive_that_could_go_behind_the_caches_is_held_off_or_refused() {
+fn no_snoop_is_held_off_or_the_drive_is_refused() {
     let mut process = Process::serve("size=1M,no-snoop=controllable,snoop-enforced=off");
     let mut client = process.client();
     client.write(8, &pattern(8, 4096)).unwrap();
@@ -125,13 +128,13 @@ fn a_drive_that_could_go_behind_the_caches_is_held_off_or_refused() {
     assert!(log.contains("DMA is coherent: No Snoop is disabled"), "{log}");
 
     let device = "emulated:no-snoop=controllable,snoop-enforced=off";
-    let ended = Process::run(&["--socket-path", "DIR/socket", "--device", device, "--no-snoop", "refuse"]);
-    assert_eq!(ended.status.code(), Some(1));
-    assert!(ended.log.contains("refused: the device can bypass the CPU caches"), "{}", ended.log);
+    let output = Process::run(&["--socket-path", "DIR/socket", "--device", device, "--no-snoop", "refuse"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.log.contains("refused: the device can bypass the CPU caches"), "{}", output.log);
 }
 
 #[test]
-fn a_drive_behind_the_caches_serves_right_data_because_everything_is_flushed() {
+fn a_non_coherent_drive_serves_correct_data_because_memory_is_flushed() {
     for mode in ["threaded", "inline"] {
         let options = format!("size=1M,no-snoop=controllable,snoop-enforced=off,mode={mode}");
         let mut process = Process::serve_with(&options, &["--no-snoop", "allow"]);
@@ -151,7 +154,7 @@ fn a_drive_behind_the_caches_serves_right_data_because_everything_is_flushed() {
 }
 
 #[test]
-fn the_log_tells_what_is_served_and_what_was_done() {
+fn the_log_has_the_device_the_front_end_and_the_statistics() {
     let mut process = Process::serve("size=16M,serial=ABC");
     let mut client = process.client();
     client.write(0, &[1; 4096]).unwrap();

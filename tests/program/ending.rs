@@ -1,4 +1,4 @@
-//! How it ends when it is told to, whatever it is doing.
+//! Termination by a signal in different states.
 
 use std::os::unix::net::UnixStream;
 
@@ -7,15 +7,15 @@ use rustix::process::Signal;
 use crate::process::Process;
 
 #[test]
-fn either_signal_ends_it_and_removes_the_socket() {
+fn sigterm_and_sigint_end_it_and_remove_the_socket() {
     for signal in [Signal::TERM, Signal::INT] {
         let mut process = Process::serve("size=1M");
         process.signal(signal);
 
-        let ended = process.end();
+        let output = process.wait_for_exit();
 
-        assert!(ended.status.success(), "{:?}: {}", ended.status, ended.log);
-        assert!(ended.log.contains("statistics: reads=0"), "{}", ended.log);
+        assert!(output.status.success(), "{:?}: {}", output.status, output.log);
+        assert!(output.log.contains("statistics: reads=0"), "{}", output.log);
         assert!(!process.path("socket").exists());
     }
 }
@@ -26,11 +26,11 @@ fn it_ends_while_a_front_end_is_connected_or_is_in_the_middle_of_a_message() {
     let mut client = process.client();
     client.write(0, &[1; 4096]).unwrap();
 
-    let ended = process.stop();
+    let output = process.stop();
 
-    assert!(ended.status.success(), "{}", ended.log);
-    assert!(ended.log.contains("writes=1 "), "{}", ended.log);
-    assert!(client.stop(0).is_err(), "nobody is there");
+    assert!(output.status.success(), "{}", output.log);
+    assert!(output.log.contains("writes=1 "), "{}", output.log);
+    assert!(client.stop(0).is_err(), "the connection is closed");
 
     let mut process = Process::serve("size=1M");
     let stream = UnixStream::connect(process.path("socket")).unwrap();
@@ -43,7 +43,7 @@ fn a_killed_process_leaves_a_socket_that_the_next_one_replaces() {
     let mut first = Process::serve("size=1M");
     let path = first.path("socket");
     first.signal(Signal::KILL);
-    assert!(!first.end().status.success());
+    assert!(!first.wait_for_exit().status.success());
     assert!(path.exists());
 
     let path = path.to_str().unwrap();

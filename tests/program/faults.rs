@@ -1,6 +1,5 @@
-//! What a guest sees of a broken drive: an error, or the right data, in bounded time, and a drive that works again for the
-//! next request if it can be made to. Nobody stops a ring here: what never comes back is noticed by the program itself,
-//! whose patience is cut to less than a second.
+//! Faults of the drive. A guest receives an error or the correct data in bounded time, and the drive is recovered for the
+//! next request if possible. The command time-out is reduced to less than a second.
 
 use testbed::client::{Client, Request, Ring, Shape};
 use vmm_sys_util::tempdir::TempDir;
@@ -9,7 +8,7 @@ use crate::process::{LIMIT, Process};
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
-/// Longer than any hiccup of a loaded machine that should not be taken for a fault.
+/// Time-out of a command. Long enough for a loaded machine not to exceed it without a fault.
 const TIMEOUT_MS: &str = "800";
 
 /// Starts the program with a drive and `faults`, a list in TOML.
@@ -21,7 +20,7 @@ fn start_with(faults: &str, options: &str) -> Process {
     let arguments =
         ["--socket-path", "DIR/socket", "--queues", "2", "--timeout-ms", TIMEOUT_MS, "--device", device.as_str()];
     let mut process = Process::start(&arguments);
-    // The file is read at the start, and is needed until then.
+    // The program reads the file at its start; it is removed at the end of this function.
     process.wait_until_listening_or_ended();
     process
 }
@@ -41,7 +40,7 @@ fn submit_read(ring: &mut Ring, sector: u64) -> u16 {
     slot
 }
 
-/// How the next request that ends has ended. A good end means good data.
+/// The status of the next completed request. Checks the data of a successful one.
 fn outcome(ring: &mut Ring, sector_of: impl Fn(u16) -> u64) -> u8 {
     let done = ring.wait(LIMIT).unwrap().expect("a request ends in bounded time");
     if done.status == OK {
@@ -52,15 +51,16 @@ fn outcome(ring: &mut Ring, sector_of: impl Fn(u16) -> u64) -> u8 {
     done.status
 }
 
-/// How a read of sector 3 ends.
+/// The status of a read of sector 3.
 fn read(client: &mut Client) -> u8 {
     submit_read(&mut client.rings[0], 3);
     client.rings[0].publish();
     outcome(&mut client.rings[0], |_| 3)
 }
 
-/// Strikes one read of a guest with `fault`; how this one ended, the next of the same guest, and one of the next guest.
-fn struck_on(fault: &str, shape: Shape, options: &str) -> [u8; 3] {
+/// Injects `fault` into one read of a guest. Returns the status of this read, of the guest's next one, and of a read by the
+/// next guest.
+fn outcomes_on(fault: &str, shape: Shape, options: &str) -> [u8; 3] {
     let process = start_with(&format!("[[fault]]\nqueue = 1\nopcode = \"read\"\n{fault}"), options);
     let mut client = process.client_of(shape);
     client.write(3, &written(3)).unwrap();
@@ -72,75 +72,76 @@ fn struck_on(fault: &str, shape: Shape, options: &str) -> [u8; 3] {
     [first, second, third]
 }
 
-fn struck(fault: &str) -> [u8; 3] {
+/// The same, which must not depend on the ring's layout or the drive's mode.
+fn outcomes(fault: &str) -> [u8; 3] {
     let [split, packed] = [false, true].map(|packed| Shape { packed, ..Shape::default() });
-    let found = struck_on(fault, split, "");
-    assert_eq!(struck_on(fault, packed, ",mode=inline"), found, "{fault}: the same on another ring and another drive");
+    let found = outcomes_on(fault, split, "");
+    assert_eq!(outcomes_on(fault, packed, ",mode=inline"), found, "{fault}: packed, inline");
     found
 }
 
 #[test]
-fn a_status_is_an_error_of_that_request_alone() {
-    assert_eq!(struck("effect = \"status\"\nstatus = 0x281"), [IOERR, OK, OK]);
+fn an_error_status_fails_only_its_request() {
+    assert_eq!(outcomes("effect = \"status\"\nstatus = 0x281"), [IOERR, OK, OK]);
 }
 
 #[test]
-fn a_completion_that_comes_twice_does_no_harm() {
-    assert_eq!(struck("effect = \"twice\""), [OK, OK, OK]);
+fn a_duplicate_completion_is_ignored() {
+    assert_eq!(outcomes("effect = \"twice\""), [OK, OK, OK]);
 }
 
 #[test]
-fn a_completion_that_comes_late_is_waited_for() {
-    assert_eq!(struck_on("effect = \"delay\"\ndelay = \"200ms\"", Shape::default(), ""), [OK, OK, OK]);
+fn a_late_completion_is_waited_for() {
+    assert_eq!(outcomes_on("effect = \"delay\"\ndelay = \"200ms\"", Shape::default(), ""), [OK, OK, OK]);
 }
 
 #[test]
-fn a_command_that_takes_too_long_is_aborted_and_is_an_error() {
-    assert_eq!(struck("effect = \"delay\"\ndelay = \"3600s\""), [IOERR, OK, OK]);
+fn a_command_that_times_out_is_aborted_and_fails() {
+    assert_eq!(outcomes("effect = \"delay\"\ndelay = \"3600s\""), [IOERR, OK, OK]);
 }
 
 #[test]
-fn a_lost_interrupt_costs_time_at_most() {
-    assert_eq!(struck("effect = \"lose-interrupt\""), [OK, OK, OK]);
+fn a_lost_interrupt_only_delays_the_request() {
+    assert_eq!(outcomes("effect = \"lose-interrupt\""), [OK, OK, OK]);
 }
 
 #[test]
-fn a_lost_completion_is_made_up_for() {
-    assert_eq!(struck("effect = \"lose\""), [OK, OK, OK]);
+fn after_a_lost_completion_the_command_is_repeated() {
+    assert_eq!(outcomes("effect = \"lose\""), [OK, OK, OK]);
 }
 
 #[test]
-fn a_completion_lost_twice_is_an_error() {
-    assert_eq!(struck("effect = \"lose\"\ntimes = 2"), [IOERR, OK, OK]);
+fn a_completion_lost_twice_fails_the_request() {
+    assert_eq!(outcomes("effect = \"lose\"\ntimes = 2"), [IOERR, OK, OK]);
 }
 
 #[test]
-fn a_completion_under_another_identifier_is_made_up_for() {
-    assert_eq!(struck("effect = \"wrong-id\"\nid = 77"), [OK, OK, OK]);
+fn after_a_completion_with_a_wrong_identifier_the_command_is_repeated() {
+    assert_eq!(outcomes("effect = \"wrong-id\"\nid = 77"), [OK, OK, OK]);
 }
 
 #[test]
-fn a_completion_of_the_wrong_phase_is_made_up_for() {
-    assert_eq!(struck("effect = \"wrong-phase\""), [OK, OK, OK]);
+fn after_a_completion_with_the_wrong_phase_the_command_is_repeated() {
+    assert_eq!(outcomes("effect = \"wrong-phase\""), [OK, OK, OK]);
 }
 
 #[test]
 fn a_controller_with_fatal_status_is_reset_and_the_request_repeated() {
-    assert_eq!(struck("effect = \"fatal\""), [OK, OK, OK]);
+    assert_eq!(outcomes("effect = \"fatal\""), [OK, OK, OK]);
 }
 
 #[test]
-fn a_controller_that_no_reset_helps_leaves_errors() {
-    assert_eq!(struck("effect = \"stick\""), [IOERR, IOERR, IOERR]);
+fn requests_fail_if_a_reset_does_not_recover_the_controller() {
+    assert_eq!(outcomes("effect = \"stick\""), [IOERR, IOERR, IOERR]);
 }
 
 #[test]
-fn a_drive_pulled_out_leaves_errors() {
-    assert_eq!(struck("effect = \"remove\""), [IOERR, IOERR, IOERR]);
+fn requests_fail_after_the_drive_is_removed() {
+    assert_eq!(outcomes("effect = \"remove\""), [IOERR, IOERR, IOERR]);
 }
 
 #[test]
-fn a_function_reset_that_is_refused_is_not_needed_while_the_controller_can_be_disabled() {
+fn recovery_needs_no_function_reset_if_the_controller_can_be_disabled() {
     let faults = "[[fault]]\nqueue = 1\nopcode = \"read\"\neffect = \"lose\"\n[[fault]]\neffect = \"reset-refused\"";
     let process = start(faults);
     let mut client = process.client();
@@ -149,7 +150,7 @@ fn a_function_reset_that_is_refused_is_not_needed_while_the_controller_can_be_di
 }
 
 #[test]
-fn of_many_requests_in_flight_each_ends_with_its_data_or_an_error_whatever_strikes_in_between() {
+fn many_requests_in_flight_all_succeed_despite_faults() {
     let effects = ["lose", "twice", "wrong-phase", "wrong-id", "lose-interrupt", "fatal"];
     let fault = |(n, effect)| format!("[[fault]]\nopcode = \"read\"\nskip = {}\neffect = \"{effect}\"\n", 50 * n);
     let mut faults = (1..).zip(effects).map(fault).collect::<String>();
@@ -169,7 +170,7 @@ fn of_many_requests_in_flight_each_ends_with_its_data_or_an_error_whatever_strik
             }
             ring.publish();
             for _ in 0..32 {
-                // None was struck twice, so none is lost for good.
+                // No fault hits a request twice, so each is repeated successfully.
                 assert_eq!(outcome(ring, |slot| sectors[usize::from(slot)]), OK, "round {round}");
             }
         }
@@ -178,14 +179,14 @@ fn of_many_requests_in_flight_each_ends_with_its_data_or_an_error_whatever_strik
 }
 
 #[test]
-fn a_ring_that_stops_under_a_lost_request_has_answered_it() {
+fn stopping_a_ring_completes_a_lost_request() {
     let process = start("[[fault]]\nqueue = 1\nopcode = \"read\"\neffect = \"lose\"");
     let mut client = process.client();
     submit_read(&mut client.rings[0], 3);
     submit_read(&mut client.rings[0], 3);
     client.rings[0].publish();
-    // The second comes back, so the first has been taken.
-    client.rings[0].wait(LIMIT).unwrap().expect("one was not struck");
+    // The second completes, so the first has been submitted.
+    client.rings[0].wait(LIMIT).unwrap().expect("one has no fault");
 
     client.stop(0).unwrap();
 
@@ -193,19 +194,19 @@ fn a_ring_that_stops_under_a_lost_request_has_answered_it() {
 }
 
 #[test]
-fn a_program_with_a_broken_drive_still_ends_when_told() {
+fn the_program_with_a_faulty_drive_still_ends_on_sigterm() {
     for effect in ["lose", "stick", "remove"] {
         let mut process = start(&format!("[[fault]]\nqueue = 1\neffect = \"{effect}\""));
         let mut client = process.client();
         submit_read(&mut client.rings[0], 3);
         client.rings[0].publish();
-        let ended = process.stop();
-        assert!(ended.status.success(), "{effect}: {:?}: {}", ended.status, ended.log);
+        let output = process.stop();
+        assert!(output.status.success(), "{effect}: {:?}: {}", output.status, output.log);
     }
 }
 
 #[test]
-fn a_drive_that_is_broken_from_the_start_is_refused_with_the_reason() {
+fn a_drive_that_is_faulty_at_the_start_is_refused_with_the_reason() {
     for (fault, reason) in [
         ("effect = \"removed\"", "all ones"),
         ("effect = \"stuck-ready\"", "CSTS.RDY"),
@@ -217,18 +218,18 @@ fn a_drive_that_is_broken_from_the_start_is_refused_with_the_reason() {
         ("effect = \"identify\"\ncns = 0\noffset = 0\nbytes = [0, 0, 0, 0, 0, 0, 0, 0]", "namespace"),
     ] {
         let mut process = start(&format!("[[fault]]\n{fault}"));
-        let ended = process.end();
-        assert_eq!(ended.status.code(), Some(1), "{fault}: {}", ended.log);
-        let last = ended.log.lines().last().unwrap();
-        assert!(last.starts_with("vhost-device-vfio: ") && last.contains(reason), "{fault}: {}", ended.log);
+        let output = process.wait_for_exit();
+        assert_eq!(output.status.code(), Some(1), "{fault}: {}", output.log);
+        let last = output.log.lines().last().unwrap();
+        assert!(last.starts_with("vhost-device-vfio: ") && last.contains(reason), "{fault}: {}", output.log);
     }
 }
 
 #[test]
-fn a_wrong_list_of_faults_is_one_line_and_status_2() {
-    let ended = Process::run(&["--socket-path", "DIR/socket", "--device", "emulated:faults=DIR/missing"]);
-    assert_eq!((ended.status.code(), ended.log.lines().count()), (Some(2), 1), "{}", ended.log);
-    let ended = start("[[fault]]\neffect = \"loose\"").end();
-    assert_eq!((ended.status.code(), ended.log.lines().count()), (Some(2), 1), "{}", ended.log);
-    assert!(ended.log.contains("fault 1: unknown effect `loose`; the effects are lose, twice"), "{}", ended.log);
+fn an_invalid_list_of_faults_is_one_line_and_status_2() {
+    let output = Process::run(&["--socket-path", "DIR/socket", "--device", "emulated:faults=DIR/missing"]);
+    assert_eq!((output.status.code(), output.log.lines().count()), (Some(2), 1), "{}", output.log);
+    let output = start("[[fault]]\neffect = \"loose\"").wait_for_exit();
+    assert_eq!((output.status.code(), output.log.lines().count()), (Some(2), 1), "{}", output.log);
+    assert!(output.log.contains("fault 1: unknown effect `loose`; the effects are lose, twice"), "{}", output.log);
 }

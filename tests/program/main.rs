@@ -1,5 +1,5 @@
-//! The program as its user meets it: arguments in; a socket, messages and an exit status out. Each test starts it, with an
-//! emulated drive, so nothing here needs hardware or privilege.
+//! Tests of the program as a process: arguments in; a socket, messages and an exit status out. Each test starts it with an
+//! emulated drive, so no hardware or privilege is needed.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 

@@ -1,4 +1,4 @@
-//! A process that runs the program. Nobody waits for it without a limit, and none is left behind.
+//! A process that runs the program. All waits have a time-out, and dropping it kills the process.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -14,32 +14,32 @@ use vmm_sys_util::tempdir::TempDir;
 /// The program under test.
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-device-vfio");
 
-/// Until anything expected of the program has happened; generous, since other tests share the processors.
+/// Time-out of all waits. It is long because other tests share the processors.
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
-/// What has been printed, and how it ended.
-pub(crate) struct Ended {
+/// The output and exit status of the program.
+pub(crate) struct Output {
     pub(crate) status: ExitStatus,
     pub(crate) stdout: String,
     pub(crate) log: String,
 }
 
-/// A started program with a directory of its own.
+/// The running program and its temporary directory.
 pub(crate) struct Process {
     directory: TempDir,
     child: Child,
 }
 
 impl Process {
-    /// Starts it with `arguments`; `DIR` in them stands for a directory that is removed afterwards.
+    /// Starts the program. `DIR` in `arguments` is replaced by the temporary directory.
     pub(crate) fn start(arguments: &[&str]) -> Self {
         Self::spawn(Command::new(PROGRAM), arguments)
     }
 
-    /// The same with `socket` as descriptor 3 and `variables` (a shell's assignments) in its environment.
+    /// The same with `socket` as descriptor 3 and `variables` (shell assignments) in its environment.
     pub(crate) fn inheriting(socket: impl Into<OwnedFd>, variables: &str, arguments: &[&str]) -> Self {
         let mut shell = Command::new("/bin/sh");
-        // A shell that becomes the program: $$ is the pid of both.
+        // The shell executes the program in its own process, so $$ is the program's PID.
         shell.arg("-c").arg(format!("{variables} exec \"$0\" \"$@\" 3<&0 </dev/null")).arg(PROGRAM);
         shell.stdin(socket.into());
         Self::spawn(shell, arguments)
@@ -56,7 +56,7 @@ impl Process {
         Self { directory, child }
     }
 
-    /// Serves an emulated drive on the socket `DIR/socket`; returns when somebody can connect.
+    /// Serves an emulated drive on the socket `DIR/socket`. Returns once a front-end can connect.
     pub(crate) fn serve(options: &str) -> Self {
         Self::serve_with(options, &[])
     }
@@ -82,14 +82,14 @@ impl Process {
         }
     }
 
-    /// Waits until `done` holds; a process that ends instead, or takes too long, fails the test with its log.
-    pub(crate) fn wait_until(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
+    /// Waits until `holds` returns true. If the process exits before, or after a time-out, the test fails with the log.
+    pub(crate) fn wait_until(&mut self, condition: &str, holds: impl Fn(&Self) -> bool) {
         let start = Instant::now();
-        while !done(self) {
-            let ended = self.child.try_wait().unwrap();
+        while !holds(self) {
+            let status = self.child.try_wait().unwrap();
             assert!(
-                ended.is_none() && start.elapsed() < LIMIT,
-                "not seen: {what} ({ended:?}); its log:\n{}",
+                status.is_none() && start.elapsed() < LIMIT,
+                "not reached: {condition} ({status:?}); its log:\n{}",
                 self.log()
             );
             std::thread::sleep(Duration::from_millis(2));
@@ -104,8 +104,8 @@ impl Process {
         std::fs::read_to_string(self.path("log")).unwrap()
     }
 
-    /// What it holds for front-ends: descriptors, and mappings of their memory.
-    pub(crate) fn holdings(&self) -> [usize; 2] {
+    /// The number of its file descriptors, and of its mappings of guest memory.
+    pub(crate) fn descriptors_and_mappings(&self) -> [usize; 2] {
         let process = PathBuf::from(format!("/proc/{}", self.child.id()));
         let maps = std::fs::read_to_string(process.join("maps")).unwrap();
         let mapped = maps.lines().filter(|line| line.contains("/memfd:guest-ram")).count();
@@ -124,28 +124,28 @@ impl Process {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// Waits until it ends by itself.
-    pub(crate) fn end(&mut self) -> Ended {
+    /// Waits until it exits by itself.
+    pub(crate) fn wait_for_exit(&mut self) -> Output {
         let start = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 let stdout = std::fs::read_to_string(self.path("stdout")).unwrap();
-                return Ended { status, stdout, log: self.log() };
+                return Output { status, stdout, log: self.log() };
             }
-            assert!(start.elapsed() < LIMIT, "it does not end; its log:\n{}", self.log());
+            assert!(start.elapsed() < LIMIT, "it does not exit; its log:\n{}", self.log());
             std::thread::sleep(Duration::from_millis(2));
         }
     }
 
-    /// Tells it to end, and waits.
-    pub(crate) fn stop(&mut self) -> Ended {
+    /// Sends SIGTERM, and waits.
+    pub(crate) fn stop(&mut self) -> Output {
         self.signal(Signal::TERM);
-        self.end()
+        self.wait_for_exit()
     }
 
-    /// Runs it to its end.
-    pub(crate) fn run(arguments: &[&str]) -> Ended {
-        Self::start(arguments).end()
+    /// Runs it until it exits.
+    pub(crate) fn run(arguments: &[&str]) -> Output {
+        Self::start(arguments).wait_for_exit()
     }
 }
 

@@ -1,4 +1,4 @@
-//! The three ways to a socket: made at a path, inherited, passed by a service manager.
+//! Sockets that are inherited or passed by a service manager.
 
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
@@ -9,7 +9,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use crate::process::Process;
 
-fn converse(socket: UnixStream, process: &Process) {
+fn check_served(socket: UnixStream, process: &Process) {
     let mut client =
         Client::new(socket, Shape::default()).unwrap_or_else(|error| panic!("{error}; its log:\n{}", process.log()));
     client.write(7, &[0x5a; 512]).unwrap();
@@ -26,11 +26,11 @@ fn an_inherited_listening_socket_is_served_again_and_again() {
         Process::inheriting(UnixListener::bind(&path).unwrap(), "", &["--fd", "3", "--device", "emulated:size=1M"]);
 
     for _ in 0..2 {
-        converse(UnixStream::connect(&path).unwrap(), &process);
+        check_served(UnixStream::connect(&path).unwrap(), &process);
     }
 
     assert!(process.stop().status.success());
-    assert!(path.exists(), "whoever made the socket removes it");
+    assert!(path.exists(), "its creator removes the socket");
 }
 
 #[test]
@@ -38,9 +38,9 @@ fn an_inherited_connected_socket_is_served_until_its_peer_leaves() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut process = Process::inheriting(theirs, "", &["--fd", "3", "--device", "emulated:size=1M"]);
 
-    converse(ours, &process);
+    check_served(ours, &process);
 
-    assert!(process.end().status.success(), "it ends by itself");
+    assert!(process.wait_for_exit().status.success(), "it exits by itself");
 }
 
 #[test]
@@ -50,40 +50,40 @@ fn a_socket_passed_by_a_service_manager_is_found() {
     let listener = UnixListener::bind(&path).unwrap();
     let process = Process::inheriting(listener, "LISTEN_FDS=1 LISTEN_PID=$$", &["--device", "emulated:size=1M"]);
 
-    converse(UnixStream::connect(&path).unwrap(), &process);
+    check_served(UnixStream::connect(&path).unwrap(), &process);
 }
 
 #[test]
-fn a_socket_passed_to_another_process_is_not_taken() {
+fn a_socket_passed_to_another_process_is_not_used() {
     let listener = UnixListener::bind(TempDir::new().unwrap().as_path().join("socket")).unwrap();
-    let ended = Process::inheriting(listener, "LISTEN_FDS=1 LISTEN_PID=1", &["--device", "emulated:size=1M"]).end();
-    assert_eq!(ended.status.code(), Some(1));
-    assert!(ended.log.contains("no socket; give --socket-path or --fd"), "{}", ended.log);
+    let output =
+        Process::inheriting(listener, "LISTEN_FDS=1 LISTEN_PID=1", &["--device", "emulated:size=1M"]).wait_for_exit();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.log.contains("no socket; give --socket-path or --fd"), "{}", output.log);
 }
 
 #[test]
-fn of_several_passed_sockets_none_is_taken() {
+fn anything_but_exactly_one_passed_socket_is_refused() {
     for count in ["2", "0", "some"] {
         let listener = UnixListener::bind(TempDir::new().unwrap().as_path().join("socket")).unwrap();
         let variables = format!("LISTEN_FDS={count} LISTEN_PID=$$");
-        let ended = Process::inheriting(listener, &variables, &["--device", "emulated:size=1M"]).end();
-        assert_eq!(ended.status.code(), Some(1));
-        let said =
-            format!("LISTEN_FDS={count}: exactly one socket can be served; give the socket unit one ListenStream=");
-        assert!(ended.log.contains(&said), "{}", ended.log);
+        let output = Process::inheriting(listener, &variables, &["--device", "emulated:size=1M"]).wait_for_exit();
+        assert_eq!(output.status.code(), Some(1));
+        let error = format!("LISTEN_FDS={count}: exactly one socket can be served; give the socket unit one ListenStream=");
+        assert!(output.log.contains(&error), "{}", output.log);
     }
 }
 
 #[test]
-fn a_descriptor_that_is_not_open_or_no_socket_is_refused() {
+fn a_descriptor_that_is_not_an_open_stream_socket_is_refused() {
     let closed = Process::run(&["--fd", "99", "--device", "emulated:size=1M"]);
     assert!(closed.log.contains("file descriptor 99 is not a UNIX stream socket"), "{}", closed.log);
     let file = std::fs::File::open("/dev/null").unwrap();
     let datagrams = UnixDatagram::unbound().unwrap();
     let network = TcpListener::bind("127.0.0.1:0").unwrap();
     for wrong in [OwnedFd::from(file), datagrams.into(), network.into()] {
-        let ended = Process::inheriting(wrong, "", &["--fd", "3", "--device", "emulated:size=1M"]).end();
-        assert!(ended.log.contains("file descriptor 3 is not a UNIX stream socket"), "{}", ended.log);
-        assert_eq!((closed.status.code(), ended.status.code()), (Some(1), Some(1)));
+        let output = Process::inheriting(wrong, "", &["--fd", "3", "--device", "emulated:size=1M"]).wait_for_exit();
+        assert!(output.log.contains("file descriptor 3 is not a UNIX stream socket"), "{}", output.log);
+        assert_eq!((closed.status.code(), output.status.code()), (Some(1), Some(1)));
     }
 }

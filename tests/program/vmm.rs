@@ -1,4 +1,4 @@
-//! Two backends and one VM, as processes: what the VM's process hears, what it no longer does, and what the log says.
+//! Two backends and one VM, as processes: registration with the VM's shim, blocked discards, and the log.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -11,15 +11,16 @@ use vmm_sys_util::tempdir::TempDir;
 
 use crate::process::Process;
 
-/// A VMM of the shim's own tests (frontend-shim/preload/examples/toy_vmm.rs) with the library preloaded.
-struct Toy {
+/// The example VMM of the shim (frontend-shim/preload/examples/toy_vmm.rs) with the shim library preloaded.
+struct TestVmm {
     process: Child,
     output: BufReader<ChildStdout>,
     directory: TempDir,
 }
 
-/// `target/debug` or `target/release`, with toy and library in it. No test can link a cdylib, so Cargo is asked here.
-fn built() -> &'static Path {
+/// `target/debug` or `target/release`, with the example VMM and the shim library built. Cargo does not build the cdylib for
+/// this test, so it is called here.
+fn build_directory() -> &'static Path {
     static TARGET: OnceLock<PathBuf> = OnceLock::new();
     TARGET.get_or_init(|| {
         let test = std::env::current_exe().unwrap();
@@ -38,25 +39,25 @@ fn built() -> &'static Path {
     })
 }
 
-impl Toy {
-    /// Guest memory, and KVM with a VM that has not run, where there is KVM.
+impl TestVmm {
+    /// Starts a VMM with guest memory and, if there is KVM, a VM that has not run yet.
     fn start() -> Self {
         let directory = TempDir::new().unwrap();
-        let mut command = Command::new(built().join("examples/toy_vmm"));
+        let mut command = Command::new(build_directory().join("examples/toy_vmm"));
         let library = std::env::var_os("SHIM_LIBRARY").map(PathBuf::from);
-        command.env("LD_PRELOAD", library.unwrap_or_else(|| built().join("libkvm_vfio_shim.so")));
+        command.env("LD_PRELOAD", library.unwrap_or_else(|| build_directory().join("libkvm_vfio_shim.so")));
         command.env("KVM_VFIO_SHIM_SOCKET", directory.as_path().join("kvm"));
         let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let output = BufReader::new(process.stdout.take().unwrap());
-        let mut toy = Self { process, output, directory };
+        let mut vmm = Self { process, output, directory };
         for step in ["vm", "vcpu", "memory", "dontfork"] {
-            toy.say(step);
+            vmm.command(step);
         }
-        toy
+        vmm
     }
 
-    fn say(&mut self, command: &str) -> String {
-        writeln!(self.process.stdin.as_mut().unwrap(), "{command}").unwrap();
+    fn command(&mut self, line: &str) -> String {
+        writeln!(self.process.stdin.as_mut().unwrap(), "{line}").unwrap();
         let mut answer = String::new();
         self.output.read_line(&mut answer).unwrap();
         answer.trim_end().to_owned()
@@ -70,93 +71,93 @@ impl Toy {
         Client::connect(self.socket().as_ref(), Client::PATIENCE).unwrap().1
     }
 
-    /// How the log speaks of it.
-    fn words(&self) -> String {
+    /// Its description in the log.
+    fn description(&self) -> String {
         let vm = if Path::new("/dev/kvm").exists() { "VM not started yet" } else { "no KVM VM" };
         format!("process {}, {vm}, policy lock; ", self.process.id())
     }
 
-    /// True if a hole can be punched into its memory.
-    fn loses_memory(&mut self) -> bool {
-        let before = self.say("blocks memory");
-        self.say("punch memory");
-        self.say("blocks memory") != before
+    /// True if a hole can be punched in its memory.
+    fn can_discard_memory(&mut self) -> bool {
+        let before = self.command("blocks memory");
+        self.command("punch memory");
+        self.command("blocks memory") != before
     }
 }
 
-impl Drop for Toy {
+impl Drop for TestVmm {
     fn drop(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
     }
 }
 
-fn serve(toy: &Toy) -> Process {
-    Process::serve_with("size=1M", &["--kvm-socket", &toy.socket()])
+fn serve(vmm: &TestVmm) -> Process {
+    Process::serve_with("size=1M", &["--kvm-socket", &vmm.socket()])
 }
 
 #[test]
-fn two_backends_share_one_shim_and_memory_is_kept_until_both_have_gone() {
-    let mut toy = Toy::start();
-    let (mut one, mut two) = (serve(&toy), serve(&toy));
+fn two_backends_share_one_shim_and_discards_are_blocked_until_both_have_unregistered() {
+    let mut vmm = TestVmm::start();
+    let (mut one, mut two) = (serve(&vmm), serve(&vmm));
     let (client_one, client_two) = (one.client(), two.client());
-    assert_eq!(toy.status().registered, 2);
+    assert_eq!(vmm.status().registered, 2);
 
     drop(client_one);
-    one.wait_until("its front-end has left", |one| one.log().contains("unregistered"));
-    assert_eq!(toy.status().registered, 1);
-    assert!(!toy.loses_memory());
+    one.wait_until("the first is unregistered", |one| one.log().contains("unregistered"));
+    assert_eq!(vmm.status().registered, 1);
+    assert!(!vmm.can_discard_memory());
     two.signal(Signal::KILL);
-    two.end();
-    one.wait_until("the killed one's registration has gone", |_| toy.status().registered == 0);
+    two.wait_for_exit();
+    one.wait_until("the killed one is unregistered", |_| vmm.status().registered == 0);
 
     drop(client_two);
-    assert!(toy.loses_memory());
+    assert!(vmm.can_discard_memory());
     assert!(one.stop().status.success());
 }
 
 #[test]
-fn a_backend_that_was_killed_registers_again_with_the_vm_that_lives_on() {
-    let toy = Toy::start();
-    let mut first = serve(&toy);
+fn a_backend_registers_again_with_a_running_vm_after_it_was_killed() {
+    let vmm = TestVmm::start();
+    let mut first = serve(&vmm);
     let _client = first.client();
     first.signal(Signal::KILL);
-    first.end();
+    first.wait_for_exit();
 
-    let mut second = serve(&toy);
+    let mut second = serve(&vmm);
     let mut client = second.client();
 
-    second.wait_until("only the second is registered", |_| toy.status().registered == 1);
+    second.wait_until("only the second is registered", |_| vmm.status().registered == 1);
     client.write(0, &[1; 512]).unwrap();
 }
 
 #[test]
-fn a_vm_that_is_killed_is_not_missed() {
-    let mut toy = Toy::start();
-    let mut process = serve(&toy);
+fn a_backend_survives_the_death_of_the_vm() {
+    let mut vmm = TestVmm::start();
+    let mut process = serve(&vmm);
     let mut client = process.client();
     client.write(0, &[1; 512]).unwrap();
 
-    toy.process.kill().unwrap();
-    process.wait_until("it is noticed", |process| process.log().contains("not kept from being discarded"));
+    vmm.process.kill().unwrap();
+    process.wait_until("the log reports it", |process| process.log().contains("not kept from being discarded"));
 
     client.read(0, &mut [0; 512]).unwrap();
     drop(client);
-    let ended = process.stop();
-    assert!(ended.status.success(), "{}", ended.log);
-    assert_eq!(ended.log.matches("unregistered: ").count(), 0, "{}", ended.log);
+    let output = process.stop();
+    assert!(output.status.success(), "{}", output.log);
+    assert_eq!(output.log.matches("unregistered: ").count(), 0, "{}", output.log);
 }
 
 #[test]
-fn the_log_and_the_statistics_say_what_the_vm_was_told() {
-    let toy = Toy::start();
-    let mut process = serve(&toy);
+fn the_log_and_the_statistics_show_the_registration() {
+    let vmm = TestVmm::start();
+    let mut process = serve(&vmm);
     drop(process.client());
     process.wait_until("it is unregistered", |process| process.log().contains("unregistered"));
 
     let log = process.stop().log;
 
-    let vm = toy.words();
+    let vm = vmm.description();
     for part in [
         &format!("emulated: KVM shim: {vm}0 device(s) registered"),
         &format!("emulated: registered: {vm}1 device(s) registered; KVM assumes coherent DMA; DMA is coherent: "),
@@ -169,31 +170,31 @@ fn the_log_and_the_statistics_say_what_the_vm_was_told() {
 }
 
 #[test]
-fn a_front_end_of_another_process_than_the_shims_is_remarked_on() {
-    let toy = Toy::start();
-    let process = serve(&toy);
+fn a_front_end_in_another_process_than_the_shim_is_logged() {
+    let vmm = TestVmm::start();
+    let process = serve(&vmm);
     let _client = process.client();
-    let both = format!("process {} listens at {}, but the front-end is process {}", toy.process.id(), toy.socket(), {
+    let both = format!("process {} listens at {}, but the front-end is process {}", vmm.process.id(), vmm.socket(), {
         std::process::id()
     });
     assert!(process.log().contains(&both), "{both} is not in:\n{}", process.log());
 }
 
 #[test]
-fn inspect_shows_what_the_shim_says_or_why_there_is_nothing_to_show() {
-    let toy = Toy::start();
-    // A function that is nowhere: what can be said without it is said.
+fn inspect_shows_the_status_of_the_shim_or_why_there_is_none() {
+    let vmm = TestVmm::start();
+    // The function does not exist. `inspect` still shows the shim.
     let function = "ffff:ff:1f.7";
-    let text = Process::run(&["inspect", function, "--kvm-socket", &toy.socket()]).stdout;
-    let json = Process::run(&["inspect", function, "--json", "--kvm-socket", &toy.socket()]).stdout;
-    let nobody = Process::run(&["inspect", function, "--kvm-socket", "DIR/nobody"]).stdout;
+    let text = Process::run(&["inspect", function, "--kvm-socket", &vmm.socket()]).stdout;
+    let json = Process::run(&["inspect", function, "--json", "--kvm-socket", &vmm.socket()]).stdout;
+    let absent = Process::run(&["inspect", function, "--kvm-socket", "DIR/absent"]).stdout;
     let plain = Process::run(&["inspect", function]).stdout;
 
-    let vm = format!("{}0 device(s) registered", toy.words());
+    let vm = format!("{}0 device(s) registered", vmm.description());
     assert!(text.contains(&vm), "{text}");
-    let pid = format!("\"kvm\":{{\"vmm_pid\":{},", toy.process.id());
+    let pid = format!("\"kvm\":{{\"vmm_pid\":{},", vmm.process.id());
     assert!(json.contains(&pid) && json.contains("\"registered\":0"), "{json}");
-    assert!(nobody.contains("LD_PRELOAD=libkvm_vfio_shim.so"), "{nobody}");
+    assert!(absent.contains("LD_PRELOAD=libkvm_vfio_shim.so"), "{absent}");
     assert!(!plain.contains("kvm"), "{plain}");
-    assert_eq!(toy.status().registered, 0, "asking registers nothing");
+    assert_eq!(vmm.status().registered, 0, "inspect registers nothing");
 }

@@ -1,6 +1,6 @@
-//! The same requests to our server and to a disk in memory built on rust-vmm's `vhost-user-backend` and `virtio-queue`: the
-//! same answers. So the test client and our rings agree with somebody else's reading of the specification, not just with
-//! each other. The reference knows no packed rings; there our own split ones are what to compare with.
+//! Sends the same requests to the server and to a reference, a disk in memory built on rust-vmm's `vhost-user-backend` and
+//! `virtio-queue`, and compares the results. So the test client and the server agree with an independent implementation of
+//! the specification. The reference has no packed rings; those are compared with split ones.
 
 use std::io;
 use std::path::Path;
@@ -19,9 +19,9 @@ use vmm_sys_util::tempdir::TempDir;
 
 use crate::rig::Rig;
 
-/// Nothing here takes as long.
+/// Time-out of a request.
 const LIMIT: Duration = Duration::from_secs(20);
-/// Bytes of the disk in [`Rig`].
+/// Size of the disk of [`Rig`].
 const BYTES: usize = 16 << 20;
 const SECTOR: usize = 512;
 /// VERSION_1, PROTOCOL_FEATURES, EVENT_IDX, INDIRECT_DESC and BLK_F_FLUSH.
@@ -37,7 +37,7 @@ struct Disk {
 }
 
 impl Disk {
-    /// Does what one chain asks for; gives the bytes written to it.
+    /// Executes the request of one chain. Returns the number of bytes written to the chain.
     fn execute(&mut self, chain: DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>) -> u32 {
         let memory = chain.memory().clone();
         let parts: Vec<_> = chain.collect();
@@ -112,7 +112,7 @@ impl VhostUserBackendMut for Disk {
     }
 
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
-        // Else its threads would outlive the daemon, which waits for them.
+        // Without it the daemon's threads would not exit, and the daemon would wait for them.
         new_event_consumer_and_notifier(EventFlag::CLOEXEC).ok()
     }
 
@@ -127,7 +127,7 @@ impl VhostUserBackendMut for Disk {
     }
 }
 
-fn with_reference(conversation: impl FnOnce(&Path) -> Vec<String>) -> Vec<String> {
+fn with_reference(test: impl FnOnce(&Path) -> Vec<String>) -> Vec<String> {
     let directory = TempDir::new().unwrap();
     let path = directory.as_path().join("socket");
     let mut listener = Listener::new(&path, true).unwrap();
@@ -136,24 +136,24 @@ fn with_reference(conversation: impl FnOnce(&Path) -> Vec<String>) -> Vec<String
         let disk = Disk { memory: memory.clone(), event_idx: false, data: vec![0; BYTES] };
         let mut daemon = VhostUserDaemon::new("reference".into(), Arc::new(RwLock::new(disk)), memory).unwrap();
         daemon.start(&mut listener).unwrap();
-        // How it ends is the daemon's own affair.
-        let _ended = daemon.wait();
+        // An error here is not that of the test.
+        let _result = daemon.wait();
     });
-    let transcript = conversation(&path);
+    let transcript = test(&path);
     daemon.join().unwrap();
     transcript
 }
 
-/// Bytes that tell where they were written.
+/// Bytes that depend on their position on the disk.
 fn pattern(sector: u64, bytes: usize) -> Vec<u8> {
     (0..bytes as u64).map(|i| ((sector + i / 512).wrapping_mul(37) + i).to_le_bytes()[0]).collect()
 }
 
-/// Keeps the ring full of `requests`, each with a pattern as its data, and notes how each ends.
-fn hold(client: &mut Client, requests: &[Request], transcript: &mut Vec<String>) {
+/// Executes `requests`, as many at a time as fit into the ring, and appends their results to `transcript`.
+fn execute(client: &mut Client, requests: &[Request], transcript: &mut Vec<String>) {
     let ring = &mut client.rings[0];
     let (mut next, mut running) = (requests.iter().enumerate(), std::collections::HashMap::new());
-    let mut answers = vec![String::new(); requests.len()];
+    let mut results = vec![String::new(); requests.len()];
     loop {
         while ring.has_room()
             && let Some((n, request)) = next.next()
@@ -178,39 +178,39 @@ fn hold(client: &mut Client, requests: &[Request], transcript: &mut Vec<String>)
             ring.data(done.slot, &mut data);
         }
         let sum = data.iter().fold(0_u64, |sum, byte| sum.wrapping_mul(31).wrapping_add((*byte).into()));
-        answers[n] = format!("{:?}: {} {} {sum:x}", requests[n], done.status, done.written);
+        results[n] = format!("{:?}: {} {} {sum:x}", requests[n], done.status, done.written);
     }
-    transcript.extend(answers);
+    transcript.extend(results);
 }
 
-fn conversation(path: &Path, shape: Shape) -> Vec<String> {
+fn run_requests(path: &Path, shape: Shape) -> Vec<String> {
     let mut client = Client::connect(path, shape).unwrap();
     let mut transcript = vec![format!("{} sectors", client.capacity())];
     let places = (0..200).map(|n| (n * 8 * 37 % 16_384, [512, 4096, 65536][usize::try_from(n).unwrap() % 3]));
     let places: Vec<(u64, usize)> = places.collect();
     let writes: Vec<_> = places.iter().map(|&(sector, bytes)| Request::Write { sector, bytes }).collect();
     // One at a time, since some overlap.
-    writes.iter().for_each(|write| hold(&mut client, &[*write], &mut transcript));
-    hold(&mut client, &[Request::Flush], &mut transcript);
+    writes.iter().for_each(|write| execute(&mut client, &[*write], &mut transcript));
+    execute(&mut client, &[Request::Flush], &mut transcript);
     let reads: Vec<_> = places.iter().map(|&(sector, bytes)| Request::Read { sector, bytes }).collect();
-    hold(&mut client, &reads, &mut transcript);
+    execute(&mut client, &reads, &mut transcript);
     let end = client.capacity();
     for sector in [end - 1, end, u64::from(u32::MAX)] {
-        hold(&mut client, &[Request::Read { sector, bytes: 1024 }], &mut transcript);
-        hold(&mut client, &[Request::Write { sector, bytes: 1024 }], &mut transcript);
+        execute(&mut client, &[Request::Read { sector, bytes: 1024 }], &mut transcript);
+        execute(&mut client, &[Request::Write { sector, bytes: 1024 }], &mut transcript);
     }
     transcript
 }
 
 #[test]
-fn the_same_requests_get_the_same_answers_on_every_kind_of_ring() {
-    let reference = with_reference(|path| conversation(path, Shape::default()));
+fn the_same_requests_have_the_same_results_on_every_kind_of_ring() {
+    let reference = with_reference(|path| run_requests(path, Shape::default()));
     assert!(reference.iter().filter(|line| line.contains(": 1 1 ")).count() == 6, "{reference:#?}");
     for shape in Shape::default().kinds() {
         let rig = Rig::new();
-        assert_eq!(conversation(&rig.path, shape), reference, "ours, {shape:?}");
+        assert_eq!(run_requests(&rig.path, shape), reference, "ours, {shape:?}");
         if !shape.packed {
-            assert_eq!(with_reference(|path| conversation(path, shape)), reference, "the reference, {shape:?}");
+            assert_eq!(with_reference(|path| run_requests(path, shape)), reference, "the reference, {shape:?}");
         }
     }
 }

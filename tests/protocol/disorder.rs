@@ -1,34 +1,34 @@
-//! What a front-end does at the wrong time: messages in any order, memory that goes away without a word.
+//! Messages in any order, and guest memory that is truncated.
 
 use std::os::fd::AsFd;
 
 use crate::requests::{BLK_IN, STATUS, put, read, wait_for};
 use crate::rig::{Rig, copies_of, memory};
-use crate::rings::{AVAIL, DESC, RAM, USED, addresses, ends, running};
-use crate::wire::{FEATURES, NEED_REPLY, OFFERED, Place, Reply, Wire, message, request::*, state, words};
+use crate::rings::{AVAIL, DESC, RAM, USED, addresses, ring_events, running};
+use crate::wire::{FEATURES, MemoryRegion, NEED_REPLY, OFFERED, Reply, Wire, message, request::*, state, words};
 
-/// One request of a well-behaved front-end; `true` if it is served as it should be.
+/// Executes one request of a correct front-end; true if it succeeds.
 fn works(rig: &Rig) -> bool {
-    let (_wire, ram, ends) = running(rig);
+    let (_wire, ram, events) = running(rig);
     put(&ram, BLK_IN, 0);
-    rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
-    wait_for(&ends.call);
+    rustix::io::write(&events.kick, &1_u64.to_ne_bytes()).unwrap();
+    wait_for(&events.call);
     read::<1>(&ram, STATUS) == [0]
 }
 
-/// Mappings of memory files called `name` in this process.
+/// The number of mappings of memory files called `name` in this process.
 fn mapped(name: &str) -> usize {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     maps.lines().filter(|line| line.contains(&format!("/memfd:{name}"))).count()
 }
 
-/// A message that makes sense at some time, if not now, and which descriptors go with it: of memory, kick and call.
+/// A well-formed message, which may be invalid in the current state, and the indices of its descriptors: memory, kick, call.
 fn any_message(number: u64) -> (Vec<u8>, Vec<usize>) {
     let [ram, kick, call] = [0, 1, 2];
     let index = u32::try_from(number >> 8 & 3).unwrap();
-    let far = Place { gpa: RAM.gpa << 12, ..RAM };
+    let far = MemoryRegion { gpa: RAM.gpa << 12, ..RAM };
     let ring = addresses(index, RAM.qva + DESC, RAM.qva + AVAIL, RAM.qva + USED);
-    let region = |place: Place| [words(&[0]), place.bytes()].concat();
+    let payload_of = |region: MemoryRegion| [words(&[0]), region.bytes()].concat();
     let (request, payload, with) = match number % 20 {
         0 => (GET_FEATURES, vec![], vec![]),
         1 => (SET_FEATURES, words(&[FEATURES]), vec![]),
@@ -45,9 +45,9 @@ fn any_message(number: u64) -> (Vec<u8>, Vec<usize>) {
         12 => (GET_PROTOCOL_FEATURES, vec![], vec![]),
         13 => (SET_PROTOCOL_FEATURES, words(&[OFFERED]), vec![]),
         14 => (SET_VRING_ENABLE, state(index, 1), vec![]),
-        15 => (ADD_MEM_REG, region(RAM), vec![ram]),
-        16 => (ADD_MEM_REG, region(far), vec![ram]),
-        17 => (REM_MEM_REG, region(RAM), vec![]),
+        15 => (ADD_MEM_REG, payload_of(RAM), vec![ram]),
+        16 => (ADD_MEM_REG, payload_of(far), vec![ram]),
+        17 => (REM_MEM_REG, payload_of(RAM), vec![]),
         18 => (RESET_DEVICE, vec![], vec![]),
         _ => (SET_STATUS, words(&[number >> 16 & 0xf]), vec![]),
     };
@@ -55,20 +55,20 @@ fn any_message(number: u64) -> (Vec<u8>, Vec<usize>) {
     (message(request, flags, &payload), with)
 }
 
-/// Says that no more will come, and hears everything out.
-fn hear_out(wire: &Wire) {
+/// Shuts down the sending side, and reads all replies.
+fn drain_replies(wire: &Wire) {
     wire.socket.shutdown(std::net::Shutdown::Write).unwrap();
     while wire.reply() != Reply::Closed {}
 }
 
 #[test]
-fn messages_in_any_order_break_nothing_and_leave_nothing() {
+fn messages_in_any_order_do_no_harm_and_leak_nothing() {
     let rig = Rig::new();
     assert!(works(&rig));
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    for conversation in 0..200 {
-        let (wire, ram, ends) = (rig.connect(), memory("disorder", 2 * RAM.len), ends());
-        let fds = [ram.as_fd(), ends.kick.as_fd(), ends.call.as_fd()];
+    for round in 0..200 {
+        let (wire, ram, events) = (rig.connect(), memory("disorder", 2 * RAM.len), ring_events());
+        let fds = [ram.as_fd(), events.kick.as_fd(), events.call.as_fd()];
         for _ in 0..40 {
             state ^= state << 13;
             state ^= state >> 7;
@@ -77,13 +77,13 @@ fn messages_in_any_order_break_nothing_and_leave_nothing() {
             let with: Vec<_> = with.into_iter().map(|n| fds[n]).collect();
             wire.send_bytes(&bytes, &with);
         }
-        hear_out(&wire);
-        // The next one is served only after the last one's affairs are settled.
-        rig.connect().settle();
-        assert_eq!(fds.map(|fd| copies_of(fd).len()), [0; 3], "conversation {conversation}");
-        assert_eq!((mapped("disorder"), rig.guest_memory()), (0, vec![]), "conversation {conversation}");
-        if conversation % 50 == 0 {
-            assert!(works(&rig), "after conversation {conversation}");
+        drain_replies(&wire);
+        // The next front-end is served only after the cleanup of the last one.
+        rig.connect().sync();
+        assert_eq!(fds.map(|fd| copies_of(fd).len()), [0; 3], "round {round}");
+        assert_eq!((mapped("disorder"), rig.guest_memory()), (0, vec![]), "round {round}");
+        if round % 50 == 0 {
+            assert!(works(&rig), "after round {round}");
         }
     }
 }
@@ -91,30 +91,30 @@ fn messages_in_any_order_break_nothing_and_leave_nothing() {
 #[test]
 fn a_ring_is_not_moved_while_it_runs() {
     let rig = Rig::new();
-    let (wire, ram, ends) = running(&rig);
+    let (wire, ram, events) = running(&rig);
     let elsewhere = addresses(0, RAM.qva + 0x8000, RAM.qva + 0x9000, RAM.qva + 0xa000);
 
-    assert_eq!(wire.ask(SET_VRING_ADDR, &elsewhere, &[]), 1);
+    assert_eq!(wire.call(SET_VRING_ADDR, &elsewhere, &[]), 1);
 
     put(&ram, BLK_IN, 0);
-    rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
-    wait_for(&ends.call);
-    assert_eq!(read::<1>(&ram, STATUS), [0], "it runs where it was");
+    rustix::io::write(&events.kick, &1_u64.to_ne_bytes()).unwrap();
+    wait_for(&events.call);
+    assert_eq!(read::<1>(&ram, STATUS), [0], "it runs at its old address");
 }
 
 #[test]
-fn a_front_end_that_shortens_its_memory_loses_its_ring_and_the_next_one_is_served() {
+fn a_front_end_that_truncates_its_memory_loses_its_ring_and_the_next_one_is_served() {
     let rig = Rig::new();
-    let (wire, ram, ends) = running(&rig);
+    let (wire, ram, events) = running(&rig);
     put(&ram, BLK_IN, 0);
-    rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
-    wait_for(&ends.call);
+    rustix::io::write(&events.kick, &1_u64.to_ne_bytes()).unwrap();
+    wait_for(&events.call);
 
     ram.set_len(0).unwrap();
 
-    rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
-    wait_for(&ends.err);
-    wire.settle();
+    rustix::io::write(&events.kick, &1_u64.to_ne_bytes()).unwrap();
+    wait_for(&events.err);
+    wire.sync();
     drop(wire);
     assert!(works(&rig));
 }

@@ -1,11 +1,11 @@
-//! Front-ends come, go, come back, crash, and crowd the door.
+//! Front-ends connect, disconnect, reconnect, crash, and compete for the device.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use vhost_device_vfio::socket::Listen;
 
-use crate::mistakes::{lines, listen_to_the_log};
+use crate::mistakes::{capture_log, logged_lines};
 use crate::rig::{Rig, copies_of, event, memory};
 use crate::rings::{RAM, running};
 use crate::wire::{
@@ -13,46 +13,49 @@ use crate::wire::{
 };
 
 #[test]
-fn everything_is_given_back_when_a_front_end_goes() {
+fn everything_is_released_when_a_front_end_disconnects() {
     let rig = Rig::new();
-    let (wire, ram, ends) = running(&rig);
+    let (wire, ram, events) = running(&rig);
     assert_ne!(copies_of(&ram).len(), 0);
     assert_eq!(rig.guest_memory(), [(RAM.gpa, RAM.len)]);
 
     drop(wire);
-    // The next one is served only after the last one's affairs are settled.
-    rig.connect().settle();
+    // The next front-end is served only after the cleanup of the last one.
+    rig.connect().sync();
 
     assert_eq!(rig.guest_memory(), []);
-    for (what, fd) in
-        [("memory", ram.as_fd()), ("kick", ends.kick.as_fd()), ("call", ends.call.as_fd()), ("err", ends.err.as_fd())]
-    {
-        assert_eq!(copies_of(fd).len(), 0, "{what}");
+    for (name, fd) in [
+        ("memory", ram.as_fd()),
+        ("kick", events.kick.as_fd()),
+        ("call", events.call.as_fd()),
+        ("err", events.err.as_fd()),
+    ] {
+        assert_eq!(copies_of(fd).len(), 0, "{name}");
     }
 }
 
 #[test]
-fn everything_is_given_back_when_the_server_stops() {
+fn everything_is_released_when_the_server_stops() {
     let rig = Rig::new();
-    let (wire, ram, ends) = running(&rig);
+    let (wire, ram, events) = running(&rig);
     let path = rig.path.clone();
 
     rig.stop_then(|| assert!(!path.exists()));
 
     assert!(wire.is_closed());
-    assert_eq!(copies_of(&ram).len() + copies_of(&ends.kick).len(), 0);
+    assert_eq!(copies_of(&ram).len() + copies_of(&events.kick).len(), 0);
 }
 
 #[test]
-fn received_descriptors_are_kept_from_children() {
+fn received_descriptors_are_close_on_exec() {
     const CLOEXEC: u32 = 0o2_000_000;
     let rig = Rig::new();
-    let (wire, ram, ends) = running(&rig);
+    let (wire, ram, events) = running(&rig);
     let extra = memory("extra", 4096);
-    let far = crate::wire::Place { gpa: 1 << 32, len: 4096, qva: 1 << 32, offset: 0 };
+    let far = crate::wire::MemoryRegion { gpa: 1 << 32, len: 4096, qva: 1 << 32, offset: 0 };
     assert_eq!(wire.set_table(&[(RAM, ram.as_fd()), (far, extra.as_fd())]), 0);
 
-    for fd in [ram.as_fd(), extra.as_fd(), ends.kick.as_fd(), ends.call.as_fd(), ends.err.as_fd()] {
+    for fd in [ram.as_fd(), extra.as_fd(), events.kick.as_fd(), events.call.as_fd(), events.err.as_fd()] {
         let flags = copies_of(fd);
         assert!(!flags.is_empty());
         assert!(flags.iter().all(|flags| flags & CLOEXEC != 0), "{flags:?}");
@@ -63,29 +66,29 @@ fn received_descriptors_are_kept_from_children() {
 fn front_ends_follow_each_other() {
     let rig = Rig::new();
     for _ in 0..20 {
-        // As fio and libblkio do: connect to ask, close, connect again to work.
-        let curious = rig.connect();
-        curious.negotiate();
-        drop(curious);
-        let (wire, _ram, _ends) = running(&rig);
+        // fio and libblkio disconnect after the negotiation and connect again.
+        let first = rig.connect();
+        first.negotiate();
+        drop(first);
+        let (wire, _ram, _events) = running(&rig);
         assert_eq!(wire.stop_ring(0), 0);
     }
 }
 
 #[test]
-fn a_front_end_that_has_left_makes_room_even_with_messages_unread() {
+fn a_front_end_that_disconnects_with_unread_messages_does_not_block_the_next() {
     let rig = Rig::new();
     let burst: Vec<u8> = (0..1000).flat_map(|base| message(SET_VRING_BASE, 0, &state(0, base))).collect();
     for _ in 0..5 {
-        let hasty = rig.connect();
-        hasty.send_bytes(&burst, &[]);
-        drop(hasty);
-        rig.connect().settle();
+        let first = rig.connect();
+        first.send_bytes(&burst, &[]);
+        drop(first);
+        rig.connect().sync();
     }
 }
 
 #[test]
-fn a_second_front_end_is_sent_away_and_the_first_does_not_notice() {
+fn a_second_front_end_is_rejected_and_the_first_continues() {
     let rig = Rig::new();
     let first = rig.connect();
     first.negotiate();
@@ -96,28 +99,28 @@ fn a_second_front_end_is_sent_away_and_the_first_does_not_notice() {
 }
 
 #[test]
-fn half_a_message_blocks_nobody() {
+fn half_a_message_does_not_block_the_server() {
     let rig = Rig::new();
     let whole = message(SET_FEATURES, 0, &words(&[0]));
     for half in [1, 11, 12, 13, whole.len() - 1] {
         let slow = rig.connect();
-        slow.settle();
+        slow.sync();
         slow.send_bytes(&whole[..half], &[]);
-        assert!(rig.connect().is_closed(), "the server still opens its door, after {half} bytes");
+        assert!(rig.connect().is_closed(), "the server still rejects others, after {half} bytes");
         slow.send_bytes(&whole[half..], &[]);
-        slow.settle();
+        slow.sync();
     }
-    let gone = rig.connect();
-    gone.send_bytes(&whole[..5], &[]);
-    drop(gone);
-    rig.connect().settle();
+    let partial = rig.connect();
+    partial.send_bytes(&whole[..5], &[]);
+    drop(partial);
+    rig.connect().sync();
 }
 
 #[test]
 fn half_a_message_does_not_keep_the_server_from_stopping() {
     let rig = Rig::new();
     let slow = rig.connect();
-    slow.settle();
+    slow.sync();
     slow.send_bytes(&message(SET_FEATURES, 0, &words(&[0]))[..15], &[]);
     rig.stop();
     assert!(slow.is_closed());
@@ -137,7 +140,7 @@ fn many_messages_at_once_are_served_in_order() {
 }
 
 #[test]
-fn what_was_sent_before_the_end_is_served() {
+fn messages_sent_before_a_shutdown_are_served() {
     let rig = Rig::new();
     let wire = rig.connect();
     wire.send_bytes(&[message(GET_FEATURES, 0, &[]), message(GET_PROTOCOL_FEATURES, 0, &[])].concat(), &[]);
@@ -148,24 +151,24 @@ fn what_was_sent_before_the_end_is_served() {
 }
 
 #[test]
-fn a_front_end_that_does_not_read_is_sent_away() {
+fn a_front_end_that_does_not_read_its_replies_is_disconnected() {
     let rig = Rig::new();
-    let deaf = rig.connect();
-    deaf.negotiate();
-    let question = message(GET_CONFIG, 0, &[state(0, 4000), vec![0; 4 + 4000]].concat());
+    let wire = rig.connect();
+    wire.negotiate();
+    let request = message(GET_CONFIG, 0, &[state(0, 4000), vec![0; 4 + 4000]].concat());
     for _ in 0..1000 {
-        deaf.send_bytes(&question, &[]);
+        wire.send_bytes(&request, &[]);
     }
-    let answers = std::iter::repeat_with(|| deaf.reply()).take_while(|reply| *reply != Reply::Closed).count();
-    assert!(answers < 1000, "{answers}");
-    rig.connect().settle();
+    let replies = std::iter::repeat_with(|| wire.reply()).take_while(|reply| *reply != Reply::Closed).count();
+    assert!(replies < 1000, "{replies}");
+    rig.connect().sync();
     rig.stop();
 }
 
 #[test]
-fn an_end_of_a_connected_pair_is_served_once() {
+fn a_connected_socket_is_served_once() {
     let (front_end, back_end) = UnixStream::pair().unwrap();
-    let rig = Rig::listening(|_| Listen::Fd(back_end.into()));
+    let rig = Rig::on_socket(|_| Listen::Fd(back_end.into()));
     let wire = Wire::new(front_end);
     wire.negotiate();
     drop(wire);
@@ -173,7 +176,7 @@ fn an_end_of_a_connected_pair_is_served_once() {
 }
 
 #[test]
-fn a_conversation_after_too_many_refusals_is_over() {
+fn too_many_refusals_end_the_connection() {
     let rig = Rig::new();
     let wire = rig.connect();
     wire.negotiate();
@@ -185,7 +188,7 @@ fn a_conversation_after_too_many_refusals_is_over() {
     assert!((10..1000).contains(&refusals(&wire, SET_BACKEND_REQ_FD, &[], &[no_socket.as_fd()])));
 }
 
-/// How often `request` is refused until the conversation ends; 1000 if it does not.
+/// The number of times `request` is refused until the connection ends; 1000 if it does not end.
 fn refusals(wire: &Wire, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> usize {
     let replies = std::iter::repeat_with(|| {
         wire.send_bytes(&message(request, NEED_REPLY, payload), fds);
@@ -195,14 +198,14 @@ fn refusals(wire: &Wire, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -
 }
 
 #[test]
-fn newcomers_that_come_again_and_again_do_not_fill_the_log() {
-    listen_to_the_log();
+fn front_ends_that_are_rejected_again_and_again_do_not_fill_the_log() {
+    capture_log();
     let rig = Rig::new();
     let first = rig.connect();
     first.negotiate();
     for _ in 0..200 {
         assert!(rig.connect().is_closed());
     }
-    // Other tests in this process have newcomers, too.
-    assert!((1..100).contains(&lines(&["sent", "away: this device is being used by"])));
+    // Other tests in this process have rejected front-ends, too.
+    assert!((1..100).contains(&logged_lines(&["sent", "away: this device is being used by"])));
 }

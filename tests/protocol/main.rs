@@ -1,5 +1,5 @@
-//! Conversations over the vhost-user socket: the server as a whole, from its socket to an emulated drive, with a front-end
-//! that speaks bytes, and beside it the reference daemon of the rust-vmm project.
+//! Tests of the vhost-user protocol: the whole server, from its socket to an emulated drive. The front-end sends raw
+//! messages. Some tests compare the server with the reference daemon of the rust-vmm project.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 

@@ -1,4 +1,4 @@
-//! Guest memory comes and goes, and a failure at any step leaves it as it was.
+//! Guest memory is added and removed. A failure at any step leaves it unchanged.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
@@ -8,13 +8,13 @@ use vm_memory::{FileOffset, MmapRegion};
 
 use crate::rig::{Rig, memory};
 use crate::rings::{RAM, running};
-use crate::wire::{Place, Reply, request::*, state};
+use crate::wire::{MemoryRegion, Reply, request::*, state};
 
 const PAGE: u64 = 4096;
 
-/// One page each, at page 16, 32, 48 … of guest and front-end memory.
-fn page(number: u64) -> Place {
-    Place { gpa: number * 16 * PAGE, len: PAGE, qva: (1 << 40) + number * 16 * PAGE, offset: number * PAGE }
+/// A region of one page, at page 16 × `number` of guest and front-end memory.
+fn page(number: u64) -> MemoryRegion {
+    MemoryRegion { gpa: number * 16 * PAGE, len: PAGE, qva: (1 << 40) + number * 16 * PAGE, offset: number * PAGE }
 }
 
 fn spans(numbers: &[u64]) -> Vec<(u64, u64)> {
@@ -36,36 +36,36 @@ fn regions_are_mapped_when_acknowledged_and_unmapped_when_removed() {
     assert_eq!(rig.guest_memory(), spans(&[1]));
 
     assert_eq!(wire.remove_region(page(2)), 1, "unknown now");
-    assert_eq!(wire.remove_region(Place { qva: 0, ..page(1) }), 1, "another address in the front-end");
+    assert_eq!(wire.remove_region(MemoryRegion { qva: 0, ..page(1) }), 1, "another address in the front-end");
     assert_eq!(rig.guest_memory(), spans(&[1]));
 }
 
 #[test]
-fn regions_that_cannot_be_are_refused() {
+fn invalid_regions_are_refused() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 4 * PAGE));
     wire.negotiate();
     assert_eq!(wire.add_region(page(1), file.as_fd()), 0);
     let refused = [
-        ("empty", Place { len: 0, ..page(2) }),
-        ("wraps in guest addresses", Place { gpa: u64::MAX - PAGE + 1, len: 2 * PAGE, ..page(2) }),
-        ("wraps in front-end addresses", Place { qva: u64::MAX - 10, ..page(2) }),
-        ("wraps in the file", Place { offset: u64::MAX - PAGE + 1, ..page(2) }),
-        ("past the end of the file", Place { offset: 4 * PAGE, ..page(2) }),
-        ("misaligned", Place { gpa: page(2).gpa + 8, ..page(2) }),
-        ("overlaps in guest addresses", Place { gpa: page(1).gpa, ..page(2) }),
-        ("overlaps in front-end addresses", Place { qva: page(1).qva + PAGE - 1, ..page(2) }),
-        ("in the window of the interrupt controller", Place { gpa: 0xfee0_0000, ..page(2) }),
-        ("beyond the IOMMU", Place { gpa: 1 << 50, ..page(2) }),
+        ("empty", MemoryRegion { len: 0, ..page(2) }),
+        ("wraps in guest addresses", MemoryRegion { gpa: u64::MAX - PAGE + 1, len: 2 * PAGE, ..page(2) }),
+        ("wraps in front-end addresses", MemoryRegion { qva: u64::MAX - 10, ..page(2) }),
+        ("wraps in the file", MemoryRegion { offset: u64::MAX - PAGE + 1, ..page(2) }),
+        ("past the end of the file", MemoryRegion { offset: 4 * PAGE, ..page(2) }),
+        ("misaligned", MemoryRegion { gpa: page(2).gpa + 8, ..page(2) }),
+        ("overlaps in guest addresses", MemoryRegion { gpa: page(1).gpa, ..page(2) }),
+        ("overlaps in front-end addresses", MemoryRegion { qva: page(1).qva + PAGE - 1, ..page(2) }),
+        ("in the window of the interrupt controller", MemoryRegion { gpa: 0xfee0_0000, ..page(2) }),
+        ("beyond the IOMMU", MemoryRegion { gpa: 1 << 50, ..page(2) }),
     ];
-    for (why, place) in refused {
-        assert_eq!(wire.add_region(place, file.as_fd()), 1, "{why}");
-        assert_eq!(rig.guest_memory(), spans(&[1]), "{why}");
+    for (name, region) in refused {
+        assert_eq!(wire.add_region(region, file.as_fd()), 1, "{name}");
+        assert_eq!(rig.guest_memory(), spans(&[1]), "{name}");
     }
 }
 
 #[test]
-fn memory_that_is_no_memory_is_refused() {
+fn descriptors_that_are_not_memory_are_refused() {
     let rig = Rig::new();
     let wire = rig.connect();
     wire.negotiate();
@@ -77,35 +77,35 @@ fn memory_that_is_no_memory_is_refused() {
 }
 
 #[test]
-fn memory_that_the_front_end_itself_sees_as_a_private_copy_is_refused() {
+fn memory_that_the_front_end_maps_privately_is_refused() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", PAGE));
     wire.negotiate();
-    for (how, told) in [(libc::MAP_PRIVATE, 1), (libc::MAP_SHARED, 0)] {
-        let place = FileOffset::new(file.try_clone().unwrap(), 0);
+    for (flags, ack) in [(libc::MAP_PRIVATE, 1), (libc::MAP_SHARED, 0)] {
+        let offset = FileOffset::new(file.try_clone().unwrap(), 0);
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let size = usize::try_from(PAGE).unwrap();
-        let mapping = MmapRegion::<()>::build(Some(place), size, access, how).unwrap();
-        let seen = Place { qva: mapping.as_ptr() as u64, offset: 0, ..page(1) };
-        assert_eq!(wire.add_region(seen, file.as_fd()), told);
+        let mapping = MmapRegion::<()>::build(Some(offset), size, access, flags).unwrap();
+        let region = MemoryRegion { qva: mapping.as_ptr() as u64, offset: 0, ..page(1) };
+        assert_eq!(wire.add_region(region, file.as_fd()), ack);
     }
 }
 
 #[test]
-fn a_region_of_part_pages_is_served_to_the_end_of_its_page() {
+fn a_region_that_ends_within_a_page_is_mapped_to_the_end_of_the_page() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("buffer", 0x3b10));
     wire.negotiate();
-    let place = Place { gpa: 0x7f34_3124_2000, len: 0x3b10, qva: 0x7f34_3124_2000, offset: 0 };
+    let region = MemoryRegion { gpa: 0x7f34_3124_2000, len: 0x3b10, qva: 0x7f34_3124_2000, offset: 0 };
 
-    assert_eq!(wire.add_region(place, file.as_fd()), 0);
-    assert_eq!(rig.guest_memory(), [(place.gpa, 0x4000)]);
-    assert_eq!(wire.remove_region(place), 0);
+    assert_eq!(wire.add_region(region, file.as_fd()), 0);
+    assert_eq!(rig.guest_memory(), [(region.gpa, 0x4000)]);
+    assert_eq!(wire.remove_region(region), 0);
     assert_eq!(rig.guest_memory(), []);
 }
 
 #[test]
-fn a_table_replaces_only_the_difference() {
+fn a_table_changes_only_the_regions_that_differ() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 16 * PAGE));
     wire.negotiate();
@@ -113,7 +113,7 @@ fn a_table_replaces_only_the_difference() {
 
     assert_eq!(table(&[3, 1]), 0);
     assert_eq!(rig.guest_memory(), spans(&[1, 3]));
-    // One region goes, one comes: two changes of the address space. A third, to the one that stays, would fail.
+    // One region is removed and one added. A third change, of the region in both tables, would fail.
     rig.fail_after(2);
     assert_eq!(table(&[3, 2]), 0);
     assert_eq!(rig.guest_memory(), spans(&[2, 3]));
@@ -127,7 +127,7 @@ fn a_failure_at_any_step_leaves_memory_as_it_was() {
     let table = |numbers: &[u64]| wire.set_table(&numbers.iter().map(|n| (page(*n), file.as_fd())).collect::<Vec<_>>());
     assert_eq!(table(&[1, 2, 3]), 0);
 
-    // Two regions go, two come.
+    // Two regions are removed and two added.
     for step in 0..4 {
         rig.fail_after(step);
         assert_eq!(table(&[3, 4, 5]), 1, "step {step}");
@@ -140,14 +140,14 @@ fn a_failure_at_any_step_leaves_memory_as_it_was() {
 }
 
 #[test]
-fn a_mistake_in_a_table_is_found_before_anything_is_touched() {
+fn an_invalid_table_is_refused_before_any_change() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 16 * PAGE));
     wire.negotiate();
     assert_eq!(wire.add_region(page(1), file.as_fd()), 0);
     rig.fail_after(0);
 
-    let past_the_end = Place { offset: 16 * PAGE, ..page(3) };
+    let past_the_end = MemoryRegion { offset: 16 * PAGE, ..page(3) };
     assert_eq!(wire.set_table(&[(page(2), file.as_fd()), (past_the_end, file.as_fd())]), 1);
     assert_eq!(wire.set_table(&[(page(2), file.as_fd()), (page(2), file.as_fd())]), 1, "overlap");
 
@@ -156,17 +156,17 @@ fn a_mistake_in_a_table_is_found_before_anything_is_touched() {
 }
 
 #[test]
-fn a_refusal_that_cannot_be_told_ends_the_conversation() {
+fn a_refusal_without_an_acknowledgement_ends_the_connection() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 16 * PAGE));
     wire.negotiate();
-    let payload = [state(0, 0), Place { offset: 16 * PAGE, ..page(1) }.bytes()].concat();
+    let payload = [state(0, 0), MemoryRegion { offset: 16 * PAGE, ..page(1) }.bytes()].concat();
     wire.send(ADD_MEM_REG, &payload, &[file.as_fd()]);
     assert_eq!(wire.reply(), Reply::Closed);
 }
 
 #[test]
-fn more_regions_than_promised_are_refused() {
+fn more_regions_than_slots_are_refused() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 600 * PAGE));
     wire.negotiate();
@@ -179,55 +179,55 @@ fn more_regions_than_promised_are_refused() {
 }
 
 #[test]
-fn a_ring_waits_while_its_memory_is_exchanged() {
+fn a_ring_is_suspended_while_its_memory_is_removed() {
     let rig = Rig::new();
-    let (wire, ram, _ends) = running(&rig);
+    let (wire, ram, _events) = running(&rig);
     assert_eq!(wire.remove_region(RAM), 0);
     assert_eq!(rig.guest_memory(), []);
-    assert_eq!(wire.ask(SET_VRING_BASE, &state(0, 0), &[]), 1, "waiting for memory");
+    assert_eq!(wire.call(SET_VRING_BASE, &state(0, 0), &[]), 1, "waiting for memory");
 
     assert_eq!(wire.add_region(RAM, ram.as_fd()), 0);
 
-    assert_eq!(wire.ask(SET_VRING_NUM, &state(0, 16), &[]), 1, "it runs again");
+    assert_eq!(wire.call(SET_VRING_NUM, &state(0, 16), &[]), 1, "it runs again");
     assert_eq!(wire.stop_ring(0), 0);
 }
 
 #[test]
 fn a_failed_removal_leaves_the_ring_running() {
     let rig = Rig::new();
-    let (wire, _ram, _ends) = running(&rig);
+    let (wire, _ram, _events) = running(&rig);
     rig.fail_after(0);
 
     assert_eq!(wire.remove_region(RAM), 1);
 
     assert_eq!(rig.guest_memory(), [(RAM.gpa, RAM.len)]);
-    assert_eq!(wire.ask(SET_VRING_NUM, &state(0, 16), &[]), 1, "it runs");
+    assert_eq!(wire.call(SET_VRING_NUM, &state(0, 16), &[]), 1, "it runs");
 }
 
 #[test]
-fn memory_that_can_go_only_while_the_device_rests_goes_all_the_same() {
+fn memory_that_can_be_removed_only_while_the_device_is_idle_is_removed() {
     let rig = Rig::new();
-    let (wire, ram, _ends) = running(&rig);
-    rig.remove_only_at_rest();
+    let (wire, ram, _events) = running(&rig);
+    rig.remove_only_while_idle();
 
     assert_eq!(wire.remove_region(RAM), 0);
 
-    assert_eq!((rig.guest_memory(), rig.removed_at_rest()), (vec![], 1));
+    assert_eq!((rig.guest_memory(), rig.removals_while_idle()), (vec![], 1));
     assert_eq!(wire.add_region(RAM, ram.as_fd()), 0);
     drop(wire);
     rig.connect().negotiate();
-    assert_eq!((rig.guest_memory(), rig.removed_at_rest()), (vec![], 2));
+    assert_eq!((rig.guest_memory(), rig.removals_while_idle()), (vec![], 2));
 }
 
 #[test]
-fn a_failure_that_cannot_be_undone_ends_the_conversation() {
+fn a_failure_that_cannot_be_undone_ends_the_connection() {
     let rig = Rig::new();
     let (wire, file) = (rig.connect(), memory("ram", 16 * PAGE));
     wire.negotiate();
     assert_eq!(wire.set_table(&[(page(1), file.as_fd()), (page(2), file.as_fd())]), 0);
 
-    // The first region goes; the second does not, and the first cannot be brought back.
-    rig.fail_for_good_after(1);
+    // The first region is removed. The second cannot be removed, and the first cannot be added again.
+    rig.fail_all_after(1);
     assert_eq!(wire.set_table(&[(page(3), file.as_fd())]), 1);
     assert_eq!(wire.reply(), Reply::Closed);
 
@@ -235,7 +235,7 @@ fn a_failure_that_cannot_be_undone_ends_the_conversation() {
     rig.connect().negotiate();
 }
 
-/// A message about memory, in pages; the number says which step of it fails, if it has so many.
+/// A message about memory, by numbers of pages.
 #[derive(Clone, Debug)]
 enum Change {
     Table(BTreeSet<u64>),
@@ -243,6 +243,7 @@ enum Change {
     Remove(u64),
 }
 
+/// Messages, each with the step that fails; -1 for none.
 fn changes() -> impl Strategy<Value = Vec<(Change, i64)>> {
     let page = || 1..8_u64;
     let change = prop_oneof![
@@ -256,24 +257,24 @@ fn changes() -> impl Strategy<Value = Vec<(Change, i64)>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
-    /// Whatever is asked for and whichever step fails: the device reaches exactly what has been acknowledged.
+    /// Whatever the messages are and whichever steps fail, exactly the acknowledged regions are mapped.
     #[test]
-    fn what_is_mapped_is_what_was_acknowledged(changes in changes()) {
+    fn exactly_the_acknowledged_regions_are_mapped(changes in changes()) {
         let rig = Rig::new();
         let (wire, file) = (rig.connect(), memory("ram", 16 * PAGE));
         wire.negotiate();
         let mut model = BTreeSet::new();
         for (change, failing) in changes {
             let mut next = model.clone();
-            let known = match &change {
+            let valid = match &change {
                 Change::Table(pages) => { next = pages.clone(); true }
                 Change::Add(page) => { next.insert(*page); true }
                 Change::Remove(page) => next.remove(page),
             };
             let steps = model.symmetric_difference(&next).count();
-            let fails = !known || (0..i64::try_from(steps).unwrap()).contains(&failing);
+            let fails = !valid || (0..i64::try_from(steps).unwrap()).contains(&failing);
             rig.fail_after(failing);
-            let told = match change {
+            let ack = match change {
                 Change::Table(pages) => {
                     wire.set_table(&pages.iter().rev().map(|n| (page(*n), file.as_fd())).collect::<Vec<_>>())
                 }
@@ -281,7 +282,7 @@ proptest! {
                 Change::Remove(number) => wire.remove_region(page(number)),
             };
             rig.fail_after(-1);
-            prop_assert_eq!(told, u64::from(fails));
+            prop_assert_eq!(ack, u64::from(fails));
             if !fails {
                 model = next;
             }

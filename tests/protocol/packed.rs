@@ -1,4 +1,4 @@
-//! Packed rings over the socket: what their messages mean, and one that moves data across stops and restarts.
+//! Packed rings: the meaning of their messages, and data transfers across stops and restarts.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -6,33 +6,33 @@ use std::os::unix::fs::FileExt;
 
 use crate::requests::{BLK_IN, BLK_OUT, DATA, HEADER, NEXT, STATUS, WRITE, read, wait_for};
 use crate::rig::{Rig, memory};
-use crate::rings::{AVAIL, DESC, Ends, RAM, USED, addresses, ends};
+use crate::rings::{AVAIL, DESC, RAM, RingEvents, USED, addresses, ring_events};
 use crate::wire::{FEATURES, PROTOCOL, RING_PACKED, Wire, request::*, state, words};
 
-/// No power of two; two requests and a bit.
+/// Not a power of two, and not a multiple of the three descriptors of a request.
 const SIZE: u32 = 7;
 const AVAILABLE: u16 = 0x80;
 const IS_USED: u16 = 0x8000;
 
-/// A front-end with memory and all of ring 0 but its base and its enabling.
-fn prepared(rig: &Rig) -> (Wire, File, Ends) {
-    let (wire, ram, ends) = (rig.connect(), memory("ram", RAM.len), ends());
+/// A front-end with memory and a ring 0 that is set up, but not enabled and without a base.
+fn prepared(rig: &Rig) -> (Wire, File, RingEvents) {
+    let (wire, ram, events) = (rig.connect(), memory("ram", RAM.len), ring_events());
     wire.negotiate_with(FEATURES | RING_PACKED, PROTOCOL);
     assert_eq!(wire.add_region(RAM, ram.as_fd()), 0);
-    assert_eq!(wire.ask(SET_VRING_NUM, &state(0, SIZE), &[]), 0);
+    assert_eq!(wire.call(SET_VRING_NUM, &state(0, SIZE), &[]), 0);
     let ring = addresses(0, RAM.qva + DESC, RAM.qva + AVAIL, RAM.qva + USED);
-    assert_eq!(wire.ask(SET_VRING_ADDR, &ring, &[]), 0);
-    assert_eq!(wire.ask(SET_VRING_KICK, &words(&[0]), &[ends.kick.as_fd()]), 0);
-    assert_eq!(wire.ask(SET_VRING_CALL, &words(&[0]), &[ends.call.as_fd()]), 0);
-    (wire, ram, ends)
+    assert_eq!(wire.call(SET_VRING_ADDR, &ring, &[]), 0);
+    assert_eq!(wire.call(SET_VRING_KICK, &words(&[0]), &[events.kick.as_fd()]), 0);
+    assert_eq!(wire.call(SET_VRING_CALL, &words(&[0]), &[events.call.as_fd()]), 0);
+    (wire, ram, events)
 }
 
-/// Descriptor number `count` since the beginning: its slot, and its wrap counter.
+/// The slot and the wrap counter of descriptor number `count` since the start.
 fn place(count: u64) -> (u64, bool) {
     (count % u64::from(SIZE), (count / u64::from(SIZE)).is_multiple_of(2))
 }
 
-/// Both halves of a base at `count`.
+/// The base after `count` descriptors, with both halves equal.
 fn base(count: u64) -> u32 {
     let (slot, wrap) = place(count);
     let half = u32::try_from(slot).unwrap() | if wrap { 0x8000 } else { 0 };
@@ -60,7 +60,7 @@ fn put(ram: &File, kind: u32, number: u64) {
     }
 }
 
-/// True if request `number` has come back.
+/// True if request `number` is marked used.
 fn is_used(ram: &File, number: u64) -> bool {
     let (slot, wrap) = place(3 * number);
     let [_, _, _, _, id_low, id_high, low, high] = read::<8>(ram, DESC + slot * 16 + 8);
@@ -69,16 +69,16 @@ fn is_used(ram: &File, number: u64) -> bool {
 }
 
 #[test]
-fn bytes_travel_through_a_ring_that_is_stopped_after_each_request() {
+fn data_is_transferred_through_a_ring_that_is_stopped_after_each_request() {
     let rig = Rig::new();
-    let (wire, ram, ends) = prepared(&rig);
+    let (wire, ram, events) = prepared(&rig);
     let pattern: Vec<u8> = (0..=255).chain((0..=255).rev()).collect();
     ram.write_all_at(&pattern, DATA).unwrap();
     for number in 0..12 {
         put(&ram, if number == 0 { BLK_OUT } else { BLK_IN }, number);
-        assert_eq!(wire.ask(SET_VRING_ENABLE, &state(0, 1), &[]), 0);
-        rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
-        wait_for(&ends.call);
+        assert_eq!(wire.call(SET_VRING_ENABLE, &state(0, 1), &[]), 0);
+        rustix::io::write(&events.kick, &1_u64.to_ne_bytes()).unwrap();
+        wait_for(&events.call);
         assert!(is_used(&ram, number));
         assert_eq!(read::<1>(&ram, STATUS), [0]);
         assert_eq!(read::<512>(&ram, DATA).to_vec(), pattern, "request {number}");
@@ -86,72 +86,72 @@ fn bytes_travel_through_a_ring_that_is_stopped_after_each_request() {
 
         let next = base(3 * (number + 1));
         assert_eq!(wire.stop_ring(0), next);
-        // Told or not, the ring goes on where it was; DPDK tells the available half only.
+        // The ring continues where it was stopped, whether a base is set or not. DPDK sets only the available half.
         match number % 3 {
-            0 => assert_eq!(wire.ask(SET_VRING_BASE, &state(0, next), &[]), 0),
-            1 => assert_eq!(wire.ask(SET_VRING_BASE, &state(0, next & 0xffff), &[]), 0),
+            0 => assert_eq!(wire.call(SET_VRING_BASE, &state(0, next), &[]), 0),
+            1 => assert_eq!(wire.call(SET_VRING_BASE, &state(0, next & 0xffff), &[]), 0),
             _ => {}
         }
-        assert_eq!(wire.ask(SET_VRING_KICK, &words(&[0]), &[ends.kick.as_fd()]), 0);
+        assert_eq!(wire.call(SET_VRING_KICK, &words(&[0]), &[events.kick.as_fd()]), 0);
     }
 }
 
 #[test]
-fn a_ring_never_used_has_both_wrap_counters_set() {
+fn an_unused_ring_has_both_wrap_counters_set() {
     let rig = Rig::new();
-    let (wire, _ram, _ends) = prepared(&rig);
+    let (wire, _ram, _events) = prepared(&rig);
     assert_eq!(wire.stop_ring(0), 0x8000_8000);
     assert_eq!(wire.stop_ring(3), 0x8000_8000);
 }
 
 #[test]
-fn a_place_that_the_ring_does_not_have_is_refused_when_it_would_start() {
+fn a_base_outside_the_ring_is_refused_when_the_ring_is_enabled() {
     let rig = Rig::new();
-    let (wire, _ram, _ends) = prepared(&rig);
+    let (wire, _ram, _events) = prepared(&rig);
     for wrong in [0x8007_8000, 0x8000_8007, 0x8001_8000, 0xffff_ffff] {
-        assert_eq!(wire.ask(SET_VRING_BASE, &state(0, wrong), &[]), 0);
-        assert_eq!(wire.ask(SET_VRING_ENABLE, &state(0, 1), &[]), 1, "{wrong:#x}");
-        assert_eq!(wire.ask(SET_VRING_ENABLE, &state(0, 0), &[]), 0);
+        assert_eq!(wire.call(SET_VRING_BASE, &state(0, wrong), &[]), 0);
+        assert_eq!(wire.call(SET_VRING_ENABLE, &state(0, 1), &[]), 1, "{wrong:#x}");
+        assert_eq!(wire.call(SET_VRING_ENABLE, &state(0, 0), &[]), 0);
     }
-    assert_eq!(wire.ask(SET_VRING_BASE, &state(0, 0x0006_0006), &[]), 0);
-    assert_eq!(wire.ask(SET_VRING_ENABLE, &state(0, 1), &[]), 0);
+    assert_eq!(wire.call(SET_VRING_BASE, &state(0, 0x0006_0006), &[]), 0);
+    assert_eq!(wire.call(SET_VRING_ENABLE, &state(0, 1), &[]), 0);
 }
 
 #[test]
 fn parts_are_aligned_to_sixteen_four_and_four() {
     let rig = Rig::new();
-    let (wire, _ram, _ends) = prepared(&rig);
-    // The codec ends the conversation at what neither layout could have; an avail ring may lie at any even address.
+    let (wire, _ram, _events) = prepared(&rig);
+    // The codec refuses what is misaligned for both layouts. A split avail ring may be at any even address.
     let (desc, avail, used) = (RAM.qva + DESC, RAM.qva + AVAIL + 2, RAM.qva + USED);
-    assert_eq!(wire.ask(SET_VRING_ADDR, &addresses(0, desc, avail, used), &[]), 0);
-    assert_eq!(wire.ask(SET_VRING_ENABLE, &state(0, 1), &[]), 1);
-    // Four bytes are all that the last two need.
+    assert_eq!(wire.call(SET_VRING_ADDR, &addresses(0, desc, avail, used), &[]), 0);
+    assert_eq!(wire.call(SET_VRING_ENABLE, &state(0, 1), &[]), 1);
+    // The two event suppression structures have four bytes each.
     let end = RAM.qva + RAM.len;
-    assert_eq!(wire.ask(SET_VRING_ADDR, &addresses(0, RAM.qva + DESC, end - 4, end - 8), &[]), 0);
-    assert_eq!(wire.ask(SET_VRING_ENABLE, &state(0, 1), &[]), 0);
+    assert_eq!(wire.call(SET_VRING_ADDR, &addresses(0, RAM.qva + DESC, end - 4, end - 8), &[]), 0);
+    assert_eq!(wire.call(SET_VRING_ENABLE, &state(0, 1), &[]), 0);
 }
 
 #[test]
-fn every_size_to_1024_is_taken() {
+fn every_size_up_to_1024_is_accepted() {
     let rig = Rig::new();
-    let (wire, _ram, _ends) = prepared(&rig);
-    for (size, told) in [(1, 0), (3, 0), (1000, 0), (1023, 0), (1024, 0), (0, 1), (1025, 1), (0x1_0007, 1)] {
-        assert_eq!(wire.ask(SET_VRING_NUM, &state(0, size), &[]), told, "{size}");
+    let (wire, _ram, _events) = prepared(&rig);
+    for (size, expected) in [(1, 0), (3, 0), (1000, 0), (1023, 0), (1024, 0), (0, 1), (1025, 1), (0x1_0007, 1)] {
+        assert_eq!(wire.call(SET_VRING_NUM, &state(0, size), &[]), expected, "{size}");
     }
 }
 
 #[test]
-fn a_size_is_looked_at_again_when_the_layout_is_known() {
+fn a_size_is_checked_again_when_the_layout_is_known() {
     let rig = Rig::new();
-    let (wire, _ram, _ends) = prepared(&rig);
-    // The ring waits, seven entries long; then the guest's driver turns out to know split rings only.
-    assert_eq!(wire.ask(RESET_DEVICE, &[], &[]), 0);
-    assert_eq!(wire.ask(SET_VRING_NUM, &state(0, 7), &[]), 0);
-    assert_eq!(wire.ask(SET_VRING_BASE, &state(0, 0), &[]), 0);
+    let (wire, _ram, _events) = prepared(&rig);
+    // The ring has seven entries when the driver acknowledges split rings only.
+    assert_eq!(wire.call(RESET_DEVICE, &[], &[]), 0);
+    assert_eq!(wire.call(SET_VRING_NUM, &state(0, 7), &[]), 0);
+    assert_eq!(wire.call(SET_VRING_BASE, &state(0, 0), &[]), 0);
     let ring = addresses(0, RAM.qva + DESC, RAM.qva + AVAIL, RAM.qva + USED);
-    assert_eq!(wire.ask(SET_VRING_ADDR, &ring, &[]), 0);
-    assert_eq!(wire.ask(SET_VRING_KICK, &words(&[0x100]), &[]), 0);
-    assert_eq!(wire.ask(SET_FEATURES, &words(&[FEATURES]), &[]), 0);
-    assert_eq!(wire.ask(SET_VRING_ENABLE, &state(0, 1), &[]), 1);
-    assert_eq!(wire.ask(SET_VRING_NUM, &state(0, 8), &[]), 0, "which starts it");
+    assert_eq!(wire.call(SET_VRING_ADDR, &ring, &[]), 0);
+    assert_eq!(wire.call(SET_VRING_KICK, &words(&[0x100]), &[]), 0);
+    assert_eq!(wire.call(SET_FEATURES, &words(&[FEATURES]), &[]), 0);
+    assert_eq!(wire.call(SET_VRING_ENABLE, &state(0, 1), &[]), 1);
+    assert_eq!(wire.call(SET_VRING_NUM, &state(0, 8), &[]), 0, "this starts it");
 }

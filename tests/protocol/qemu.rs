@@ -1,4 +1,4 @@
-//! Conversations as stock front-ends lead them: QEMU 10.0 and 11.1, and libblkio, message by message.
+//! The messages of stock front-ends: QEMU 10.0 and 11.1, and libblkio.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -8,59 +8,59 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 
 use crate::requests::{BLK_IN, STATUS, put, read, wait_for};
 use crate::rig::{QUEUES, Rig, copies_of, event, memory};
-use crate::rings::{AVAIL, DESC, Ends, RAM, USED, addresses, ends};
+use crate::rings::{AVAIL, DESC, RAM, RingEvents, USED, addresses, ring_events};
 use crate::wire::{
-    BACKEND_REQ, FEATURES, GPA_ADDRESSES, NEED_REPLY, PROTOCOL, Place, RING_PACKED, Reply, Wire, message, request::*,
-    state, words,
+    BACKEND_REQ, FEATURES, GPA_ADDRESSES, MemoryRegion, NEED_REPLY, PROTOCOL, RING_PACKED, Reply, Wire, message,
+    request::*, state, words,
 };
 
-/// What differs between front-ends.
+/// The differences between versions of QEMU.
 #[derive(Clone, Copy, Debug)]
-struct Kind {
+struct Version {
     protocol: u64,
-    /// Asks for an acknowledgement of ring descriptors.
-    asks_about_events: bool,
+    /// Requests an acknowledgement of ring descriptors.
+    acks_for_events: bool,
 }
 
-const QEMU_10_0: Kind = Kind { protocol: PROTOCOL | BACKEND_REQ, asks_about_events: false };
-const QEMU_11_1: Kind = Kind { protocol: PROTOCOL | BACKEND_REQ | GPA_ADDRESSES, asks_about_events: true };
+const QEMU_10_0: Version = Version { protocol: PROTOCOL | BACKEND_REQ, acks_for_events: false };
+const QEMU_11_1: Version = Version { protocol: PROTOCOL | BACKEND_REQ | GPA_ADDRESSES, acks_for_events: true };
 
 /// RAM above 4 GiB, in the same file.
-const HIGH: Place = Place { gpa: 4 << 30, len: 1 << 20, qva: RAM.qva + RAM.len, offset: RAM.len };
-const DIMM: Place = Place { gpa: 8 << 30, len: 1 << 20, qva: 1 << 45, offset: 0 };
+const HIGH: MemoryRegion = MemoryRegion { gpa: 4 << 30, len: 1 << 20, qva: RAM.qva + RAM.len, offset: RAM.len };
+const DIMM: MemoryRegion = MemoryRegion { gpa: 8 << 30, len: 1 << 20, qva: 1 << 45, offset: 0 };
 
 struct Qemu {
-    kind: Kind,
+    version: Version,
     wire: Wire,
-    ends: Ends,
+    events: RingEvents,
     ram: File,
     _channel: (UnixStream, UnixStream),
 }
 
 impl Qemu {
-    /// What every connection begins with.
-    fn connect(rig: &Rig, kind: Kind) -> Self {
+    /// The first messages of each connection.
+    fn connect(rig: &Rig, version: Version) -> Self {
         let wire = rig.connect();
         assert_eq!(wire.get(GET_FEATURES) & FEATURES, FEATURES);
         let offered = wire.get(GET_PROTOCOL_FEATURES);
-        wire.send(SET_PROTOCOL_FEATURES, &words(&[offered & kind.protocol]), &[]);
+        wire.send(SET_PROTOCOL_FEATURES, &words(&[offered & version.protocol]), &[]);
         assert_eq!(wire.get(GET_QUEUE_NUM), u64::from(QUEUES));
         assert_eq!(wire.get(GET_MAX_MEM_SLOTS), 509);
         let channel = UnixStream::pair().unwrap();
-        assert_eq!(wire.ask(SET_BACKEND_REQ_FD, &[], &[channel.1.as_fd()]), 0);
+        assert_eq!(wire.call(SET_BACKEND_REQ_FD, &[], &[channel.1.as_fd()]), 0);
         wire.send(SET_OWNER, &[], &[]);
         wire.get(GET_FEATURES);
-        let qemu = Self { kind, wire, ends: ends(), ram: memory("ram", 2 * RAM.len), _channel: channel };
+        let qemu = Self { version, wire, events: ring_events(), ram: memory("ram", 2 * RAM.len), _channel: channel };
         for index in 0..u64::from(QUEUES) {
-            qemu.event(SET_VRING_CALL, index, qemu.ends.call.as_fd());
-            qemu.event(SET_VRING_ERR, index, qemu.ends.err.as_fd());
+            qemu.event(SET_VRING_CALL, index, qemu.events.call.as_fd());
+            qemu.event(SET_VRING_ERR, index, qemu.events.err.as_fd());
         }
         qemu
     }
 
-    /// The first connection: the configuration space, and the resets of the machine.
-    fn realize(rig: &Rig, kind: Kind) -> Self {
-        let qemu = Self::connect(rig, kind);
+    /// The first connection: reads the configuration space and resets the device.
+    fn realize(rig: &Rig, version: Version) -> Self {
+        let qemu = Self::connect(rig, version);
         for size in [57, 60] {
             qemu.wire.send(GET_CONFIG, &[state(0, size), vec![0; 4 + size as usize]].concat(), &[]);
             assert!(matches!(qemu.wire.reply(), Reply::Message(GET_CONFIG, _)));
@@ -75,19 +75,19 @@ impl Qemu {
     }
 
     fn event(&self, request: u32, index: u64, fd: BorrowedFd<'_>) {
-        if self.kind.asks_about_events {
-            assert_eq!(self.wire.ask(request, &words(&[index]), &[fd]), 0);
+        if self.version.acks_for_events {
+            assert_eq!(self.wire.call(request, &words(&[index]), &[fd]), 0);
         } else {
             self.wire.send(request, &words(&[index]), &[fd]);
         }
     }
 
-    fn address(&self, place: Place) -> u64 {
-        if self.kind.protocol & GPA_ADDRESSES != 0 { place.gpa } else { place.qva }
+    fn address(&self, region: MemoryRegion) -> u64 {
+        if self.version.protocol & GPA_ADDRESSES != 0 { region.gpa } else { region.qva }
     }
 
-    fn add(&self, place: Place, fd: BorrowedFd<'_>) {
-        assert_eq!(self.wire.add_region(Place { qva: self.address(place), ..place }, fd), 0);
+    fn add(&self, region: MemoryRegion, fd: BorrowedFd<'_>) {
+        assert_eq!(self.wire.add_region(MemoryRegion { qva: self.address(region), ..region }, fd), 0);
     }
 
     fn driver_ok(&self) {
@@ -96,7 +96,7 @@ impl Qemu {
         self.wire.send(SET_FEATURES, &words(&[FEATURES]), &[]);
     }
 
-    /// Rings 0 and 1 are the guest's; it has heard of no other. All are enabled.
+    /// The guest uses rings 0 and 1. QEMU enables all.
     fn start_rings(&self, base: u32) {
         for index in 0..2 {
             let start = self.address(RAM) + 0x8000 * u64::from(index);
@@ -106,12 +106,12 @@ impl Qemu {
             self.event(
                 SET_VRING_KICK,
                 index.into(),
-                if index == 0 { self.ends.kick.as_fd() } else { self.ends.err.as_fd() },
+                if index == 0 { self.events.kick.as_fd() } else { self.events.err.as_fd() },
             );
-            self.event(SET_VRING_CALL, index.into(), self.ends.call.as_fd());
+            self.event(SET_VRING_CALL, index.into(), self.events.call.as_fd());
         }
         for index in 0..u32::from(QUEUES) {
-            assert_eq!(self.wire.ask(SET_VRING_ENABLE, &state(index, 1), &[]), 0, "also those never used");
+            assert_eq!(self.wire.call(SET_VRING_ENABLE, &state(index, 1), &[]), 0, "unused rings, too");
         }
         self.wire.send(SET_STATUS, &words(&[0xf]), &[]);
         assert_eq!(self.wire.get(GET_STATUS), 0xf);
@@ -119,46 +119,46 @@ impl Qemu {
 
     fn stop_rings(&self) -> u32 {
         for index in 0..u32::from(QUEUES) {
-            assert_eq!(self.wire.ask(SET_VRING_ENABLE, &state(index, 0), &[]), 0);
+            assert_eq!(self.wire.call(SET_VRING_ENABLE, &state(index, 0), &[]), 0);
         }
         assert_eq!(self.wire.stop_ring(1), 0);
         self.wire.stop_ring(0)
     }
 
-    fn reads(&self, number: u16) {
+    fn read(&self, number: u16) {
         put(&self.ram, BLK_IN, number);
-        rustix::io::write(&self.ends.kick, &1_u64.to_ne_bytes()).unwrap();
-        wait_for(&self.ends.call);
-        assert_eq!(read::<1>(&self.ram, STATUS), [0], "request {number} of {:?}", self.kind);
+        rustix::io::write(&self.events.kick, &1_u64.to_ne_bytes()).unwrap();
+        wait_for(&self.events.call);
+        assert_eq!(read::<1>(&self.ram, STATUS), [0], "request {number} of {:?}", self.version);
     }
 
-    fn boots(&self) {
+    fn boot(&self) {
         self.driver_ok();
-        // One file, two regions.
+        // Two regions in one file.
         self.add(RAM, self.ram.as_fd());
         self.add(HIGH, self.ram.as_fd());
         self.start_rings(0);
-        self.reads(0);
+        self.read(0);
     }
 }
 
 #[test]
 fn qemu_boots_stops_continues_and_resets() {
     let rig = Rig::new();
-    for kind in [QEMU_10_0, QEMU_11_1] {
-        let qemu = Qemu::realize(&rig, kind);
-        qemu.boots();
+    for version in [QEMU_10_0, QEMU_11_1] {
+        let qemu = Qemu::realize(&rig, version);
+        qemu.boot();
         let mapped = [(RAM.gpa, RAM.len), (HIGH.gpa, HIGH.len)];
 
-        // stop, cont: no word about memory.
+        // `stop` and `cont` send no messages about memory.
         let base = qemu.stop_rings();
         assert_eq!(base, 1);
         qemu.driver_ok();
         qemu.start_rings(base);
-        qemu.reads(1);
+        qemu.read(1);
         assert_eq!(rig.guest_memory(), mapped);
 
-        // system_reset: nor then.
+        // Neither does `system_reset`.
         assert_eq!(qemu.stop_rings(), 2);
         qemu.reset();
         qemu.ram.sync_all().unwrap();
@@ -168,22 +168,22 @@ fn qemu_boots_stops_continues_and_resets() {
         }
         qemu.driver_ok();
         qemu.start_rings(0);
-        qemu.reads(0);
+        qemu.read(0);
     }
 }
 
 #[test]
-fn a_dimm_comes_and_goes_while_the_guest_runs() {
+fn a_dimm_is_plugged_and_unplugged_while_the_guest_runs() {
     let rig = Rig::new();
-    for kind in [QEMU_10_0, QEMU_11_1] {
-        let (qemu, dimm) = (Qemu::realize(&rig, kind), memory("dimm", DIMM.len));
-        qemu.boots();
+    for version in [QEMU_10_0, QEMU_11_1] {
+        let (qemu, dimm) = (Qemu::realize(&rig, version), memory("dimm", DIMM.len));
+        qemu.boot();
 
         qemu.add(DIMM, dimm.as_fd());
         assert_eq!(rig.guest_memory().len(), 3);
-        qemu.reads(1);
-        assert_eq!(qemu.wire.remove_region(Place { qva: qemu.address(DIMM), ..DIMM }), 0);
-        qemu.reads(2);
+        qemu.read(1);
+        assert_eq!(qemu.wire.remove_region(MemoryRegion { qva: qemu.address(DIMM), ..DIMM }), 0);
+        qemu.read(2);
 
         assert_eq!(rig.guest_memory().len(), 2);
         assert_eq!(copies_of(&dimm).len(), 0);
@@ -191,56 +191,56 @@ fn a_dimm_comes_and_goes_while_the_guest_runs() {
 }
 
 #[test]
-fn a_reconnecting_front_end_repeats_itself_and_goes_on() {
+fn a_reconnecting_front_end_continues() {
     let rig = Rig::new();
     let first = Qemu::realize(&rig, QEMU_11_1);
-    first.boots();
+    first.boot();
     let Qemu { ram, wire, .. } = first;
     drop(wire);
 
-    // The same guest memory, and its ring where it stood; the configuration space is not read again.
+    // The same guest memory and the ring's base. The configuration space is not read again.
     let again = Qemu { ram, ..Qemu::connect(&rig, QEMU_11_1) };
     again.driver_ok();
     again.add(RAM, again.ram.as_fd());
     again.add(HIGH, again.ram.as_fd());
     again.start_rings(1);
 
-    again.reads(1);
+    again.read(1);
 }
 
 #[test]
-fn a_ring_in_a_hole_of_shared_memory_is_refused_and_the_rest_goes_on() {
+fn a_ring_in_a_hole_of_shared_memory_is_refused_and_the_others_continue() {
     let rig = Rig::new();
     let qemu = Qemu::realize(&rig, QEMU_10_0);
-    qemu.boots();
-    // A NUMA node that is not shared: no message tells of it.
+    qemu.boot();
+    // A NUMA node that is not shared, so there is no message about it.
     let hole = RAM.qva + (1 << 40);
-    assert_eq!(qemu.wire.ask(SET_VRING_NUM, &state(2, 8), &[]), 0);
-    assert_eq!(qemu.wire.ask(SET_VRING_ADDR, &addresses(2, hole, hole + 0x1000, hole + 0x2000), &[]), 0);
-    assert_eq!(qemu.wire.ask(SET_VRING_KICK, &words(&[2 | 0x100]), &[]), 1);
-    qemu.reads(1);
+    assert_eq!(qemu.wire.call(SET_VRING_NUM, &state(2, 8), &[]), 0);
+    assert_eq!(qemu.wire.call(SET_VRING_ADDR, &addresses(2, hole, hole + 0x1000, hole + 0x2000), &[]), 0);
+    assert_eq!(qemu.wire.call(SET_VRING_KICK, &words(&[2 | 0x100]), &[]), 1);
+    qemu.read(1);
 }
 
 #[test]
-fn libblkio_asks_for_acknowledgements_of_what_has_a_reply_anyway() {
+fn libblkio_requests_acknowledgements_of_messages_that_have_a_reply() {
     let rig = Rig::new();
     let wire = rig.connect();
     for (request, expected) in [(GET_FEATURES, FEATURES), (GET_PROTOCOL_FEATURES, 0x8209)] {
-        assert_eq!(wire.ask(request, &[], &[]) & expected, expected);
+        assert_eq!(wire.call(request, &[], &[]) & expected, expected);
     }
     wire.send(SET_PROTOCOL_FEATURES, &words(&[0x8209]), &[]);
     wire.send(SET_FEATURES, &words(&[FEATURES]), &[]);
-    assert_eq!(wire.ask(GET_QUEUE_NUM, &[], &[]), u64::from(QUEUES));
-    assert_eq!(wire.ask(GET_MAX_MEM_SLOTS, &[], &[]), 509);
+    assert_eq!(wire.call(GET_QUEUE_NUM, &[], &[]), u64::from(QUEUES));
+    assert_eq!(wire.call(GET_MAX_MEM_SLOTS, &[], &[]), 509);
     wire.send_bytes(&message(GET_CONFIG, NEED_REPLY, &[state(0, 60), vec![0; 64]].concat()), &[]);
     assert!(matches!(wire.reply(), Reply::Message(GET_CONFIG, _)));
     wire.send_bytes(&message(GET_VRING_BASE, NEED_REPLY, &state(0, 0)), &[]);
     assert!(matches!(wire.reply(), Reply::Message(GET_VRING_BASE, _)));
-    // Had there been one reply too many, this would be taken for it.
+    // A superfluous reply would be taken for this one.
     assert_eq!(wire.get(GET_FEATURES) & RING_PACKED, RING_PACKED);
-    // It connects once to look, and again to work.
+    // It disconnects and connects again before its requests.
     drop(wire);
-    rig.connect().settle();
+    rig.connect().sync();
 }
 
 #[test]
@@ -253,8 +253,8 @@ fn memory_may_be_sealed_as_qemu_seals_it() {
         let fd = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&fd, RAM.len).unwrap();
         fcntl_add_seals(&fd, seals).unwrap();
-        let place = Place { gpa: RAM.gpa + n * RAM.len, qva: RAM.qva + n * RAM.len, ..RAM };
-        assert_eq!(wire.add_region(place, fd.as_fd()), 0, "{seals:?}");
+        let region = MemoryRegion { gpa: RAM.gpa + n * RAM.len, qva: RAM.qva + n * RAM.len, ..RAM };
+        assert_eq!(wire.add_region(region, fd.as_fd()), 0, "{seals:?}");
     }
 }
 
@@ -265,7 +265,7 @@ fn a_descriptor_that_comes_with_a_removal_is_closed() {
     wire.negotiate();
     assert_eq!(wire.add_region(RAM, ram.as_fd()), 0);
     let payload = [words(&[0]), RAM.bytes()].concat();
-    assert_eq!(wire.ask(REM_MEM_REG, &payload, &[stray.as_fd()]), 0);
-    wire.settle();
+    assert_eq!(wire.call(REM_MEM_REG, &payload, &[stray.as_fd()]), 0);
+    wire.sync();
     assert_eq!(copies_of(&stray).len() + copies_of(&ram).len(), 0);
 }

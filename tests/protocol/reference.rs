@@ -1,4 +1,4 @@
-//! The same conversation with our server and with a daemon built on rust-vmm's `vhost-user-backend`: the same replies.
+//! Sends the same messages to the server and to a daemon built on rust-vmm's `vhost-user-backend`, and compares the replies.
 
 use std::fmt::Debug;
 use std::io;
@@ -18,12 +18,12 @@ use vmm_sys_util::tempdir::TempDir;
 
 use crate::rig::{QUEUES, Rig, memory};
 use crate::rings::{AVAIL, DESC, RAM, USED};
-use crate::wire::{FEATURES, OFFERED, PROTOCOL, Place};
+use crate::wire::{FEATURES, MemoryRegion, OFFERED, PROTOCOL};
 
 /// The reference does not know SET_STATUS.
 const STATUS: u64 = 1 << 16;
 
-/// What the reference is told to be: a device with our features and configuration that never touches a ring.
+/// The reference: a device with the features and configuration of the server. It does not access its rings.
 struct Reference {
     features: u64,
     config: Vec<u8>,
@@ -61,7 +61,7 @@ impl VhostUserBackendMut for Reference {
     }
 
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
-        // Else its threads would outlive the daemon, which waits for them.
+        // Without it the daemon's threads would not exit, and the daemon would wait for them.
         new_event_consumer_and_notifier(EventFlag::CLOEXEC).ok()
     }
 
@@ -70,8 +70,8 @@ impl VhostUserBackendMut for Reference {
     }
 }
 
-/// Holds `conversation` with the reference.
-fn with_reference<T>(reference: Reference, conversation: impl FnOnce(&Path) -> T) -> T {
+/// Runs `test` with the reference.
+fn with_reference<T>(reference: Reference, test: impl FnOnce(&Path) -> T) -> T {
     let directory = TempDir::new().unwrap();
     let path = directory.as_path().join("socket");
     let mut listener = Listener::new(&path, true).unwrap();
@@ -79,22 +79,22 @@ fn with_reference<T>(reference: Reference, conversation: impl FnOnce(&Path) -> T
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let mut daemon = VhostUserDaemon::new("reference".into(), Arc::new(RwLock::new(reference)), memory).unwrap();
         daemon.start(&mut listener).unwrap();
-        // How it ends is the daemon's own affair.
-        let _ended = daemon.wait();
+        // An error here is not that of the test.
+        let _result = daemon.wait();
     });
-    let result = conversation(&path);
+    let result = test(&path);
     daemon.join().unwrap();
     result
 }
 
-/// What has been said so far; a failure is a failure, whatever its text.
+/// The results of all messages so far. Error texts are left out.
 struct Transcript(Vec<String>);
 
 impl Transcript {
-    fn note<T: Debug, E>(&mut self, what: &str, result: Result<T, E>) {
+    fn record<T: Debug, E>(&mut self, message: &str, result: Result<T, E>) {
         self.0.push(match result {
-            Ok(value) => format!("{what}: {value:?}"),
-            Err(_) => format!("{what}: refused"),
+            Ok(value) => format!("{message}: {value:?}"),
+            Err(_) => format!("{message}: refused"),
         });
     }
 }
@@ -106,17 +106,17 @@ fn connect(path: &Path) -> Frontend {
 }
 
 fn negotiate(front_end: &mut Frontend, transcript: &mut Transcript) {
-    transcript.note("features", front_end.get_features());
-    transcript.note("protocol features", front_end.get_protocol_features().map(|bits| bits.bits() & !STATUS));
+    transcript.record("features", front_end.get_features());
+    transcript.record("protocol features", front_end.get_protocol_features().map(|bits| bits.bits() & !STATUS));
     let protocol = VhostUserProtocolFeatures::from_bits_retain(PROTOCOL & !STATUS);
-    transcript.note("set protocol features", front_end.set_protocol_features(protocol));
-    transcript.note("queues", front_end.get_queue_num());
-    transcript.note("slots", front_end.get_max_mem_slots());
-    transcript.note("owner", front_end.set_owner());
-    transcript.note("set features", front_end.set_features(FEATURES));
+    transcript.record("set protocol features", front_end.set_protocol_features(protocol));
+    transcript.record("queues", front_end.get_queue_num());
+    transcript.record("slots", front_end.get_max_mem_slots());
+    transcript.record("owner", front_end.set_owner());
+    transcript.record("set features", front_end.set_features(FEATURES));
 }
 
-fn region(place: Place, file: &impl AsRawFd) -> VhostUserMemoryRegionInfo {
+fn region(place: MemoryRegion, file: &impl AsRawFd) -> VhostUserMemoryRegionInfo {
     VhostUserMemoryRegionInfo {
         guest_phys_addr: place.gpa,
         memory_size: place.len,
@@ -140,49 +140,49 @@ fn ring_addresses(flags: u32) -> VringConfigData {
 
 fn set_ring_up(front_end: &mut Frontend, transcript: &mut Transcript) {
     let (kick, call) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
-    transcript.note("num", front_end.set_vring_num(0, 8));
-    transcript.note("base", front_end.set_vring_base(0, 0));
-    transcript.note("addr", front_end.set_vring_addr(0, &ring_addresses(0)));
-    transcript.note("kick", front_end.set_vring_kick(0, &kick));
-    transcript.note("call", front_end.set_vring_call(0, &call));
-    transcript.note("enable", front_end.set_vring_enable(0, true));
+    transcript.record("num", front_end.set_vring_num(0, 8));
+    transcript.record("base", front_end.set_vring_base(0, 0));
+    transcript.record("addr", front_end.set_vring_addr(0, &ring_addresses(0)));
+    transcript.record("kick", front_end.set_vring_kick(0, &kick));
+    transcript.record("call", front_end.set_vring_call(0, &call));
+    transcript.record("enable", front_end.set_vring_enable(0, true));
 }
 
-/// What QEMU says from connecting to the second start of its guest, with memory that grows and shrinks.
-fn whole_life(path: &Path) -> Vec<String> {
+/// The messages of QEMU from its connection to the second start of its guest, with memory hotplug.
+fn whole_session(path: &Path) -> Vec<String> {
     let (mut front_end, mut transcript) = (connect(path), Transcript(Vec::new()));
     let (ram, dimm) = (memory("ram", RAM.len), memory("dimm", 1 << 20));
-    let second = Place { gpa: 1 << 32, len: 1 << 20, qva: 1 << 45, offset: 0 };
+    let second = MemoryRegion { gpa: 1 << 32, len: 1 << 20, qva: 1 << 45, offset: 0 };
     negotiate(&mut front_end, &mut transcript);
     for index in 0..2 {
-        transcript.note("call", front_end.set_vring_call(index, &EventFd::new(0).unwrap()));
-        transcript.note("err", front_end.set_vring_err(index, &EventFd::new(0).unwrap()));
+        transcript.record("call", front_end.set_vring_call(index, &EventFd::new(0).unwrap()));
+        transcript.record("err", front_end.set_vring_err(index, &EventFd::new(0).unwrap()));
     }
     for (offset, size) in [(0, 57), (0, 60), (20, 4), (59, 5), (200, 10)] {
         let config = front_end.get_config(offset, size, VhostUserConfigFlags::empty(), &vec![0; size as usize]);
-        transcript.note("config", config.map(|(_, bytes)| bytes));
+        transcript.record("config", config.map(|(_, bytes)| bytes));
     }
-    transcript.note("reset", front_end.reset_device());
-    transcript.note("reset", front_end.reset_device());
-    transcript.note("set features", front_end.set_features(FEATURES));
-    transcript.note("add", front_end.add_mem_region(&region(RAM, &ram)));
+    transcript.record("reset", front_end.reset_device());
+    transcript.record("reset", front_end.reset_device());
+    transcript.record("set features", front_end.set_features(FEATURES));
+    transcript.record("add", front_end.add_mem_region(&region(RAM, &ram)));
     for _ in 0..2 {
         set_ring_up(&mut front_end, &mut transcript);
-        transcript.note("enable unused", front_end.set_vring_enable(1, true));
-        transcript.note("add", front_end.add_mem_region(&region(second, &dimm)));
-        transcript.note("remove", front_end.remove_mem_region(&region(second, &dimm)));
-        transcript.note("base of 0", front_end.get_vring_base(0));
-        transcript.note("base of 1", front_end.get_vring_base(1));
-        transcript.note("disable", front_end.set_vring_enable(0, false));
+        transcript.record("enable unused", front_end.set_vring_enable(1, true));
+        transcript.record("add", front_end.add_mem_region(&region(second, &dimm)));
+        transcript.record("remove", front_end.remove_mem_region(&region(second, &dimm)));
+        transcript.record("base of 0", front_end.get_vring_base(0));
+        transcript.record("base of 1", front_end.get_vring_base(1));
+        transcript.record("disable", front_end.set_vring_enable(0, false));
     }
-    transcript.note("table", front_end.set_mem_table(&[region(RAM, &ram), region(second, &dimm)]));
-    transcript.note("remove", front_end.remove_mem_region(&region(RAM, &ram)));
+    transcript.record("table", front_end.set_mem_table(&[region(RAM, &ram), region(second, &dimm)]));
+    transcript.record("remove", front_end.remove_mem_region(&region(RAM, &ram)));
     transcript.0
 }
 
 type Mistake = fn(&mut Frontend) -> vhost::Result<()>;
 
-/// Requests that both refuse, each in a conversation of its own: the reference hangs up after a refusal.
+/// Messages that both refuse. Each has its own connection, because the reference disconnects after a refusal.
 const MISTAKES: [(&str, Mistake); 7] = [
     ("a feature not offered", |front_end| front_end.set_features(FEATURES | 1 << 40)),
     ("no size", |front_end| front_end.set_vring_num(0, 0)),
@@ -194,7 +194,7 @@ const MISTAKES: [(&str, Mistake); 7] = [
         let ram = memory("ram", RAM.len);
         front_end.add_mem_region(&region(RAM, &ram))?;
         front_end
-            .add_mem_region(&region(Place { gpa: RAM.gpa + 0x1000, qva: 1 << 30, len: 0x1000, offset: 0 }, &ram))
+            .add_mem_region(&region(MemoryRegion { gpa: RAM.gpa + 0x1000, qva: 1 << 30, len: 0x1000, offset: 0 }, &ram))
             .map(drop)
     }),
 ];
@@ -208,10 +208,10 @@ fn reference_of(rig: &Rig) -> Reference {
 }
 
 #[test]
-fn a_whole_life_reads_the_same() {
+fn a_whole_session_has_the_same_replies() {
     let rig = Rig::new();
-    let theirs = with_reference(reference_of(&rig), whole_life);
-    let ours = whole_life(&rig.path);
+    let theirs = with_reference(reference_of(&rig), whole_session);
+    let ours = whole_session(&rig.path);
     assert_eq!(ours, theirs);
     assert!(!ours.iter().any(|line| line.ends_with("refused")), "{ours:#?}");
 }
@@ -219,13 +219,13 @@ fn a_whole_life_reads_the_same() {
 #[test]
 fn the_same_mistakes_are_refused() {
     let rig = Rig::new();
-    for (what, mistake) in MISTAKES {
-        let try_it = |path: &Path| {
+    for (name, mistake) in MISTAKES {
+        let is_refused = |path: &Path| {
             let mut front_end = connect(path);
             negotiate(&mut front_end, &mut Transcript(Vec::new()));
             mistake(&mut front_end).is_err()
         };
-        assert!(with_reference(reference_of(&rig), try_it), "the reference, {what}");
-        assert!(try_it(&rig.path), "{what}");
+        assert!(with_reference(reference_of(&rig), is_refused), "the reference, {name}");
+        assert!(is_refused(&rig.path), "{name}");
     }
 }

@@ -1,4 +1,4 @@
-//! Bytes travel: from guest memory through a ring to the drive, and back.
+//! Requests: data from guest memory through a ring to the drive and back.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -9,7 +9,7 @@ use crate::rig::Rig;
 use crate::rings::{AVAIL, DESC, RAM, USED, running};
 use crate::wire::{FEATURES, Reply, Wire, request::*, state, words};
 
-/// Where header, data and status of the one request lie in guest memory.
+/// Offsets of header, data and status of the request in guest memory.
 pub(crate) const HEADER: u64 = 0x4000;
 pub(crate) const DATA: u64 = 0x5000;
 pub(crate) const STATUS: u64 = 0x6000;
@@ -19,11 +19,11 @@ pub(crate) const BLK_OUT: u32 = 1;
 pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 
-/// Waits for a signal; a server that sends none fails the test rather than hang it.
+/// Waits for `event`. The test fails if it is not signalled within 20 s.
 pub(crate) fn wait_for(event: &OwnedFd) {
     let mut fds = [PollFd::new(event, PollFlags::IN)];
-    let patience = Timespec { tv_sec: 20, tv_nsec: 0 };
-    assert_eq!(poll(&mut fds, Some(&patience)).unwrap(), 1, "no call");
+    let timeout = Timespec { tv_sec: 20, tv_nsec: 0 };
+    assert_eq!(poll(&mut fds, Some(&timeout)).unwrap(), 1, "not signalled");
     rustix::io::read(event, &mut [0; 8]).unwrap();
 }
 
@@ -38,7 +38,7 @@ pub(crate) fn put(ram: &std::fs::File, kind: u32, number: u16) {
     }
     write(HEADER, &[&kind.to_le_bytes()[..], &[0; 4], &3_u64.to_le_bytes()].concat());
     write(STATUS, &[0xff]);
-    // EVENT_IDX: call for this very request.
+    // EVENT_IDX: request a call for this request.
     write(AVAIL + 4 + 2 * 8, &number.to_le_bytes());
     write(AVAIL + 4 + 2 * u64::from(number % 8), &0_u16.to_le_bytes());
     write(AVAIL + 2, &(number + 1).to_le_bytes());
@@ -51,22 +51,22 @@ pub(crate) fn read<const N: usize>(ram: &std::fs::File, offset: u64) -> [u8; N] 
 }
 
 #[test]
-fn what_one_guest_wrote_the_next_one_reads() {
+fn data_written_by_one_guest_is_read_by_the_next() {
     let rig = Rig::new();
-    let (wire, ram, ends) = running(&rig);
+    let (wire, ram, events) = running(&rig);
     let pattern: Vec<u8> = (0..=255).chain((0..=255).rev()).collect();
     ram.write_all_at(&pattern, DATA).unwrap();
     put(&ram, BLK_OUT, 0);
-    rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
-    wait_for(&ends.call);
+    rustix::io::write(&events.kick, &1_u64.to_ne_bytes()).unwrap();
+    wait_for(&events.call);
     assert_eq!(read::<1>(&ram, STATUS), [0]);
     assert_eq!(read::<2>(&ram, USED + 2), [1, 0]);
     drop(wire);
 
-    let (wire, ram, ends) = running(&rig);
+    let (wire, ram, events) = running(&rig);
     put(&ram, BLK_IN, 0);
-    rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
-    wait_for(&ends.call);
+    rustix::io::write(&events.kick, &1_u64.to_ne_bytes()).unwrap();
+    wait_for(&events.call);
 
     assert_eq!(read::<1>(&ram, STATUS), [0]);
     assert_eq!(read::<512>(&ram, DATA).to_vec(), pattern);
@@ -76,17 +76,17 @@ fn what_one_guest_wrote_the_next_one_reads() {
 #[test]
 fn a_request_waits_in_a_disabled_ring_and_survives_a_stop() {
     let rig = Rig::new();
-    let (wire, ram, ends) = running(&rig);
-    assert_eq!(wire.ask(SET_VRING_ENABLE, &state(0, 0), &[]), 0);
+    let (wire, ram, events) = running(&rig);
+    assert_eq!(wire.call(SET_VRING_ENABLE, &state(0, 0), &[]), 0);
     put(&ram, BLK_IN, 0);
-    rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
+    rustix::io::write(&events.kick, &1_u64.to_ne_bytes()).unwrap();
     assert_eq!(wire.stop_ring(0), 0, "not taken");
     assert_eq!(read::<1>(&ram, STATUS), [0xff]);
 
-    // The call descriptor is not sent again, nor is the kick signalled again: what is there is found at the start.
-    assert_eq!(wire.ask(SET_VRING_KICK, &words(&[0]), &[ends.kick.as_fd()]), 0);
-    assert_eq!(wire.ask(SET_VRING_ENABLE, &state(0, 1), &[]), 0);
-    wait_for(&ends.call);
+    // Neither is the call descriptor sent again nor the kick signalled again: the request is found when the ring starts.
+    assert_eq!(wire.call(SET_VRING_KICK, &words(&[0]), &[events.kick.as_fd()]), 0);
+    assert_eq!(wire.call(SET_VRING_ENABLE, &state(0, 1), &[]), 0);
+    wait_for(&events.call);
 
     assert_eq!(read::<1>(&ram, STATUS), [0]);
     assert_eq!(wire.stop_ring(0), 1);
@@ -95,34 +95,34 @@ fn a_request_waits_in_a_disabled_ring_and_survives_a_stop() {
 #[test]
 fn memory_can_grow_and_shrink_under_a_running_ring() {
     let rig = Rig::new();
-    let (wire, ram, ends) = running(&rig);
+    let (wire, ram, events) = running(&rig);
     let dimm = crate::rig::memory("dimm", 1 << 20);
-    let place = crate::wire::Place { gpa: 1 << 32, len: 1 << 20, qva: 1 << 45, offset: 0 };
+    let place = crate::wire::MemoryRegion { gpa: 1 << 32, len: 1 << 20, qva: 1 << 45, offset: 0 };
     for number in 0..20 {
         put(&ram, BLK_IN, number);
-        rustix::io::write(&ends.kick, &1_u64.to_ne_bytes()).unwrap();
+        rustix::io::write(&events.kick, &1_u64.to_ne_bytes()).unwrap();
         let changed = if number % 2 == 0 { wire.add_region(place, dimm.as_fd()) } else { wire.remove_region(place) };
         assert_eq!(changed, 0);
-        wait_for(&ends.call);
+        wait_for(&events.call);
         assert_eq!(read::<1>(&ram, STATUS), [0]);
     }
     assert_eq!(wire.stop_ring(0), 20);
 }
 
 #[test]
-fn descriptors_exchanged_while_the_ring_runs_are_used_from_then_on() {
+fn descriptors_replaced_while_the_ring_runs_are_used_from_then_on() {
     let rig = Rig::new();
     let (wire, ram, old) = running(&rig);
-    let fresh = crate::rings::ends();
-    assert_eq!(wire.ask(SET_VRING_CALL, &words(&[0]), &[fresh.call.as_fd()]), 0);
-    assert_eq!(wire.ask(SET_VRING_KICK, &words(&[0]), &[fresh.kick.as_fd()]), 0);
+    let fresh = crate::rings::ring_events();
+    assert_eq!(wire.call(SET_VRING_CALL, &words(&[0]), &[fresh.call.as_fd()]), 0);
+    assert_eq!(wire.call(SET_VRING_KICK, &words(&[0]), &[fresh.kick.as_fd()]), 0);
 
     put(&ram, BLK_IN, 0);
     rustix::io::write(&fresh.kick, &1_u64.to_ne_bytes()).unwrap();
     wait_for(&fresh.call);
 
     assert_eq!(read::<1>(&ram, STATUS), [0]);
-    assert!(rustix::io::read(&old.call, &mut [0; 8]).is_err(), "the old one is silent");
+    assert!(rustix::io::read(&old.call, &mut [0; 8]).is_err(), "the old one is not signalled");
 }
 
 /// The byte `writeback` of configuration space.
@@ -135,22 +135,22 @@ fn writeback(wire: &Wire) -> u8 {
 }
 
 #[test]
-fn the_driver_switches_the_write_cache_and_one_that_never_flushes_has_none() {
+fn the_driver_switches_the_write_cache_and_it_is_off_without_flush() {
     const FLUSH: u64 = 1 << 9;
     let rig = Rig::new();
     let wire = rig.connect();
     wire.negotiate();
-    let without = wire.ask(SET_FEATURES, &words(&[FEATURES & !FLUSH]), &[]);
-    assert_eq!((without, writeback(&wire)), (0, 0), "it would lose what it takes for durable");
-    assert_eq!(wire.ask(SET_FEATURES, &words(&[FEATURES | FLUSH]), &[]), 0);
-    assert_eq!(writeback(&wire), 1, "as the drive had it");
+    let without = wire.call(SET_FEATURES, &words(&[FEATURES & !FLUSH]), &[]);
+    assert_eq!((without, writeback(&wire)), (0, 0), "completed writes must be durable");
+    assert_eq!(wire.call(SET_FEATURES, &words(&[FEATURES | FLUSH]), &[]), 0);
+    assert_eq!(writeback(&wire), 1, "the drive's initial setting");
 
     for value in [0, 0, 1, 0] {
-        assert_eq!(wire.ask(SET_CONFIG, &[state(32, 1), vec![0, 0, 0, 0, value]].concat(), &[]), 0);
+        assert_eq!(wire.call(SET_CONFIG, &[state(32, 1), vec![0, 0, 0, 0, value]].concat(), &[]), 0);
         assert_eq!(writeback(&wire), value);
     }
 
-    assert_eq!(wire.ask(SET_STATUS, &words(&[0]), &[]), 0);
-    assert_eq!(wire.ask(SET_FEATURES, &words(&[FEATURES | FLUSH]), &[]), 0);
-    assert_eq!(writeback(&wire), 1, "a reset forgets the switch");
+    assert_eq!(wire.call(SET_STATUS, &words(&[0]), &[]), 0);
+    assert_eq!(wire.call(SET_FEATURES, &words(&[FEATURES | FLUSH]), &[]), 0);
+    assert_eq!(writeback(&wire), 1, "a reset restores it");
 }

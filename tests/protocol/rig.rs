@@ -1,4 +1,4 @@
-//! A server with everything behind it, in this process: socket, session, engine, NVMe driver, emulated controller.
+//! The server under test, in this process: socket, session, engine, NVMe driver and emulated controller.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -19,7 +19,7 @@ use vhost_device_vfio::hardware::{AddressSpace, DmaBuffer, MapError};
 use vhost_device_vfio::kvm::Vmm;
 use vhost_device_vfio::memory::Region;
 use vhost_device_vfio::socket::{Listen, SocketError};
-use vhost_device_vfio::vhost_user::{Announcer, Device, Error, Server};
+use vhost_device_vfio::vhost_user::{ConfigNotifier, Device, Error, Server};
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::wire::Wire;
@@ -27,8 +27,8 @@ use crate::wire::Wire;
 /// Virtqueues that the server offers.
 pub(crate) const QUEUES: u16 = 4;
 
-/// An address space that can be told to fail.
-pub(crate) struct Fallible {
+/// An address space that fails on request.
+pub(crate) struct FailingSpace {
     inner: Arc<dyn AddressSpace>,
     plan: Arc<FailurePlan>,
     pins: bool,
@@ -37,11 +37,11 @@ pub(crate) struct Fallible {
 
 type OnChange = Box<dyn Fn(Change) + Send + Sync>;
 
-/// What is around the device of a rig.
-pub(crate) struct Around {
+/// The environment of a [`Rig`]'s device.
+pub(crate) struct Environment {
     /// The process that runs the VM.
     pub(crate) vmm: Vmm,
-    /// The address space counts as one that pins pages.
+    /// What [`AddressSpace::pins`] returns.
     pub(crate) pins: bool,
     /// Called before guest memory is mapped and after it has been unmapped.
     pub(crate) on_change: OnChange,
@@ -50,46 +50,50 @@ pub(crate) struct Around {
 /// A change of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Change {
-    Maps,
-    Unmapped,
+    BeforeMap,
+    AfterUnmap,
 }
 
-impl Default for Around {
+impl Default for Environment {
     fn default() -> Self {
         Self { vmm: Vmm::without_shim(), pins: false, on_change: Box::new(|_| ()) }
     }
 }
 
-/// When changes of the address space fail.
+/// Which changes of the address space fail.
 struct FailurePlan {
-    /// How many more changes succeed before one fails; negative: all.
+    /// Number of changes that succeed before one fails. Negative: none fails.
     successes: AtomicI64,
-    /// That one, or all that follow it, too.
-    for_good: AtomicBool,
-    /// Memory can be taken away only while the device rests; how often that has been done.
+    /// All changes after that one fail, too.
+    persistent: AtomicBool,
+    /// `Some`: memory can be removed only while the device is idle. Counts these removals.
     while_idle: Mutex<Option<usize>>,
 }
 
 impl FailurePlan {
     fn none() -> Arc<Self> {
-        Arc::new(Self { successes: AtomicI64::new(-1), for_good: AtomicBool::new(false), while_idle: Mutex::default() })
+        Arc::new(Self {
+            successes: AtomicI64::new(-1),
+            persistent: AtomicBool::new(false),
+            while_idle: Mutex::default(),
+        })
     }
 }
 
-impl Fallible {
+impl FailingSpace {
     fn check(&self, span: Span<Iova>) -> Result<(), MapError> {
         let left = self.plan.successes.load(Ordering::SeqCst);
-        if left > 0 || left == 0 && !self.plan.for_good.load(Ordering::SeqCst) {
+        if left > 0 || left == 0 && !self.plan.persistent.load(Ordering::SeqCst) {
             self.plan.successes.store(left - 1, Ordering::SeqCst);
         }
         if left == 0 { Err(MapError::MemLock { span, needed_kib: 2048, allowed_kib: 64 }) } else { Ok(()) }
     }
 }
 
-impl AddressSpace for Fallible {
+impl AddressSpace for FailingSpace {
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
         self.check(region.gpa().identity_iova())?;
-        (self.on_change)(Change::Maps);
+        (self.on_change)(Change::BeforeMap);
         self.inner.add(region)
     }
 
@@ -100,7 +104,7 @@ impl AddressSpace for Fallible {
             return Err(MapError::DeviceMustBeIdle { span });
         }
         self.inner.remove(region)?;
-        (self.on_change)(Change::Unmapped);
+        (self.on_change)(Change::AfterUnmap);
         Ok(())
     }
 
@@ -109,7 +113,7 @@ impl AddressSpace for Fallible {
             *times += 1;
         }
         self.inner.remove(region)?;
-        (self.on_change)(Change::Unmapped);
+        (self.on_change)(Change::AfterUnmap);
         Ok(())
     }
 
@@ -122,7 +126,7 @@ impl AddressSpace for Fallible {
     }
 }
 
-/// A running server. Dropping it stops the server and fails the test if that did not go well.
+/// A running server. Dropping it stops the server. The test fails if the server returns an error.
 pub(crate) struct Rig {
     _directory: TempDir,
     pub(crate) path: PathBuf,
@@ -130,39 +134,39 @@ pub(crate) struct Rig {
     driver_memory: Vec<Span<Iova>>,
     failures: Arc<FailurePlan>,
     stop: OwnedFd,
-    pub(crate) announcer: Announcer,
+    pub(crate) notifier: ConfigNotifier,
     thread: Option<JoinHandle<Result<(), Error>>>,
 }
 
 impl Rig {
     /// A server that listens on a path.
     pub(crate) fn new() -> Self {
-        Self::listening(Listen::Path)
+        Self::on_socket(Listen::Path)
     }
 
-    /// The same in other surroundings.
-    pub(crate) fn in_a(around: Around) -> Self {
-        Self::made(Listen::Path, around)
+    /// The same in another environment.
+    pub(crate) fn with(environment: Environment) -> Self {
+        Self::build(Listen::Path, environment)
     }
 
-    /// A server on the socket that `listen` makes of a path.
-    pub(crate) fn listening(listen: impl FnOnce(PathBuf) -> Listen) -> Self {
-        Self::made(listen, Around::default())
+    /// A server on the socket that `listen` creates from a path.
+    pub(crate) fn on_socket(listen: impl FnOnce(PathBuf) -> Listen) -> Self {
+        Self::build(listen, Environment::default())
     }
 
-    fn made(listen: impl FnOnce(PathBuf) -> Listen, around: Around) -> Self {
+    fn build(listen: impl FnOnce(PathBuf) -> Listen, environment: Environment) -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().join("socket");
         let machine = Machine::new(Options { size: 16 << 20, queues: 2, ..Options::default() }).unwrap();
         let failures = FailurePlan::none();
-        let device = device(&machine, Arc::clone(&failures), around);
+        let device = device(&machine, Arc::clone(&failures), environment);
         let driver_memory = machine.iommu().mapped();
         let mut server = Server::new(listen(path.clone()).open().unwrap(), device).unwrap();
         let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let server_stop = stop.try_clone().unwrap();
-        let announcer = server.announcer();
+        let notifier = server.config_notifier();
         let thread = std::thread::spawn(move || server.run(server_stop));
-        Self { _directory: directory, path, machine, driver_memory, failures, stop, announcer, thread: Some(thread) }
+        Self { _directory: directory, path, machine, driver_memory, failures, stop, notifier, thread: Some(thread) }
     }
 
     /// A new front-end.
@@ -170,57 +174,57 @@ impl Rig {
         Wire::new(UnixStream::connect(&self.path).unwrap())
     }
 
-    /// Guest memory that the device can reach now.
+    /// Guest memory that is mapped for the device: addresses and sizes.
     pub(crate) fn guest_memory(&self) -> Vec<(u64, u64)> {
         let spans = self.machine.iommu().mapped();
         let guest = spans.iter().filter(|span| !self.driver_memory.contains(span));
         guest.map(|span| (span.start().0, span.len())).collect()
     }
 
-    /// The host asks for the device, as when an administrator unbinds it.
+    /// The host requests the device back, as when an administrator unbinds it.
     pub(crate) fn request_removal(&self) {
         self.machine.request_removal();
     }
 
-    /// After `successes` more changes of the address space one fails.
+    /// Makes one change of the address space fail, after `successes` successful ones.
     pub(crate) fn fail_after(&self, successes: i64) {
-        self.failures.for_good.store(false, Ordering::SeqCst);
+        self.failures.persistent.store(false, Ordering::SeqCst);
         self.failures.successes.store(successes, Ordering::SeqCst);
     }
 
-    /// From now on memory can be taken away only while the device rests.
-    pub(crate) fn remove_only_at_rest(&self) {
+    /// From now on, memory can be removed only while the device is idle.
+    pub(crate) fn remove_only_while_idle(&self) {
         *self.failures.while_idle.lock().unwrap() = Some(0);
     }
 
-    /// How often that has been done.
-    pub(crate) fn removed_at_rest(&self) -> usize {
+    /// The number of regions that have been removed while the device was idle.
+    pub(crate) fn removals_while_idle(&self) -> usize {
         self.failures.while_idle.lock().unwrap().unwrap_or_default()
     }
 
-    /// After `successes` more changes of the address space all fail.
-    pub(crate) fn fail_for_good_after(&self, successes: i64) {
-        self.failures.for_good.store(true, Ordering::SeqCst);
+    /// Makes all changes of the address space fail after `successes` successful ones.
+    pub(crate) fn fail_all_after(&self, successes: i64) {
+        self.failures.persistent.store(true, Ordering::SeqCst);
         self.failures.successes.store(successes, Ordering::SeqCst);
     }
 
-    /// Tells the server to stop and waits for it.
+    /// Stops the server and waits for it.
     pub(crate) fn stop(mut self) {
-        self.end().unwrap();
+        self.try_stop().unwrap();
     }
 
-    /// As [`Self::stop`]; `check` runs while the directory of the socket is still there.
+    /// As [`Self::stop`]. Calls `check` before the directory of the socket is removed.
     pub(crate) fn stop_then(mut self, check: impl FnOnce()) {
-        self.end().unwrap();
+        self.try_stop().unwrap();
         check();
     }
 
-    /// Waits for a server that ends by itself.
+    /// Waits until the server has stopped by itself.
     pub(crate) fn join(mut self) {
         self.thread.take().unwrap().join().unwrap().unwrap();
     }
 
-    fn end(&mut self) -> Result<(), Error> {
+    fn try_stop(&mut self) -> Result<(), Error> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         rustix::io::write(&self.stop, &1_u64.to_ne_bytes()).unwrap();
         thread.join().unwrap()
@@ -229,21 +233,21 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        let ended = self.end();
-        assert!(std::thread::panicking() || ended.is_ok(), "{ended:?}");
+        let result = self.try_stop();
+        assert!(std::thread::panicking() || result.is_ok(), "{result:?}");
     }
 }
 
-/// A server on `listen`, opened and not run.
+/// A server on `listen` that is not run.
 pub(crate) fn open(listen: Listen) -> Result<Server, SocketError> {
     let machine = Machine::new(Options { size: 1 << 20, queues: 2, ..Options::default() }).unwrap();
     let endpoint = listen.open()?;
-    Ok(Server::new(endpoint, device(&machine, FailurePlan::none(), Around::default())).unwrap())
+    Ok(Server::new(endpoint, device(&machine, FailurePlan::none(), Environment::default())).unwrap())
 }
 
-fn device(machine: &Machine, plan: Arc<FailurePlan>, around: Around) -> Device {
-    let Around { vmm, pins, on_change } = around;
-    let space: Arc<dyn AddressSpace> = Arc::new(Fallible { inner: machine.space(), plan, pins, on_change });
+fn device(machine: &Machine, plan: Arc<FailurePlan>, environment: Environment) -> Device {
+    let Environment { vmm, pins, on_change } = environment;
+    let space: Arc<dyn AddressSpace> = Arc::new(FailingSpace { inner: machine.space(), plan, pins, on_change });
     let options = NvmeOptions { namespace: None, queues: 2, read_only: false };
     let driver = Nvme::bring_up(machine.function(), Arc::clone(&space), options).unwrap();
     let options = engine::Options {
@@ -256,20 +260,20 @@ fn device(machine: &Machine, plan: Arc<FailurePlan>, around: Around) -> Device {
     Device { engine, space, queues: QUEUES, vmm }
 }
 
-/// A memory file of its own, as a front-end makes one.
+/// A new memory file, as a front-end creates one.
 pub(crate) fn memory(name: &str, bytes: u64) -> File {
     let fd = memfd_create(name, MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&fd, bytes).unwrap();
     File::from(fd)
 }
 
-/// An eventfd, as a front-end makes one.
+/// A new eventfd, as a front-end creates one.
 pub(crate) fn event() -> OwnedFd {
     eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
 }
 
-/// The flags of every descriptor in this process that refers to the same object as `of`, itself left out: memory files
-/// are told apart by inode, eventfds by their kernel id.
+/// The flags of every other descriptor in this process that refers to the same object as `of`. Memory files are identified
+/// by inode, eventfds by their kernel id.
 pub(crate) fn copies_of(of: impl AsFd) -> Vec<u32> {
     let own = of.as_fd().as_raw_fd();
     let identity = |number: &str| {
@@ -279,8 +283,8 @@ pub(crate) fn copies_of(of: impl AsFd) -> Vec<u32> {
         let flags = u32::from_str_radix(&field("flags:")?, 8).ok()?;
         Some(((target, field("ino:"), field("eventfd-id:")), flags))
     };
-    let (wanted, _) = identity(&own.to_string()).unwrap();
+    let (expected, _) = identity(&own.to_string()).unwrap();
     let names = std::fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().file_name());
     let names = names.map(|name| name.into_string().unwrap()).filter(|name| *name != own.to_string());
-    names.filter_map(|name| identity(&name)).filter(|(found, _)| *found == wanted).map(|(_, flags)| flags).collect()
+    names.filter_map(|name| identity(&name)).filter(|(found, _)| *found == expected).map(|(_, flags)| flags).collect()
 }

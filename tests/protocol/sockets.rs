@@ -1,4 +1,4 @@
-//! The ways to a socket: a path that is free, taken, dead or impossible; a descriptor passed in.
+//! Sockets: a path that is free, in use, stale or invalid; a descriptor passed in.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixListener};
@@ -10,17 +10,17 @@ use crate::rig::Rig;
 use crate::wire::Wire;
 
 #[test]
-fn a_dead_socket_is_replaced() {
-    let rig = Rig::listening(|path| {
+fn a_stale_socket_is_replaced() {
+    let rig = Rig::on_socket(|path| {
         drop(UnixListener::bind(&path).unwrap());
-        assert!(path.exists(), "left behind");
+        assert!(path.exists(), "stale");
         Listen::Path(path)
     });
     rig.connect().negotiate();
 }
 
 #[test]
-fn a_socket_that_someone_else_put_there_is_not_removed() {
+fn a_file_of_another_program_is_not_removed() {
     let rig = Rig::new();
     let path = rig.path.clone();
     std::fs::remove_file(&path).unwrap();
@@ -30,8 +30,8 @@ fn a_socket_that_someone_else_put_there_is_not_removed() {
 }
 
 #[test]
-fn a_listening_descriptor_is_served_and_its_path_left_alone() {
-    let rig = Rig::listening(|path| Listen::Fd(UnixListener::bind(path).unwrap().into()));
+fn a_listening_descriptor_is_served_and_its_path_is_not_removed() {
+    let rig = Rig::on_socket(|path| Listen::Fd(UnixListener::bind(path).unwrap().into()));
     for _ in 0..2 {
         rig.connect().negotiate();
     }
@@ -40,7 +40,7 @@ fn a_listening_descriptor_is_served_and_its_path_left_alone() {
 }
 
 #[test]
-fn what_is_no_socket_is_refused() {
+fn a_descriptor_that_is_not_a_stream_socket_is_refused() {
     let (datagrams, _peer) = UnixDatagram::pair().unwrap();
     let file = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
     for fd in [datagrams.into(), file] {
@@ -50,16 +50,16 @@ fn what_is_no_socket_is_refused() {
 }
 
 #[test]
-fn a_path_in_use_names_who_uses_it() {
+fn a_path_in_use_is_refused_with_its_user() {
     let rig = Rig::new();
     let refused = crate::rig::open(Listen::Path(rig.path.clone()));
     let message = refused.err().expect("refused").to_string();
     assert!(message.contains(&format!("pid {}", std::process::id())), "{message}");
-    Wire::new(std::os::unix::net::UnixStream::connect(&rig.path).unwrap()).settle();
+    Wire::new(std::os::unix::net::UnixStream::connect(&rig.path).unwrap()).sync();
 }
 
 #[test]
-fn impossible_paths_are_refused_with_the_reason() {
+fn invalid_paths_are_refused_with_the_reason() {
     let directory = TempDir::new().unwrap();
     let long = directory.as_path().join("x".repeat(108));
     let file = directory.as_path().join("file");

@@ -1,4 +1,4 @@
-//! The front-end's process as far as the device's shim is concerned: a real one, an imitation, or none.
+//! The KVM shim of a front-end's process: a real one, an imitation, or none.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -15,32 +15,32 @@ use vhost_device_vfio::coherency::Facts;
 use vhost_device_vfio::kvm::{Shim, Vmm};
 use vmm_sys_util::tempdir::TempDir;
 
-use crate::rig::Around;
+use crate::rig::Environment;
 
-/// The socket of a VM's shim, whether there is one or not.
-pub(crate) struct Socket {
+/// The socket path of a shim. The shim need not exist.
+pub(crate) struct ShimSocket {
     _directory: TempDir,
     pub(crate) path: PathBuf,
 }
 
-impl Socket {
+impl ShimSocket {
     pub(crate) fn new() -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().join("kvm");
         Self { _directory: directory, path }
     }
 
-    /// A device of this name, on which `facts` are known; its file is one that no KVM would take.
+    /// The registration of a device with this name and these facts. KVM would refuse its file.
     fn vmm(&self, name: &str, facts: Facts) -> Vmm {
         let file = Some("/dev/null".into());
         Vmm::with_shim(Shim { socket: self.path.clone(), device: name.into(), facts, file })
     }
 
-    pub(crate) fn around(&self, name: &str, facts: Facts) -> Around {
-        Around { vmm: self.vmm(name, facts), ..Around::default() }
+    pub(crate) fn environment(&self, name: &str, facts: Facts) -> Environment {
+        Environment { vmm: self.vmm(name, facts), ..Environment::default() }
     }
 
-    /// A real shim, as a VMM has it; it stays until the test program ends.
+    /// Runs a real shim, until the test program exits.
     pub(crate) fn serve(&self) -> &'static Vm {
         let vm: &'static Vm = Box::leak(Box::default());
         let config = Config { socket: self.path.clone(), policy: Policy::Lock, peer: None, log: |_| () };
@@ -56,34 +56,34 @@ impl Socket {
         socket
     }
 
-    /// Something that is not quite a shim, for so many connections. What came is noted; each connection begins a list of its
-    /// own.
-    pub(crate) fn pretend(&self, connections: usize, answer: Answer) -> Heard {
-        let (listener, heard) = (self.listen(), Heard::default());
-        let notes = Arc::clone(&heard);
+    /// Runs an imitation of a shim for this number of connections. Returns the requests it receives, one list per
+    /// connection.
+    pub(crate) fn imitate(&self, connections: usize, answer: AnswerFn) -> ReceivedRequests {
+        let (listener, received) = (self.listen(), ReceivedRequests::default());
+        let requests = Arc::clone(&received);
         thread::spawn(move || {
             let mut listener = Some(listener);
             for left in (0..connections).rev() {
                 let socket = accept(listener.as_ref().unwrap()).unwrap();
-                // Before the last connection ends, so that whoever comes back finds nobody.
+                // Closed before the last connection ends, so that a client cannot connect again.
                 listener = listener.filter(|_| left > 0);
-                notes.lock().unwrap().push(Vec::new());
+                requests.lock().unwrap().push(Vec::new());
                 let mut bytes = [0; 64];
                 while let Ok((length @ 1.., _)) = recv(&socket, &mut bytes, RecvFlags::empty()) {
                     let Request { serial, kind } = Request::from_bytes(&bytes[..length]).unwrap();
-                    notes.lock().unwrap().last_mut().unwrap().push(kind);
-                    let (reply, goes_on) = answer(kind, Reply { serial, outcome: Ok(7), status: Status::default() });
+                    requests.lock().unwrap().last_mut().unwrap().push(kind);
+                    let (reply, keep_open) = answer(kind, Reply { serial, outcome: Ok(7), status: Status::default() });
                     send(&socket, &reply, SendFlags::NOSIGNAL).unwrap();
-                    if !goes_on {
+                    if !keep_open {
                         break;
                     }
                 }
             }
         });
-        heard
+        received
     }
 }
 
-/// Makes out of a request and the right reply what is sent, and says whether the connection goes on.
-pub(crate) type Answer = fn(Kind, Reply) -> (Vec<u8>, bool);
-pub(crate) type Heard = Arc<Mutex<Vec<Vec<Kind>>>>;
+/// From a request and its correct reply, returns the bytes to send and whether the connection stays open.
+pub(crate) type AnswerFn = fn(Kind, Reply) -> (Vec<u8>, bool);
+pub(crate) type ReceivedRequests = Arc<Mutex<Vec<Vec<Kind>>>>;

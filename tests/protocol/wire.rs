@@ -1,4 +1,4 @@
-//! A front-end that speaks bytes, so that it can say what no library would.
+//! A front-end that sends raw bytes, including messages that no library would send.
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -50,38 +50,38 @@ pub(crate) const FEATURES: u64 = 1 << 32 | 7 << 28;
 pub(crate) const PROTOCOL: u64 = 0x1_a209;
 pub(crate) const BACKEND_REQ: u64 = 1 << 5;
 pub(crate) const GPA_ADDRESSES: u64 = 1 << 21;
-/// All protocol features that are offered.
+/// All protocol features that the server offers.
 pub(crate) const OFFERED: u64 = PROTOCOL | BACKEND_REQ | GPA_ADDRESSES;
 pub(crate) const RING_PACKED: u64 = 1 << 34;
 
-/// What came back.
+/// The server's reaction to a message.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Reply {
     Message(u32, Vec<u8>),
     Closed,
 }
 
-/// One end of a conversation.
+/// The front-end's side of a connection.
 pub(crate) struct Wire {
     pub(crate) socket: UnixStream,
 }
 
-/// A memory region as it stands in a message.
+/// A memory region description (vhost-user: "Memory region description").
 #[derive(Clone, Copy)]
-pub(crate) struct Place {
+pub(crate) struct MemoryRegion {
     pub(crate) gpa: u64,
     pub(crate) len: u64,
     pub(crate) qva: u64,
     pub(crate) offset: u64,
 }
 
-impl Place {
+impl MemoryRegion {
     pub(crate) fn bytes(&self) -> Vec<u8> {
         words(&[self.gpa, self.len, self.qva, self.offset])
     }
 }
 
-/// 64-bit words in the byte order of the machine.
+/// 64-bit words in the byte order of the host.
 pub(crate) fn words(values: &[u64]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_ne_bytes()).collect()
 }
@@ -98,14 +98,14 @@ pub(crate) fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 impl Wire {
-    /// A server that does not answer fails the test rather than hang it.
+    /// A server that does not reply fails the test after a time-out.
     pub(crate) fn new(socket: UnixStream) -> Self {
         socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         socket.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
         Self { socket }
     }
 
-    /// Sends bytes as they are, with descriptors on the first of them.
+    /// Sends raw bytes, with descriptors on the first of them.
     pub(crate) fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(fds.len()))];
         let mut control = SendAncillaryBuffer::new(&mut space);
@@ -123,58 +123,58 @@ impl Wire {
         self.send_bytes(&message(request, 0, payload), fds);
     }
 
-    /// Sends a message and returns what its sender is told: 0 for done.
-    pub(crate) fn ask(&self, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> u64 {
+    /// Sends a message that requests an acknowledgement, and returns the acknowledgement: 0 for success.
+    pub(crate) fn call(&self, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> u64 {
         self.send_bytes(&message(request, NEED_REPLY, payload), fds);
-        self.answer(request)
+        self.reply_u64(request)
     }
 
     /// The 64-bit reply to `request`.
-    pub(crate) fn answer(&self, request: u32) -> u64 {
+    pub(crate) fn reply_u64(&self, request: u32) -> u64 {
         match self.reply() {
             Reply::Message(code, payload) if code == request => u64::from_ne_bytes(payload.try_into().unwrap()),
             other => panic!("expected the reply to request {request}, got {other:?}"),
         }
     }
 
-    /// The 64-bit value that `request` asks for.
+    /// Sends `request` and returns the 64-bit value of its reply.
     pub(crate) fn get(&self, request: u32) -> u64 {
         self.send(request, &[], &[]);
-        self.answer(request)
+        self.reply_u64(request)
     }
 
     pub(crate) fn reply(&self) -> Reply {
-        let Some(header) = self.take(12) else { return Reply::Closed };
+        let Some(header) = self.receive(12) else { return Reply::Closed };
         let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
         assert_eq!(word(4), 1 | 4, "version 1, reply");
-        let payload = self.take(word(8) as usize).expect("a whole reply");
+        let payload = self.receive(word(8) as usize).expect("a whole reply");
         Reply::Message(word(0), payload)
     }
 
-    fn take(&self, len: usize) -> Option<Vec<u8>> {
+    fn receive(&self, len: usize) -> Option<Vec<u8>> {
         let mut bytes = vec![0; len];
         let mut done = 0;
         while done < len {
             match recv(&self.socket, &mut bytes[done..], RecvFlags::empty()) {
                 Ok((_, 0)) | Err(Errno::CONNRESET) => return None,
                 Ok((_, count)) => done += count,
-                Err(error) => panic!("no answer: {error}"),
+                Err(error) => panic!("no reply: {error}"),
             }
         }
         Some(bytes)
     }
 
-    /// True when the server has ended the conversation.
+    /// True if the server closes the connection without a reply.
     pub(crate) fn is_closed(&self) -> bool {
         self.reply() == Reply::Closed
     }
 
-    /// Returns when everything sent so far has been served.
-    pub(crate) fn settle(&self) {
+    /// Waits until the server has handled all messages sent so far.
+    pub(crate) fn sync(&self) {
         self.get(GET_FEATURES);
     }
 
-    /// The beginning of every conversation: features of both kinds.
+    /// Negotiates the default features.
     pub(crate) fn negotiate(&self) -> &Self {
         self.negotiate_with(FEATURES, PROTOCOL)
     }
@@ -184,23 +184,23 @@ impl Wire {
         assert_eq!(protocol & !self.get(GET_PROTOCOL_FEATURES), 0, "offered");
         self.send(SET_PROTOCOL_FEATURES, &words(&[protocol]), &[]);
         self.send(SET_OWNER, &[], &[]);
-        assert_eq!(self.ask(SET_FEATURES, &words(&[features]), &[]), 0);
+        assert_eq!(self.call(SET_FEATURES, &words(&[features]), &[]), 0);
         self
     }
 
-    pub(crate) fn add_region(&self, place: Place, file: BorrowedFd<'_>) -> u64 {
-        self.ask(ADD_MEM_REG, &[words(&[0]), place.bytes()].concat(), &[file])
+    pub(crate) fn add_region(&self, place: MemoryRegion, file: BorrowedFd<'_>) -> u64 {
+        self.call(ADD_MEM_REG, &[words(&[0]), place.bytes()].concat(), &[file])
     }
 
-    pub(crate) fn remove_region(&self, place: Place) -> u64 {
-        self.ask(REM_MEM_REG, &[words(&[0]), place.bytes()].concat(), &[])
+    pub(crate) fn remove_region(&self, place: MemoryRegion) -> u64 {
+        self.call(REM_MEM_REG, &[words(&[0]), place.bytes()].concat(), &[])
     }
 
-    pub(crate) fn set_table(&self, regions: &[(Place, BorrowedFd<'_>)]) -> u64 {
+    pub(crate) fn set_table(&self, regions: &[(MemoryRegion, BorrowedFd<'_>)]) -> u64 {
         let mut payload = state(u32::try_from(regions.len()).unwrap(), 0);
         regions.iter().for_each(|(place, _)| payload.extend(place.bytes()));
         let fds: Vec<_> = regions.iter().map(|(_, fd)| *fd).collect();
-        self.ask(SET_MEM_TABLE, &payload, &fds)
+        self.call(SET_MEM_TABLE, &payload, &fds)
     }
 
     /// GET_VRING_BASE.

@@ -1,12 +1,13 @@
-//! `stress DEVICE OPTION…`: requests of every kind and size on a block device, which know what each block must hold. Runs
-//! in the guest, on the disk under test.
+//! `stress DEVICE OPTION…`: requests of every kind and size on a block device, with verification of the data. Runs in the
+//! guest, on the disk under test.
 //!
-//! Each thread has a part of the disk to itself and remembers for each block which of its writes it holds, or that it is
-//! zero, or (after a discard) that nobody can know. A thread has one request at a time, so threads are the depth. Buffers
-//! start anywhere in a page and are often in pieces. Sizes go from a block to a megabyte; most threads stay below 64 KiB,
-//! since under nested emulation each page that a guest touches first costs it milliseconds.
+//! Each thread owns a section of the disk. For each block it records which of its writes the block holds, or that it is zero,
+//! or (after a discard) that its content is unknown. A thread has one request at a time, so the number of threads is the
+//! queue depth. Buffers start at any offset in a page and often have two pieces. Sizes range from one block to 1 MiB; most
+//! threads stay below 64 KiB, because under nested emulation the first access to a page takes the guest milliseconds.
 //!
-//! Nobody begins before all threads are there, and the time counts from then. One line a second, `ended=… gap_ms=…`: requests so far, and the longest time without one since the last line.
+//! All threads start together, and the time counts from then. Each second it prints a line `ended=… gap_ms=…`: the number of
+//! requests so far, and the longest time without a completed one since the previous line.
 
 mod model;
 
@@ -19,62 +20,63 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use model::{Disk, Part};
+use model::{Disk, Section};
 
 const USAGE: &str = "usage: stress DEVICE [--seconds S] [--threads N] [--block BYTES] [--seed N] [--discard] \
     [--until FILE]";
 
-/// The largest request of one thread in eight, and of the others, bytes.
+/// The largest request of one thread in eight, bytes.
 const LARGE: u64 = 1 << 20;
+/// The largest request of the other threads, bytes.
 const SMALL: u64 = 64 << 10;
 
-/// Why it ended early: a wrong byte, or a request that failed.
+/// Wrong data, or a failed request.
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-struct Wanted {
+/// The command line.
+struct Options {
     device: String,
     time: Duration,
     threads: u64,
     block: u64,
     seed: u64,
     discard: bool,
-    /// A file whose existence ends it, too.
+    /// The run also ends once this file exists.
     until: Option<PathBuf>,
 }
 
-/// What all threads tell the reporter.
+/// The progress of all threads.
 struct Progress {
     start: Instant,
-    ended: AtomicU64,
-    /// When the last request ended, microseconds since the start.
+    completed: AtomicU64,
+    /// Completion of the last request, microseconds since the start.
     last: AtomicU64,
-    /// The longest time without one since it was last asked, microseconds.
+    /// The longest time between two completions since the last report, microseconds.
     gap: AtomicU64,
     stop: AtomicBool,
 }
 
 impl Progress {
-    /// From now on.
     fn new() -> Self {
         Self {
             start: Instant::now(),
-            ended: AtomicU64::new(0),
+            completed: AtomicU64::new(0),
             last: AtomicU64::new(0),
             gap: AtomicU64::new(0),
             stop: AtomicBool::new(false),
         }
     }
 
-    fn note(&self) {
+    fn record_request(&self) {
         let now = u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX);
         let before = self.last.fetch_max(now, Relaxed);
         self.gap.fetch_max(now.saturating_sub(before), Relaxed);
-        self.ended.fetch_add(1, Relaxed);
+        self.completed.fetch_add(1, Relaxed);
     }
 }
 
 fn main() -> ExitCode {
-    match wanted().and_then(|wanted| run(&wanted)) {
+    match parse_options().and_then(|options| run(&options)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             println!("failed: {error}");
@@ -83,10 +85,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn wanted() -> Result<Wanted, Error> {
+fn parse_options() -> Result<Options, Error> {
     let mut words = std::env::args().skip(1);
     let device = words.next().ok_or(USAGE)?;
-    let mut wanted = Wanted {
+    let mut options = Options {
         device,
         time: Duration::from_secs(10),
         threads: 128,
@@ -98,38 +100,38 @@ fn wanted() -> Result<Wanted, Error> {
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or(USAGE);
         match word.as_str() {
-            "--seconds" => wanted.time = Duration::from_secs(value()?.parse()?),
-            "--threads" => wanted.threads = value()?.parse()?,
-            "--block" => wanted.block = value()?.parse()?,
-            "--seed" => wanted.seed = value()?.parse()?,
-            "--discard" => wanted.discard = true,
-            "--until" => wanted.until = Some(value()?.into()),
+            "--seconds" => options.time = Duration::from_secs(value()?.parse()?),
+            "--threads" => options.threads = value()?.parse()?,
+            "--block" => options.block = value()?.parse()?,
+            "--seed" => options.seed = value()?.parse()?,
+            "--discard" => options.discard = true,
+            "--until" => options.until = Some(value()?.into()),
             _ => return Err(USAGE.into()),
         }
     }
-    Ok(wanted)
+    Ok(options)
 }
 
-fn run(wanted: &Wanted) -> Result<(), Error> {
-    let parts = parts(wanted)?;
-    let (progress, all_there) = (Progress::new(), Barrier::new(parts.len() + 1));
+fn run(options: &Options) -> Result<(), Error> {
+    let sections = sections(options)?;
+    let (progress, barrier) = (Progress::new(), Barrier::new(sections.len() + 1));
     let mut sum = [0; 5];
     std::thread::scope(|scope| {
-        let work = |part: Part| {
-            let (progress, all_there) = (&progress, &all_there);
+        let work = |section: Section| {
+            let (progress, barrier) = (&progress, &barrier);
             move || {
-                all_there.wait();
-                // Behind whoever reports, and whoever asks from outside.
-                let done = rustix::process::nice(19).map_err(Error::from).and_then(|_| exercise(part, progress));
+                barrier.wait();
+                // The reporter, and commands that inspect the guest, take precedence.
+                let done = rustix::process::nice(19).map_err(Error::from).and_then(|_| exercise(section, progress));
                 if done.is_err() {
                     progress.stop.store(true, Relaxed);
                 }
                 done
             }
         };
-        let threads: Vec<_> = parts.into_iter().map(|part| scope.spawn(work(part))).collect();
-        all_there.wait();
-        report(&progress, wanted)?;
+        let threads: Vec<_> = sections.into_iter().map(|section| scope.spawn(work(section))).collect();
+        barrier.wait();
+        report(&progress, options)?;
         for thread in threads {
             let counts = thread.join().map_err(|_| "a thread panicked")??;
             sum.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
@@ -141,56 +143,57 @@ fn run(wanted: &Wanted) -> Result<(), Error> {
     Ok(())
 }
 
-/// Each thread's part of the disk. The first one's discards: each is a program's, for which others would wait.
-fn parts(wanted: &Wanted) -> Result<Vec<Part>, Error> {
-    let blocks = OpenOptions::new().read(true).open(&wanted.device)?.seek(SeekFrom::End(0))? / wanted.block;
-    let each = blocks / wanted.threads;
-    (0..wanted.threads)
+/// The sections of the disk, one per thread. Only the first thread discards: each discard starts a program, which delays
+/// other threads.
+fn sections(options: &Options) -> Result<Vec<Section>, Error> {
+    let blocks = OpenOptions::new().read(true).open(&options.device)?.seek(SeekFrom::End(0))? / options.block;
+    let each = blocks / options.threads;
+    (0..options.threads)
         .map(|n| {
-            let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(&wanted.device)?;
+            let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(&options.device)?;
             let disk = Disk {
                 file,
-                block: wanted.block,
+                block: options.block,
                 largest: if n % 8 == 0 { LARGE } else { SMALL },
-                discards_as: (n == 0 && wanted.discard).then(|| wanted.device.clone()),
+                discard_device: (n == 0 && options.discard).then(|| options.device.clone()),
             };
-            Ok(Part::new(disk, n * each, each, wanted.seed))
+            Ok(Section::new(disk, n * each, each, options.seed))
         })
         .collect()
 }
 
-/// Says once a second how far it has come, until the time is over.
-fn report(progress: &Progress, wanted: &Wanted) -> Result<(), Error> {
+/// Reports the progress once a second, until the time is over.
+fn report(progress: &Progress, options: &Options) -> Result<(), Error> {
     let start = progress.start;
     while !progress.stop.load(Relaxed) {
         std::thread::sleep(Duration::from_secs(1));
         let still = u64::try_from(start.elapsed().as_micros())?.saturating_sub(progress.last.load(Relaxed));
         let gap = progress.gap.swap(0, Relaxed).max(still);
-        println!("ended={} gap_ms={}", progress.ended.load(Relaxed), gap / 1000);
+        println!("ended={} gap_ms={}", progress.completed.load(Relaxed), gap / 1000);
         std::io::stdout().flush()?;
-        if start.elapsed() >= wanted.time || wanted.until.as_ref().is_some_and(|file| file.exists()) {
+        if start.elapsed() >= options.time || options.until.as_ref().is_some_and(|file| file.exists()) {
             progress.stop.store(true, Relaxed);
         }
     }
     Ok(())
 }
 
-/// One thread: requests on its part, and at the end a look at all of it.
-fn exercise(mut part: Part, progress: &Progress) -> Result<[u64; 5], Error> {
+/// Body of a thread: random requests on its section, then a check of all of it.
+fn exercise(mut section: Section, progress: &Progress) -> Result<[u64; 5], Error> {
     let mut counts = [0; 5];
-    // At least one, for the time may be over before a thread has had a processor.
+    // At least one request: the time may be over before a thread has run.
     while counts == [0; 5] || !progress.stop.load(Relaxed) {
-        let kind = match part.random(1000) {
-            _ if part.discards() && counts == [0; 5] => part.discard().map(|()| 3),
-            0..450 => part.read().map(|()| 0),
-            450..900 => part.write().map(|()| 1),
-            900..960 => part.zero().map(|()| 2),
-            960..980 if part.discards() => part.discard().map(|()| 3),
-            _ => part.flush().map(|()| 4),
+        let kind = match section.random(1000) {
+            _ if section.discards() && counts == [0; 5] => section.discard().map(|()| 3),
+            0..450 => section.read().map(|()| 0),
+            450..900 => section.write().map(|()| 1),
+            900..960 => section.zero().map(|()| 2),
+            960..980 if section.discards() => section.discard().map(|()| 3),
+            _ => section.flush().map(|()| 4),
         }?;
         counts[kind] += 1;
-        progress.note();
+        progress.record_request();
     }
-    part.read_all()?;
+    section.read_all()?;
     Ok(counts)
 }

@@ -1,4 +1,4 @@
-//! One thread's part of the disk, and what each of its blocks must hold.
+//! One thread's section of the disk, and the expected content of each of its blocks.
 
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
@@ -9,27 +9,27 @@ use rustix::io::{preadv, pwritev};
 
 use super::Error;
 
-/// Buffers start at multiples of this: what Linux asks of a buffer that a disk shall reach directly.
+/// Alignment of buffers: the minimum for direct I/O in Linux.
 const ALIGNMENT: usize = 512;
 const PAGE: usize = 4096;
 
-/// What a block holds: zero, unknown, or what the write of this number has put there.
+/// The content of a block: zero, unknown, or the number of the write that it holds.
 type Content = u32;
 const ZERO: Content = 0;
 const UNKNOWN: Content = u32::MAX;
 
-/// What a thread's requests go to.
+/// The disk, as one thread uses it.
 pub(crate) struct Disk {
     pub(crate) file: File,
-    /// Bytes in a block.
+    /// Block size, bytes.
     pub(crate) block: u64,
     /// The largest request, bytes.
     pub(crate) largest: u64,
-    /// The name under which blocks are discarded, where they are.
-    pub(crate) discards_as: Option<String>,
+    /// The device for `blkdiscard`; `None` if the thread does not discard.
+    pub(crate) discard_device: Option<String>,
 }
 
-pub(crate) struct Part {
+pub(crate) struct Section {
     disk: Disk,
     first: u64,
     contents: Vec<Content>,
@@ -40,10 +40,10 @@ pub(crate) struct Part {
     state: u64,
 }
 
-/// Some blocks of a [`Part`]: the first, and how many.
+/// Consecutive blocks of a [`Section`]: the first, and their number.
 type Run = (u64, u64);
 
-impl Part {
+impl Section {
     /// The `count` blocks from `first` on.
     pub(crate) fn new(disk: Disk, first: u64, count: u64, seed: u64) -> Self {
         let memory = vec![0; usize::try_from(disk.largest).expect("a megabyte") + 3 * PAGE];
@@ -54,7 +54,7 @@ impl Part {
     }
 
     pub(crate) fn discards(&self) -> bool {
-        self.disk.discards_as.is_some()
+        self.disk.discard_device.is_some()
     }
 
     /// A number below `below` (xorshift64).
@@ -65,7 +65,7 @@ impl Part {
         self.state % below
     }
 
-    /// Any run of blocks, small ones as likely as large ones.
+    /// A random run of blocks. Small sizes are as likely as large ones.
     fn run(&mut self) -> Run {
         let count = self.contents.len() as u64;
         let most = (self.disk.largest / self.disk.block).min(count);
@@ -87,7 +87,7 @@ impl Part {
         &mut self.contents[start..start + usize::try_from(length).expect("a length")]
     }
 
-    /// Where in a page the buffer starts, and where it is cut in two.
+    /// A random buffer for `bytes`: its start in `memory`, and the offset at which it is split into two pieces.
     fn shape(&mut self, bytes: usize) -> (usize, usize) {
         let mut up_to = |units: usize| usize::try_from(self.random(units as u64)).expect("below a length") * ALIGNMENT;
         let (skip, cut) = (up_to(PAGE / ALIGNMENT), up_to(bytes / ALIGNMENT + 1));
@@ -104,11 +104,11 @@ impl Part {
         (0..count.div_ceil(most)).try_for_each(|n| self.check((n * most, most.min(count - n * most))))
     }
 
-    /// Reads `run` and compares.
+    /// Reads `run` and verifies the data.
     fn check(&mut self, run: Run) -> Result<(), Error> {
         let (bytes, offset) = (self.bytes(run), self.offset(run));
         let (start, cut) = self.shape(bytes);
-        // The second piece lies a page further, so that the two never touch.
+        // The second piece is a page further, so that the two are not contiguous.
         let (head, tail) = self.memory[start..].split_at_mut(cut);
         let gap = if cut < bytes { PAGE } else { 0 };
         let tail = &mut tail[gap..gap + bytes - cut];
@@ -122,11 +122,12 @@ impl Part {
         for n in 0..run.1 {
             let found = &self.memory[start + usize::try_from(n)? * block..][..block];
             let number = self.first + run.0 + n;
-            let wanted = self.contents[usize::try_from(run.0 + n)?];
-            if wanted != UNKNOWN && !words(number, wanted, block).eq(found.chunks_exact(8).map(word)) {
-                let at = words(number, wanted, block).zip(found.chunks_exact(8).map(word)).position(|(a, b)| a != b);
+            let expected = self.contents[usize::try_from(run.0 + n)?];
+            if expected != UNKNOWN && !pattern(number, expected, block).eq(found.chunks_exact(8).map(word)) {
+                let at =
+                    pattern(number, expected, block).zip(found.chunks_exact(8).map(word)).position(|(a, b)| a != b);
                 return Err(format!(
-                    "wrong data in block {number} from byte {:?}: not that of write {wanted}",
+                    "wrong data in block {number} from byte {:?}: not that of write {expected}",
                     at.map(|at| at * 8)
                 )
                 .into());
@@ -144,7 +145,7 @@ impl Part {
         let block = usize::try_from(self.disk.block)?;
         for n in 0..run.1 {
             let place = &mut self.memory[start + usize::try_from(n)? * block..][..block];
-            for (place, word) in place.chunks_exact_mut(8).zip(words(self.first + run.0 + n, content, block)) {
+            for (place, word) in place.chunks_exact_mut(8).zip(pattern(self.first + run.0 + n, content, block)) {
                 place.copy_from_slice(&word.to_le_bytes());
             }
         }
@@ -160,20 +161,20 @@ impl Part {
     /// Write-zeroes, with and without the right to deallocate.
     pub(crate) fn zero(&mut self) -> Result<(), Error> {
         let run = self.run();
-        let how = match self.random(2) {
+        let mode = match self.random(2) {
             0 => FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
             _ => FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
         };
-        fallocate(&self.disk.file, how, self.offset(run), self.bytes(run) as u64)?;
+        fallocate(&self.disk.file, mode, self.offset(run), self.bytes(run) as u64)?;
         self.contents(run).fill(ZERO);
         Ok(())
     }
 
-    /// By a program, since it takes an ioctl.
+    /// Uses a program, because a discard needs an ioctl and this program has no unsafe code.
     pub(crate) fn discard(&mut self) -> Result<(), Error> {
         let run = self.run();
         let (offset, bytes) = (self.offset(run).to_string(), self.bytes(run).to_string());
-        let device = self.disk.discards_as.as_deref().ok_or("discards were not asked for")?;
+        let device = self.disk.discard_device.as_deref().ok_or("discards are not enabled")?;
         let done = Command::new("blkdiscard").args(["-o", &offset, "-l", &bytes, device]).status()?;
         if !done.success() {
             return Err(format!("discard {bytes} bytes at {offset}: {done}").into());
@@ -187,8 +188,8 @@ impl Part {
     }
 }
 
-/// What a block holds, by words.
-fn words(block: u64, content: Content, bytes: usize) -> impl Iterator<Item = u64> {
+/// The words of a block with `content`.
+fn pattern(block: u64, content: Content, bytes: usize) -> impl Iterator<Item = u64> {
     let seed = (block << 32 | u64::from(content)).wrapping_mul(0xd6e8_feb8_6659_fd93) | 1;
     (0..bytes as u64 / 8)
         .map(move |n| if content == ZERO { 0 } else { seed.wrapping_add(n.wrapping_mul(0x9e37_79b9_7f4a_7c15)) })

@@ -1,4 +1,4 @@
-//! A front-end that speaks bytes (QEMU: docs/interop/vfio-user.rst), written from the protocol's text alone.
+//! A front-end that sends raw bytes. It is written from the specification alone (QEMU: docs/interop/vfio-user.rst).
 
 use std::io::{IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
@@ -26,11 +26,11 @@ pub(crate) const NO_REPLY: u32 = 1 << 4;
 /// `VFIO_PCI_CONFIG_REGION_INDEX`.
 pub(crate) const CONFIG: u32 = 7;
 
-/// What QEMU 11.1 proposes.
+/// The capabilities that QEMU 11.1 sends.
 pub(crate) const CAPABILITIES: &str = r#"{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":1048576,"pgsizes":4096,
     "max_dma_maps":65535,"migration":{"pgsize":4096,"max_bitmap_size":268435456},"write_multiple":true}}"#;
 
-/// Longest wait for a reply: a server that is not stuck answers long before.
+/// Time-out of a reply.
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// One message from the server.
@@ -56,7 +56,7 @@ impl Client {
         Self { socket, id: 0x40 }
     }
 
-    /// Sends a command with a correct header; gives its id.
+    /// Sends a command with a valid header. Returns its message ID.
     pub(crate) fn send(&mut self, command: u16, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> u16 {
         self.id = self.id.wrapping_add(1);
         let size = u32::try_from(16 + payload.len()).unwrap();
@@ -64,16 +64,16 @@ impl Client {
         self.id
     }
 
-    /// Sends bytes as they are.
+    /// Sends raw bytes.
     pub(crate) fn raw(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(fds)));
-        // The server may have hung up by now; the test that cares reads.
+        // The server may have disconnected, which a later `receive` reports.
         let _ = sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL);
     }
 
-    /// The next message of the server; `None` when it has hung up.
+    /// The next message of the server; `None` if it has disconnected.
     pub(crate) fn receive(&mut self) -> Option<Reply> {
         let mut header = [0; 16];
         let mut fds = Vec::new();
@@ -85,7 +85,7 @@ impl Client {
             Ok(received) if received.bytes == 16 => {}
             Ok(received) if received.bytes == 0 => return None,
             Err(rustix::io::Errno::CONNRESET) => return None,
-            other => panic!("a header was expected: {other:?}"),
+            other => panic!("expected a header, got {other:?}"),
         }
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
@@ -99,15 +99,15 @@ impl Client {
         Some(Reply { id: half(0), command: half(2), flags: word(8), error: word(12), payload, fds })
     }
 
-    /// A command and its reply: the payload and descriptors, or the errno.
+    /// Sends a command and returns its reply, or the errno in it.
     pub(crate) fn call(&mut self, command: u16, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<Reply, u32> {
         let id = self.send(command, 0, payload, fds);
-        let reply = self.receive().expect("the server has hung up");
+        let reply = self.receive().expect("a reply");
         assert_eq!((reply.id, reply.command, reply.flags & 0xf), (id, command, 1), "{reply:?}");
         if reply.flags & 1 << 5 == 0 {
             return Ok(reply);
         }
-        assert!(reply.payload.is_empty() && reply.fds.is_empty(), "an error is a header alone: {reply:?}");
+        assert!(reply.payload.is_empty() && reply.fds.is_empty(), "an error is only a header: {reply:?}");
         Err(reply.error)
     }
 

@@ -1,4 +1,4 @@
-//! Enable No Snoop in the hands of a guest.
+//! The guest's access to Enable No Snoop.
 
 use vhost_device_vfio::coherency::Policy;
 use vhost_device_vfio::emulated::Options;
@@ -11,36 +11,37 @@ const DEVICE_CONTROL: u64 = 0x58;
 const NO_SNOOP: u8 = 1 << 3;
 const FUNCTION_LEVEL_RESET: u8 = 1 << 7;
 
-/// Behind an IOMMU that does not enforce snooping, a function that can set the bit, and has it set at power-on.
+/// A function with Enable No Snoop set at power-on, behind an IOMMU that does not enforce snooping.
 fn controllable(policy: Policy) -> Rig {
     let options = Options { size: 1 << 20, no_snoop: true, snoop_enforced: false, ..Options::default() };
     Rig::with(&options, policy)
 }
 
-fn high(client: &mut Client) -> u8 {
+/// The high byte of Device Control as the guest reads it.
+fn guest_view(client: &mut Client) -> u8 {
     client.read(CONFIG, DEVICE_CONTROL + 1, 1).unwrap()[0]
 }
 
-/// What the function itself has, which the guest cannot see.
-fn physical(rig: &Rig) -> u8 {
+/// The high byte of the function's own Device Control.
+fn function_view(rig: &Rig) -> u8 {
     let mut bytes = [0];
     rig.machine.function().config_read(0x59, &mut bytes).unwrap();
     bytes[0]
 }
 
 #[test]
-fn a_guest_cannot_set_the_bit_where_it_is_held_off() {
+fn a_guest_cannot_set_the_bit_while_it_is_held_off() {
     let rig = controllable(Policy::Suppress);
     let mut client = rig.client();
-    assert_eq!(physical(&rig) & NO_SNOOP, 0, "cleared before the guest comes");
+    assert_eq!(function_view(&rig) & NO_SNOOP, 0, "cleared before the guest connects");
 
     client.write(CONFIG, DEVICE_CONTROL + 1, &[NO_SNOOP | 0x20]).unwrap();
-    assert_eq!((physical(&rig), high(&mut client)), (0x20, 0x20), "a byte");
+    assert_eq!((function_view(&rig), guest_view(&mut client)), (0x20, 0x20), "a byte");
     client.write(CONFIG, DEVICE_CONTROL, &[0x10, NO_SNOOP | 0x40]).unwrap();
-    assert_eq!((physical(&rig), high(&mut client)), (0x40, 0x40), "a word");
+    assert_eq!((function_view(&rig), guest_view(&mut client)), (0x40, 0x40), "a word");
     client.write(CONFIG, DEVICE_CONTROL - 4, &[0, 0, 0, 0, 0x10, NO_SNOOP, 0, 0]).unwrap();
 
-    assert_eq!((physical(&rig), high(&mut client)), (0, 0), "in the middle of a longer write");
+    assert_eq!((function_view(&rig), guest_view(&mut client)), (0, 0), "in the middle of a longer write");
 }
 
 #[test]
@@ -49,33 +50,33 @@ fn the_bit_is_cleared_after_each_kind_of_reset() {
     let mut client = rig.client();
 
     client.call(DEVICE_RESET, &[], &[]).unwrap();
-    assert_eq!(physical(&rig) & NO_SNOOP, 0, "VFIO_USER_DEVICE_RESET");
+    assert_eq!(function_view(&rig) & NO_SNOOP, 0, "VFIO_USER_DEVICE_RESET");
     client.write(CONFIG, DEVICE_CONTROL + 1, &[FUNCTION_LEVEL_RESET]).unwrap();
 
-    assert_eq!(physical(&rig) & NO_SNOOP, 0, "Function Level Reset by the guest");
-    assert_eq!(high(&mut client) & NO_SNOOP, 0);
+    assert_eq!(function_view(&rig) & NO_SNOOP, 0, "Function Level Reset by the guest");
+    assert_eq!(guest_view(&mut client) & NO_SNOOP, 0);
 }
 
 #[test]
-fn a_bit_that_the_function_has_set_by_itself_is_not_shown_and_is_cleared_before_bus_master() {
+fn a_bit_set_by_the_function_is_hidden_and_cleared_before_bus_master_is_enabled() {
     let rig = controllable(Policy::Suppress);
     let mut client = rig.client();
     rig.machine.function().config_write(0x59, &[NO_SNOOP]).unwrap();
 
-    assert_eq!(high(&mut client) & NO_SNOOP, 0);
+    assert_eq!(guest_view(&mut client) & NO_SNOOP, 0);
     client.write(CONFIG, 0x04, &[0b110]).unwrap();
 
-    assert_eq!(physical(&rig) & NO_SNOOP, 0);
+    assert_eq!(function_view(&rig) & NO_SNOOP, 0);
 }
 
 #[test]
-fn the_bit_is_the_guests_where_the_device_is_flushed() {
+fn a_guest_controls_the_bit_if_memory_is_flushed() {
     let rig = controllable(Policy::Allow);
     let mut client = rig.client();
 
     client.write(CONFIG, DEVICE_CONTROL + 1, &[0]).unwrap();
-    assert_eq!((physical(&rig), high(&mut client)), (0, 0));
+    assert_eq!((function_view(&rig), guest_view(&mut client)), (0, 0));
     client.write(CONFIG, DEVICE_CONTROL + 1, &[NO_SNOOP]).unwrap();
 
-    assert_eq!((physical(&rig), high(&mut client)), (NO_SNOOP, NO_SNOOP));
+    assert_eq!((function_view(&rig), guest_view(&mut client)), (NO_SNOOP, NO_SNOOP));
 }

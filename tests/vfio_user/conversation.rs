@@ -1,4 +1,4 @@
-//! What a front-end that makes no mistakes says and hears.
+//! The commands of a correct front-end and their replies.
 
 use std::os::fd::AsFd;
 
@@ -14,20 +14,20 @@ fn long(bytes: &[u8], at: usize) -> u64 {
 }
 
 #[test]
-fn the_version_is_agreed_on_with_limits() {
+fn the_version_is_negotiated_with_limits() {
     let rig = Rig::new();
 
     let reply = rig.connect().version().unwrap();
 
     assert_eq!(reply.payload[..4], [0, 0, 1, 0], "0.1");
     let text = std::str::from_utf8(&reply.payload[4..]).unwrap();
-    let wanted =
+    let expected =
         r#"{"capabilities":{"max_data_xfer_size":1048576,"max_dma_maps":4096,"max_msg_fds":16,"pgsizes":4096}}"#;
-    assert_eq!(text.strip_suffix('\0'), Some(wanted));
+    assert_eq!(text.strip_suffix('\0'), Some(expected));
 }
 
 #[test]
-fn an_older_minor_version_is_spoken_and_capabilities_are_optional() {
+fn an_older_minor_version_is_accepted_and_capabilities_are_optional() {
     let rig = Rig::new();
     let mut client = rig.connect();
 
@@ -94,7 +94,7 @@ fn configuration_space_is_read_and_written_at_any_width() {
 }
 
 #[test]
-fn registers_are_read_at_any_width_and_written_whole() {
+fn registers_are_read_at_any_width_and_written_only_as_a_whole() {
     let rig = Rig::new();
     let mut client = rig.client();
 
@@ -108,7 +108,7 @@ fn registers_are_read_at_any_width_and_written_whole() {
 }
 
 #[test]
-fn commands_sent_together_are_answered_in_their_order() {
+fn commands_sent_together_are_answered_in_order() {
     let rig = Rig::new();
     let mut client = rig.client();
     let guest = memory(0x10_0000);
@@ -119,15 +119,15 @@ fn commands_sent_together_are_answered_in_their_order() {
         ids.push(client.send(crate::client::DMA_MAP, 0, &map, &[guest.as_fd()]));
         ids.push(client.send(REGION_READ, 0, &access(CONFIG, 0, 4), &[]));
     }
-    let answered: Vec<_> = ids.iter().map(|_| client.receive().unwrap()).collect();
+    let replies: Vec<_> = ids.iter().map(|_| client.receive().unwrap()).collect();
 
-    assert_eq!(answered.iter().map(|reply| reply.id).collect::<Vec<_>>(), ids);
-    assert!(answered.iter().all(|reply| reply.flags == 1));
+    assert_eq!(replies.iter().map(|reply| reply.id).collect::<Vec<_>>(), ids);
+    assert!(replies.iter().all(|reply| reply.flags == 1));
     assert_eq!(rig.mapped(), 64 * 0x1000);
 }
 
 #[test]
-fn a_command_that_wants_no_reply_gets_none_and_is_done_before_the_next() {
+fn a_command_without_a_reply_is_executed_before_the_next() {
     let rig = Rig::new();
     let mut client = rig.client();
 

@@ -1,16 +1,16 @@
-//! Eventfds of the front-end, and which of them the function signals.
+//! The front-end's eventfds, and which of them the function signals.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::nvme::{BASE, enable, guest, identify};
-use crate::rig::{Rig, event, signalled};
+use crate::rig::{Rig, event, wait_for};
 
 const NONE_TRIGGER: u32 = 1 << 0 | 1 << 5;
 const EVENTFD_TRIGGER: u32 = 1 << 2 | 1 << 5;
 const MSIX: u32 = 2;
 const ERR: u32 = 3;
 const REQ: u32 = 4;
-/// Vectors of the emulated function: 16 queues, and the admin queue.
+/// Vectors of the emulated function: 16 I/O queues and the admin queue.
 const VECTORS: u32 = 17;
 
 fn borrowed(events: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
@@ -18,7 +18,7 @@ fn borrowed(events: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
 }
 
 #[test]
-fn vectors_come_in_several_messages_and_each_can_be_replaced() {
+fn vectors_can_be_set_in_several_messages_and_replaced() {
     let rig = Rig::new();
     let mut client = rig.client();
     let guest = guest(&mut client);
@@ -32,12 +32,12 @@ fn vectors_come_in_several_messages_and_each_can_be_replaced() {
     enable(&mut client);
     identify(&mut client, &guest, 0, BASE + 0x2000);
 
-    assert!(signalled(&other, 10_000), "the last one given for vector 0");
-    assert!(events.iter().all(|event| !signalled(event, 0)), "the others are for other vectors, or replaced");
+    assert!(wait_for(&other, 10_000), "the last one given for vector 0");
+    assert!(events.iter().all(|event| !wait_for(event, 0)), "the others are for other vectors, or replaced");
 }
 
 #[test]
-fn a_vector_taken_back_and_an_interrupt_turned_off_signal_no_more() {
+fn a_removed_vector_and_a_disabled_interrupt_are_not_signalled() {
     let rig = Rig::new();
     let mut client = rig.client();
     let guest = guest(&mut client);
@@ -47,56 +47,56 @@ fn a_vector_taken_back_and_an_interrupt_turned_off_signal_no_more() {
 
     client.set_irqs(EVENTFD_TRIGGER, [MSIX, 0, 1], &[]).unwrap();
     identify(&mut client, &guest, 0, BASE + 0x2000);
-    assert!(!signalled(&vector, 100));
+    assert!(!wait_for(&vector, 100));
     client.set_irqs(EVENTFD_TRIGGER, [MSIX, 0, 1], &[vector.as_fd()]).unwrap();
     identify(&mut client, &guest, 1, BASE + 0x2000);
-    assert!(signalled(&vector, 10_000));
+    assert!(wait_for(&vector, 10_000));
     client.set_irqs(NONE_TRIGGER, [MSIX, 0, 0], &[]).unwrap();
     identify(&mut client, &guest, 2, BASE + 0x2000);
 
-    assert!(!signalled(&vector, 100));
+    assert!(!wait_for(&vector, 100));
 }
 
 #[test]
-fn errors_can_be_asked_for() {
+fn an_eventfd_for_errors_can_be_set() {
     let rig = Rig::new();
     let mut client = rig.client();
     let errors = event();
 
     client.set_irqs(EVENTFD_TRIGGER, [ERR, 0, 1], &[errors.as_fd()]).unwrap();
 
-    assert!(!signalled(&errors, 0));
+    assert!(!wait_for(&errors, 0));
 }
 
 #[test]
-fn the_hosts_request_reaches_the_virtual_machine_and_its_leaving_ends_the_server() {
+fn the_hosts_request_is_forwarded_to_the_vm_and_the_server_ends_when_the_vm_disconnects() {
     let rig = Rig::new();
     let mut client = rig.client();
     let request = event();
     client.set_irqs(EVENTFD_TRIGGER, [REQ, 0, 1], &[request.as_fd()]).unwrap();
 
     rig.machine.request_removal();
-    assert!(signalled(&request, 10_000), "the virtual machine is asked");
-    assert!(client.read(crate::client::CONFIG, 0, 4).is_ok(), "and served until it has unplugged");
+    assert!(wait_for(&request, 10_000), "the request is forwarded");
+    assert!(client.read(crate::client::CONFIG, 0, 4).is_ok(), "and the VM is served until it has unplugged");
     drop(client);
 
-    assert_eq!(rig.ended(), vhost_device_vfio::vfio_user::EndReason::HostWantsFunction);
+    assert_eq!(rig.wait_for_exit(), vhost_device_vfio::vfio_user::EndReason::HostWantsFunction);
 }
 
 #[test]
-fn a_function_that_nobody_uses_is_given_back_at_once() {
+fn an_unused_function_is_released_at_once() {
     let rig = Rig::new();
     rig.machine.request_removal();
-    assert_eq!(rig.ended(), vhost_device_vfio::vfio_user::EndReason::HostWantsFunction);
+    assert_eq!(rig.wait_for_exit(), vhost_device_vfio::vfio_user::EndReason::HostWantsFunction);
 }
 
 #[test]
-fn a_virtual_machine_that_does_not_unplug_loses_the_function() {
+fn a_vm_that_does_not_unplug_loses_the_function() {
     let rig = Rig::new();
     let mut client = rig.client();
 
     rig.machine.request_removal();
 
-    assert!(client.receive().is_none(), "the server hangs up after 10 s");
-    assert_eq!(rig.ended(), vhost_device_vfio::vfio_user::EndReason::HostWantsFunction);
+    assert!(client.receive().is_none(), "the server disconnects after 10 s");
+    assert_eq!(rig.wait_for_exit(), vhost_device_vfio::vfio_user::EndReason::HostWantsFunction);
 }

@@ -1,5 +1,5 @@
-//! Conversations over the vfio-user socket: the server as a whole, from its socket to an emulated NVMe function, with a
-//! front-end that speaks bytes, and beside it the client of the rust-vmm project's `vfio_user` crate.
+//! Tests of the vfio-user protocol: the whole server, from its socket to an emulated NVMe function. The front-end sends raw
+//! messages. One test uses the client of the rust-vmm project's `vfio_user` crate.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 

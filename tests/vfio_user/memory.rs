@@ -1,4 +1,4 @@
-//! Memory of the virtual machine: what is mapped, what is refused, and that a refusal leaves everything as it was.
+//! Guest memory: what is mapped and what is refused. A refusal changes nothing.
 
 use std::os::fd::AsFd;
 
@@ -46,7 +46,7 @@ fn all_can_be_unmapped_at_once() {
 }
 
 #[test]
-fn what_overlaps_is_refused_with_eexist_and_nothing_changes() {
+fn an_overlap_is_refused_with_eexist_and_nothing_changes() {
     let rig = Rig::new();
     let mut client = rig.client();
     let file = memory(1 << 20);
@@ -62,7 +62,7 @@ fn what_overlaps_is_refused_with_eexist_and_nothing_changes() {
 }
 
 #[test]
-fn only_what_was_mapped_is_unmapped() {
+fn only_a_whole_mapping_can_be_unmapped() {
     let rig = Rig::new();
     let mut client = rig.client();
     let file = memory(1 << 20);
@@ -76,7 +76,7 @@ fn only_what_was_mapped_is_unmapped() {
 }
 
 #[test]
-fn memory_without_a_file_is_taken_note_of() {
+fn memory_without_a_file_is_recorded_but_not_mapped() {
     let rig = Rig::new();
     let mut client = rig.client();
 
@@ -96,7 +96,7 @@ fn ram_that_is_not_shared_is_refused() {
 }
 
 #[test]
-fn memory_that_is_not_what_it_says_is_refused() {
+fn invalid_mappings_are_refused() {
     let rig = Rig::new();
     let mut client = rig.client();
     let file = memory(0x1_0000);
@@ -115,26 +115,26 @@ fn memory_that_is_not_what_it_says_is_refused() {
         ("a pipe", client.dma_map((0, 0x1000), (Some(pipe.as_fd()), 0), READ | WRITE)),
     ];
 
-    for (what, refused) in refusals {
-        assert_eq!(refused.unwrap_err(), EINVAL, "{what}");
+    for (name, result) in refusals {
+        assert_eq!(result.unwrap_err(), EINVAL, "{name}");
     }
     assert_eq!(rig.mapped(), 0);
     client.dma_map((0, 0x1_0000), whole, READ | WRITE).unwrap();
 }
 
 #[test]
-fn memory_that_the_front_end_sees_privately_is_refused() {
+fn memory_that_the_front_end_maps_privately_is_refused() {
     let rig = Rig::new();
     let mut client = rig.client();
-    let file = memory_of_its_own();
+    let file = privately_mapped_file();
 
     let refused = client.dma_map((0, 0x1000), (Some(file.0.as_fd()), 0), READ | WRITE);
 
     assert_eq!(refused.unwrap_err(), EINVAL);
 }
 
-/// A file that this process, the front-end here, has mapped privately.
-fn memory_of_its_own() -> (std::fs::File, vm_memory::MmapRegion<()>) {
+/// A file that this process, which is the front-end, has mapped privately.
+fn privately_mapped_file() -> (std::fs::File, vm_memory::MmapRegion<()>) {
     let file = std::fs::File::from(memfd_create("private", MemfdFlags::CLOEXEC).unwrap());
     rustix::fs::ftruncate(&file, 0x1000).unwrap();
     let offset = vm_memory::FileOffset::new(file.try_clone().unwrap(), 0);
@@ -144,7 +144,7 @@ fn memory_of_its_own() -> (std::fs::File, vm_memory::MmapRegion<()>) {
 }
 
 #[test]
-fn memory_that_is_read_only_is_not_written_by_the_device() {
+fn read_only_memory_is_not_written_by_the_device() {
     let rig = Rig::new();
     let mut client = rig.client();
     let guest = crate::nvme::guest(&mut client);
@@ -153,7 +153,7 @@ fn memory_that_is_read_only_is_not_written_by_the_device() {
     crate::nvme::enable(&mut client);
 
     crate::nvme::identify(&mut client, &guest, 0, 0x80_0000);
-    rig.until(|_| crate::nvme::completion(&guest, 0).is_some());
+    rig.wait_until(|_| crate::nvme::completion(&guest, 0).is_some());
 
     let (_, status) = crate::nvme::completion(&guest, 0).unwrap();
     assert_eq!(status & 0x7ff, 0x04, "Data Transfer Error (NVMe 2.0, Figure 94)");

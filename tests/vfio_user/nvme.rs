@@ -1,5 +1,5 @@
-//! The guest's own driver, as small as it can be: it enables the controller by register writes, asks it for its identity
-//! with a command in shared memory, and is interrupted through an eventfd.
+//! A minimal NVMe driver of a guest: it enables the controller by register writes, submits an Identify command in shared
+//! memory, and receives the interrupt through an eventfd.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -7,12 +7,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::client::{CONFIG, Client};
-use crate::rig::{Rig, event, memory, signalled};
+use crate::rig::{Rig, event, memory, wait_for};
 
-/// Where the device finds the guest's memory.
+/// IOVA and size of the guest's memory.
 pub(crate) const BASE: u64 = 0x10_0000;
 pub(crate) const BYTES: u64 = 0x1_0000;
-/// In that memory: admin submission queue, completion queue, and a page for data.
+/// Offsets of the admin submission queue, the admin completion queue and a data page in that memory.
 const SQ: u64 = 0;
 const CQ: u64 = 0x1000;
 const DATA: u64 = 0x2000;
@@ -22,17 +22,17 @@ const MEMORY_SPACE_AND_BUS_MASTER: [u8; 2] = [0b110, 0];
 const EVENTFD_TRIGGER: u32 = 1 << 2 | 1 << 5;
 const MSIX: u32 = 2;
 
-/// The controller enabled, with queues of 16 entries.
+/// Enables the controller, with admin queues of 16 entries.
 pub(crate) fn enable(client: &mut Client) {
     client.write(CONFIG, COMMAND, &MEMORY_SPACE_AND_BUS_MASTER).unwrap();
     client.write(0, 0x24, &(15_u32 << 16 | 15).to_le_bytes()).unwrap();
     client.write(0, 0x28, &(BASE + SQ).to_le_bytes()).unwrap();
     client.write(0, 0x30, &(BASE + CQ).to_le_bytes()).unwrap();
     client.write(0, 0x14, &(1_u32 | 6 << 16 | 4 << 20).to_le_bytes()).unwrap();
-    (0..1000).find(|_| client.read(0, 0x1c, 4).unwrap()[0] & 1 == 1).expect("the controller gets ready");
+    (0..1000).find(|_| client.read(0, 0x1c, 4).unwrap()[0] & 1 == 1).expect("CSTS.RDY");
 }
 
-/// Identify Controller with data at `data`; queued as entry `slot` and rung.
+/// Submits Identify Controller as entry `slot`, with its data buffer at `data`.
 pub(crate) fn identify(client: &mut Client, guest: &File, slot: u32, data: u64) {
     let mut entry = [0; 64];
     entry[0] = 0x06;
@@ -43,7 +43,7 @@ pub(crate) fn identify(client: &mut Client, guest: &File, slot: u32, data: u64) 
     client.write(0, 0x1000, &(slot + 1).to_le_bytes()).unwrap();
 }
 
-/// Command identifier and status of completion `slot`, once it is there.
+/// Command identifier and status of completion entry `slot`, once it has been written.
 pub(crate) fn completion(guest: &File, slot: u32) -> Option<(u16, u16)> {
     let mut entry = [0; 16];
     guest.read_exact_at(&mut entry, CQ + u64::from(slot) * 16).unwrap();
@@ -51,7 +51,7 @@ pub(crate) fn completion(guest: &File, slot: u32) -> Option<(u16, u16)> {
     (half(14) & 1 == 1).then(|| (half(12), half(14) >> 1))
 }
 
-/// A guest with its memory mapped.
+/// Guest memory, mapped for the device.
 pub(crate) fn guest(client: &mut Client) -> Arc<File> {
     let guest = memory(BYTES);
     client.dma_map((BASE, BYTES), (Some(guest.as_fd()), 0), 3).unwrap();
@@ -59,7 +59,7 @@ pub(crate) fn guest(client: &mut Client) -> Arc<File> {
 }
 
 #[test]
-fn a_guests_own_driver_has_its_data_moved_and_is_interrupted() {
+fn a_guests_driver_receives_its_data_and_the_interrupt() {
     let rig = Rig::new();
     let mut client = rig.client();
     let guest = guest(&mut client);
@@ -69,7 +69,7 @@ fn a_guests_own_driver_has_its_data_moved_and_is_interrupted() {
 
     identify(&mut client, &guest, 0, BASE + DATA);
 
-    assert!(signalled(&vector, 10_000), "no interrupt");
+    assert!(wait_for(&vector, 10_000), "no interrupt");
     assert_eq!(completion(&guest, 0), Some((0x77, 0)));
     let mut model = [0; 40];
     guest.read_exact_at(&mut model, DATA + 24).unwrap();
@@ -77,7 +77,7 @@ fn a_guests_own_driver_has_its_data_moved_and_is_interrupted() {
 }
 
 #[test]
-fn dma_to_what_is_not_mapped_faults_and_hurts_nobody() {
+fn dma_to_unmapped_memory_faults_and_the_controller_continues() {
     let rig = Rig::new();
     let mut client = rig.client();
     let guest = guest(&mut client);
@@ -87,17 +87,17 @@ fn dma_to_what_is_not_mapped_faults_and_hurts_nobody() {
 
     identify(&mut client, &guest, 0, BASE + BYTES);
 
-    assert!(signalled(&vector, 10_000));
+    assert!(wait_for(&vector, 10_000));
     let (_, status) = completion(&guest, 0).unwrap();
     assert_eq!(status & 0x7ff, 0x04, "Data Transfer Error (NVMe 2.0, Figure 94)");
     assert_eq!(rig.machine.iommu().fault_count(), 1);
     identify(&mut client, &guest, 1, BASE + DATA);
-    assert!(signalled(&vector, 10_000), "the controller goes on");
+    assert!(wait_for(&vector, 10_000), "the controller continues");
     assert_eq!(completion(&guest, 1), Some((0x77, 0)));
 }
 
 #[test]
-fn without_bus_master_nothing_is_done() {
+fn without_bus_master_no_command_is_executed() {
     let rig = Rig::new();
     let mut client = rig.client();
     let guest = guest(&mut client);

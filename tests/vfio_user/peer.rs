@@ -1,10 +1,10 @@
-//! The client of the rust-vmm project, which knows nothing of this server.
+//! The independent client of the rust-vmm project.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use crate::nvme::{BASE, BYTES};
-use crate::rig::{Rig, event, memory, signalled};
+use crate::rig::{Rig, event, memory, wait_for};
 
 #[test]
 fn the_client_of_rust_vmm_enables_the_controller_and_is_interrupted() {
@@ -28,7 +28,7 @@ fn the_client_of_rust_vmm_enables_the_controller_and_is_interrupted() {
     guest.write_all_at(&entry, 0).unwrap();
     client.region_write(0, 0x1000, &1_u32.to_le_bytes()).unwrap();
 
-    assert!(signalled(&vector, 10_000));
+    assert!(wait_for(&vector, 10_000));
     let mut serial = [0; 4];
     guest.read_exact_at(&mut serial, 0x2000 + 24).unwrap();
     assert_eq!(&serial, b"vhos", "its model");

@@ -1,4 +1,4 @@
-//! A server with everything behind it, in this process: socket, session, passthrough, emulated NVMe function.
+//! The server under test, in this process: socket, session, passthrough and emulated NVMe function.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,7 +19,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use crate::client::Client;
 
-/// A running server, and the machine behind it.
+/// A running server and its emulated machine.
 pub(crate) struct Rig {
     pub(crate) machine: Machine,
     pub(crate) path: PathBuf,
@@ -33,11 +33,11 @@ impl Rig {
         Self::with(&Options { size: 1 << 20, queues: 16, ..Options::default() }, Policy::Suppress)
     }
 
-    /// A function made of `options`, served by `policy`.
+    /// A server of an emulated function with `options`, under `policy`.
     pub(crate) fn with(options: &Options, policy: Policy) -> Self {
         let machine = Machine::new(options.clone()).unwrap();
         let facts = machine.facts(policy).unwrap();
-        // No KVM is told of a function in this process, and none need be.
+        // An emulated function needs no registration with KVM.
         let facts = Facts { personality: Personality::WholeFunction, shim: true, ..facts };
         let space = if let Verdict::Flush(_) = decide(&facts) { machine.staged_space() } else { machine.space() };
         let device = Passthrough::new(machine.whole_function(), space, BarAccess::Direct, facts, false).unwrap();
@@ -45,18 +45,18 @@ impl Rig {
         let path = directory.as_path().join("s");
         let endpoint = Listen::Path(path.clone()).open().unwrap();
         let stop = event();
-        let until = stop.try_clone().unwrap();
+        let server_stop = stop.try_clone().unwrap();
         let server = Server::new(endpoint, device, Vmm::without_shim());
-        let thread = Some(std::thread::spawn(move || server.run(&until).unwrap()));
+        let thread = Some(std::thread::spawn(move || server.run(&server_stop).unwrap()));
         Self { machine, path, stop, thread, _directory: directory }
     }
 
-    /// A front-end that has said nothing yet.
+    /// A front-end that has sent nothing yet.
     pub(crate) fn connect(&self) -> Client {
         Client::new(UnixStream::connect(&self.path).unwrap())
     }
 
-    /// One that has agreed on the version.
+    /// A front-end that has negotiated the version.
     pub(crate) fn client(&self) -> Client {
         let mut client = self.connect();
         client.version().unwrap();
@@ -68,11 +68,11 @@ impl Rig {
         self.machine.iommu().mapped().iter().map(|span| span.len()).sum()
     }
 
-    /// Waits until `done`; the server notices a front-end that leaves in its own time.
-    pub(crate) fn until(&self, done: impl Fn(&Self) -> bool) {
+    /// Waits until `condition` holds, at most 10 s. The server detects a disconnected front-end asynchronously.
+    pub(crate) fn wait_until(&self, condition: impl Fn(&Self) -> bool) {
         (0..2000)
             .find(|_| {
-                done(self) || {
+                condition(self) || {
                     std::thread::sleep(std::time::Duration::from_millis(5));
                     false
                 }
@@ -80,8 +80,8 @@ impl Rig {
             .unwrap();
     }
 
-    /// Why the server ended by itself.
-    pub(crate) fn ended(mut self) -> EndReason {
+    /// Waits until the server stops by itself, and returns the reason.
+    pub(crate) fn wait_for_exit(mut self) -> Ended {
         self.thread.take().unwrap().join().unwrap()
     }
 }
@@ -104,8 +104,8 @@ pub(crate) fn signal(event: &OwnedFd) {
     rustix::io::write(event, &1_u64.to_ne_bytes()).unwrap();
 }
 
-/// Waits for `event`; false if it does not come.
-pub(crate) fn signalled(event: &OwnedFd, milliseconds: i64) -> bool {
+/// Waits for `event`; false if it is not signalled in time.
+pub(crate) fn wait_for(event: &OwnedFd, milliseconds: i64) -> bool {
     let mut fds = [PollFd::from_borrowed_fd(event.as_fd(), PollFlags::IN)];
     let wait = Timespec { tv_sec: milliseconds / 1000, tv_nsec: milliseconds % 1000 * 1_000_000 };
     let found = poll(&mut fds, Some(&wait)).unwrap() == 1;
@@ -115,7 +115,7 @@ pub(crate) fn signalled(event: &OwnedFd, milliseconds: i64) -> bool {
     found
 }
 
-/// Shared memory of so many bytes.
+/// Shared memory of this size.
 pub(crate) fn memory(bytes: u64) -> Arc<File> {
     let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
     ftruncate(&file, bytes).unwrap();

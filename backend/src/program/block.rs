@@ -41,7 +41,7 @@ pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, 
 
     let kib = space.statistics().mapped / 1024;
     let mut server = Server::new(endpoint, Device { engine, space, queues, vmm })?;
-    server.tell_changes();
+    server.notify_config_changes();
     log::info!("serving {name} on {queues} virtqueues; {kib} KiB mapped");
     let served = server.run(stop);
     let Device { engine, space, vmm, .. } = server.into_device();

@@ -1,5 +1,5 @@
-//! The socket on which this side speaks first (vhost-user: "Back-end communication"). It only carries notices: none asks for
-//! an acknowledgement, so nothing here ever waits for the front-end, which may itself be waiting for us.
+//! The socket for messages of the back-end (vhost-user: "Back-end communication"). None of them requests an
+//! acknowledgement: the front-end may itself be waiting for a reply, and waiting for it would be a deadlock.
 
 use std::os::fd::OwnedFd;
 
@@ -12,32 +12,33 @@ use super::Error;
 /// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`, version 1, no payload (vhost-user: "Back-end message types").
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 
-/// What a front-end passed with `SET_BACKEND_REQ_FD`.
+/// The socket that the front-end passed with `SET_BACKEND_REQ_FD`.
 pub(super) struct BackendChannel {
     socket: OwnedFd,
 }
 
 impl BackendChannel {
-    /// Takes the front-end's socket.
+    /// # Errors
+    /// `socket` is not a UNIX stream socket.
     pub(super) fn new(socket: OwnedFd) -> Result<Self, Error> {
         let is_stream =
             socket_domain(&socket) == Ok(AddressFamily::UNIX) && socket_type(&socket) == Ok(SocketType::STREAM);
-        let what = "its file descriptor is no UNIX stream socket";
+        let problem = "its file descriptor is not a UNIX stream socket";
         if is_stream {
             Ok(Self { socket })
         } else {
-            Err(Error::Descriptors { request: "SET_BACKEND_REQ_FD".into(), what })
+            Err(Error::Descriptors { request: "SET_BACKEND_REQ_FD".into(), problem })
         }
     }
 
-    /// Says that the configuration space has changed; the front-end will read it. False if the channel is of no further use.
+    /// Notifies the front-end that the configuration space has changed. False if the channel is broken.
     pub(super) fn config_changed(&self) -> bool {
         let message = CONFIG_CHANGE.map(u32::to_ne_bytes).concat();
         match send(&self.socket, &message, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
-            // With EAGAIN, earlier notices wait to be read; what is read after them is as new.
+            // EAGAIN: earlier notifications are unread. The front-end reads the configuration space after them.
             Ok(_) | Err(Errno::AGAIN) => true,
             Err(errno) => {
-                log::warn!("tell the front-end that the configuration has changed: {errno}");
+                log::warn!("notify the front-end of a changed configuration space: {errno}");
                 false
             }
         }
@@ -52,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_notice_is_a_header_alone() {
+    fn a_notification_is_only_a_header() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let channel = BackendChannel::new(ours.into()).unwrap();
 
@@ -64,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn a_front_end_that_does_not_read_costs_nothing_and_one_that_has_gone_is_noticed() {
+    fn a_front_end_that_does_not_read_does_not_block_and_a_closed_channel_is_detected() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let channel = BackendChannel::new(ours.into()).unwrap();
         assert!((0..100_000).all(|_| channel.config_changed()));
@@ -73,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_is_refused() {
+    fn a_file_that_is_not_a_socket_is_refused() {
         let file = rustix::fs::memfd_create("no socket", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         assert!(BackendChannel::new(file).is_err());
     }

@@ -1,7 +1,5 @@
-//! The configuration space of the disk, as the guest reads it (virtio 1.2 §5.2.4).
-//!
-//! All of it but `writeback` follows from the drive's geometry, so it is built anew each time it is read. `writeback` is the
-//! one field that a driver may write.
+//! The configuration space of the virtio-blk device (virtio 1.2 §5.2.4). It is built from the drive's geometry each time it
+//! is read. `writeback` is the only field that a driver may write.
 
 use std::mem::offset_of;
 
@@ -13,14 +11,14 @@ use crate::driver::Geometry;
 use crate::engine::Engine;
 use crate::engine::request::RangeLimits;
 
-/// Buffers per request: an indirect table of 128 descriptors without those of header and status.
+/// Data buffers per request: an indirect table of 128 descriptors, less those of header and status.
 pub(super) const SEG_MAX: u32 = 126;
 
 /// Bytes per unit of `capacity` (virtio 1.2 §5.2.4).
 const SECTOR: u64 = 512;
 
-/// `struct virtio_blk_config` up to the limits of write-zeroes; the rest belongs to features that are not offered and reads
-/// as zero.
+/// `struct virtio_blk_config` up to the write-zeroes limits. The fields after it belong to features that are not offered
+/// and read as zero.
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
 struct BlkConfig {
@@ -48,7 +46,7 @@ struct BlkConfig {
     reserved: u32,
 }
 
-/// Where `writeback` stands.
+/// Offset of `writeback`.
 const WRITEBACK: usize = offset_of!(BlkConfig, writeback);
 
 impl BlkConfig {
@@ -84,13 +82,13 @@ impl BlkConfig {
     }
 }
 
-/// `size` bytes of configuration space from `offset`; zero past its end.
+/// Reads `size` bytes of configuration space from `offset`; zero past its end.
 pub(super) fn read(device: &Device, offset: usize, size: usize) -> Vec<u8> {
     let Device { engine, queues, .. } = device;
-    part(&BlkConfig::new(&engine.geometry(), *queues, engine.write_cache()), offset, size)
+    slice(&BlkConfig::new(&engine.geometry(), *queues, engine.write_cache()), offset, size)
 }
 
-/// SET_CONFIG: the write cache's switch, and nothing else, can be written.
+/// SET_CONFIG. Only `writeback` can be written, which switches the write cache.
 pub(super) fn write(engine: &Engine, offset: u32, bytes: &[u8]) -> Result<(), Error> {
     match (usize::try_from(offset), bytes) {
         (Ok(WRITEBACK), &[value @ (0 | 1)]) => engine.set_write_cache(value == 1).map_err(Error::Engine),
@@ -98,9 +96,9 @@ pub(super) fn write(engine: &Engine, offset: u32, bytes: &[u8]) -> Result<(), Er
     }
 }
 
-/// What acknowledged features mean for the write cache: a driver that will never flush must not be left with one (virtio
-/// 1.2 §5.2.6.2); any other gets it as the drive had it.
-pub(super) fn follow(engine: &Engine, acked: VirtioFeatures) {
+/// Sets the write cache according to the acknowledged features. It is off for a driver that cannot flush (virtio 1.2
+/// §5.2.6.2), and has the drive's initial setting for any other.
+pub(super) fn apply_features(engine: &Engine, acked: VirtioFeatures) {
     let disk = engine.geometry();
     let on = disk.cache_on && acked.contains(VirtioFeatures::FLUSH);
     if disk.volatile_cache
@@ -110,7 +108,7 @@ pub(super) fn follow(engine: &Engine, acked: VirtioFeatures) {
     }
 }
 
-fn part(config: &BlkConfig, offset: usize, size: usize) -> Vec<u8> {
+fn slice(config: &BlkConfig, offset: usize, size: usize) -> Vec<u8> {
     config.as_bytes().iter().copied().chain(std::iter::repeat(0)).skip(offset).take(size).collect()
 }
 
@@ -141,12 +139,12 @@ pub(super) mod tests {
 
     fn field(offset: usize, size: usize) -> u64 {
         let mut bytes = [0; 8];
-        bytes[..size].copy_from_slice(&part(&config(), offset, size));
+        bytes[..size].copy_from_slice(&slice(&config(), offset, size));
         u64::from_le_bytes(bytes)
     }
 
     #[test]
-    fn each_field_stands_where_the_specification_puts_it() {
+    fn each_field_has_the_offset_of_the_specification() {
         let fields = [("capacity", 0, 8), ("size_max", 8, 4), ("seg_max", 12, 4), ("blk_size", 20, 4)];
         let values = fields.map(|(_, offset, size)| field(offset, size));
         assert_eq!(values, [0x8000, 128 << 10, 126, 4096]);
@@ -162,12 +160,12 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn any_part_can_be_read_and_is_zero_past_the_end() {
-        let whole = part(&config(), 0, 64);
+    fn any_range_can_be_read_and_is_zero_past_the_end() {
+        let whole = slice(&config(), 0, 64);
         for offset in 0..70 {
             for size in [1, 3, 57, 64] {
                 let expected: Vec<u8> = (offset..offset + size).map(|i| whole.get(i).copied().unwrap_or(0)).collect();
-                assert_eq!(part(&config(), offset, size), expected, "offset {offset} size {size}");
+                assert_eq!(slice(&config(), offset, size), expected, "offset {offset} size {size}");
             }
         }
     }

@@ -1,5 +1,5 @@
-//! Everything that can go wrong between the socket and the rings. QEMU reports any of it as "Input/output error", so the
-//! text here, in our log, is where a person learns what to change.
+//! Errors of the vhost-user back-end. QEMU reports each of them as "Input/output error", so the text logged here must tell
+//! the user what to change.
 
 use std::io;
 
@@ -9,215 +9,214 @@ use crate::hardware::MapError;
 use crate::kvm::RegistrationError;
 use crate::memory::RegionError;
 
-/// What QEMU needs on its command line for its memory to be ours too.
+/// QEMU's options for guest memory that is shared with this process.
 const SHARE: &str =
     "start QEMU with -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem";
 
-/// Why a message was refused, or a conversation ended.
+/// Why a message was refused or a connection ended.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The control loop itself failed.
-    #[error("{what}: {source}")]
+    /// A system call of the control thread failed.
+    #[error("{step}: {source}")]
     System {
-        /// The step that failed.
-        what: &'static str,
+        /// The system call, or its purpose.
+        step: &'static str,
         /// The errno.
         source: io::Error,
     },
-    /// The message announces more bytes than any message has.
+    /// The payload is larger than any message's.
     #[error("request {request} announces {size} bytes, at most {MAX_MESSAGE} are accepted")]
     Oversized {
-        /// Its name.
+        /// The name of the request.
         request: String,
-        /// Announced bytes.
+        /// Announced size of the payload, bytes.
         size: u32,
     },
-    /// Descriptors came where none belong, or too many.
-    #[error("request {request}: {what}")]
+    /// A message has the wrong number or kind of file descriptors.
+    #[error("request {request}: {problem}")]
     Descriptors {
-        /// Its name.
+        /// The name of the request.
         request: String,
         /// What is wrong.
-        what: &'static str,
+        problem: &'static str,
     },
-    /// The codec could not make sense of a message.
-    #[error("request {request}: {what}")]
+    /// A message is malformed, or belongs to a feature that has not been negotiated.
+    #[error("request {request}: {problem}")]
     Malformed {
-        /// Its name.
+        /// The name of the request.
         request: String,
         /// What is wrong.
-        what: String,
+        problem: String,
     },
-    /// The front-end sends and sends, but does not read what it is answered.
+    /// The socket's send buffer is full because the front-end does not read its replies.
     #[error("the front-end does not read its replies")]
     NotReading,
-    /// So many messages were refused that there is no point in going on.
+    /// The front-end has exceeded the limit of refused messages.
     #[error("{0} messages refused; giving up on this front-end")]
     TooManyRefusals(u32),
-    /// A feature was acknowledged that had not been offered.
-    #[error("{what} acknowledges {names}, which was not offered")]
+    /// An acknowledged feature was not offered.
+    #[error("{request} acknowledges {names}, which was not offered")]
     NotOffered {
-        /// The request.
-        what: &'static str,
-        /// The features.
+        /// The name of the request.
+        request: &'static str,
+        /// The names of the features.
         names: String,
     },
-    /// The guest's addresses were to be translated by a virtual IOMMU.
+    /// A virtual IOMMU was requested.
     #[error(
-        "SET_FEATURES acknowledges ACCESS_PLATFORM, which was not offered: addresses are taken as guest-physical, a virtual IOMMU is not served; leave out iommu_platform=on and ats=on"
+        "SET_FEATURES acknowledges ACCESS_PLATFORM, which was not offered: addresses must be guest-physical, a virtual IOMMU is not supported; leave out iommu_platform=on and ats=on"
     )]
     AccessPlatform,
-    /// A request for something that is not offered.
+    /// The request belongs to a feature that is not offered.
     #[error("{0} belongs to a feature that is not offered")]
     NotImplemented(&'static str),
-    /// The guest wrote to configuration space.
-    #[error("SET_CONFIG: no field of this disk's configuration space can be written")]
+    /// SET_CONFIG of anything but `writeback`, or with a value other than 0 or 1.
+    #[error("SET_CONFIG: only writeback can be written, with 0 or 1")]
     ReadOnlyConfig,
-    /// There is no such queue.
+    /// There is no such virtqueue.
     #[error("virtqueue {index} does not exist, there are {queues}; give the device num-queues={queues} or fewer")]
     NoSuchRing {
-        /// Asked for.
+        /// Index in the message.
         index: u32,
-        /// Offered.
+        /// Number of virtqueues offered.
         queues: u16,
     },
-    /// A queue size that no ring of its layout can have, or that is larger than what is served.
+    /// The queue size is not allowed for the layout.
     #[error("virtqueue {index}: the size of a {layout} ring is {}, not {size}; change queue-size", layout.sizes())]
     RingSize {
-        /// The queue.
+        /// Index of the virtqueue.
         index: usize,
-        /// Asked for.
+        /// Requested size, entries.
         size: u32,
         /// Split or packed.
         layout: Layout,
     },
-    /// An index that does not fit a split ring.
+    /// The base does not fit a split ring.
     #[error("virtqueue {index}: first index {base} does not fit the 16 bits of a split ring")]
     RingBase {
-        /// The queue.
+        /// Index of the virtqueue.
         index: usize,
-        /// Asked for.
+        /// Requested base.
         base: u32,
     },
-    /// A ring part at an address that the specification rules out.
+    /// A part of the ring is misaligned.
     #[error("virtqueue {index}: {part} at {address} is not aligned to {alignment} bytes (virtio 1.2 §2.7, §2.8)")]
     RingAlignment {
-        /// The queue.
+        /// Index of the virtqueue.
         index: usize,
-        /// Which of the three parts.
+        /// Name of the part.
         part: &'static str,
-        /// Where.
+        /// Address of the part.
         address: Qva,
-        /// What it must be a multiple of.
+        /// Required alignment, bytes.
         alignment: u64,
     },
-    /// A dirty log was asked for.
-    #[error("virtqueue {0}: logging of the used ring was asked for, which is not offered")]
+    /// SET_VRING_ADDR requested a dirty log.
+    #[error("virtqueue {0}: logging of the used ring was requested, which is not offered")]
     RingLog(usize),
-    /// The ring was changed while it runs.
-    #[error("virtqueue {index}: {what} while the ring runs; GET_VRING_BASE stops it first")]
+    /// The request is not allowed while the ring runs.
+    #[error("virtqueue {index}: {request} while the ring runs; GET_VRING_BASE stops it first")]
     RingRuns {
-        /// The queue.
+        /// Index of the virtqueue.
         index: usize,
-        /// The request.
-        what: &'static str,
+        /// The name of the request.
+        request: &'static str,
     },
-    /// A ring was enabled before features were agreed on.
+    /// A ring was enabled before features were negotiated.
     #[error("virtqueue {index} cannot start: SET_FEATURES has not been sent since the device was reset")]
     NotNegotiated {
-        /// The queue.
+        /// Index of the virtqueue.
         index: usize,
     },
-    /// No memory has been shared at all.
+    /// The front-end has shared no memory.
     #[error("virtqueue {index} cannot start: the front-end has shared no memory; {SHARE}")]
     NoMemory {
-        /// The queue.
+        /// Index of the virtqueue.
         index: usize,
     },
-    /// A ring outside what has been shared.
+    /// A part of the ring is outside shared memory.
     #[error(
-        "virtqueue {index} cannot start: its {part} at {address} ({} bytes) lies in no shared region (shared: {regions}); all guest RAM must be shared, also each NUMA node and DIMM; {SHARE}",
-        len
+        "virtqueue {index} cannot start: its {part} at {address} ({len} bytes) is in no shared region (shared: {regions}); all guest RAM must be shared, also each NUMA node and DIMM; {SHARE}"
     )]
     RingOutside {
-        /// The queue.
+        /// Index of the virtqueue.
         index: usize,
-        /// Which of the three parts.
+        /// Name of the part.
         part: &'static str,
-        /// Where.
+        /// Address of the part.
         address: Qva,
-        /// Its size, bytes.
+        /// Size of the part, bytes.
         len: u64,
-        /// What is shared.
+        /// The shared regions.
         regions: String,
     },
-    /// A region that the front-end itself sees as a private copy.
+    /// The front-end maps the region with `MAP_PRIVATE`.
     #[error(
         "memory region {gpa}: the front-end has mapped this memory privately, so it would never see what the device writes; {SHARE}"
     )]
     PrivateMemory {
-        /// Where.
+        /// Guest-physical range of the region.
         gpa: Span<Gpa>,
     },
-    /// An empty or wrapping region.
+    /// The region is empty or wraps.
     #[error("memory region at {start:#x} of {len} bytes: empty, or past the end of the address space")]
     RegionRange {
-        /// Guest address.
+        /// Guest-physical address.
         start: u64,
-        /// Bytes.
+        /// Size, bytes.
         len: u64,
     },
-    /// A region was to be removed that is not there.
+    /// The region to be removed does not exist.
     #[error("REM_MEM_REG {gpa} (user address {qva}): no such region (regions: {regions})")]
     UnknownRegion {
-        /// Where.
+        /// Guest-physical range in the message.
         gpa: Span<Gpa>,
-        /// Where in the front-end.
+        /// Front-end address in the message.
         qva: Qva,
-        /// What is there.
+        /// The existing regions.
         regions: String,
     },
-    /// More regions than were promised.
-    #[error("{0} memory regions, at most {MAX_SLOTS} are served")]
+    /// There would be more regions than GET_MAX_MEM_SLOTS reports.
+    #[error("{0} memory regions, at most {MAX_SLOTS} are supported")]
     TooManyRegions(usize),
-    /// The region itself is at fault.
+    /// The region is invalid, or cannot be mapped in this process.
     #[error(transparent)]
     Region(#[from] RegionError),
-    /// The address space refused.
+    /// The region cannot be mapped for, or unmapped from, the device.
     #[error(transparent)]
     Map(#[from] MapError),
-    /// The VM's process could not be told of the device.
+    /// The device is not registered with KVM.
     #[error(transparent)]
     Registration(#[from] RegistrationError),
-    /// The data path refused.
+    /// The engine has failed or refused.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// A change of memory failed and could not be undone either.
+    /// A change of memory failed and could not be undone.
     #[error("{failed}; undoing it failed too: {undo}; the guest has lost {}", Bytes(*lost))]
     NotUndone {
-        /// What went wrong first.
+        /// Why the change failed.
         failed: Box<Error>,
-        /// What went wrong then.
+        /// Why undoing it failed.
         undo: MapError,
-        /// Bytes of guest memory that are no longer mapped.
+        /// Size of the guest memory that is no longer mapped, bytes.
         lost: u64,
     },
 }
 
-/// Largest payload, bytes; the codec's own limit.
+/// Largest payload, bytes; the codec's limit.
 pub(super) const MAX_MESSAGE: u32 = 4096;
 
-/// How many memory regions can be added one by one. QEMU on x86 uses up to 512, KVM allows 509 for its guests.
+/// Memory regions of a front-end, as GET_MAX_MEM_SLOTS reports. QEMU on x86 uses up to 512, KVM allows 509 for its guests.
 pub(super) const MAX_SLOTS: usize = 509;
 
 impl Error {
-    /// For `map_err` on a system call of the control loop.
-    pub(super) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
-        move |error| Self::System { what, source: error.into() }
+    /// For `map_err` on a system call of the control thread.
+    pub(super) fn system<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Self {
+        move |error| Self::System { step, source: error.into() }
     }
 
-    /// True if there is no way to go on with this front-end.
-    pub(super) fn ends_conversation(&self) -> bool {
+    /// True if the connection cannot continue after this error.
+    pub(super) fn ends_connection(&self) -> bool {
         matches!(self, Self::NotUndone { .. } | Self::TooManyRefusals(_))
     }
 }

@@ -1,35 +1,35 @@
-//! What is offered, and why. A front-end acknowledges every bit it knows whether or not it will use it (QEMU does), so a
-//! bit stands here only if all of its consequences are implemented.
+//! The features that are offered, and why. QEMU acknowledges every bit it knows, whether it uses it or not, so a bit is
+//! offered only if everything that it implies is implemented.
 //!
 //! | virtio-blk | offered | because |
 //! |---|---|---|
-//! | `SEG_MAX` | always | 126 buffers and two for header and status fill an indirect table of 128 |
-//! | `RO` | read-only disk | the engine refuses writes whether or not the guest looked |
-//! | `BLK_SIZE`, `TOPOLOGY` | always | the drive's own block sizes |
-//! | `FLUSH`, `CONFIG_WCE` | volatile cache | without a cache that loses power, every completed write is durable already |
+//! | `SEG_MAX` | always | 126 data buffers, header and status fill an indirect table of 128 |
+//! | `RO` | the disk is read-only | tells the guest; the engine refuses writes in any case |
+//! | `BLK_SIZE`, `TOPOLOGY` | always | the drive's block sizes |
+//! | `FLUSH`, `CONFIG_WCE` | the drive has a volatile cache | without one, every completed write is durable |
 //! | `MQ` | always | one virtqueue per vCPU, spread over the workers |
-//! | `SIZE_MAX` | the drive's longest transfer is known | longer buffers work and are cut, but nothing is gained by them |
-//! | `DISCARD`, `WRITE_ZEROES` | the drive has the commands, and is not read-only | their limits follow from the drive's |
+//! | `SIZE_MAX` | the drive's longest transfer is known | longer buffers are split, which gains nothing |
+//! | `DISCARD`, `WRITE_ZEROES` | the drive has the command and is not read-only | the limits follow from the drive's |
 //!
 //! | ring | offered | because |
 //! |---|---|---|
-//! | `INDIRECT_DESC`, `EVENT_IDX` | always | the engine does both |
-//! | `RING_PACKED` | always | both layouts are served |
-//! | `VERSION_1` | always | a modern device |
-//! | `ACCESS_PLATFORM` | never | no IOTLB messages |
-//! | `LOG_ALL` | never | the device's own writes to memory would escape the log |
+//! | `INDIRECT_DESC`, `EVENT_IDX` | always | the engine implements both |
+//! | `RING_PACKED` | always | the engine implements both layouts |
+//! | `VERSION_1` | always | the device is not a legacy device |
+//! | `ACCESS_PLATFORM` | never | IOTLB messages are not implemented |
+//! | `LOG_ALL` | never | the device's DMA would not be logged |
 //!
 //! | protocol | because |
 //! |---|---|
-//! | `MQ` | else a front-end uses one virtqueue |
-//! | `REPLY_ACK` | the only way to tell the front-end that memory could not be mapped |
-//! | `CONFIG` | vhost-user-blk does not start without it |
-//! | `CONFIGURE_MEM_SLOTS` | memory comes and goes one region at a time |
-//! | `RESET_DEVICE`, `STATUS` | a guest's reset reaches the rings |
-//! | `BACKEND_REQ` | the guest learns of a new size of the disk while it runs |
-//! | `GPA_ADDRESSES` | guest addresses are what the device is given; the front-end's own need not be told |
+//! | `MQ` | without it, a front-end uses a single virtqueue |
+//! | `REPLY_ACK` | the only way to report that memory could not be mapped |
+//! | `CONFIG` | QEMU's vhost-user-blk requires it |
+//! | `CONFIGURE_MEM_SLOTS` | memory is added and removed one region at a time |
+//! | `RESET_DEVICE`, `STATUS` | a reset by the guest stops the vrings |
+//! | `BACKEND_REQ` | a new size of the disk is reported while the guest runs |
+//! | `GPA_ADDRESSES` | the device uses guest-physical addresses; the front-end's own are not needed |
 //!
-//! Bits 14 and 17 (`INBAND_NOTIFICATIONS`, `XEN_MMAP`) would be acknowledged by QEMU if they were offered, and change the
+//! QEMU would acknowledge bits 14 and 17 (`INBAND_NOTIFICATIONS`, `XEN_MMAP`) if they were offered, and they change the
 //! meaning of other messages.
 
 use std::fmt;
@@ -40,7 +40,7 @@ use crate::driver::Geometry;
 use crate::engine::Layout;
 use crate::engine::request::RangeLimits;
 
-/// `VIRTIO_F_ACCESS_PLATFORM`, which is never offered: descriptors would hold addresses that a virtual IOMMU translates.
+/// `VIRTIO_F_ACCESS_PLATFORM`, never offered: descriptors would hold addresses that a virtual IOMMU translates.
 pub(super) const ACCESS_PLATFORM: u64 = 1 << 33;
 
 bitflags! {
@@ -71,7 +71,7 @@ bitflags! {
         const INDIRECT_DESC = 1 << 28;
         /// `VIRTIO_F_RING_EVENT_IDX`
         const EVENT_IDX = 1 << 29;
-        /// `VHOST_USER_F_PROTOCOL_FEATURES`; tells that rings wait for `SET_VRING_ENABLE`
+        /// `VHOST_USER_F_PROTOCOL_FEATURES`. Also means that vrings wait for `SET_VRING_ENABLE`.
         const PROTOCOL_FEATURES = 1 << 30;
         /// `VIRTIO_F_VERSION_1`
         const VERSION_1 = 1 << 32;
@@ -81,30 +81,30 @@ bitflags! {
 }
 
 bitflags! {
-    /// Feature bits of the conversation itself (vhost-user: "Protocol features").
+    /// Feature bits of the protocol (vhost-user: "Protocol features").
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct ProtocolFeatures: u64 {
-        /// Several queues.
+        /// Multiple queues.
         const MQ = 1;
-        /// A request may ask for an acknowledgement.
+        /// A message may request an acknowledgement.
         const REPLY_ACK = 1 << 3;
-        /// A second socket, for messages that the back-end starts.
+        /// A second socket, for messages of the back-end.
         const BACKEND_REQ = 1 << 5;
-        /// Configuration space by message.
+        /// `GET_CONFIG` and `SET_CONFIG`.
         const CONFIG = 1 << 9;
-        /// The `RESET_DEVICE` message.
+        /// `RESET_DEVICE`.
         const RESET_DEVICE = 1 << 13;
-        /// Memory regions added and removed one by one.
+        /// `ADD_MEM_REG` and `REM_MEM_REG`.
         const CONFIGURE_MEM_SLOTS = 1 << 15;
-        /// The device status by message.
+        /// `SET_STATUS` and `GET_STATUS`.
         const STATUS = 1 << 16;
-        /// Ring and region addresses are guest-physical ones.
+        /// Addresses of vrings and regions are guest-physical.
         const GPA_ADDRESSES = 1 << 21;
     }
 }
 
 impl VirtioFeatures {
-    /// What a disk of this `geometry` offers.
+    /// The features that a disk with this `geometry` offers.
     #[must_use]
     pub fn offered(geometry: &Geometry) -> Self {
         let mut offered = Self::all();
@@ -116,14 +116,14 @@ impl VirtioFeatures {
         offered
     }
 
-    /// How rings lie in memory under these features.
+    /// The virtqueue layout that these features select.
     #[must_use]
     pub fn layout(self) -> Layout {
         if self.contains(Self::RING_PACKED) { Layout::Packed } else { Layout::Split }
     }
 }
 
-/// Prints a set of feature bits by name; bits without a name as `bit 33`.
+/// Displays feature bits by name; a bit without a name is displayed as `bit 33`.
 pub(super) struct Names<F>(pub(super) F);
 
 impl<F: Flags<Bits = u64>> fmt::Display for Names<F> {
@@ -151,7 +151,7 @@ mod tests {
     use crate::vhost_user::config::tests::geometry;
 
     #[test]
-    fn a_read_only_disk_without_a_cache_says_so() {
+    fn a_read_only_disk_without_a_cache_offers_neither_flush_nor_discard() {
         let mut disk = geometry();
         (disk.read_only, disk.volatile_cache) = (true, false);
 
@@ -170,7 +170,7 @@ mod tests {
         // VERSION_1, PACKED.
         assert_eq!(offered.bits(), 0x7e46 | 7 << 28 | 1 << 32 | 1 << 34);
         assert_eq!(ProtocolFeatures::all().bits(), 0x21_a229);
-        // The codec gave this bit to another feature once (rust-vmm/vhost#367).
+        // The codec once had another feature at this bit (rust-vmm/vhost#367).
         assert_eq!(VhostUserProtocolFeatures::GPA_ADDRESSES.bits(), ProtocolFeatures::GPA_ADDRESSES.bits());
     }
 

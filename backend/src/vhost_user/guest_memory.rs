@@ -1,13 +1,13 @@
-//! Carries a change of guest memory through: this process, the device's address space, the data path. Every change, be it
-//! one region more, one less or a new table, is a [`Plan`], and takes one road:
+//! Applies changes of guest memory to this process, the device's address space and the data path. Each change (a region
+//! added, a region removed, a new table) is a [`Plan`] with the same steps:
 //!
 //! ```text
 //!  map in this process ─▶ withdraw ─▶ remove from device ─▶ add to device ─▶ publish ─▶ (the caller acknowledges)
-//!       any mistake of the front-end ends it here    └── a failure from here on undoes what has been done ──┘
+//!    invalid regions are refused here   └── a failure from here on undoes the steps before ──┘
 //! ```
 //!
-//! Removing comes before adding, because a new region may take the place of an old one, and because both together may be
-//! more than the user may lock. Regions in both tables are not touched, so requests to them go on.
+//! Regions are removed before others are added: a new region may overlap an old one, and both together may exceed the limit
+//! of locked memory. Regions in both tables are not touched, so requests to them continue.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,11 +19,11 @@ use crate::engine::Engine;
 use crate::hardware::{AddressSpace, MapError};
 use crate::memory::{MemTable, Plan, Region, RegionSpec};
 
-/// Mapping that takes longer than this deserves advice.
+/// A mapping that takes longer is logged, with [`FASTER`] as advice.
 const SLOW: Duration = Duration::from_secs(1);
 const FASTER: &str = "prealloc=on lets QEMU touch its memory before, and hugetlb=on makes fewer pages of it";
 
-/// The memory of the present front-end.
+/// The memory of the current front-end.
 pub(super) struct GuestMemory<'d> {
     engine: &'d Engine,
     space: &'d dyn AddressSpace,
@@ -45,10 +45,10 @@ impl<'d> GuestMemory<'d> {
         &self.table
     }
 
-    /// Applies `plan`. Rings in [`Plan::remove`] have been stopped.
+    /// Applies `plan`. Vrings in [`Plan::remove`] have been stopped.
     ///
     /// # Errors
-    /// Memory is as it was before, except after [`Error::NotUndone`].
+    /// Memory is unchanged, except after [`Error::NotUndone`].
     pub(super) fn apply(&mut self, mut plan: Plan) -> Result<(), Error> {
         let added = std::mem::take(&mut plan.add).into_iter().map(map).collect::<Result<Vec<_>, _>>()?;
         let table = Arc::new(plan.table(&added)?);
@@ -70,8 +70,8 @@ impl<'d> GuestMemory<'d> {
 
     fn change(&self, plan: &Plan, added: &[Arc<Region>], done: &mut Vec<Step>) -> Result<(), Error> {
         if !plan.remove.is_empty() {
-            let gone: Vec<Span<Gpa>> = plan.remove.iter().map(|region| region.gpa()).collect();
-            self.engine.withdraw(Arc::new(plan.table(&[])?), &gone)?;
+            let removed: Vec<Span<Gpa>> = plan.remove.iter().map(|region| region.gpa()).collect();
+            self.engine.withdraw(Arc::new(plan.table(&[])?), &removed)?;
         }
         for region in &plan.remove {
             self.unmap(region)?;
@@ -84,19 +84,20 @@ impl<'d> GuestMemory<'d> {
             let took = start.elapsed();
             log::info!("region {} mapped in {} ms; {} KiB in all", describe(region), took.as_millis(), self.kib());
             if took >= SLOW {
-                log::warn!("the guest stood still for {} s of mapping; {FASTER}", took.as_secs());
+                log::warn!("mapping blocked the guest for {} s; {FASTER}", took.as_secs());
             }
             done.push(Step::Added(Arc::clone(region)));
         }
         Ok(())
     }
 
-    /// How much is mapped for the device, and so pinned.
+    /// Size of the memory that is mapped for the device, KiB.
     fn kib(&self) -> u64 {
         self.space.statistics().mapped / 1024
     }
 
-    /// Takes `region` away from the device, in whatever way there is memory for.
+    /// Unmaps `region` from the device. If the kernel lacks the memory to do that while the device runs, unmaps it while the
+    /// device is idle.
     fn unmap(&self, region: &Region) -> Result<(), MapError> {
         match self.space.remove(region) {
             Err(must_be_idle @ MapError::DeviceMustBeIdle { .. }) => {
@@ -110,22 +111,23 @@ impl<'d> GuestMemory<'d> {
         }
     }
 
-    /// Takes back what has been done, last step first, and publishes what is there then: the old table, if all went well.
+    /// Undoes the steps in `done`, in reverse order, and publishes the old table without the regions that could not be mapped
+    /// again.
     fn undo(&mut self, done: Vec<Step>, failed: Error) -> Error {
         let mut lost = Vec::new();
-        let mut trouble: Option<MapError> = None;
+        let mut undo_error: Option<MapError> = None;
         for step in done.into_iter().rev() {
             let undone = match &step {
                 Step::Added(region) => self.unmap(region),
                 Step::Removed(region) => self.space.add(region).inspect_err(|_| lost.push(Arc::clone(region))),
             };
-            trouble = undone.err().or(trouble);
+            undo_error = undone.err().or(undo_error);
         }
         let is_lost = |region: &Arc<Region>| lost.iter().any(|other| Arc::ptr_eq(other, region));
         let left = self.table.regions().iter().filter(|region| !is_lost(region)).cloned().collect();
         let table = MemTable::new(left).expect("part of a valid table");
         self.publish(Arc::new(table));
-        match trouble {
+        match undo_error {
             None => failed,
             Some(undo) => Error::NotUndone {
                 failed: Box::new(failed),
@@ -135,18 +137,18 @@ impl<'d> GuestMemory<'d> {
         }
     }
 
-    /// Takes all memory away, whatever happens on the way; the front-end has gone, and nothing may stay pinned for it.
-    /// Rings have been stopped.
+    /// Unmaps all memory after the front-end has disconnected and its vrings have been stopped. After an error it continues
+    /// with the next region.
     ///
     /// # Errors
-    /// The data path is broken; what its device may still do, the IOMMU stops.
+    /// The data path has failed. The IOMMU stops any DMA that its device may still do.
     pub(super) fn release(&mut self) -> Result<(), Error> {
         let table = std::mem::take(&mut self.table);
         if table.is_empty() {
             return Ok(());
         }
-        let gone: Vec<Span<Gpa>> = table.regions().iter().map(|region| region.gpa()).collect();
-        let withdrawn = self.engine.withdraw(Arc::default(), &gone);
+        let removed: Vec<Span<Gpa>> = table.regions().iter().map(|region| region.gpa()).collect();
+        let withdrawn = self.engine.withdraw(Arc::default(), &removed);
         for region in table.regions() {
             match self.unmap(region) {
                 Ok(()) => log::info!("region {} unmapped; {} KiB in all", region.gpa(), self.kib()),

@@ -1,11 +1,11 @@
-//! The socket: speaks vhost-user with one front-end at a time and tells memory, address space and engine what it said.
+//! The vhost-user back-end: serves one front-end at a time, and applies its messages to memory, address space and engine.
 //!
-//! All of it runs on one thread, in one loop ([`Server::run`]), so no state here is shared. A front-end is believed in
-//! nothing: whatever it sends, it gets an answer or is disconnected, and when it goes, by whatever way, its rings are
-//! stopped, its memory is unmapped and its descriptors are closed.
+//! Everything here runs on one thread, in one loop ([`Server::run`]), so no state is shared. A front-end is not trusted:
+//! each message is answered or ends the connection. When the connection ends, for whatever reason, its vrings are stopped,
+//! its memory is unmapped and its descriptors are closed.
 //!
 //! ```text
-//!  Server ──▶ Connection ──▶ (codec) ──▶ Session ──▶ Ring ─────────▶ engine
+//!  Server ──▶ Connection ──▶ (codec) ──▶ Session ──▶ Vring ────────▶ engine
 //!  sockets    whole messages             meaning └──▶ GuestMemory ──▶ hardware::AddressSpace, engine
 //! ```
 
@@ -23,26 +23,25 @@ use std::sync::Arc;
 
 pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
-pub use server::{Announcer, Server};
+pub use server::{ConfigNotifier, Server};
 
 use crate::engine::Engine;
 use crate::hardware::AddressSpace;
 use crate::kvm::Vmm;
 
-/// What is served: a running engine, and the address space its device lives in.
+/// The device that is served.
 pub struct Device {
-    /// The data path.
+    /// The running data path.
     pub engine: Engine,
-    /// Where guest memory is mapped for the device.
+    /// The device's address space, into which guest memory is mapped.
     pub space: Arc<dyn AddressSpace>,
-    /// Virtqueues offered; as many as the engine was started with, at most 256.
+    /// Number of virtqueues offered, at most 256: as many as the engine was started with.
     pub queues: u16,
-    /// What the VM's own process must hear of it.
+    /// The VMM process, in which the device is registered with KVM.
     pub vmm: Vmm,
 }
 
-/// The answer to `--print-capabilities` (QEMU: "Backend program conventions"): one JSON object that names what this program
-/// can do.
+/// The output of `--print-capabilities` (QEMU: "Backend program conventions"): one JSON object.
 #[must_use]
 pub fn capabilities() -> &'static str {
     r#"{"type":"block","features":["read-only"]}"#

@@ -1,11 +1,11 @@
-//! The control thread: one loop over the listening socket, the front-end's socket, the shim's in the front-end's process, and
-//! a stop descriptor. It sleeps until one of them wants something, or guest memory is to be looked after.
+//! The control thread: one loop over the listening socket, the front-end's socket, the shim's socket and the stop eventfd.
+//! It sleeps until one of them is ready, or the next check of guest memory is due.
 //!
 //! ```text
-//!             front-end connects            it leaves, or is sent away
+//!             front-end connects         it disconnects, or is disconnected
 //!  Waiting ────────────────────────▶ Serving ────────────────────────▶ Waiting …
-//!     │                                 │   meanwhile any other front-end is closed at once
-//!     └──────────── stop ───────────────┴──▶ end: rings drained, memory given back
+//!     │                                 │   any other front-end is rejected meanwhile
+//!     └──────────── stop ───────────────┴──▶ end: vrings drained, memory unmapped
 //! ```
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,120 +24,120 @@ use crate::sys::Poller;
 const STOP: u64 = 0;
 const LISTENER: u64 = 1;
 const FRONT_END: u64 = 2;
-const NOTICE: u64 = 3;
+const CONFIG_CHANGE: u64 = 3;
 const SHIM: u64 = 4;
 const RELEASED: u64 = 5;
 
-/// How long to leave the listening socket alone after `accept` has failed for want of descriptors or memory.
+/// Pause after a failed `accept`. The listening socket stays readable, and the lack of descriptors or memory may persist.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves one device to one front-end at a time.
 pub struct Server {
     endpoint: Endpoint,
     device: Device,
-    notice: Arc<OwnedFd>,
+    /// Eventfd, signalled by a [`ConfigNotifier`].
+    config_change: Arc<OwnedFd>,
 }
 
-/// Tells a server's control thread, from any other, what a front-end should know.
+/// Reports a change of the configuration space to a server's control thread, from any thread.
 #[derive(Clone)]
-pub struct Announcer {
-    notice: Arc<OwnedFd>,
+pub struct ConfigNotifier {
+    config_change: Arc<OwnedFd>,
 }
 
-impl Announcer {
-    /// The disk's configuration space reads differently now: its size has changed, say. The front-end is told if there is
-    /// one; one that comes later reads it anyway.
+impl ConfigNotifier {
+    /// The configuration space has changed, for example the capacity. The current front-end, if any, is notified.
     pub fn config_changed(&self) {
-        // Full (EAGAIN) is as good as written: the server has not looked yet.
-        let _ = rustix::io::write(&*self.notice, &1_u64.to_ne_bytes());
+        // EAGAIN means that the counter is full, so the server has not read it yet.
+        let _ = rustix::io::write(&*self.config_change, &1_u64.to_ne_bytes());
     }
 }
 
-/// What a wait has found.
+/// The sources of events that are ready.
 #[derive(Default)]
 struct Ready {
     stop: bool,
     listener: bool,
     front_end: bool,
-    notice: bool,
+    config_change: bool,
     shim: bool,
     released: bool,
 }
 
 impl Server {
-    /// Front-ends that have connected meanwhile are served by [`Self::run`].
+    /// A server that is not running yet. A front-end that connects before [`Self::run`] waits in the backlog.
     ///
     /// # Errors
     /// The errno of `eventfd`.
     pub fn new(endpoint: Endpoint, device: Device) -> Result<Self, Error> {
-        let notice = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::system("eventfd"))?;
-        Ok(Self { endpoint, device, notice: Arc::new(notice) })
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::system("eventfd"))?;
+        Ok(Self { endpoint, device, config_change: Arc::new(event) })
     }
 
-    /// Has front-ends told when the disk's size changes.
-    pub fn tell_changes(&self) {
-        let announcer = self.announcer();
-        self.device.engine.on_change(move || announcer.config_changed());
+    /// Makes the engine notify front-ends of changes of the disk's size.
+    pub fn notify_config_changes(&self) {
+        let notifier = self.config_notifier();
+        self.device.engine.on_change(move || notifier.config_changed());
     }
 
-    /// For whoever learns that the disk has changed.
+    /// A handle for reporting changes of the configuration space.
     #[must_use]
-    pub fn announcer(&self) -> Announcer {
-        Announcer { notice: Arc::clone(&self.notice) }
+    pub fn config_notifier(&self) -> ConfigNotifier {
+        ConfigNotifier { config_change: Arc::clone(&self.config_change) }
     }
 
-    /// Serves front-ends until `stop` becomes readable or, on a connected socket, until the front-end leaves. No ring runs
-    /// and no guest memory is mapped afterwards.
+    /// Serves front-ends until `stop` becomes readable or, on a connected socket, until the front-end disconnects. After
+    /// that, no vring runs and no guest memory is mapped.
     ///
     /// # Errors
-    /// The control loop or the engine cannot go on. A front-end's mistakes only end its own conversation.
+    /// The control loop or the engine has failed. An error caused by a front-end ends only its connection.
     pub fn run(&mut self, stop: OwnedFd) -> Result<(), Error> {
         let poller = Poller::new().map_err(Error::system("epoll_create1"))?;
         poller.add(&stop, STOP).map_err(Error::system("epoll_ctl"))?;
-        poller.add(&*self.notice, NOTICE).map_err(Error::system("epoll_ctl"))?;
+        poller.add(&*self.config_change, CONFIG_CHANGE).map_err(Error::system("epoll_ctl"))?;
         poller.add(self.device.engine.released(), RELEASED).map_err(Error::system("epoll_ctl"))?;
-        let (device, notice) = (&self.device, &*self.notice);
-        let mut serving = Serving {
+        let (device, config_change) = (&self.device, &*self.config_change);
+        let mut control = ControlLoop {
             device,
-            notice,
+            config_change,
             poller,
             connection: None,
             pending: false,
-            newcomers: RateLimitedLog::new(module_path!()),
+            rejected: RateLimitedLog::new(module_path!()),
         };
         match &self.endpoint.0 {
             Socket::Listening(listener) => {
-                serving.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
-                serving.serve_all(listener)
+                control.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
+                control.serve_all(listener)
             }
             Socket::Connected(socket) => {
                 let socket = socket.try_clone().map_err(Error::system("duplicate the socket"))?;
-                serving.adopt(socket)?;
-                serving.serve_one()
+                control.adopt(socket)?;
+                control.serve_one()
             }
         }
     }
 
-    /// Gives the device back, to be shut down; the socket is closed and, if it was made here, removed.
+    /// Returns the device, for its shutdown. The socket is closed; a socket file that was created here is removed.
     #[must_use]
     pub fn into_device(self) -> Device {
         self.device
     }
 }
 
-/// The loop's state.
-struct Serving<'d> {
+/// The state of [`Server::run`].
+struct ControlLoop<'d> {
     device: &'d Device,
-    notice: &'d OwnedFd,
+    config_change: &'d OwnedFd,
     poller: Poller,
     connection: Option<Connection<'d>>,
-    /// The front-end's socket may hold a whole message; its arrival has been reported already.
+    /// The front-end's socket may hold a whole message. Its event is edge-triggered and has been consumed.
     pending: bool,
-    /// Lines about newcomers: one that is sent away may come again at once.
-    newcomers: RateLimitedLog,
+    /// For rejected front-ends, which may connect again at once.
+    rejected: RateLimitedLog,
 }
 
-impl Serving<'_> {
+impl ControlLoop<'_> {
     fn serve_all(&mut self, listener: &Listener) -> Result<(), Error> {
         loop {
             let ready = self.wait()?;
@@ -145,12 +145,13 @@ impl Serving<'_> {
                 return self.disconnect("stopping");
             }
             self.step(&ready)?;
-            // A front-end that has left makes room before the next one is looked at: many close and connect again.
-            let leaving = self.connection.as_ref().is_some_and(|connection| connection.hung_up().unwrap_or(true));
-            if leaving {
+            // Many front-ends close and connect again. The old connection must end before the new one is accepted, or the
+            // new one would be rejected.
+            let hung_up = self.connection.as_ref().is_some_and(|connection| connection.hung_up().unwrap_or(true));
+            if hung_up {
                 self.pending = true;
             } else if ready.listener {
-                self.welcome(listener)?;
+                self.accept(listener)?;
             }
         }
     }
@@ -168,59 +169,59 @@ impl Serving<'_> {
 
     fn wait(&mut self) -> Result<Ready, Error> {
         let mut ready = Ready::default();
-        let timeout = if self.pending { Some(Duration::ZERO) } else { self.until_next_look() };
-        let note = |event: crate::sys::Event| match event.token {
+        let timeout = if self.pending { Some(Duration::ZERO) } else { self.until_discard_check() };
+        let mark = |event: crate::sys::Event| match event.token {
             STOP => ready.stop = true,
             LISTENER => ready.listener = true,
-            NOTICE => ready.notice = true,
+            CONFIG_CHANGE => ready.config_change = true,
             SHIM => ready.shim = true,
             RELEASED => ready.released = true,
             _ => ready.front_end = true,
         };
-        self.poller.wait(timeout, note).map_err(Error::system("epoll_wait"))?;
+        self.poller.wait(timeout, mark).map_err(Error::system("epoll_wait"))?;
         Ok(ready)
     }
 
-    /// `None`: nothing is to be looked after, so nobody need wake up.
-    fn until_next_look(&self) -> Option<Duration> {
+    /// Time until the next check for discarded memory; `None` if there is none.
+    fn until_discard_check(&self) -> Option<Duration> {
         let next = self.connection.as_ref()?.session().next_discard_check()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
 
     fn step(&mut self, ready: &Ready) -> Result<(), Error> {
-        if ready.notice {
-            rustix::io::read(self.notice, &mut [0; 8]).map_err(Error::system("read a notice"))?;
+        if ready.config_change {
+            rustix::io::read(self.config_change, &mut [0; 8]).map_err(Error::system("read an eventfd"))?;
             if let Some(connection) = &self.connection {
                 connection.session().config_changed();
             }
         }
         self.serve_message(ready)?;
-        self.attend_vmm(ready)
+        self.update_vmm(ready)
     }
 
-    /// What concerns the front-end's process as a whole, after what it said itself.
-    fn attend_vmm(&mut self, ready: &Ready) -> Result<(), Error> {
+    /// Handles events of the shim and of the device, checks for discarded memory, and watches a new shim socket.
+    fn update_vmm(&mut self, ready: &Ready) -> Result<(), Error> {
         if ready.released {
             self.poller.remove(self.device.engine.released()).map_err(Error::system("epoll_ctl"))?;
             self.device.vmm.release();
         }
         let Some(connection) = &self.connection else { return Ok(()) };
-        let front_end_goes = ready.shim && connection.hangs_up_soon();
+        let front_end_exits = ready.shim && connection.hangs_up_soon();
         let mut session = connection.session();
         if ready.shim {
-            session.on_shim_event(front_end_goes);
+            session.on_shim_event(front_end_exits);
         }
         if ready.released {
             session.on_device_released();
         }
-        session.look();
+        session.check_discards();
         match session.new_shim_socket() {
             Some(shim) => self.poller.add(shim, SHIM).map_err(Error::system("epoll_ctl")),
             None => Ok(()),
         }
     }
 
-    /// Serves one message of the front-end, if it may have sent one.
+    /// Serves one message of the front-end, if there is one.
     fn serve_message(&mut self, ready: &Ready) -> Result<(), Error> {
         let Some(connection) = &mut self.connection else { return Ok(()) };
         if !self.pending && !ready.front_end {
@@ -229,14 +230,14 @@ impl Serving<'_> {
         match connection.serve() {
             Ok(Progress::Served) => self.pending = true,
             Ok(Progress::Idle) => self.pending = false,
-            Ok(Progress::Gone) => self.disconnect("it has left")?,
+            Ok(Progress::Disconnected) => self.disconnect("it has left")?,
             Err(error) => self.disconnect(&error.to_string())?,
         }
         Ok(())
     }
 
-    /// Takes the next front-end in, or sends it away if there is one already.
-    fn welcome(&mut self, listener: &Listener) -> Result<(), Error> {
+    /// Accepts the next front-end, and rejects it if another one is connected.
+    fn accept(&mut self, listener: &Listener) -> Result<(), Error> {
         let socket = match listener.accept() {
             Ok(Some(socket)) => socket,
             Ok(None) => return Ok(()),
@@ -247,15 +248,15 @@ impl Serving<'_> {
             }
         };
         let Some(connection) = &self.connection else { return self.adopt(socket) };
-        self.newcomers.warn(|| {
-            let newcomer = Peer::of(&socket).map_or_else(|error| error.to_string(), |peer| peer.to_string());
-            format!("sent {newcomer} away: this device is being used by {}", connection.session().peer())
+        self.rejected.warn(|| {
+            let peer = Peer::of(&socket).map_or_else(|error| error.to_string(), |peer| peer.to_string());
+            format!("sent {peer} away: this device is being used by {}", connection.session().peer())
         });
         Ok(())
     }
 
     fn adopt(&mut self, socket: UnixStream) -> Result<(), Error> {
-        let connection = Connection::new(socket, self.device).map_err(Error::system("take a connection"))?;
+        let connection = Connection::new(socket, self.device).map_err(Error::system("set up a connection"))?;
         log::info!("front-end connected: {}", connection.session().peer());
         self.poller.add_edge(connection.socket().as_fd(), FRONT_END).map_err(Error::system("epoll_ctl"))?;
         self.connection = Some(connection);
@@ -263,8 +264,8 @@ impl Serving<'_> {
         Ok(())
     }
 
-    /// Ends the conversation: rings drained, memory given back, socket closed.
-    fn disconnect(&mut self, why: &str) -> Result<(), Error> {
+    /// Drains the vrings, unmaps guest memory and closes the socket.
+    fn disconnect(&mut self, reason: &str) -> Result<(), Error> {
         let Some(connection) = self.connection.take() else { return Ok(()) };
         self.pending = false;
         let start = Instant::now();
@@ -272,7 +273,7 @@ impl Serving<'_> {
         let mut session = connection.session();
         let closed = session.close();
         let took = start.elapsed().as_millis();
-        log::info!("front-end disconnected: {}: {why}; rings stopped, memory unmapped in {took} ms", session.peer());
+        log::info!("front-end disconnected: {}: {reason}; rings stopped, memory unmapped in {took} ms", session.peer());
         closed
     }
 }

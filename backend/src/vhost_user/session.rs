@@ -1,8 +1,7 @@
-//! One conversation with one front-end: what each message means. The codec decodes a message and calls one method here; the
-//! method does the work, and its result becomes the acknowledgement. So an `Ok` must not be returned before the work is
-//! done, and an `Err` leaves everything as it was.
+//! The session with one front-end. The codec decodes a message and calls one method here, whose result becomes the
+//! acknowledgement. So a method returns `Ok` only after the work is done, and an `Err` leaves the state unchanged.
 //!
-//! A refusal is logged here, with its reason, because the wire carries none.
+//! The reason of a refusal is logged here, because the protocol cannot carry it.
 
 mod memory;
 mod vmm;
@@ -21,21 +20,20 @@ use vhost::vhost_user::{GpuBackend, VhostUserBackendReqHandlerMut};
 use super::backend_channel::BackendChannel;
 use super::features::{ACCESS_PLATFORM, Names, ProtocolFeatures, VirtioFeatures};
 use super::guest_memory::GuestMemory;
-use super::vring::{Addresses, Ring, VringContext};
+use super::vring::{Addresses, Vring, VringContext};
 use super::{Device, Error, config};
 use crate::addr::Qva;
 use crate::engine::Layout;
 use crate::kvm::{DiscardMonitor, ShimLink};
 use crate::socket::Peer;
 
-/// The codec's result; its error only says *that* something failed, the reason stays in [`Session::refusal`].
-type Answer<T> = vhost::vhost_user::Result<T>;
+/// The codec's result. Its error says only that the message failed; the reason is in [`Session::refusal`].
+type HandlerResult<T> = vhost::vhost_user::Result<T>;
 
-/// How many refusals a front-end may collect. One that makes mistakes gets them all explained; one that does nothing else
-/// must not fill the log.
+/// Refused messages per session. Each is logged, and a front-end that sends nothing else must not fill the log.
 const MAX_REFUSALS: u32 = 64;
 
-/// The state of one conversation.
+/// The state of one session.
 pub(super) struct Session<'d> {
     device: &'d Device,
     peer: Peer,
@@ -44,18 +42,20 @@ pub(super) struct Session<'d> {
     protocol: ProtocolFeatures,
     status: u64,
     memory: GuestMemory<'d>,
-    rings: Vec<Ring>,
-    announced: bool,
+    rings: Vec<Vring>,
+    /// The negotiated features have been logged.
+    features_logged: bool,
     channel: Option<BackendChannel>,
-    link: ShimLink<'d>,
-    watch: DiscardMonitor,
+    shim: ShimLink<'d>,
+    discards: DiscardMonitor,
+    /// The reason why the last message was refused, until [`Self::take_refusal`].
     refusal: Option<Error>,
     refusals: u32,
 }
 
 impl<'d> Session<'d> {
     pub(super) fn new(device: &'d Device, peer: Peer) -> Self {
-        let link = ShimLink::new(&device.vmm, peer.pid());
+        let shim = ShimLink::new(&device.vmm, peer.pid());
         Self {
             device,
             peer,
@@ -64,27 +64,26 @@ impl<'d> Session<'d> {
             protocol: ProtocolFeatures::empty(),
             status: 0,
             memory: GuestMemory::new(&device.engine, &*device.space),
-            rings: (0..usize::from(device.queues)).map(Ring::new).collect(),
-            announced: false,
+            rings: (0..usize::from(device.queues)).map(Vring::new).collect(),
+            features_logged: false,
             channel: None,
-            link,
-            watch: DiscardMonitor::default(),
+            shim,
+            discards: DiscardMonitor::default(),
             refusal: None,
             refusals: 0,
         }
     }
 
-    /// Who this is.
     pub(super) fn peer(&self) -> &Peer {
         &self.peer
     }
 
-    /// The protocol features that both sides agreed on.
+    /// The negotiated protocol features.
     pub(super) fn protocol(&self) -> ProtocolFeatures {
         self.protocol
     }
 
-    /// Why the last message was refused, if it was; asked once.
+    /// Takes the reason why the last message was refused, if it was.
     pub(super) fn take_refusal(&mut self) -> Option<Error> {
         self.refusal.take()
     }
@@ -94,7 +93,7 @@ impl<'d> Session<'d> {
         self.status
     }
 
-    /// SET_STATUS. Zero is the guest's reset (virtio 1.2 §2.1.2); memory stays.
+    /// SET_STATUS. Zero is a reset by the driver (virtio 1.2 §2.1.2). Memory stays mapped.
     pub(super) fn set_status(&mut self, status: u64) -> Result<(), Error> {
         self.status = status;
         if status == 0 { self.reset() } else { Ok(()) }
@@ -106,28 +105,28 @@ impl<'d> Session<'d> {
         Ok(())
     }
 
-    /// The disk is not what it was when the front-end read the configuration space: tells it, if it listens.
+    /// Notifies the front-end of a change of the configuration space, if it has set up a channel for that.
     pub(super) fn config_changed(&mut self) {
         if self.protocol.contains(ProtocolFeatures::CONFIG)
-            && self.channel.as_ref().is_some_and(|it| !it.config_changed())
+            && self.channel.as_ref().is_some_and(|channel| !channel.config_changed())
         {
             self.channel = None;
         }
     }
 
-    /// Stops the rings, gives all memory back and takes leave of the VM's process, whatever happens on the way.
+    /// Stops the vrings, unmaps all memory and unregisters from KVM. Each step is done even if another fails.
     ///
     /// # Errors
-    /// The data path is broken, so no other front-end can be served either.
+    /// The data path has failed, so no other front-end can be served either.
     pub(super) fn close(&mut self) -> Result<(), Error> {
         let stopped = self.reset();
         let released = self.memory.release();
-        self.watch = DiscardMonitor::default();
-        self.link.unregister();
+        self.discards = DiscardMonitor::default();
+        self.shim.unregister();
         released.and(stopped)
     }
 
-    /// Back to the state after connecting, but for memory and event descriptors.
+    /// Restores the state after connecting, except for memory and event descriptors.
     fn reset(&mut self) -> Result<(), Error> {
         self.status = 0;
         self.features = None;
@@ -135,45 +134,45 @@ impl<'d> Session<'d> {
         self.rings.iter_mut().map(|ring| ring.reset(engine)).fold(Ok(()), Result::and)
     }
 
-    /// Logs and counts a refusal; gives its reason back, or that there have been too many.
-    pub(super) fn refused(&mut self, error: Error) -> Error {
+    /// Logs and counts a refusal. Returns its reason, or [`Error::TooManyRefusals`].
+    pub(super) fn count_refusal(&mut self, error: Error) -> Error {
         log::error!("refused: {error}");
         self.refusals += 1;
         if self.refusals > MAX_REFUSALS { Error::TooManyRefusals(self.refusals) } else { error }
     }
 
-    /// Turns the outcome of a message into the codec's, and keeps the reason of a refusal.
-    fn answer<T>(&mut self, result: Result<T, Error>) -> Answer<T> {
+    /// Converts the result of a message to the codec's, and keeps the reason of a refusal.
+    fn answer<T>(&mut self, result: Result<T, Error>) -> HandlerResult<T> {
         result.map_err(|error| {
-            self.refusal = Some(self.refused(error));
+            self.refusal = Some(self.count_refusal(error));
             vhost::vhost_user::Error::ReqHandlerError(std::io::Error::from(std::io::ErrorKind::InvalidInput))
         })
     }
 
-    fn ring(&mut self, index: u32) -> Result<&mut Ring, Error> {
+    fn ring(&mut self, index: u32) -> Result<&mut Vring, Error> {
         let queues = self.device.queues;
         let position = usize::try_from(index).ok();
         position.and_then(|index| self.rings.get_mut(index)).ok_or(Error::NoSuchRing { index, queues })
     }
 
-    /// Applies a message to a ring, and starts the ring if that was what it waited for.
-    fn set_up_ring(&mut self, index: u32, change: impl FnOnce(&mut Ring) -> Result<(), Error>) -> Result<(), Error> {
+    /// Applies a message to a vring, and starts the vring if it can run now.
+    fn set_up_ring(&mut self, index: u32, change: impl FnOnce(&mut Vring) -> Result<(), Error>) -> Result<(), Error> {
         change(self.ring(index)?)?;
-        let around = VringContext { engine: &self.device.engine, table: self.memory.table(), features: self.features };
-        let position = usize::try_from(index).expect("an index that was just used");
-        if self.rings[position].start(around)? && !std::mem::replace(&mut self.announced, true) {
+        let context = VringContext { engine: &self.device.engine, table: self.memory.table(), features: self.features };
+        let position = usize::try_from(index).expect("`ring` has checked the index");
+        if self.rings[position].start(context)? && !std::mem::replace(&mut self.features_logged, true) {
             let (virtio, protocol) = (Names(self.features.unwrap_or_default()), Names(self.protocol));
             log::info!("{}: virtio {virtio}; protocol {protocol}", self.peer);
         }
         Ok(())
     }
 
-    /// Starts every ring that has now what it waited for.
-    fn resume_rings(&mut self) {
-        let around = VringContext { engine: &self.device.engine, table: self.memory.table(), features: self.features };
+    /// Starts every vring that can run now.
+    fn start_rings(&mut self) {
+        let context = VringContext { engine: &self.device.engine, table: self.memory.table(), features: self.features };
         for ring in &mut self.rings {
-            // Still not there: the front-end learns it when it enables or kicks the ring.
-            if let Err(error) = ring.start(around) {
+            // Not an error of this message. The next message about the vring reports it.
+            if let Err(error) = ring.start(context) {
                 log::debug!("{error}");
             }
         }
@@ -186,63 +185,63 @@ impl<'d> Session<'d> {
         }
         let unknown = VirtioFeatures::from_bits_retain(raw & !self.offered.bits());
         if !unknown.is_empty() {
-            return Err(Error::NotOffered { what: "SET_FEATURES", names: Names(unknown).to_string() });
+            return Err(Error::NotOffered { request: "SET_FEATURES", names: Names(unknown).to_string() });
         }
         self.features = Some(acked);
-        config::follow(&self.device.engine, acked);
-        self.resume_rings();
+        config::apply_features(&self.device.engine, acked);
+        self.start_rings();
         Ok(())
     }
 
     fn accept_protocol(&mut self, raw: u64) -> Result<(), Error> {
         let unknown = ProtocolFeatures::from_bits_retain(raw & !ProtocolFeatures::all().bits());
         if !unknown.is_empty() {
-            return Err(Error::NotOffered { what: "SET_PROTOCOL_FEATURES", names: Names(unknown).to_string() });
+            return Err(Error::NotOffered { request: "SET_PROTOCOL_FEATURES", names: Names(unknown).to_string() });
         }
         self.protocol = ProtocolFeatures::from_bits_retain(raw);
         Ok(())
     }
 
-    /// How rings lie in memory, once that has been agreed on.
+    /// The virtqueue layout; `None` until features have been negotiated.
     fn layout(&self) -> Option<Layout> {
         self.features.map(VirtioFeatures::layout)
     }
 
-    fn refuse<T>(&mut self, message: &'static str) -> Answer<T> {
+    fn not_implemented<T>(&mut self, message: &'static str) -> HandlerResult<T> {
         self.answer(Err(Error::NotImplemented(message)))
     }
 }
 
 /// The codec receives descriptors without close-on-exec.
-fn keep_from_children(file: File) -> Result<File, Error> {
+fn set_cloexec(file: File) -> Result<File, Error> {
     fcntl_setfd(&file, FdFlags::CLOEXEC).map_err(Error::system("set close-on-exec"))?;
     Ok(file)
 }
 
-fn event(file: Option<File>) -> Result<Option<OwnedFd>, Error> {
-    file.map(|file| keep_from_children(file).map(OwnedFd::from)).transpose()
+fn event_fd(file: Option<File>) -> Result<Option<OwnedFd>, Error> {
+    file.map(|file| set_cloexec(file).map(OwnedFd::from)).transpose()
 }
 
 impl VhostUserBackendReqHandlerMut for Session<'_> {
-    fn set_owner(&mut self) -> Answer<()> {
+    fn set_owner(&mut self) -> HandlerResult<()> {
         Ok(())
     }
 
-    fn reset_owner(&mut self) -> Answer<()> {
+    fn reset_owner(&mut self) -> HandlerResult<()> {
         let result = self.reset();
         self.answer(result)
     }
 
-    fn reset_device(&mut self) -> Answer<()> {
+    fn reset_device(&mut self) -> HandlerResult<()> {
         let result = self.reset();
         self.answer(result)
     }
 
-    fn get_features(&mut self) -> Answer<u64> {
+    fn get_features(&mut self) -> HandlerResult<u64> {
         Ok(self.offered.bits())
     }
 
-    fn set_features(&mut self, features: u64) -> Answer<()> {
+    fn set_features(&mut self, features: u64) -> HandlerResult<()> {
         let result = self.accept_features(features);
         self.answer(result)
     }
@@ -252,12 +251,12 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         regions: &[VhostUserMemoryRegion],
         files: Vec<File>,
         _postcopy: Option<bool>,
-    ) -> Answer<Option<Vec<u64>>> {
+    ) -> HandlerResult<Option<Vec<u64>>> {
         let result = self.replace_memory(regions, files);
         self.answer(result).map(|()| None)
     }
 
-    fn set_vring_num(&mut self, index: u32, num: u32) -> Answer<()> {
+    fn set_vring_num(&mut self, index: u32, num: u32) -> HandlerResult<()> {
         let layout = self.layout();
         let result = self.set_up_ring(index, |ring| ring.set_size(num, layout));
         self.answer(result)
@@ -271,58 +270,58 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         used: u64,
         available: u64,
         _log: u64,
-    ) -> Answer<()> {
+    ) -> HandlerResult<()> {
         let addresses = Addresses { desc: Qva(descriptor), avail: Qva(available), used: Qva(used) };
         let logging = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
         let result = self.set_up_ring(index, |ring| ring.set_addresses(addresses, logging));
         self.answer(result)
     }
 
-    fn set_vring_base(&mut self, index: u32, base: u32) -> Answer<()> {
+    fn set_vring_base(&mut self, index: u32, base: u32) -> HandlerResult<()> {
         let layout = self.layout();
         let result = self.set_up_ring(index, |ring| ring.set_base(base, layout));
         self.answer(result)
     }
 
-    fn get_vring_base(&mut self, index: u32) -> Answer<VhostUserVringState> {
+    fn get_vring_base(&mut self, index: u32) -> HandlerResult<VhostUserVringState> {
         let engine = &self.device.engine;
         let first = self.layout().unwrap_or(Layout::Split).first_base();
         let base = self.ring(index).and_then(|ring| ring.stop(engine));
         self.answer(base).map(|base| VhostUserVringState::new(index, base.unwrap_or(first)))
     }
 
-    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> HandlerResult<()> {
         let engine = &self.device.engine;
-        let result = event(fd).and_then(|fd| self.set_up_ring(index.into(), |ring| ring.set_kick(engine, fd)));
+        let result = event_fd(fd).and_then(|fd| self.set_up_ring(index.into(), |ring| ring.set_kick(engine, fd)));
         self.answer(result)
     }
 
-    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> HandlerResult<()> {
         let engine = &self.device.engine;
-        let result = event(fd).and_then(|fd| self.ring(index.into())?.set_call(engine, fd));
+        let result = event_fd(fd).and_then(|fd| self.ring(index.into())?.set_call(engine, fd));
         self.answer(result)
     }
 
-    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Answer<()> {
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> HandlerResult<()> {
         let engine = &self.device.engine;
-        let result = event(fd).and_then(|fd| self.ring(index.into())?.set_err(engine, fd));
+        let result = event_fd(fd).and_then(|fd| self.ring(index.into())?.set_err(engine, fd));
         self.answer(result)
     }
 
-    fn get_protocol_features(&mut self) -> Answer<VhostUserProtocolFeatures> {
+    fn get_protocol_features(&mut self) -> HandlerResult<VhostUserProtocolFeatures> {
         Ok(VhostUserProtocolFeatures::from_bits_retain(ProtocolFeatures::all().bits()))
     }
 
-    fn set_protocol_features(&mut self, features: u64) -> Answer<()> {
+    fn set_protocol_features(&mut self, features: u64) -> HandlerResult<()> {
         let result = self.accept_protocol(features);
         self.answer(result)
     }
 
-    fn get_queue_num(&mut self) -> Answer<u64> {
+    fn get_queue_num(&mut self) -> HandlerResult<u64> {
         Ok(self.device.queues.into())
     }
 
-    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Answer<()> {
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> HandlerResult<()> {
         let engine = &self.device.engine;
         let result = self.set_up_ring(index, |ring| {
             ring.set_enabled(engine, enable);
@@ -331,16 +330,16 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         self.answer(result)
     }
 
-    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Answer<Vec<u8>> {
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> HandlerResult<Vec<u8>> {
         Ok(config::read(self.device, offset as usize, size as usize))
     }
 
-    fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Answer<()> {
+    fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> HandlerResult<()> {
         let result = config::write(&self.device.engine, offset, bytes);
         self.answer(result)
     }
 
-    fn get_max_mem_slots(&mut self) -> Answer<u64> {
+    fn get_max_mem_slots(&mut self) -> HandlerResult<u64> {
         Ok(super::error::MAX_SLOTS as u64)
     }
 
@@ -349,30 +348,30 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         region: &VhostUserSingleMemoryRegion,
         file: File,
         _postcopy: Option<bool>,
-    ) -> Answer<Option<u64>> {
+    ) -> HandlerResult<Option<u64>> {
         let result = self.add_memory(region, file);
         self.answer(result).map(|()| None)
     }
 
-    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Answer<()> {
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> HandlerResult<()> {
         let result = self.remove_memory(region);
         self.answer(result)
     }
 
-    fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Answer<()> {
-        self.refuse("GPU_SET_SOCKET")
+    fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> HandlerResult<()> {
+        self.not_implemented("GPU_SET_SOCKET")
     }
 
-    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Answer<File> {
-        self.refuse("GET_SHARED_OBJECT")
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> HandlerResult<File> {
+        self.not_implemented("GET_SHARED_OBJECT")
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Answer<(VhostUserInflight, File)> {
-        self.refuse("GET_INFLIGHT_FD")
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> HandlerResult<(VhostUserInflight, File)> {
+        self.not_implemented("GET_INFLIGHT_FD")
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Answer<()> {
-        self.refuse("SET_INFLIGHT_FD")
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> HandlerResult<()> {
+        self.not_implemented("SET_INFLIGHT_FD")
     }
 
     fn set_device_state_fd(
@@ -380,19 +379,19 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         _direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
         _file: File,
-    ) -> Answer<Option<File>> {
-        self.refuse("SET_DEVICE_STATE_FD")
+    ) -> HandlerResult<Option<File>> {
+        self.not_implemented("SET_DEVICE_STATE_FD")
     }
 
-    fn check_device_state(&mut self) -> Answer<()> {
-        self.refuse("CHECK_DEVICE_STATE")
+    fn check_device_state(&mut self) -> HandlerResult<()> {
+        self.not_implemented("CHECK_DEVICE_STATE")
     }
 
-    fn get_shmem_config(&mut self) -> Answer<VhostUserShMemConfig> {
-        self.refuse("GET_SHMEM_CONFIG")
+    fn get_shmem_config(&mut self) -> HandlerResult<VhostUserShMemConfig> {
+        self.not_implemented("GET_SHMEM_CONFIG")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Answer<()> {
-        self.refuse("SET_LOG_BASE")
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> HandlerResult<()> {
+        self.not_implemented("SET_LOG_BASE")
     }
 }

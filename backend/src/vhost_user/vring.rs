@@ -1,19 +1,19 @@
-//! The life of one virtqueue as the front-end sets it up (vhost-user: "Ring states"). Each state is a type that holds what
-//! is known in it, so a ring that runs always has all its parts, and one that does not can have any of them.
+//! The state of one vring as the front-end sets it up (vhost-user: "Ring states"). Each state is a type that holds exactly
+//! what is known in that state, so a running vring always has all its parts.
 //!
 //! ```text
 //!          NUM ADDR BASE KICK, in any order          enabled, and all of it in shared memory
 //!  Setup ────────────────────────────────▶ Complete ────────────────────────────────▶ Running
 //!    ▲    with the last of NUM ADDR KICK       ▲                                       │ │
 //!    │                                         └───────────────────────────────────────┘ │
-//!    │                                           suspended: its memory is taken away     │
+//!    │                                           suspended: its memory is removed        │
 //!    └───────────────────────────────────────────────────────────────────────────────────┘
-//!                                        GET_VRING_BASE, reset, front-end gone
+//!                                        GET_VRING_BASE, reset, disconnect
 //! ```
 //!
-//! A ring starts only when it is also enabled, so nothing is taken from it before the front-end has said the last word;
-//! disabling it later pauses it without leaving `Running`. The call and error descriptors belong to the ring in every
-//! state: QEMU sends them before the first reset and does not repeat the error descriptor at a restart.
+//! A vring starts only once it is enabled, so no request is taken before the front-end has finished the setup. Disabling a
+//! running vring pauses it; it stays in `Running`. The call and error descriptors are kept in every state, because QEMU
+//! sends them before the first reset and does not send the error descriptor again at a restart.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -25,8 +25,8 @@ use crate::engine::virtqueue::Area;
 use crate::engine::{Engine, Layout, VringSetup};
 use crate::memory::MemTable;
 
-/// Where the front-end says the three parts of a ring are. Of a packed ring, `avail` is the driver's event suppression
-/// structure and `used` the device's.
+/// The addresses of the three parts of a vring. In a packed ring, `avail` is the driver's event suppression structure and
+/// `used` the device's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Addresses {
     pub(super) desc: Qva,
@@ -34,7 +34,7 @@ pub(super) struct Addresses {
     pub(super) used: Qva,
 }
 
-/// How the ring's driver says that there is work. `Polled` is a kick without a descriptor.
+/// How the driver signals new requests. `Polled` is a SET_VRING_KICK without a descriptor.
 enum Kick {
     Event(OwnedFd),
     Polled,
@@ -49,7 +49,7 @@ impl Kick {
     }
 }
 
-/// Some parts are known.
+/// Some parts may be missing.
 #[derive(Default)]
 struct Setup {
     size: Option<u16>,
@@ -62,12 +62,12 @@ struct Setup {
 struct Complete {
     size: u16,
     addresses: Addresses,
-    /// `None`: as a ring that has never run.
+    /// `None`: the initial state of a vring.
     base: Option<u32>,
     kick: Kick,
 }
 
-/// The engine serves it.
+/// The engine serves the vring.
 struct Running {
     complete: Complete,
     areas: [Span<Gpa>; 3],
@@ -86,7 +86,8 @@ impl Default for State {
 }
 
 impl Setup {
-    fn settle(self) -> State {
+    /// `Complete` if all parts are known.
+    fn into_state(self) -> State {
         match self {
             Self { size: Some(size), addresses: Some(addresses), base, kick: Some(kick) } => {
                 State::Complete(Complete { size, addresses, base, kick })
@@ -101,7 +102,7 @@ impl Complete {
         Setup { size: Some(self.size), addresses: Some(self.addresses), base: self.base, kick: Some(self.kick) }
     }
 
-    /// Finds the three parts in guest memory. Room for the event indices is there whether they are used or not.
+    /// Finds the three parts in guest memory. Room for the event indices is required even if they are not negotiated.
     fn areas(&self, index: usize, layout: Layout, table: &MemTable) -> Result<[Span<Gpa>; 3], Error> {
         if table.is_empty() {
             return Err(Error::NoMemory { index });
@@ -114,12 +115,12 @@ impl Complete {
             if aligned { Ok(area) } else { Err(Error::RingAlignment { index, part, address, alignment }) }
         };
         let [desc, driver, device] = layout.areas(self.size, true);
-        let at = self.addresses;
-        Ok([find(desc, at.desc)?, find(driver, at.avail)?, find(device, at.used)?])
+        let addresses = self.addresses;
+        Ok([find(desc, addresses.desc)?, find(driver, addresses.avail)?, find(device, addresses.used)?])
     }
 }
 
-/// What a ring needs to know of the rest in order to start.
+/// The state outside a vring on which its start depends.
 #[derive(Clone, Copy)]
 pub(super) struct VringContext<'a> {
     pub(super) engine: &'a Engine,
@@ -129,7 +130,7 @@ pub(super) struct VringContext<'a> {
 }
 
 /// One virtqueue.
-pub(super) struct Ring {
+pub(super) struct Vring {
     index: usize,
     state: State,
     enabled: bool,
@@ -137,7 +138,7 @@ pub(super) struct Ring {
     err: Option<OwnedFd>,
 }
 
-impl Ring {
+impl Vring {
     pub(super) fn new(index: usize) -> Self {
         Self { index, state: State::default(), enabled: false, call: None, err: None }
     }
@@ -146,7 +147,8 @@ impl Ring {
         matches!(self.state, State::Running(_))
     }
 
-    /// SET_VRING_NUM. Before features are known, what either layout allows is taken, and looked at again at the start.
+    /// SET_VRING_NUM. Before features are known, any size that one of the layouts allows is accepted; `start` checks it
+    /// again.
     pub(super) fn set_size(&mut self, size: u32, layout: Option<Layout>) -> Result<(), Error> {
         let layout = layout.unwrap_or(Layout::Packed);
         let valid = u16::try_from(size).ok().filter(|size| layout.allows(*size));
@@ -156,10 +158,10 @@ impl Ring {
         {
             return Ok(());
         }
-        self.edit("SET_VRING_NUM", |setup| setup.size = Some(size))
+        self.update("SET_VRING_NUM", |setup| setup.size = Some(size))
     }
 
-    /// SET_VRING_ADDR. Alignment is checked at the start, on the guest's side of the address.
+    /// SET_VRING_ADDR. `start` checks the alignment, on the guest-physical address.
     pub(super) fn set_addresses(&mut self, addresses: Addresses, logging: bool) -> Result<(), Error> {
         if logging {
             return Err(Error::RingLog(self.index));
@@ -169,32 +171,32 @@ impl Ring {
         {
             return Ok(());
         }
-        self.edit("SET_VRING_ADDR", |setup| setup.addresses = Some(addresses))
+        self.update("SET_VRING_ADDR", |setup| setup.addresses = Some(addresses))
     }
 
-    /// SET_VRING_BASE. What a packed ring makes of it depends on its size, so that is looked at when the ring starts.
+    /// SET_VRING_BASE. Which bases a packed ring allows depends on its size, so those are checked when the ring starts.
     pub(super) fn set_base(&mut self, base: u32, layout: Option<Layout>) -> Result<(), Error> {
         if layout == Some(Layout::Split) && u16::try_from(base).is_err() {
             return Err(Error::RingBase { index: self.index, base });
         }
-        self.edit("SET_VRING_BASE", |setup| setup.base = Some(base))
+        self.update("SET_VRING_BASE", |setup| setup.base = Some(base))
     }
 
-    fn edit(&mut self, what: &'static str, change: impl FnOnce(&mut Setup)) -> Result<(), Error> {
+    fn update(&mut self, request: &'static str, change: impl FnOnce(&mut Setup)) -> Result<(), Error> {
         let mut setup = match std::mem::take(&mut self.state) {
             State::Setup(setup) => setup,
             State::Complete(complete) => complete.into_setup(),
             running @ State::Running(_) => {
                 self.state = running;
-                return Err(Error::RingRuns { index: self.index, what });
+                return Err(Error::RingRuns { index: self.index, request });
             }
         };
         change(&mut setup);
-        self.state = setup.settle();
+        self.state = setup.into_state();
         Ok(())
     }
 
-    /// SET_VRING_KICK; without a descriptor the ring is polled.
+    /// SET_VRING_KICK. Without a descriptor the vring is polled.
     pub(super) fn set_kick(&mut self, engine: &Engine, fd: Option<OwnedFd>) -> Result<(), Error> {
         let kick = fd.map_or(Kick::Polled, Kick::Event);
         if let State::Running(Running { complete, .. }) = &mut self.state {
@@ -202,10 +204,10 @@ impl Ring {
             complete.kick = kick;
             return Ok(());
         }
-        self.edit("SET_VRING_KICK", |setup| setup.kick = Some(kick))
+        self.update("SET_VRING_KICK", |setup| setup.kick = Some(kick))
     }
 
-    /// SET_VRING_CALL; without a descriptor the driver polls the used ring.
+    /// SET_VRING_CALL. Without a descriptor the driver polls the used ring.
     pub(super) fn set_call(&mut self, engine: &Engine, fd: Option<OwnedFd>) -> Result<(), Error> {
         if self.is_running() {
             engine.set_call(self.index, duplicate(fd.as_ref())?);
@@ -223,7 +225,7 @@ impl Ring {
         Ok(())
     }
 
-    /// SET_VRING_ENABLE; also for rings that have nothing else yet.
+    /// SET_VRING_ENABLE. QEMU also enables vrings that the guest does not use.
     pub(super) fn set_enabled(&mut self, engine: &Engine, enabled: bool) {
         self.enabled = enabled;
         if self.is_running() {
@@ -231,21 +233,23 @@ impl Ring {
         }
     }
 
-    /// Starts the ring if it can be started; true if it has been. A ring that waits for a message stays as it is; one that
-    /// waits only for memory is an error, and stays as it is too.
-    pub(super) fn start(&mut self, around: VringContext<'_>) -> Result<bool, Error> {
+    /// Starts the vring if it is complete and enabled; true if it has been started.
+    ///
+    /// # Errors
+    /// The vring is complete but cannot run, for example because its memory is not shared. Its state does not change.
+    pub(super) fn start(&mut self, context: VringContext<'_>) -> Result<bool, Error> {
         let State::Complete(complete) = &self.state else { return Ok(false) };
-        let Some(features) = around.features else {
+        let Some(features) = context.features else {
             return if self.enabled { Err(Error::NotNegotiated { index: self.index }) } else { Ok(false) };
         };
-        // vhost-user, "Ring states": without the feature, rings are enabled from the beginning.
+        // Without the feature, vrings are enabled from the beginning. vhost-user: "Ring states"
         if !self.enabled && features.contains(VirtioFeatures::PROTOCOL_FEATURES) {
             return Ok(false);
         }
         let layout = features.layout();
-        let areas = complete.areas(self.index, layout, around.table)?;
+        let areas = complete.areas(self.index, layout, context.table)?;
         let [desc, avail, used] = areas;
-        around.engine.start_ring(VringSetup {
+        context.engine.start_ring(VringSetup {
             index: self.index,
             layout,
             size: complete.size,
@@ -259,20 +263,21 @@ impl Ring {
             call: duplicate(self.call.as_ref())?,
             err: duplicate(self.err.as_ref())?,
         })?;
-        around.engine.set_enabled(self.index, true);
+        context.engine.set_enabled(self.index, true);
         if let State::Complete(complete) = std::mem::take(&mut self.state) {
             self.state = State::Running(Running { complete, areas });
         }
         Ok(true)
     }
 
-    /// Drains and stops the ring if any part of it lies in `removed`, so that it can start again when memory is back.
+    /// Drains and stops the vring if any part of it lies in `removed`. It stays complete, and starts again once its memory
+    /// is back.
     pub(super) fn suspend(&mut self, engine: &Engine, removed: &[Span<Gpa>]) -> Result<(), Error> {
         let State::Running(Running { complete, areas }) = &mut self.state else { return Ok(()) };
-        if !areas.iter().any(|area| removed.iter().any(|gone| gone.overlaps(area))) {
+        if !areas.iter().any(|area| removed.iter().any(|span| span.overlaps(area))) {
             return Ok(());
         }
-        log::warn!("virtqueue {} waits: its memory is being taken away", self.index);
+        log::warn!("virtqueue {} is suspended: its memory is being removed", self.index);
         complete.base = engine.stop_ring(self.index)?.or(complete.base);
         if let State::Running(Running { complete, .. }) = std::mem::take(&mut self.state) {
             self.state = State::Complete(complete);
@@ -280,8 +285,8 @@ impl Ring {
         Ok(())
     }
 
-    /// GET_VRING_BASE: drains and stops the ring and returns where to go on, if that was ever said. The next kick starts it
-    /// again.
+    /// GET_VRING_BASE: drains and stops the vring, and returns its base. `None` if it has never run and no base was set.
+    /// The next SET_VRING_KICK starts it again.
     pub(super) fn stop(&mut self, engine: &Engine) -> Result<Option<u32>, Error> {
         let stopped = if self.is_running() { engine.stop_ring(self.index) } else { Ok(None) };
         let mut setup = match std::mem::take(&mut self.state) {
@@ -298,7 +303,7 @@ impl Ring {
         Ok(base)
     }
 
-    /// Back to the beginning, but for the call and error descriptors.
+    /// Restores the initial state, except for the call and error descriptors.
     pub(super) fn reset(&mut self, engine: &Engine) -> Result<(), Error> {
         let stopped = self.stop(engine);
         self.state = State::default();

@@ -1,5 +1,6 @@
-//! What the messages about guest memory mean. A region has an address in the guest and one in the front-end, by which
-//! rings are named; with `GPA_ADDRESSES` the second is the first again, and what stands in its field means nothing.
+//! The messages about guest memory. A region has a guest-physical address and an address in the front-end, and vring
+//! addresses are front-end addresses. With `GPA_ADDRESSES`, vring addresses are guest-physical and the front-end address
+//! of a region is ignored.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -8,42 +9,41 @@ use vhost::vhost_user::message::VhostUserMemoryRegion;
 
 use super::super::Error;
 use super::super::features::ProtocolFeatures;
-use super::{Session, keep_from_children};
+use super::{Session, set_cloexec};
 use crate::addr::{Address, Gpa, Qva, Span};
 use crate::memory::{FileId, Plan, RegionSpec};
 
 impl Session<'_> {
-    /// True if the front-end names guest addresses where it would otherwise name its own.
-    fn speaks_gpa(&self) -> bool {
+    fn uses_gpa(&self) -> bool {
         self.protocol.contains(ProtocolFeatures::GPA_ADDRESSES)
     }
 
-    /// Where the front-end says the region is when it names the place of a ring.
+    /// The region's address in the address space that vring addresses refer to.
     fn user_address(&self, region: &VhostUserMemoryRegion) -> Qva {
-        Qva(if self.speaks_gpa() { region.guest_phys_addr } else { region.user_addr })
+        Qva(if self.uses_gpa() { region.guest_phys_addr } else { region.user_addr })
     }
 
-    /// Gives the raw numbers of a region their kinds, and turns away memory that the front-end does not share with itself.
+    /// Checks a region. Memory that the front-end maps privately is refused.
     fn spec(&self, region: &VhostUserMemoryRegion, file: File) -> Result<RegionSpec, Error> {
         let gpa = guest_range(region)?;
         let qva = self.user_address(region);
         let id = FileId::of(&file).map_err(Error::system("fstat of a memory descriptor"))?;
-        let place = if self.speaks_gpa() { None } else { Some(qva) };
-        if self.peer.maps_privately(id, place) {
+        let address = if self.uses_gpa() { None } else { Some(qva) };
+        if self.peer.maps_privately(id, address) {
             return Err(Error::PrivateMemory { gpa });
         }
         Ok(RegionSpec { gpa, qva, offset: region.mmap_offset, file: Arc::new(file) })
     }
 
     pub(super) fn replace_memory(&mut self, regions: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<(), Error> {
-        let files = files.into_iter().map(keep_from_children);
-        let announced = regions.iter().zip(files).map(|(region, file)| self.spec(region, file?));
-        let announced = announced.collect::<Result<Vec<_>, _>>()?;
-        self.change_memory(Plan::replacing(self.memory.table(), announced))
+        let files = files.into_iter().map(set_cloexec);
+        let specs = regions.iter().zip(files).map(|(region, file)| self.spec(region, file?));
+        let specs = specs.collect::<Result<Vec<_>, _>>()?;
+        self.change_memory(Plan::replacing(self.memory.table(), specs))
     }
 
     pub(super) fn add_memory(&mut self, region: &VhostUserMemoryRegion, file: File) -> Result<(), Error> {
-        let spec = self.spec(region, keep_from_children(file)?)?;
+        let spec = self.spec(region, set_cloexec(file)?)?;
         self.change_memory(Plan::adding(self.memory.table(), spec))
     }
 
@@ -55,16 +55,16 @@ impl Session<'_> {
         self.change_memory(plan)
     }
 
-    /// Carries a change of memory through, with the rings that stand in its way stopped meanwhile.
+    /// Applies `plan`. Vrings in memory that it removes are suspended meanwhile.
     fn change_memory(&mut self, plan: Plan) -> Result<(), Error> {
         if !plan.add.is_empty() {
-            self.link.require_registration()?;
+            self.shim.require_registration()?;
         }
         let engine = &self.device.engine;
-        let gone: Vec<Span<Gpa>> = plan.remove.iter().map(|region| region.gpa()).collect();
-        let stopped = self.rings.iter_mut().map(|ring| ring.suspend(engine, &gone)).fold(Ok(()), Result::and);
-        let changed = stopped.and_then(|()| self.memory.apply(plan));
-        self.resume_rings();
+        let removed: Vec<Span<Gpa>> = plan.remove.iter().map(|region| region.gpa()).collect();
+        let suspended = self.rings.iter_mut().map(|ring| ring.suspend(engine, &removed)).fold(Ok(()), Result::and);
+        let changed = suspended.and_then(|()| self.memory.apply(plan));
+        self.start_rings();
         self.monitor_discards();
         changed
     }

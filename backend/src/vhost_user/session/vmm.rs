@@ -1,5 +1,5 @@
-//! The front-end's process and this device: KVM is told there, and guest memory kept from being discarded; where it is not
-//! kept, it is watched.
+//! The shim in the front-end's process registers the device with KVM and blocks discards of guest memory. Where it does not
+//! block them, guest memory is monitored.
 
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
@@ -7,46 +7,46 @@ use std::time::Instant;
 use super::Session;
 
 impl Session<'_> {
-    /// Looks for the shim in the front-end's process, until that is settled.
+    /// Connects to the shim and registers the device, unless that has succeeded or been given up.
     pub(in super::super) fn register_with_shim(&mut self) {
-        self.link.register();
+        self.shim.register();
     }
 
-    /// The shim's descriptor, told once; readable, it wants [`Self::on_shim_event`].
+    /// The socket of a newly connected shim, returned once. When it becomes readable, call [`Self::on_shim_event`].
     pub(in super::super) fn new_shim_socket(&mut self) -> Option<BorrowedFd<'_>> {
-        self.link.take_new_socket()
+        self.shim.take_new_socket()
     }
 
-    /// The shim has gone, most likely; `front_end_goes` if the front-end is going, too.
-    pub(in super::super) fn on_shim_event(&mut self, front_end_goes: bool) {
-        self.link.on_shim_event(front_end_goes);
+    /// The shim's socket is readable, most likely because the shim has exited. `front_end_exits`: the front-end exits, too.
+    pub(in super::super) fn on_shim_event(&mut self, front_end_exits: bool) {
+        self.shim.on_shim_event(front_end_exits);
         self.monitor_discards();
     }
 
-    /// The host has got the device back, and waits for the file of it that KVM may hold.
+    /// The device has been released to the host. The host waits until KVM closes its file of the device.
     pub(in super::super) fn on_device_released(&mut self) {
-        self.link.unregister();
+        self.shim.unregister();
         self.monitor_discards();
     }
 
-    /// Begins, goes on or ceases to watch, as memory and the shim have it now.
+    /// Monitors guest memory if the device pins it and the shim does not block discards; otherwise pauses.
     pub(super) fn monitor_discards(&mut self) {
-        let reached = self.device.space.pins() && !self.device.vmm.is_released();
-        if reached && !self.link.blocks_discards() {
-            self.watch.follow(self.memory.table());
+        let pinned = self.device.space.pins() && !self.device.vmm.is_released();
+        if pinned && !self.shim.blocks_discards() {
+            self.discards.follow(self.memory.table());
         } else {
-            self.watch.pause();
+            self.discards.pause();
         }
     }
 
-    /// When to call [`Self::look`]; `None` while nothing is watched.
+    /// When to call [`Self::check_discards`]; `None` while nothing is monitored.
     pub(in super::super) fn next_discard_check(&self) -> Option<Instant> {
-        self.watch.next()
+        self.discards.next()
     }
 
-    /// Looks whether guest memory has been discarded, if it is time to.
-    pub(in super::super) fn look(&mut self) {
-        for _ in 0..self.watch.look(Instant::now(), !self.device.space.is_released()) {
+    /// Checks whether guest memory has been discarded, if the check is due.
+    pub(in super::super) fn check_discards(&mut self) {
+        for _ in 0..self.discards.look(Instant::now(), !self.device.space.is_released()) {
             self.device.vmm.alarmed();
         }
     }
