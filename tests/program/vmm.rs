@@ -67,7 +67,7 @@ impl Toy {
     }
 
     fn status(&self) -> Status {
-        Client::connect(self.socket().as_ref(), Client::PATIENCE).unwrap().1
+        Client::connect(self.socket().as_ref(), Client::DEFAULT_TIMEOUT).unwrap().1
     }
 
     /// How the log speaks of it.

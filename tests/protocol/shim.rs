@@ -46,7 +46,7 @@ fn front_end(rig: &Rig) -> Wire {
 }
 
 fn registered(socket: &Path) -> u16 {
-    Client::connect(socket, Client::PATIENCE).unwrap().1.registered
+    Client::connect(socket, Client::DEFAULT_TIMEOUT).unwrap().1.registered
 }
 
 /// A memory file whose pages are there, as they are once they have been pinned.
