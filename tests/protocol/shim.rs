@@ -235,8 +235,8 @@ fn a_shim_that_is_none_or_another_is_done_without_and_asked_once() {
     };
     let cases: [(&str, Answer, &str); 3] = [
         ("other-version", version, "it speaks version 9"),
-        ("noise", |_, _| (vec![1, 2, 3], true), "cannot be understood"),
-        ("closes", |_, _| (vec![], false), "the connection has ended"),
+        ("noise", |_, _| (vec![1, 2, 3], true), "malformed answer"),
+        ("closes", |_, _| (vec![], false), "the connection is closed"),
     ];
     for (name, answer, reason) in cases {
         let socket = Socket::new();
@@ -274,7 +274,7 @@ fn a_shim_that_goes_is_looked_for_once_more_and_the_front_end_served_on() {
     const SESSION: [Kind; 2] = [Kind::Hello, Kind::Register(Dma::Coherent)];
     let drops: Answer = |kind, reply| (reply.to_bytes().into(), kind == Kind::Hello);
     for (name, connections, reason) in
-        [("gone-for-good", 1, "Connection refused"), ("drops-us-twice", 3, "the connection has ended")]
+        [("gone-for-good", 1, "Connection refused"), ("drops-us-twice", 3, "the connection is closed")]
     {
         let socket = Socket::new();
         let heard = socket.pretend(connections, drops);
