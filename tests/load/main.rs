@@ -113,7 +113,7 @@ fn drive(client: &mut Client, wanted: &Wanted, sectors: u64, time: Duration) -> 
             if fill(ring, wanted, sectors, &mut random) {
                 ring.publish();
                 if !wanted.sleep {
-                    ring.silence();
+                    ring.suppress_calls();
                 }
             }
         }

@@ -33,7 +33,8 @@ same_sums() {
 }
 kvm_is_told() {
     equal 'before 0 0,meanwhile 1 0,afterwards 1 1' "$(act three |
-        sed -n 's/.*KVM \([a-z]*\): non-coherent DMA registered \([0-9]*\) times, unregistered \([0-9]*\) times/\1 \2 \3/p' | paste -sd ,)"
+        sed -n 's/.*KVM \([a-z]*\): non-coherent DMA registered \([0-9]*\) times, unregistered \([0-9]*\) times/\1 \2 \3/p' |
+        paste -sd ,)"
 }
 readable() {
     [[ $(act one | wc -l) -le 25 && $(act two | wc -l) -le 60 && $(act three | wc -l) -le 25 ]]

@@ -1,7 +1,7 @@
 //! A guest that puts into its rings what no driver should: the request ends with an error that its driver can see, or the
 //! ring is given up and says so, and the next request, or the next guest, is served as if nothing had happened.
 
-use testbed::client::{Client, Done, Part, Request, Shape};
+use testbed::client::{Buffer, Client, Completion, Request, Shape};
 
 use crate::process::{LIMIT, Process};
 
@@ -19,7 +19,7 @@ struct Wrong {
     what: &'static str,
     kind: u32,
     sector: u64,
-    spoil: fn(&mut Vec<Part>),
+    spoil: fn(&mut Vec<Buffer>),
     /// Status and bytes written, as the driver finds them.
     found: (u8, u32),
     /// What the log says of it; nothing of what is no mistake.
@@ -31,7 +31,7 @@ const fn wrong(
     kind: u32,
     found: (u8, u32),
     said: &'static str,
-    spoil: fn(&mut Vec<Part>),
+    spoil: fn(&mut Vec<Buffer>),
 ) -> Wrong {
     Wrong { what, kind, sector: 0, spoil, found, said }
 }
@@ -60,7 +60,7 @@ const CHAINS: [Wrong; 17] = [
     wrong("a status outside memory", READ, (NONE, 0), NO_STATUS, |chain| chain[2].addr = NOWHERE),
     wrong("no status", WRITE, (NONE, 0), NO_STATUS, |chain| chain.truncate(2)),
     wrong("a status that cannot be written", WRITE, (NONE, 0), NO_STATUS, |chain| chain[2].flags = 0),
-    wrong("a table in the chain", READ, (NONE, 0), "an indirect descriptor", |chain| chain[1].flags = Part::TABLE),
+    wrong("a table in the chain", READ, (NONE, 0), "an indirect descriptor", |chain| chain[1].flags = Buffer::TABLE),
     wrong("a type that does not exist", 77, (UNSUPP, 1), "", |_| {}),
     Wrong { sector: 2048, ..wrong("past the end", READ, (IOERR, 1), "of a disk of 2048 sectors", |_| {}) },
 ];
@@ -69,7 +69,7 @@ fn serve() -> Process {
     Process::serve("size=1M")
 }
 
-fn wait(client: &mut Client) -> Done {
+fn wait(client: &mut Client) -> Completion {
     client.rings[0].publish();
     client.rings[0].wait(LIMIT).unwrap().expect("a request ends in bounded time")
 }
@@ -85,7 +85,7 @@ fn still_serves(client: &mut Client) {
 fn offer(client: &mut Client, Wrong { what, kind, sector, spoil, .. }: &Wrong) -> (u8, u32) {
     let ring = &mut client.rings[0];
     let slot = ring.prepare(*kind, *sector);
-    let mut chain = ring.parts(slot, 512, if *kind == WRITE { 0 } else { Part::WRITABLE }).to_vec();
+    let mut chain = ring.buffers(slot, 512, if *kind == WRITE { 0 } else { Buffer::WRITABLE }).to_vec();
     spoil(&mut chain);
     ring.offer(slot, &chain);
     let done = wait(client);
@@ -129,10 +129,10 @@ fn a_table_that_is_wrong_fails_by_itself() {
     let process = serve();
     for shape in Shape::default().kinds() {
         let mut client = process.client_of(shape);
-        let inside = client.rings[0].parts(0, 512, 0)[1].addr;
+        let inside = client.rings[0].buffers(0, 512, 0)[1].addr;
         for (addr, len) in [(NOWHERE, 48), (u64::MAX - 7, 48), (inside, 0), (inside, 40), (inside, u32::MAX)] {
             let slot = client.rings[0].prepare(READ, 0);
-            client.rings[0].offer_linked(slot, &[Part { addr, len, flags: Part::TABLE }]);
+            client.rings[0].offer_linked(slot, &[Buffer { addr, len, flags: Buffer::TABLE }]);
 
             let done = wait(&mut client);
 
@@ -149,7 +149,7 @@ fn a_ring_whose_rules_are_broken_is_given_up_and_the_next_guest_is_served() {
         let mut client = process.client_of(Shape { queues: 2, ..shape });
         still_serves(&mut client);
 
-        assert!(client.rings[0].break_rules(LIMIT).unwrap(), "{shape:?}: nobody said so");
+        assert!(client.rings[0].corrupt_ring(LIMIT).unwrap(), "{shape:?}: nobody said so");
 
         let other = &mut client.rings[1];
         other.submit(Request::Read { sector: 0, bytes: 512 });
@@ -164,7 +164,7 @@ fn a_ring_whose_rules_are_broken_is_given_up_and_the_next_guest_is_served() {
 fn a_guest_that_breaks_its_ring_again_and_again_does_not_fill_the_log() {
     let process = serve();
     for _ in 0..100 {
-        assert!(process.client().rings[0].break_rules(LIMIT).unwrap());
+        assert!(process.client().rings[0].corrupt_ring(LIMIT).unwrap());
     }
     let log = process.log();
     let lines = log.lines().filter(|line| line.contains("it is not served until it is restarted")).count();

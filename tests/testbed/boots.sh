@@ -128,8 +128,8 @@ run_outside() {
     echo "$status" >"$WORK/outside-$name.status"
 }
 
-# Lists of processors, separated by blanks. Hosts run on EARLY while Cargo works on REST, and later on LANE. Memory limits how many
-# hosts run side by side. Each host keeps one processor busy.
+# Lists of processors, separated by blanks. Hosts run on EARLY while Cargo works on REST, and later on LANE. Memory limits how
+# many hosts run side by side. Each host keeps one processor busy.
 plan_processors() {
     local all=() memory lanes early
     readarray -t all < <(processors)
