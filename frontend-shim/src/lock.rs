@@ -9,10 +9,10 @@
 //! ```text
 //!   KVM's answer:  coherent            :              non-coherent
 //!                                      :
-//!                      ┌── admit ──────:───────►┐  admit: told + 1
+//!                      ┌── admit ──────:───────►┐  admit: n + 1
 //!                      │ (not locked)  :        ▼    ┌──────┐
 //!                  ┌───┴───┐           :   ┌─────────┴┐     │
-//!     locked: ─────│ Empty │◄──────────:───┤ Told (n) │◄────┘
+//!     locked: ─────│ Empty │◄──────────:───┤ Live (n) │◄────┘
 //!     refused      └───────┘ remove    :   └┬────────┬┘  remove, n > 1: its file is deleted
 //!                            the last, :    │        ▲
 //!                            not locked:    │        │ admit: the kept file is deleted
@@ -36,7 +36,7 @@ enum State {
     /// No file: coherent.
     Empty,
     /// The files of this many registrations, at least one: non-coherent.
-    Told(u16),
+    Live(u16),
     /// Only the file of a registration that has ended: non-coherent.
     Kept,
 }
@@ -90,16 +90,16 @@ impl Lock {
     #[must_use]
     pub fn added(&mut self) -> bool {
         let kept = self.state == State::Kept;
-        self.state = State::Told(self.told().saturating_add(1));
+        self.state = State::Live(self.live().saturating_add(1));
         kept
     }
 
     /// Records that the registration of a file ends.
     #[must_use]
     pub fn remove(&mut self, started: bool) -> Removal {
-        debug_assert!(self.told() > 0, "only an added file can be removed");
+        debug_assert!(self.live() > 0, "only an added file can be removed");
         let (state, removal) = match self.state {
-            State::Told(n @ 2..) => (State::Told(n - 1), Removal::Delete),
+            State::Live(n @ 2..) => (State::Live(n - 1), Removal::Delete),
             _ if self.locked(started) => (State::Kept, Removal::Keep),
             _ => (State::Empty, Removal::Delete),
         };
@@ -109,9 +109,9 @@ impl Lock {
 
     /// Current registrations whose file KVM holds.
     #[must_use]
-    pub const fn told(&self) -> u16 {
+    pub const fn live(&self) -> u16 {
         match self.state {
-            State::Told(n) => n,
+            State::Live(n) => n,
             State::Empty | State::Kept => 0,
         }
     }
@@ -182,7 +182,7 @@ mod tests {
                 if !model.started {
                     next.push(model.clone().start());
                 }
-                if model.lock.told() > 0 {
+                if model.lock.live() > 0 {
                     next.push(model.unregister());
                 }
             }
@@ -203,7 +203,7 @@ mod tests {
     fn dynamic_always_admits_and_keeps_nothing() {
         for model in models(Policy::Dynamic, 9) {
             assert_eq!(model.lock.admit(model.started), Ok(()));
-            assert_eq!(model.files, model.lock.told(), "{model:?}");
+            assert_eq!(model.files, model.lock.live(), "{model:?}");
             assert!(!model.lock.kept());
         }
     }
@@ -211,7 +211,7 @@ mod tests {
     #[test]
     fn kvm_holds_one_file_per_registration_and_at_most_one_more() {
         for model in models(Policy::Lock, 9) {
-            assert_eq!(model.files, model.lock.told() + u16::from(model.lock.kept()), "{model:?}");
+            assert_eq!(model.files, model.lock.live() + u16::from(model.lock.kept()), "{model:?}");
         }
     }
 

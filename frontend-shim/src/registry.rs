@@ -131,7 +131,7 @@ impl<'a, M: VmOps> Registry<'a, M> {
             policy: self.lock.policy(),
             started_ms: self.vm.started_ms(),
             registered: u16::try_from(self.live.len()).unwrap_or(u16::MAX),
-            told: self.lock.told(),
+            told: self.lock.live(),
             kept: self.lock.kept(),
         }
     }
@@ -246,7 +246,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn under_lock_the_last_file_is_kept_and_replaced_by_the_next_backends() {
+    fn under_lock_the_last_file_is_kept_until_the_next_backend_registers() {
         let vm = FakeVm::default();
         let mut registry = Registry::new(&vm, Policy::Lock);
         registry.register(ONE, Dma::NonCoherent, file()).unwrap();
@@ -262,7 +262,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn under_dynamic_files_come_and_go_with_their_registrations() {
+    fn under_dynamic_files_are_added_and_deleted_with_their_registrations() {
         let vm = FakeVm::default();
         let mut registry = Registry::new(&vm, Policy::Dynamic);
         vm.started.set(true);

@@ -9,17 +9,17 @@ use std::path::Path;
 
 use test_vmm::TestVmm;
 
-fn kvm() -> bool {
-    let there = Path::new("/dev/kvm").exists();
-    if !there {
+fn has_kvm() -> bool {
+    let exists = Path::new("/dev/kvm").exists();
+    if !exists {
         println!("no /dev/kvm here: not tested");
     }
-    there
+    exists
 }
 
 #[test]
 fn the_shim_sees_the_vm_and_the_first_run() {
-    if !kvm() {
+    if !has_kvm() {
         return;
     }
     let mut vmm = TestVmm::start(&[]);
@@ -38,7 +38,7 @@ fn the_shim_sees_the_vm_and_the_first_run() {
 
 #[test]
 fn the_vmm_behaves_the_same_with_and_without_the_library() {
-    if !kvm() {
+    if !has_kvm() {
         return;
     }
     let script = ["vm", "vcpu", "run", "vfio-test", "vfio", "memory", "punch memory", "blocks memory", "no-such-command"];
@@ -53,7 +53,7 @@ fn the_vmm_behaves_the_same_with_and_without_the_library() {
 
 #[test]
 fn the_vmm_gets_the_vms_only_vfio_device_each_time_it_creates_one() {
-    if !kvm() {
+    if !has_kvm() {
         return;
     }
     let mut vmm = TestVmm::start(&[]);
@@ -67,7 +67,7 @@ fn the_vmm_gets_the_vms_only_vfio_device_each_time_it_creates_one() {
 
 #[test]
 fn the_status_counts_the_vms_that_exist() {
-    if !kvm() {
+    if !has_kvm() {
         return;
     }
     let mut vmm = TestVmm::start(&[]);

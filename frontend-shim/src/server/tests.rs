@@ -164,7 +164,7 @@ fn malformed_messages_end_their_own_connection_only() {
 }
 
 #[test]
-fn descriptors_where_none_belong_are_closed_and_end_the_connection() {
+fn unexpected_descriptors_are_closed_and_end_the_connection() {
     let vm = FakeVm::default();
     let mut shim = shim(&vm);
     let (reader, writer) = rustix::pipe::pipe().unwrap();
@@ -181,7 +181,7 @@ fn descriptors_where_none_belong_are_closed_and_end_the_connection() {
 }
 
 #[test]
-fn another_version_is_told_ours() {
+fn another_version_gets_a_version_refusal() {
     let vm = FakeVm::default();
     let mut shim = shim(&vm);
     let peer = RawPeer::connect(&mut shim);
@@ -194,7 +194,7 @@ fn another_version_is_told_ours() {
 }
 
 #[test]
-fn a_flood_ends_and_others_are_served_meanwhile() {
+fn a_peer_that_floods_is_disconnected_and_others_are_still_served() {
     let vm = FakeVm::default();
     let mut shim = shim(&vm);
     let (flood, other) = (RawPeer::greeted(&mut shim), RawPeer::greeted(&mut shim));
