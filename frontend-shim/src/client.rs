@@ -35,7 +35,7 @@ use rustix::net::{
 
 use crate::explain::Refused;
 use crate::sys;
-use crate::wire::{Dma, DecodeError, Kind, REPLY_BYTES, Reply, Request, Status, VERSION};
+use crate::wire::{DecodeError, Dma, Kind, REPLY_BYTES, Reply, Request, Status, VERSION};
 
 /// A connection to the shim in a VMM.
 #[derive(Debug)]
@@ -81,9 +81,10 @@ impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = match self {
             Self::Refused(refused) => return write!(f, "the VM's KVM shim refuses: {refused}"),
-            Self::NotListening(path, _) | Self::Unreachable(path, _) | Self::WrongUser(path, _) | Self::TimedOut(path, _) => {
-                path
-            }
+            Self::NotListening(path, _)
+            | Self::Unreachable(path, _)
+            | Self::WrongUser(path, _)
+            | Self::TimedOut(path, _) => path,
             Self::Version(path, _) | Self::Malformed(path) | Self::Closed(path) => path,
         };
         let at = path.display();
@@ -275,5 +276,9 @@ fn receive(socket: &OwnedFd, serial: Option<u32>) -> Result<Reply, ExchangeError
     };
     let reply = Reply::from_bytes(&bytes[..length]).map_err(ExchangeError::Decode)?;
     let unsolicited = reply.serial == 0 && reply.outcome.is_err();
-    if unsolicited || Some(reply.serial) == serial { Ok(reply) } else { Err(ExchangeError::Decode(DecodeError::Malformed)) }
+    if unsolicited || Some(reply.serial) == serial {
+        Ok(reply)
+    } else {
+        Err(ExchangeError::Decode(DecodeError::Malformed))
+    }
 }

@@ -45,14 +45,7 @@ pub(crate) enum Received {
 impl Peer {
     /// `socket` must be non-blocking.
     pub(crate) fn new(id: PeerId, pid: i32, socket: OwnedFd, now: Instant) -> Self {
-        Self {
-            id,
-            pid,
-            greeted: false,
-            socket,
-            deadline: now + HELLO_TIMEOUT,
-            budget: Budget::new(BURST, REFILL, now),
-        }
+        Self { id, pid, greeted: false, socket, deadline: now + HELLO_TIMEOUT, budget: Budget::new(BURST, REFILL, now) }
     }
 
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {

@@ -28,7 +28,7 @@ use crate::explain::Refused;
 use crate::file;
 use crate::listener;
 use crate::peer::{Peer, Received};
-use crate::registry::{VmOps, PeerId, Registry};
+use crate::registry::{PeerId, Registry, VmOps};
 use crate::sys;
 use crate::vm::Vm;
 use crate::wire::{Dma, Kind, Reason, Refusal, Reply, Request, Status};

@@ -41,7 +41,8 @@ fn the_vmm_behaves_the_same_with_and_without_the_library() {
     if !has_kvm() {
         return;
     }
-    let script = ["vm", "vcpu", "run", "vfio-test", "vfio", "memory", "punch memory", "blocks memory", "no-such-command"];
+    let script =
+        ["vm", "vcpu", "run", "vfio-test", "vfio", "memory", "punch memory", "blocks memory", "no-such-command"];
     let (mut bare, mut hooked) = (TestVmm::bare(), TestVmm::start(&[]));
     for command in script {
         let (bare, hooked) = (bare.run(command), hooked.run(command));
