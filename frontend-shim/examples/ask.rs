@@ -1,9 +1,9 @@
-//! Asks the shim in a VM how things stand, or registers a device for as long as it runs:
+//! Asks the shim in a VM for its status, or registers a device while this program runs:
 //!
 //! ```text
 //! ask /run/vm1/kvm.sock                                   one line: the VM, the policy, KVM's answer
-//! ask /run/vm1/kvm.sock coherent                          no discards, until standard input ends
-//! ask /run/vm1/kvm.sock /dev/vfio/devices/vfio0           the same, and KVM is told of non-coherent DMA
+//! ask /run/vm1/kvm.sock coherent                          no discards until standard input ends
+//! ask /run/vm1/kvm.sock /dev/vfio/devices/vfio0           the same, and non-coherent DMA is registered with KVM
 //! ```
 
 use std::fs::File;
@@ -22,7 +22,7 @@ fn show(status: &Status) {
 }
 
 fn ask(socket: &Path, device: Option<&str>) -> Result<(), ClientError> {
-    let (mut client, status) = Client::connect(socket, Client::PATIENCE)?;
+    let (mut client, status) = Client::connect(socket, Client::DEFAULT_TIMEOUT)?;
     let Some(device) = device else {
         show(&status);
         return Ok(());
@@ -36,7 +36,7 @@ fn ask(socket: &Path, device: Option<&str>) -> Result<(), ClientError> {
         client.register_non_coherent(&file)?
     };
     show(&registration.status);
-    // An error would end the wait, too.
+    // An error ends the wait as well.
     _ = io::stdin().read(&mut [0; 1]);
     show(&client.unregister(registration.handle)?);
     Ok(())

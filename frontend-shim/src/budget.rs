@@ -1,4 +1,4 @@
-//! How much of something is too much: a bucket that starts full, gives one token at a time and refills steadily.
+//! A token bucket: it starts full, gives one token at a time and refills at a steady rate.
 
 use std::time::{Duration, Instant};
 
@@ -11,12 +11,12 @@ pub(crate) struct Budget {
 }
 
 impl Budget {
-    /// `size` at once, then one more every `refill`.
+    /// Holds up to `size` tokens and gains one every `refill`.
     pub(crate) fn new(size: u32, refill: Duration, now: Instant) -> Self {
         Self { tokens: size, size, refill, filled: now }
     }
 
-    /// True while there is one left.
+    /// Takes a token; false if none is left.
     pub(crate) fn take(&mut self, now: Instant) -> bool {
         let passed = now.saturating_duration_since(self.filled);
         let earned = u32::try_from(passed.as_nanos() / self.refill.as_nanos()).unwrap_or(u32::MAX);
@@ -43,6 +43,6 @@ mod tests {
         let later = start + Duration::from_millis(250);
         assert_eq!((0..10).filter(|_| budget.take(later)).count(), 2);
         let much_later = start + Duration::from_secs(1000);
-        assert_eq!((0..10).filter(|_| budget.take(much_later)).count(), 3, "never more than it holds");
+        assert_eq!((0..10).filter(|_| budget.take(much_later)).count(), 3, "never more than its size");
     }
 }

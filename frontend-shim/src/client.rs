@@ -1,13 +1,13 @@
-//! The backend's side: blocking calls, each with an end in time. After an answer that did not come, or that cannot be
-//! understood, the connection is of no use; every call then says so, and a new [`Client`] starts afresh.
+//! The backend's side: blocking calls, each with a time-out. After a missing or malformed answer the connection is unusable:
+//! every later call fails, and the caller needs a new [`Client`].
 //!
-//! What was registered ends with the connection. So a `Client` is kept as long as the device reaches guest memory, and its
-//! descriptor is watched ([`AsFd`]): readable while no request is under way means that the VMM has gone.
+//! Registrations end with the connection. So keep the `Client` as long as the device can access guest memory, and watch its
+//! descriptor ([`Client::socket`]): if it becomes readable while no request is pending, the VMM has closed the connection.
 //!
 //! ```no_run
 //! # use kvm_vfio_shim::{Client, ClientError};
 //! # fn run(device: std::path::PathBuf) -> Result<(), ClientError> {
-//! let (mut shim, status) = Client::connect("/run/vm1/kvm.sock".as_ref(), Client::PATIENCE)?;
+//! let (mut shim, status) = Client::connect("/run/vm1/kvm.sock".as_ref(), Client::DEFAULT_TIMEOUT)?;
 //! println!("policy {}, non-coherent DMA so far: {}", status.policy, status.non_coherent());
 //! // Before memory is mapped: a second open of the device's file, never bound to an iommufd.
 //! let unbound = std::fs::File::open(device).expect("a device");
@@ -35,45 +35,45 @@ use rustix::net::{
 
 use crate::explain::Refused;
 use crate::sys;
-use crate::wire::{Dma, Garbled, Kind, REPLY_BYTES, Reply, Request, Status, VERSION};
+use crate::wire::{DecodeError, Dma, Kind, REPLY_BYTES, Reply, Request, Status, VERSION};
 
 /// A connection to the shim in a VMM.
 #[derive(Debug)]
 pub struct Client {
     path: PathBuf,
-    patience: Duration,
+    timeout: Duration,
     serial: u32,
-    /// `None` once an answer did not come or could not be understood.
+    /// `None` after a missing or malformed answer.
     socket: Option<OwnedFd>,
 }
 
-/// A device that the shim knows of.
+/// A registered device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Registration {
     /// For [`Client::unregister`].
     pub handle: u64,
-    /// How things stand now.
+    /// The shim's state after the registration.
     pub status: Status,
 }
 
-/// Why the shim did not do what was asked.
+/// Why a call failed.
 #[derive(Debug)]
 pub enum ClientError {
     /// Nobody listens at the path.
-    Absent(PathBuf, io::Error),
-    /// The socket is there, but not for this process.
+    NotListening(PathBuf, io::Error),
+    /// The socket exists, but this process cannot connect to it.
     Unreachable(PathBuf, io::Error),
-    /// The one who listens is another user than this one, and neither is root.
-    Stranger(PathBuf, u32),
+    /// The listener is another user than this one, and neither is root.
+    WrongUser(PathBuf, u32),
     /// No answer in time.
-    Silent(PathBuf, Duration),
-    /// The answer is of another version.
+    TimedOut(PathBuf, Duration),
+    /// The shim uses another version of the protocol.
     Version(PathBuf, u16),
-    /// The answer is none.
-    Garbled(PathBuf),
-    /// The VMM has gone, or has closed the connection.
-    Gone(PathBuf),
-    /// The shim said no.
+    /// The answer is not a reply of this protocol.
+    Malformed(PathBuf),
+    /// The VMM has exited or has closed the connection.
+    Closed(PathBuf),
+    /// The shim refused the request.
     Refused(Refused),
 }
 
@@ -81,15 +81,16 @@ impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = match self {
             Self::Refused(refused) => return write!(f, "the VM's KVM shim refuses: {refused}"),
-            Self::Absent(path, _) | Self::Unreachable(path, _) | Self::Stranger(path, _) | Self::Silent(path, _) => {
-                path
-            }
-            Self::Version(path, _) | Self::Garbled(path) | Self::Gone(path) => path,
+            Self::NotListening(path, _)
+            | Self::Unreachable(path, _)
+            | Self::WrongUser(path, _)
+            | Self::TimedOut(path, _) => path,
+            Self::Version(path, _) | Self::Malformed(path) | Self::Closed(path) => path,
         };
         let at = path.display();
         write!(f, "KVM shim at {at}: ")?;
         match self {
-            Self::Absent(_, error) => {
+            Self::NotListening(_, error) => {
                 write!(f, "{error}; start the VMM with LD_PRELOAD=libkvm_vfio_shim.so KVM_VFIO_SHIM_SOCKET={at}")
             }
             Self::Unreachable(_, error) => {
@@ -98,18 +99,18 @@ impl fmt::Display for ClientError {
                     "{error}; run as the VMM's user, or start the VMM with KVM_VFIO_SHIM_UID set to this user's id"
                 )
             }
-            Self::Stranger(_, uid) => write!(f, "uid {uid} listens there, who is neither this user nor root"),
-            Self::Silent(_, waited) => {
+            Self::WrongUser(_, uid) => write!(f, "uid {uid} listens there, which is neither this user nor root"),
+            Self::TimedOut(_, waited) => {
                 write!(f, "no answer within {waited:?}; the VMM is stopped, or under TCG with -daemonize")
             }
             Self::Version(_, theirs) => {
                 write!(f, "it speaks version {theirs}, this is version {VERSION}; install both from one release")
             }
-            Self::Garbled(_) => f.write_str("the answer cannot be understood; something else listens there"),
-            Self::Gone(_) => {
-                f.write_str("the connection has ended; the VMM has exited, or dropped it (its log says why)")
+            Self::Malformed(_) => f.write_str("malformed answer; another program listens there"),
+            Self::Closed(_) => {
+                f.write_str("the connection is closed; the VMM has exited, or has closed it (its log says why)")
             }
-            Self::Refused(_) => unreachable!("dealt with above"),
+            Self::Refused(_) => unreachable!("handled above"),
         }
     }
 }
@@ -117,40 +118,40 @@ impl fmt::Display for ClientError {
 impl std::error::Error for ClientError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Absent(_, error) | Self::Unreachable(_, error) => Some(error),
+            Self::NotListening(_, error) | Self::Unreachable(_, error) => Some(error),
             _ => None,
         }
     }
 }
 
 impl Client {
-    /// Time enough for any answer: a registration may have to wait for a discard of guest memory.
-    pub const PATIENCE: Duration = Duration::from_secs(5);
+    /// Long enough for any answer: a registration may have to wait for a discard of guest memory.
+    pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 
-    /// Connects and says HELLO. Every later call, too, takes no longer than `patience`.
+    /// Connects and sends HELLO. `timeout` limits this and every later call.
     ///
     /// # Errors
-    /// What is there instead of a shim that serves this user.
-    pub fn connect(path: &Path, patience: Duration) -> Result<(Self, Status), ClientError> {
-        let socket = open(path, patience).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ClientError::Absent(path.into(), error),
-            io::ErrorKind::WouldBlock => ClientError::Silent(path.into(), patience),
+    /// See [`ClientError`].
+    pub fn connect(path: &Path, timeout: Duration) -> Result<(Self, Status), ClientError> {
+        let socket = open(path, timeout).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ClientError::NotListening(path.into(), error),
+            io::ErrorKind::WouldBlock => ClientError::TimedOut(path.into(), timeout),
             _ => ClientError::Unreachable(path.into(), error),
         })?;
         let own = rustix::process::geteuid();
         match sys::peer(&socket) {
-            // Root gives the descriptors it likes to whom it likes, and has chosen the path.
+            // Root has chosen the path and may pass its descriptors to any user.
             Ok((_, uid)) if uid == own.as_raw() || uid == 0 || own.is_root() => {}
-            Ok((_, uid)) => return Err(ClientError::Stranger(path.into(), uid)),
+            Ok((_, uid)) => return Err(ClientError::WrongUser(path.into(), uid)),
             Err(error) => return Err(ClientError::Unreachable(path.into(), error)),
         }
-        let mut client = Self { path: path.into(), patience, serial: 0, socket: Some(socket) };
+        let mut client = Self { path: path.into(), timeout, serial: 0, socket: Some(socket) };
         let reply = client.call(Kind::Hello, None)?;
         Ok((client, reply.status))
     }
 
-    /// Announces that a device whose DMA always snoops the caches is about to reach guest memory. When this returns,
-    /// discards of guest memory have no effect any more.
+    /// Registers a device whose DMA always snoops the caches, before it can access guest memory. When this returns, discards
+    /// of guest memory have no effect.
     ///
     /// # Errors
     /// See [`ClientError`]; nothing is registered then.
@@ -158,8 +159,8 @@ impl Client {
         self.register(Dma::Coherent, None)
     }
 
-    /// The same for a device whose DMA may go behind the caches; when this returns, KVM knows. `file` is the device's:
-    /// opened for this only, never bound.
+    /// The same for a device whose DMA may be non-coherent. When this returns, it is registered with KVM as well. `file` is
+    /// an open of the device's file for this purpose only, never bound to an iommufd.
     ///
     /// # Errors
     /// See [`ClientError`]; nothing is registered then.
@@ -172,7 +173,7 @@ impl Client {
         Ok(Registration { handle: reply.outcome.unwrap_or_default(), status: reply.status })
     }
 
-    /// The device reaches guest memory no longer.
+    /// Ends a registration: the device can no longer access guest memory.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -180,7 +181,7 @@ impl Client {
         Ok(self.call(Kind::Unregister(handle), None)?.status)
     }
 
-    /// Asks how things stand.
+    /// Asks for the shim's state.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -188,23 +189,23 @@ impl Client {
         Ok(self.call(Kind::Query, None)?.status)
     }
 
-    /// Its descriptor, to be watched; `None` once the connection is of no use.
+    /// The connection's descriptor, to be watched; `None` once the connection is unusable.
     #[must_use]
     pub fn socket(&self) -> Option<BorrowedFd<'_>> {
         self.socket.as_ref().map(AsFd::as_fd)
     }
 
-    /// A reply whose outcome is good, or the error.
+    /// Sends a request and returns the reply to it.
     fn call(&mut self, kind: Kind, file: Option<BorrowedFd<'_>>) -> Result<Reply, ClientError> {
-        // Put back only after a whole exchange: a late answer must not be taken for the next request's.
-        let socket = self.socket.take().ok_or_else(|| ClientError::Gone(self.path.clone()))?;
+        // Put back only after a complete exchange: a late answer must not be taken for the answer to the next request.
+        let socket = self.socket.take().ok_or_else(|| ClientError::Closed(self.path.clone()))?;
         self.serial = self.serial.wrapping_add(1);
         let request = Request { serial: self.serial, kind };
-        let reply = exchange(&socket, &request, file, Instant::now() + self.patience).map_err(|error| match error {
-            Broken::Late => ClientError::Silent(self.path.clone(), self.patience),
-            Broken::Closed => ClientError::Gone(self.path.clone()),
-            Broken::Garbled(Garbled::Version(theirs)) => ClientError::Version(self.path.clone(), theirs),
-            Broken::Garbled(Garbled::Malformed) => ClientError::Garbled(self.path.clone()),
+        let reply = exchange(&socket, &request, file, Instant::now() + self.timeout).map_err(|error| match error {
+            ExchangeError::TimedOut => ClientError::TimedOut(self.path.clone(), self.timeout),
+            ExchangeError::Closed => ClientError::Closed(self.path.clone()),
+            ExchangeError::Decode(DecodeError::Version(theirs)) => ClientError::Version(self.path.clone(), theirs),
+            ExchangeError::Decode(DecodeError::Malformed) => ClientError::Malformed(self.path.clone()),
         })?;
         self.socket = Some(socket);
         match reply.outcome {
@@ -214,18 +215,18 @@ impl Client {
     }
 }
 
-/// Why an exchange did not come to its end.
-enum Broken {
-    Late,
+/// Why an exchange failed.
+enum ExchangeError {
+    TimedOut,
     Closed,
-    Garbled(Garbled),
+    Decode(DecodeError),
 }
 
-fn open(path: &Path, patience: Duration) -> io::Result<OwnedFd> {
+fn open(path: &Path, timeout: Duration) -> io::Result<OwnedFd> {
     let address = SocketAddrUnix::new(path)?;
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-    // Bounds the connect as well (unix_stream_connect): it waits while the backlog is full.
-    set_socket_timeout(&socket, Timeout::Send, Some(patience))?;
+    // This also limits connect, which waits while the backlog is full (unix_stream_connect).
+    set_socket_timeout(&socket, Timeout::Send, Some(timeout))?;
     connect(&socket, &address)?;
     Ok(socket)
 }
@@ -235,7 +236,7 @@ fn exchange(
     request: &Request,
     file: Option<BorrowedFd<'_>>,
     deadline: Instant,
-) -> Result<Reply, Broken> {
+) -> Result<Reply, ExchangeError> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if let Some(file) = &file {
@@ -244,36 +245,40 @@ fn exchange(
     }
     match sendmsg(socket, &[IoSlice::new(&request.to_bytes())], &mut ancillary, SendFlags::NOSIGNAL) {
         Ok(_) => {}
-        Err(Errno::AGAIN) => return Err(Broken::Late),
-        // A last reply may be waiting that says why it closed.
+        Err(Errno::AGAIN) => return Err(ExchangeError::TimedOut),
+        // The shim may have sent a last reply with the reason before it closed the connection.
         Err(_) => return receive(socket, None),
     }
     wait(socket, deadline)?;
     receive(socket, Some(request.serial))
 }
 
-/// Until there is something to receive.
-fn wait(socket: &OwnedFd, deadline: Instant) -> Result<(), Broken> {
+/// Waits until there is something to receive.
+fn wait(socket: &OwnedFd, deadline: Instant) -> Result<(), ExchangeError> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = Timespec::try_from(left).map_err(|_| Broken::Late)?;
+        let timeout = Timespec::try_from(left).map_err(|_| ExchangeError::TimedOut)?;
         match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&timeout)) {
-            Ok(0) => return Err(Broken::Late),
+            Ok(0) => return Err(ExchangeError::TimedOut),
             Ok(_) => return Ok(()),
             Err(Errno::INTR) => {}
-            Err(_) => return Err(Broken::Closed),
+            Err(_) => return Err(ExchangeError::Closed),
         }
     }
 }
 
-/// The reply to request `serial`, or one that nobody asked for (serial 0), with which the shim closes.
-fn receive(socket: &OwnedFd, serial: Option<u32>) -> Result<Reply, Broken> {
+/// Receives the reply to request `serial`, or the unsolicited one (serial 0) that the shim sends before it closes.
+fn receive(socket: &OwnedFd, serial: Option<u32>) -> Result<Reply, ExchangeError> {
     let mut bytes = [0; REPLY_BYTES + 1];
     let length = match recv(socket, &mut bytes, RecvFlags::DONTWAIT) {
-        Ok((0, _)) | Err(_) => return Err(Broken::Closed),
+        Ok((0, _)) | Err(_) => return Err(ExchangeError::Closed),
         Ok((length, _)) => length,
     };
-    let reply = Reply::from_bytes(&bytes[..length]).map_err(Broken::Garbled)?;
-    let farewell = reply.serial == 0 && reply.outcome.is_err();
-    if farewell || Some(reply.serial) == serial { Ok(reply) } else { Err(Broken::Garbled(Garbled::Malformed)) }
+    let reply = Reply::from_bytes(&bytes[..length]).map_err(ExchangeError::Decode)?;
+    let unsolicited = reply.serial == 0 && reply.outcome.is_err();
+    if unsolicited || Some(reply.serial) == serial {
+        Ok(reply)
+    } else {
+        Err(ExchangeError::Decode(DecodeError::Malformed))
+    }
 }

@@ -1,4 +1,4 @@
-//! What the VMM's environment says about the shim.
+//! The shim's settings, from the VMM's environment.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -8,20 +8,20 @@ use rustix::fs::Uid;
 
 use crate::wire::Policy;
 
-/// How to serve.
+/// The server's settings.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where to listen.
     pub socket: PathBuf,
-    /// What happens to KVM's answer once a vCPU has run.
+    /// Whether KVM's answer may change once a vCPU has run.
     pub policy: Policy,
     /// A user that may connect besides this process's own.
     pub peer: Option<Uid>,
-    /// Takes one line for the VMM's log.
+    /// Writes one line to the VMM's log.
     pub log: fn(fmt::Arguments<'_>),
 }
 
-/// A variable that says something else than it may.
+/// An environment variable with an invalid value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BadVariable {
     name: &'static str,
@@ -38,11 +38,11 @@ impl fmt::Display for BadVariable {
 impl std::error::Error for BadVariable {}
 
 impl Config {
-    /// `KVM_VFIO_SHIM_SOCKET` (a path; without it there is no shim), `KVM_VFIO_SHIM_POLICY` (`lock` or `dynamic`) and
-    /// `KVM_VFIO_SHIM_UID`, as `variable` gives them.
+    /// Reads `KVM_VFIO_SHIM_SOCKET` (a path; `None` without it), `KVM_VFIO_SHIM_POLICY` (`lock` or `dynamic`) and
+    /// `KVM_VFIO_SHIM_UID` through `variable`.
     ///
     /// # Errors
-    /// The variable that cannot be understood.
+    /// The variable with the invalid value.
     pub fn from_variables(
         variable: impl Fn(&'static str) -> Option<OsString>,
         log: fn(fmt::Arguments<'_>),
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_is_not_understood_is_named_with_what_was_wanted() {
+    fn an_invalid_value_is_named_with_what_was_wanted() {
         for (name, value) in
             [("KVM_VFIO_SHIM_POLICY", "loose"), ("KVM_VFIO_SHIM_UID", "-1"), ("KVM_VFIO_SHIM_UID", "4294967295")]
         {

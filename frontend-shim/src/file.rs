@@ -1,5 +1,5 @@
-//! Is a descriptor that a peer sent one to hand on to KVM? KVM asks again and has the last word; asked here first, the
-//! answer is a clear one, and a file that would do harm though KVM takes it is stopped.
+//! Checks a descriptor that a peer sent before it is passed to KVM. KVM checks again, but this check gives a clear error, and
+//! it also rejects a bound file, which KVM would accept.
 
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use rustix::fs::{FileType, fstat, major, minor};
 use crate::kvm;
 use crate::wire::Reason;
 
-/// Passes a VFIO device's file that was never bound, and a VFIO group's.
+/// Accepts a VFIO device file that was never bound, and a VFIO group file.
 ///
 /// # Errors
 /// [`Reason::NotVfio`] or [`Reason::Bound`].
@@ -21,17 +21,17 @@ pub(crate) fn check(file: BorrowedFd<'_>) -> Result<(), Reason> {
     let class = format!("/sys/dev/char/{}:{}/subsystem", major(stat.st_rdev), minor(stat.st_rdev));
     match std::fs::read_link(&class).as_deref().map(Path::file_name) {
         Ok(Some(name)) if name == "vfio-dev" => {
-            // KVM would keep it open, and with it the device and its pins, past the death of the backend.
+            // KVM would keep it open, and with it the device and its pinned memory, after the backend has died.
             if kvm::is_bound(file) { Err(Reason::Bound) } else { Ok(()) }
         }
         Ok(Some(name)) if name == "vfio" => Ok(()),
         Ok(_) => Err(Reason::NotVfio),
-        // In a chroot without /sys: left to KVM.
+        // In a chroot without /sys, only KVM checks.
         Err(_) => Ok(()),
     }
 }
 
-/// The path of an open file, for a line in the log.
+/// The path of an open file, for the log.
 pub(crate) fn name(file: BorrowedFd<'_>) -> PathBuf {
     use std::os::fd::AsRawFd;
     std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap_or_else(|_| "a device".into())
@@ -44,7 +44,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     #[test]
-    fn an_ordinary_file_a_socket_and_another_device_are_no_vfio_files() {
+    fn a_regular_file_a_socket_and_another_device_are_not_vfio_files() {
         let file = File::open("/proc/self/exe").unwrap();
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         let null = File::open("/dev/null").unwrap();

@@ -1,10 +1,11 @@
-//! The few things asked of KVM and VFIO by ioctl, each with its errno: one kvm-vfio device per VM, and files put into it.
+//! The ioctls of KVM and VFIO that the shim needs: create the VM's kvm-vfio device, add files to it, delete them.
 //!
-//! KVM serves only the process that made the VM (EIO else), and a VM has one kvm-vfio device (EBUSY else). That is why
-//! this crate exists, and why the device is made once and shared with the VMM, see [`crate::Vm`].
+//! KVM accepts them only from the process that created the VM (otherwise EIO), and a VM has one kvm-vfio device (a second one
+//! fails with EBUSY). That is why this crate exists, and why the device is created once and shared with the VMM, see
+//! [`crate::Vm`].
 //!
-//! A VM is named by the number of its descriptor, not by a borrow: it is the VMM's, which may close it at any moment. A
-//! number that has become another file's is answered ENOTTY, EINVAL or EBADF by the kernel, and nothing happens.
+//! A VM is identified by its descriptor number, not by a borrow: the VMM owns the descriptor and may close it at any time. If
+//! the number then belongs to another file, the kernel fails the ioctl with ENOTTY, EINVAL or EBADF and changes nothing.
 #![expect(unsafe_code, reason = "ioctls; one of the two places where it is allowed")]
 
 use std::io;
@@ -12,9 +13,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use libc::{c_int, c_ulong, c_void};
 
-/// `_IO(KVMIO, 0x01)`: makes a VM, returns its descriptor.
+/// `_IO(KVMIO, 0x01)`: creates a VM, returns its descriptor.
 pub const KVM_CREATE_VM: c_ulong = 0xae01;
-/// `_IO(KVMIO, 0x80)`: lets a vCPU run in the guest.
+/// `_IO(KVMIO, 0x80)`: runs a vCPU.
 pub const KVM_RUN: c_ulong = 0xae80;
 /// `_IOWR(KVMIO, 0xe0, struct kvm_create_device)`.
 pub const KVM_CREATE_DEVICE: c_ulong = 0xc00c_aee0;
@@ -25,9 +26,9 @@ const VFIO_DEVICE_GET_INFO: c_ulong = 0x3b6b;
 
 /// [`CreateDevice::kind`] of the kvm-vfio device.
 pub const KVM_DEV_TYPE_VFIO: u32 = 4;
-/// [`CreateDevice::flags`]: only say whether it could be made.
+/// [`CreateDevice::flags`]: only test whether the device can be created.
 const KVM_CREATE_DEVICE_TEST: u32 = 1;
-/// Group of [`DeviceAttr`]; its members were groups' files once, and devices' files since Linux 6.6.
+/// Attribute group of [`DeviceAttr`]. It takes VFIO group files, and since Linux 6.6 VFIO device files as well.
 const KVM_DEV_VFIO_FILE: u32 = 1;
 const KVM_DEV_VFIO_FILE_ADD: u64 = 1;
 const KVM_DEV_VFIO_FILE_DEL: u64 = 2;
@@ -40,7 +41,7 @@ pub struct CreateDevice {
     pub kind: u32,
     /// Out: the device's descriptor.
     pub fd: u32,
-    /// `KVM_CREATE_DEVICE_TEST` or nothing.
+    /// `KVM_CREATE_DEVICE_TEST` or 0.
     pub flags: u32,
 }
 const _: () = assert!(size_of::<CreateDevice>() == 12);
@@ -69,10 +70,10 @@ struct VfioDeviceInfo {
 const _: () = assert!(size_of::<VfioDeviceInfo>() == 24);
 
 /// # Safety
-/// `argument` is what `request` wants: here always a live structure of the size in the number's middle.
+/// `argument` is what `request` expects: here always a live structure of the size encoded in the request.
 unsafe fn ioctl(fd: RawFd, request: c_ulong, argument: *mut c_void) -> io::Result<c_int> {
-    // `syscall`, as `ioctl` may be the preloaded hook, which would take this for a call of the VMM's.
-    // SAFETY: the caller's promise.
+    // Not `libc::ioctl`: that may be the preloaded hook, which would take this for a call by the VMM.
+    // SAFETY: guaranteed by the caller.
     let result = unsafe { libc::syscall(libc::SYS_ioctl, fd, request, argument) };
     c_int::try_from(result).ok().filter(|&result| result >= 0).ok_or_else(io::Error::last_os_error)
 }
@@ -84,7 +85,7 @@ fn create_device(vm: RawFd, flags: u32) -> io::Result<CreateDevice> {
     Ok(create)
 }
 
-/// True if `vm` is a VM of this process, in a kernel with CONFIG_KVM_VFIO. Changes nothing.
+/// True if `vm` is a VM of this process and the kernel has CONFIG_KVM_VFIO. Changes nothing.
 #[must_use]
 pub fn takes_vfio(vm: RawFd) -> bool {
     create_device(vm, KVM_CREATE_DEVICE_TEST).is_ok()
@@ -95,10 +96,10 @@ pub fn takes_vfio(vm: RawFd) -> bool {
 pub struct VfioDevice(OwnedFd);
 
 impl VfioDevice {
-    /// Makes it.
+    /// Creates it.
     ///
     /// # Errors
-    /// EBUSY when the VM has one; ENODEV without CONFIG_KVM_VFIO; EIO in a process that did not make the VM.
+    /// EBUSY if the VM already has one; ENODEV without CONFIG_KVM_VFIO; EIO in a process that did not create the VM.
     pub fn create(vm: RawFd) -> io::Result<Self> {
         let create = create_device(vm, 0)?;
         let fd = RawFd::try_from(create.fd).map_err(io::Error::other)?;
@@ -106,13 +107,13 @@ impl VfioDevice {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Takes the one that the VMM has made.
+    /// Takes over the device that the VMM has created.
     #[must_use]
     pub fn adopt(device: OwnedFd) -> Self {
         Self(device)
     }
 
-    /// Another descriptor of it.
+    /// Duplicates its descriptor.
     ///
     /// # Errors
     /// The errno of `fcntl(F_DUPFD_CLOEXEC)`.
@@ -120,15 +121,15 @@ impl VfioDevice {
         self.0.try_clone()
     }
 
-    /// Gives KVM a VFIO file. KVM then holds it until [`Self::delete`] or the VM's end, whatever the caller closes.
+    /// Adds a VFIO file. KVM holds its own reference until [`Self::delete`] or the end of the VM.
     ///
     /// # Errors
-    /// EINVAL for any other file, EEXIST for one that KVM holds.
+    /// EINVAL for any other file, EEXIST for one that KVM already holds.
     pub fn add(&self, file: BorrowedFd<'_>) -> io::Result<()> {
         self.set(KVM_DEV_VFIO_FILE_ADD, file)
     }
 
-    /// Takes it back.
+    /// Deletes a file.
     ///
     /// # Errors
     /// ENOENT for a file that KVM does not hold.
@@ -140,13 +141,12 @@ impl VfioDevice {
         let fd: i32 = file.as_raw_fd();
         let addr = (&raw const fd).addr() as u64;
         let mut attr = DeviceAttr { flags: 0, group: KVM_DEV_VFIO_FILE, attr, addr };
-        // SAFETY: `attr` is a kvm_device_attr whose address names an i32; both outlive the call.
+        // SAFETY: `attr` is a kvm_device_attr whose `addr` points to an i32; both outlive the call.
         unsafe { ioctl(self.0.as_raw_fd(), KVM_SET_DEVICE_ATTR, (&raw mut attr).cast()) }.map(drop)
     }
 }
 
-/// True if `file`, known to be a VFIO device's, is bound to an iommufd: an unbound one answers EINVAL to every ioctl
-/// but BIND.
+/// True if `file`, a VFIO device file, is bound to an iommufd. An unbound one fails every ioctl but BIND with EINVAL.
 #[must_use]
 pub fn is_bound(file: BorrowedFd<'_>) -> bool {
     let mut info = VfioDeviceInfo { argsz: 24, ..Default::default() };
@@ -158,26 +158,26 @@ pub fn is_bound(file: BorrowedFd<'_>) -> bool {
 pub(crate) mod tests {
     use super::*;
 
-    /// A VM, where there is KVM.
+    /// Creates a VM; `None` without KVM.
     pub(crate) fn create_vm() -> Option<OwnedFd> {
         let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").ok()?;
-        // SAFETY: the argument is a number.
+        // SAFETY: the argument is an integer.
         let vm = unsafe { ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, std::ptr::null_mut()) }.ok()?;
         // SAFETY: KVM has just returned this descriptor and nobody else owns it.
         Some(unsafe { OwnedFd::from_raw_fd(vm) })
     }
 
     #[test]
-    fn a_vm_takes_vfio_and_other_files_do_not() {
+    fn only_a_vm_takes_a_vfio_device() {
         let Some(vm) = create_vm() else { return println!("no /dev/kvm here: not tested") };
         assert!(takes_vfio(vm.as_raw_fd()));
         let kvm = std::fs::File::open("/dev/kvm").unwrap();
-        assert!(!takes_vfio(kvm.as_raw_fd()), "the system's descriptor is no VM");
+        assert!(!takes_vfio(kvm.as_raw_fd()), "the system's descriptor is not a VM");
         assert!(!takes_vfio(-1));
     }
 
     #[test]
-    fn a_vm_has_one_vfio_device_which_refuses_what_is_no_vfio_file() {
+    fn a_vm_has_one_vfio_device_which_refuses_other_files() {
         let Some(vm) = create_vm() else { return println!("no /dev/kvm here: not tested") };
         let device = VfioDevice::create(vm.as_raw_fd()).unwrap();
         let second = VfioDevice::create(vm.as_raw_fd()).unwrap_err();

@@ -3,12 +3,12 @@
 //! A backend that owns a VFIO device and moves data in and out of a guest's memory depends on two things that only the
 //! VMM's own process can do:
 //!
-//! - **KVM must know of DMA that goes behind the processors' caches.** Else it ignores the guest's memory types and its
-//!   WBINVD. KVM learns of it through the VM's one kvm-vfio device, and serves no process but the one that made the VM.
-//! - **Guest memory must not be discarded** while a device reaches it. A balloon's hole gives the guest a new page; the
-//!   device goes on using the old one, and no error tells anyone.
+//! - **Register non-coherent DMA with KVM.** Otherwise KVM ignores the guest's memory types and its WBINVD. The interface is
+//!   the VM's only kvm-vfio device, and KVM accepts it only from the process that created the VM.
+//! - **Stop discards of guest memory** while a device can access it. After a balloon punches a hole, the guest gets a new
+//!   page and the device keeps using the old one. No error is reported.
 //!
-//! This crate is the small server in the VMM that does both for a backend, and the backend's [`Client`].
+//! This crate contains the small server in the VMM that does both for a backend, and the backend's [`Client`].
 //!
 //! ```text
 //!   backend                              │  the VMM's process
@@ -20,9 +20,10 @@
 //!                                        │   the VMM's threads ─┘
 //! ```
 //!
-//! A VMM written in Rust links this crate (`examples/vmm.rs`); a stock one preloads `libkvm_vfio_shim.so`, which is the
-//! same behind hooked libc functions. A registration's file is a *second, never-bound* open of the device: KVM takes it, it
-//! gives no right to the device while its owner holds it, and when the owner dies the device is released.
+//! A VMM written in Rust links this crate (`examples/vmm.rs`). A stock VMM preloads `libkvm_vfio_shim.so`, which puts the same
+//! server behind hooked libc functions. The file of a registration is a *second, never-bound* open of the device. KVM accepts
+//! it. It gives no access to the device while the backend has the device bound, and when the backend dies the device is
+//! released.
 
 mod budget;
 mod client;

@@ -1,4 +1,4 @@
-//! The socket in the file system: made with mode 0600 from its first moment on, taken over only from the dead.
+//! The listening socket. It has mode 0600 from the moment it exists. A socket left by a dead process is replaced.
 
 use std::fs::Permissions;
 use std::io;
@@ -10,7 +10,7 @@ use rustix::fs::{Mode, Uid, fchmod};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 
-/// Waiting connections; each is taken at once, or refused with a reply.
+/// Pending connections. The server accepts each at once, or refuses it with a reply.
 const BACKLOG: i32 = 16;
 
 fn seqpacket() -> io::Result<OwnedFd> {
@@ -18,14 +18,14 @@ fn seqpacket() -> io::Result<OwnedFd> {
     Ok(socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
 }
 
-/// Listens at `path`. `peer`, if another user than this process's, is made the socket's owner.
+/// Listens at `path`. If `peer` is not this process's user, it becomes the socket's owner.
 ///
 /// # Errors
-/// EADDRINUSE when another process listens there or the path is no socket, ENAMETOOLONG, EACCES, …
+/// EADDRINUSE if another process listens there or the path is not a socket, ENAMETOOLONG, EACCES, …
 pub(crate) fn listen_at(path: &Path, peer: Option<Uid>) -> io::Result<OwnedFd> {
     let address = SocketAddrUnix::new(path)?;
     let socket = seqpacket()?;
-    // Before the bind, which takes the mode over: at no time can anyone else connect.
+    // Before bind, which applies this mode to the file: no other user can connect at any time.
     fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
     match bind(&socket, &address) {
         Err(Errno::ADDRINUSE) if is_dead(path, &address)? => {
@@ -37,7 +37,7 @@ pub(crate) fn listen_at(path: &Path, peer: Option<Uid>) -> io::Result<OwnedFd> {
     let own = rustix::process::geteuid();
     check(path, own)?;
     if let Some(peer) = peer.filter(|&peer| peer != own) {
-        // Without the privilege for it the socket stays ours, and of other users only root can connect.
+        // Without the privilege to change the owner, root is the only other user that can connect.
         match std::os::unix::fs::chown(path, Some(peer.as_raw()), None) {
             Err(error) if error.kind() != io::ErrorKind::PermissionDenied => return Err(error),
             _ => {}
@@ -47,21 +47,21 @@ pub(crate) fn listen_at(path: &Path, peer: Option<Uid>) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// True for a socket of ours on which nobody listens: left by a VMM that was killed.
+/// True if `path` is a socket of this user on which nobody listens: left by a VMM that was killed.
 fn is_dead(path: &Path, address: &SocketAddrUnix) -> io::Result<bool> {
     let found = path.symlink_metadata()?;
     let ours = found.file_type().is_socket() && found.uid() == rustix::process::geteuid().as_raw();
     Ok(ours && connect(&seqpacket()?, address) == Err(Errno::CONNREFUSED))
 }
 
-/// What stands at `path` is what was made.
+/// Checks that `path` is the socket just created, with its owner and mode.
 fn check(path: &Path, own: Uid) -> io::Result<()> {
     let made = path.symlink_metadata()?;
     let as_made = made.file_type().is_socket() && made.uid() == own.as_raw();
     if as_made && made.permissions() == Permissions::from_mode(made.mode() & !0o777 | 0o600) {
         Ok(())
     } else {
-        Err(io::Error::new(io::ErrorKind::PermissionDenied, "the socket's owner or mode is not what was asked for"))
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, "the socket does not have the owner and mode it was given"))
     }
 }
 
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
     use std::path::PathBuf;
 
-    /// A directory of one test's own.
+    /// A directory for one test.
     struct Directory(PathBuf);
 
     impl Directory {
@@ -96,21 +96,21 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_socket_is_taken_over_and_a_living_one_is_not() {
+    fn a_dead_socket_is_replaced_and_a_live_one_is_not() {
         let directory = Directory::new("dead");
         let path = directory.0.join("s");
         drop(listen_at(&path, None).unwrap());
 
-        let living = listen_at(&path, None).unwrap();
+        let live = listen_at(&path, None).unwrap();
         let second = listen_at(&path, None).unwrap_err();
 
         assert_eq!(second.kind(), io::ErrorKind::AddrInUse);
         assert_eq!(connect(seqpacket().unwrap(), &SocketAddrUnix::new(&path).unwrap()), Ok(()));
-        drop(living);
+        drop(live);
     }
 
     #[test]
-    fn what_is_no_socket_stays() {
+    fn a_regular_file_is_not_replaced() {
         let directory = Directory::new("file");
         let path = directory.0.join("s");
         std::fs::write(&path, "precious").unwrap();

@@ -1,17 +1,18 @@
-//! When KVM's answer to "may a device go behind the caches?" may change. Pure: it knows numbers, no files.
+//! When KVM's answer to "is there non-coherent DMA?" may change. This module only counts; it holds no files.
 //!
-//! KVM takes the question anew at each file added or deleted, but it is blind to the past: lines that a vCPU left in another
-//! processor's cache before a file was added are missed by the guest's first WBINVD (`kvm_arch_vcpu_load` notes the
-//! processors only while there is such a file). So, as KVM's developers once wanted KVM itself to do, the answer is locked
-//! once it has been used: a registration that would change it is refused, a removal leaves it as it is.
+//! KVM decides again each time a file is added or deleted, but it does not know what happened before. Cache lines that a vCPU
+//! left in another processor's cache before a file was added are missed by the guest's first WBINVD, because
+//! `kvm_arch_vcpu_load` records the processors only while there is such a file. So the answer is locked once a vCPU has run, as
+//! KVM's developers once planned for KVM itself: a registration that would change it is refused, and a removal leaves it as
+//! it is.
 //!
 //! ```text
 //!   KVM's answer:  coherent            :              non-coherent
 //!                                      :
-//!                      ┌── admit ──────:───────►┐  admit: told + 1
+//!                      ┌── admit ──────:───────►┐  admit: n + 1
 //!                      │ (not locked)  :        ▼    ┌──────┐
 //!                  ┌───┴───┐           :   ┌─────────┴┐     │
-//!     locked: ─────│ Empty │◄──────────:───┤ Told (n) │◄────┘
+//!     locked: ─────│ Empty │◄──────────:───┤ Live (n) │◄────┘
 //!     refused      └───────┘ remove    :   └┬────────┬┘  remove, n > 1: its file is deleted
 //!                            the last, :    │        ▲
 //!                            not locked:    │        │ admit: the kept file is deleted
@@ -23,29 +24,29 @@
 //!   locked = the policy is `lock` and a vCPU has run; never undone while the VM lives
 //! ```
 //!
-//! At most one file is kept. It pins nothing, as it was never bound, and it lets a backend that has died register again. But
-//! the kernel waits for it when the device is to be unbound from its driver: to give the device back to the host
-//! while the VM runs, the policy must be `dynamic`.
+//! At most one file is kept. It was never bound, so it pins nothing, and it lets a backend that has died register again. But
+//! an unbind of the device from its driver waits until the file is closed. To return the device to the host while the VM
+//! runs, the policy must be `dynamic`.
 
 use crate::wire::Policy;
 
-/// How KVM's answer came about.
+/// Which files KVM holds, and its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// No file: coherent.
     Empty,
     /// The files of this many registrations, at least one: non-coherent.
-    Told(u16),
-    /// Only the file of a registration that has gone: non-coherent.
+    Live(u16),
+    /// Only the file of a registration that has ended: non-coherent.
     Kept,
 }
 
-/// What is to be done with the file of a registration that goes.
+/// What to do with the file of a registration that ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Removal {
-    /// KVM must let go of it.
+    /// Delete it from the kvm-vfio device.
     Delete,
-    /// KVM's answer rests on it: it stays.
+    /// Leave it there, because KVM's answer depends on it.
     Keep,
 }
 
@@ -61,13 +62,13 @@ pub struct Lock {
 pub struct Locked;
 
 impl Lock {
-    /// No file yet.
+    /// Starts without files.
     #[must_use]
     pub const fn new(policy: Policy) -> Self {
         Self { policy, state: State::Empty }
     }
 
-    /// What was configured.
+    /// The configured policy.
     #[must_use]
     pub const fn policy(&self) -> Policy {
         self.policy
@@ -77,7 +78,7 @@ impl Lock {
         started && self.policy == Policy::Lock
     }
 
-    /// May a file be added? Changes nothing: adding can still fail, and a vCPU can run meanwhile.
+    /// Checks whether a file may be added. Changes nothing: the add can still fail, and a vCPU can start meanwhile.
     ///
     /// # Errors
     /// [`Locked`].
@@ -85,20 +86,20 @@ impl Lock {
         if self.state == State::Empty && self.locked(started) { Err(Locked) } else { Ok(()) }
     }
 
-    /// A file has been added. True if the kept file, if there is one, is to be deleted now.
+    /// Records that a file has been added. True if the kept file must be deleted now.
     #[must_use]
     pub fn added(&mut self) -> bool {
         let kept = self.state == State::Kept;
-        self.state = State::Told(self.told().saturating_add(1));
+        self.state = State::Live(self.live().saturating_add(1));
         kept
     }
 
-    /// The registration of a file goes.
+    /// Records that the registration of a file ends.
     #[must_use]
     pub fn remove(&mut self, started: bool) -> Removal {
-        debug_assert!(self.told() > 0, "only what was added is removed");
+        debug_assert!(self.live() > 0, "only an added file can be removed");
         let (state, removal) = match self.state {
-            State::Told(n @ 2..) => (State::Told(n - 1), Removal::Delete),
+            State::Live(n @ 2..) => (State::Live(n - 1), Removal::Delete),
             _ if self.locked(started) => (State::Kept, Removal::Keep),
             _ => (State::Empty, Removal::Delete),
         };
@@ -106,16 +107,16 @@ impl Lock {
         removal
     }
 
-    /// Living registrations whose file KVM holds.
+    /// Current registrations whose file KVM holds.
     #[must_use]
-    pub const fn told(&self) -> u16 {
+    pub const fn live(&self) -> u16 {
         match self.state {
-            State::Told(n) => n,
+            State::Live(n) => n,
             State::Empty | State::Kept => 0,
         }
     }
 
-    /// True if KVM holds only the file of a registration that has gone.
+    /// True if KVM holds only the file of a registration that has ended.
     #[must_use]
     pub fn kept(&self) -> bool {
         self.state == State::Kept
@@ -126,20 +127,20 @@ impl Lock {
 mod tests {
     use super::*;
 
-    /// KVM as it is: a set of files, and an answer that follows from it.
+    /// A lock, and KVM as it behaves: it has a number of files, and its answer follows from that number.
     #[derive(Clone, Debug, PartialEq, Eq)]
-    struct World {
+    struct Model {
         lock: Lock,
         started: bool,
         files: u16,
         answers_since_start: Vec<bool>,
     }
 
-    impl World {
+    impl Model {
         fn new(policy: Policy) -> Self {
             Self { lock: Lock::new(policy), started: false, files: 0, answers_since_start: vec![] }
         }
-        fn note(&mut self) {
+        fn record_answer(&mut self) {
             let answer = self.files > 0;
             if self.started && self.answers_since_start.last() != Some(&answer) {
                 self.answers_since_start.push(answer);
@@ -147,16 +148,16 @@ mod tests {
         }
         fn start(mut self) -> Self {
             self.started = true;
-            self.note();
+            self.record_answer();
             self
         }
         fn register(mut self) -> Self {
             if self.lock.admit(self.started).is_ok() {
                 self.files += 1;
-                self.note();
+                self.record_answer();
                 if self.lock.added() {
                     self.files -= 1;
-                    self.note();
+                    self.record_answer();
                 }
             }
             self
@@ -164,25 +165,25 @@ mod tests {
         fn unregister(mut self) -> Self {
             if self.lock.remove(self.started) == Removal::Delete {
                 self.files -= 1;
-                self.note();
+                self.record_answer();
             }
             self
         }
     }
 
-    /// Every world within `steps` steps.
-    fn worlds(policy: Policy, steps: usize) -> Vec<World> {
-        let mut all = vec![World::new(policy)];
+    /// Every state that can be reached within `steps` steps.
+    fn models(policy: Policy, steps: usize) -> Vec<Model> {
+        let mut all = vec![Model::new(policy)];
         let mut last = all.clone();
         for _ in 0..steps {
             let mut next = Vec::new();
-            for world in last {
-                next.push(world.clone().register());
-                if !world.started {
-                    next.push(world.clone().start());
+            for model in last {
+                next.push(model.clone().register());
+                if !model.started {
+                    next.push(model.clone().start());
                 }
-                if world.lock.told() > 0 {
-                    next.push(world.unregister());
+                if model.lock.live() > 0 {
+                    next.push(model.unregister());
                 }
             }
             all.extend(next.iter().cloned());
@@ -193,38 +194,38 @@ mod tests {
 
     #[test]
     fn under_lock_the_answer_never_changes_once_a_vcpu_has_run() {
-        for world in worlds(Policy::Lock, 9) {
-            assert!(world.answers_since_start.len() <= 1, "{world:?}");
+        for model in models(Policy::Lock, 9) {
+            assert!(model.answers_since_start.len() <= 1, "{model:?}");
         }
     }
 
     #[test]
-    fn dynamic_admits_always_and_keeps_nothing() {
-        for world in worlds(Policy::Dynamic, 9) {
-            assert_eq!(world.lock.admit(world.started), Ok(()));
-            assert_eq!(world.files, world.lock.told(), "{world:?}");
-            assert!(!world.lock.kept());
+    fn dynamic_always_admits_and_keeps_nothing() {
+        for model in models(Policy::Dynamic, 9) {
+            assert_eq!(model.lock.admit(model.started), Ok(()));
+            assert_eq!(model.files, model.lock.live(), "{model:?}");
+            assert!(!model.lock.kept());
         }
     }
 
     #[test]
-    fn kvm_holds_a_file_per_registration_and_at_most_one_more() {
-        for world in worlds(Policy::Lock, 9) {
-            assert_eq!(world.files, world.lock.told() + u16::from(world.lock.kept()), "{world:?}");
+    fn kvm_holds_one_file_per_registration_and_at_most_one_more() {
+        for model in models(Policy::Lock, 9) {
+            assert_eq!(model.files, model.lock.live() + u16::from(model.lock.kept()), "{model:?}");
         }
     }
 
     #[test]
-    fn a_vm_that_started_non_coherent_always_takes_the_next_backend() {
-        for world in worlds(Policy::Lock, 9) {
-            let fixed_coherent = world.answers_since_start == [false];
-            assert_eq!(world.lock.admit(world.started).is_err(), fixed_coherent, "{world:?}");
+    fn a_vm_that_started_non_coherent_always_admits_the_next_backend() {
+        for model in models(Policy::Lock, 9) {
+            let fixed_coherent = model.answers_since_start == [false];
+            assert_eq!(model.lock.admit(model.started).is_err(), fixed_coherent, "{model:?}");
         }
     }
 
     #[test]
-    fn before_the_first_vcpu_runs_the_last_file_goes() {
-        let world = World::new(Policy::Lock).register().unregister().start();
-        assert_eq!((world.files, world.lock.kept()), (0, false));
+    fn before_the_first_vcpu_runs_the_last_file_is_deleted() {
+        let model = Model::new(Policy::Lock).register().unregister().start();
+        assert_eq!((model.files, model.lock.kept()), (0, false));
     }
 }

@@ -1,5 +1,5 @@
-//! Who is at the other end of a socket. `rustix` has this call, but takes the process id for a number that is never 0, and
-//! the kernel says 0 for a process of another pid namespace: a backend outside the VMM's container, say.
+//! Credentials of the peer of a socket. `rustix` has this call, but its process id cannot be 0. The kernel returns 0 for a
+//! process that has no id in this pid namespace, such as a backend outside the VMM's container.
 #![expect(unsafe_code, reason = "one system call; one of the two places where it is allowed")]
 
 use std::io;

@@ -1,23 +1,23 @@
-//! What the two sides say to each other: one request, one reply, both of fixed size, in a `SOCK_SEQPACKET` socket, so a
-//! message arrives whole or not at all and there is no framing.
+//! The protocol: one request, one reply, both of fixed size, over a `SOCK_SEQPACKET` socket. A message arrives complete or not
+//! at all, so there is no framing.
 //!
 //! ```text
 //!  request, 32 bytes                 reply, 64 bytes
 //!   0 magic    u32  "KVSH"            0 magic    u32              28 vms         u16
 //!   4 version  u16                    4 version  u16              30 policy      u16  0 lock, 1 dynamic
 //!   6 kind     u16  1 HELLO …         6 reason   u16  0: done     32 started_ms  u64
-//!   8 serial   u32  comes back        8 serial   u32              40 registered  u16
+//!   8 serial   u32                    8 serial   u32  of request  40 registered  u16
 //!  12 dma      u32  of REGISTER      12 errno    i32  0: done     42 told        u16
 //!  16 handle   u64  of UNREGISTER    16 handle   u64  of REGISTER 44 kept        u16  0 or 1
 //!  24 zero     u64                   24 vmm_pid  u32              46 zero        18 bytes
 //! ```
 //!
-//! Numbers are little-endian. REGISTER for non-coherent DMA carries one descriptor (`SCM_RIGHTS`); no other message may.
-//! The first six bytes keep their meaning in every version, so two versions can always tell each other what they are.
+//! Numbers are little-endian. REGISTER for non-coherent DMA carries one descriptor (`SCM_RIGHTS`); no other message carries
+//! any. The first six bytes keep their meaning in every version, so each side can recognize another version.
 
 use std::fmt;
 
-/// The version both sides must speak.
+/// The protocol's version, which must be the same on both sides.
 pub const VERSION: u16 = 1;
 /// Bytes of a [`Request`].
 pub const REQUEST_BYTES: usize = 32;
@@ -26,35 +26,35 @@ pub const REPLY_BYTES: usize = 64;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"KVSH");
 
-/// What a request asks for.
+/// What a request does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Comes first, and learns who is there.
+    /// The first request of a connection; returns the status.
     Hello,
-    /// A device is about to reach guest memory.
+    /// Registers a device before it can access guest memory.
     Register(Dma),
-    /// It does no longer: the handle that REGISTER gave.
+    /// Ends a registration, by the handle that REGISTER returned.
     Unregister(u64),
-    /// How things stand.
+    /// Returns the status.
     Query,
 }
 
-/// How a device's DMA treats the processors' caches, by the backend's own finding.
+/// How a device's DMA treats the processors' caches, as the backend has found out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dma {
-    /// It always snoops them. KVM need not know; guest memory must still not be discarded under the device.
+    /// It always snoops them. KVM need not know, but guest memory must not be discarded while the device can access it.
     Coherent,
-    /// It may go behind them, so KVM is told, by the device's file.
+    /// It may bypass them, so the device's file is registered with KVM.
     NonCoherent,
 }
 
-/// The policy on changes of KVM's answer while the VM runs; see [`crate::lock`].
+/// Whether KVM's answer may change while the VM runs; see [`crate::lock`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Policy {
-    /// Once a vCPU has run, KVM's answer stays what it is.
+    /// KVM's answer does not change once a vCPU has run.
     #[default]
     Lock,
-    /// It follows the registrations at any time.
+    /// KVM's answer always follows the registrations.
     Dynamic,
 }
 
@@ -69,11 +69,11 @@ impl fmt::Display for Policy {
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $errno:ident;)*) => {
-        /// Why a request was refused. With each goes an errno, which KVM's own refusals replace by theirs.
+        /// Why a request was refused. Each reason has an errno; a refusal by KVM has KVM's errno instead.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Reason {
             $($(#[$doc])* $name,)*
-            /// A number this version does not know.
+            /// A number unknown to this version.
             Other(u16),
         }
 
@@ -84,7 +84,7 @@ macro_rules! reasons {
             fn from_wire(number: u16) -> Self {
                 match number { $($number => Self::$name,)* other => Self::Other(other) }
             }
-            /// The errno that goes with it.
+            /// Its errno.
             #[must_use]
             pub fn errno(self) -> i32 {
                 match self { $(Self::$name => libc::$errno,)* Self::Other(_) => libc::EPROTO }
@@ -96,85 +96,85 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// The message is not one of these, or carries a descriptor too many or too few. The connection ends.
+    /// The message is not a request of this protocol, or has the wrong number of descriptors. The connection ends.
     Malformed = 1, EPROTO;
-    /// The other side speaks another version. The connection ends.
+    /// The peer uses another version. The connection ends.
     Version = 2, EPROTONOSUPPORT;
-    /// HELLO did not come first. The connection ends.
+    /// The first request was not HELLO. The connection ends.
     HelloFirst = 3, EPROTO;
-    /// The peer's user may not talk to this shim. The connection ends.
-    Stranger = 4, EACCES;
-    /// All connections or registrations are taken.
-    TooMany = 5, EUSERS;
-    /// The process has no VM, or KVM there has no VFIO support.
+    /// The peer's user may not use this shim. The connection ends.
+    WrongUser = 4, EACCES;
+    /// All connections or registrations are in use.
+    LimitReached = 5, EUSERS;
+    /// The process has no VM, or its kernel has no CONFIG_KVM_VFIO.
     NoVm = 6, ENODEV;
-    /// The process has more than one VM: which one is meant cannot be told.
-    SeveralVms = 7, ENOTUNIQ;
+    /// The process has more than one VM.
+    MultipleVms = 7, ENOTUNIQ;
     /// A vCPU has run and the policy is `lock`.
     Locked = 8, EPERM;
-    /// The descriptor is neither a VFIO device's nor a VFIO group's.
+    /// The descriptor is neither a VFIO device nor a VFIO group.
     NotVfio = 9, EINVAL;
-    /// The descriptor is bound to an iommufd: whoever holds it holds the device and its pinned memory.
+    /// The descriptor is bound to an iommufd: its holder would keep the device and its pinned memory.
     Bound = 10, EBUSY;
     /// KVM refused the file; the errno is KVM's.
     Kvm = 11, EIO;
     /// No registration of this connection has that handle.
     NoSuchHandle = 12, ENOENT;
-    /// A discard of guest memory that had begun before did not end.
-    DiscardRuns = 13, ETIMEDOUT;
+    /// A discard of guest memory was in progress and did not end in time.
+    DiscardPending = 13, ETIMEDOUT;
     /// Too many requests in too short a time. The connection ends.
-    Flood = 14, EDQUOT;
+    RateLimited = 14, EDQUOT;
 }
 
-/// From the backend to the VMM.
+/// A message from the backend to the VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// Comes back in the reply.
+    /// Copied to the reply.
     pub serial: u32,
-    /// What is wanted.
+    /// What it does, with its argument.
     pub kind: Kind,
 }
 
-/// How things stand in the VMM; part of every reply.
+/// The shim's state; part of every reply.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Status {
     /// Process id of the VMM, in its own namespace.
     pub vmm_pid: u32,
-    /// Living VMs in the process; registrations with KVM need exactly one.
+    /// VMs in the process; a registration with KVM needs exactly one.
     pub vms: u16,
-    /// What happens to KVM's answer while the VM runs.
+    /// Whether KVM's answer may change while the VM runs.
     pub policy: Policy,
     /// When the first vCPU entered the guest, milliseconds since 1970; 0: none has.
     pub started_ms: u64,
-    /// Registrations, coherent or not; while there is one, discards of guest RAM have no effect.
+    /// Registrations, coherent or not. If there is one, discards of guest RAM have no effect.
     pub registered: u16,
     /// Registrations whose file KVM holds.
     pub told: u16,
-    /// True while KVM holds the file of a registration that has gone, so that its answer stays.
+    /// True if KVM holds the file of a registration that has ended, so that its answer does not change.
     pub kept: bool,
 }
 
 impl Status {
-    /// True if KVM holds at least one file of a device whose DMA may go behind the caches. It then honours the guest's
-    /// memory types and emulates WBINVD. (The VMM may have added files of its own, which are not counted.)
+    /// True if KVM holds at least one file of a device whose DMA may bypass the caches. It then honours the guest's memory
+    /// types and emulates WBINVD. Files that the VMM has added for its own devices are not counted.
     #[must_use]
     pub fn non_coherent(&self) -> bool {
         self.told > 0 || self.kept
     }
 }
 
-/// From the VMM to the backend.
+/// A message from the VMM to the backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reply {
-    /// The request's.
+    /// The request's serial number.
     pub serial: u32,
-    /// The new registration's handle, or why there is none.
+    /// The registration's handle (0 if there is none), or why the request was refused.
     pub outcome: Result<u64, Refusal>,
-    /// How things stand after the request.
+    /// The shim's state after the request.
     pub status: Status,
 }
 
-/// A request that was not done.
+/// A refused request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
     /// Why.
@@ -189,16 +189,16 @@ impl From<Reason> for Refusal {
     }
 }
 
-/// A message that cannot be understood.
+/// A message that cannot be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Garbled {
-    /// Of another version of this protocol.
+pub enum DecodeError {
+    /// It has another version of this protocol.
     Version(u16),
-    /// Of no version.
+    /// It is not a message of this protocol.
     Malformed,
 }
 
-/// A message as it stands in the table above: fields in order, little-endian, without padding.
+/// A message with the layout of the table above: fields in order, little-endian, without padding.
 macro_rules! layout {
     ($name:ident, $bytes:ident: $($field:ident $type:ty),* $(,)?) => {
         struct $name { $($field: $type),* }
@@ -218,9 +218,9 @@ macro_rules! layout {
                 bytes
             }
 
-            fn from_bytes(bytes: &[u8]) -> Result<Self, Garbled> {
+            fn from_bytes(bytes: &[u8]) -> Result<Self, DecodeError> {
                 header(bytes)?;
-                let bytes: &[u8; $bytes] = bytes.try_into().map_err(|_| Garbled::Malformed)?;
+                let bytes: &[u8; $bytes] = bytes.try_into().map_err(|_| DecodeError::Malformed)?;
                 let mut rest = &bytes[..];
                 $(
                     let (field, tail) = rest.split_first_chunk().expect("the fields fill the message");
@@ -241,19 +241,19 @@ layout!(RawReply, REPLY_BYTES:
     vmm_pid u32, vms u16, policy u16, started_ms u64, registered u16, told u16, kept u16, zero1 u16, zero2 u128,
 );
 
-/// Magic and version, the same in every version, so that a message of another one is told apart from noise.
-fn header(bytes: &[u8]) -> Result<(), Garbled> {
-    let (magic, rest) = bytes.split_first_chunk().ok_or(Garbled::Malformed)?;
-    let version = rest.first_chunk().ok_or(Garbled::Malformed)?;
+/// Checks magic and version. They are the same in every version, so that another version can be recognized.
+fn header(bytes: &[u8]) -> Result<(), DecodeError> {
+    let (magic, rest) = bytes.split_first_chunk().ok_or(DecodeError::Malformed)?;
+    let version = rest.first_chunk().ok_or(DecodeError::Malformed)?;
     match (u32::from_le_bytes(*magic), u16::from_le_bytes(*version)) {
         (MAGIC, VERSION) => Ok(()),
-        (MAGIC, other) => Err(Garbled::Version(other)),
-        _ => Err(Garbled::Malformed),
+        (MAGIC, other) => Err(DecodeError::Version(other)),
+        _ => Err(DecodeError::Malformed),
     }
 }
 
 impl Request {
-    /// The message.
+    /// Encodes the message.
     #[must_use]
     pub fn to_bytes(&self) -> [u8; REQUEST_BYTES] {
         let (kind, dma, handle) = match self.kind {
@@ -266,11 +266,11 @@ impl Request {
         RawRequest { magic: MAGIC, version: VERSION, kind, serial: self.serial, dma, handle, zero: 0 }.to_bytes()
     }
 
-    /// Understands a message, or says what is wrong with it.
+    /// Decodes a message.
     ///
     /// # Errors
-    /// Anything that [`Self::to_bytes`] would not write.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Garbled> {
+    /// Any bytes that [`Self::to_bytes`] would not produce.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, DecodeError> {
         let raw = RawRequest::from_bytes(bytes)?;
         let kind = match (raw.kind, raw.dma, raw.handle) {
             (1, 0, 0) => Kind::Hello,
@@ -278,14 +278,14 @@ impl Request {
             (2, 1, 0) => Kind::Register(Dma::NonCoherent),
             (3, 0, handle) => Kind::Unregister(handle),
             (4, 0, 0) => Kind::Query,
-            _ => return Err(Garbled::Malformed),
+            _ => return Err(DecodeError::Malformed),
         };
-        if raw.zero == 0 { Ok(Self { serial: raw.serial, kind }) } else { Err(Garbled::Malformed) }
+        if raw.zero == 0 { Ok(Self { serial: raw.serial, kind }) } else { Err(DecodeError::Malformed) }
     }
 }
 
 impl Reply {
-    /// The message.
+    /// Encodes the message.
     #[must_use]
     pub fn to_bytes(&self) -> [u8; REPLY_BYTES] {
         let (reason, errno, handle) = match self.outcome {
@@ -313,21 +313,21 @@ impl Reply {
         .to_bytes()
     }
 
-    /// Understands a message, or says what is wrong with it.
+    /// Decodes a message.
     ///
     /// # Errors
-    /// Anything that [`Self::to_bytes`] would not write.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Garbled> {
+    /// Any bytes that [`Self::to_bytes`] would not produce.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, DecodeError> {
         let raw = RawReply::from_bytes(bytes)?;
         let outcome = match (raw.reason, raw.errno, raw.handle) {
             (0, 0, handle) => Ok(handle),
             (reason @ 1.., errno @ 1.., 0) => Err(Refusal { reason: Reason::from_wire(reason), errno }),
-            _ => return Err(Garbled::Malformed),
+            _ => return Err(DecodeError::Malformed),
         };
         let (policy, kept) = match (raw.policy, raw.kept, raw.zero1, raw.zero2) {
             (0, kept @ (0 | 1), 0, 0) => (Policy::Lock, kept == 1),
             (1, kept @ (0 | 1), 0, 0) => (Policy::Dynamic, kept == 1),
-            _ => return Err(Garbled::Malformed),
+            _ => return Err(DecodeError::Malformed),
         };
         let status = Status {
             vmm_pid: raw.vmm_pid,

@@ -1,4 +1,4 @@
-//! The client against sockets that are not what it hopes for, and against a real server without a VM.
+//! The client against misbehaving listeners, and against a real server without a VM.
 #![expect(clippy::unwrap_used, reason = "a test may")]
 
 use std::os::fd::OwnedFd;
@@ -36,7 +36,7 @@ fn listener(path: &Path) -> OwnedFd {
     socket
 }
 
-/// Accepts one connection and lets `answer` make each reply out of a request's bytes; `None` closes.
+/// Accepts one connection and answers each request with what `answer` returns for its bytes; `None` closes.
 fn script(listener: OwnedFd, answer: impl Fn(&[u8]) -> Option<Vec<u8>> + Send + 'static) {
     thread::spawn(move || {
         let socket = accept(&listener).unwrap();
@@ -53,32 +53,32 @@ fn good_reply(bytes: &[u8]) -> Reply {
 }
 
 #[test]
-fn a_path_without_a_listener_is_absent_and_says_how_to_start_one() {
+fn the_error_for_a_path_without_a_listener_says_how_to_start_one() {
     let path = Path::new("absent");
     let error = Client::connect(&path.0, SHORT).unwrap_err();
-    assert!(matches!(error, ClientError::Absent(..)), "{error}");
+    assert!(matches!(error, ClientError::NotListening(..)), "{error}");
     assert!(error.to_string().contains("LD_PRELOAD=libkvm_vfio_shim.so"), "{error}");
 
     drop(listener(&path));
     let error = Client::connect(&path.0, SHORT).unwrap_err();
-    assert!(matches!(error, ClientError::Absent(..)), "left by a VMM that has gone: {error}");
+    assert!(matches!(error, ClientError::NotListening(..)), "left by a VMM that has exited: {error}");
 }
 
 #[test]
-fn a_listener_that_never_answers_is_silent() {
+fn a_listener_that_never_answers_times_out() {
     let path = Path::new("silent");
     let _listener = listener(&path);
     let error = Client::connect(&path.0, SHORT).unwrap_err();
-    assert!(matches!(error, ClientError::Silent(..)), "{error}");
+    assert!(matches!(error, ClientError::TimedOut(..)), "{error}");
 }
 
 #[test]
-fn a_full_backlog_does_not_hold_the_client() {
+fn connecting_to_a_full_backlog_times_out() {
     let path = Path::new("backlog");
     let _listener = listener(&path);
     for _ in 0..4 {
         let error = Client::connect(&path.0, SHORT).unwrap_err();
-        assert!(matches!(error, ClientError::Silent(..)), "{error}");
+        assert!(matches!(error, ClientError::TimedOut(..)), "{error}");
     }
 }
 
@@ -90,25 +90,25 @@ fn another_version_is_named() {
         reply[4] = 3;
         Some(reply.into())
     });
-    let error = Client::connect(&path.0, Client::PATIENCE).unwrap_err();
+    let error = Client::connect(&path.0, Client::DEFAULT_TIMEOUT).unwrap_err();
     assert!(matches!(error, ClientError::Version(_, 3)), "{error}");
 }
 
 #[test]
-fn noise_and_the_answer_to_another_request_are_garbled() {
+fn random_bytes_and_the_answer_to_another_request_are_malformed() {
     for (name, wrong_serial) in [("noise", false), ("serial", true)] {
         let path = Path::new(name);
         script(listener(&path), move |bytes| {
             let reply = Reply { serial: 99, ..good_reply(bytes) };
             Some(if wrong_serial { reply.to_bytes().into() } else { vec![1, 2, 3] })
         });
-        let error = Client::connect(&path.0, Client::PATIENCE).unwrap_err();
-        assert!(matches!(error, ClientError::Garbled(_)), "{name}: {error}");
+        let error = Client::connect(&path.0, Client::DEFAULT_TIMEOUT).unwrap_err();
+        assert!(matches!(error, ClientError::Malformed(_)), "{name}: {error}");
     }
 }
 
 #[test]
-fn after_an_answer_that_came_too_late_the_connection_is_of_no_use() {
+fn after_a_late_answer_the_connection_is_unusable() {
     let path = Path::new("late");
     script(listener(&path), |bytes| {
         if Request::from_bytes(bytes).unwrap().kind != Kind::Hello {
@@ -117,23 +117,23 @@ fn after_an_answer_that_came_too_late_the_connection_is_of_no_use() {
         Some(good_reply(bytes).to_bytes().into())
     });
     let (mut client, _) = Client::connect(&path.0, SHORT).unwrap();
-    assert!(matches!(client.query().unwrap_err(), ClientError::Silent(..)));
+    assert!(matches!(client.query().unwrap_err(), ClientError::TimedOut(..)));
     assert!(client.socket().is_none());
-    assert!(matches!(client.query().unwrap_err(), ClientError::Gone(_)));
+    assert!(matches!(client.query().unwrap_err(), ClientError::Closed(_)));
 }
 
 #[test]
-fn a_vmm_that_goes_is_noticed() {
+fn a_vmm_that_exits_is_noticed() {
     let path = Path::new("gone");
     script(listener(&path), |bytes| {
         let hello = Request::from_bytes(bytes).unwrap().kind == Kind::Hello;
         hello.then(|| good_reply(bytes).to_bytes().into())
     });
-    let (mut client, _) = Client::connect(&path.0, Client::PATIENCE).unwrap();
-    assert!(matches!(client.query().unwrap_err(), ClientError::Gone(_)));
+    let (mut client, _) = Client::connect(&path.0, Client::DEFAULT_TIMEOUT).unwrap();
+    assert!(matches!(client.query().unwrap_err(), ClientError::Closed(_)));
 }
 
-/// A server in a thread of its own, as a VMM has it; it stays until the test program ends.
+/// A server in its own thread, as in a VMM. It runs until the test program ends.
 fn server(path: &Path, policy: Policy) -> &'static Vm {
     let vm: &'static Vm = Box::leak(Box::default());
     let config = Config { socket: path.0.clone(), policy, peer: None, log: |_| () };
@@ -143,10 +143,10 @@ fn server(path: &Path, policy: Policy) -> &'static Vm {
 }
 
 #[test]
-fn without_a_vm_memory_can_be_guarded_but_kvm_cannot_be_told() {
+fn without_a_vm_a_coherent_device_can_be_registered_but_not_a_non_coherent_one() {
     let path = Path::new("no-vm");
     let vm = server(&path, Policy::Lock);
-    let (mut client, status) = Client::connect(&path.0, Client::PATIENCE).unwrap();
+    let (mut client, status) = Client::connect(&path.0, Client::DEFAULT_TIMEOUT).unwrap();
     assert_eq!((status.vms, status.started_ms, status.vmm_pid), (0, 0, std::process::id()));
 
     let registration = client.register_coherent().unwrap();
@@ -156,7 +156,7 @@ fn without_a_vm_memory_can_be_guarded_but_kvm_cannot_be_told() {
 
     let null = std::fs::File::open("/dev/null").unwrap();
     let ClientError::Refused(refused) = client.register_non_coherent(&null).unwrap_err() else {
-        panic!("refused, and the connection lives");
+        panic!("the request is refused and the connection stays open");
     };
     assert_eq!(refused.refusal.reason, Reason::NotVfio);
     assert!(!vm.pinned());
@@ -164,11 +164,11 @@ fn without_a_vm_memory_can_be_guarded_but_kvm_cannot_be_told() {
 }
 
 #[test]
-fn a_client_that_goes_takes_its_guard_along() {
+fn a_client_that_disconnects_removes_its_pin() {
     let path = Path::new("guard");
     let vm = server(&path, Policy::Lock);
-    let (mut one, _) = Client::connect(&path.0, Client::PATIENCE).unwrap();
-    let (mut two, _) = Client::connect(&path.0, Client::PATIENCE).unwrap();
+    let (mut one, _) = Client::connect(&path.0, Client::DEFAULT_TIMEOUT).unwrap();
+    let (mut two, _) = Client::connect(&path.0, Client::DEFAULT_TIMEOUT).unwrap();
     one.register_coherent().unwrap();
     two.register_coherent().unwrap();
 

@@ -2,7 +2,7 @@
 # profiles: vtd vtd-snoop vtd-scalable amd-iommu virtio-iommu
 # minutes: 0.1
 # boot: iommu
-# What the kernel says of the function's IOMMU is what the profile was made for.
+# The kernel reports the IOMMU's properties as the profile lists them.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh

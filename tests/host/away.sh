@@ -3,8 +3,8 @@
 # minutes: 1.1
 # boot: life
 # options: --iops 800
-# The host takes the drive away while requests are in flight, and gives it back: meanwhile the guest gets errors, and
-# afterwards the same process serves the same guest again.
+# The host takes the drive away while requests are in flight, and returns it. Meanwhile the guest gets errors. Afterwards the
+# same process serves the same guest again.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
@@ -24,7 +24,7 @@ pattern() { guest exec -- 'dd if=/dev/vda bs=64k skip=2048 count=64 iflag=direct
 write_pattern() { guest exec -- 'dd if=/dev/urandom of=/dev/vda bs=64k seek=2048 count=64 oflag=direct 2>/dev/null'; }
 reads_fail() { guest exec --timeout 10 -- '! dd if=/dev/vda of=/dev/null bs=64k count=1 iflag=direct 2>/dev/null'; }
 reads_well() { guest exec --timeout 30 -- 'dd if=/dev/vda of=/dev/null bs=64k count=64 iflag=direct 2>/dev/null'; }
-# away COMMAND…: what takes the drive away; it must not have to wait, and the guest must not either.
+# away COMMAND…: runs COMMAND, which takes the drive away, under load. Neither the command nor the guest may have to wait.
 away() {
     load_in_background
     timeout 15 sh -c "$*"
@@ -32,7 +32,7 @@ away() {
     logged 'the host wants the device back'
     equal 0 "$(pinned)" "kB pinned while the drive is away"
 }
-# back_after N: served again, for the Nth time, by the same process, as it was.
+# back_after N: the same process serves the drive again, for the Nth time, with the same data and resources.
 back_after() {
     within 30 logged_more_than "$(($1 - 1))" 'the device is back'
     enough_load
@@ -65,7 +65,7 @@ memory_meanwhile() {
     bind_to_vfio "$FUNCTION"
     within 30 logged_more_than 2 'the device is back'
     equal $(($(cat /run/pinned-before) + 262144)) "$(pinned)" "kB pinned"
-    verifying
+    verify
 }
 next_guest_meanwhile() {
     echo "$FUNCTION" >"$AT/driver/unbind"
@@ -81,12 +81,12 @@ discarded_meanwhile() {
     echo "$FUNCTION" >"$AT/driver/unbind"
     reads_fail
     inflate $((192 << 20))
-    # It looks at guest memory once a second.
+    # The backend checks guest memory once a second.
     sleep 2
     inflate $((256 << 20))
     bind_to_vfio "$FUNCTION"
     within 30 logged_more_than 4 'the device is back'
-    verifying --size=16M
+    verify --size=16M
     equal 0 "$(times_logged "$ALARM")" alarms
 }
 flushing() {
@@ -102,7 +102,7 @@ flushing() {
     bind_to_vfio "$FUNCTION"
     within 30 logged 'the device is back'
     equal "$(cat /run/pattern)" "$(pattern)" "data"
-    verifying
+    verify
 }
 ended_meanwhile() {
     echo "$FUNCTION" >"$AT/driver/unbind"
@@ -117,13 +117,13 @@ pattern >/run/pattern
 cp "$BACKEND_PID" /run/pid-before
 pinned >/run/pinned-before
 descriptors >/run/descriptors-before
-claim "a drive unbound under load is let go at once, unpins everything, and requests fail" unbound
+claim "a drive unbound under load is released at once, everything is unpinned, and requests fail" unbound
 claim "bound again, it is served by the same process to the same guest" rebound
-claim "a drive removed from the bus under load is let go at once, and requests fail" removed
+claim "a drive removed from the bus under load is released at once, and requests fail" removed
 claim "found again by a rescan and bound, it is served" rescanned
-claim "memory plugged while the drive is away is reached when it is back" memory_meanwhile
-claim "a guest that comes while the drive is away has its disk when it is back" next_guest_meanwhile
-claim "memory discarded while the drive is away is no alarm, and data verify when it is back" discarded_meanwhile
+claim "memory plugged while the drive is away is accessible when it is back" memory_meanwhile
+claim "a guest that starts while the drive is away has its disk when it is back" next_guest_meanwhile
+claim "memory discarded while the drive is away raises no alarm, and data verify when it is back" discarded_meanwhile
 claim "the same under a flushing verdict, and data verify" flushing
 claim "SIGTERM while the drive is away ends the backend with status 0" ended_meanwhile
 finished

@@ -3,8 +3,8 @@
 # minutes: 0.5
 # boot: shim
 # options: --add target/shim:/usr/local/shim
-# A guest that gives memory back while a device reaches it: what comes of it without the KVM shim, and that nothing comes of
-# it with it.
+# A guest returns memory while a device can access it. Without the KVM shim the guest reads wrong data. With the shim the memory
+# is kept.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
@@ -12,7 +12,7 @@
 SHIM=/run/kvm.sock
 MEMORY=$((256 << 20))
 
-# A guest that reports its free pages as soon as it has started, and has a balloon.
+# A guest with a balloon, which reports its free pages as soon as it has started.
 balloon_guest_start() {
     guest_start --mem 256M --reconnect 500 --timeout 300 "$@" \
         --qemu-arg -device --qemu-arg virtio-balloon-pci,id=balloon,free-page-reporting=on
@@ -27,10 +27,10 @@ memory_allocated() {
     return 1
 }
 holes() { [ "$(memory_allocated)" -lt "$MEMORY" ]; }
-# What the guest reads from the disk, by way of its page cache.
+# A checksum of what the guest reads from the disk, through its page cache.
 read_sum() { guest exec -- 'dd if=/dev/vda bs=1M count=16 2>/dev/null | md5sum | cut -d " " -f 1'; }
 
-# Frees memory in the guest and waits until it has told of it, and QEMU has answered.
+# Frees memory in the guest and waits until the guest has reported it and QEMU has answered.
 report_free_pages() {
     guest exec -- '
         mount -t tracefs tracefs /sys/kernel/tracing && cd /sys/kernel/tracing || exit 11
@@ -41,7 +41,7 @@ report_free_pages() {
 }
 
 alarm() {
-    # All of it had pages then.
+    # When it was mapped, all of it had pages.
     logged 'region .* mapped'
     within 20 holes
     within 20 logged "$ALARM"
@@ -51,31 +51,31 @@ corrupted() {
     found=$(read_sum)
     equal 32 "${#found}" "digits of the sum"
     [ "$found" != "$(cat /run/sum)" ] || {
-        echo "the guest reads what is on the drive: this test has no reason to exist"
+        echo "the guest reads the data of the drive: the discard did no harm"
         return 1
     }
     guest exec -- '! dmesg | grep -i "i/o error"'
     guest kill
 }
 kept() {
-    within 10 shim_says 'registered=1 told=0'
+    within 10 shim_status 'registered=1 told=0'
     report_free_pages
     inflate $((MEMORY - (64 << 20)))
     inflate "$MEMORY"
     equal "$MEMORY" "$(memory_allocated)" "bytes of guest memory with pages"
     equal 0 "$(times_logged "$ALARM")" alarms
 }
-shim_says() { /usr/local/shim/examples/ask "$SHIM" >/run/said && grep -E -e "$1" /run/said; }
+shim_status() { /usr/local/shim/examples/ask "$SHIM" >/run/said && grep -E -e "$1" /run/said; }
 verified() {
     equal "$(cat /run/sum)" "$(read_sum)" "what the guest reads"
-    verifying --size=16M
+    verify --size=16M
 }
 refused() {
     backend_stop
     backend_start --no-snoop assume --kvm-socket "$SHIM"
     within 20 logged 'the VM has been running for .* policy is .lock.'
     equal 0 "$(times_logged 'region .* mapped')" "regions mapped"
-    shim_says 'registered=0 told=0 kept=false'
+    shim_status 'registered=0 told=0 kept=false'
     backend_stop
 }
 as_before() {
@@ -90,15 +90,15 @@ bind_to_vfio "$FUNCTION"
 
 backend_start || exit
 balloon_guest_start || exit
-claim "without a shim, memory that is discarded under the device raises one alarm" alarm
-claim "and the guest then reads what is not on the drive, with no error anywhere" corrupted
+claim "without a shim, memory that is discarded while the device uses it raises one alarm" alarm
+claim "and the guest then reads wrong data, without any error" corrupted
 backend_stop
 
 backend_start --kvm-socket "$SHIM" || exit
 balloon_guest_start --shim "$SHIM" || exit
-claim "with one, neither free page reporting nor a balloon takes a page" kept
+claim "with a shim, neither free page reporting nor a balloon discards a page" kept
 claim "and data verify" verified
 claim "once the guest has run, KVM's answer is locked, and a backend that would change it is refused" refused
-claim "when no device reaches guest memory any more, a balloon works as ever" as_before
+claim "when no device can access guest memory any more, a balloon works again" as_before
 guest kill
 finished

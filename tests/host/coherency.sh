@@ -2,20 +2,20 @@
 # profiles: vtd vtd-snoop vtd-scalable amd-iommu virtio-iommu
 # minutes: 0.3
 # boot: iommu
-# The verdict on every kind of IOMMU under every policy, what follows from it in the kernel and in which order, and the
-# reports on it. The profile says what the verdict is.
+# The verdict on every kind of IOMMU under every policy, the calls and flushes that follow from it and their order, and the
+# reports on it. The profile lists the verdicts.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
 
 TRACE=/sys/kernel/tracing
-# Where the client's only region lies.
+# Guest address of the client's only region.
 REGION=0x100000
 
 expected() { sed -n "s/^verdict = $1 //p" /testbed/profile; }
 flushes() { expected "$1" | grep -q '^not coherent'; }
 
-# A front-end with guest memory, and requests, until it is stopped.
+# Starts and stops a front-end that has guest memory and sends requests.
 client_start() {
     load "$SOCKET" --seconds 300 >/dev/null 2>&1 &
     echo $! >/run/client.pid
@@ -30,7 +30,7 @@ agree() { equal "$(ledger)" "$(pinned)" "kB pinned, by the ledger and by the ker
 as_before() { equal "$(cat /run/pins)" "$(pages_pinned)" "pages pinned in this machine"; }
 
 served() {
-    # What a claim that was broken has left behind.
+    # A failed claim may have left a backend.
     [ ! -s "$BACKEND_PID" ] || kill -KILL "$(cat "$BACKEND_PID")" 2>/dev/null || true
     pages_pinned >/run/pins
     backend_start --no-snoop "$1"
@@ -40,7 +40,7 @@ served() {
     client_start
     agree
     [ "$(pinned)" -gt "$before" ]
-    # Some requests.
+    # Let it send some requests.
     sleep 0.3
     client_stop
     agree
@@ -68,10 +68,10 @@ killed() {
     contains "in use by process" /run/report
 }
 
-# The backend logs into the kernel's trace, so its flushes stand between the calls.
+# The backend logs to the kernel's trace, so that its flushes appear in order with the calls.
 probe() { echo "p:$1 $2 $3" >>"$TRACE/kprobe_events"; }
 traced() {
-    # The structures of include/uapi/linux/iommufd.h, behind the fourth member of struct iommufd_ucmd.
+    # Fields of the structures in include/uapi/linux/iommufd.h, at which the fourth member of struct iommufd_ucmd points.
     probe pin iommufd_ioas_map_file 'ioas=+8(+24(%di)):u32 iova=+32(+24(%di)):x64'
     probe copy iommufd_ioas_copy 'from=+12(+24(%di)):u32 to=+8(+24(%di)):u32 iova=+24(+24(%di)):x64'
     probe unmap iommufd_ioas_unmap 'ioas=+4(+24(%di)):u32 iova=+8(+24(%di)):x64'
@@ -88,7 +88,7 @@ traced() {
     sed -nE -e "s/.* (pin|copy|unmap): .*\) (.*) iova=$REGION\$/\1 \2/p" \
         -e "s/.*TRACE.* (flush|flushed) $REGION\+.*/\1/p" "$TRACE/trace" >/run/events
 }
-# in_order WORD…: what happened to the region, by one letter for each of the two address spaces.
+# in_order WANTED: what was done to the region, with the two address spaces named "live" and "staging".
 in_order() {
     live=$(sed -n 's/.* to=//p' /run/events | head -n 1)
     [ -n "$live" ] || live=$(sed -n 's/^pin ioas=//p' /run/events)
@@ -132,9 +132,9 @@ listed() {
 for policy in suppress allow refuse assume; do
     claim "--no-snoop=$policy: $(expected $policy); pins and ledger agree" served $policy
 done
-claim "killed with memory exposed, it leaves nothing pinned; the next one is named by inspect" killed
-claim "the kernel is called, and caches are flushed, in the order designed" ordered
+claim "killed with memory mapped, it leaves nothing pinned; inspect names the next one" killed
+claim "calls to the kernel and cache flushes are in the designed order" ordered
 claim "inspect shows the facts with their sources, and the verdict" inspected
-claim "inspect --json says the same under every policy" inspected_as_json
-claim "list has the verdict in a word" listed
+claim "inspect --json shows the same under every policy" inspected_as_json
+claim "list shows the verdict in one word" listed
 finished

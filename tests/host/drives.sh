@@ -2,7 +2,7 @@
 # profiles: vtd
 # minutes: 0.9
 # options: --nvme logical_block_size=4096,physical_block_size=4096,mdts=3 --qemu-arg -blockdev --qemu-arg driver=null-co,size=67108864,node-name=second --qemu-arg -device --qemu-arg nvme-ns,drive=second,nsid=2
-# A drive with blocks of 4096 bytes that takes 32 KiB at a time, served for writing and for reading only; and its second
+# A drive with blocks of 4096 bytes and a maximum data transfer of 32 KiB, served read-write and read-only; and its second
 # namespace, of 64 MiB.
 
 # shellcheck source=tests/host/lib.sh
@@ -12,12 +12,12 @@ blocks_of_4096() {
     guest exec -- '
         [ "$(cat /sys/block/vda/queue/logical_block_size)" = 4096 ] && [ "$(cat /sys/block/vda/size)" = 524288 ]'
 }
-split() { verifying --bsrange=4k-1M --blockalign=4k; }
+split() { verify --bsrange=4k-1M --blockalign=4k; }
 packed() {
     guest stop
     guest_start --queues 2 --blk packed=on
     logged 'RING_PACKED'
-    verifying --bsrange=4k-1M --blockalign=4k
+    verify --bsrange=4k-1M --blockalign=4k
 }
 read_only() {
     sum=$(guest exec -- 'dd if=/dev/vda bs=64k count=64 iflag=direct 2>/dev/null | sha256sum')
@@ -45,10 +45,10 @@ second() {
 backend_start --queues 2 --namespace 1 || exit
 guest_start || exit
 claim "blocks of 4096 bytes reach the guest" blocks_of_4096
-claim "requests larger than the drive takes are split, and data verify" split
-claim "packed rings carry the same, and data verify" packed
-claim "a read-only disk refuses writes and keeps its bytes" read_only
-claim "of two namespaces one must be chosen: those that are" none_chosen
+claim "requests larger than the drive accepts are split, and data verify" split
+claim "the same with packed rings, and data verify" packed
+claim "a read-only disk refuses writes and keeps its data" read_only
+claim "with two namespaces one must be chosen, and the error lists them" none_chosen
 claim "the second namespace is served with its own size" second
 guest stop
 backend_stop

@@ -2,7 +2,7 @@
 # profiles: vtd vtd-snoop
 # minutes: 0.5
 # boot: plain
-# A guest in stock QEMU works on a drive that the backend owns.
+# A guest in stock QEMU uses a drive that the backend owns.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
@@ -39,7 +39,7 @@ idle() {
     sleep 1
     before=$(cpu_ticks)
     sleep 3
-    # Of 300. Once a second it looks whether guest memory has been discarded.
+    # Of 300. Once a second the backend checks whether guest memory has been discarded.
     [ $(($(cpu_ticks) - before)) -le 3 ]
 }
 warned() {
@@ -66,7 +66,7 @@ in_order() {
 
 backend_start --queues 2 || exit
 if [ "$PROFILE" = vtd-snoop ]; then
-    # Only the warning depends on the IOMMU. That a guest's data verify on this one is seen in tests/host/shim.sh.
+    # Only the warning depends on the IOMMU. tests/host/shim.sh verifies a guest's data on this profile.
     claim "the log warns of an IOMMU that does not enforce snooping, and only of such" warned
     claim "SIGTERM ends the backend with status 0, the socket removed, the controller shut down" ended
     finished
@@ -74,13 +74,13 @@ fi
 pinned >/run/pinned-before
 guest_start --queues 2 --smp 2 || exit
 
-claim "a guest finds the disk as it is, with its queues" disk_as_it_is
-claim "a verifying random workload finds no wrong byte" verifying
+claim "a guest sees the disk's properties and queues" disk_as_it_is
+claim "a verifying random workload finds no wrong byte" verify
 claim "a file system survives a remount" file_system
 claim "requests map nothing" no_maps
 claim "an idle backend uses at most a hundredth of a processor" idle
 claim "the log warns of an IOMMU that does not enforce snooping, and only of such" warned
-claim "nothing more is pinned when the guest has gone" unpinned
+claim "nothing of the guest is pinned after it has ended" unpinned
 claim "SIGTERM ends the backend with status 0, the socket removed, the controller shut down" ended
 claim "the kernel's own driver then finds the file system" in_order
 finished

@@ -2,7 +2,7 @@
 # profiles: vtd
 # minutes: 0.4
 # boot: plain
-# Everything is flushed: a DIMM comes and goes, and comes again, while a workload verifies every byte it reads.
+# Everything is flushed. A DIMM is plugged and unplugged while a workload verifies every byte it reads.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
@@ -14,16 +14,17 @@ plugged() {
 }
 unplugged() {
     before=$(pinned)
-    # The guest must have put the memory on line before it can be asked to give it back.
+    # The guest must have onlined the memory before it can release it.
     sleep 3
     guest qmp device_del '{"id":"dimm"}'
     within 60 logged 'region 0x100000000\+256M unmapped'
     equal $((before - 262144)) "$(pinned)" "kB pinned"
 }
-# The longest that any request took while memory came and went, with flushes and in a machine emulated on one processor.
+# The longest time that a request took while memory was plugged and unplugged, with flushes, in a machine emulated on one
+# processor.
 longest_stall() { guest exec -- "sed -n 's/.* lat (\([a-z]*\)): .*max= *\([0-9.]*k*\),.*/\2 \1/p' /tmp/fio.log" | sort -n | tail -n 1; }
 still_right() {
-    verified_meanwhile
+    verify_result
     equal 0 "$(times_logged 'region 0x0\+512M unmapped')" "times the rest of memory was unmapped"
     longest_stall >/run/stall
     [ -s /run/stall ]
@@ -39,10 +40,10 @@ flushed() {
 
 backend_start --no-snoop assume || exit
 guest_start --mem 512M --qemu-arg -m --qemu-arg 512M,slots=2,maxmem=4G
-verifying_meanwhile --size=96M
+verify_start --size=96M
 claim "a DIMM plugged under load is flushed before it is mapped" plugged
 claim "a DIMM unplugged under load is flushed before it is unpinned" unplugged
 claim "the workload that ran meanwhile found no wrong byte" still_right
-echo "# the longest that a request took meanwhile: $(cat /run/stall)"
+echo "# longest time of a request meanwhile: $(cat /run/stall)"
 claim "all of memory was flushed at map and at unmap, and every request's data around it" flushed
 finished

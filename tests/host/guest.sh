@@ -2,7 +2,7 @@
 # profiles: vtd
 # minutes: 0.6
 # boot: plain
-# The guest and its helpers, with a server everybody knows in the backend's place.
+# The guest and its helper programs, with qemu-storage-daemon instead of the backend.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
@@ -50,12 +50,12 @@ panicking() {
 }
 huge_pages() { guest-run --mem 256M --hugepages -- 'true'; }
 
-claim "a guest comes up on KVM, in stock QEMU" guest_is_up
-claim "a guest takes kernel arguments of its own" own_kernel_arguments
-claim "the output and the status of a guest's script come out" status_passes
+claim "a guest boots on KVM, in stock QEMU" guest_is_up
+claim "a guest gets additional kernel arguments" own_kernel_arguments
+claim "the output and the status of a guest's script are returned" status_passes
 claim "fio in a guest writes and verifies" verified_io
 claim "QMP stops a guest and continues it" qmp_works
-claim "an error from QMP is an error of guest qmp" qmp_reports
+claim "an error from QMP is an error of 'guest qmp'" qmp_reports
 claim "a guest's script that hangs ends with status 124" slow_script
 claim "a killed guest is noticed" killed
 claim "a guest's kernel panic is noticed and shown" panicking

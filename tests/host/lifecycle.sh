@@ -3,7 +3,7 @@
 # minutes: 1.1
 # boot: life
 # options: --iops 800
-# What a virtual machine does in its life: reset, stop and continue, leave and return, die with requests in flight.
+# The life cycle of a virtual machine: reset, stop and continue, disconnect and reconnect, die with requests in flight.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
@@ -30,15 +30,15 @@ reset() {
     reads_well
 }
 stopped_and_continued() {
-    verifying_meanwhile
+    verify_start
     for _ in 1 2 3; do
         guest qmp stop
         sleep 1
         guest qmp cont
     done
-    verified_meanwhile
+    verify_result
 }
-second_sent_away() {
+second_refused() {
     guest --name second start --socket "$SOCKET" --mem 128M --timeout 10 && return 1
     guest --name second kill || true
     logged 'sent .* away: this device is being used by qemu-system-x86 \(pid'
@@ -53,7 +53,7 @@ next_one() {
     guest_start --queues 2
     reads_well
 }
-killed_again_and_again() {
+killed_repeatedly() {
     load_in_background
     killed
     for _ in 1 2; do
@@ -85,12 +85,12 @@ pinned >/run/pinned-before
 descriptors >/run/descriptors-before
 guest_start --queues 2 --allow-reset || exit
 claim "a guest finds its disk again after a reset" reset
-claim "requests outlast stopping and continuing the machine, and data verify" stopped_and_continued
-claim "a second virtual machine is sent away, the first one named" second_sent_away
+claim "requests survive stopping and continuing the machine, and data verify" stopped_and_continued
+claim "a second virtual machine is refused, and the message names the first one" second_refused
 claim "a virtual machine killed with requests in flight leaves no pin and no descriptor" killed_under_load
 claim "the next virtual machine finds a working disk" next_one
-claim "virtual machines killed again and again leave nothing behind" killed_again_and_again
-claim "a backend that restarts is found again, and the guest goes on" backend_restarts
+claim "virtual machines killed repeatedly leave nothing behind" killed_repeatedly
+claim "QEMU reconnects to a restarted backend, and the guest continues" backend_restarts
 claim "SIGTERM under load ends the backend cleanly and at once" ends_under_load
 guest kill
 finished

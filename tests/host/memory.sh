@@ -2,7 +2,7 @@
 # profiles: vtd
 # minutes: 0.8
 # boot: load
-# Guest memory in every shape: huge pages, above 4 GiB, plugged and unplugged while requests run.
+# Kinds of guest memory: huge pages, above 4 GiB, plugged and unplugged while requests run.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
@@ -10,7 +10,7 @@
 huge_pages() {
     guest_start --hugepages --mem 256M
     logged 'region .* pages 2M mapped'
-    verifying
+    verify
     guest stop
     echo 0 >/proc/sys/vm/nr_hugepages
 }
@@ -18,40 +18,40 @@ huge_pages() {
 above_4g() {
     guest_start --mem 768M --qemu-arg -machine --qemu-arg max-ram-below-4g=256M
     logged 'region 0x100000000\+512M .* mapped'
-    verifying
+    verify
     guest stop
 }
 plugged() {
     guest_start --mem 512M --add stress --qemu-arg -m --qemu-arg 512M,slots=2,maxmem=4G
-    stressing 600
+    stress_start 600
     stress_lines >/run/lines
     before=$(times_logged 'region .* mapped in')
     guest qmp object-add '{"qom-type":"memory-backend-memfd","id":"m1","size":268435456,"share":true}'
     guest qmp device_add '{"driver":"pc-dimm","id":"dimm","memdev":"m1"}'
     within 40 logged 'region 0x100000000\+256M .* mapped'
     equal $((before + 1)) "$(times_logged 'region .* mapped in')" "regions mapped so far"
-    stress_goes_on
+    stress_progresses
     longest_gap "$(cat /run/lines)" >/run/gap-plugged
 }
 unplugged() {
     stress_lines >/run/lines
     before=$(pinned)
-    # The guest must have put the memory on line before it can be asked to give it back.
+    # The guest must have onlined the memory before it can release it.
     sleep 3
     guest qmp device_del '{"id":"dimm"}'
     within 60 logged 'region 0x100000000\+256M unmapped'
     equal $((before - 262144)) "$(pinned)" "kB pinned"
-    stress_goes_on
+    stress_progresses
     longest_gap "$(cat /run/lines)" >/run/gap-unplugged
 }
 still_right() {
-    stress_enough
-    stressed
+    stress_stop
+    stress_result
     equal 0 "$(times_logged 'region 0x0\+512M unmapped')" "times the rest of memory was unmapped"
 }
 
 backend_start || exit
-claim "2 MiB pages are mapped as they are, and data verify" huge_pages
+claim "2 MiB pages are mapped as 2 MiB pages, and data verify" huge_pages
 claim "memory above 4 GiB is a region of its own, and data verify" above_4g
 claim "a DIMM plugged under load is mapped alone" plugged
 claim "a DIMM unplugged under load is unmapped alone" unplugged

@@ -3,14 +3,14 @@
 # minutes: 0.2
 # boot: plain
 # options: --qemu-arg -device --qemu-arg edu,addr=6 --qemu-arg -drive --qemu-arg if=none,id=own,format=raw,file.driver=null-co,file.size=64M --qemu-arg -device --qemu-arg edu,addr=7,multifunction=on --qemu-arg -device --qemu-arg nvme,serial=own,drive=own,addr=7.1
-# What a first-time user gets wrong, and what the program answers: the object, the cause, the fix.
+# Mistakes of a first-time user, and the program's error messages: the object, the cause, the fix.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
 
 EDU=0000:00:06.0
 
-# answers PATTERN COMMAND…: COMMAND fails and says something that matches.
+# answers PATTERN COMMAND…: COMMAND fails with a message that matches.
 answers() {
     pattern=$1
     shift
@@ -40,19 +40,19 @@ group_not_viable() {
     answers 'IOMMU group [0-9]+ is not viable: 0000:00:07.1 \(nvme\)' serve 0000:00:07.0
 }
 socket_taken() { answers "$SOCKET.*in use" timeout 30 vhost-device-vfio --socket-path "$SOCKET" --device "$EDU"; }
-# Of memory without a file QEMU sends no region; of a file that it has mapped privately, up to version 10 it does. The
-# firmware's own read of the disk is enough.
+# QEMU sends no region for memory without a file. For a file that it has mapped privately, it does up to version 10. The
+# firmware's own read of the disk is enough to cause the error.
 private_memory() {
     before=$(times_logged 'share=on' || true)
     qemu-system-x86_64 -machine q35,memory-backend=ram -accel kvm -m 64M -nodefaults -no-user-config -display none \
         -object "$1,id=ram,size=64M" -chardev "socket,id=vhost0,path=$SOCKET" \
         -device vhost-user-blk-pci,chardev=vhost0 </dev/null >/run/qemu.log 2>&1 &
     vm=$!
-    told=0
-    within 20 logged_more_than "$before" '(shared no memory|mapped this memory privately).*share=on' || told=$?
+    status=0
+    within 20 logged_more_than "$before" '(shared no memory|mapped this memory privately).*share=on' || status=$?
     kill -9 "$vm"
     grep -E 'protocol |share=on' "$BACKEND_LOG" | tail -n 3
-    return "$told"
+    return "$status"
 }
 # Enough for the driver's own queues, not for the guest's memory.
 lockable_memory() {
@@ -65,22 +65,22 @@ lockable_memory() {
 }
 
 bind_to_nvme "$FUNCTION" || exit
-claim "a function of another driver: the command that binds it" \
+claim "a function bound to another driver: the command that binds it to vfio-pci" \
     answers "bound to nvme, must be bound to vfio-pci.*driverctl set-override $FUNCTION" serve "$FUNCTION"
 bind_to_vfio "$FUNCTION"
 claim "a function without a driver: the command that binds it" answers 'bound to no driver' serve "$EDU"
-claim "an address where nothing is: said so" answers '0000:1f:00.0: no such PCI function' serve 1f:00.0
-claim "a word that is no address: an example" answers 'not a PCI address.*0000:00:04.0' serve nvme0
+claim "an address without a function: the address" answers '0000:1f:00.0: no such PCI function' serve 1f:00.0
+claim "a word that is not an address: an example" answers 'not a PCI address.*0000:00:04.0' serve nvme0
 claim "no /dev/iommu: what is missing" no_iommufd
-claim "a function that is no NVMe controller: what it is" not_nvme
-claim "a group that is not viable: the function in the way, with its driver" group_not_viable
-claim "a namespace that is not there: those that are" answers 'namespace 9.*it has: 1' \
+claim "a function that is not an NVMe controller: its class" not_nvme
+claim "a group that is not viable: the other function, with its driver" group_not_viable
+claim "a namespace that does not exist: those that do" answers 'namespace 9.*it has: 1' \
     timeout 30 vhost-device-vfio --socket-path /run/other.sock --device "$FUNCTION" --namespace 9
-claim "a socket path that is too long: how long it may be" answers 107 serve "$FUNCTION" "/run/$(printf '%0200d' 0)"
+claim "a socket path that is too long: the longest possible" answers 107 serve "$FUNCTION" "/run/$(printf '%0200d' 0)"
 backend_start || exit
-claim "a function in use: by whom" answers "in use by process [0-9]+ \\(vhost-device" serve "$FUNCTION"
-claim "a socket in use: not taken over" socket_taken
+claim "a function in use: its process" answers "in use by process [0-9]+ \\(vhost-device" serve "$FUNCTION"
+claim "a socket in use: it is not replaced" socket_taken
 claim "memory without a file: the fix, in the log" private_memory memory-backend-ram
 claim "memory in a file that is not shared: the fix, in the log" private_memory memory-backend-memfd,share=off
-claim "too little lockable memory: how much is needed, how much allowed, the fix" lockable_memory
+claim "too little lockable memory: how much is needed, how much is allowed, the fix" lockable_memory
 finished

@@ -3,7 +3,7 @@
 # minutes: 0.3
 # boot: iommu
 # options: --add target/live:/usr/local/bin/live
-# The iommu and vfio rooms against the real kernel, in both regimes: backend/tests/live.rs.
+# The iommu and vfio modules on the real kernel, in both regimes: backend/tests/live.rs.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh

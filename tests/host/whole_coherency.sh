@@ -3,34 +3,34 @@
 # minutes: 0.4
 # boot: iommu
 # options: --qemu trixie-backports
-# Coherency of a whole function: the verdict under each policy, KVM's counters, the order of what the kernel is told, and pins
-# against the ledger. The virtual machines have nothing but their firmware: enough to have their memory mapped.
+# Coherency of a whole function: the verdict under each policy, registrations with KVM, the order of the calls to the kernel, and
+# pins against the ledger. The virtual machines run only their firmware, which is enough to get their memory mapped.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
 
 SHIM=/run/kvm.sock
-TOLD=kvm_arch_register_noncoherent_dma
-UNTOLD=kvm_arch_unregister_noncoherent_dma
+REGISTER=kvm_arch_register_noncoherent_dma
+UNREGISTER=kvm_arch_unregister_noncoherent_dma
 
-# wanted POLICY: how often KVM is to be told, from the profile; flushes POLICY: whether anything is flushed at all.
+# wanted POLICY: how many registrations KVM must get, from the profile. flushes POLICY: true if memory is flushed.
 wanted() { sed -n "s/^kvm = .*\\b$1=\\([0-9]*\\).*/\\1/p" /testbed/profile; }
 flushes() { sed -n "s/^verdict = $1 //p" /testbed/profile | grep -q '^not coherent'; }
-heard() { equal "$1" "$(hits_since_mark "$2")" "times the kernel entered $2"; }
+kernel_calls() { equal "$1" "$(hits_since_mark "$2")" "times the kernel entered $2"; }
 
-# firmware_only COMMAND…: QEMU with the function, started through COMMAND.
+# firmware_only COMMAND…: starts QEMU with the function, through COMMAND.
 firmware_only() {
     "$@" qemu-system-x86_64 -machine q35,memory-backend=ram -accel kvm -m 64M -nodefaults -no-user-config -display none \
-        -object memory-backend-memfd,id=ram,size=64M,share=on -device "$(whole_device drive)" \
+        -object memory-backend-memfd,id=ram,size=64M,share=on -device "$(vfio_user_device drive)" \
         </dev/null >/run/firmware.log 2>&1 &
     vm=$!
     echo "$vm" >/run/vm.pid
 }
 with_shim() { firmware_only env LD_PRELOAD=/usr/local/lib/libkvm_vfio_shim.so "KVM_VFIO_SHIM_SOCKET=$SHIM"; }
-# The firmware rearranges the memory below 1 MiB several times; this is the last piece that it makes.
+# The firmware changes the memory map below 1 MiB several times; this is the last range that it adds.
 booted() { within 30 logged 'DMA map 0xe8000\+32K'; }
-# What a claim that was broken has left behind.
 vm_gone() { [ ! -s /run/vm.pid ] || [ ! -e "/proc/$(cat /run/vm.pid)/exe" ]; }
+# clean_up: ends what a failed claim has left.
 clean_up() {
     [ ! -s /run/drive.pid ] || kill -KILL "$(cat /run/drive.pid)" 2>/dev/null || true
     [ ! -s /run/vm.pid ] || kill -KILL "$(cat /run/vm.pid)" 2>/dev/null || true
@@ -48,31 +48,31 @@ refused_without_shim() {
         fi
     done
 }
-one_life() {
+vm_lifetime() {
     clean_up
     pages_pinned >/run/pins
-    whole drive "$FUNCTION" --no-snoop "$1" --kvm-socket "$SHIM"
+    serve_whole drive "$FUNCTION" --no-snoop "$1" --kvm-socket "$SHIM"
     mark
     with_shim
     booted
     within 10 agree
-    heard "$(wanted "$1")" "$TOLD"
-    heard 0 "$UNTOLD"
+    kernel_calls "$(wanted "$1")" "$REGISTER"
+    kernel_calls 0 "$UNREGISTER"
     kill -9 "$vm"
     within 15 logged 'front-end disconnected'
     nothing_pinned
-    within 10 heard "$(wanted "$1")" "$UNTOLD"
+    within 10 kernel_calls "$(wanted "$1")" "$UNREGISTER"
     backend_stop
     within 5 as_before
     for name in staged map_flushed_bytes unmap_flushed_bytes; do
         if flushes "$1"; then [ "$(statistic "$name")" -gt 0 ]; else equal 0 "$(statistic "$name")" "$name"; fi
     done
 }
-# A front-end that has been given the device's own file keeps the function, and the pins, until it ends.
+# A front-end that has received the device's own file keeps the function and the pins until it ends.
 killed_trapped() {
     clean_up
     pages_pinned >/run/pins
-    whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM" --bars trapped
+    serve_whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM" --bars trapped
     with_shim
     booted
     kill -KILL "$(cat "$BACKEND_PID")"
@@ -83,7 +83,7 @@ killed_trapped() {
 killed_direct() {
     clean_up
     pages_pinned >/run/pins
-    whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM"
+    serve_whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM"
     with_shim
     booted
     kill -KILL "$(cat "$BACKEND_PID")"
@@ -91,13 +91,13 @@ killed_direct() {
     [ "$(pages_pinned)" -gt 16000 ]
     kill -9 "$vm"
     within 10 as_before
-    # The function is free: the next one takes it.
-    whole drive "$FUNCTION"  --no-snoop assume --kvm-socket "$SHIM"
+    # The function is free again: the next backend can bind it.
+    serve_whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM"
     backend_stop
 }
-untold_is_refused() {
+refused_without_registration() {
     flushes assume || return 0
-    whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM"
+    serve_whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM"
     firmware_only env
     within 20 logged 'refused: the device can bypass the CPU caches, and KVM cannot be told'
     nothing_pinned
@@ -106,7 +106,7 @@ untold_is_refused() {
     backend_stop
 }
 
-# The process logs into the kernel's trace, so its flushes stand between the calls.
+# The backend logs to the kernel's trace, so that its flushes appear in order with the calls.
 ordered() {
     clean_up
     {
@@ -118,39 +118,40 @@ ordered() {
     echo >"$TRACING/trace"
     RUST_LOG=info,vhost_device_vfio::iommu=trace vhost-device-vfio --vfio-user --socket-path /run/drive.sock \
         --device "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM" 2>"$TRACING/trace_marker" &
-    whole_as drive
+    use_process drive
     echo $! >"$BACKEND_PID"
     BACKEND_LOG=$TRACING/trace
     within 20 logged 'serving '
     with_shim
     booted
-    # The process first: a virtual machine that is killed ends its KVM at the same time as this process unmaps its memory.
+    # The backend ends first: if the virtual machine were killed first, the end of its KVM and the unmaps would be concurrent.
     kill "$(cat "$BACKEND_PID")"
     within 10 logged 'statistics: '
     kill -9 "$vm" 2>/dev/null || true
-    ! flushes assume || within 10 logged "$UNTOLD: "
+    ! flushes assume || within 10 logged "$UNREGISTER: "
     for entry in pin copy unmap; do echo 0 >"$TRACING/events/kprobes/$entry/enable"; done
-    sed -nE -e "s/.* ($TOLD|$UNTOLD): .*/\\1/p" -e 's/.* (pin|copy|unmap): .*/\1/p' \
-        -e 's/.*TRACE.* (flush|flushed) 0x.*/\1/p' "$TRACING/trace" | sed "s/$TOLD/told/; s/$UNTOLD/untold/" >/run/events
+    sed -nE -e "s/.* ($REGISTER|$UNREGISTER): .*/\\1/p" -e 's/.* (pin|copy|unmap): .*/\1/p' \
+        -e 's/.*TRACE.* (flush|flushed) 0x.*/\1/p' "$TRACING/trace" | sed "s/$REGISTER/register/; s/$UNREGISTER/unregister/" >/run/events
     if flushes assume; then
-        equal 'told,pin,flush,flushed,copy,unmap' "$(head -n 6 /run/events | paste -s -d ,)" "what came first"
-        equal 'copy,unmap,flush,flushed,unmap,untold' "$(tail -n 6 /run/events | paste -s -d ,)" "what came last"
+        equal 'register,pin,flush,flushed,copy,unmap' "$(head -n 6 /run/events | paste -s -d ,)" "what came first"
+        equal 'copy,unmap,flush,flushed,unmap,unregister' "$(tail -n 6 /run/events | paste -s -d ,)" "what came last"
     else
         equal 'pin' "$(head -n 1 /run/events)" "what came first"
         equal 'unmap' "$(tail -n 1 /run/events)" "what came last"
     fi
 }
 
-probe "$TOLD" "$UNTOLD"
-claim "where a function would be flushed it is refused without a shim" refused_without_shim
+probe "$REGISTER" "$UNREGISTER"
+claim "a function that would need flushes is refused without a shim" refused_without_shim
 for policy in suppress allow refuse assume; do
-    claim "--no-snoop=$policy: KVM is told as the profile says, pins and ledger agree, all is unpinned at the end" one_life $policy
+    claim "--no-snoop=$policy: KVM is told as the profile says, pins and ledger agree, all is unpinned at the end" \
+        vm_lifetime $policy
 done
-# The rest on one profile where the function is flushed and on one where it is not. What amd-iommu answers has just been seen
-# under every policy; from there on nothing depends on the kind of IOMMU.
+# The rest runs on one profile where the function is flushed and on one where it is not. The claims above have shown the answers
+# on amd-iommu under every policy, and nothing else depends on the kind of IOMMU.
 [ "$PROFILE" != amd-iommu ] || finished
-claim "without a shim in QEMU the version is refused, with an errno there and the reason here" untold_is_refused
-claim "killed with memory mapped and trapped BARs, it leaves nothing pinned" killed_trapped
-claim "with direct BARs the front-end keeps function and pins as long as it lives, and no longer" killed_direct
-claim "KVM is told, memory pinned, flushed and mapped, and all in the other order at the end" ordered
+claim "without a shim in QEMU the version is refused: QEMU gets an errno, the log has the reason" refused_without_registration
+claim "killed with memory mapped and trapped BARs, the backend leaves nothing pinned" killed_trapped
+claim "with direct BARs the front-end keeps function and pins until it ends" killed_direct
+claim "KVM is told, memory pinned, flushed and mapped, and all in reverse order at the end" ordered
 finished

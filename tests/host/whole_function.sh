@@ -2,18 +2,18 @@
 # profiles: vtd
 # minutes: 2.3
 # options: --qemu trixie-backports --mem 5G --qemu-arg -netdev --qemu-arg hubport,id=a,hubid=0 --qemu-arg -netdev --qemu-arg hubport,id=b,hubid=0 --qemu-arg -device --qemu-arg pcie-root-port,id=nicport,slot=9,chassis=9,addr=6 --qemu-arg -device --qemu-arg virtio-net-pci,bus=nicport,netdev=a,vectors=0,iommu_platform=on,mac=52:54:00:00:00:0a --qemu-arg -device --qemu-arg virtio-net-pci,netdev=b,addr=12,mac=52:54:00:00:00:0b --qemu-arg -device --qemu-arg edu,addr=7
-# Whole functions in the hands of a guest, over vfio-user to stock QEMU: a drive, a network card and QEMU's educational device,
-# each with the guest's own driver, each from a process of its own; and what becomes of them in a virtual machine's life.
+# Whole functions given to a guest over vfio-user, in stock QEMU: a drive, a network card and QEMU's educational device, each with
+# the guest's own driver and served by its own process; and events in the life of the virtual machine.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
 
-# Without MSI-X: its interrupts are INTx, and QEMU 11.1 can unplug it. One with MSI-X makes that QEMU abort then.
+# It has no MSI-X, so its interrupts are INTx. QEMU 11.1 aborts when a function with MSI-X is unplugged.
 NIC=0000:01:00.0
 EDU=0000:00:07.0
 SHIM=/run/kvm.sock
 
-# A guest whose functions sit behind ports, so that they can come and go.
+# A guest whose functions are behind root ports, so that they can be plugged and unplugged.
 guest_with() {
     name=$1
     shift
@@ -21,7 +21,7 @@ guest_with() {
         --qemu-arg -m --qemu-arg "${MEMORY:-256M},slots=2,maxmem=2G" \
         --qemu-arg -device --qemu-arg pcie-root-port,id=rp0,slot=1,chassis=1 \
         --qemu-arg -device --qemu-arg pcie-root-port,id=rp1,slot=2,chassis=2 \
-        --qemu-arg -device --qemu-arg "$(whole_device "$name" '"bus":"rp0"')" "$@"
+        --qemu-arg -device --qemu-arg "$(vfio_user_device "$name" '"bus":"rp0"')" "$@"
 }
 in_guest() { guest exec --timeout 300 -- "$@"; }
 has_drive() { in_guest 'n=0; until [ -b /dev/nvme0n1 ]; do [ $n -lt 300 ] || exit 1; n=$((n + 1)); usleep 100000; done'; }
@@ -40,13 +40,13 @@ file_system() {
         fio --name=verify --filename=/dev/nvme0n1 --direct=1 --rw=randrw --bsrange=512-256k --blockalign=512 --size=24M \
             --iodepth=16 --ioengine=io_uring --verify=crc32c --verify_fatal=1 --output=/tmp/fio.log || { cat /tmp/fio.log; exit 1; }'
 }
-# While the guest works, nothing of ours has to.
-nothing_of_ours() {
-    whole_as drive
-    before=$(ran) ticks=$(cpu_ticks)
+# While the guest does I/O, the backend does not run.
+backend_not_involved() {
+    use_process drive
+    before=$(context_switches) ticks=$(cpu_ticks)
     in_guest 'fio --name=load --filename=/dev/nvme0n1 --direct=1 --rw=randread --bs=4k --number_ios=10000 --size=64M \
         --iodepth=32 --ioengine=io_uring --minimal >/tmp/load && grep -o "^[^;]*;[^;]*" /tmp/load >/dev/null'
-    equal "$before" "$(ran)" "times the process ran while the guest did 10,000 reads"
+    equal "$before" "$(context_switches)" "times the process ran while the guest did 10,000 reads"
     equal "$ticks" "$(cpu_ticks)" "clock ticks it used"
 }
 rebinds() {
@@ -65,7 +65,7 @@ reboots() {
     pins_agree
 }
 no_snoop_bit_is_read_in_the_guest() {
-    # Hardwired to 0 here; what holds it off elsewhere is tested on the emulated function.
+    # On this drive the bit is hardwired to 0. The tests on the emulated function cover a bit that is held off.
     in_guest 'set -e; at=$(readlink -f /sys/block/nvme0n1/device/device); cap=$(od -An -tu1 -j52 -N1 "$at/config"); n=0
         while [ "$(od -An -tu1 -j$cap -N1 "$at/config" | tr -d " ")" != 16 ]; do
             cap=$(od -An -tu1 -j$((cap + 1)) -N1 "$at/config"); n=$((n + 1)); [ $n -lt 48 ]; done
@@ -73,7 +73,7 @@ no_snoop_bit_is_read_in_the_guest() {
         [ $(($(od -An -tu1 -j$((cap + 9)) -N1 "$at/config") & 8)) = 0 ]'
     equal 0 "$(($(od -An -tu1 -j"$(express_capability)" -N1 "/sys/bus/pci/devices/$FUNCTION/config") & 8))" "the physical bit"
 }
-# Where the high byte of Device Control is in the drive's configuration space.
+# Offset of the high byte of Device Control in the drive's configuration space.
 express_capability() {
     at=/sys/bus/pci/devices/$FUNCTION/config
     cap=$(od -An -tu1 -j52 -N1 "$at" | tr -d ' ')
@@ -102,16 +102,16 @@ network_answers() {
     within 20 ping -c 1 -W 1 10.9.0.2
 }
 network() {
-    whole nic "$NIC" --kvm-socket "$SHIM"
+    serve_whole nic "$NIC" --kvm-socket "$SHIM"
     ifconfig eth0 10.9.0.1 netmask 255.255.255.0 up
-    guest qmp device_add "$(whole_device nic '"bus":"rp1"')"
+    guest qmp device_add "$(vfio_user_device nic '"bus":"rp1"')"
     network_answers
     equal "$(ledger)" "$(pinned)" "kB that the second process has pinned"
 }
 moves_data() {
     dd if=/dev/urandom of=/run/blob bs=1M count=16 2>/dev/null
     blobs() { for _ in 1 2 3 4; do cat /run/blob; done; }
-    # Its input stays open until it ends: at the end of that it would stop listening.
+    # nc would stop listening at the end of its input, so "sleep" keeps the input open.
     in_guest '(sleep 1000 | nc -l -p 7000 >/tmp/blob; : >/tmp/received) >/dev/null 2>&1 & sleep 1'
     blobs | timeout 200 nc 10.9.0.2 7000
     equal 67108864 "$(in_guest 'n=0; until [ "$(stat -c %s /tmp/blob)" = 67108864 ] || [ $n -ge 600 ]; do n=$((n + 1)); usleep 100000; done
@@ -120,15 +120,15 @@ moves_data() {
     rm /run/blob
     in_guest 'rm /tmp/blob; killall sleep'
 }
-# QEMU 11.1 says no way to ask it for a vfio-user function. With trapped BARs it holds nothing of the device.
+# A vfio-user server cannot ask QEMU 11.1 to release a function. With trapped BARs QEMU holds no file of the device.
 given_back() {
-    whole_as nic
+    use_process nic
     before=$(times_logged 'front-end disconnected' || true)
     guest qmp device_del '{"id":"nic"}'
     within 30 logged_more_than "$before" 'front-end disconnected'
     backend_stop
-    whole nic "$NIC" --kvm-socket "$SHIM" --bars trapped
-    guest qmp device_add "$(whole_device nic '"bus":"rp1"')"
+    serve_whole nic "$NIC" --kvm-socket "$SHIM" --bars trapped
+    guest qmp device_add "$(vfio_user_device nic '"bus":"rp1"')"
     network_answers
     echo "$NIC" >/sys/bus/pci/drivers/vfio-pci/unbind
     within 20 test -s "$BACKEND_STATUS"
@@ -136,22 +136,22 @@ given_back() {
     logged 'the host wants the device back'
     logged 'front-end disconnected: .*: the host wants the device back'
     [ ! -e "/sys/bus/pci/devices/$NIC/driver" ]
-    whole_as drive
+    use_process drive
     in_guest 'dd if=/dev/nvme0n1 of=/dev/null bs=64k count=4 iflag=direct 2>/dev/null'
 }
 unplugged_and_plugged() {
-    whole_as nic
+    use_process nic
     for _ in 1 2; do
         before=$(times_logged 'front-end disconnected' || true)
         guest qmp device_del '{"id":"nic"}'
         within 30 logged_more_than "$before" 'front-end disconnected'
         nothing_pinned
-        guest qmp device_add "$(whole_device nic '"bus":"rp1"')"
+        guest qmp device_add "$(vfio_user_device nic '"bus":"rp1"')"
         network_answers
     done
 }
 killed() {
-    whole_as drive
+    use_process drive
     in_guest '(fio --name=load --filename=/dev/nvme0n1 --direct=1 --rw=randread --bs=4k --size=64M --time_based --runtime=200 \
         --iodepth=32 --ioengine=io_uring >/dev/null 2>&1) >/dev/null 2>&1 & sleep 1'
     before=$(times_logged 'front-end disconnected' || true)
@@ -185,31 +185,31 @@ edu_needs_the_shim() {
     vhost-device-vfio --vfio-user --socket-path /run/no.sock --device "$EDU" >/run/refused 2>&1 && return 1
     contains 'KVM' /run/refused
 }
-# No shim listens there: the front-end gets an errno, the log has the reason, and the machine goes on.
+# No shim listens there: the front-end gets an errno, the log has the reason, and the machine keeps running.
 refused_at_the_version() {
-    whole edu "$EDU" --kvm-socket /run/nobody.sock
-    guest qmp device_add "$(whole_device edu '"bus":"rp1"')" >/run/refused 2>&1 && return 1
+    serve_whole edu "$EDU" --kvm-socket /run/nobody.sock
+    guest qmp device_add "$(vfio_user_device edu '"bus":"rp1"')" >/run/refused 2>&1 && return 1
     cat /run/refused
     contains 'Operation not permitted' /run/refused
     logged 'refused: the device can bypass the CPU caches, and KVM cannot be told'
     nothing_pinned
     backend_stop
     in_guest true
-    whole_as drive
+    use_process drive
 }
 
-# The guest orders DMA itself: to memory of its own, and to where there is none.
-edu_obeys() {
-    whole edu "$EDU" --kvm-socket "$SHIM"
+# The guest starts DMA itself: to its own memory, and to an address without memory.
+edu_copies() {
+    serve_whole edu "$EDU" --kvm-socket "$SHIM"
     MEMORY=128M
     guest_with edu --add edu-dma
     logged "registered: "
     equal copied "$(in_guest 'edu-dma copy')"
 }
 edu_faults() {
-    whole_as edu
+    use_process edu
     faults=$(dmesg | grep -c 'DMAR:.*fault' || true)
-    # Past the end of its memory, and within the 28 bits that the device has.
+    # Past the end of guest memory, and within the 28 bits that the device can address.
     equal finished "$(in_guest 'edu-dma aim 0xf000000')"
     [ "$(dmesg | grep -c 'DMAR:.*fault')" -gt "$faults" ]
     equal copied "$(in_guest 'edu-dma copy')"
@@ -222,27 +222,28 @@ edu_faults() {
 
 bind_to_vfio "$NIC"
 bind_to_vfio "$EDU"
-whole drive "$FUNCTION" --kvm-socket "$SHIM" || exit
+serve_whole drive "$FUNCTION" --kvm-socket "$SHIM" || exit
 guest_with drive || exit
 claim "the guest's own nvme driver finds the drive, all of its memory pinned by ledger and kernel" finds_drive
-claim "a file system and a verifying load hold on it" file_system
-claim "10,000 reads of the guest cost this process no processor time and no system call" nothing_of_ours
+claim "a file system and a verifying load work on it" file_system
+claim "10,000 reads of the guest cost the backend no processor time and no system call" backend_not_involved
 claim "Enable No Snoop, written by the guest, stays 0" no_snoop_bit_is_read_in_the_guest
 claim "its driver is unbound and bound twenty times" rebinds
 claim "the virtual machine reboots and finds it again" reboots
-claim "a DIMM comes and goes under load, mapped and unmapped alone" dimm_comes_and_goes
-claim "a function that must not be served untold is refused, and the machine goes on" refused_at_the_version
+claim "a DIMM is plugged and unplugged under load, mapped and unmapped alone" dimm_comes_and_goes
+claim "a function that must be registered with KVM is refused without a shim, and the machine keeps running" \
+    refused_at_the_version
 claim "a second function from a second process is plugged in, with one shim, and the network answers" network
-claim "64 MiB cross it unharmed" moves_data
+claim "64 MiB cross it unchanged" moves_data
 claim "it is unplugged, everything unpinned, and plugged in again, twice" unplugged_and_plugged
-claim "the host unbinds it: its process lets go of it in a bounded time, the machine and the drive go on" given_back
+claim "the host unbinds it: its process releases it in bounded time, the machine and the drive keep running" given_back
 claim "a virtual machine killed under load leaves nothing pinned" killed
 backend_stop
-whole drive "$FUNCTION" --bars trapped --kvm-socket "$SHIM" || exit
-claim "with trapped BARs each doorbell is a message, and the front-end is given nothing" trapped_works
-claim "a device of which nothing is known is refused without a shim, KVM being untold" edu_needs_the_shim
-claim "with one KVM is told, and a device that the guest aims copies its memory" edu_obeys
-claim "aimed at an address that is not mapped it faults in the IOMMU, and hurts nobody" edu_faults
+serve_whole drive "$FUNCTION" --bars trapped --kvm-socket "$SHIM" || exit
+claim "with trapped BARs each doorbell is a message, and the front-end gets no file" trapped_works
+claim "a device with an unknown No Snoop bit is refused without a shim, because KVM cannot be told" edu_needs_the_shim
+claim "with a shim KVM is told, and the device copies guest memory for the guest" edu_copies
+claim "DMA to an address that is not mapped faults in the IOMMU and has no other effect" edu_faults
 claim "SIGTERM ends the process at once while a guest has the function" ends_at_once
 echo "# trapped: $(cat /run/trapped)"
 finished

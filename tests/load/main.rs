@@ -116,7 +116,7 @@ fn drive(client: &mut Client, options: &Options, sectors: u64, time: Duration) -
             if fill(ring, options, sectors, &mut random) {
                 ring.publish();
                 if !options.sleep {
-                    ring.silence();
+                    ring.suppress_calls();
                 }
             }
         }

@@ -1,18 +1,18 @@
 #!/bin/sh
 # profiles: vtd
-# By hand, it is too long for scripts/test, where tests/host/load.sh is a part of it:
+# Run it by hand; it takes too long for scripts/test, which runs the shorter tests/host/load.sh:
 #   scripts/testbed run $(sed -n 's/^# options: //p' tests/long/load.sh) --add tests/long/load.sh:/load.sh -- sh /load.sh
 # options: --timeout 3600 --drive-size 128M --qemu-arg -drive --qemu-arg if=none,id=other,snapshot=on,format=raw,file.driver=null-co,file.size=128M,file.read-zeroes=on --qemu-arg -device --qemu-arg nvme,serial=other,drive=other,addr=5,logical_block_size=4096,physical_block_size=4096
-# Requests of every kind and size, each checked, with each of ring, page and block, and all that happens to a virtual machine
-# meanwhile. "sh /load.sh PART…" is some of it: 512, lives, 4096.
+# Requests of every kind and size, each checked, with every combination of ring, page and block, and the events in the life of a
+# virtual machine under this load. "sh /load.sh PART…" runs parts of it: 512, lives, 4096.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
 
-# matrix BLOCK: on $FUNCTION.
+# matrix BLOCK: all combinations with this block size, on $FUNCTION.
 matrix() {
     backend_start --queues 2 || exit
-    remember_what_is_held
+    record_resources
     for pair in split/4K packed/4K split/2M packed/2M; do
         claim "${pair%/*} ring, pages of ${pair#*/}, blocks of $1: data verify, and a kill leaves nothing" \
             stress_combination "${pair%/*}" "${pair#*/}" "$1"
@@ -20,7 +20,7 @@ matrix() {
     backend_stop
 }
 
-killed_again_and_again() {
+killed_repeatedly() {
     for _ in $(seq 12); do
         guest_start --mem 128M --hugepages --add stress
         killed_under_stress --threads 16
@@ -28,47 +28,47 @@ killed_again_and_again() {
 }
 backend_restarts() {
     guest_start --queues 2 --smp 2 --mem 160M --hugepages --reconnect 200 --add stress
-    stressing 600
+    stress_start 600
     for _ in 1 2; do
         backend_stop
         backend_start --queues 2
         within 20 logged 'region .* mapped'
-        stress_goes_on
+        stress_progresses
     done
-    stress_enough
-    stressed
+    stress_stop
+    stress_result
 }
 stopped_and_continued() {
-    stressing 600 --seed 2
+    stress_start 600 --seed 2
     for _ in 1 2 3; do
         guest qmp stop
         guest qmp cont
-        stress_goes_on
+        stress_progresses
     done
-    stress_enough
-    stressed
+    stress_stop
+    stress_result
     guest stop
 }
 reset() {
     guest_start --queues 2 --smp 2 --mem 160M --hugepages --allow-reset --add stress
-    stressing 600
+    stress_start 600
     guest qmp system_reset
     guest ready
-    stressing 4 --seed 3
-    stressed
+    stress_start 4 --seed 3
+    stress_result
     guest stop
 }
 lives() {
     backend_start --queues 2 || exit
-    remember_what_is_held
+    record_resources
     claim "virtual machines killed one after the other under load leave no pin and no descriptor" \
-        killed_again_and_again
-    claim "a backend restarted under load is found again, no request fails and data verify" backend_restarts
-    claim "a guest stopped and continued under load goes on, and data verify" stopped_and_continued
+        killed_repeatedly
+    claim "QEMU reconnects to a backend restarted under load, no request fails and data verify" backend_restarts
+    claim "a guest stopped and continued under load keeps running, and data verify" stopped_and_continued
     claim "a guest reset under load finds its disk again, and data verify" reset
     backend_stop
-    claim "with 4 queues of 256 the backend needs at most 24 MiB beside the guest's memory" small_with_four_queues
-    echo "# beside the guest's memory: $(cat /run/own) kB"
+    claim "with 4 queues of 256 the backend needs at most 24 MiB besides the guest's memory" small_with_four_queues
+    echo "# besides the guest's memory: $(cat /run/own) kB"
 }
 
 : >/run/killed

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # minutes: 0.7
-# The emulated drive in stock QEMU under TCG, directly on this machine: no root, no KVM, no emulated host. As a disk, then as a
-# whole function, which needs a newer QEMU than most machines have.
+# The emulated drive in stock QEMU under TCG, directly on this machine, without root, KVM or the emulated host. First as a disk,
+# then as a whole function, which needs a newer QEMU than most machines have.
 # shellcheck disable=SC2317 # functions are called by name, through claim
 set -u
 
@@ -23,7 +23,7 @@ SOCKET=$WORK/disk.sock
 DISK=$WORK/disk.img
 PATH=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release:$PATH
 
-# By the ids of what was started here, whatever state it is in.
+# Kills what was started here, by process id.
 clean_up() {
     local file
     for file in "$WORK"/*.pid "$WORK"/guest-*/pid; do
@@ -33,7 +33,7 @@ clean_up() {
 }
 trap clean_up EXIT
 
-# The guest of the emulated host, with its files here and without KVM.
+# Runs the guest of the emulated host here, without KVM.
 export GUEST_PARTS=$WORK/parts GUEST_RUN=$WORK GUEST_ACCEL='-accel tcg,thread=multi -cpu max'
 prepare_guest() {
     local applet
@@ -43,11 +43,11 @@ prepare_guest() {
     ln -s "$TESTBED_DIR/guest/init" "$GUEST_PARTS/guest-init"
     ln -s "$TESTBED_DIR/host/bin/guest" "$WORK/bin/guest"
     for applet in usleep awk; do ln -s "$(command -v busybox)" "$WORK/bin/$applet"; done
-    # Not before: the images are this machine's QEMU's.
+    # Not earlier: the images are built with this machine's QEMU.
     PATH=$WORK/bin:${TESTBED_QEMU:+$TESTBED_QEMU/bin:}$PATH
 }
 
-# backend_start OPTIONS: serves an emulated drive made of these, and waits for its socket.
+# backend_start OPTIONS: serves an emulated drive with these options, and waits for its socket.
 backend_start() {
     (
         exec "$BACKEND" --socket-path "$SOCKET" --device "emulated:$1" --queues 2
@@ -65,7 +65,7 @@ backend_stop() {
 # guest_start [OPTION of "guest start"]…
 guest_start() { guest start --socket "$SOCKET" --queues 2 --mem 256M --timeout 180 "$@"; }
 
-# The first discard makes the disk half as large again.
+# The first discard enlarges the disk by one half.
 starts() {
     printf '%s\n' '[[fault]]' 'effect = "resize"' 'size = "96M"' 'queue = 1' 'opcode = "dataset-management"' >"$WORK/grow.toml"
     backend_start "file=$DISK,create=on,size=64M,faults=$WORK/grow.toml"
@@ -124,18 +124,18 @@ ends() {
 }
 
 prepare_guest
-claim "a guest boots beside an emulated drive" starts
+claim "a guest boots with an emulated drive" starts
 claim "the guest sees its size" capacity
 claim "what the guest writes is in the file behind the drive" data_get_out
-claim "a drive that grows has its new size in the guest, and the new blocks hold data" grows
+claim "the guest sees the new size of a drive that grows, and the new blocks store data" grows
 claim "fio in the guest verifies" fio_verifies
 claim "the guest makes a file system and it is clean" file_system
 claim "memory is added while the guest runs" memory_grows
 claim "the data survive a reset of the guest" reset_and_back
-claim "and QEMU killed in the middle of I/O" killed_and_back
-claim "the backend ends without having met an error" ends
+claim "the data survive when QEMU is killed during I/O" killed_and_back
+claim "the backend ends without errors" ends
 
-# A boot sector that fetches the next one by the BIOS and prints what stands there on the debug port.
+# A boot sector that reads the next sector through the BIOS and prints its text on the debug port.
 #   xor ax,ax; mov ds,ax; mov es,ax; mov ax,0x0201; mov bx,0x7e00; mov cx,2; xor dh,dh; int 0x13
 #   mov si,0x7e00; next: lodsb; test al,al; jz end; out 0xe9,al; jmp next; end: hlt; jmp end
 boot_disk() {
@@ -187,7 +187,7 @@ whole_ends() {
     rm "$WORK/backend.pid"
     lacks 'ERROR' "$WORK/whole.log"
 }
-claim "whole, over vfio-user, the guest's own nvme driver finds it" whole_starts
+claim "over vfio-user the guest's own nvme driver finds the whole drive" whole_starts
 claim "what the guest writes to the whole drive is in the file behind it" whole_data_get_out
-claim "and that ends without an error" whole_ends
+claim "the backend of the whole drive ends without errors" whole_ends
 finished

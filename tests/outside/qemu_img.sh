@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # minutes: 0.3
-# QEMU's own block layer as a guest of the emulated drive, through libblkio's virtio-blk-vhost-user: a client that shares
-# no code with this project.
+# QEMU's own block layer as the client of the emulated drive, through libblkio's virtio-blk-vhost-user. This client shares no code
+# with this project.
 # shellcheck disable=SC2317 # functions are called by name, through claim
 set -u
 
@@ -25,7 +25,7 @@ clean_up() {
 }
 trap clean_up EXIT
 
-# Whether QEMU has the driver at all, whatever becomes of the socket.
+# True if QEMU has the driver, even if it cannot connect to the socket.
 knows_driver() { ! qemu-img info --image-opts "$IMAGE" 2>&1 | grep -q 'Unknown driver'; }
 
 serves() {
@@ -35,12 +35,12 @@ serves() {
     echo $! >"$WORK/pid"
     within 20 test -S "$SOCKET"
 }
-# io COMMAND…: one qemu-io that runs them all.
+# io COMMAND…: runs the commands in one qemu-io.
 io() {
     local command commands=()
     for command; do commands+=(-c "$command"); done
     qemu-io --image-opts "$IMAGE" "${commands[@]}" >"$WORK/said" 2>&1 || { cat "$WORK/said" && return 1; }
-    # It reports a pattern that is not there, and ends well all the same.
+    # qemu-io exits with status 0 even if a pattern does not match.
     lacks 'verification failed' "$WORK/said" && lacks 'failed' "$WORK/said"
 }
 size_is_seen() { qemu-img info --image-opts "$IMAGE" | grep -q 'virtual size: 64 MiB'; }
@@ -60,7 +60,7 @@ many_at_once() {
     for n in {0..63}; do commands+=("read -P $((n + 1)) $((n * 128))k 128k"); done
     io "${commands[@]}"
 }
-image_goes_round() {
+image_round_trip() {
     head -c 8M /dev/urandom >"$WORK/image"
     qemu-img convert -n --target-image-opts -f raw "$WORK/image" "$IMAGE"
     qemu-img dd -f raw -O raw bs=1M count=8 "if=$WORK/disk.img" "of=$WORK/back"
@@ -77,7 +77,7 @@ ends() {
 }
 
 if ! knows_driver; then
-    # Debian 12 builds QEMU without libblkio, its backports as well: there it is the next Debian's.
+    # Debian 12 and its backports build QEMU without libblkio, so use the next Debian's QEMU there.
     case $(debian_codename) in
     bookworm) PATH=$(scripts/testbed qemu trixie)/bin:$PATH ;;
     *) install_packages qemu-block-extra ;;
@@ -86,9 +86,9 @@ fi
 claim "an emulated drive is served" serves
 claim "qemu-img sees its size" size_is_seen
 claim "patterns that qemu-io writes are read back, and are in the file" patterns
-claim "zeroes written and blocks discarded read as zero, their neighbours as they were" zeroes_and_discards
-claim "64 writes at a time keep their places" many_at_once
-claim "an image converted onto the drive is what comes back" image_goes_round
-claim "qemu-img bench runs to its end" bench_runs
-claim "the backend ends without having met an error" ends
+claim "zeroed and discarded blocks read as zero, and their neighbours are unchanged" zeroes_and_discards
+claim "64 concurrent writes each go to the right place" many_at_once
+claim "an image converted to the drive reads back the same" image_round_trip
+claim "qemu-img bench succeeds" bench_runs
+claim "the backend ends without errors" ends
 finished

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # minutes: 1.8
-# What scripts/testbed promises, seen from the machine it is started on.
+# scripts/testbed, tested from the machine on which it is started.
 set -u
 
 cd "$(dirname "$0")/../.." || exit
@@ -15,11 +15,11 @@ TESTBED_DIR=$TESTBED_ROOT/tests/testbed
 
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
-# A failed run leaves its console there, for people.
+# A failed run leaves its console in TMPDIR.
 export TMPDIR=$WORK
 
-# begin NAME…: these functions, one after the other in the background; most of their time passes in waiting. Each has the
-# files $WORK/NAME.* for itself. outcome NAME: how it ended.
+# begin NAME…: runs these functions one after another in the background, because they mostly wait. Each may use the files
+# $WORK/NAME.*. outcome NAME: waits for a function and returns its status.
 begin() {
     local name
     for name; do
@@ -43,7 +43,7 @@ hang() {
     contains 'last words' "$WORK/hang.stderr"
     contains 'did not end within 60 s' "$WORK/hang.stderr"
 }
-# In front of the real QEMU, one that stands still at its first start.
+# A wrapper for QEMU that does not start the processors the first time.
 still_once() {
     local real out=$WORK/still_once
     real=$(command -v qemu-system-x86_64)
@@ -57,16 +57,16 @@ END
     PATH=$out.bin:$PATH scripts/testbed run --still-timeout 30 -- uname -s >"$out.stdout" 2>"$out.stderr"
     equal Linux "$(cat "$out.stdout")" stdout
     [[ -d $out.started ]]
-    contains 'the host has not come to the command; it is started anew' "$out.stderr"
+    contains 'the host has not started the command; restarting the host' "$out.stderr"
 }
 still_always() {
     local status=0 out=$WORK/still_always
     scripts/testbed run --still-timeout 1 --qemu-arg -S -- uname -s >"$out.stdout" 2>"$out.stderr" || status=$?
     equal 125 "$status" "exit status"
     equal '' "$(cat "$out.stdout")" stdout
-    contains 'the host has not come to the command in three starts' "$out.stderr"
+    contains 'the host has not started the command in three attempts' "$out.stderr"
 }
-# Its processors are stopped under it, from outside.
+# QEMU is stopped by a signal while the command runs.
 still_later() {
     local status=0 out=$WORK/still_later
     mkdir "$out"
@@ -76,12 +76,12 @@ still_later() {
     ) &
     TMPDIR=$out scripts/testbed run --still-timeout 30 -- sh -c 'echo begun; sleep 300' >"$out.stdout" 2>"$out.stderr" || status=$?
     equal 125 "$status" "exit status"
-    contains 'the host stands still (no sign of life for 30 s)' "$out.stderr"
+    contains 'the host hangs (no sign of life for 30 s)' "$out.stderr"
 }
 begin hang
 begin still_once still_later still_always
 
-# One boot for all that can be seen of a run which ends well.
+# One boot for all claims about a run that succeeds.
 truncate -s 64M "$WORK/drive.img"
 printf 'written outside' | dd of="$WORK/drive.img" conv=notrunc status=none
 echo 'a plain file' >"$WORK/plain"
@@ -108,17 +108,17 @@ drive_out() { equal 'written inside' "$(dd if="$WORK/drive.img" bs=1 skip=4096 c
 added_program() { contains 'GNU coreutils' "$WORK/out/version"; }
 sized() {
     equal 1 "$(cat "$WORK/out/processors")" processors
-    # The kernel keeps a part for itself.
+    # The kernel reserves some of it.
     awk '$2 < 1.8e6 || $2 > 2.1e6 { exit 1 }' "$WORK/out/memory"
 }
 
-claim "a command's exit status passes through" status_passes
-claim "stdout, stderr and the console stay apart, arguments whole" output_apart
-claim "what a command leaves in /out comes back" out_comes_back
+claim "a command's exit status is returned" status_passes
+claim "stdout, stderr and the console are separate, and arguments are preserved" output_apart
+claim "what a command leaves in /out is copied to --out" out_comes_back
 claim "the host reads what the drive image holds" drive_in
 claim "what the host writes is in the drive image" drive_out
 claim "a program is added with its libraries" added_program
-claim "memory and processors are as asked" sized
+claim "the host has the requested memory and processors" sized
 
 bound_function() {
     scripts/testbed run --timeout 60 -- sh -c \
@@ -129,8 +129,8 @@ not_bound() {
     local status=0
     scripts/testbed run --kernel initcall_blacklist=vfio_pci_init -- true 2>"$WORK/stderr" || status=$?
     equal 125 "$status" "exit status"
-    contains '0000:00:04.0 is not bound to vfio-pci; what the kernel says of it' "$WORK/stderr"
-    lacks 'started anew' "$WORK/stderr"
+    contains '0000:00:04.0 is not bound to vfio-pci; from the kernel log' "$WORK/stderr"
+    lacks 'restarting' "$WORK/stderr"
 }
 panicked() {
     local status=0
@@ -142,9 +142,9 @@ refused() {
     local status=0
     scripts/testbed run --profile nonesuch -- true 2>"$WORK/stderr" || status=$?
     equal 125 "$status" "exit status"
-    contains 'no profile named nonesuch; there are: amd-iommu' "$WORK/stderr"
+    contains 'no profile named nonesuch; known profiles: amd-iommu' "$WORK/stderr"
 }
-# A cache in which there is nothing but fio, which is not to be built again.
+# A cache that contains only fio, so that fio is not built again.
 own_kernel() {
     mkdir "$WORK/cache"
     ln -s "$TESTBED_CACHE/fio" "$WORK/cache/fio"
@@ -161,16 +161,16 @@ no_own_kernel() {
     equal "testbed: TESTBED_KERNEL=$WORK/none: no such file (wanted: a bzImage)" "$(cat "$WORK/stderr")" "message"
     [[ ! -e $WORK/none ]]
 }
-# Somebody who waits for the prompt before typing: a shell that starts throws away what was typed before.
+# Types only after the prompt has appeared: a starting shell discards earlier input.
 prompt() {
-    # shellcheck disable=SC2094 # what is written is waited for
+    # shellcheck disable=SC2094 # the output is read while it is written
     {
         within 100 grep -F '~ #' "$WORK/stdout" || exit
         while echo 'echo "six times seven is $((6 * 7))"; poweroff -f' 2>/dev/null; do sleep 5; done
     } | timeout 120 scripts/testbed shell >"$WORK/stdout" 2>"$WORK/stderr"
     contains 'six times seven is 42' "$WORK/stdout"
 }
-# A plain user may not be able to read this checkout.
+# Through standard input, because an unprivileged user may not be able to read this checkout.
 packages_missing() {
     local status=0 plain=()
     ((EUID != 0)) || plain=(setpriv --reuid=65534 --regid=65534 --clear-groups)
@@ -184,20 +184,20 @@ no_qemu_there() {
     local status=0
     TESTBED_QEMU=$WORK scripts/testbed run -- true 2>"$WORK/stderr" || status=$?
     equal 125 "$status" "exit status"
-    contains "TESTBED_QEMU=$WORK: no QEMU there" "$WORK/stderr"
+    contains "TESTBED_QEMU=$WORK: contains no QEMU" "$WORK/stderr"
 }
 
 claim "the NVMe function is bound to vfio-pci" bound_function
 claim "a function that cannot be bound ends with status 125 and the kernel's reason, once" not_bound
 claim "a command that hangs ends with status 124 and the console" outcome hang
-claim "a host that stands still at boot is started anew, and the command runs once" outcome still_once
-claim "one that does so each time is given up after three starts, with status 125" outcome still_always
-claim "one that stands still under the command is an error, with status 125" outcome still_later
+claim "a host that hangs at boot is restarted, and the command runs once" outcome still_once
+claim "a host that hangs at each boot fails after three attempts, with status 125" outcome still_always
+claim "a host that hangs while the command runs is an error, with status 125" outcome still_later
 claim "a kernel panic ends with status 125 and the console" panicked
 claim "an unknown profile is refused with the list of profiles" refused
-claim "a kernel of one's own is taken, and none is built" own_kernel
-claim "one that is not there is one line, and nothing is made" no_own_kernel
-claim "a plain user is told the one command that installs what is missing" packages_missing
+claim "TESTBED_KERNEL is used, and no kernel is built" own_kernel
+claim "a missing TESTBED_KERNEL is a one-line error, and nothing is created" no_own_kernel
+claim "an unprivileged user gets the one command that installs what is missing" packages_missing
 claim "the shell has a prompt" prompt
 claim "a TESTBED_QEMU without a QEMU is refused" no_qemu_there
 finished

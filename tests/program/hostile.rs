@@ -1,7 +1,7 @@
 //! A guest with invalid rings. An invalid chain fails with an error; a ring that violates the specification is no longer
 //! served, which its error eventfd reports. The next request, or the next guest, is served.
 
-use testbed::client::{Client, Done, Part, Request, Shape};
+use testbed::client::{Buffer, Client, Completion, Request, Shape};
 
 use crate::process::{LIMIT, Process};
 
@@ -20,7 +20,7 @@ struct BadChain {
     kind: u32,
     sector: u64,
     /// Makes a valid chain invalid.
-    corrupt: fn(&mut Vec<Part>),
+    corrupt: fn(&mut Vec<Buffer>),
     /// Status and written bytes, as the driver finds them.
     expected: (u8, u32),
     /// Part of the log line; empty if there is none, because the request is only unsupported.
@@ -32,7 +32,7 @@ const fn bad_chain(
     kind: u32,
     expected: (u8, u32),
     log: &'static str,
-    corrupt: fn(&mut Vec<Part>),
+    corrupt: fn(&mut Vec<Buffer>),
 ) -> BadChain {
     BadChain { name, kind, sector: 0, corrupt, expected, log }
 }
@@ -65,7 +65,9 @@ const CHAINS: [BadChain; 17] = [
     bad_chain("a status outside memory", READ, (NONE, 0), NO_STATUS, |chain| chain[2].addr = UNMAPPED),
     bad_chain("no status", WRITE, (NONE, 0), NO_STATUS, |chain| chain.truncate(2)),
     bad_chain("a status that cannot be written", WRITE, (NONE, 0), NO_STATUS, |chain| chain[2].flags = 0),
-    bad_chain("a table in the chain", READ, (NONE, 0), "an indirect descriptor", |chain| chain[1].flags = Part::TABLE),
+    bad_chain("a table in the chain", READ, (NONE, 0), "an indirect descriptor", |chain| {
+        chain[1].flags = Buffer::TABLE
+    }),
     bad_chain("a type that does not exist", 77, (UNSUPP, 1), "", |_| {}),
     BadChain { sector: 2048, ..bad_chain("past the end", READ, (IOERR, 1), "of a disk of 2048 sectors", |_| {}) },
 ];
@@ -74,7 +76,7 @@ fn serve() -> Process {
     Process::serve("size=1M")
 }
 
-fn wait(client: &mut Client) -> Done {
+fn wait(client: &mut Client) -> Completion {
     client.rings[0].publish();
     client.rings[0].wait(LIMIT).unwrap().expect("a request ends in bounded time")
 }
@@ -90,7 +92,7 @@ fn assert_serves(client: &mut Client) {
 fn offer(client: &mut Client, BadChain { name, kind, sector, corrupt, .. }: &BadChain) -> (u8, u32) {
     let ring = &mut client.rings[0];
     let slot = ring.prepare(*kind, *sector);
-    let mut chain = ring.parts(slot, 512, if *kind == WRITE { 0 } else { Part::WRITABLE }).to_vec();
+    let mut chain = ring.buffers(slot, 512, if *kind == WRITE { 0 } else { Buffer::WRITABLE }).to_vec();
     corrupt(&mut chain);
     ring.offer(slot, &chain);
     let done = wait(client);
@@ -134,10 +136,10 @@ fn an_invalid_indirect_table_fails_alone() {
     let process = serve();
     for shape in Shape::default().kinds() {
         let mut client = process.client_of(shape);
-        let inside = client.rings[0].parts(0, 512, 0)[1].addr;
+        let inside = client.rings[0].buffers(0, 512, 0)[1].addr;
         for (addr, len) in [(UNMAPPED, 48), (u64::MAX - 7, 48), (inside, 0), (inside, 40), (inside, u32::MAX)] {
             let slot = client.rings[0].prepare(READ, 0);
-            client.rings[0].offer_linked(slot, &[Part { addr, len, flags: Part::TABLE }]);
+            client.rings[0].offer_linked(slot, &[Buffer { addr, len, flags: Buffer::TABLE }]);
 
             let done = wait(&mut client);
 
@@ -154,7 +156,7 @@ fn a_ring_that_violates_the_specification_is_no_longer_served_and_the_next_guest
         let mut client = process.client_of(Shape { queues: 2, ..shape });
         assert_serves(&mut client);
 
-        assert!(client.rings[0].break_rules(LIMIT).unwrap(), "{shape:?}: no error was signalled");
+        assert!(client.rings[0].corrupt_ring(LIMIT).unwrap(), "{shape:?}: no error was signalled");
 
         let other = &mut client.rings[1];
         other.submit(Request::Read { sector: 0, bytes: 512 });
@@ -169,7 +171,7 @@ fn a_ring_that_violates_the_specification_is_no_longer_served_and_the_next_guest
 fn a_guest_that_breaks_its_ring_again_and_again_does_not_fill_the_log() {
     let process = serve();
     for _ in 0..100 {
-        assert!(process.client().rings[0].break_rules(LIMIT).unwrap());
+        assert!(process.client().rings[0].corrupt_ring(LIMIT).unwrap());
     }
     let log = process.log();
     let lines = log.lines().filter(|line| line.contains("it is not served until it is restarted")).count();

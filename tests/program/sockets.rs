@@ -69,7 +69,8 @@ fn anything_but_exactly_one_passed_socket_is_refused() {
         let variables = format!("LISTEN_FDS={count} LISTEN_PID=$$");
         let output = Process::inheriting(listener, &variables, &["--device", "emulated:size=1M"]).wait_for_exit();
         assert_eq!(output.status.code(), Some(1));
-        let error = format!("LISTEN_FDS={count}: exactly one socket can be served; give the socket unit one ListenStream=");
+        let error =
+            format!("LISTEN_FDS={count}: exactly one socket can be served; give the socket unit one ListenStream=");
         assert!(output.log.contains(&error), "{}", output.log);
     }
 }

@@ -68,7 +68,7 @@ impl TestVmm {
     }
 
     fn status(&self) -> Status {
-        Client::connect(self.socket().as_ref(), Client::PATIENCE).unwrap().1
+        Client::connect(self.socket().as_ref(), Client::DEFAULT_TIMEOUT).unwrap().1
     }
 
     /// Its description in the log.

@@ -46,7 +46,7 @@ fn front_end(rig: &Rig) -> Wire {
 }
 
 fn registered(socket: &Path) -> u16 {
-    Client::connect(socket, Client::PATIENCE).unwrap().1.registered
+    Client::connect(socket, Client::DEFAULT_TIMEOUT).unwrap().1.registered
 }
 
 /// A memory file with allocated pages, as after pinning.
@@ -235,8 +235,8 @@ fn a_front_end_is_served_without_an_incompatible_shim_after_one_attempt() {
     };
     let cases: [(&str, AnswerFn, &str); 3] = [
         ("other-version", version, "it speaks version 9"),
-        ("noise", |_, _| (vec![1, 2, 3], true), "cannot be understood"),
-        ("closes", |_, _| (vec![], false), "the connection has ended"),
+        ("noise", |_, _| (vec![1, 2, 3], true), "malformed answer"),
+        ("closes", |_, _| (vec![], false), "the connection is closed"),
     ];
     for (name, answer, reason) in cases {
         let socket = ShimSocket::new();
@@ -274,7 +274,7 @@ fn after_a_lost_connection_to_the_shim_there_is_one_more_attempt_and_the_front_e
     const SESSION: [Kind; 2] = [Kind::Hello, Kind::Register(Dma::Coherent)];
     let disconnects: AnswerFn = |kind, reply| (reply.to_bytes().into(), kind == Kind::Hello);
     for (name, connections, reason) in
-        [("shim-exits", 1, "Connection refused"), ("shim-disconnects-twice", 3, "the connection has ended")]
+        [("shim-exits", 1, "Connection refused"), ("shim-disconnects-twice", 3, "the connection is closed")]
     {
         let socket = ShimSocket::new();
         let received = socket.imitate(connections, disconnects);

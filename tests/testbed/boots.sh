@@ -1,18 +1,18 @@
 # shellcheck shell=bash
-# Which tests share a boot of the emulated host, and which processor boots which. For scripts/test.
+# Schedules the tests for scripts/test: which of them share a boot of the emulated host, and on which processor a host runs.
 #
 # A job is one boot with its test files, "BOOT@PROFILE", or one test on this machine, "outside/NAME". The head of a test file
-# says:
+# has these lines:
 #   # profiles: P…   the profiles on which it runs (tests/host only)
-#   # minutes: N     about how long it takes, alone on a processor of 2.5 GHz; may be a fraction
+#   # minutes: N     roughly how long it takes, alone on a processor of 2.5 GHz; may be a fraction
 #   # boot: NAME     the boot that it shares with all files of that name on the same profile (default: one of its own)
 #   # options: …     further options of scripts/testbed run; those of the files that share a boot are joined
 
 declare -A JOB_FILES=() JOB_OPTIONS=() JOB_MINUTES=()
 JOBS=() ONLY_PROFILE=''
-# Per test file. The limit of the whole boot is the sum.
+# Seconds for each test file. The time-out of a boot is the sum for its files.
 readonly FILE_TIMEOUT=600
-# An emulated host needs so much memory, in kB.
+# Memory that an emulated host needs, kB.
 readonly HOST_MEMORY=6000000
 
 header() { sed -n "s/^# $1: //p" "$2"; }
@@ -33,7 +33,7 @@ plan_host_tests() {
             job=${boot:-$name}@$profile
             JOB_FILES[$job]+=" $name"
             JOB_MINUTES[$job]=$(awk "BEGIN { print ${JOB_MINUTES[$job]:-0} + ${minutes:-1} }")
-            # Files that ask for the same devices share them.
+            # Files with the same options share the devices.
             [[ -z $options || " ${JOB_OPTIONS[$job]:-} " == *" $options "* ]] || JOB_OPTIONS[$job]+=" $options"
         done
     done
@@ -47,15 +47,15 @@ plan_outside_tests() {
     done
     sort_jobs
 }
-# The longest first, so that no processor is left alone with one at the end.
+# The longest job first, so that it does not run alone at the end.
 sort_jobs() {
     local job
     readarray -t JOBS < <(for job in "${!JOB_FILES[@]}"; do echo "${JOB_MINUTES[$job]:-1} $job"; done |
         sort -k 1,1nr -k 2 | cut -d ' ' -f 2)
-    for job in "${JOBS[@]}"; do contradiction "$job"; done
+    for job in "${JOBS[@]}"; do check_options "$job"; done
 }
-# contradiction JOB: files that share a boot must not give one option two values.
-contradiction() {
+# check_options JOB: fails if files that share a boot give one option two values.
+check_options() {
     local job=$1 words values=' '
     read -r -a words <<<"${JOB_OPTIONS[$job]:-}"
     set -- "${words[@]}"
@@ -82,9 +82,9 @@ in_host() {
         run-tests "$FILE_TIMEOUT" "$@" >"$log" 2>&1
 }
 
-# run_boot JOB: runs its files, in as few boots as possible. After a file that failed, the host's state is unknown: what
-# comes after it runs in a fresh boot. So does what comes after a file that ended the host. Where a fault of the emulation
-# itself ended a file, see one_processor, that file is tried once more.
+# run_boot JOB: runs its files in as few boots as possible. After a file that failed, the host's state is unknown, so the rest
+# run in a fresh boot. The same holds after a file that ended the host. If a fault of the emulation ended a file (see
+# one_processor), that file runs once more.
 run_boot() {
     local job=$1 profile=${1#*@} rest=() boots=0 log status name ended collected tried='' began
     read -r -a rest <<<"${JOB_FILES[$job]}"
@@ -111,8 +111,8 @@ run_boot() {
         else
             cp "$log" "$(host_log "$name" "$profile")"
         fi
-        if ((status == 125)) && [[ $tried != "$name" ]] && grep -qE "the host's kernel panicked|the host stands still" "$log"; then
-            say "$name on $profile: the emulated host's kernel panicked, or it stood still; once more"
+        if ((status == 125)) && [[ $tried != "$name" ]] && grep -qE "the host's kernel panicked|the host hangs" "$log"; then
+            say "$name on $profile: the emulated host's kernel panicked or hung; running the test once more"
             tried=$name
             continue
         fi
@@ -128,8 +128,8 @@ run_outside() {
     echo "$status" >"$WORK/outside-$name.status"
 }
 
-# Processors, as lists with blanks. EARLY run hosts while Cargo still works on REST; LATE run hosts after that. As many hosts
-# run side by side as there is memory for; each keeps one processor busy.
+# Lists of processors, separated by blanks. Hosts run on EARLY while Cargo works on REST, and later on LANE. Memory limits how
+# many hosts run side by side. Each host keeps one processor busy.
 plan_processors() {
     local all=() memory lanes early
     readarray -t all < <(processors)
@@ -140,15 +140,15 @@ plan_processors() {
     ALL_PROCESSORS="${all[*]}" EARLY_PROCESSORS="${all[*]:0:early}" REST_PROCESSORS="${all[*]:early}"
     LANE_PROCESSORS="${all[*]:0:lanes}"
 }
-# processors_of LIST: as taskset wants it.
+# processors_of LIST: the list in the format of taskset.
 processors_of() { tr ' ' , <<<"$1"; }
-# leave_processors_to_hosts: what this shell starts from now on stays on the processors on which no host runs.
+# leave_processors_to_hosts: restricts this shell and what it starts from now on to the processors without hosts.
 leave_processors_to_hosts() {
     [[ -e $WORK/hosts && -n $EARLY_PROCESSORS ]] || return 0
     taskset --cpu-list --pid "$(processors_of "$REST_PROCESSORS")" "$BASHPID" >/dev/null
 }
 
-# lane PROCESSOR: runs the jobs, each that no other lane has begun, as soon as the testbed is built.
+# lane PROCESSOR: waits until the testbed is built, then runs the jobs that no other lane has begun.
 lane() {
     local processor=$1 job name
     until [[ -s $WORK/testbed ]]; do sleep 0.5; done
@@ -172,7 +172,7 @@ not_built() {
     echo 125 >"$status"
 }
 
-# early_lanes_start, late_lanes_start: lanes on one half of the processors; on the others.
+# early_lanes_start: starts lanes on one half of the processors. late_lanes_start: starts lanes on the others.
 LANES=() LANES_ON=' ' EARLY_PROCESSORS=''
 start_lane() {
     [[ $LANES_ON != *" $1 "* ]] || return 0
@@ -183,7 +183,7 @@ early_lanes_start() {
     local processor
     plan_processors
     for processor in $EARLY_PROCESSORS; do start_lane "$processor"; done
-    # With the kernel in the cache they boot at once.
+    # With the kernel in the cache, hosts boot at once.
     [[ ! -s $WORK/testbed ]] || : >"$WORK/hosts"
 }
 late_lanes_start() {
@@ -193,7 +193,7 @@ late_lanes_start() {
     for processor in $LANE_PROCESSORS; do start_lane "$processor"; done
 }
 
-# judge_jobs: waits for all of them. They are reported in their order, whichever ends first.
+# judge_jobs: waits for all jobs and reports them in their order.
 judge_jobs() {
     local job name
     for job in "${JOBS[@]}"; do

@@ -1,14 +1,14 @@
 # shellcheck shell=sh
-# Claims and assertions, for tests on both sides of the emulated host: plain POSIX shell.
+# Claims and assertions in POSIX shell, for tests inside and outside the emulated host.
 #
-# A test file sources this, makes claims, and ends with `finished`. Each claim prints one line,
-# "ok - …" or "not ok - …"; after a broken one stands what its command said.
+# A test file sources this, makes claims, and ends with `finished`. Each claim prints one line, "ok - …" or "not ok - …". The
+# output of its command follows a claim that failed.
 
 CLAIMS=0
 BROKEN=0
 
-# claim NAME COMMAND…: holds if COMMAND, usually a function of the test, runs to its end without a
-# failing step. It runs in a subshell: what it leaves to later claims, it leaves in files.
+# claim NAME COMMAND…: passes if no step of COMMAND, usually a function of the test, fails. It runs in a subshell, so it can pass
+# data to later claims only in files.
 claim() {
     name=$1
     shift
@@ -30,7 +30,7 @@ claim() {
     rm -f "$said"
 }
 
-# finished: the plan, at the end; without it the file is known to have died on the way.
+# finished: prints the plan at the end. A file without a plan has died.
 finished() {
     echo "1..$CLAIMS"
     [ "$BROKEN" -eq 0 ]
@@ -62,7 +62,7 @@ lacks() {
     }
 }
 
-# within SECONDS COMMAND…: until COMMAND succeeds.
+# within SECONDS COMMAND…: repeats COMMAND until it succeeds.
 within() {
     limit=$1
     shift

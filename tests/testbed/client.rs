@@ -1,8 +1,8 @@
-//! A vhost-user-blk client: the front-end's half of the conversation, held by the `vhost` crate, and the guest's half of
-//! the rings, written here and sharing no code with the server under test.
+//! A vhost-user-blk client. The `vhost` crate implements the front-end's side of the protocol; the driver's side of the rings is
+//! implemented here and shares no code with the server under test.
 //!
-//! All rings lie in one memory file; a request has a slot with a fixed place for its header, its data and its status. So
-//! nothing is allocated once a client is connected, and a load can be measured without measuring the client.
+//! All rings are in one memory file. Each request has a slot with fixed addresses for its header, data and status. So a connected
+//! client allocates nothing, and a load measures the server with little overhead by the client.
 
 mod packed;
 mod ram;
@@ -25,10 +25,10 @@ use vm_memory::{FileOffset, MmapRegion};
 
 use ram::Ram;
 
-pub use ram::Part;
-pub use ring::{Done, Request, Ring};
+pub use ram::Buffer;
+pub use ring::{Completion, Request, Ring};
 
-/// How long an answer to a message may take; a server that hangs fails the test rather than hang it.
+/// Time-out for an answer to a message, so that a hanging server fails the test.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
 /// VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX and VIRTIO_F_RING_PACKED (virtio 1.2 §6).
@@ -39,7 +39,7 @@ const VERSION_1: u64 = 1 << 32;
 /// VIRTIO_BLK_F_FLUSH (virtio 1.2 §5.2.3): without it each write must be durable before it ends.
 const FLUSH: u64 = 1 << 9;
 
-/// What to ask a server for; a kind of ring that it does not offer is an error.
+/// What to request from a server. Connecting fails if the server does not offer it.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     /// Virtqueues to use.
@@ -50,14 +50,14 @@ pub struct Shape {
     pub bytes: usize,
     /// Use indirect descriptors.
     pub indirect: bool,
-    /// Say when calls and kicks are wanted by index.
+    /// Use the event index.
     pub event_idx: bool,
     /// Use packed rings.
     pub packed: bool,
 }
 
 impl Shape {
-    /// One of each kind of ring.
+    /// This shape with each kind of ring.
     #[must_use]
     pub fn kinds(self) -> [Self; 8] {
         std::array::from_fn(|n| Self { packed: n & 1 != 0, indirect: n & 2 != 0, event_idx: n & 4 != 0, ..self })
@@ -70,10 +70,10 @@ impl Default for Shape {
     }
 }
 
-/// Why there is no client.
+/// Why an operation failed.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// A connected front-end with a guest that has its rings running.
+/// A connected front-end with running rings.
 pub struct Client {
     frontend: Frontend,
     /// The virtqueues in use.
@@ -85,12 +85,12 @@ impl Client {
     /// Connects to the socket at `path`.
     ///
     /// # Errors
-    /// The socket's, or what the server refused.
+    /// The socket's error, or what the server refused.
     pub fn connect(path: &Path, shape: Shape) -> Result<Self, Error> {
         Self::new(UnixStream::connect(path)?, shape)
     }
 
-    /// Speaks over a connected socket: features, memory, rings.
+    /// Sets up features, memory and rings over a connected socket.
     ///
     /// # Errors
     /// What the server refused.
@@ -135,13 +135,13 @@ impl Client {
         self.finish().map(|_| ())
     }
 
-    /// Reads as many bytes as fit from `sector` and waits.
+    /// Fills `bytes` from `sector` and waits.
     ///
     /// # Errors
     /// As for [`Self::write`].
     pub fn read(&mut self, sector: u64, bytes: &mut [u8]) -> Result<(), Error> {
         let slot = self.rings[0].submit(Request::Read { sector, bytes: bytes.len() });
-        // What an earlier request left there must not pass for what this one reads.
+        // Overwrite the data of earlier requests, so that it cannot be taken for the data of this one.
         bytes.fill(0xcc);
         self.rings[0].set_data(slot, bytes);
         self.finish()?;
@@ -163,14 +163,14 @@ impl Client {
         let ring = &mut self.rings[0];
         ring.publish();
         match ring.wait(ANSWER_LIMIT)? {
-            Some(Done { slot, status: 0, .. }) => Ok(slot),
-            Some(Done { status, .. }) => Err(format!("the request ended with status {status}").into()),
+            Some(Completion { slot, status: 0, .. }) => Ok(slot),
+            Some(Completion { status, .. }) => Err(format!("the request ended with status {status}").into()),
             None => Err("the request did not end".into()),
         }
     }
 }
 
-/// Agrees on features; those of virtio that both know.
+/// Negotiates virtio and protocol features; returns the virtio features.
 fn negotiate(frontend: &mut Frontend, shape: Shape) -> Result<u64, Error> {
     let offered = frontend.get_features()?;
     let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();

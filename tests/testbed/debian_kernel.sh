@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# The distribution's own kernel, from its package and not installed: an image, and those of its modules that a small guest
-# needs, in the order in which they are to be loaded. Needs lib.sh.
+# The distribution's own kernel, extracted from its package without an installation: the image, and the modules that a small
+# guest needs, in the order in which to load them. Needs lib.sh.
 
-# What a guest with a virtio disk and an ext4 file system loads; what these depend on comes before them.
+# Modules for a virtio disk and an ext4 file system, without their dependencies.
 readonly DEBIAN_MODULES=(virtio_pci virtio_blk crc32c_generic ext4)
 
 # debian_kernel: prints a directory with vmlinuz, the modules, and their names in modules/order.
@@ -37,7 +37,7 @@ unpack_debian_kernel() {
     for module in "${DEBIAN_MODULES[@]}"; do take_module "$work/tree" "$dir/modules" "$module" || return 1; done
 }
 
-# take_module TREE DIR NAME: the module and, before it, what it depends on. A module that is built in is not there.
+# take_module TREE DIR NAME: copies the module's dependencies and then the module. A module that is built in has no file.
 take_module() {
     local file name=$3 dependency
     ! grep -qx "$name.ko" "$2/order" || return 0

@@ -1,28 +1,28 @@
 # shellcheck shell=bash
-# The two images. Both are initramfs archives: the guest's is small and lies inside the host's.
-# Neither holds anything of this checkout, which comes as a second archive at each start.
+# The two images. Both are initramfs archives. The guest's is small and part of the host's. Neither contains files of this
+# checkout: those are in a second archive, created at each start.
 
 readonly HOST_PROGRAMS=(qemu-system-x86_64 qemu-storage-daemon qemu-img flock)
 readonly GUEST_PROGRAMS=(mkfs.ext4 e2fsck blkid)
 readonly FIRMWARE=(bios-256k.bin kvmvapic.bin linuxboot_dma.bin linuxboot.bin pvh.bin efi-virtio.rom)
 
-# closure PROGRAM…: the libraries and the loader the programs need, one path a line.
+# closure PROGRAM…: the libraries and the loader that the programs need, one path per line.
 closure() {
     local listing
-    listing=$(ldd "$@" 2>/dev/null || true) # a static program is no error
+    listing=$(ldd "$@" 2>/dev/null || true) # ldd fails for a static program
     if grep 'not found' <<<"$listing" >&2; then
         die "libraries missing for: $*"
     fi
     awk '$2 == "=>" && $3 ~ /^\// { print $3 } $1 ~ /^\// && $2 ~ /^\(/ { print $1 }' <<<"$listing" | sort -u
 }
 
-# place ROOT DEST FILE: a copy of FILE, links followed.
+# place ROOT DEST FILE: copies FILE, following links.
 place() {
     mkdir -p "$1$(dirname "$2")"
     cp -L --preserve=mode,timestamps "$3" "$1$2"
 }
 
-# place_programs ROOT PROGRAM…: programs at the paths they have here, with what they need.
+# place_programs ROOT PROGRAM…: copies programs to /usr/bin, and their libraries to the paths that they have here.
 place_programs() {
     local root=$1 file
     shift
@@ -34,7 +34,7 @@ place_programs() {
     done
 }
 
-# The directories and the small commands both machines have.
+# The directories and basic commands of both machines.
 place_base() {
     local root=$1 applet
     mkdir -p "$root"/{bin,dev,etc,lib64,mnt,out,proc,root,run,sys,tmp,usr/bin,usr/sbin,usr/local/bin,var/tmp}
@@ -47,10 +47,10 @@ place_base() {
     done
 }
 
-# archive DIRECTORY: its contents in the kernel's initramfs format.
+# archive DIRECTORY: prints its contents in the kernel's initramfs format.
 archive() { (cd "$1" && find . -print0 | sort -z | cpio --null --create --format=newc --owner=0:0 --quiet); }
 
-# image_key: what the images depend on, short of reading 100 MB.
+# image_key: a hash of what the images depend on, by size and time of the programs instead of their contents.
 image_key() {
     local program paths=()
     for program in busybox "${HOST_PROGRAMS[@]}" "${GUEST_PROGRAMS[@]}"; do
@@ -82,7 +82,7 @@ build_images() {
     mv "$work/host.cpio" "$image"
     rm -rf "$work"
     say "  host image: $image ($(du -h "$image" | cut -f 1))"
-    # Each change of QEMU or of the kernel leaves an image behind.
+    # Each change of QEMU or of the kernel leaves an old image.
     find "$TESTBED_CACHE" -maxdepth 1 -name 'host-*' ! -path "$image*" -mtime +7 -delete
 }
 
@@ -105,18 +105,18 @@ place_firmware() {
     done
 }
 
-# Debian's fio needs 80 MB of libraries (Ceph, ICU …), too much for a guest on emulated processors:
-# the same source is built here without them.
+# Debian's fio needs 80 MB of libraries (Ceph, ICU …), too much for a guest on emulated processors. So the same source is built
+# here without them.
 fio_program() { echo "$TESTBED_CACHE/fio/fio"; }
 
 build_fio() {
     local dir=$TESTBED_CACHE/fio
     [[ ! -x $dir/fio ]] || return 0
-    watched "fetching and building fio, beside the kernel" "$dir.log" fio_progress make_fio "$dir"
+    watched "fetching and building fio, in parallel with the kernel" "$dir.log" fio_progress make_fio "$dir"
 }
 make_fio() {
     local dir=$1 suite archive part without=(--build-static --disable-native)
-    # Any version serves; not every mirror has the sources of every suite.
+    # Any version will do, and not every mirror has the sources of every suite.
     for suite in "$(debian_codename)" trixie bookworm sid; do
         rm -rf "$dir"
         mkdir -p "$dir/source"
@@ -127,11 +127,11 @@ make_fio() {
     archive=$(find "$dir" -maxdepth 1 -name 'fio_*.orig.tar.?z')
     tar --extract --strip-components=1 --directory "$dir/source" --file "$archive" || return 1
     cd "$dir/source" || return 1
-    # The parts that want libraries; a version that does not know one of them must not be told.
+    # The engines that need libraries. configure fails on an option that its version does not know.
     for part in numa rdma rados rbd http gfapi pmem libnfs xnvme libzbc libblkio tcmalloc; do
         ! grep -q -e "--disable-$part)" configure || without+=("--disable-$part")
     done
     ./configure "${without[@]}" &&
         make -j"$(nproc)" fio && strip fio && mv fio "$dir/fio.new" && mv "$dir/fio.new" "$dir/fio"
 }
-fio_progress() { echo "fio: still at it"; }
+fio_progress() { echo "fio: still building"; }

@@ -1,8 +1,8 @@
-//! Asks the kernel what it says of one function and its IOMMU.
+//! Asks the kernel about one function and its IOMMU.
 //!
-//! This is a second reader of the same interfaces as the backend's, on purpose: it shares no code with
-//! it, so that a profile's answers are not checked by what is being tested. It can be simple because it
-//! maps nothing and lives for milliseconds; the kernel undoes all of it when the files are closed.
+//! This code uses the same interfaces as the backend but shares no code with it, so that a profile's answers are not checked by
+//! the code under test. It is simple because it maps nothing and runs for milliseconds; the kernel cleans up when the files are
+//! closed.
 
 // UNSAFETY: ioctl() has no safe form; every call goes through `ioctl` below.
 #![expect(unsafe_code)]
@@ -34,17 +34,17 @@ const VFIO_CHECK_EXTENSION: libc::c_ulong = 0x3b65;
 const VFIO_DEVICE_BIND_IOMMUFD: libc::c_ulong = 0x3b76;
 const VFIO_DEVICE_ATTACH_IOMMUFD_PT: libc::c_ulong = 0x3b77;
 
-/// What the kernel answered, as `key=value` lines in a fixed order.
+/// The kernel's answers, as keys and values in a fixed order.
 pub type Answers = Vec<(&'static str, String)>;
 
-/// Binds `function` (`0000:00:04.0`), gives it an address space of its own, and asks.
+/// Binds `function` (`0000:00:04.0`), attaches it to an address space of its own, and asks.
 ///
 /// # Errors
 /// The step that failed, and the errno.
 pub fn ask(function: &str) -> io::Result<Answers> {
     let at = Path::new(PCI_DEVICES).join(function);
     let mut answers = vec![
-        ("iommu", unit(&at)),
+        ("iommu", vendor(&at)),
         ("group", link_name(&at.join("iommu_group"))?),
         ("driver", link_name(&at.join("driver"))?),
     ];
@@ -65,21 +65,21 @@ pub fn ask(function: &str) -> io::Result<Answers> {
     Ok(answers)
 }
 
-/// The maker, as the name and the place of the IOMMU's object in sysfs tell it.
-fn unit(at: &Path) -> String {
+/// The IOMMU's vendor, from the name and path of its object in sysfs.
+fn vendor(at: &Path) -> String {
     let object = fs::canonicalize(at.join("iommu")).unwrap_or_default();
     let name = object.file_name().unwrap_or_default().to_string_lossy();
-    let maker = match name.as_ref() {
+    let vendor = match name.as_ref() {
         _ if name.starts_with("dmar") => "intel",
         _ if name.starts_with("ivhd") => "amd",
         _ if object.to_string_lossy().contains("/virtio") => "virtio",
         _ => "none",
     };
-    maker.into()
+    vendor.into()
 }
 
 fn hardware(iommufd: &File, dev_id: u32, answers: &mut Answers) -> io::Result<()> {
-    // Intel's registers and AMD's are both at most this large; the kernel zeroes the rest.
+    // Large enough for Intel's and for AMD's registers; the kernel zeroes the rest.
     let mut data = [0_u64; 4];
     let mut info = uapi::iommu_hw_info {
         size: size_u32::<uapi::iommu_hw_info>(),
@@ -113,8 +113,7 @@ fn hardware(iommufd: &File, dev_id: u32, answers: &mut Answers) -> io::Result<()
     Ok(())
 }
 
-/// An IOAS with a page table of its own for the device, attached: an empty IOAS answers every question
-/// as if it were the best of all IOMMUs.
+/// Attaches the device to a new IOAS with its own page table. An IOAS without a device reports the properties of an ideal IOMMU.
 fn address_space(iommufd: &File, cdev: &File, dev_id: u32) -> io::Result<u32> {
     let mut ioas = uapi::iommu_ioas_alloc { size: size_u32::<uapi::iommu_ioas_alloc>(), ..Default::default() };
     ioctl("allocate an IOAS", iommufd, IOAS_ALLOC, &mut ioas)?;
@@ -134,7 +133,7 @@ fn address_space(iommufd: &File, cdev: &File, dev_id: u32) -> io::Result<u32> {
     Ok(ioas.out_ioas_id)
 }
 
-/// 1 or 0, in the words of the interface iommufd keeps for older programs, which is also KVM's source.
+/// 1 or 0, from the compatibility interface that iommufd has for older programs. KVM uses the same information.
 fn enforces_snooping(iommufd: &File, ioas_id: u32) -> io::Result<i32> {
     let mut compat = uapi::iommu_vfio_ioas {
         size: size_u32::<uapi::iommu_vfio_ioas>(),
@@ -145,7 +144,7 @@ fn enforces_snooping(iommufd: &File, ioas_id: u32) -> io::Result<i32> {
     ioctl("set the compatibility IOAS", iommufd, VFIO_IOAS, &mut compat)?;
     // SAFETY: this request takes a number, not a pointer.
     let answer = unsafe { libc::ioctl(iommufd.as_raw_fd(), VFIO_CHECK_EXTENSION, VFIO_DMA_CC_IOMMU) };
-    if answer < 0 { Err(because("check the coherency extension", &Error::last_os_error())) } else { Ok(answer) }
+    if answer < 0 { Err(context("check the coherency extension", &Error::last_os_error())) } else { Ok(answer) }
 }
 
 fn iova_ranges(iommufd: &File, ioas_id: u32) -> io::Result<String> {
@@ -163,29 +162,30 @@ fn iova_ranges(iommufd: &File, ioas_id: u32) -> io::Result<String> {
 }
 
 fn character_device(at: &Path) -> io::Result<PathBuf> {
-    let entries = fs::read_dir(at.join("vfio-dev")).map_err(|e| because("not bound to vfio-pci", &e))?;
+    let entries = fs::read_dir(at.join("vfio-dev")).map_err(|e| context("not bound to vfio-pci", &e))?;
     let entry = entries.flatten().next().ok_or_else(|| Error::other("vfio-dev is empty"))?;
     Ok(Path::new("/dev/vfio/devices").join(entry.file_name()))
 }
 
 fn link_name(link: &Path) -> io::Result<String> {
-    let target = fs::read_link(link).map_err(|e| because(&link.display().to_string(), &e))?;
+    let target = fs::read_link(link).map_err(|e| context(&link.display().to_string(), &e))?;
     Ok(target.file_name().unwrap_or_default().to_string_lossy().into_owned())
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    File::options().read(true).write(true).open(path).map_err(|e| because(&path.display().to_string(), &e))
+    File::options().read(true).write(true).open(path).map_err(|e| context(&path.display().to_string(), &e))
 }
 
-fn ioctl<T>(what: &str, file: &File, request: libc::c_ulong, argument: &mut T) -> io::Result<()> {
-    // SAFETY: each request above is paired, at its only call, with the structure linux/iommufd.h or
-    // linux/vfio.h names for it; its size field and inner pointers are filled from live locals.
+fn ioctl<T>(action: &str, file: &File, request: libc::c_ulong, argument: &mut T) -> io::Result<()> {
+    // SAFETY: each request above is used in one call, with the structure that linux/iommufd.h or linux/vfio.h defines for it.
+    // Its size field is correct, and its pointers refer to live locals.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), request, std::ptr::from_mut(argument)) };
-    if result < 0 { Err(because(what, &Error::last_os_error())) } else { Ok(()) }
+    if result < 0 { Err(context(action, &Error::last_os_error())) } else { Ok(()) }
 }
 
-fn because(what: &str, cause: &Error) -> Error {
-    Error::new(cause.kind(), format!("{what}: {cause}"))
+/// Adds the failed action to an error.
+fn context(action: &str, cause: &Error) -> Error {
+    Error::new(cause.kind(), format!("{action}: {cause}"))
 }
 
 pub(crate) fn size_u32<T>() -> u32 {

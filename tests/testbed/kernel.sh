@@ -1,14 +1,13 @@
 # shellcheck shell=bash
-# The testbed's kernel: Debian's source, the configuration beside this file, built once and cached.
-# No stock Debian kernel has CONFIG_IOMMUFD.
+# The testbed's kernel: Debian's source with kernel.config, built once and cached. Debian's own kernels have no CONFIG_IOMMUFD.
 
 readonly KERNEL_SERIES=linux-source-7.2
-# Object files this configuration makes; only the percentage shown depends on it.
+# Object files in a build with this configuration; used only for the percentage shown.
 readonly KERNEL_OBJECT_FILES=1635
 
 [[ -r ${TESTBED_KERNEL:-/} ]] || die "TESTBED_KERNEL=$TESTBED_KERNEL: no such file (wanted: a bzImage)"
 
-# kernel_key: what the image depends on. Empty until a source was chosen.
+# kernel_key: a hash of what the image depends on; empty until a source has been chosen.
 kernel_key() {
     local version=$TESTBED_CACHE/linux-source/version
     if [[ -n ${TESTBED_KERNEL:-} ]]; then
@@ -18,7 +17,7 @@ kernel_key() {
     fi
 }
 
-# kernel_image: the path of the image for the present key, whether it exists or not.
+# kernel_image: the path of the image for the current key. It may not exist.
 kernel_image() { echo "$TESTBED_CACHE/kernel-$(kernel_key)/bzImage"; }
 
 build_kernel() {
@@ -46,7 +45,7 @@ build_kernel() {
     say "kernel: $image ($(du -h "$image" | cut -f 1))"
 }
 
-# Asks for the series this testbed was tried with, and takes the newest when Debian has moved on.
+# Fetches the series with which this testbed was tested, or the newest one if Debian no longer has it.
 fetch_kernel_source() {
     local dir=$TESTBED_CACHE/linux-source codename suite package
     [[ ! -e $dir/version ]] || return 0
@@ -64,11 +63,11 @@ fetch_kernel_source() {
             cut -d ' ' -f 1 | sort -V | tail -n 1)
         [[ -n $package ]] || die "no linux-source package in $suite; name a kernel of your own with" \
             "TESTBED_KERNEL=/path/to/bzImage (its configuration: $TESTBED_DIR/kernel.config)"
-        say "$KERNEL_SERIES is not in $suite any more; taking $package"
+        say "$KERNEL_SERIES is no longer in $suite; using $package"
     fi
     watched "fetching $package (about 160 MB)" "$dir/apt.log" kernel_fetch_progress \
         env -C "$dir" apt-get "${APT_PRIVATE[@]}" download "$package"
-    # One name for the whole file: it appears only when apt has verified the download.
+    # Renamed in one step, so that it exists only after apt has verified the download.
     (cd "$dir" && ls "$package"_*.deb) | tr _ ' ' >"$dir/version.new"
     mv "$dir/version.new" "$dir/version"
 }
@@ -98,17 +97,17 @@ configure_kernel() {
         make -C "$source" O="$objects" olddefconfig && check_configuration "$objects/.config"
 }
 
-# merge_config drops, silently, what its dependencies do not allow.
+# merge_config silently drops options whose dependencies are not met.
 check_configuration() {
     local wanted refused=0
     while read -r wanted; do
         [[ $wanted == CONFIG_*=* && $wanted != *=n ]] || continue
-        grep -qxF "$wanted" "$1" || { echo "this kernel does not take $wanted" && refused=1; }
+        grep -qxF "$wanted" "$1" || { echo "this kernel does not accept $wanted" && refused=1; }
     done <"$TESTBED_DIR/kernel.config"
     return "$refused"
 }
 
-# By what lies there, so that a build taken up again starts where it was.
+# Counts the files that exist, so that a resumed build shows its true percentage.
 kernel_progress() {
     local percent
     percent=$(($(find "$KERNEL_OBJECTS" -name '*.o' | wc -l) * 100 / KERNEL_OBJECT_FILES))

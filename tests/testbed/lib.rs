@@ -1,4 +1,4 @@
-//! What the testbed's programs and tests share. The machine itself is `scripts/testbed`.
+//! Code shared by the testbed's programs and the tests. `scripts/testbed` is the emulated machine.
 
 pub mod client;
 pub mod iommu;

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# What every part of the testbed shares: words to the user, one cache, one lock, Debian packages.
+# Shared by all parts of the testbed: messages, the cache and its lock, Debian packages.
 
 TESTBED_CACHE=${TESTBED_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vhost-device-vfio}
-# mkfs.ext4 and debugfs live in sbin, which a plain user's PATH leaves out.
+# mkfs.ext4 and debugfs are in sbin, which is not in an unprivileged user's PATH.
 PATH=$PATH:/usr/sbin:/sbin
 
-# The testbed's own failures, told apart from those of the command it runs.
-# shellcheck disable=SC2034 # read by those who source this
+# Exit status of the testbed's own failures, as opposed to those of the command.
+# shellcheck disable=SC2034 # used by the scripts that source this
 readonly EXIT_TIMEOUT=124 EXIT_TESTBED=125
 
 say() { printf 'testbed: %s\n' "$*" >&2; }
@@ -15,17 +15,17 @@ die() {
     exit "$EXIT_TESTBED"
 }
 
-# processors: those that this process may use, one a line.
+# processors: the processors that this process may use, one per line.
 processors() {
     local first last
     sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' /proc/self/status | tr , '\n' |
         while IFS=- read -r first last; do seq "$first" "${last:-$first}"; done
 }
 
-# hash_of TEXT: a short name for everything TEXT says.
+# hash_of TEXT: a short hash of TEXT.
 hash_of() { printf '%s' "$1" | sha256sum | cut -c1-16; }
 
-# take_lock: two builds share one cache; the second waits and then finds the first one's work.
+# take_lock: serializes builds in one cache. The second build waits and then finds the results of the first.
 take_lock() {
     mkdir -p "$TESTBED_CACHE"
     exec {TESTBED_LOCK}>"$TESTBED_CACHE/lock"
@@ -35,8 +35,8 @@ take_lock() {
 }
 drop_lock() { exec {TESTBED_LOCK}>&-; }
 
-# watched TITLE LOG MEASURE COMMAND…: runs COMMAND with its output in LOG; MEASURE is a command
-# that prints how far it has come, asked every ten seconds.
+# watched TITLE LOG MEASURE COMMAND…: runs COMMAND with its output in LOG. Every ten seconds it runs MEASURE, which prints the
+# progress.
 watched() {
     local title=$1 log=$2 measure=$3 began=$SECONDS said=$SECONDS pid
     shift 3
@@ -56,7 +56,8 @@ watched() {
     say "  done in $((SECONDS - began)) s"
 }
 
-# need NAME=PACKAGE…: NAME is a program to find on PATH, or a file when it starts with a slash.
+# need NAME=PACKAGE…: installs the packages whose NAME is missing. NAME is a program in PATH, or a file if it starts with a
+# slash.
 need() {
     local pair name missing=()
     for pair; do
@@ -70,7 +71,7 @@ need() {
     ((${#missing[@]} == 0)) || install_packages "${missing[@]}"
 }
 
-# install_packages PACKAGE…: from the suites this machine already uses.
+# install_packages PACKAGE…: installs them from the suites that this machine already uses.
 install_packages() {
     ((EUID == 0)) || die "missing Debian packages: $*; install them with: sudo apt-get install -y $*"
     mkdir -p "$TESTBED_CACHE"
@@ -80,12 +81,12 @@ install_packages() {
 apt_progress() { tail -n 1 "$TESTBED_CACHE/apt-install.log"; }
 apt_install_system() {
     export DEBIAN_FRONTEND=noninteractive
-    # A fresh container has no package lists at all; an old list names versions that are gone.
+    # A new container has no package lists, and an old list names versions that no longer exist.
     apt-get install -y --no-install-recommends "$@" && return
     apt-get update && apt-get install -y --no-install-recommends "$@"
 }
 
-# debian_mirror: the address this machine fetches Debian from, as its own configuration has it.
+# debian_mirror: the URL of Debian in this machine's own apt configuration.
 debian_mirror() {
     local mirror
     # shellcheck disable=SC2016 # apt fills these in
@@ -106,8 +107,8 @@ debian_keyring() {
         "sudo apt-get install -y debian-archive-keyring"
 }
 
-# apt_private NAME TYPE SUITE…: fills APT_PRIVATE with the options of a configuration of our own, which
-# sees these suites, prefers the first, and keeps its lists in the cache; nothing in /etc/apt changes.
+# apt_private NAME TYPE SUITE…: sets APT_PRIVATE to the options of a private configuration. It has these suites, prefers the
+# first, and keeps its lists in the cache. Nothing in /etc/apt changes.
 apt_private() {
     local dir=$TESTBED_CACHE/apt/$1 type=$2 mirror keyring suite
     shift 2
@@ -126,8 +127,8 @@ debian_codename() {
     (. /etc/os-release && echo "${VERSION_CODENAME:-sid}")
 }
 
-# need_qemu: QEMU 10 or newer. Debian 12 has it in its backports, which are used here without
-# becoming a source of this machine.
+# need_qemu: installs QEMU 10 or newer. Debian 12 has it in its backports, which are used here without being added to this
+# machine's sources.
 need_qemu() {
     local found codename dir=$TESTBED_CACHE/apt/qemu
     found=$(qemu-system-x86_64 --version 2>/dev/null | sed -n 's/^QEMU emulator version \([0-9]*\).*/\1/p' || true)
@@ -137,7 +138,7 @@ need_qemu() {
         install_packages qemu-system-x86 qemu-utils
         return
     fi
-    ((EUID == 0)) || die "QEMU 10 or newer is wanted, found ${found:-none}; install it" \
+    ((EUID == 0)) || die "QEMU 10 or newer is needed, found ${found:-none}; install it" \
         "from bookworm-backports with: sudo $0 packages"
     mkdir -p "$dir/lists/partial"
     { cat /etc/apt/sources.list 2>/dev/null || true; } >"$dir/sources.list"
@@ -148,7 +149,7 @@ need_qemu() {
 apt_install_qemu() {
     local own=(-o "Dir::Etc::sourcelist=$1/sources.list" -o "Dir::State::Lists=$1/lists" -o APT::Sandbox::User=root)
     export DEBIAN_FRONTEND=noninteractive
-    # Some other source of this machine may be broken: what counts is whether the install succeeds.
+    # The update may fail because of another source of this machine. Only the install must succeed.
     apt-get "${own[@]}" update || true
     apt-get "${own[@]}" install -y --no-install-recommends -t bookworm-backports qemu-system-x86 qemu-utils
 }

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# The emulated host machine: a profile and some options become one QEMU command line.
+# The emulated host: builds a QEMU command line from a profile and the options.
 
-# read_profile NAME: fills PROFILE_MACHINE, PROFILE_KERNEL, PROFILE_DEVICES and PROFILE_ANSWERS from
-# "key = value" lines; "device" and "answer" may occur more than once. "kvm", which tests read in the emulated host, says how
-# often KVM there is told of non-coherent DMA: by the backend under each policy, by QEMU for a device of its own.
+# read_profile NAME: sets PROFILE_MACHINE, PROFILE_KERNEL, PROFILE_DEVICES and PROFILE_ANSWERS from "key = value" lines; "device"
+# and "answer" may occur more than once. Tests in the emulated host read "kvm": how often non-coherent DMA is registered with KVM
+# there, by the backend under each policy and by QEMU for a device that it owns.
 read_profile() {
     local file=$TESTBED_DIR/profiles/$1.profile line key value
-    [[ -r $file ]] || die "no profile named $1; there are: $(profile_names)"
+    [[ -r $file ]] || die "no profile named $1; known profiles: $(profile_names)"
     PROFILE_MACHINE='' PROFILE_KERNEL='' PROFILE_DEVICES=() PROFILE_ANSWERS=()
     while read -r line; do
         [[ $line != '' && $line != \#* ]] || continue
@@ -27,19 +27,18 @@ read_profile() {
 }
 profile_names() { (cd "$TESTBED_DIR/profiles" && ls -- *.profile) | sed 's/\.profile$//' | paste -sd ' '; }
 
-# one_processor: the processor QEMU is held to. Where TCG really runs two emulated processors at once, nested virtualisation
-# now and then takes an interrupt before the host's GS base is back, and the host's kernel dies of it (QEMU 10.0).
+# one_processor: the processor on which QEMU runs. If TCG runs two emulated processors in parallel, nested virtualization
+# sometimes takes an interrupt before the host's GS base is restored, and the host's kernel panics (QEMU 10.0).
 one_processor() { processors | head -n 1; }
 
-# quoted ARGUMENT…: one line a POSIX shell reads back as the same arguments.
+# quoted ARGUMENT…: one line that a POSIX shell reads back as the same arguments.
 quoted() {
     local argument line=''
     for argument; do line+="'${argument//\'/\'\\\'\'}' "; done
     echo "$line"
 }
 
-# stage_checkout ROOT: what comes anew at each start: this checkout's programs and scripts, the files
-# added by hand, and the command.
+# stage_checkout ROOT: copies what may differ at each start: this checkout's programs and scripts, and the files of --add.
 stage_checkout() {
     local root=$1 target=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release file dest
     mkdir -p "$root"/{testbed,usr/local/bin,usr/local/lib}
@@ -72,7 +71,7 @@ stage_checkout() {
     done
 }
 
-# stage_program ROOT FILE DEST: FILE with those of its libraries the host's image lacks.
+# stage_program ROOT FILE DEST: copies FILE and those of its libraries that are not in the host's image.
 stage_program() {
     local library
     place "$1" "$3" "$2"
@@ -81,12 +80,12 @@ stage_program() {
     done
 }
 
-# erms, fsrm: with them Linux copies and clears memory byte by byte, which the emulation does as slowly as it sounds. la57: one
-# more level of page tables, twice where virtualisation is nested.
-# no_timer_check: the kernel's test of the timer at boot panics when the emulation is short of processor time.
+# erms, fsrm: with them Linux copies and clears memory by byte-wise string instructions, which the emulation executes slowly.
+# la57: one more level of page tables, twice with nested virtualization.
+# no_timer_check: the kernel's test of the timer at boot panics if the emulation gets too little processor time.
 #
-# machine_arguments WORK: fills QEMU_ARGUMENTS. The IOMMU comes before the functions it translates
-# for; virtio stays out of its way, at 10 and above.
+# machine_arguments WORK: sets QEMU_ARGUMENTS. The IOMMU must come before the functions that it translates. Virtio devices are at
+# address 10 and above, so the addresses below are free for the functions under test.
 machine_arguments() {
     local work=$1
     QEMU_ARGUMENTS=(

@@ -1,24 +1,24 @@
 # shellcheck shell=bash
-# Another QEMU than this machine's, as the front-end: from a suite of Debian, with the loader, the libraries and the firmware
-# it needs beside it, so that it runs here and in the emulated host and is installed in neither.
+# A QEMU other than this machine's, as the front-end: from a suite of Debian, together with the loader, libraries and firmware
+# that it needs. It runs here and in the emulated host without an installation.
 
 readonly QEMU_PROGRAMS=(qemu-system-x86_64 qemu-img qemu-io)
-# qemu-block-extra also holds what wants Ceph and Gluster; of it, this module and its library are enough.
+# qemu-block-extra also contains modules that need Ceph and Gluster. Only this one and its library are used.
 readonly QEMU_MODULES=(block-blkio.so)
 readonly QEMU_PACKAGES=(qemu-system-x86 qemu-utils libblkio1)
 
-# fetch_qemu SUITE: prints a directory for TESTBED_QEMU with the suite's QEMU of today. Debian unstable moves, so what it is
-# today is asked each time; the version that is there is not fetched again.
+# fetch_qemu SUITE: prints a directory for TESTBED_QEMU with the suite's current QEMU. Debian unstable changes, so this reads the
+# package list each time. A version that is already in the cache is not fetched again.
 fetch_qemu() {
     local suite=$1 work=$TESTBED_CACHE/apt/qemu-$1 dir=$TESTBED_CACHE/qemu/$1 version made_of
     take_lock
-    # Backports build upon the release they are for.
+    # Backports depend on packages of their release.
     if [[ $suite == *-backports ]]; then
         apt_private "qemu-$suite" deb "$suite" "${suite%-backports}"
     else
         apt_private "qemu-$suite" deb "$suite"
     fi
-    # As if nothing were installed, so that apt finds every library.
+    # With an empty status file apt downloads every library.
     : >"$work/nothing-installed"
     APT_PRIVATE+=(-o "Dir::State::status=$work/nothing-installed" -o APT::Install-Recommends=no)
     watched "reading the package list of $suite" "$work/update.log" true apt-get "${APT_PRIVATE[@]}" update
@@ -35,7 +35,7 @@ fetch_qemu() {
     drop_lock
     echo "$dir"
 }
-# cached_qemu SUITE: the suite's QEMU as it was fetched first; a suite that moves is not asked again.
+# cached_qemu SUITE: the suite's QEMU in the cache, even if the suite has a newer one.
 cached_qemu() {
     local dir=$TESTBED_CACHE/qemu/$1
     if [[ -e $dir/made-of ]]; then echo "$dir"; else fetch_qemu "$1"; fi
@@ -50,8 +50,8 @@ download_qemu() {
         env -C "$1/cache/archives" apt-get "${APT_PRIVATE[@]}" download qemu-block-extra
 }
 
-# unpack_qemu WORK DIR: of the packages, what programs and modules use:
-#   bin/ what is started   programs/ QEMU   loader/ ld.so by QEMU's names   lib/   modules/   firmware/
+# unpack_qemu WORK DIR: extracts from the packages what the programs and modules use:
+#   bin/ wrapper scripts   programs/ QEMU   loader/ ld.so under the programs' names   lib/   modules/   firmware/
 unpack_qemu() {
     local tree=$1/tree dir=$2 loader library name package
     rm -rf "$tree" "$dir"
@@ -64,7 +64,7 @@ unpack_qemu() {
             cp "$TESTBED_DIR/qemu-program" "$dir/bin/$name" || return 1
     done
     for name in "${QEMU_MODULES[@]}"; do cp "$library/qemu/$name" "$dir/modules/" || return 1; done
-    # Not every version has all of it.
+    # Not every version has all of these files.
     for name in "${FIRMWARE[@]}"; do find "$tree/usr/share" -name "$name" -exec cp -Lt "$dir/firmware" {} +; done
     for name in "$dir"/programs/* "$dir"/modules/*; do
         "$loader" --library-path "$library" --list "$name" || return 1

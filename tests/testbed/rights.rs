@@ -1,8 +1,8 @@
-//! What a VFIO device's file that another process holds is worth to it: the file itself is taken from that process, and
-//! everything tried that would give a hand on the device. With the owner's own file all of it works, except to bind it once
-//! more; with one that was opened and never bound, while the device has an owner, nothing does.
+//! Tests which access to a VFIO device another process has through a file that it holds. It duplicates the file from that
+//! process and tries each way to access the device. With the owner's file all of them work, except a second bind. With a file
+//! that was never bound, none works while the device has an owner.
 
-// UNSAFETY: ioctl() and mmap() have no safe form; each call says why it may.
+// UNSAFETY: ioctl() and mmap() have no safe form; each call says why it is sound.
 #![expect(unsafe_code)]
 
 use std::fs::{self, File};
@@ -19,16 +19,16 @@ use crate::iommu::size_u32;
 // linux/vfio.h: _IO(';', 100 + n).
 const VFIO_DEVICE_GET_INFO: libc::c_ulong = 0x3b6b;
 const VFIO_DEVICE_BIND_IOMMUFD: libc::c_ulong = 0x3b76;
-/// Bit of a file's offset at which the region's index begins: `VFIO_PCI_OFFSET_SHIFT`.
+/// The region's index starts at this bit of the file offset: `VFIO_PCI_OFFSET_SHIFT`.
 const REGION_SHIFT: u32 = 40;
 
-/// One thing tried, and what came of it.
+/// The name of an attempt, and its result.
 pub type Attempt = (&'static str, io::Result<()>);
 
-/// The VFIO device files that `process` holds, and what came of each attempt.
+/// The path of each VFIO device file that `process` holds, with the result of each attempt.
 ///
 /// # Errors
-/// The process is not there, or may not be looked into.
+/// The process does not exist, or this process may not inspect it.
 pub fn of_process(process: Pid) -> io::Result<Vec<(String, Vec<Attempt>)>> {
     let handle = pidfd_open(process, PidfdFlags::empty())?;
     let mut found = Vec::new();
@@ -68,15 +68,15 @@ fn read_configuration(file: &OwnedFd) -> io::Result<()> {
 
 fn map_bar_0(file: &OwnedFd) -> io::Result<()> {
     let access = ProtFlags::READ | ProtFlags::WRITE;
-    // SAFETY: a new mapping, in nobody's way; it is not touched.
+    // SAFETY: a new mapping at an address that the kernel chooses; it is not accessed.
     let mapped = unsafe { mmap(ptr::null_mut(), 4096, access, MapFlags::SHARED, file, 0) }?;
-    // SAFETY: the mapping made just now.
+    // SAFETY: the mapping created above.
     unsafe { munmap(mapped, 4096) }?;
     Ok(())
 }
 
 fn ioctl(file: &OwnedFd, request: libc::c_ulong, argument: *mut libc::c_void) -> io::Result<()> {
-    // SAFETY: each request above is paired, at its only call, with the structure linux/vfio.h names for it.
+    // SAFETY: each request above is used in one call, with the structure that linux/vfio.h defines for it.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), request, argument) };
     if result < 0 { Err(Error::last_os_error()) } else { Ok(()) }
 }

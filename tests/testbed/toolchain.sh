@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# A Rust toolchain new enough for this workspace. Needs lib.sh.
+# Finds or installs a Rust toolchain that is new enough for this workspace. Needs lib.sh.
 
-# An installation by rustup, for shells that did not read its profile.
+# Where rustup installs, for shells that have not read its profile.
 PATH=$PATH:$HOME/.cargo/bin
 
 rust_wanted() { sed -n 's/^rust-version = "\(.*\)"/\1/p' "$TESTBED_ROOT/Cargo.toml"; }
@@ -13,10 +13,10 @@ at_least() { [[ -n $1 && $(printf '%s\n' "$2" "$1" | sort -V | head -n 1) == "$2
 need_rust() {
     local wanted candidate
     wanted=$(rust_wanted)
-    # Crates and toolchains come over TLS.
+    # Crates and toolchains are downloaded over TLS.
     need cc=gcc /usr/include/stdio.h=libc6-dev /etc/ssl/certs/ca-certificates.crt=ca-certificates
     ! at_least "$(rust_found)" "$wanted" || return 0
-    say "Rust $wanted or newer is wanted, found: $(rust_found)"
+    say "Rust $wanted or newer is needed, found: $(rust_found)"
     if command -v rustup >/dev/null; then
         rust_by_rustup
     else
@@ -30,12 +30,12 @@ need_rust() {
         fi
     fi
     at_least "$(rust_found)" "$wanted" || die "no Rust $wanted in this Debian (found: $(rust_found));" \
-        "install it by rustup, as https://rustup.rs says, and start again"
+        "install it with rustup (https://rustup.rs) and start again"
 }
 
 apt_candidate() { apt-cache policy "$1" 2>/dev/null | sed -n 's/^ *Candidate: \([^(].*\)/\1/p' || true; }
 
-# Without a change to the default the user has chosen.
+# Does not change the user's default toolchain.
 rust_by_rustup() {
     mkdir -p "$TESTBED_CACHE"
     watched "fetching the stable Rust toolchain" "$TESTBED_CACHE/rustup.log" rust_progress \

@@ -81,7 +81,7 @@ impl Rig {
     }
 
     /// Waits until the server stops by itself, and returns the reason.
-    pub(crate) fn wait_for_exit(mut self) -> Ended {
+    pub(crate) fn wait_for_exit(mut self) -> EndReason {
         self.thread.take().unwrap().join().unwrap()
     }
 }

@@ -69,7 +69,7 @@ impl Report {
 
     /// Adds the status of the shim in a VM's process, and changes nothing there. True if the shim has answered.
     fn query_shim(&mut self, socket: &Path) -> bool {
-        let answer = Client::connect(socket, Client::PATIENCE);
+        let answer = Client::connect(socket, Client::DEFAULT_TIMEOUT);
         let value = answer.as_ref().map_or_else(ToString::to_string, |(_, status)| kvm::describe(status));
         self.facts.push(Fact { name: "kvm", value, source: format!("the shim at {}", socket.display()) });
         self.shim = answer.ok().map(|(_, status)| status);

@@ -54,12 +54,12 @@ impl<'d> ShimLink<'d> {
     }
 
     /// Connects to the shim and registers with it, unless that has been tried with a final result. Costs one `connect` while
-    /// nobody listens, and at most [`Client::PATIENCE`] if no answer comes.
+    /// nobody listens, and at most [`Client::DEFAULT_TIMEOUT`] if no answer comes.
     pub(crate) fn register(&mut self) {
         let (State::Waiting(_), Some(shim), false) = (&self.state, &self.vmm.shim, self.vmm.is_released()) else {
             return;
         };
-        self.state = match Client::connect(&shim.socket, Client::PATIENCE) {
+        self.state = match Client::connect(&shim.socket, Client::DEFAULT_TIMEOUT) {
             Ok((client, status)) => {
                 log::info!("{}: KVM shim: {}", shim.device, describe(&status));
                 self.compare_processes(shim, &client);
@@ -70,7 +70,7 @@ impl<'d> ShimLink<'d> {
                 }
                 state
             }
-            Err(error @ ClientError::Absent(..)) => State::Waiting(Some(error)),
+            Err(error @ ClientError::NotListening(..)) => State::Waiting(Some(error)),
             Err(error) => serve_unregistered(shim, &error),
         };
     }

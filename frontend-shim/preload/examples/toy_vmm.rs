@@ -1,11 +1,11 @@
-//! A VMM small enough to be read in a minute, for the tests of the preloaded library: it does one thing per line of its
-//! input, through libc as QEMU does, and prints what came of it. Its guest writes the caches back and halts, at each `run`.
+//! A minimal VMM for the tests of the preloaded library. It executes one command per line of its input, through libc as QEMU
+//! does, and prints the result. At each `run` its guest executes WBINVD and halts.
 //!
 //! `vm`, `vcpu`, `run`, `vfio` (KVM_CREATE_DEVICE), `vfio-test` (the same with KVM_CREATE_DEVICE_TEST), `close NAME`,
 //! `memory` (2 MiB of a memfd, mapped shared), `huge` (the same as one huge page), `image` (a memfd that is not mapped),
 //! `private` (2 MiB of anonymous memory),
-//! `dontfork`, `punch NAME`, `madvise NAME remove|dontneed|free`, `blocks NAME`, `first-byte NAME`, `mask`.
-#![expect(unsafe_code, reason = "it speaks C")]
+//! `dontfork`, `punch NAME`, `madvise NAME remove|dontneed|free`, `blocks NAME`, `first-byte NAME`.
+#![expect(unsafe_code, reason = "calls C functions")]
 
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -14,7 +14,7 @@ use std::ptr;
 
 use libc::{c_int, c_uint, c_ulong, c_void};
 
-/// Of each memory: one huge page.
+/// Size of each memory: one huge page.
 const SIZE: usize = 2 << 20;
 const KVM_CREATE_VM: c_ulong = 0xae01;
 const KVM_CREATE_VCPU: c_ulong = 0xae41;
@@ -24,13 +24,13 @@ const KVM_RUN: c_ulong = 0xae80;
 const KVM_CREATE_DEVICE: c_ulong = 0xc00c_aee0;
 
 #[derive(Default)]
-struct Toy {
+struct TestVmm {
     files: HashMap<String, c_int>,
     maps: HashMap<String, usize>,
     run: usize,
 }
 
-fn done(result: c_int) -> String {
+fn result_text(result: c_int) -> String {
     if result < 0 {
         io::Error::last_os_error().raw_os_error().map_or("?".into(), |e| format!("errno {e}"))
     } else {
@@ -39,28 +39,28 @@ fn done(result: c_int) -> String {
 }
 
 fn map(fd: c_int, flags: c_int, bytes: usize) -> usize {
-    // SAFETY: a new mapping, in nobody's way.
+    // SAFETY: a new mapping at an address that the kernel chooses.
     unsafe { libc::mmap(ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) }.addr()
 }
 
 fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
-    // SAFETY: each caller gives `request` the argument it wants.
+    // SAFETY: each caller passes the argument that `request` expects.
     unsafe { libc::ioctl(fd, request, argument) }
 }
 
-impl Toy {
+impl TestVmm {
     fn file(&self, name: &str) -> c_int {
         self.files.get(name).copied().unwrap_or(-1)
     }
 
     fn open(&mut self, name: &str, fd: c_int) -> String {
         self.files.insert(name.into(), fd);
-        done(fd)
+        result_text(fd)
     }
 
     fn vm(&mut self, name: &str) -> String {
         let path = CString::from(c"/dev/kvm");
-        // SAFETY: a path that ends in 0.
+        // SAFETY: the path is NUL-terminated.
         let kvm = unsafe { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
         self.files.insert("kvm".into(), kvm);
         let vm = ioctl(kvm, KVM_CREATE_VM, ptr::null_mut());
@@ -72,9 +72,9 @@ impl Toy {
         let vcpu = ioctl(self.file("vm"), KVM_CREATE_VCPU, ptr::null_mut());
         self.run = map(vcpu, libc::MAP_SHARED, bytes);
         let page = map(-1, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, 4096);
-        // The reset vector, 16 bytes below 4 GiB: WBINVD, HLT, and back.
+        // The reset vector, 16 bytes below 4 GiB: WBINVD, HLT, and a jump back.
         let reset_vector = ptr::with_exposed_provenance_mut::<[u8; 5]>(page + 0xff0);
-        // SAFETY: within the mapping made just now.
+        // SAFETY: within the mapping created above.
         unsafe { reset_vector.write([0x0f, 0x09, 0xf4, 0xeb, 0xfb]) };
         let mut region: [u64; 4] = [0, 0xffff_f000, 4096, page as u64];
         let set = ioctl(self.file("vm"), KVM_SET_USER_MEMORY_REGION, region.as_mut_ptr().cast());
@@ -87,22 +87,22 @@ impl Toy {
         if result == 0 && flags == 0 {
             self.files.insert("vfio".into(), create[1].cast_signed());
         }
-        done(result)
+        result_text(result)
     }
 
     fn memory(&mut self, name: &str, mapped: bool, flags: c_uint) -> String {
         let path = CString::new(name).expect("a word");
-        // SAFETY: a name that ends in 0, then numbers.
+        // SAFETY: the name is NUL-terminated, the other argument an integer.
         let fd = unsafe { libc::memfd_create(path.as_ptr(), libc::MFD_CLOEXEC | flags) };
-        // SAFETY: numbers.
+        // SAFETY: the arguments are integers.
         unsafe { libc::ftruncate(fd, SIZE.cast_signed() as libc::off_t) };
         let address = map(fd, libc::MAP_SHARED, SIZE);
-        // SAFETY: the mapping made just now.
+        // SAFETY: the mapping created above.
         unsafe { ptr::with_exposed_provenance_mut::<u8>(address).write(b'x') };
         if mapped {
             self.maps.insert(name.into(), address);
         } else {
-            // SAFETY: the mapping made just now, to which nothing refers any more.
+            // SAFETY: the mapping created above, to which nothing refers any more.
             unsafe { libc::munmap(ptr::with_exposed_provenance_mut(address), SIZE) };
         }
         self.open(name, fd)
@@ -110,22 +110,22 @@ impl Toy {
 
     fn private(&mut self) -> String {
         let address = map(-1, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, SIZE);
-        // SAFETY: the mapping made just now.
+        // SAFETY: the mapping created above.
         unsafe { ptr::with_exposed_provenance_mut::<u8>(address).write(b'x') };
         self.maps.insert("private".into(), address);
-        done(0)
+        result_text(0)
     }
 
     fn advise(&self, name: &str, advice: c_int) -> String {
         let address = ptr::with_exposed_provenance_mut(self.maps[name]);
-        // SAFETY: one of the mappings made above; nothing refers to their contents.
-        done(unsafe { libc::madvise(address, SIZE, advice) })
+        // SAFETY: one of the mappings created above; nothing refers to their contents.
+        result_text(unsafe { libc::madvise(address, SIZE, advice) })
     }
 
     fn punch(&self, name: &str) -> String {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: numbers.
-        done(unsafe { libc::fallocate64(self.file(name), mode, 0, SIZE.cast_signed() as libc::off64_t) })
+        // SAFETY: the arguments are integers.
+        result_text(unsafe { libc::fallocate64(self.file(name), mode, 0, SIZE.cast_signed() as libc::off64_t) })
     }
 
     fn blocks(&self, name: &str) -> String {
@@ -138,25 +138,25 @@ impl Toy {
 
     fn first_byte(&self, name: &str) -> String {
         let address = ptr::with_exposed_provenance::<u8>(self.maps[name]);
-        // SAFETY: one of the mappings made above.
+        // SAFETY: one of the mappings created above.
         unsafe { address.read_volatile() }.to_string()
     }
 
     fn close(&mut self, name: &str) -> String {
-        // SAFETY: a number.
+        // SAFETY: the argument is an integer.
         let result = unsafe { libc::close(self.file(name)) };
         if name == "vm" {
             self.files.remove("vm");
         }
-        done(result)
+        result_text(result)
     }
 
-    fn obey(&mut self, line: &str) -> String {
+    fn execute(&mut self, line: &str) -> String {
         match *line.split_whitespace().collect::<Vec<_>>() {
             ["vm"] => self.vm("vm"),
             ["vm", name] => self.vm(name),
             ["vcpu"] => self.vcpu(),
-            ["run"] => done(ioctl(self.file("vcpu"), KVM_RUN, ptr::null_mut())),
+            ["run"] => result_text(ioctl(self.file("vcpu"), KVM_RUN, ptr::null_mut())),
             ["vfio"] => self.vfio(0),
             ["vfio-test"] => self.vfio(1),
             ["close", name] => self.close(name),
@@ -171,15 +171,15 @@ impl Toy {
             ["madvise", name, "free"] => self.advise(name, libc::MADV_FREE),
             ["blocks", name] => self.blocks(name),
             ["first-byte", name] => self.first_byte(name),
-            _ => "what?".into(),
+            _ => "unknown command".into(),
         }
     }
 }
 
 fn main() -> io::Result<()> {
-    let mut toy = Toy::default();
+    let mut vmm = TestVmm::default();
     for line in io::stdin().lock().lines() {
-        let answer = toy.obey(&line?);
+        let answer = vmm.execute(&line?);
         println!("{answer}");
         io::stdout().flush()?;
     }

@@ -1,14 +1,14 @@
-//! Which holes are holes in guest memory? QEMU punches them into disk images as well, where a hole that is not punched but
-//! reported would be a block that was to be zero and is not. Guest memory that a device of another process can reach is a
-//! memfd, a file in tmpfs or in hugetlbfs, mapped shared; disk images are not mapped. So:
+//! Finds out which holes are in guest memory. QEMU punches holes into disk images as well. There, reporting success without
+//! punching would leave old data in a block that must read as zero. Guest memory that a device of another process can access
+//! is a memfd, or a file in tmpfs or hugetlbfs, and is mapped shared. Disk images are not mapped. So:
 //!
-//! | a device reaches guest memory | file | hole |
+//! | a device can access guest memory | file | hole |
 //! |---|---|---|
 //! | no | any | punched |
 //! | yes | on any other file system | punched |
 //! | yes | tmpfs, hugetlbfs; not mapped shared here | punched |
-//! | yes | tmpfs, hugetlbfs; mapped shared here | success, and nothing happens |
-//! | yes | tmpfs, hugetlbfs; `/proc` does not say | EOPNOTSUPP: a block driver writes zeroes instead, a balloon goes on |
+//! | yes | tmpfs, hugetlbfs; mapped shared here | not punched, success reported |
+//! | yes | tmpfs, hugetlbfs; `/proc` not readable | EOPNOTSUPP: a block driver writes zeroes, a balloon ignores it |
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Seek};
@@ -23,7 +23,7 @@ use crate::{VM, fail};
 const TMPFS_MAGIC: u32 = 0x0102_1994;
 const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
 
-/// A file, as /proc names it: major and minor number of its device, inode.
+/// A file as /proc identifies it: major and minor number of its device, inode.
 type FileId = (u32, u32, u64);
 
 enum Kind {
@@ -32,7 +32,7 @@ enum Kind {
     Unknown,
 }
 
-/// Punches the hole into `fd` that `allocate` stands for, unless it is one in guest memory that must stay.
+/// Calls `allocate` to punch a hole into `fd`, unless `fd` is guest memory that must not be discarded.
 pub(crate) fn punch(fd: c_int, allocate: impl Fn() -> c_int) -> c_int {
     VM.unless_pinned(&allocate).unwrap_or_else(|| match kind(fd) {
         Kind::GuestMemory => 0,
@@ -45,7 +45,7 @@ fn kind(fd: c_int) -> Kind {
     if fd < 0 {
         return Kind::Other;
     }
-    // SAFETY: used for two calls that answer EBADF for a number that is no descriptor.
+    // SAFETY: only used for two calls that fail with EBADF if the number is not a descriptor.
     let file = unsafe { BorrowedFd::borrow_raw(fd) };
     let (Ok(system), Ok(stat)) = (fstatfs(file), fstat(file)) else { return Kind::Other };
     if !u32::try_from(system.f_type).is_ok_and(|magic| matches!(magic, TMPFS_MAGIC | HUGETLBFS_MAGIC)) {
@@ -58,16 +58,16 @@ fn kind(fd: c_int) -> Kind {
     }
 }
 
-/// The file in which the last hole would have been, since a balloon asks page by page; and /proc/self/maps, opened before
-/// QEMU goes into a chroot.
 struct Memory {
+    /// The last file found to be guest memory. A balloon punches holes page by page, so this saves reading the maps each time.
     last: Option<FileId>,
+    /// /proc/self/maps, opened before QEMU enters a chroot.
     maps: Option<File>,
 }
 
 static MEMORY: Mutex<Memory> = Mutex::new(Memory { last: None, maps: None });
 
-/// Opens what will be needed while that is still possible.
+/// Opens /proc/self/maps while it is still reachable.
 pub(crate) fn prepare() {
     let mut memory = MEMORY.lock().unwrap_or_else(PoisonError::into_inner);
     memory.maps = File::open("/proc/self/maps").ok();
@@ -89,7 +89,7 @@ fn mapped_shared(file: FileId) -> std::io::Result<bool> {
     Ok(false)
 }
 
-/// The file that a line of /proc/self/maps is about, if it is mapped shared (proc_pid_maps(5)).
+/// The file in a line of /proc/self/maps, if it is mapped shared (proc_pid_maps(5)).
 fn shared_mapping(line: &str) -> Option<FileId> {
     let mut fields = line.split_ascii_whitespace();
     let (_range, access, _offset, device, inode) =

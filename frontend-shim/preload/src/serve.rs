@@ -1,5 +1,5 @@
-//! Starts the server's thread once there is a sign of a VM, in the process that has it: not when the library is loaded, as
-//! then a shell that starts the VMM, or a helper that the VMM starts, would serve as well.
+//! Starts the server's thread at the first sign of a VM, in the process that has it. It does not start when the library is
+//! loaded: a shell that starts the VMM, or a helper that the VMM starts, would serve as well.
 
 use std::fmt;
 use std::io::Write;
@@ -10,7 +10,7 @@ use shim::{Config, Server};
 
 use crate::{VM, guard};
 
-/// The process that serves, 0: none yet. With -daemonize QEMU forks before it makes a VM.
+/// The process that serves; 0: none yet. With -daemonize QEMU forks before it creates a VM.
 static SERVING: AtomicU32 = AtomicU32::new(0);
 
 /// Starts the server, the first time in a process.
@@ -20,30 +20,30 @@ pub(crate) fn start() {
         return;
     }
     guard::prepare();
-    match Config::from_variables(std::env::var_os, say) {
+    match Config::from_variables(std::env::var_os, log_line) {
         Ok(Some(config)) => spawn(config),
-        Ok(None) => say(format_args!("KVM_VFIO_SHIM_SOCKET is not set, so no backend can connect")),
-        Err(error) => say(format_args!("{error}; not serving")),
+        Ok(None) => log_line(format_args!("KVM_VFIO_SHIM_SOCKET is not set, so no backend can connect")),
+        Err(error) => log_line(format_args!("{error}; not serving")),
     }
 }
 
 fn spawn(config: Config) {
     let server = match Server::new(&config, &VM) {
         Ok(server) => server,
-        Err(error) => return say(format_args!("{}: {error}; not serving", config.socket.display())),
+        Err(error) => return log_line(format_args!("{}: {error}; not serving", config.socket.display())),
     };
     let mut server = server;
     let thread = std::thread::Builder::new().name("kvm-vfio-shim".into()).stack_size(256 << 10);
     let started = with_signals_blocked(|| thread.spawn(move || server.run()));
     if let Err(error) = started {
-        say(format_args!("no thread: {error}; not serving"));
+        log_line(format_args!("cannot start a thread: {error}; not serving"));
     }
 }
 
-/// A thread inherits its maker's mask: the VMM's signal handlers must not run in the server's.
+/// A new thread inherits the signal mask, and the VMM's signal handlers must not run in the server's thread.
 fn with_signals_blocked<T>(run: impl FnOnce() -> T) -> T {
     let (mut all, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
-    // SAFETY: sigfillset and pthread_sigmask write the sets they are given, before anything reads them.
+    // SAFETY: sigfillset and pthread_sigmask write the sets before anything reads them.
     unsafe {
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
@@ -54,7 +54,7 @@ fn with_signals_blocked<T>(run: impl FnOnce() -> T) -> T {
     result
 }
 
-/// One line to the VMM's log. Written in one piece and not by `eprintln`, which would panic when nobody reads.
-fn say(line: fmt::Arguments<'_>) {
+/// Writes one line to the VMM's log, in one write. `eprintln` would panic if the write failed.
+fn log_line(line: fmt::Arguments<'_>) {
     _ = std::io::stderr().write_all(format!("kvm-vfio-shim: {line}\n").as_bytes());
 }

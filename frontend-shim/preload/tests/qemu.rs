@@ -1,5 +1,5 @@
-//! The library in stock QEMU, in the sandbox libvirt gives it. Guests stay at their first instruction; what a running guest
-//! does is tested in the testbed. Where there is no QEMU, or no KVM, the tests say so and pass.
+//! The library in stock QEMU, in the sandbox that libvirt uses. The guests do not run; the testbed has the tests with a running
+//! guest. Without QEMU or KVM the tests say so and pass.
 #![expect(clippy::unwrap_used, reason = "a test may")]
 
 mod library;
@@ -19,9 +19,9 @@ struct Qemu {
 }
 
 impl Qemu {
-    /// `None` where it cannot be had.
+    /// `None` without QEMU, or without KVM if `accelerator` is KVM.
     fn start(name: &str, accelerator: &str, more: &[&str]) -> Option<Self> {
-        let missing = |what: &str| println!("no {what} here: not tested");
+        let missing = |name: &str| println!("no {name} here: not tested");
         if accelerator == "kvm" && !Path::new("/dev/kvm").exists() {
             missing("/dev/kvm");
             return None;
@@ -44,7 +44,7 @@ impl Qemu {
     fn client(&self) -> (Client, Status) {
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
-            match Client::connect(&self.directory.join("shim"), Client::PATIENCE) {
+            match Client::connect(&self.directory.join("shim"), Client::DEFAULT_TIMEOUT) {
                 Ok(client) => return client,
                 Err(error) => assert!(Instant::now() < deadline, "{error}"),
             }
@@ -62,7 +62,7 @@ impl Drop for Qemu {
 }
 
 #[test]
-fn under_tcg_there_is_no_vm_and_memory_can_be_guarded() {
+fn under_tcg_there_is_no_vm_and_a_coherent_device_can_be_registered() {
     let Some(qemu) = Qemu::start("tcg", "tcg", &SANDBOX) else { return };
     let (mut client, status) = qemu.client();
     assert_eq!((status.vms, status.vmm_pid), (0, qemu.process.id()));
@@ -75,7 +75,7 @@ fn under_tcg_there_is_no_vm_and_memory_can_be_guarded() {
 fn with_kvm_there_is_one_vm() {
     let Some(qemu) = Qemu::start("kvm", "kvm", &SANDBOX) else { return };
     let (mut client, _) = qemu.client();
-    // The socket may be there before KVM_CREATE_VM has come back to QEMU.
+    // The socket may exist before KVM_CREATE_VM returns to QEMU.
     let deadline = Instant::now() + Duration::from_secs(30);
     while client.query().unwrap().vms == 0 {
         assert!(Instant::now() < deadline);
@@ -85,7 +85,7 @@ fn with_kvm_there_is_one_vm() {
 }
 
 #[test]
-fn a_daemon_serves_from_the_process_that_stays() {
+fn with_daemonize_the_remaining_process_serves() {
     let daemon = ["-daemonize", "-pidfile", "pid"];
     // Without the sandbox, whose spawn=deny forbids the fork.
     let Some(mut qemu) = Qemu::start("daemon", "tcg", &daemon) else { return };

@@ -45,10 +45,10 @@ proptest! {
     }
 
     #[test]
-    fn what_is_understood_is_what_would_be_written(bytes: [u8; REQUEST_BYTES], fixed: bool) {
+    fn a_decoded_request_encodes_to_the_same_bytes(bytes: [u8; REQUEST_BYTES], fixed: bool) {
         let mut bytes = bytes;
         if fixed {
-            // Noise rarely has the header; with it, the rest is looked at too.
+            // Random bytes rarely have a valid header; with one, the other fields are tested too.
             bytes[..8].copy_from_slice(&Request { serial: 0, kind: Kind::Query }.to_bytes()[..8]);
             bytes[6] %= 6;
             bytes[13..16].fill(0);
@@ -59,13 +59,13 @@ proptest! {
     }
 
     #[test]
-    fn noise_of_any_length_is_refused_and_nothing_else(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+    fn random_bytes_of_any_length_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
         prop_assert!(Request::from_bytes(&bytes).is_err());
         prop_assert!(Reply::from_bytes(&bytes).is_err());
     }
 
     #[test]
-    fn a_flipped_bit_never_makes_a_reply_that_would_not_be_written(
+    fn a_flipped_bit_never_decodes_to_a_reply_with_other_bytes(
         outcome in outcomes(), status in statuses(), bit in 0..REPLY_BYTES * 8,
     ) {
         let mut bytes = Reply { serial: 7, outcome, status }.to_bytes();
@@ -77,15 +77,15 @@ proptest! {
 }
 
 #[test]
-fn another_version_is_recognised_whatever_its_length() {
+fn another_version_is_recognized_at_any_length() {
     let mut bytes = Request { serial: 1, kind: Kind::Hello }.to_bytes().to_vec();
     bytes[4] = 9;
     bytes.extend([1, 2, 3]);
-    assert_eq!(Request::from_bytes(&bytes), Err(Garbled::Version(9)));
+    assert_eq!(Request::from_bytes(&bytes), Err(DecodeError::Version(9)));
 }
 
 #[test]
-fn the_layout_is_the_table_at_the_top() {
+fn the_layout_is_the_one_in_the_module_documentation() {
     let bytes = Request { serial: 0x0403_0201, kind: Kind::Unregister(0x0d0c_0b0a) }.to_bytes();
     assert_eq!(bytes[..12], *b"KVSH\x01\0\x03\0\x01\x02\x03\x04");
     assert_eq!(bytes[16..24], [0xa, 0xb, 0xc, 0xd, 0, 0, 0, 0]);

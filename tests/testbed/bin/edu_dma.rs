@@ -1,8 +1,8 @@
-//! Drives QEMU's educational device (docs/specs/edu.rst) from user space, as a guest's own driver would: has it copy a page
-//! of this process into its buffer and back to another page, or aims it at any physical address.
+//! Drives QEMU's educational device (docs/specs/edu.rst) from user space, as a guest's driver would. The device copies a page
+//! of this process to its buffer and back to another page, or writes to a given physical address.
 //!
-//!   edu-dma copy           prints "copied" when the second page holds what the first one has
-//!   edu-dma aim ADDRESS    has it write 64 bytes at a physical address; prints "finished" when the device says so
+//!   edu-dma copy           prints "copied" if the second page then has the content of the first
+//!   edu-dma aim ADDRESS    makes the device write 64 bytes at a physical address; prints "finished" when it has finished
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -15,14 +15,14 @@ use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 type Error = Box<dyn std::error::Error>;
 
 const PAGE: usize = 4096;
-/// Registers: source, destination, bytes, and the command, whose bits are start and "from the device".
+/// Registers: source, destination, byte count, and command with its bits.
 const SOURCE: usize = 0x80;
 const DESTINATION: usize = 0x88;
 const COUNT: usize = 0x90;
 const COMMAND: usize = 0x98;
 const START: u64 = 1;
 const FROM_DEVICE: u64 = 1 << 1;
-/// Where the device's own buffer is, as it sees it.
+/// Address of the device's own buffer, in its address space.
 const BUFFER: u64 = 0x4_0000;
 
 struct Edu {
@@ -41,7 +41,7 @@ impl Edu {
         Ok(Self { registers })
     }
 
-    /// Copies `count` bytes; returns when the device has done so.
+    /// Makes the device copy `count` bytes; returns when it has finished.
     fn copy(&self, source: u64, destination: u64, count: u64, direction: u64) -> Result<(), Error> {
         let slice = self.registers.as_volatile_slice();
         slice.store(source, SOURCE, SeqCst)?;
@@ -55,7 +55,7 @@ impl Edu {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        Err("the device does not finish".into())
+        Err("the device has not finished within 5 s".into())
     }
 }
 
@@ -67,16 +67,16 @@ fn find() -> Result<PathBuf, Error> {
             return Ok(at);
         }
     }
-    Err("no educational device here".into())
+    Err("no educational device on this machine".into())
 }
 
-/// Where `page` lies in physical memory (Documentation/admin-guide/mm/pagemap.rst).
+/// The physical address of `page` (Documentation/admin-guide/mm/pagemap.rst).
 fn physical(page: &MmapRegion<()>) -> Result<u64, Error> {
     let mut entry = [0; 8];
     let index = page.as_ptr() as usize / PAGE;
     File::open("/proc/self/pagemap")?.read_exact_at(&mut entry, index as u64 * 8)?;
     let frame = u64::from_le_bytes(entry) & ((1 << 55) - 1);
-    if frame == 0 { Err("the page is not there".into()) } else { Ok(frame * PAGE as u64) }
+    if frame == 0 { Err("the page is not present".into()) } else { Ok(frame * PAGE as u64) }
 }
 
 fn copy() -> Result<(), Error> {

@@ -1,4 +1,4 @@
-//! `iommu-probe [FUNCTION]`: what the kernel says of a function and its IOMMU, one `key=value` a line.
+//! `iommu-probe [FUNCTION]`: what the kernel reports about a function and its IOMMU, one `key=value` per line.
 
 use std::process::ExitCode;
 

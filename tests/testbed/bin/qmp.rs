@@ -1,6 +1,6 @@
-//! `qmp SOCKET COMMAND [ARGUMENTS]`: one command to QEMU; ARGUMENTS is a JSON object. Prints the answer.
+//! `qmp SOCKET COMMAND [ARGUMENTS]`: sends one command to QEMU and prints the answer; ARGUMENTS is a JSON object.
 //!
-//! It can do without a JSON parser: QEMU answers one object a line, and the first key tells which kind.
+//! It needs no JSON parser: QEMU sends one object per line, and the first key shows its kind.
 
 use std::io::{BufRead, BufReader, Error, Write};
 use std::os::unix::net::UnixStream;
@@ -33,14 +33,14 @@ fn execute(socket: &str, command: &str, arguments: &str) -> Result<String, Error
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     let mut lines = BufReader::new(stream.try_clone()?).lines();
-    // The greeting, then out of negotiation mode. QEMU's QMP specification §2.2
+    // Skips the greeting and leaves negotiation mode. QEMU's QMP specification §2.2
     writeln!(stream, r#"{{"execute": "qmp_capabilities"}}"#)?;
     answer(&mut lines)?;
     writeln!(stream, r#"{{"execute": "{command}", "arguments": {arguments}}}"#)?;
     answer(&mut lines)
 }
 
-/// The next line that is an answer: events and the greeting may come at any time before it.
+/// The next line that is an answer. The greeting and events may come before it.
 fn answer(lines: &mut impl Iterator<Item = Result<String, Error>>) -> Result<String, Error> {
     for line in lines {
         let line = line?;

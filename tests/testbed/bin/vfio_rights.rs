@@ -1,4 +1,5 @@
-//! `vfio-rights PID`: what the VFIO device files that a process holds are worth to it, one line a file.
+//! `vfio-rights PID`: which access to their devices a process has through the VFIO device files that it holds, one line per
+//! file.
 
 use std::process::ExitCode;
 
@@ -13,11 +14,11 @@ fn main() -> ExitCode {
     match testbed::rights::of_process(process) {
         Ok(files) => {
             for (path, attempts) in files {
-                let worth = attempts.iter().map(|(what, outcome)| match outcome {
-                    Ok(()) => format!("{what}=done"),
-                    Err(error) => format!("{what}={}", error.raw_os_error().unwrap_or_default()),
+                let results = attempts.iter().map(|(name, result)| match result {
+                    Ok(()) => format!("{name}=done"),
+                    Err(error) => format!("{name}={}", error.raw_os_error().unwrap_or_default()),
                 });
-                println!("{path} {}", worth.collect::<Vec<_>>().join(" "));
+                println!("{path} {}", results.collect::<Vec<_>>().join(" "));
             }
             ExitCode::SUCCESS
         }

@@ -1,27 +1,27 @@
-//! A packed virtqueue as the guest's driver sees it (virtio 1.2 §2.8). The buffer ID of a chain is its slot.
+//! The driver's side of a packed virtqueue (virtio 1.2 §2.8). The buffer ID of a chain is its slot.
 
 use std::sync::atomic::{Ordering, fence};
 
-use super::ram::{Part, Ram};
+use super::ram::{Buffer, Ram};
 use super::ring::{Areas, CHAIN, DESC};
 
 const NEXT: u16 = 1;
-// Whose a descriptor is (§2.8.1).
+// Owner of a descriptor (§2.8.1).
 const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
-// Event suppression (§2.8.14); the place stands in the lower half of the word, its wrap counter in bit 15.
+// Event suppression (§2.8.14). The lower half of the word is the position, with its wrap counter in bit 15.
 const DISABLE: u32 = 1 << 16;
-const AT_PLACE: u32 = 2 << 16;
+const AT_POSITION: u32 = 2 << 16;
 const WRAP: u32 = 1 << 15;
 
-/// A place in the ring, and the wrap counter of its round.
+/// A position in the ring, with its wrap counter.
 #[derive(Clone, Copy)]
-struct Place {
+struct Position {
     slot: u16,
     wrap: bool,
 }
 
-impl Place {
+impl Position {
     #[inline]
     fn advance(&mut self, by: u16, size: u16) {
         self.slot += by;
@@ -31,7 +31,7 @@ impl Place {
         }
     }
 
-    /// Flags of a descriptor that is made available here.
+    /// Flags of a descriptor that is available at this position.
     #[inline]
     fn available(self) -> u16 {
         if self.wrap { AVAIL } else { USED }
@@ -45,15 +45,16 @@ impl Place {
 
 pub(super) struct Packed {
     ram: Ram,
-    at: Areas,
+    areas: Areas,
     size: u16,
     event_idx: bool,
-    next: Place,
-    seen: Place,
-    /// How many descriptors each slot's chain has.
+    next: Position,
+    seen: Position,
+    /// Number of descriptors in the chain of each slot.
     lengths: Box<[u16]>,
-    /// Where the chains begin that the device does not see yet, and the flags it waits for; how many descriptors they have.
-    hidden: Option<(Place, u16)>,
+    /// Position of the first unpublished descriptor, and the flags that publish it.
+    unpublished: Option<(Position, u16)>,
+    /// Number of unpublished descriptors.
     new: u16,
 }
 
@@ -63,58 +64,58 @@ impl Packed {
         [usize::from(size) * DESC, 4, 4]
     }
 
-    /// No power of two, so that chains run over the end.
+    /// Not a power of two, so that chains wrap around the end.
     pub(super) fn size(depth: u16) -> u16 {
         depth * CHAIN + 1
     }
 
-    pub(super) fn new(ram: Ram, at: Areas, size: u16, event_idx: bool) -> Self {
-        let start = Place { slot: 0, wrap: true };
+    pub(super) fn new(ram: Ram, areas: Areas, size: u16, event_idx: bool) -> Self {
+        let start = Position { slot: 0, wrap: true };
         let lengths = vec![0; usize::from(size / CHAIN)].into();
-        Self { ram, at, size, event_idx, next: start, seen: start, lengths, hidden: None, new: 0 }
+        Self { ram, areas, size, event_idx, next: start, seen: start, lengths, unpublished: None, new: 0 }
     }
 
     #[inline]
-    fn desc(&self, place: Place) -> usize {
-        self.at.desc + usize::from(place.slot) * DESC
+    fn desc(&self, position: Position) -> usize {
+        self.areas.desc + usize::from(position.slot) * DESC
     }
 
     #[inline]
-    fn word(part: &Part, id: u16, flags: u16) -> u64 {
-        u64::from(part.len) | u64::from(id) << 32 | u64::from(part.flags | flags) << 48
+    fn word(buffer: &Buffer, id: u16, flags: u16) -> u64 {
+        u64::from(buffer.len) | u64::from(id) << 32 | u64::from(buffer.flags | flags) << 48
     }
 
-    /// Writes descriptors to the table at `at`, where their order is their link.
+    /// Writes descriptors to the indirect table at `at`. Their order links them.
     #[inline]
-    pub(super) fn write_table(ram: &Ram, at: usize, parts: &[Part]) {
-        for (n, part) in parts.iter().enumerate() {
-            ram.store(at + n * DESC, part.addr);
-            ram.store(at + n * DESC + 8, Self::word(part, 0, 0));
+    pub(super) fn write_table(ram: &Ram, at: usize, buffers: &[Buffer]) {
+        for (n, buffer) in buffers.iter().enumerate() {
+            ram.store(at + n * DESC, buffer.addr);
+            ram.store(at + n * DESC + 8, Self::word(buffer, 0, 0));
         }
     }
 
     #[inline]
-    pub(super) fn offer(&mut self, slot: u16, parts: &[Part]) {
-        let mut left = parts.len();
-        for part in parts {
+    pub(super) fn offer(&mut self, slot: u16, buffers: &[Buffer]) {
+        let mut left = buffers.len();
+        for buffer in buffers {
             left -= 1;
             let flags = self.next.available() | if left == 0 { 0 } else { NEXT };
-            self.put(part, slot, flags);
+            self.put(buffer, slot, flags);
         }
-        self.lengths[usize::from(slot)] = u16::try_from(parts.len()).expect("a short chain");
+        self.lengths[usize::from(slot)] = u16::try_from(buffers.len()).expect("a short chain");
     }
 
-    /// Writes one descriptor; the first of those that are new keeps its former flags.
+    /// Writes one descriptor. The first unpublished one keeps its old flags until [`Self::publish`].
     #[inline]
-    fn put(&mut self, part: &Part, id: u16, flags: u16) {
+    fn put(&mut self, buffer: &Buffer, id: u16, flags: u16) {
         let at = self.desc(self.next);
-        self.ram.store(at, part.addr);
-        if self.hidden.is_none() {
-            self.hidden = Some((self.next, part.flags | flags));
-            self.ram.store(at + 8, part.len);
+        self.ram.store(at, buffer.addr);
+        if self.unpublished.is_none() {
+            self.unpublished = Some((self.next, buffer.flags | flags));
+            self.ram.store(at + 8, buffer.len);
             self.ram.store(at + 12, id);
         } else {
-            self.ram.store(at + 8, Self::word(part, id, flags));
+            self.ram.store(at + 8, Self::word(buffer, id, flags));
         }
         self.next.advance(1, self.size);
         self.new += 1;
@@ -123,19 +124,19 @@ impl Packed {
     /// True if the device wants to be kicked.
     #[inline]
     pub(super) fn publish(&mut self) -> bool {
-        let Some((first, flags)) = self.hidden.take() else { return false };
+        let Some((first, flags)) = self.unpublished.take() else { return false };
         self.ram.store(self.desc(first) + 14, flags);
         let new = std::mem::take(&mut self.new);
-        // The descriptor is seen before the device's wish is read; the device does the two in the other order.
+        // Orders the write of the flags before the read of the event suppression. The device does the opposite.
         fence(Ordering::SeqCst);
-        let wish: u32 = self.ram.load(self.at.device);
-        match wish & (3 << 16) {
+        let suppression: u32 = self.ram.load(self.areas.device);
+        match suppression & (3 << 16) {
             DISABLE => false,
-            AT_PLACE => {
-                let mut place = first;
+            AT_POSITION => {
+                let mut position = first;
                 (0..new).any(|_| {
-                    let reached = place.word() == wish & 0xffff;
-                    place.advance(1, self.size);
+                    let reached = position.word() == suppression & 0xffff;
+                    position.advance(1, self.size);
                     reached
                 })
             }
@@ -143,7 +144,7 @@ impl Packed {
         }
     }
 
-    /// The slot of a chain that has come back, and the bytes written to it.
+    /// The slot of a used chain, and the bytes written to it.
     #[inline]
     pub(super) fn take(&mut self) -> Option<(u16, u32)> {
         let at = self.desc(self.seen);
@@ -158,26 +159,26 @@ impl Packed {
         Some((slot, len))
     }
 
-    /// Asks for a call at the next chain that comes back, or at none.
+    /// Enables the call for the next used chain, or disables calls.
     #[inline]
-    pub(super) fn want_call(&self, wanted: bool) {
-        let wish = match (wanted, self.event_idx) {
+    pub(super) fn request_call(&self, wanted: bool) {
+        let suppression = match (wanted, self.event_idx) {
             (false, _) => DISABLE,
             (true, false) => 0,
-            (true, true) => AT_PLACE | self.seen.word(),
+            (true, true) => AT_POSITION | self.seen.word(),
         };
-        self.ram.store(self.at.driver, wish);
+        self.ram.store(self.areas.driver, suppression);
         if wanted {
-            // The wish is seen before the caller's last look.
+            // Orders the write above before the caller's next look at the ring.
             fence(Ordering::SeqCst);
         }
     }
 
-    /// Offers a chain without an end.
-    pub(super) fn break_rules(&mut self) {
+    /// Offers an endless chain.
+    pub(super) fn corrupt_ring(&mut self) {
         for _ in 0..self.size {
             let flags = self.next.available() | NEXT;
-            self.put(&Part { addr: Ram::BASE, len: 16, flags: 0 }, 0, flags);
+            self.put(&Buffer { addr: Ram::BASE, len: 16, flags: 0 }, 0, flags);
         }
     }
 }

@@ -1,34 +1,34 @@
-//! The guest's memory as its driver sees it: words at offsets into one file.
+//! Guest memory, accessed by offset into one file.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use vm_memory::{AtomicAccess, Bytes, MmapRegion, VolatileMemory, VolatileSlice};
 
-/// Where the guest believes its memory to start.
+/// Guest address at which memory starts.
 const GUEST_BASE: u64 = 1 << 20;
-/// Places past the end of the memory fail the test: they are its own.
+/// An offset past the end is an error in the test itself.
 const INSIDE: &str = "inside the memory";
 
 /// A buffer of a chain: guest address, bytes, and descriptor flags without NEXT.
 #[derive(Clone, Copy, Debug)]
-pub struct Part {
-    /// Where it starts.
+pub struct Buffer {
+    /// Guest address.
     pub addr: u64,
-    /// How long it is.
+    /// Length in bytes.
     pub len: u32,
-    /// [`Part::WRITABLE`], [`Part::TABLE`] or 0.
+    /// [`Buffer::WRITABLE`], [`Buffer::TABLE`] or 0.
     pub flags: u16,
 }
 
-impl Part {
-    /// VIRTQ_DESC_F_WRITE (virtio 1.2 §2.7.5): the device writes it.
+impl Buffer {
+    /// VIRTQ_DESC_F_WRITE (virtio 1.2 §2.7.5): the device writes to it.
     pub const WRITABLE: u16 = 2;
-    /// VIRTQ_DESC_F_INDIRECT: it holds a table of descriptors.
+    /// VIRTQ_DESC_F_INDIRECT: it is a table of descriptors.
     pub const TABLE: u16 = 4;
 }
 
-/// Guest memory; clones are the same.
+/// Guest memory; clones share it.
 #[derive(Clone)]
 pub(super) struct Ram(Arc<MmapRegion>);
 
@@ -49,19 +49,19 @@ impl Ram {
         self.0.as_ptr() as u64 + offset as u64
     }
 
-    /// The guest's address of it.
+    /// The guest address of the byte at `offset`.
     #[inline]
     pub(super) fn guest(offset: usize) -> u64 {
         GUEST_BASE + offset as u64
     }
 
-    /// Reads a word; later reads see what was written before it.
+    /// Reads a word with acquire ordering.
     #[inline]
     pub(super) fn load<T: AtomicAccess>(&self, offset: usize) -> T {
         self.slice().load(offset, Ordering::Acquire).expect(INSIDE)
     }
 
-    /// Writes a word after all earlier writes.
+    /// Writes a word with release ordering.
     #[inline]
     pub(super) fn store<T: AtomicAccess>(&self, offset: usize, value: T) {
         self.slice().store(value, offset, Ordering::Release).expect(INSIDE);

@@ -1,5 +1,4 @@
-//! A virtqueue of a block device as the guest's driver sees it: requests in slots (virtio 1.2 §5.2.6), whichever way the
-//! ring itself is laid out.
+//! The driver's side of a virtqueue of a block device: requests in slots (virtio 1.2 §5.2.6), with a split or packed ring.
 //!
 //! ```text
 //! free ── submit, or prepare and offer ──► filled ── publish ──► the device's ── reap / wait ──► free
@@ -14,7 +13,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::packed::Packed;
-use super::ram::{Part, Ram};
+use super::ram::{Buffer, Ram};
 use super::split::Split;
 use super::{EVENT_IDX, Error, INDIRECT, PACKED, Shape};
 
@@ -28,39 +27,39 @@ pub(super) const CHAIN: u16 = 3;
 const HEADER: usize = 64;
 const STATUS: usize = 16;
 
-/// What a request asks for.
+/// A request.
 #[derive(Clone, Copy, Debug)]
 pub enum Request {
     /// From the disk to the slot's data.
     Read {
-        /// Where, sectors of 512 bytes.
+        /// First sector of 512 bytes.
         sector: u64,
-        /// How much.
+        /// Number of bytes.
         bytes: usize,
     },
     /// From the slot's data to the disk.
     Write {
-        /// Where, sectors of 512 bytes.
+        /// First sector of 512 bytes.
         sector: u64,
-        /// How much.
+        /// Number of bytes.
         bytes: usize,
     },
-    /// What has been written becomes durable.
+    /// Makes earlier writes durable.
     Flush,
 }
 
-/// A request that has ended.
+/// A completed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Done {
-    /// Which.
+pub struct Completion {
+    /// Its slot.
     pub slot: u16,
     /// VIRTIO_BLK_S_OK (0), IOERR (1) or UNSUPP (2); 255 if the device wrote none.
     pub status: u8,
-    /// How many bytes the device says it has written, the status among them.
+    /// Bytes that the device has written according to the used entry, including the status.
     pub written: u32,
 }
 
-/// Where the three areas of a ring lie, offsets into the memory.
+/// Offsets of a ring's three areas in the memory.
 #[derive(Clone, Copy)]
 pub(super) struct Areas {
     pub(super) desc: usize,
@@ -68,8 +67,8 @@ pub(super) struct Areas {
     pub(super) device: usize,
 }
 
-/// Where the parts lie, offsets into the memory.
-struct Places {
+/// Offsets of the ring and its requests in the memory.
+struct Offsets {
     ring: Areas,
     tables: usize,
     headers: usize,
@@ -77,7 +76,7 @@ struct Places {
     end: usize,
 }
 
-impl Places {
+impl Offsets {
     fn new(start: usize, ring: [usize; 3], shape: Shape) -> Self {
         let depth = usize::from(shape.depth);
         let pages = |bytes: usize| bytes.next_multiple_of(PAGE);
@@ -92,15 +91,15 @@ impl Places {
     }
 }
 
-/// Descriptors of the ring, and bytes of its areas.
+/// Number of descriptors of the ring, and bytes of its areas.
 fn ring_size(shape: Shape, packed: bool) -> (u16, [usize; 3]) {
     let size = if packed { Packed::size(shape.depth) } else { Split::size(shape.depth) };
     (size, if packed { Packed::bytes(size) } else { Split::bytes(size) })
 }
 
-/// Bytes of memory for one ring and its requests, whichever its layout.
+/// Bytes of memory for one ring and its requests, with either layout.
 pub(super) fn bytes_needed(shape: Shape) -> usize {
-    Places::new(0, ring_size(shape, false).1, shape).end.max(Places::new(0, ring_size(shape, true).1, shape).end)
+    Offsets::new(0, ring_size(shape, false).1, shape).end.max(Offsets::new(0, ring_size(shape, true).1, shape).end)
 }
 
 enum Layout {
@@ -108,7 +107,7 @@ enum Layout {
     Packed(Packed),
 }
 
-/// One line for both layouts.
+/// Evaluates an expression for either layout.
 macro_rules! either {
     ($self:ident, $ring:ident => $call:expr) => {
         match &mut $self.layout {
@@ -121,19 +120,19 @@ macro_rules! either {
 /// One virtqueue.
 pub struct Ring {
     ram: Ram,
-    places: Places,
+    offsets: Offsets,
     layout: Layout,
     size: u16,
     bytes: usize,
     indirect: bool,
     free: Vec<u16>,
-    /// Which slots the device has.
-    away: Box<[bool]>,
+    /// Slots of requests in flight.
+    in_flight: Box<[bool]>,
     kick: EventFd,
     call: EventFd,
     err: EventFd,
     sleep: Epoll,
-    /// How often the device has been kicked.
+    /// Number of kicks.
     pub kicks: u64,
 }
 
@@ -146,21 +145,21 @@ impl Ring {
         sleep.ctl(ControlOperation::Add, call.as_raw_fd(), EpollEvent::new(EventSet::IN, 0))?;
         let (packed, event_idx) = (features & PACKED != 0, features & EVENT_IDX != 0);
         let (size, bytes) = ring_size(shape, packed);
-        let places = Places::new(index * bytes_needed(shape), bytes, shape);
+        let offsets = Offsets::new(index * bytes_needed(shape), bytes, shape);
         let layout = if packed {
-            Layout::Packed(Packed::new(ram.clone(), places.ring, size, event_idx))
+            Layout::Packed(Packed::new(ram.clone(), offsets.ring, size, event_idx))
         } else {
-            Layout::Split(Split::new(ram.clone(), places.ring, size, event_idx))
+            Layout::Split(Split::new(ram.clone(), offsets.ring, size, event_idx))
         };
         Ok(Self {
             ram: ram.clone(),
-            places,
+            offsets,
             layout,
             size,
             bytes: shape.bytes,
             indirect: features & INDIRECT != 0,
             free: (0..shape.depth).rev().collect(),
-            away: vec![false; shape.depth.into()].into(),
+            in_flight: vec![false; shape.depth.into()].into(),
             kick: EventFd::new(EFD_NONBLOCK)?,
             call,
             err: EventFd::new(EFD_NONBLOCK)?,
@@ -178,13 +177,13 @@ impl Ring {
                 queue_max_size: self.size,
                 queue_size: self.size,
                 flags: 0,
-                desc_table_addr: self.ram.address(self.places.ring.desc),
-                used_ring_addr: self.ram.address(self.places.ring.device),
-                avail_ring_addr: self.ram.address(self.places.ring.driver),
+                desc_table_addr: self.ram.address(self.offsets.ring.desc),
+                used_ring_addr: self.ram.address(self.offsets.ring.device),
+                avail_ring_addr: self.ram.address(self.offsets.ring.driver),
                 log_addr: None,
             },
         )?;
-        // A packed ring begins with both wrap counters 1; as DPDK does, only the available one is said.
+        // Both wrap counters of a packed ring start at 1. Like DPDK, this sends only the available one.
         frontend.set_vring_base(index, if matches!(self.layout, Layout::Packed(_)) { 0x8000 } else { 0 })?;
         frontend.set_vring_call(index, &self.call)?;
         frontend.set_vring_err(index, &self.err)?;
@@ -202,16 +201,16 @@ impl Ring {
     /// True if nothing is in flight.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.free.len() == self.away.len()
+        self.free.len() == self.in_flight.len()
     }
 
-    /// Takes a slot and writes its header: a request of type `kind` (virtio 1.2 §5.2.6) at `sector`.
+    /// Allocates a slot and writes its header: a request of type `kind` (virtio 1.2 §5.2.6) at `sector`.
     ///
     /// # Panics
-    /// If all slots are taken.
+    /// If all slots are in use.
     pub fn prepare(&mut self, kind: u32, sector: u64) -> u16 {
         let slot = self.free.pop().expect("a free slot");
-        self.away[usize::from(slot)] = true;
+        self.in_flight[usize::from(slot)] = true;
         let header = self.header(slot);
         self.ram.store(header, u64::from(kind));
         self.ram.store(header + 8, sector);
@@ -221,62 +220,62 @@ impl Ring {
 
     #[inline]
     fn header(&self, slot: u16) -> usize {
-        self.places.headers + usize::from(slot) * HEADER
+        self.offsets.headers + usize::from(slot) * HEADER
     }
 
     #[inline]
     fn data_at(&self, slot: u16) -> usize {
-        self.places.data + usize::from(slot) * self.bytes
+        self.offsets.data + usize::from(slot) * self.bytes
     }
 
     /// The chain of a well-formed request: header, `bytes` of data, status.
     #[inline]
     #[must_use]
-    pub fn parts(&self, slot: u16, bytes: u32, data_flags: u16) -> [Part; 3] {
+    pub fn buffers(&self, slot: u16, bytes: u32, data_flags: u16) -> [Buffer; 3] {
         let header = Ram::guest(self.header(slot));
         [
-            Part { addr: header, len: 16, flags: 0 },
-            Part { addr: Ram::guest(self.data_at(slot)), len: bytes, flags: data_flags },
-            Part { addr: header + STATUS as u64, len: 1, flags: Part::WRITABLE },
+            Buffer { addr: header, len: 16, flags: 0 },
+            Buffer { addr: Ram::guest(self.data_at(slot)), len: bytes, flags: data_flags },
+            Buffer { addr: header + STATUS as u64, len: 1, flags: Buffer::WRITABLE },
         ]
     }
 
-    /// Offers a chain of up to three `parts`, whatever they say, as the request of `slot`; through a table where indirect
-    /// descriptors were negotiated. The device is not told before [`Self::publish`].
+    /// Offers a chain of up to three `buffers`, valid or not, as the request of `slot`. Uses an indirect table if that was
+    /// negotiated. The device does not see the chain before [`Self::publish`].
     #[inline]
-    pub fn offer(&mut self, slot: u16, parts: &[Part]) {
+    pub fn offer(&mut self, slot: u16, buffers: &[Buffer]) {
         if !self.indirect {
-            return self.offer_linked(slot, parts);
+            return self.offer_linked(slot, buffers);
         }
-        let table = self.places.tables + usize::from(slot) * TABLE;
+        let table = self.offsets.tables + usize::from(slot) * TABLE;
         match self.layout {
-            Layout::Split(_) => Split::write_table(&self.ram, table, 0, parts),
-            Layout::Packed(_) => Packed::write_table(&self.ram, table, parts),
+            Layout::Split(_) => Split::write_table(&self.ram, table, 0, buffers),
+            Layout::Packed(_) => Packed::write_table(&self.ram, table, buffers),
         }
-        let len = u32::try_from(parts.len() * DESC).expect("a short table");
-        self.offer_linked(slot, &[Part { addr: Ram::guest(table), len, flags: Part::TABLE }]);
+        let len = u32::try_from(buffers.len() * DESC).expect("a short table");
+        self.offer_linked(slot, &[Buffer { addr: Ram::guest(table), len, flags: Buffer::TABLE }]);
     }
 
-    /// The same without a table of its own.
+    /// The same without an indirect table.
     #[inline]
-    pub fn offer_linked(&mut self, slot: u16, parts: &[Part]) {
-        either!(self, ring => ring.offer(slot, parts));
+    pub fn offer_linked(&mut self, slot: u16, buffers: &[Buffer]) {
+        either!(self, ring => ring.offer(slot, buffers));
     }
 
     /// Fills a slot and offers it.
     ///
     /// # Panics
-    /// If all slots are taken, or the request is larger than the client was made for.
+    /// If all slots are in use, or the request is larger than a slot.
     #[inline]
     pub fn submit(&mut self, request: Request) -> u16 {
         let (kind, sector, bytes, flags) = match request {
-            Request::Read { sector, bytes } => (0, sector, bytes, Part::WRITABLE),
+            Request::Read { sector, bytes } => (0, sector, bytes, Buffer::WRITABLE),
             Request::Write { sector, bytes } => (1, sector, bytes, 0),
             Request::Flush => (4, 0, 0, 0),
         };
         assert!(bytes <= self.bytes, "{request:?} in slots of {} bytes", self.bytes);
         let slot = self.prepare(kind, sector);
-        let [header, data, status] = self.parts(slot, u32::try_from(bytes).expect("small"), flags);
+        let [header, data, status] = self.buffers(slot, u32::try_from(bytes).expect("small"), flags);
         if bytes == 0 {
             self.offer(slot, &[header, status]);
         } else {
@@ -285,86 +284,86 @@ impl Ring {
         slot
     }
 
-    /// Shows the device everything offered, and kicks it if it wants to be. True if it was kicked.
+    /// Publishes all offered chains, and kicks the device unless it has suppressed kicks. True if it was kicked.
     #[inline]
     pub fn publish(&mut self) -> bool {
         let wanted = either!(self, ring => ring.publish());
         if wanted {
             self.kicks += 1;
-            self.kick.write(1).expect("an eventfd that is read takes a write");
+            self.kick.write(1).expect("the server drains the eventfd");
         }
         wanted
     }
 
-    /// Takes one finished request off the ring.
+    /// Takes one completed request from the ring.
     ///
     /// # Panics
-    /// If the device names a request that it does not have.
+    /// If the device completes a request that is not in flight.
     #[inline]
-    pub fn reap(&mut self) -> Option<Done> {
+    pub fn reap(&mut self) -> Option<Completion> {
         let (slot, written) = either!(self, ring => ring.take())?;
-        let away = self.away.get_mut(usize::from(slot)).expect("a slot that exists");
-        assert!(std::mem::replace(away, false), "slot {slot} has come back twice");
+        let in_flight = self.in_flight.get_mut(usize::from(slot)).expect("a slot that exists");
+        assert!(std::mem::replace(in_flight, false), "slot {slot} was completed twice");
         self.free.push(slot);
-        Some(Done { slot, status: self.ram.load(self.header(slot) + STATUS), written })
+        Some(Completion { slot, status: self.ram.load(self.header(slot) + STATUS), written })
     }
 
-    /// Tells the device that nobody waits for calls, for a client that polls.
+    /// Disables calls, for a client that polls.
     #[inline]
-    pub fn silence(&mut self) {
-        either!(self, ring => ring.want_call(false));
+    pub fn suppress_calls(&mut self) {
+        either!(self, ring => ring.request_call(false));
     }
 
-    /// Waits for a finished request, asleep; `None` if there is none within `limit`.
+    /// Sleeps until a request completes; `None` if none does within `limit`.
     ///
     /// # Errors
-    /// Of `epoll_wait`.
-    pub fn wait(&mut self, limit: Duration) -> Result<Option<Done>, Error> {
+    /// Those of `epoll_wait`.
+    pub fn wait(&mut self, limit: Duration) -> Result<Option<Completion>, Error> {
         let start = Instant::now();
         loop {
-            either!(self, ring => ring.want_call(true));
+            either!(self, ring => ring.request_call(true));
             if let Some(done) = self.reap() {
                 return Ok(Some(done));
             }
             let Some(rest) = limit.checked_sub(start.elapsed()) else { return Ok(None) };
-            // Rounded up: a wait of less than a millisecond is no wait.
+            // Rounded up, because 0 ms would not wait.
             let milliseconds = i32::try_from(rest.as_millis() + 1).unwrap_or(i32::MAX);
             match self.sleep.wait(milliseconds, &mut [EpollEvent::default()]) {
                 Err(error) if error.kind() != std::io::ErrorKind::Interrupted => return Err(error.into()),
-                // It is empty if the time is over.
+                // After a time-out the eventfd is empty.
                 _ => drop(self.call.read()),
             }
         }
     }
 
-    /// Offers what no ring can hold, kicks, and waits until the device gives the ring up; false if it does not. Nothing may
-    /// be in flight, and nothing is served any more.
+    /// Makes the ring invalid, kicks, and waits until the device reports the error; false if it does not. Nothing may be in
+    /// flight, and the ring cannot be used afterwards.
     ///
     /// # Errors
-    /// Of `poll`.
-    pub fn break_rules(&mut self, limit: Duration) -> Result<bool, Error> {
-        either!(self, ring => ring.break_rules());
+    /// Those of `epoll_wait`.
+    pub fn corrupt_ring(&mut self, limit: Duration) -> Result<bool, Error> {
+        either!(self, ring => ring.corrupt_ring());
         either!(self, ring => ring.publish());
         self.kick.write(1)?;
-        let gone = Epoll::new()?;
-        gone.ctl(ControlOperation::Add, self.err.as_raw_fd(), EpollEvent::new(EventSet::IN, 0))?;
+        let reported = Epoll::new()?;
+        reported.ctl(ControlOperation::Add, self.err.as_raw_fd(), EpollEvent::new(EventSet::IN, 0))?;
         let milliseconds = i32::try_from(limit.as_millis())?;
-        Ok(gone.wait(milliseconds, &mut [EpollEvent::default()])? == 1)
+        Ok(reported.wait(milliseconds, &mut [EpollEvent::default()])? == 1)
     }
 
-    /// Fills a slot's data; between submit and publish.
+    /// Fills a slot's data. Call it between submit and publish.
     ///
     /// # Panics
-    /// If there is more than fits.
+    /// If `bytes` is larger than a slot.
     pub fn set_data(&self, slot: u16, bytes: &[u8]) {
         assert!(bytes.len() <= self.bytes, "{} bytes in slots of {}", bytes.len(), self.bytes);
         self.ram.write(self.data_at(slot), bytes);
     }
 
-    /// A slot's data.
+    /// Copies a slot's data to `bytes`.
     ///
     /// # Panics
-    /// If more is asked for than there is.
+    /// If `bytes` is larger than a slot.
     pub fn data(&self, slot: u16, bytes: &mut [u8]) {
         assert!(bytes.len() <= self.bytes, "{} bytes in slots of {}", bytes.len(), self.bytes);
         self.ram.read(self.data_at(slot), bytes);

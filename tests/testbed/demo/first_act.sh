@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# The first act of the demo: the embedded drive, stock QEMU, and a guest on the distribution's own kernel. It needs no root
-# but for packages, no kernel build, no KVM, no IOMMU and no NVMe drive. Needs lib.sh, image.sh and debian_kernel.sh.
+# The first act of the demo: the embedded drive, stock QEMU, and a guest with the distribution's own kernel. It needs root only
+# to install packages, and no kernel build, KVM, IOMMU or NVMe drive. Needs lib.sh, image.sh and debian_kernel.sh.
 
-# first_act PROGRAM WORK: PROGRAM serves a drive that is a file in WORK; ends with the checksum compared.
+# first_act PROGRAM WORK: PROGRAM serves a drive that is a file in WORK; compares the checksums at the end.
 first_act() {
     local program=$1 work=$2 kernel backend
     kernel=$(debian_kernel)
@@ -28,7 +28,7 @@ first_act() {
     grep -q '^demo: finished' <(tr -d '\r' <"$work/console") || {
         cat "$work/qemu.log" >&2
         tail -n 20 "$work/console" >&2
-        die "the guest did not come to its end"
+        die "the guest did not finish"
     }
     tr -d '\r' <"$work/console" | sed -n 's/^demo: said /    guest: /p'
     compare_checksum "$work"
@@ -43,7 +43,7 @@ act() {
     printf '    %s\n' "$@"
 }
 
-# compare_checksum WORK: the file as the guest had it, and as it lies in the image of the drive.
+# compare_checksum WORK: compares the file that the guest has written with the file in the image of the drive.
 compare_checksum() {
     local wanted found
     wanted=$(tr -d '\r' <"$1/console" | sed -n 's/^demo: said sha256 of the file: \([0-9a-f]*\)$/\1/p')
@@ -53,7 +53,7 @@ compare_checksum() {
     [[ -n $wanted && $found == "$wanted" ]] || die "the guest's checksum was '$wanted', the drive's image has '$found'"
 }
 
-# make_initrd KERNEL WORK: a guest of busybox, mkfs.ext4 and the kernel's modules.
+# make_initrd KERNEL WORK: a guest with busybox, mkfs.ext4 and the kernel's modules.
 make_initrd() {
     local root=$2/guest
     place_base "$root"

@@ -1,6 +1,6 @@
 # AMD-Vi, which always enforces snooping. With pt=on, its default, QEMU 10 translates no DMA at all.
-# Under TCG the timer does not come through a remapped IO-APIC; noapic leaves interrupts unremapped,
-# and VFIO must be told that this is acceptable.
+# Under TCG the timer interrupt does not pass a remapped IO-APIC, hence noapic. Interrupts are then not remapped, and VFIO must
+# be allowed to use the device anyway.
 machine = q35,kernel-irqchip=split
 device = amd-iommu,pt=off
 kernel = noapic iommufd.allow_unsafe_interrupts=1 vfio_iommu_type1.allow_unsafe_interrupts=1

@@ -1,5 +1,5 @@
-# The paravirtual IOMMU: 39 bits of address, no hardware information, no promise about snooping.
-# It remaps no interrupts, and VFIO must be told that this is acceptable.
+# The paravirtual IOMMU: 39 address bits, no hardware information, no enforced snooping. It does not remap interrupts, and VFIO
+# must be allowed to use the device anyway.
 machine = q35,kernel-irqchip=split
 device = virtio-iommu-pci,addr=2
 kernel = iommufd.allow_unsafe_interrupts=1 vfio_iommu_type1.allow_unsafe_interrupts=1

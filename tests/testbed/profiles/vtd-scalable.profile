@@ -1,5 +1,5 @@
-# Intel VT-d in scalable mode: PASID tables, and first-stage page tables, 47 bits wide, for DMA.
-# QEMU 11 drops the x- of the two names and calls the stage by another; scripts/testbed knows both.
+# Intel VT-d in scalable mode: PASID tables, and first-stage page tables of 47 bits for DMA. QEMU 11 has renamed
+# x-scalable-mode to scalable-mode and x-flts to fsts; scripts/testbed knows both.
 machine = q35,kernel-irqchip=split
 device = intel-iommu,intremap=on,aw-bits=48,snoop-control=off,x-scalable-mode=on,x-flts=on
 kernel = intel_iommu=on,sm_on

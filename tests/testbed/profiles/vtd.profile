@@ -1,4 +1,4 @@
-# Intel VT-d that does not enforce snooping: a function may DMA past the processor's caches.
+# Intel VT-d that does not enforce snooping: a function's DMA may bypass the processor's caches.
 machine = q35,kernel-irqchip=split
 device = intel-iommu,intremap=on,aw-bits=48,snoop-control=off
 kernel = intel_iommu=on

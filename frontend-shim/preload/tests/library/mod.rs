@@ -1,4 +1,4 @@
-//! Where the library under test lies.
+//! The path of the library under test.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,8 +10,8 @@ pub(crate) fn target() -> PathBuf {
     test.parent().and_then(Path::parent).expect("target/PROFILE/deps/TEST").to_owned()
 }
 
-/// The library, built now: no test can link it, so Cargo does not build it for them. Where there is no Cargo, `SHIM_LIBRARY`
-/// names one.
+/// Builds the library: no test can link it, so Cargo does not build it for the tests. Where there is no Cargo,
+/// `SHIM_LIBRARY` names a built one.
 pub(crate) fn path() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {

@@ -1,4 +1,4 @@
-//! Starts the toy VMM (examples/toy_vmm.rs) and talks to it.
+//! Starts the minimal VMM (examples/toy_vmm.rs) and sends it commands.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -9,16 +9,16 @@ use shim::{Client, Status};
 
 use crate::library;
 
-/// A toy VMM that runs.
-pub(crate) struct Toy {
+/// A running VMM.
+pub(crate) struct TestVmm {
     process: Child,
     input: Option<ChildStdin>,
     output: BufReader<ChildStdout>,
     socket: PathBuf,
 }
 
-impl Toy {
-    /// With the library, and `variables` in its environment.
+impl TestVmm {
+    /// Starts it with the library preloaded, and with `variables` in its environment.
     pub(crate) fn start(variables: &[(&str, &str)]) -> Self {
         Self::spawn(|command, socket| {
             command
@@ -28,14 +28,14 @@ impl Toy {
         })
     }
 
-    /// Without it.
+    /// Starts it without the library.
     pub(crate) fn bare() -> Self {
         Self::spawn(|_, _| ())
     }
 
     fn spawn(prepare: impl FnOnce(&mut Command, &Path)) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let name = format!("shim-toy-{}-{}.sock", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let name = format!("shim-vmm-{}-{}.sock", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let socket = std::env::temp_dir().join(name);
         let mut command = Command::new(library::target().join("examples/toy_vmm"));
         prepare(&mut command, &socket);
@@ -45,31 +45,31 @@ impl Toy {
         Self { process, input, output, socket }
     }
 
-    /// One command; what came of it.
-    pub(crate) fn say(&mut self, command: &str) -> String {
+    /// Executes one command and returns its result.
+    pub(crate) fn run(&mut self, command: &str) -> String {
         writeln!(self.input.as_mut().expect("not ended"), "{command}").unwrap();
         let mut answer = String::new();
         self.output.read_line(&mut answer).unwrap();
-        assert!(answer.ends_with('\n'), "the toy died at: {command}");
+        assert!(answer.ends_with('\n'), "the VMM died at: {command}");
         answer.trim_end().to_owned()
     }
 
-    /// A client at its socket.
+    /// Connects a client to its socket.
     pub(crate) fn client(&self) -> (Client, Status) {
-        Client::connect(&self.socket, Client::PATIENCE).unwrap()
+        Client::connect(&self.socket, Client::DEFAULT_TIMEOUT).unwrap()
     }
 
-    /// Its process.
+    /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.process.id()
     }
 
-    /// Where its shim listens.
+    /// The path at which its shim listens.
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Ends it; what it wrote to its log.
+    /// Ends it and returns its log.
     pub(crate) fn end(&mut self) -> String {
         drop(self.input.take());
         assert!(self.process.wait().unwrap().success());
@@ -79,7 +79,7 @@ impl Toy {
     }
 }
 
-impl Drop for Toy {
+impl Drop for TestVmm {
     fn drop(&mut self) {
         _ = self.process.kill();
         _ = self.process.wait();
