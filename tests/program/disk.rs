@@ -117,7 +117,7 @@ fn sixty_four_full_virtqueues_of_1024_descriptors_are_served() {
 }
 
 #[test]
-fn no_snoop_is_held_off_or_the_drive_is_refused() {
+fn no_snoop_is_disabled_or_the_drive_is_refused() {
     let mut process = Process::serve("size=1M,no-snoop=controllable,snoop-enforced=off");
     let mut client = process.client();
     client.write(8, &pattern(8, 4096)).unwrap();

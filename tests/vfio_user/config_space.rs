@@ -30,7 +30,7 @@ fn function_view(rig: &Rig) -> u8 {
 }
 
 #[test]
-fn a_guest_cannot_set_the_bit_while_it_is_held_off() {
+fn a_guest_cannot_set_the_bit_while_it_is_disabled() {
     let rig = controllable(Policy::Suppress);
     let mut client = rig.client();
     assert_eq!(function_view(&rig) & NO_SNOOP, 0, "cleared before the guest connects");

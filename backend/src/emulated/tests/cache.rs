@@ -302,7 +302,7 @@ fn bus_master(function: &dyn Function) -> bool {
 }
 
 #[test]
-fn held_off_no_snoop_is_clear_whenever_bus_master_is_on() {
+fn disabled_no_snoop_is_clear_whenever_bus_master_is_on() {
     let machine = Machine::new(non_coherent()).unwrap();
     let function = NoSnoopDisabled::new(machine.function()).unwrap().unwrap();
     for _ in 0..2 {
@@ -313,7 +313,7 @@ fn held_off_no_snoop_is_clear_whenever_bus_master_is_on() {
 }
 
 #[test]
-fn held_off_no_snoop_is_clear_after_a_reset() {
+fn disabled_no_snoop_is_clear_after_a_reset() {
     let machine = Machine::new(non_coherent()).unwrap();
     let function = NoSnoopDisabled::new(machine.function()).unwrap().unwrap();
     function.reset().unwrap();

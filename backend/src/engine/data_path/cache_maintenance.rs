@@ -1,4 +1,4 @@
-//! Around each command, for a device whose DMA goes behind the CPU caches: what it will read or overwrite is flushed after
+//! Around each command, for a device whose DMA bypasses the CPU caches: what it will read or overwrite is flushed after
 //! `submit` and before `ring`, what it has written is flushed again before the driver hears of it. Under a coherent verdict
 //! all of this is one comparison.
 

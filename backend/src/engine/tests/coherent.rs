@@ -1,4 +1,4 @@
-//! The whole data path on a drive that goes behind the CPU caches, through any sequence of requests, memory that comes and
+//! The whole data path on a drive that bypasses the CPU caches, through any sequence of requests, memory that comes and
 //! goes, resets, and a kernel short of memory. CPUs and function must never see a byte that the other one has replaced, nor
 //! one from before memory was theirs.
 
