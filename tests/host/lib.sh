@@ -20,7 +20,7 @@ backend_start() {
         sh -c "echo \$\$ >$BACKEND_PID; exec \"\$@\"" - \
             vhost-device-vfio --socket-path "$SOCKET" --device "$FUNCTION" "$@" || status=$?
         echo $status >"$BACKEND_STATUS"
-    ) </dev/null >"$BACKEND_LOG" 2>&1 &
+    ) </dev/null >>"$BACKEND_LOG" 2>&1 &
     # This includes a controller reset, on emulated processors.
     within 20 logged 'serving ' || {
         cat "$BACKEND_LOG"
@@ -229,7 +229,7 @@ serve_whole() {
         sh -c "echo \$\$ >$BACKEND_PID; exec \"\$@\"" - \
             vhost-device-vfio --vfio-user --socket-path "$SOCKET" --device "$served" "$@" || status=$?
         echo $status >"$BACKEND_STATUS"
-    ) </dev/null >"$BACKEND_LOG" 2>&1 &
+    ) </dev/null >>"$BACKEND_LOG" 2>&1 &
     within 20 logged 'serving ' || {
         cat "$BACKEND_LOG"
         return 1

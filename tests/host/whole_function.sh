@@ -65,7 +65,7 @@ reboots() {
     pins_agree
 }
 no_snoop_bit_is_read_in_the_guest() {
-    # On this drive the bit is hardwired to 0. The tests on the emulated function cover a bit that is disabled.
+    # On this drive the bit is hardwired to 0. tests/host/no_snoop.sh has a function where it can be set.
     in_guest 'set -e; at=$(readlink -f /sys/block/nvme0n1/device/device); cap=$(od -An -tu1 -j52 -N1 "$at/config"); n=0
         while [ "$(od -An -tu1 -j$cap -N1 "$at/config" | tr -d " ")" != 16 ]; do
             cap=$(od -An -tu1 -j$((cap + 1)) -N1 "$at/config"); n=$((n + 1)); [ $n -lt 48 ]; done

@@ -93,7 +93,7 @@ fn a_file_of_another_size_is_not_changed() {
     let output = Process::run(&["--socket-path", "DIR/socket", "--device", &device]);
 
     assert_eq!(output.status.code(), Some(2));
-    assert!(output.log.contains("has 1048576 bytes, the disk was to have 2097152"), "{}", output.log);
+    assert!(output.log.contains("has 1048576 bytes, but size=2097152 was given"), "{}", output.log);
     assert_eq!(fs::metadata(path).unwrap().len(), 1 << 20);
 }
 

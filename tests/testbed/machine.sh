@@ -109,3 +109,22 @@ machine_arguments() {
     fi
     QEMU_ARGUMENTS+=("${OPT_QEMU[@]}")
 }
+
+# serve_function WORK: serves the function of --function for as long as the host runs, and adds it to QEMU_ARGUMENTS. The bit is
+# left to the host: --no-snoop allow. QEMU lets a function behind VT-d be mapped by its own listener in caching mode only.
+serve_function() {
+    local socket=$1/function.sock program=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release/vhost-device-vfio
+    [[ -x $program ]] || die "--function: $program is not there; cargo build --release makes it"
+    # shellcheck disable=SC2034 # start_host in scripts/testbed starts it
+    HOST_QEMU=$(cached_qemu "$SERVED_QEMU")/bin/qemu-system-x86_64
+    "$program" --vfio-user --socket-path "$socket" --device "emulated:no-snoop=controllable,$OPT_FUNCTION" --no-snoop allow \
+        </dev/null >"$1/function.log" 2>&1 &
+    SERVER_PID=$!
+    until [[ -S $socket ]]; do
+        kill -0 "$SERVER_PID" 2>/dev/null || die "--function $OPT_FUNCTION: $(tail -n 1 "$1/function.log")"
+        sleep 0.1
+    done
+    QEMU_ARGUMENTS=("${QEMU_ARGUMENTS[@]/#intel-iommu,/intel-iommu,caching-mode=on,}")
+    QEMU_ARGUMENTS+=(-object "memory-backend-memfd,id=ram,size=$OPT_MEM,share=on" -machine memory-backend=ram
+        -device "{\"driver\":\"vfio-user-pci\",\"addr\":\"8\",\"socket\":{\"type\":\"unix\",\"path\":\"$socket\"}}")
+}
