@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -11,7 +11,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
 use vhost_device_vfio::emulated::{Machine, Options};
-use vhost_device_vfio::kvm::Vmm;
+use vhost_device_vfio::kvm::{Shim, Vmm};
 use vhost_device_vfio::passthrough::{BarAccess, Passthrough};
 use vhost_device_vfio::socket::Listen;
 use vhost_device_vfio::vfio_user::{EndReason, Server};
@@ -39,14 +39,27 @@ impl Rig {
         let facts = machine.facts(policy).unwrap();
         // An emulated function needs no registration with KVM.
         let facts = Facts { personality: Personality::WholeFunction, shim: true, ..facts };
-        let space = if let Verdict::Flush(_) = decide(&facts) { machine.staged_space() } else { machine.space() };
-        let device = Passthrough::new(machine.whole_function(), space, BarAccess::Direct, facts, false).unwrap();
+        Self::serve(machine, facts, Vmm::without_shim())
+    }
+
+    /// A server of an emulated function that registers with the shim at this path, as if it had a VFIO device file.
+    pub(crate) fn registered(options: &Options, shim: &Path) -> Self {
+        let machine = Machine::new(options.clone()).unwrap();
+        let facts = Facts { personality: Personality::WholeFunction, ..machine.facts(Policy::Allow).unwrap() };
+        let (device, file) = ("registered".into(), Some("/dev/null".into()));
+        Self::serve(machine, facts, Vmm::with_shim(Shim { socket: shim.into(), device, facts, file }))
+    }
+
+    fn serve(machine: Machine, facts: Facts, vmm: Vmm) -> Self {
+        let flushed = matches!(decide(&Facts { shim: true, ..facts }), Verdict::Flush(_));
+        let space = if flushed { machine.staged_space() } else { machine.space() };
+        let device = Passthrough::new(machine.whole_function(), space, BarAccess::Direct, facts, !facts.shim).unwrap();
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().join("s");
         let endpoint = Listen::Path(path.clone()).open().unwrap();
         let stop = event();
         let server_stop = stop.try_clone().unwrap();
-        let server = Server::new(endpoint, device, Vmm::without_shim());
+        let server = Server::new(endpoint, device, vmm);
         let thread = Some(std::thread::spawn(move || server.run(&server_stop).unwrap()));
         Self { machine, path, stop, thread, _directory: directory }
     }

@@ -95,6 +95,20 @@ impl<'d> ShimLink<'d> {
         }
     }
 
+    /// Decides whether memory may stay mapped after an event at the shim's socket: a device that is refused without a shim may
+    /// do DMA only while it is registered.
+    ///
+    /// # Errors
+    /// Why the device must be taken from the front-end.
+    pub(crate) fn check_registration(&self) -> Result<(), RegistrationError> {
+        let (Some(shim), false) = (&self.vmm.shim, self.vmm.is_released()) else { return Ok(()) };
+        match (&self.state, shim.verdict(false)) {
+            (State::Connected(_, Some(_)), _) => Ok(()),
+            (_, Verdict::Refuse(refusal)) => Err(RegistrationError::Verdict(shim.device.clone(), refusal)),
+            _ => Ok(()),
+        }
+    }
+
     /// True while the shim blocks discards of guest memory.
     pub(crate) fn blocks_discards(&self) -> bool {
         matches!(self.state, State::Connected(_, Some(_)))

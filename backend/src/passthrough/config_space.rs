@@ -1,6 +1,6 @@
 //! Configuration space as the guest sees it: VFIO's virtualized one (BARs, resets, bits that a guest must not set), except for
 //! one bit. VFIO passes Device Control through, so a guest could set Enable No Snoop. If the verdict requires the bit to be
-//! disabled, it reads 0 here and writes to it are dropped. It is read back after each write and each reset, because any
+//! clear, it reads 0 here and writes to it are dropped. It is read back after each write and each reset, because any
 //! reset (Function Level Reset, power state) may set it.
 //!
 //! If the bit does not stay clear, bus master stays off: memory was mapped for a function whose DMA is coherent.
@@ -24,11 +24,11 @@ pub(crate) struct ConfigSpace<'d> {
 }
 
 impl<'d> ConfigSpace<'d> {
-    /// Configuration space of `function`, with Enable No Snoop masked if `disable_no_snoop`.
-    pub(super) fn new(function: &'d dyn Function, disable_no_snoop: bool) -> Result<Self, PassthroughError> {
+    /// Configuration space of `function`, with Enable No Snoop masked if it must be `no_snoop_clear`.
+    pub(super) fn new(function: &'d dyn Function, no_snoop_clear: bool) -> Result<Self, PassthroughError> {
         let at = no_snoop::device_control(function);
         let at = at.map_err(PassthroughError::function(function, "find the PCI Express capability"))?;
-        Ok(Self { function, masked_at: at.filter(|_| disable_no_snoop).map(|at| at + 1) })
+        Ok(Self { function, masked_at: at.filter(|_| no_snoop_clear).map(|at| at + 1) })
     }
 
     /// Reads `bytes.len()` bytes from `offset` on.

@@ -111,8 +111,10 @@ impl Passthrough {
     /// # Errors
     /// The errno of a step, or that Enable No Snoop does not stay clear after the reset.
     pub(crate) fn assign(&self) -> Result<Assignment<'_>, PassthroughError> {
-        let disable_no_snoop = matches!(self.verdict(true), Verdict::Coherent(Coherent::Disabled { .. }));
-        let config = ConfigSpace::new(&*self.function, disable_no_snoop)?;
+        // A bit that was hardwired when it was probed may not stay so: the guest can load other firmware.
+        let no_snoop_clear =
+            matches!(self.verdict(true), Verdict::Coherent(Coherent::Disabled { .. } | Coherent::NeverSet));
+        let config = ConfigSpace::new(&*self.function, no_snoop_clear)?;
         let assignment = Assignment {
             owner: self,
             config,

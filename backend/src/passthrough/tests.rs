@@ -11,7 +11,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::*;
 use crate::addr::Iova;
-use crate::coherency::{Personality, Policy};
+use crate::coherency::{NoSnoop, Personality, Policy};
 use crate::emulated::{Machine, Options};
 use crate::hardware::{DmaBuffer, Function, MapError, Registers, SpaceStatistics};
 use crate::memory::Region;
@@ -190,6 +190,19 @@ fn a_guest_can_neither_set_nor_see_a_disabled_bit() {
     assignment.config.read(DEVICE_CONTROL_HIGH - 1, &mut seen).unwrap();
 
     assert_eq!(seen[1] & NO_SNOOP, 0);
+}
+
+#[test]
+fn a_bit_that_was_hardwired_when_it_was_probed_is_masked_as_well() {
+    let machine = machine();
+    let facts = machine.facts(Policy::Allow).unwrap();
+    let facts = Facts { personality: Personality::WholeFunction, no_snoop: NoSnoop::NeverSet, ..facts };
+    let device = Passthrough::new(machine.whole_function(), machine.space(), BarAccess::Direct, facts, false).unwrap();
+    let assignment = device.assign().unwrap();
+
+    assignment.config.write(DEVICE_CONTROL_HIGH, &mut [NO_SNOOP]).unwrap();
+
+    assert_eq!(physical(&machine), 0, "the guest has loaded firmware that implements the bit");
 }
 
 #[test]

@@ -148,11 +148,12 @@ impl EventLoop<'_> {
             if ready.request {
                 self.request_unplug()?;
             }
-            if ready.shim {
-                self.on_shim_event();
-            }
+            // First: a virtual machine that ends takes its shim with it, and then nothing has to be done about the shim.
             if self.pending || ready.front_end {
                 self.serve_message()?;
+            }
+            if ready.shim {
+                self.on_shim_event()?;
             }
             self.check_deadlines()?;
             match (&self.current, self.unplug_since, listener) {
@@ -232,10 +233,14 @@ impl EventLoop<'_> {
         }
     }
 
-    /// The shim's socket is readable: the shim has gone.
-    fn on_shim_event(&mut self) {
-        if let Some(current) = &mut self.current {
-            current.session.link().on_shim_event(false);
+    /// The shim's socket is readable: the shim has gone. Without it KVM assumes coherent DMA, so a function whose DMA is not
+    /// coherent is taken from the guest unless it could be registered once more.
+    fn on_shim_event(&mut self) -> Result<(), Error> {
+        let Some(Current { session, .. }) = &mut self.current else { return Ok(()) };
+        session.link().on_shim_event(false);
+        match session.link().check_registration() {
+            Ok(()) => self.watch_shim(),
+            Err(error) => self.disconnect(&error.to_string()),
         }
     }
 
