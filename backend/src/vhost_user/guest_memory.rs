@@ -71,7 +71,7 @@ impl<'d> GuestMemory<'d> {
     fn change(&self, plan: &Plan, added: &[Arc<Region>], done: &mut Vec<Step>) -> Result<(), Error> {
         if !plan.remove.is_empty() {
             let removed: Vec<Span<Gpa>> = plan.remove.iter().map(|region| region.gpa()).collect();
-            self.engine.withdraw(Arc::new(plan.table(&[])?), &removed)?;
+            self.engine.remove_memory(Arc::new(plan.table(&[])?), &removed)?;
         }
         for region in &plan.remove {
             self.unmap(region)?;
@@ -148,7 +148,7 @@ impl<'d> GuestMemory<'d> {
             return Ok(());
         }
         let removed: Vec<Span<Gpa>> = table.regions().iter().map(|region| region.gpa()).collect();
-        let withdrawn = self.engine.withdraw(Arc::default(), &removed);
+        let withdrawn = self.engine.remove_memory(Arc::default(), &removed);
         for region in table.regions() {
             match self.unmap(region) {
                 Ok(()) => log::info!("region {} unmapped; {} KiB in all", region.gpa(), self.kib()),

@@ -16,12 +16,12 @@ use crate::engine::{Statistics, WatchdogOptions};
 use crate::hardware::{AddressSpace, MapError};
 use crate::memory::{MemTable, Region};
 
-fn behind(options: Options) -> Options {
+fn non_coherent(options: Options) -> Options {
     Options { no_snoop: true, snoop_enforced: false, ..options }
 }
 
 fn inline() -> Options {
-    behind(Options { size: 1 << 20, queues: 1, mode: Mode::Inline, ..Options::default() })
+    non_coherent(Options { size: 1 << 20, queues: 1, mode: Mode::Inline, ..Options::default() })
 }
 
 /// Memory beside the one that the rings lie in: several pieces, the last one short.
@@ -43,7 +43,7 @@ enum Op {
     /// It goes while the kernel has no memory.
     UnplugWithoutMemory { piece: u32 },
     /// The function reads and writes by itself, in memory that no request and no CPU uses.
-    Stray { value: u8 },
+    StrayDma { value: u8 },
     /// The next command is lost, and the controller is reset for it.
     Reset { write: bool },
 }
@@ -59,15 +59,15 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::Plug),
         1 => Just(Op::Unplug),
         1 => (1..5_u32).prop_map(|piece| Op::UnplugWithoutMemory { piece }),
-        2 => (1..200_u8).prop_map(|value| Op::Stray { value }),
+        2 => (1..200_u8).prop_map(|value| Op::StrayDma { value }),
         1 => any::<bool>().prop_map(|write| Op::Reset { write }),
     ]
 }
 
 /// The drive, a guest, and what each byte should be.
-struct World {
+struct Harness {
     drive: Drive,
-    driver: VirtDriver,
+    driver: SplitDriver,
     space: Arc<dyn AddressSpace>,
     extra: Option<Arc<Region>>,
     memory: Vec<u8>,
@@ -75,18 +75,18 @@ struct World {
 }
 
 /// The last page of the extra memory is the function's own.
-const STRAY: u64 = EXTRA_LEN - 0x1000;
+const STRAY_DMA: u64 = EXTRA_LEN - 0x1000;
 
-impl World {
+impl Harness {
     fn new() -> Self {
         let watch = WatchdogOptions { timeout: Duration::from_millis(20), retry: Duration::from_millis(1) };
-        let drive = Drive::watched(inline(), Duration::ZERO, Duration::from_secs(20), watch);
-        let driver = drive.driver(0, Shape::default());
+        let drive = Drive::with_watchdog(inline(), Duration::ZERO, Duration::from_secs(20), watch);
+        let driver = drive.driver(0, RingOptions::default());
         let space = drive.machine.staged_space();
         let disk = vec![0; SECTORS as usize * 512];
-        let mut world = Self { drive, driver, space, extra: None, memory: Vec::new(), disk };
-        world.plug();
-        world
+        let mut harness = Self { drive, driver, space, extra: None, memory: Vec::new(), disk };
+        harness.plug();
+        harness
     }
 
     fn table(&self, with: Option<&Arc<Region>>) -> Arc<MemTable> {
@@ -107,7 +107,7 @@ impl World {
     /// As the session does it.
     fn unplug(&mut self) {
         let Some(extra) = self.extra.take() else { return };
-        self.drive.engine.withdraw(self.table(None), &[extra.gpa()]).unwrap();
+        self.drive.engine.remove_memory(self.table(None), &[extra.gpa()]).unwrap();
         match self.space.remove(&extra) {
             Err(MapError::DeviceMustBeIdle { .. }) => {
                 self.drive.engine.while_idle(|| self.space.remove_while_idle(&extra)).unwrap().unwrap();
@@ -139,7 +139,7 @@ impl World {
                 self.unplug();
                 self.drive.machine.space_faults().unwrap().fail_nth_copy.store(0, SeqCst);
             }
-            Op::Stray { value } => self.stray(value),
+            Op::StrayDma { value } => self.stray_dma(value),
             Op::Reset { write } => self.reset(write),
         }
     }
@@ -170,12 +170,12 @@ impl World {
     }
 
     /// All that was exposed is what CPUs held then, or what the function wrote since; never another owner's.
-    fn stray(&mut self, value: u8) {
+    fn stray_dma(&mut self, value: u8) {
         if self.extra.is_none() {
             return;
         }
-        let (at, iommu) = (STRAY as usize, self.drive.machine.iommu());
-        let place = Span::new(crate::addr::Iova(EXTRA + STRAY), 0x1000).unwrap().start();
+        let (at, iommu) = (STRAY_DMA as usize, self.drive.machine.iommu());
+        let place = Span::new(crate::addr::Iova(EXTRA + STRAY_DMA), 0x1000).unwrap().start();
         let mut found = vec![0; 0x1000];
         iommu.read(place, &mut found).unwrap();
         assert!(found == self.memory[at..], "what the function finds");
@@ -204,21 +204,26 @@ proptest! {
 
     #[test]
     fn no_stale_byte_reaches_either_side_in_any_sequence(ops in proptest::collection::vec(op(), 1..40)) {
-        let mut world = World::new();
-        ops.iter().for_each(|op| world.apply(op));
-        world.unplug();
-        assert_eq!(world.drive.machine.stale_lines(), StaleLines::default());
-        assert_eq!(world.drive.machine.iommu().faults(), []);
+        let mut harness = Harness::new();
+        ops.iter().for_each(|op| harness.apply(op));
+        harness.unplug();
+        assert_eq!(harness.drive.machine.stale_lines(), StaleLines::default());
+        assert_eq!(harness.drive.machine.iommu().faults(), []);
     }
 }
 
 #[test]
 fn data_of_every_shape_are_right_behind_the_caches() {
     for (queues, lba, sgl) in [(1, 512, false), (2, 4096, true)] {
-        let options = behind(Options { size: 16 << 20, queues, lba, sgl, mode: Mode::Threaded, ..Options::default() });
-        let drive =
-            Drive::watched(options, Duration::from_micros(20), Duration::from_secs(20), WatchdogOptions::default());
-        let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+        let options =
+            non_coherent(Options { size: 16 << 20, queues, lba, sgl, mode: Mode::Threaded, ..Options::default() });
+        let drive = Drive::with_watchdog(
+            options,
+            Duration::from_micros(20),
+            Duration::from_secs(20),
+            WatchdogOptions::default(),
+        );
+        let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, RingOptions::default())).collect();
 
         std::thread::scope(|scope| {
             for driver in &mut drivers {
@@ -233,15 +238,15 @@ fn data_of_every_shape_are_right_behind_the_caches() {
 }
 
 /// A drive in inline mode, and a driver for its ring.
-fn simple() -> (Drive, VirtDriver) {
-    let drive = Drive::watched(inline(), Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
-    let driver = drive.driver(0, Shape::default());
+fn drive_and_driver() -> (Drive, SplitDriver) {
+    let drive = Drive::with_watchdog(inline(), Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
+    let driver = drive.driver(0, RingOptions::default());
     (drive, driver)
 }
 
 /// Writes a block of ones and one of twos from `at`, where CPUs have just put them, and reads both back to where something
 /// else is cached.
-fn assert_round_trips(driver: &mut VirtDriver, at: u64) {
+fn assert_round_trips(driver: &mut SplitDriver, at: u64) {
     for value in [1, 2] {
         driver.fill(at, &[value; 4096]);
         driver.send(OUT, u64::from(value) * 8, &[(at, 4096)]);
@@ -257,14 +262,14 @@ fn assert_round_trips(driver: &mut VirtDriver, at: u64) {
 
 #[test]
 fn the_disk_gets_what_cpus_wrote_last_and_gives_it_back_over_what_they_cached() {
-    let (drive, mut driver) = simple();
+    let (drive, mut driver) = drive_and_driver();
     assert_round_trips(&mut driver, DATA);
     assert_eq!(drive.engine.statistics().bounced, 0);
 }
 
 #[test]
 fn so_it_does_through_a_bounce_buffer() {
-    let (drive, mut driver) = simple();
+    let (drive, mut driver) = drive_and_driver();
     assert_round_trips(&mut driver, DATA + 1);
     assert_eq!(drive.engine.statistics().bounced, 4);
 }
@@ -272,11 +277,11 @@ fn so_it_does_through_a_bounce_buffer() {
 #[test]
 fn cpus_may_write_beside_a_buffer_while_the_device_fills_it() {
     let options = Options { latency: Duration::from_secs(1), ..inline() };
-    let drive = Drive::watched(options, Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
-    let mut driver = drive.driver(0, Shape::default());
+    let drive = Drive::with_watchdog(options, Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     driver.fill(DATA, &[7; 4096]);
     driver.send(IN, 0, &[(DATA + 512 + 32, 512)]);
-    until("the command", || drive.engine.statistics().doorbells == 1);
+    wait_until("the command", || drive.engine.statistics().doorbells == 1);
 
     driver.fill(DATA + 512, &[8; 32]);
     drive.machine.advance(Duration::from_secs(1));
@@ -288,10 +293,10 @@ fn cpus_may_write_beside_a_buffer_while_the_device_fills_it() {
 
 #[test]
 fn a_read_flushes_its_own_bytes_twice_and_a_write_once() {
-    let (drive, mut driver) = simple();
+    let (drive, mut driver) = drive_and_driver();
     let flushed = || drive.engine.statistics().flushed_bytes;
     let mut before = flushed();
-    let mut cost = |driver: &mut VirtDriver, kind, at, len| {
+    let mut cost = |driver: &mut SplitDriver, kind, at, len| {
         driver.send(kind, 0, &[(at, len)]);
         driver.wait(1);
         let now = flushed();
@@ -306,8 +311,8 @@ fn a_read_flushes_its_own_bytes_twice_and_a_write_once() {
 #[test]
 fn where_snooping_is_enforced_requests_flush_nothing() {
     let options = Options { snoop_enforced: true, size: 16 << 20, ..inline() };
-    let drive = Drive::watched(options, Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
-    let mut driver = drive.driver(0, Shape::default());
+    let drive = Drive::with_watchdog(options, Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
+    let mut driver = drive.driver(0, RingOptions::default());
 
     soak(&mut driver, 512, 20);
 
@@ -319,13 +324,13 @@ fn where_snooping_is_enforced_requests_flush_nothing() {
 
 #[test]
 fn a_request_of_many_commands_is_flushed_to_its_end() {
-    let drive = Drive::watched(
+    let drive = Drive::with_watchdog(
         Options { mdts: 1, ..inline() },
         Duration::ZERO,
         Duration::from_secs(20),
         WatchdogOptions::default(),
     );
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     let bytes: Vec<u8> = (0..64_u32 << 10).map(|n| (n / 100 % 200) as u8).collect();
     driver.fill(DATA, &bytes);
 
@@ -340,14 +345,14 @@ fn a_request_of_many_commands_is_flushed_to_its_end() {
 
 #[test]
 fn a_device_at_rest_gets_nothing_to_do_and_goes_on_afterwards() {
-    let (drive, mut driver) = simple();
+    let (drive, mut driver) = drive_and_driver();
     let kicks = || drive.engine.statistics().kicks;
 
     let act = || {
         let (reads, before) = (drive.machine.traffic().reads, kicks());
         let sent = driver.send(IN, 0, &[(DATA, 512)]);
         // Between two times that a worker is woken, it has looked at its rings.
-        until("two wake-ups", || {
+        wait_until("two wake-ups", || {
             driver.kick();
             kicks() >= before + 2
         });
@@ -363,10 +368,10 @@ fn a_device_at_rest_gets_nothing_to_do_and_goes_on_afterwards() {
 #[test]
 fn a_device_with_a_command_in_flight_does_not_rest() {
     let options = Options { latency: Duration::from_secs(3600), ..inline() };
-    let drive = Drive::watched(options, Duration::ZERO, Duration::from_millis(50), WatchdogOptions::default());
-    let mut driver = drive.driver(0, Shape::default());
+    let drive = Drive::with_watchdog(options, Duration::ZERO, Duration::from_millis(50), WatchdogOptions::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     let sent = driver.send(IN, 0, &[(DATA, 512)]);
-    until("the command", || drive.engine.statistics().doorbells == 1);
+    wait_until("the command", || drive.engine.statistics().doorbells == 1);
 
     // The command never comes back, so only a reset ends it.
     let recoveries = drive.engine.while_idle(|| drive.engine.statistics().recoveries).unwrap();

@@ -16,21 +16,21 @@ const ABORT: u8 = 8;
 fn drive(queues: u16) -> Drive {
     let watch = WatchdogOptions { timeout: Duration::from_millis(200), retry: Duration::from_millis(10) };
     let options = Options { size: 16 << 20, queues, mode: Mode::Threaded, ..Options::default() };
-    Drive::watched(options, Duration::ZERO, Duration::from_secs(20), watch)
+    Drive::with_watchdog(options, Duration::ZERO, Duration::from_secs(20), watch)
 }
 
-/// The same, to be had again from the host while `there`.
-fn returning(queues: u16, there: &Arc<AtomicBool>) -> Drive {
+/// The same, to be had again from the host while `available`.
+fn reacquirable_drive(queues: u16, available: &Arc<AtomicBool>) -> Drive {
     let watch = WatchdogOptions { timeout: Duration::from_millis(200), retry: Duration::from_millis(10) };
     let options = Options { size: 16 << 20, queues, mode: Mode::Threaded, ..Options::default() };
-    Drive::returning(options, watch, there)
+    Drive::reacquirable(options, watch, available)
 }
 
 fn opcode(opcode: u8) -> Commands {
     Commands { queue: Some(1), opcode: Some(opcode) }
 }
 
-fn read(driver: &mut VirtDriver) -> u8 {
+fn read(driver: &mut SplitDriver) -> u8 {
     let sent = driver.send(IN, 0, &[(DATA, 512)]);
     driver.wait(1);
     driver.status(sent)
@@ -39,7 +39,7 @@ fn read(driver: &mut VirtDriver) -> u8 {
 #[test]
 fn a_command_that_takes_too_long_is_aborted_and_nothing_else_suffers() {
     let drive = drive(1);
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     drive.machine.inject(Fault::once(opcode(NVM_WRITE), Effect::Delay(Duration::from_secs(3600))));
 
     let slow = driver.send(OUT, 0, &[(DATA, 512)]);
@@ -55,7 +55,7 @@ fn a_command_that_takes_too_long_is_aborted_and_nothing_else_suffers() {
 #[test]
 fn a_command_that_is_lost_is_submitted_once_more_after_a_reset() {
     let drive = drive(2);
-    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, RingOptions::default())).collect();
     drivers[0].fill(DATA, &[0x77; 512]);
     drive.machine.inject(Fault::once(opcode(NVM_WRITE), Effect::Lose));
 
@@ -73,7 +73,7 @@ fn a_command_that_is_lost_is_submitted_once_more_after_a_reset() {
 #[test]
 fn a_command_that_is_lost_twice_fails_and_others_go_on() {
     let drive = drive(1);
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     drive.machine.inject(Fault::always(opcode(NVM_WRITE), Effect::Lose));
 
     let lost = driver.send(OUT, 0, &[(DATA, 512)]);
@@ -87,7 +87,7 @@ fn a_command_that_is_lost_twice_fails_and_others_go_on() {
 #[test]
 fn a_controller_that_does_not_answer_an_abort_either_is_reset() {
     let drive = drive(1);
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     drive.machine.inject(Fault::once(opcode(NVM_READ), Effect::Lose));
     drive.machine.inject(Fault::once(Commands::admin(ABORT), Effect::Lose));
 
@@ -100,8 +100,8 @@ fn a_controller_that_does_not_answer_an_abort_either_is_reset() {
 fn a_fatal_status_is_noticed_long_before_the_timeout() {
     let watch = WatchdogOptions { timeout: Duration::from_secs(3600), ..WatchdogOptions::default() };
     let options = Options { size: 16 << 20, queues: 2, mode: Mode::Threaded, ..Options::default() };
-    let drive = Drive::watched(options, Duration::ZERO, Duration::from_secs(20), watch);
-    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+    let drive = Drive::with_watchdog(options, Duration::ZERO, Duration::from_secs(20), watch);
+    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, RingOptions::default())).collect();
     drive.machine.inject(Fault::once(opcode(NVM_READ), Effect::Fatal));
 
     for driver in &mut drivers {
@@ -114,7 +114,7 @@ fn a_fatal_status_is_noticed_long_before_the_timeout() {
 #[test]
 fn a_drive_pulled_out_fails_requests_at_once_and_is_served_again_when_it_is_back() {
     let drive = drive(2);
-    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, RingOptions::default())).collect();
     for _ in 0..3 {
         drive.machine.inject(Fault::once(opcode(NVM_READ), Effect::Remove));
         for driver in &mut drivers {
@@ -123,7 +123,7 @@ fn a_drive_pulled_out_fails_requests_at_once_and_is_served_again_when_it_is_back
 
         drive.machine.clear_faults();
 
-        until("the drive is back", || drivers.iter_mut().all(|driver| read(driver) == 0));
+        wait_until("the drive is back", || drivers.iter_mut().all(|driver| read(driver) == 0));
     }
     assert_eq!(drive.machine.iommu().faults().len(), 0);
 }
@@ -131,10 +131,10 @@ fn a_drive_pulled_out_fails_requests_at_once_and_is_served_again_when_it_is_back
 #[test]
 fn a_drive_that_the_host_wants_back_is_let_go_and_served_again_when_it_returns() {
     let back = Arc::new(AtomicBool::new(false));
-    let drive = returning(2, &back);
+    let drive = reacquirable_drive(2, &back);
     let function = drive.machine.function();
     let held = Arc::strong_count(&function);
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     assert_eq!(read(&mut driver), 0);
     drive.machine.inject(Fault::once(opcode(NVM_WRITE), Effect::Lose));
     let lost = driver.send(OUT, 0, &[(DATA, 512)]);
@@ -143,7 +143,7 @@ fn a_drive_that_the_host_wants_back_is_let_go_and_served_again_when_it_returns()
 
     driver.wait(1);
     assert_eq!(driver.status(lost), 1);
-    until("the function is let go", || Arc::strong_count(&function) == held - 1);
+    wait_until("the function is let go", || Arc::strong_count(&function) == held - 1);
     assert_eq!(read(&mut driver), 1);
     assert!(drive.engine.set_write_cache(false).is_err());
     let mut command = [0; 2];
@@ -152,7 +152,7 @@ fn a_drive_that_the_host_wants_back_is_let_go_and_served_again_when_it_returns()
 
     back.store(true, Ordering::Relaxed);
 
-    until("the drive is back", || read(&mut driver) == 0);
+    wait_until("the drive is back", || read(&mut driver) == 0);
     driver.fill(DATA, &[0x3c; 700]);
     for data in [&[(DATA, 512)][..], &[(DATA + 1, 511), (DATA + 700, 1)]] {
         let sent = driver.send(OUT, 9, data);
@@ -165,15 +165,15 @@ fn a_drive_that_the_host_wants_back_is_let_go_and_served_again_when_it_returns()
 #[test]
 fn a_drive_can_be_lent_to_the_host_again_and_again() {
     let back = Arc::new(AtomicBool::new(true));
-    let drive = returning(2, &back);
-    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+    let drive = reacquirable_drive(2, &back);
+    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, RingOptions::default())).collect();
     for _ in 0..10 {
         back.store(false, Ordering::Relaxed);
         drive.machine.request_removal();
-        until("requests fail", || drivers.iter_mut().all(|driver| read(driver) == 1));
+        wait_until("requests fail", || drivers.iter_mut().all(|driver| read(driver) == 1));
 
         back.store(true, Ordering::Relaxed);
-        until("requests are served", || drivers.iter_mut().all(|driver| read(driver) == 0));
+        wait_until("requests are served", || drivers.iter_mut().all(|driver| read(driver) == 0));
     }
     assert_eq!(drive.machine.iommu().faults().len(), 0);
 }
@@ -181,25 +181,25 @@ fn a_drive_can_be_lent_to_the_host_again_and_again() {
 #[test]
 fn a_drive_that_returns_as_another_one_is_let_go_again() {
     let back = Arc::new(AtomicBool::new(false));
-    let drive = returning(1, &back);
+    let drive = reacquirable_drive(1, &back);
     let function = drive.machine.function();
     let held = Arc::strong_count(&function);
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     drive.machine.request_removal();
-    until("requests fail", || read(&mut driver) == 1);
+    wait_until("requests fail", || read(&mut driver) == 1);
     drive.machine.inject(Fault::Identify { cns: 1, offset: 4, bytes: b"ANOTHER".to_vec() });
 
     back.store(true, Ordering::Relaxed);
 
-    until("it has been looked at", || drive.machine.traffic().admin > 20);
+    wait_until("it has been looked at", || drive.machine.traffic().admin > 20);
     assert_eq!(read(&mut driver), 1);
-    until("it is let go", || Arc::strong_count(&function) == held - 1);
+    wait_until("it is let go", || Arc::strong_count(&function) == held - 1);
 }
 
 #[test]
 fn data_survives_a_controller_that_keeps_losing_commands() {
     let drive = drive(2);
-    let mut drivers: Vec<_> = (0..4).map(|n| drive.driver(n, Shape::default())).collect();
+    let mut drivers: Vec<_> = (0..4).map(|n| drive.driver(n, RingOptions::default())).collect();
     for n in 1..4 {
         // Bounced and split requests are among those in flight.
         let on = Commands { queue: Some(1), opcode: None };
@@ -221,7 +221,7 @@ fn data_survives_a_controller_that_keeps_losing_commands() {
 #[test]
 fn a_disk_that_gets_another_size_is_followed_and_somebody_is_told() {
     let drive = drive(2);
-    let mut driver = drive.driver(1, Shape::default());
+    let mut driver = drive.driver(1, RingOptions::default());
     let told = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&told);
     drive.engine.on_change(move || {
@@ -235,7 +235,7 @@ fn a_disk_that_gets_another_size_is_followed_and_somebody_is_told() {
     for (n, size) in [(1, 8 << 20), (2, 12 << 20), (3, 16 << 20)] {
         drive.machine.resize(size).unwrap();
 
-        until("somebody is told", || told.load(Ordering::Relaxed) == n);
+        wait_until("somebody is told", || told.load(Ordering::Relaxed) == n);
         assert_eq!(drive.engine.geometry().blocks, size / 512);
         assert_eq!((last_sector(size), last_sector(size + 512)), (0, 1));
     }
@@ -245,21 +245,21 @@ fn a_disk_that_gets_another_size_is_followed_and_somebody_is_told() {
 #[test]
 fn a_namespace_replaced_under_its_number_fails_requests_until_it_is_back() {
     let drive = drive(1);
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     assert_eq!(read(&mut driver), 0);
     drive.machine.inject(Fault::Identify { cns: 0, offset: 104, bytes: vec![1; 16] });
 
     drive.machine.resize(8 << 20).unwrap(); // for its notice
 
-    until("it is found to be another", || read(&mut driver) == 1);
+    wait_until("it is found to be another", || read(&mut driver) == 1);
     drive.machine.clear_faults();
-    until("the former is served again", || read(&mut driver) == 0);
+    wait_until("the former is served again", || read(&mut driver) == 0);
 }
 
 #[test]
 fn a_disk_that_comes_out_of_a_reset_with_another_size_is_followed() {
     let drive = drive(1);
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     drive.machine.inject(Fault::Identify { cns: 0, offset: 0, bytes: 1000_u64.to_le_bytes().to_vec() });
     drive.machine.inject(Fault::once(opcode(NVM_READ), Effect::Fatal));
 

@@ -3,26 +3,26 @@
 
 use std::time::Duration;
 
-use super::disk::Abilities;
+use super::disk::DiskOptions;
 use super::rig::*;
 
 /// Bytes of one block.
 const BLOCK: u32 = 512;
 
-fn rig() -> (Rig, VirtDriver) {
-    let rig = Rig::new(Abilities::default());
-    let driver = rig.driver(0, Shape { size: 16, ..Shape::default() });
+fn rig() -> (Rig, SplitDriver) {
+    let rig = Rig::new(DiskOptions::default());
+    let driver = rig.driver(0, RingOptions { size: 16, ..RingOptions::default() });
     (rig, driver)
 }
 
 /// A well-formed read still succeeds.
-fn still_serves(driver: &mut VirtDriver) -> bool {
+fn still_serves(driver: &mut SplitDriver) -> bool {
     let sent = driver.send(IN, 0, &[(DATA, BLOCK)]);
     driver.wait(1) == [(u32::from(sent.head), BLOCK + 1)] && driver.status(sent) == 0
 }
 
 /// Offers `head`, and gives its used length.
-fn used_len(driver: &mut VirtDriver, head: u16) -> u32 {
+fn used_len(driver: &mut SplitDriver, head: u16) -> u32 {
     driver.offer(head);
     driver.kick();
     let used = driver.wait(1);
@@ -103,8 +103,8 @@ fn an_indirect_table_outside_memory_is_refused() {
 
 #[test]
 fn an_indirect_table_that_was_not_negotiated_is_refused() {
-    let rig = Rig::new(Abilities::default());
-    let (mut driver, setup) = rig.unstarted(0, Shape::default());
+    let rig = Rig::new(DiskOptions::default());
+    let (mut driver, setup) = rig.stopped_driver(0, RingOptions::default());
     rig.engine.start_ring(crate::engine::VringSetup { indirect: false, ..setup }).unwrap();
     rig.engine.set_enabled(0, true);
     let head = driver.raw(Desc { addr: DATA, len: 48, flags: INDIRECT, next: 0 });
@@ -179,7 +179,7 @@ fn data_outside_memory_gets_an_error_status_and_no_command() {
             assert_eq!(driver.status(sent), 1);
         }
     }
-    assert_eq!(rig.disk.rings(), 0);
+    assert_eq!(rig.disk.doorbells(), 0);
     assert!(still_serves(&mut driver));
 }
 
@@ -204,7 +204,7 @@ fn sectors_past_the_end_get_an_error_status() {
         assert_eq!(driver.wait(1), [(u32::from(sent.head), 1)], "{sector}");
         assert_eq!(driver.status(sent), 1);
     }
-    assert_eq!(rig.disk.rings(), 0);
+    assert_eq!(rig.disk.doorbells(), 0);
 
     let last = driver.send(IN, sectors - 1, &[(DATA, BLOCK)]);
     driver.wait(1);
@@ -213,10 +213,10 @@ fn sectors_past_the_end_get_an_error_status() {
 
 #[test]
 fn parts_of_a_block_get_an_error_status() {
-    let mut abilities = Abilities::default();
-    (abilities.geometry.block_size, abilities.geometry.blocks) = (4096, 64);
-    let rig = Rig::new(abilities);
-    let mut driver = rig.driver(0, Shape::default());
+    let mut options = DiskOptions::default();
+    (options.geometry.block_size, options.geometry.blocks) = (4096, 64);
+    let rig = Rig::new(options);
+    let mut driver = rig.driver(0, RingOptions::default());
     for (sector, len) in [(0, 512), (1, 4096), (8, 4097), (8, 1), (7, 8192)] {
         let sent = driver.send(IN, sector, &[(DATA, len)]);
         assert_eq!(driver.wait(1), [(u32::from(sent.head), 1)], "{sector} {len}");
@@ -233,21 +233,21 @@ fn a_transfer_of_nothing_succeeds_without_the_device() {
     let sent = driver.send(IN, 0, &[]);
     assert_eq!(driver.wait(1), [(u32::from(sent.head), 1)]);
     assert_eq!(driver.status(sent), 0);
-    assert_eq!(rig.disk.rings(), 0);
+    assert_eq!(rig.disk.doorbells(), 0);
 }
 
 #[test]
 fn writes_to_a_read_only_disk_are_refused() {
-    let mut abilities = Abilities::default();
-    abilities.geometry.read_only = true;
-    let rig = Rig::new(abilities);
-    let mut driver = rig.driver(0, Shape::default());
+    let mut options = DiskOptions::default();
+    options.geometry.read_only = true;
+    let rig = Rig::new(options);
+    let mut driver = rig.driver(0, RingOptions::default());
 
     let sent = driver.send(OUT, 0, &[(DATA, BLOCK)]);
 
     driver.wait(1);
     assert_eq!(driver.status(sent), 1);
-    assert_eq!(rig.disk.rings(), 0);
+    assert_eq!(rig.disk.doorbells(), 0);
     assert!(still_serves(&mut driver));
 }
 
@@ -265,7 +265,7 @@ fn an_unknown_request_is_unsupported() {
 #[test]
 fn a_jump_of_the_available_index_breaks_the_ring_and_no_other() {
     let (rig, mut driver) = rig();
-    let mut other = rig.driver(1, Shape::default());
+    let mut other = rig.driver(1, RingOptions::default());
 
     driver.set_avail_idx(17);
     driver.kick();
@@ -281,14 +281,14 @@ fn a_jump_of_the_available_index_breaks_the_ring_and_no_other() {
 
     // Restarted, it serves again.
     assert_eq!(rig.engine.stop_ring(0).unwrap(), Some(0));
-    let mut driver = rig.driver(0, Shape { size: 16, ..Shape::default() });
+    let mut driver = rig.driver(0, RingOptions { size: 16, ..RingOptions::default() });
     assert!(still_serves(&mut driver));
 }
 
 #[test]
 fn a_head_out_of_the_table_breaks_the_ring() {
     let (rig, mut driver) = rig();
-    let mut other = rig.driver(1, Shape::default());
+    let mut other = rig.driver(1, RingOptions::default());
 
     driver.offer(16);
     driver.kick();
@@ -301,32 +301,32 @@ fn a_head_out_of_the_table_breaks_the_ring() {
 
 #[test]
 fn a_chain_offered_again_and_again_keeps_to_the_size_of_the_ring() {
-    let rig = Rig::new(Abilities { depth: 1024, ..Abilities::default() });
-    let mut driver = rig.driver(0, Shape { size: 16, ..Shape::default() });
+    let rig = Rig::new(DiskOptions { depth: 1024, ..DiskOptions::default() });
+    let mut driver = rig.driver(0, RingOptions { size: 16, ..RingOptions::default() });
     rig.disk.hold();
 
     let head = driver.request(IN, 0, &[(DATA, BLOCK)]).head;
     (0..15).for_each(|_| driver.offer(head));
     driver.kick();
-    until("a ring's worth in flight", || rig.disk.held().len() == 16);
+    wait_until("a ring's worth in flight", || rig.disk.held().len() == 16);
     (0..16).for_each(|_| driver.offer(head));
     driver.kick();
-    let mut other = rig.driver(1, Shape::default());
+    let mut other = rig.driver(1, RingOptions::default());
     let sent = other.send(99, 0, &[]);
     assert_eq!(other.wait(1), [(u32::from(sent.head), 1)]);
     assert_eq!(rig.disk.held().len(), 16);
 
-    rig.disk.unhold();
-    until("both rounds", || driver.used_idx() == 32);
+    rig.disk.resume();
+    wait_until("both rounds", || driver.used_idx() == 32);
 }
 
 #[test]
 fn a_ring_that_does_not_fit_its_memory_is_not_started() {
     use crate::addr::{Gpa, Span};
     use crate::engine::{EngineError, VringSetup};
-    let rig = Rig::new(Abilities::default());
+    let rig = Rig::new(DiskOptions::default());
     let setup = |change: &dyn Fn(&mut VringSetup)| {
-        let (_, mut setup) = rig.unstarted(0, Shape::default());
+        let (_, mut setup) = rig.stopped_driver(0, RingOptions::default());
         change(&mut setup);
         rig.engine.start_ring(setup)
     };

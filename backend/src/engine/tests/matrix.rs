@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::nvme::{Drive, Numbers};
+use super::nvme::{Drive, Xorshift};
 use super::packed_driver::{DISABLE, PackedDriver};
 use super::rig::*;
 use crate::emulated::{Mode, Options};
@@ -29,7 +29,7 @@ enum Calls {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Kind {
+struct RingKind {
     layout: Layout,
     indirect: bool,
     calls: Calls,
@@ -38,34 +38,34 @@ struct Kind {
 
 /// A driver of either layout.
 enum Driver {
-    Split(VirtDriver),
+    Split(SplitDriver),
     Packed(PackedDriver),
 }
 
-struct GuestMemoryView {
-    kind: Kind,
+struct GuestDriver {
+    kind: RingKind,
     driver: Driver,
     start: u64,
-    numbers: Numbers,
+    numbers: Xorshift,
     /// What its part of the drive holds.
     model: Vec<u8>,
     tables: u64,
 }
 
 /// A request on its way: what it reads, or nothing.
-struct Pending {
+struct PendingRequest {
     head: u32,
     status: u64,
     read: Option<(u64, Vec<u8>)>,
     len: u32,
 }
 
-impl GuestMemoryView {
-    fn new(drive: &Drive, index: usize, kind: Kind) -> Self {
-        let shape = Shape { size: kind.size, event_idx: kind.calls == Calls::EventIdx, base: 0 };
+impl GuestDriver {
+    fn new(drive: &Drive, index: usize, kind: RingKind) -> Self {
+        let shape = RingOptions { size: kind.size, event_idx: kind.calls == Calls::EventIdx, base: 0 };
         let start = BASE + STRIDE * index as u64;
         let memory = drive.region.memory().clone();
-        let (driver, setup) = VirtDriver::at_place(memory, index, shape, (start, start + 0x1_0000));
+        let (driver, setup) = SplitDriver::at_addresses(memory, index, shape, (start, start + 0x1_0000));
         let (driver, mut setup) = match kind.layout {
             Layout::Split => (Driver::Split(driver), setup),
             Layout::Packed => {
@@ -75,25 +75,25 @@ impl GuestMemoryView {
         };
         setup.indirect = kind.indirect;
         drive.engine.start_ring(setup).unwrap();
-        let numbers = Numbers(0x1234_5678_9abc + index as u64);
+        let numbers = Xorshift(0x1234_5678_9abc + index as u64);
         let mut guest = Self { kind, driver, start, numbers, model: vec![0; (BLOCKS * LBA) as usize], tables: 0 };
         if kind.calls == Calls::Never {
-            guest.never_call();
+            guest.disable_calls();
         }
         guest
     }
 
-    fn guest(&mut self) -> &mut VirtDriver {
+    fn guest(&mut self) -> &mut SplitDriver {
         match &mut self.driver {
             Driver::Split(driver) => driver,
             Driver::Packed(driver) => &mut driver.guest,
         }
     }
 
-    fn never_call(&mut self) {
+    fn disable_calls(&mut self) {
         match &mut self.driver {
             Driver::Split(driver) => driver.set_avail_flags(1),
-            Driver::Packed(driver) => driver.set_wish(0, DISABLE),
+            Driver::Packed(driver) => driver.set_driver_event(0, DISABLE),
         }
     }
 
@@ -117,13 +117,13 @@ impl GuestMemoryView {
                     }
                 };
                 driver.offer(head);
-                driver.kick_if_asked(before);
+                driver.kick_if_needed(before);
                 head.into()
             }
             Driver::Packed(driver) => {
                 let before = driver.avail;
                 let id = driver.offer_linked(parts, table);
-                driver.kick_if_asked(before);
+                driver.kick_if_needed(before);
                 id.into()
             }
         }
@@ -135,7 +135,7 @@ impl GuestMemoryView {
     }
 
     /// Offers one random request.
-    fn begin(&mut self, slot: u64) -> Pending {
+    fn begin(&mut self, slot: u64) -> PendingRequest {
         let first = self.numbers.next(BLOCKS);
         let blocks = 1 + self.numbers.next((BLOCKS - first).min(4));
         let (write, len) = (self.numbers.next(2) == 0, blocks * LBA);
@@ -150,10 +150,10 @@ impl GuestMemoryView {
         let head = self.offer(&[(header, 16, 0), data, (header + 16, 1, WRITE)]);
         if write {
             self.model[on_disk].copy_from_slice(&bytes);
-            return Pending { head, status: header + 16, read: None, len: 1 };
+            return PendingRequest { head, status: header + 16, read: None, len: 1 };
         }
         let read = Some((buffer, self.model[on_disk].to_vec()));
-        Pending { head, status: header + 16, read, len: len as u32 + 1 }
+        PendingRequest { head, status: header + 16, read, len: len as u32 + 1 }
     }
 
     /// Waits for `count` requests the way this kind of driver does.
@@ -180,7 +180,7 @@ impl GuestMemoryView {
         }
         let mut used = self.wait(pending.len());
         assert_eq!(used.len(), pending.len(), "{:?}", self.kind);
-        for Pending { head, status, read, len } in pending {
+        for PendingRequest { head, status, read, len } in pending {
             let place = used.iter().position(|&entry| entry == (head, len));
             used.swap_remove(place.unwrap_or_else(|| panic!("{:?}: {head} not in {used:?}", self.kind)));
             assert_eq!(self.guest().bytes(status, 1), [0], "{:?}", self.kind);
@@ -190,7 +190,7 @@ impl GuestMemoryView {
         }
     }
 
-    fn read(&mut self, slot: u64) -> Pending {
+    fn read(&mut self, slot: u64) -> PendingRequest {
         let first = self.numbers.next(BLOCKS);
         let buffer = self.start + DATA_AT + LBA * slot;
         let sector = (self.start - BASE) / STRIDE * BLOCKS + first;
@@ -198,16 +198,16 @@ impl GuestMemoryView {
         let head = self.offer(&[(header, 16, 0), (buffer, LBA as u32, WRITE), (header + 16, 1, WRITE)]);
         let on_disk = (first * LBA) as usize..((first + 1) * LBA) as usize;
         let read = Some((buffer, self.model[on_disk].to_vec()));
-        Pending { head, status: header + 16, read, len: LBA as u32 + 1 }
+        PendingRequest { head, status: header + 16, read, len: LBA as u32 + 1 }
     }
 }
 
 fn drive(rings: usize) -> Drive {
     let options = Options { size: 16 << 20, queues: 2, lba: 512, mode: Mode::Threaded, ..Options::default() };
-    let (spin, patience) = (Duration::from_micros(20), Duration::from_secs(20));
+    let (spin, drain_timeout) = (Duration::from_micros(20), Duration::from_secs(20));
     Drive::with(
         options,
-        crate::engine::Options { rings, spin, patience, watch: crate::engine::WatchdogOptions::default() },
+        crate::engine::Options { rings, spin, drain_timeout, watch: crate::engine::WatchdogOptions::default() },
         STRIDE * rings as u64,
     )
 }
@@ -227,9 +227,9 @@ fn every_kind_of_ring_moves_the_right_bytes() {
                 let drive = drive(1);
                 for size in sizes(layout, indirect) {
                     // The drive is not erased between rings: a model that starts with zeros must write first.
-                    let mut guest = GuestMemoryView::new(&drive, 0, Kind { layout, indirect, calls, size });
+                    let mut guest = GuestDriver::new(&drive, 0, RingKind { layout, indirect, calls, size });
                     drive.engine.set_enabled(0, true);
-                    guest.erase();
+                    guest.zero_all_blocks();
                     for round in 0..12 {
                         guest.batch(1);
                         guest.batch(if round % 4 == 0 { guest.depth() } else { 1 + round % 7 });
@@ -242,9 +242,9 @@ fn every_kind_of_ring_moves_the_right_bytes() {
     }
 }
 
-impl GuestMemoryView {
+impl GuestDriver {
     /// Writes zeros to all of its part of the drive.
-    fn erase(&mut self) {
+    fn zero_all_blocks(&mut self) {
         let sector = (self.start - BASE) / STRIDE * BLOCKS;
         for first in (0..BLOCKS).step_by(4) {
             let header = self.guest().header(OUT, sector + first);
@@ -257,12 +257,12 @@ impl GuestMemoryView {
 }
 
 /// The kinds in turn.
-fn kind(n: usize) -> Kind {
+fn kind(n: usize) -> RingKind {
     let layout = if n.is_multiple_of(2) { Layout::Split } else { Layout::Packed };
     let indirect = (n / 2).is_multiple_of(2);
     let calls = [Calls::EventIdx, Calls::Flags, Calls::Never][n / 4 % 3];
     let sizes: Vec<_> = sizes(layout, indirect).filter(|&size| size <= 256).collect();
-    Kind { layout, indirect, calls, size: sizes[n % sizes.len()] }
+    RingKind { layout, indirect, calls, size: sizes[n % sizes.len()] }
 }
 
 #[test]
@@ -270,8 +270,8 @@ fn sixty_four_rings_are_enabled_and_disabled_in_any_order() {
     let drive = drive(64);
     // As firmware does it: of each four, the last is never used.
     let mut guests: Vec<_> =
-        (0..64).filter(|n| n % 4 != 3).map(|n| (n, GuestMemoryView::new(&drive, n, kind(n)))).collect();
-    let mut numbers = Numbers(0xfeed_f00d);
+        (0..64).filter(|n| n % 4 != 3).map(|n| (n, GuestDriver::new(&drive, n, kind(n)))).collect();
+    let mut numbers = Xorshift(0xfeed_f00d);
     for index in 0..64 {
         drive.engine.set_enabled(index, numbers.next(2) == 0);
     }
@@ -282,7 +282,7 @@ fn sixty_four_rings_are_enabled_and_disabled_in_any_order() {
         // A disabled ring takes nothing, and makes up for it when it is enabled.
         let pending = guest.begin(0);
         drive.engine.set_enabled(64 - 1 - (*index - *index % 4), numbers.next(2) == 0); // one that is never used
-        assert!(guest.untouched(), "virtqueue {index}");
+        assert!(guest.has_no_used(), "virtqueue {index}");
         drive.engine.set_enabled(*index, true);
         assert_eq!(guest.wait(1), [(pending.head, pending.len)], "{:?}", guest.kind);
         assert_eq!(guest.guest().bytes(pending.status, 1), [0]);
@@ -296,8 +296,8 @@ fn sixty_four_rings_are_enabled_and_disabled_in_any_order() {
     assert_eq!(drive.engine.statistics().errors, 0);
 }
 
-impl GuestMemoryView {
-    fn untouched(&mut self) -> bool {
+impl GuestDriver {
+    fn has_no_used(&mut self) -> bool {
         match &mut self.driver {
             Driver::Split(driver) => driver.used().is_empty(),
             Driver::Packed(driver) => !driver.sees_used(),

@@ -18,7 +18,7 @@ pub(super) const DESC: u16 = 2;
 
 /// The driver's ring. Memory, headers and eventfds are those of an ordinary driver.
 pub(super) struct PackedDriver {
-    pub(super) guest: VirtDriver,
+    pub(super) guest: SplitDriver,
     pub(super) ring: u64,
     driver_area: u64,
     device_area: u64,
@@ -33,22 +33,22 @@ pub(super) struct PackedDriver {
 }
 
 impl PackedDriver {
-    pub(super) fn new(memory: SharedMemory, index: usize, shape: Shape) -> (Self, VringSetup) {
-        let (guest, setup) = VirtDriver::new(memory, index, shape);
-        Self::over(guest, setup, shape)
+    pub(super) fn new(memory: SharedMemory, index: usize, options: RingOptions) -> (Self, VringSetup) {
+        let (guest, setup) = SplitDriver::new(memory, index, options);
+        Self::over(guest, setup, options)
     }
 
     /// Puts a packed ring where `guest` would have its split one.
-    pub(super) fn over(guest: VirtDriver, setup: VringSetup, shape: Shape) -> (Self, VringSetup) {
+    pub(super) fn over(guest: SplitDriver, setup: VringSetup, options: RingOptions) -> (Self, VringSetup) {
         let [ring, driver_area, device_area] = [setup.desc, setup.avail, setup.used].map(|span| span.start().0);
-        let count = u64::from(shape.base);
+        let count = u64::from(options.base);
         let mut driver = Self {
             guest,
             ring,
             driver_area,
             device_area,
-            size: shape.size.into(),
-            event_idx: shape.event_idx,
+            size: options.size.into(),
+            event_idx: options.event_idx,
             avail: count,
             used: count,
             outstanding: HashMap::new(),
@@ -60,7 +60,7 @@ impl PackedDriver {
             let flags = if driver.wrap(before) { USED | AVAIL } else { 0 };
             driver.put(slot, Desc { addr: 0, len: 0, flags: 0, next: 0 }, 0, flags);
         }
-        driver.set_wish(0, ENABLE);
+        driver.set_driver_event(0, ENABLE);
         let setup = driver.restart(setup);
         (driver, setup)
     }
@@ -140,18 +140,18 @@ impl PackedDriver {
         self.guest.memory.write_u16(at + 14, desc.flags);
     }
 
-    /// Offers a request of the fast shape.
-    pub(super) fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> Sent {
+    /// Offers a request of the fast options.
+    pub(super) fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> SentRequest {
         let header = self.guest.header(kind, sector);
         let flags = if kind == OUT { 0 } else { WRITE };
         let mut parts = vec![(header, 16, 0)];
         parts.extend(data.iter().map(|&(addr, len)| (addr, len, flags)));
         parts.push((header + 16, 1, WRITE));
         let head = self.offer_linked(&parts, None);
-        Sent { head, status: header + 16 }
+        SentRequest { head, status: header + 16 }
     }
 
-    pub(super) fn send(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> Sent {
+    pub(super) fn send(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> SentRequest {
         let sent = self.request(kind, sector, data);
         self.guest.kick();
         sent
@@ -182,7 +182,7 @@ impl PackedDriver {
 
     pub(super) fn wait(&mut self, count: usize) -> Vec<(u32, u32)> {
         let mut entries = Vec::new();
-        until("used descriptors", || {
+        wait_until("used descriptors", || {
             entries.extend(self.used());
             entries.len() >= count
         });
@@ -191,23 +191,23 @@ impl PackedDriver {
     }
 
     /// The driver event suppression structure.
-    pub(super) fn set_wish(&self, off_wrap: u16, flags: u16) {
+    pub(super) fn set_driver_event(&self, off_wrap: u16, flags: u16) {
         let at = self.guest.at(self.driver_area);
         self.guest.memory.write_u16(at, off_wrap);
         self.guest.memory.store_release_u16(at + 2, flags);
     }
 
     /// The device event suppression structure: place and flags.
-    pub(super) fn devices_wish(&self) -> (u16, u16) {
+    pub(super) fn device_event(&self) -> (u16, u16) {
         let at = self.guest.at(self.device_area);
         let flags = self.guest.memory.load_acquire_u16(at + 2);
         (self.guest.memory.read_u16(at), flags)
     }
 
     /// Kicks if the device asked for it since `before` descriptors were available (virtio 1.2 §2.8.10).
-    pub(super) fn kick_if_asked(&self, before: u64) {
+    pub(super) fn kick_if_needed(&self, before: u64) {
         fence(Ordering::SeqCst);
-        let (off_wrap, flags) = self.devices_wish();
+        let (off_wrap, flags) = self.device_event();
         let asked = match flags {
             ENABLE => true,
             DISABLE => false,
@@ -227,16 +227,16 @@ impl PackedDriver {
         let mut seen = Vec::new();
         while seen.len() < n {
             if self.event_idx {
-                self.set_wish(self.raw(self.used), DESC);
+                self.set_driver_event(self.raw(self.used), DESC);
             } else {
-                self.set_wish(0, ENABLE);
+                self.set_driver_event(0, ENABLE);
             }
             fence(Ordering::SeqCst);
             if !self.sees_used() {
                 assert!(wait_readable(&self.guest.call, Duration::from_secs(20)), "a call never came");
             }
             count(&self.guest.call);
-            self.set_wish(0, DISABLE);
+            self.set_driver_event(0, DISABLE);
             seen.extend(self.used());
         }
         seen

@@ -1,7 +1,7 @@
 //! What no driver of a packed ring should do. What is wrong with a request is found by the same code for both layouts, so
 //! each such mistake is made on both, and must end alike; the rules of the ring itself are its own.
 
-use super::disk::Abilities;
+use super::disk::DiskOptions;
 use super::packed_driver::PackedDriver;
 use super::rig::*;
 use crate::addr::{Gpa, Span};
@@ -10,9 +10,9 @@ use crate::engine::{EngineError, Layout};
 const BLOCK: u32 = 512;
 
 /// Virtqueue 0 split, virtqueue 1 packed.
-fn rig() -> (Rig, VirtDriver, PackedDriver) {
-    let rig = Rig::new(Abilities::default());
-    let shape = Shape { size: 16, ..Shape::default() };
+fn rig() -> (Rig, SplitDriver, PackedDriver) {
+    let rig = Rig::new(DiskOptions::default());
+    let shape = RingOptions { size: 16, ..RingOptions::default() };
     let split = rig.driver(0, shape);
     let (packed, setup) = PackedDriver::new(rig.region.memory().clone(), 1, shape);
     rig.engine.start_ring(setup).unwrap();
@@ -45,7 +45,7 @@ fn a_wrong_request_ends_as_on_a_split_ring() {
     const NOWHERE: u64 = 0x10;
     let end = BASE + LEN;
     type Parts = Vec<(u64, u32, u16)>;
-    let around = |kind: u32, sector: u64, driver: &mut VirtDriver, data: &[(u64, u32, u16)]| -> (Parts, u64) {
+    let around = |kind: u32, sector: u64, driver: &mut SplitDriver, data: &[(u64, u32, u16)]| -> (Parts, u64) {
         let header = driver.header(kind, sector);
         let parts = [&[(header, 16, 0)], data, &[(header + 16, 1, WRITE)]].concat();
         (parts, header + 16)
@@ -126,8 +126,8 @@ fn bad_indirect_descriptors_are_refused_and_cost_their_place_only() {
 
 #[test]
 fn an_indirect_table_that_was_not_negotiated_is_refused() {
-    let rig = Rig::new(Abilities::default());
-    let (mut packed, mut setup) = PackedDriver::new(rig.region.memory().clone(), 0, Shape::default());
+    let rig = Rig::new(DiskOptions::default());
+    let (mut packed, mut setup) = PackedDriver::new(rig.region.memory().clone(), 0, RingOptions::default());
     setup.indirect = false;
     rig.engine.start_ring(setup).unwrap();
     rig.engine.set_enabled(0, true);
@@ -139,10 +139,10 @@ fn an_indirect_table_that_was_not_negotiated_is_refused() {
 
 #[test]
 fn an_indirect_table_may_lie_across_the_seam_of_regions() {
-    let rig = Rig::new(Abilities::default());
+    let rig = Rig::new(DiskOptions::default());
     let far = region(BASE + LEN, 0x1000);
     rig.engine.publish(std::sync::Arc::new(rig.table.with(far.clone()).unwrap()));
-    let (mut packed, setup) = PackedDriver::new(rig.region.memory().clone(), 0, Shape::default());
+    let (mut packed, setup) = PackedDriver::new(rig.region.memory().clone(), 0, RingOptions::default());
     rig.engine.start_ring(setup).unwrap();
     rig.engine.set_enabled(0, true);
     let (header, table) = (packed.guest.header(GET_ID, 0), BASE + LEN - 32);
@@ -169,7 +169,7 @@ fn a_chain_without_an_end_breaks_the_ring_and_no_other() {
     split.send(IN, 0, &[(DATA, BLOCK)]);
     split.wait(1);
     assert_eq!(rig.engine.stop_ring(1).unwrap(), Some(0x8000_8000), "nothing has been taken");
-    let (mut fresh, setup) = PackedDriver::new(rig.region.memory().clone(), 1, Shape::default());
+    let (mut fresh, setup) = PackedDriver::new(rig.region.memory().clone(), 1, RingOptions::default());
     rig.engine.start_ring(setup).unwrap();
     assert!(still_serves(&mut fresh));
 }
@@ -177,14 +177,15 @@ fn a_chain_without_an_end_breaks_the_ring_and_no_other() {
 #[test]
 fn descriptors_offered_again_before_they_are_given_back_are_not_taken() {
     let (rig, mut split, _packed) = rig();
-    let (mut packed, setup) = PackedDriver::new(rig.region.memory().clone(), 2, Shape { size: 15, ..Shape::default() });
+    let (mut packed, setup) =
+        PackedDriver::new(rig.region.memory().clone(), 2, RingOptions { size: 15, ..RingOptions::default() });
     rig.engine.start_ring(setup).unwrap();
     rig.engine.set_enabled(2, true);
     rig.disk.hold();
     while packed.has_room(3) {
         packed.send(IN, 0, &[(DATA, BLOCK)]);
     }
-    until("the requests are taken", || rig.disk.held().len() == 5);
+    wait_until("the requests are taken", || rig.disk.held().len() == 5);
     // The whole ring again, as if it were the next round: the device still owns all of it.
     for slot in 0..packed.size {
         packed.put(slot, desc(DATA, 1, WRITE), 0x7777, packed.flags_at(packed.size));
@@ -194,7 +195,7 @@ fn descriptors_offered_again_before_they_are_given_back_are_not_taken() {
     split.wait(1);
     assert_eq!(rig.disk.held().len(), 5);
 
-    rig.disk.unhold();
+    rig.disk.resume();
 
     // The chains come back by the names they were taken under, and nothing more is taken: their used descriptors lie in
     // the way.
@@ -204,8 +205,9 @@ fn descriptors_offered_again_before_they_are_given_back_are_not_taken() {
 
 #[test]
 fn a_packed_ring_that_cannot_be_is_not_started() {
-    let rig = Rig::new(Abilities::default());
-    let make = || PackedDriver::new(rig.region.memory().clone(), 0, Shape { size: 100, ..Shape::default() }).1;
+    let rig = Rig::new(DiskOptions::default());
+    let make =
+        || PackedDriver::new(rig.region.memory().clone(), 0, RingOptions { size: 100, ..RingOptions::default() }).1;
     let at = |start, len| Span::new(Gpa(start), len).unwrap();
     for size in [0, 1025, u16::MAX] {
         let mut setup = make();
@@ -240,12 +242,12 @@ fn a_packed_ring_that_cannot_be_is_not_started() {
 
 #[test]
 fn a_split_ring_of_a_size_that_only_a_packed_one_can_have_is_not_started() {
-    let rig = Rig::new(Abilities::default());
-    let (_driver, mut setup) = rig.unstarted(0, Shape::default());
+    let rig = Rig::new(DiskOptions::default());
+    let (_driver, mut setup) = rig.stopped_driver(0, RingOptions::default());
     setup.size = 48;
     let refused = rig.engine.start_ring(setup).unwrap_err();
     assert!(matches!(refused, EngineError::RingSize { layout: Layout::Split, .. }), "{refused}");
-    let (_driver, mut setup) = rig.unstarted(0, Shape::default());
+    let (_driver, mut setup) = rig.stopped_driver(0, RingOptions::default());
     setup.base = 0x1_0000;
     let refused = rig.engine.start_ring(setup).unwrap_err();
     assert!(matches!(refused, EngineError::RingBase { .. }), "{refused}");

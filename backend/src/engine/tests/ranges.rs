@@ -1,6 +1,6 @@
 //! Discard and write-zeroes: cut to what the device can take, and refused with the status the specification names.
 
-use super::disk::Abilities;
+use super::disk::DiskOptions;
 use super::rig::*;
 use crate::driver::{Blocks, Command};
 
@@ -9,7 +9,7 @@ const WRITE_ZEROES: u32 = 13;
 const UNMAP: u32 = 1;
 
 /// Offers a request whose data is a list of (sector, sectors, flags), cut into buffers of `cut` bytes.
-fn send(driver: &mut VirtDriver, kind: u32, segments: &[(u64, u32, u32)], cut: usize) -> u8 {
+fn send(driver: &mut SplitDriver, kind: u32, segments: &[(u64, u32, u32)], cut: usize) -> u8 {
     let mut list = Vec::new();
     for (sector, sectors, flags) in segments {
         list.extend(sector.to_le_bytes());
@@ -19,7 +19,7 @@ fn send(driver: &mut VirtDriver, kind: u32, segments: &[(u64, u32, u32)], cut: u
     send_bytes(driver, kind, &list, cut)
 }
 
-fn send_bytes(driver: &mut VirtDriver, kind: u32, list: &[u8], cut: usize) -> u8 {
+fn send_bytes(driver: &mut SplitDriver, kind: u32, list: &[u8], cut: usize) -> u8 {
     driver.fill(DATA, list);
     let header = driver.header(kind, 0);
     let mut parts = vec![(header, 16, 0)];
@@ -31,13 +31,13 @@ fn send_bytes(driver: &mut VirtDriver, kind: u32, list: &[u8], cut: usize) -> u8
     driver.offer(head);
     driver.kick();
     assert_eq!(driver.wait(1), [(u32::from(head), 1)]);
-    driver.status(Sent { head, status: header + 16 })
+    driver.status(SentRequest { head, status: header + 16 })
 }
 
-fn rig() -> (Rig, VirtDriver) {
-    let rig = Rig::new(Abilities::default());
+fn rig() -> (Rig, SplitDriver) {
+    let rig = Rig::new(DiskOptions::default());
     rig.disk.write(0, &[0xaa; 1 << 20]);
-    let driver = rig.driver(0, Shape::default());
+    let driver = rig.driver(0, RingOptions::default());
     (rig, driver)
 }
 
@@ -63,9 +63,9 @@ fn zeroes_longer_than_a_command_are_written_by_several_and_answered_once() {
     rig.disk.hold();
     let unmapping = std::thread::scope(|scope| {
         let sent = scope.spawn(|| send(&mut driver, WRITE_ZEROES, &[(3, 40, UNMAP), (100, 1, UNMAP)], 32));
-        until("four commands", || rig.disk.held().len() == 4);
+        wait_until("four commands", || rig.disk.held().len() == 4);
         let commands: Vec<_> = rig.disk.held().iter().map(|entry| entry.command).collect();
-        rig.disk.unhold();
+        rig.disk.resume();
         assert_eq!(sent.join().unwrap(), 0);
         commands
     });
@@ -83,10 +83,10 @@ fn one_segment_that_must_not_be_unmapped_keeps_all_mapped() {
     rig.disk.hold();
     std::thread::scope(|scope| {
         let sent = scope.spawn(|| send(&mut driver, WRITE_ZEROES, &[(0, 1, UNMAP), (8, 1, 0)], 32));
-        until("two commands", || rig.disk.held().len() == 2);
+        wait_until("two commands", || rig.disk.held().len() == 2);
         let not_deallocated = |command| matches!(command, Command::WriteZeroes { deallocate: false, .. });
         assert!(rig.disk.held().iter().all(|entry| not_deallocated(entry.command)));
-        rig.disk.unhold();
+        rig.disk.resume();
         assert_eq!(sent.join().unwrap(), 0);
     });
 }
@@ -99,7 +99,7 @@ fn empty_segments_need_no_command() {
     assert_eq!(send(&mut driver, DISCARD, &[(5, 0, 0), (6, 0, 0)], 32), 0);
     assert_eq!(send(&mut driver, WRITE_ZEROES, &[(2048, 0, UNMAP)], 32), 0);
 
-    assert_eq!(rig.disk.rings(), 0);
+    assert_eq!(rig.disk.doorbells(), 0);
 }
 
 #[test]
@@ -109,7 +109,7 @@ fn unknown_flags_are_unsupported() {
     assert_eq!(send(&mut driver, DISCARD, &[(0, 8, 0), (8, 8, 2)], 32), 2);
     assert_eq!(send(&mut driver, WRITE_ZEROES, &[(0, 8, 2)], 16), 2);
     assert_eq!(send(&mut driver, WRITE_ZEROES, &[(0, 8, u32::MAX)], 16), 2);
-    assert_eq!(rig.disk.rings(), 0);
+    assert_eq!(rig.disk.doorbells(), 0);
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn segments_that_name_no_blocks_fail_and_touch_nothing() {
         assert_eq!(send(&mut driver, DISCARD, &[(8, 8, 0), (sector, sectors, 0)], 32), 1, "{sector} {sectors}");
     }
     assert_eq!(send(&mut driver, WRITE_ZEROES, &[(0, 16 * 16 + 1, 0)], 32), 1);
-    assert_eq!(rig.disk.rings(), 0);
+    assert_eq!(rig.disk.doorbells(), 0);
     assert_eq!(rig.disk.read(8 * 512, 1), [0xaa]);
 }
 
@@ -132,7 +132,7 @@ fn lists_of_no_length_of_any_sense_fail() {
     }
     assert_eq!(send_bytes(&mut driver, WRITE_ZEROES, &[0; 17 * 16], 64), 1);
     assert_eq!(send_bytes(&mut driver, WRITE_ZEROES, &vec![0; 0x1_0000], 0x8000), 1);
-    assert_eq!(rig.disk.rings(), 0);
+    assert_eq!(rig.disk.doorbells(), 0);
     assert_eq!(rig.engine.statistics().errors, 7);
 }
 
@@ -146,10 +146,10 @@ fn a_list_with_a_writable_part_is_of_the_wrong_direction() {
 
 #[test]
 fn sectors_that_are_not_whole_blocks_fail() {
-    let mut abilities = Abilities::default();
-    (abilities.geometry.block_size, abilities.geometry.blocks) = (4096, 256);
-    let rig = Rig::new(abilities);
-    let mut driver = rig.driver(0, Shape::default());
+    let mut options = DiskOptions::default();
+    (options.geometry.block_size, options.geometry.blocks) = (4096, 256);
+    let rig = Rig::new(options);
+    let mut driver = rig.driver(0, RingOptions::default());
     assert_eq!(send(&mut driver, DISCARD, &[(1, 8, 0)], 16), 1);
     assert_eq!(send(&mut driver, DISCARD, &[(8, 4, 0)], 16), 1);
     assert_eq!(send(&mut driver, DISCARD, &[(8, 16, 0)], 16), 0);
@@ -158,20 +158,20 @@ fn sectors_that_are_not_whole_blocks_fail() {
 
 #[test]
 fn a_disk_without_the_commands_or_without_writes_refuses_them() {
-    let mut abilities = Abilities::default();
-    (abilities.geometry.discard, abilities.geometry.zeroes) = (None, None);
-    let rig = Rig::new(abilities);
-    let mut driver = rig.driver(0, Shape::default());
+    let mut options = DiskOptions::default();
+    (options.geometry.discard, options.geometry.zeroes) = (None, None);
+    let rig = Rig::new(options);
+    let mut driver = rig.driver(0, RingOptions::default());
     assert_eq!(send(&mut driver, DISCARD, &[(0, 8, 0)], 16), 2);
     assert_eq!(send(&mut driver, WRITE_ZEROES, &[(0, 8, 0)], 16), 2);
 
-    let mut abilities = Abilities::default();
-    abilities.geometry.read_only = true;
-    let rig = Rig::new(abilities);
-    let mut driver = rig.driver(0, Shape::default());
+    let mut options = DiskOptions::default();
+    options.geometry.read_only = true;
+    let rig = Rig::new(options);
+    let mut driver = rig.driver(0, RingOptions::default());
     assert_eq!(send(&mut driver, DISCARD, &[(0, 8, 0)], 16), 1);
     assert_eq!(send(&mut driver, WRITE_ZEROES, &[(0, 8, UNMAP)], 16), 1);
-    assert_eq!(rig.disk.rings(), 0);
+    assert_eq!(rig.disk.doorbells(), 0);
 }
 
 #[test]
@@ -180,10 +180,10 @@ fn ranges_reach_the_device_as_they_were_checked() {
     rig.disk.hold();
     std::thread::scope(|scope| {
         let sent = scope.spawn(|| send(&mut driver, DISCARD, &[(1, 2, 0), (0, 0, 0), (9, 3, 0)], 32));
-        until("the command", || rig.disk.held().len() == 1);
+        wait_until("the command", || rig.disk.held().len() == 1);
         let expected = [Blocks { first: 1, count: 2 }, Blocks { first: 9, count: 3 }];
         assert_eq!(rig.disk.held()[0].ranges, expected);
-        rig.disk.unhold();
+        rig.disk.resume();
         assert_eq!(sent.join().unwrap(), 0);
     });
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
-use super::disk::{Abilities, Disk};
+use super::disk::{DiskOptions, FakeDisk};
 use crate::addr::{Gpa, Qva, Span};
 use crate::engine::{Engine, Layout, Options, VringSetup};
 use crate::hardware::AddressSpace;
@@ -51,14 +51,14 @@ pub(super) fn count(event: &OwnedFd) -> u64 {
     rustix::io::read(event, &mut bytes).map_or(0, |_| u64::from_ne_bytes(bytes))
 }
 
-/// Waits until `event` is readable; false if it does not become so.
+/// Waits wait_until `event` is readable; false if it does not become so.
 pub(super) fn wait_readable(event: &OwnedFd, limit: Duration) -> bool {
     let time = Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: limit.subsec_nanos().into() };
     poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&time)).unwrap() == 1
 }
 
-/// Waits until `condition` holds.
-pub(super) fn until(what: &str, mut condition: impl FnMut() -> bool) {
+/// Waits wait_until `condition` holds.
+pub(super) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(start.elapsed() < LIMIT, "never happened: {what}");
@@ -69,26 +69,26 @@ pub(super) fn until(what: &str, mut condition: impl FnMut() -> bool) {
 /// An engine above a disk in memory, with one region of guest memory.
 pub(super) struct Rig {
     pub(super) engine: Engine,
-    pub(super) disk: Disk,
+    pub(super) disk: FakeDisk,
     pub(super) region: Arc<Region>,
     pub(super) table: Arc<MemTable>,
 }
 
 impl Rig {
-    pub(super) fn new(abilities: Abilities) -> Self {
+    pub(super) fn new(options: DiskOptions) -> Self {
         Self::with(
-            abilities,
+            options,
             Options {
                 rings: 4,
                 spin: Duration::from_micros(50),
-                patience: Duration::from_secs(20),
+                drain_timeout: Duration::from_secs(20),
                 watch: crate::engine::WatchdogOptions::default(),
             },
         )
     }
 
-    pub(super) fn with(abilities: Abilities, options: Options) -> Self {
-        let disk = Disk::new(abilities);
+    pub(super) fn with(disk: DiskOptions, options: Options) -> Self {
+        let disk = FakeDisk::new(disk);
         let space: Arc<dyn AddressSpace> = Arc::new(disk.clone());
         let engine = Engine::start(Box::new(disk.clone()), &space, options).unwrap();
         let region = region(BASE, LEN);
@@ -99,29 +99,29 @@ impl Rig {
     }
 
     /// A driver for virtqueue `index`, whose ring runs and is enabled.
-    pub(super) fn driver(&self, index: usize, ring: Shape) -> VirtDriver {
-        let (driver, setup) = self.unstarted(index, ring);
+    pub(super) fn driver(&self, index: usize, options: RingOptions) -> SplitDriver {
+        let (driver, setup) = self.stopped_driver(index, options);
         self.engine.start_ring(setup).unwrap();
         self.engine.set_enabled(index, true);
         driver
     }
 
     /// A driver for virtqueue `index`, and what would start its ring.
-    pub(super) fn unstarted(&self, index: usize, ring: Shape) -> (VirtDriver, VringSetup) {
+    pub(super) fn stopped_driver(&self, index: usize, options: RingOptions) -> (SplitDriver, VringSetup) {
         let memory = self.region.memory().clone();
-        VirtDriver::new(memory, index, ring)
+        SplitDriver::new(memory, index, options)
     }
 }
 
 /// What a ring is like.
 #[derive(Clone, Copy)]
-pub(super) struct Shape {
+pub(super) struct RingOptions {
     pub(super) size: u16,
     pub(super) event_idx: bool,
     pub(super) base: u16,
 }
 
-impl Default for Shape {
+impl Default for RingOptions {
     fn default() -> Self {
         Self { size: 64, event_idx: false, base: 0 }
     }
@@ -137,7 +137,7 @@ pub(super) struct Desc {
 }
 
 /// A guest's virtio-blk driver for one ring.
-pub(super) struct VirtDriver {
+pub(super) struct SplitDriver {
     pub(super) memory: SharedMemory,
     pub(super) index: usize,
     pub(super) size: u16,
@@ -154,15 +154,20 @@ pub(super) struct VirtDriver {
     pub(super) err: OwnedFd,
 }
 
-impl VirtDriver {
-    pub(super) fn new(memory: SharedMemory, index: usize, shape: Shape) -> (Self, VringSetup) {
+impl SplitDriver {
+    pub(super) fn new(memory: SharedMemory, index: usize, options: RingOptions) -> (Self, VringSetup) {
         let (desc, headers) = (BASE + RING_STRIDE * index as u64, BASE + HEADERS + 0x1_0000 * index as u64);
-        Self::at_place(memory, index, shape, (desc, headers))
+        Self::at_addresses(memory, index, options, (desc, headers))
     }
 
     /// A driver whose ring and headers, 64 KiB each, lie where the test says.
-    pub(super) fn at_place(memory: SharedMemory, index: usize, shape: Shape, place: (u64, u64)) -> (Self, VringSetup) {
-        let Shape { size, event_idx, base } = shape;
+    pub(super) fn at_addresses(
+        memory: SharedMemory,
+        index: usize,
+        options: RingOptions,
+        place: (u64, u64),
+    ) -> (Self, VringSetup) {
+        let RingOptions { size, event_idx, base } = options;
         let (desc, next_header) = place;
         let (avail, used) = (desc + 0x4000, desc + 0x8000);
         let driver = Self {
@@ -268,7 +273,7 @@ impl VirtDriver {
     }
 
     /// Kicks if the device asked for it since the index was `before`, as a driver must (virtio 1.2 §2.7.10).
-    pub(super) fn kick_if_asked(&self, before: u16) {
+    pub(super) fn kick_if_needed(&self, before: u16) {
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         let asked = if self.event_idx {
             self.avail_idx.wrapping_sub(self.avail_event()).wrapping_sub(1) < self.avail_idx.wrapping_sub(before)
@@ -314,8 +319,8 @@ impl VirtDriver {
         at
     }
 
-    /// Offers a request of the common shape: header, data, status.
-    pub(super) fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> Sent {
+    /// Offers a request of the common options: header, data, status.
+    pub(super) fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> SentRequest {
         let header = self.header(kind, sector);
         let flags = if kind == OUT { 0 } else { WRITE };
         let mut parts = vec![(header, 16, 0)];
@@ -323,17 +328,17 @@ impl VirtDriver {
         parts.push((header + 16, 1, WRITE));
         let head = self.link(&parts);
         self.offer(head);
-        Sent { head, status: header + 16 }
+        SentRequest { head, status: header + 16 }
     }
 
     /// Offers a request and kicks.
-    pub(super) fn send(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> Sent {
+    pub(super) fn send(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> SentRequest {
         let sent = self.request(kind, sector, data);
         self.kick();
         sent
     }
 
-    pub(super) fn status(&self, sent: Sent) -> u8 {
+    pub(super) fn status(&self, sent: SentRequest) -> u8 {
         self.memory.read_u8(self.at(sent.status))
     }
 
@@ -372,7 +377,7 @@ impl VirtDriver {
     /// Waits for `count` used entries.
     pub(super) fn wait(&mut self, count: usize) -> Vec<(u32, u32)> {
         let mut entries = Vec::new();
-        until("used entries", || {
+        wait_until("used entries", || {
             entries.extend(self.used());
             entries.len() >= count
         });
@@ -383,7 +388,7 @@ impl VirtDriver {
 
 /// A request offered.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Sent {
+pub(super) struct SentRequest {
     pub(super) head: u16,
     pub(super) status: u64,
 }

@@ -77,7 +77,7 @@ pub enum ChainFault {
     IndirectMemory(Gpa),
     /// Device-readable after device-writable, virtio 1.2 §2.7.4.2.
     #[error("a readable buffer after a writable one")]
-    WorkerCommand,
+    BufferOrder,
     /// The buffer runs past the end of the address space.
     #[error("a buffer at {addr} of {len} bytes, past the end of the address space")]
     Wraps {
@@ -89,7 +89,7 @@ pub enum ChainFault {
 }
 
 /// What a walk may do.
-pub struct Walk {
+pub struct WalkLimits {
     /// Entries of the descriptor table; of a packed ring, those that the driver owns.
     pub size: u16,
     /// True if indirect tables were negotiated.
@@ -150,19 +150,25 @@ impl Chain {
 
     /// Replaces the contents by the chain that starts at `head` of the table that `entry` reads.
     #[inline]
-    pub fn fill(&mut self, head: u16, walk: &Walk, entry: impl Fn(u16) -> Descriptor, guest: &mut GuestMemoryView) {
+    pub fn fill(
+        &mut self,
+        head: u16,
+        limits: &WalkLimits,
+        entry: impl Fn(u16) -> Descriptor,
+        guest: &mut GuestMemoryView,
+    ) {
         self.clear();
         self.head = Head::new(head, 0);
-        let walked = self.walk(walk, entry, guest);
-        self.conclude(walked);
+        let walked = self.walk(limits, entry, guest);
+        self.finish_walk(walked);
     }
 
     /// Replaces the contents by the chain whose descriptors, in order, `entry` reads; false if it has no end within
-    /// `walk.size` of them.
+    /// `limits.size` of them.
     #[inline]
     pub fn fill_packed(
         &mut self,
-        walk: &Walk,
+        limits: &WalkLimits,
         entry: impl Fn(u16) -> PackedDescriptor,
         guest: &mut GuestMemoryView,
     ) -> bool {
@@ -170,12 +176,12 @@ impl Chain {
         let first = entry(0);
         if first.flags & (INDIRECT | NEXT) == INDIRECT {
             self.head = Head::new(first.id, 1);
-            let walked = self.walk_packed_table(walk, first, guest);
-            self.conclude(walked);
+            let walked = self.walk_packed_table(limits, first, guest);
+            self.finish_walk(walked);
             return true;
         }
         let (mut descriptor, mut walked) = (first, Ok(()));
-        for entries in 1..=walk.size {
+        for entries in 1..=limits.size {
             if descriptor.flags & INDIRECT != 0 {
                 walked = Err(ChainFault::IndirectInChain);
             } else {
@@ -184,10 +190,10 @@ impl Chain {
             if descriptor.flags & NEXT == 0 {
                 // The last one has the name (virtio 1.2 §2.8.6).
                 self.head = Head::new(descriptor.id, entries);
-                self.conclude(walked);
+                self.finish_walk(walked);
                 return true;
             }
-            if entries < walk.size {
+            if entries < limits.size {
                 descriptor = entry(entries);
             }
         }
@@ -203,7 +209,7 @@ impl Chain {
     }
 
     #[inline]
-    fn conclude(&mut self, walked: Result<(), ChainFault>) {
+    fn finish_walk(&mut self, walked: Result<(), ChainFault>) {
         if let Err(fault) = walked {
             self.fault.get_or_insert(fault);
             self.end_known = false;
@@ -213,26 +219,31 @@ impl Chain {
     #[inline]
     fn walk(
         &mut self,
-        walk: &Walk,
+        limits: &WalkLimits,
         entry: impl Fn(u16) -> Descriptor,
         guest: &mut GuestMemoryView,
     ) -> Result<(), ChainFault> {
-        match self.follow(self.head.id, walk.size, |index| Ok(entry(index)))? {
+        match self.follow(self.head.id, limits.size, |index| Ok(entry(index)))? {
             None => Ok(()),
-            Some(table) => self.walk_table(walk, table, guest),
+            Some(table) => self.walk_table(limits, table, guest),
         }
     }
 
     /// Follows an indirect descriptor, the last of its chain; its WRITE flag means nothing (virtio 1.2 §2.7.5.3.2).
     #[inline]
-    fn walk_table(&mut self, walk: &Walk, table: Descriptor, guest: &mut GuestMemoryView) -> Result<(), ChainFault> {
-        if !walk.indirect {
+    fn walk_table(
+        &mut self,
+        limits: &WalkLimits,
+        table: Descriptor,
+        guest: &mut GuestMemoryView,
+    ) -> Result<(), ChainFault> {
+        if !limits.indirect {
             return Err(ChainFault::IndirectNotNegotiated);
         }
         if table.flags & NEXT != 0 {
             return Err(ChainFault::IndirectWithNext);
         }
-        let (span, entries) = table_span(walk, table.addr, table.len)?;
+        let (span, entries) = table_span(limits, table.addr, table.len)?;
         let nested = if let Some(table) = guest.descriptors(span, entries) {
             self.follow(0, entries, |index| Ok(Descriptor::from_words(table.read(usize::from(index)))))?
         } else {
@@ -251,9 +262,9 @@ impl Chain {
         guest: &mut GuestMemoryView,
     ) -> Result<Option<Descriptor>, ChainFault> {
         let at = |index| table.slice(u64::from(DESCRIPTOR) * u64::from(index), u64::from(DESCRIPTOR));
-        let mut read = |entry| guest.table_window(entry).map(|(shared, offset)| shared.read(offset));
-        let nowhere = ChainFault::IndirectMemory(table.start());
-        self.follow(0, entries, |index| at(index).and_then(&mut read).ok_or(nowhere))
+        let mut read = |entry| guest.table_memory(entry).map(|(shared, offset)| shared.read(offset));
+        let not_in_memory = ChainFault::IndirectMemory(table.start());
+        self.follow(0, entries, |index| at(index).and_then(&mut read).ok_or(not_in_memory))
     }
 
     /// Adds the buffers of an indirect table of a packed ring: all its entries in order, whatever NEXT and the ID say
@@ -261,14 +272,14 @@ impl Chain {
     #[inline]
     fn walk_packed_table(
         &mut self,
-        walk: &Walk,
+        limits: &WalkLimits,
         table: PackedDescriptor,
         guest: &mut GuestMemoryView,
     ) -> Result<(), ChainFault> {
-        if !walk.indirect {
+        if !limits.indirect {
             return Err(ChainFault::IndirectNotNegotiated);
         }
-        let (span, entries) = table_span(walk, table.addr, table.len)?;
+        let (span, entries) = table_span(limits, table.addr, table.len)?;
         if let Some(table) = guest.descriptors(span, entries) {
             for n in 0..usize::from(entries) {
                 self.add_from_table(PackedDescriptor::from_words(table.read(n)))?;
@@ -278,7 +289,7 @@ impl Chain {
         // At an odd address, or in pieces, which is fine as long as each entry lies in one region.
         for n in 0..u64::from(entries) {
             let entry = span.slice(u64::from(DESCRIPTOR) * n, u64::from(DESCRIPTOR));
-            let read = entry.and_then(|entry| guest.table_window(entry)).map(|(shared, offset)| shared.read(offset));
+            let read = entry.and_then(|entry| guest.table_memory(entry)).map(|(shared, offset)| shared.read(offset));
             self.add_from_table(read.ok_or(ChainFault::IndirectMemory(span.start()))?)?;
         }
         Ok(())
@@ -335,7 +346,7 @@ impl Chain {
             self.writable.push(span);
         } else {
             if !self.writable.is_empty() {
-                self.fault.get_or_insert(ChainFault::WorkerCommand);
+                self.fault.get_or_insert(ChainFault::BufferOrder);
             }
             self.readable.push(span);
         }
@@ -344,10 +355,10 @@ impl Chain {
 
 /// Where an indirect table is said to be, and how many entries it has, if it can be walked.
 #[inline]
-fn table_span(walk: &Walk, addr: u64, len: u32) -> Result<(Span<Gpa>, u16), ChainFault> {
+fn table_span(limits: &WalkLimits, addr: u64, len: u32) -> Result<(Span<Gpa>, u16), ChainFault> {
     let entries = u16::try_from(len / DESCRIPTOR)
         .ok()
-        .filter(|&n| n > 0 && n <= walk.longest_table && len.is_multiple_of(DESCRIPTOR))
+        .filter(|&n| n > 0 && n <= limits.longest_table && len.is_multiple_of(DESCRIPTOR))
         .ok_or(ChainFault::IndirectLength(len))?;
     let span = Span::new(Gpa(addr), u64::from(len)).ok_or(ChainFault::IndirectMemory(Gpa(addr)))?;
     Ok((span, entries))

@@ -12,11 +12,11 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use super::areas::windows;
-use super::chain::{Chain, Head, Walk};
+use super::areas::map_areas;
+use super::chain::{Chain, Head, WalkLimits};
 use super::descriptor::PackedDescriptor;
 use super::fast_path::{FastDescriptor, FastRequest};
-use super::layout::{Broken, MAX_SIZE};
+use super::layout::{MAX_SIZE, RingFault};
 use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::setup::VringSetup;
@@ -89,7 +89,7 @@ impl Position {
 
 /// Used descriptors that have been written but for the first one's flags, which the driver must not see before the rest.
 #[derive(Clone, Copy)]
-struct Hidden {
+struct Unpublished {
     offset: usize,
     flags: u16,
     /// How many descriptors become the driver's with them.
@@ -107,12 +107,12 @@ pub struct PackedRing {
     indirect: bool,
     next_avail: Position,
     next_used: Position,
-    /// Descriptors that the driver has not got back: those between the two, and those hidden.
+    /// Descriptors that the driver has not got back: those between the two, and those unpublished.
     taken: u16,
     /// What has been given back since the last publication.
-    hidden: Option<Hidden>,
-    /// `next_used` when the driver was last considered for a notification; `None` until the first time.
-    considered: Option<Position>,
+    unpublished: Option<Unpublished>,
+    /// `next_used` when the driver was last signalled_used for a notification; `None` until the first time.
+    signalled_used: Option<Position>,
 }
 
 impl PackedRing {
@@ -122,9 +122,9 @@ impl PackedRing {
     /// [`EngineError::RingArea`] or [`EngineError::RingBase`].
     pub fn new(setup: &VringSetup, table: &MemTable) -> Result<Self, EngineError> {
         let VringSetup { index, size, base, .. } = *setup;
-        let [desc, driver_event, device_event] = windows(setup, table)?;
+        let [desc, driver_event, device_event] = map_areas(setup, table)?;
         let (next_avail, next_used) = positions(base, size).ok_or(EngineError::RingBase { index, size, base })?;
-        let descriptors = desc.array(0, size.into()).expect("`windows` has seen to size and alignment").into_owned();
+        let descriptors = desc.array(0, size.into()).expect("`map_areas` has checked size and alignment").into_owned();
         Ok(Self {
             desc,
             descriptors,
@@ -136,8 +136,8 @@ impl PackedRing {
             next_avail,
             next_used,
             taken: next_used.distance(next_avail, size),
-            hidden: None,
-            considered: None,
+            unpublished: None,
+            signalled_used: None,
         })
     }
 
@@ -175,20 +175,20 @@ impl PackedRing {
     /// Takes the next chain; false if there is none.
     ///
     /// # Errors
-    /// [`Broken::Endless`]; nothing has been taken.
+    /// [`RingFault::Endless`]; nothing has been taken.
     #[inline]
-    pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<bool, Broken> {
+    pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<bool, RingFault> {
         let Some(flags) = self.offered() else { return Ok(false) };
         let (descriptors, size, start) = (&self.descriptors, self.size, self.next_avail);
-        let walk = Walk { size: size - self.taken, indirect: self.indirect, longest_table: MAX_SIZE };
+        let limits = WalkLimits { size: size - self.taken, indirect: self.indirect, longest_table: MAX_SIZE };
         // Only the first descriptor's flags are looked at for availability: the driver writes them last (virtio 1.2
         // §2.8.21), and what was seen then is what counts.
         let entry = |n| {
             let descriptor = PackedDescriptor::from_words(descriptors.read(start.advance(n, size).slot.into()));
             if n == 0 { descriptor.with_flags(flags) } else { descriptor }
         };
-        if !chain.fill_packed(&walk, entry, guest) {
-            return Err(Broken::Endless { slot: start.slot, room: walk.size });
+        if !chain.fill_packed(&limits, entry, guest) {
+            return Err(RingFault::Endless { slot: start.slot, room: limits.size });
         }
         let entries = chain.head().entries();
         self.next_avail = start.advance(entries, size);
@@ -198,7 +198,7 @@ impl PackedRing {
 
     /// The next chain, not yet taken, if it is the fast request.
     #[inline]
-    pub fn fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
+    pub fn peek_fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         let flags = self.offered()?;
         let entry = |n| self.descriptors.read(self.next_avail.advance(n, self.size).slot.into());
         // As in `take`: what was seen of the first descriptor's flags is what counts.
@@ -213,7 +213,7 @@ impl PackedRing {
         FastRequest::new(Head::new(id, 1), [0, 1, 2].map(|n| FastDescriptor::packed(table.read(n)).0))
     }
 
-    /// Takes the chain that [`Self::fast`] has shown, of so many descriptors.
+    /// Takes the chain that [`Self::peek_fast`] has shown, of so many descriptors.
     #[inline]
     pub fn take_fast(&mut self, entries: u16) {
         self.next_avail = self.next_avail.advance(entries, self.size);
@@ -229,12 +229,14 @@ impl PackedRing {
         self.desc.write_u32(offset + LEN, len);
         self.desc.write_u16(offset + ID, head.id());
         let flags = if wrap { AVAIL | USED } else { 0 } | if len == 0 { 0 } else { WRITE };
-        match &mut self.hidden {
-            Some(hidden) => {
+        match &mut self.unpublished {
+            Some(unpublished) => {
                 self.desc.write_u16(offset + FLAGS, flags);
-                hidden.entries += head.entries();
+                unpublished.entries += head.entries();
             }
-            hidden @ None => *hidden = Some(Hidden { offset: offset + FLAGS, flags, entries: head.entries() }),
+            unpublished @ None => {
+                *unpublished = Some(Unpublished { offset: offset + FLAGS, flags, entries: head.entries() })
+            }
         }
         self.next_used = self.next_used.advance(head.entries(), self.size);
     }
@@ -243,13 +245,13 @@ impl PackedRing {
     #[inline]
     #[must_use]
     pub fn has_unpublished(&self) -> bool {
-        self.hidden.is_some()
+        self.unpublished.is_some()
     }
 
     /// Shows the driver every chain given back so far; true if it wants to be notified.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        if let Some(Hidden { offset, flags, entries }) = self.hidden.take() {
+        if let Some(Unpublished { offset, flags, entries }) = self.unpublished.take() {
             self.desc.store_release_u16(offset, flags);
             self.taken -= entries;
         }
@@ -257,7 +259,7 @@ impl PackedRing {
         // full fence both could miss the other (virtio 1.2 §2.8.22).
         fence(Ordering::SeqCst);
         let [low, high, flags, _] = self.driver_event.read_u32(0).to_le_bytes();
-        let before = self.considered.replace(self.next_used);
+        let before = self.signalled_used.replace(self.next_used);
         match u16::from(flags) & EVENT_FLAGS_MASK {
             EVENT_FLAGS_DISABLE => false,
             EVENT_FLAGS_DESC if self.event_idx => {

@@ -1,4 +1,4 @@
-//! The split virtqueue, device side (virtio 1.2 §2.7). The three areas are resolved to windows once, when the ring
+//! The split virtqueue, device side (virtio 1.2 §2.7). The three areas are resolved to map_areas once, when the ring
 //! starts; after that a ring is four indices and reads of shared memory, each word read once.
 //!
 //! ```text
@@ -8,11 +8,11 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use super::areas::windows;
-use super::chain::{Chain, Head, Walk};
+use super::areas::map_areas;
+use super::chain::{Chain, Head, WalkLimits};
 use super::descriptor::Descriptor;
 use super::fast_path::{FastDescriptor, FastRequest};
-use super::layout::{Broken, MAX_SIZE};
+use super::layout::{MAX_SIZE, RingFault};
 use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::setup::VringSetup;
@@ -41,8 +41,8 @@ pub struct SplitRing {
     next_avail: u16,
     next_used: u16,
     published: u16,
-    /// used.idx when the driver was last considered for a notification; `None` until the first time.
-    considered: Option<u16>,
+    /// used.idx when the driver was last signalled_used for a notification; `None` until the first time.
+    signalled_used: Option<u16>,
 }
 
 impl SplitRing {
@@ -52,11 +52,11 @@ impl SplitRing {
     /// [`EngineError::RingArea`] or [`EngineError::RingBase`].
     pub fn new(setup: &VringSetup, table: &MemTable) -> Result<Self, EngineError> {
         let VringSetup { index, size, base, .. } = *setup;
-        let [desc, avail, used] = windows(setup, table)?;
+        let [desc, avail, used] = map_areas(setup, table)?;
         let next_avail = u16::try_from(base).map_err(|_| EngineError::RingBase { index, size, base })?;
         let next_used = used.read_u16(IDX);
         let entries = usize::from(size);
-        let aligned = "`windows` has seen to size and alignment";
+        let aligned = "`map_areas` has checked size and alignment";
         Ok(Self {
             desc: desc.array(0, entries).expect(aligned).into_owned(),
             avail_ring: avail.array(RING, entries).expect(aligned).into_owned(),
@@ -69,7 +69,7 @@ impl SplitRing {
             next_avail,
             next_used,
             published: next_used,
-            considered: None,
+            signalled_used: None,
         })
     }
 
@@ -89,13 +89,13 @@ impl SplitRing {
     /// How many chains are offered and not yet taken. What the driver wrote before it offered them is visible afterwards.
     ///
     /// # Errors
-    /// [`Broken`]
+    /// [`RingFault`]
     #[inline]
-    pub fn available(&self) -> Result<u16, Broken> {
+    pub fn available(&self) -> Result<u16, RingFault> {
         let offered = self.avail.load_acquire_u16(IDX);
         let count = offered.wrapping_sub(self.next_avail);
         if count > self.size {
-            return Err(Broken::AvailIndex { taken: self.next_avail, offered, size: self.size });
+            return Err(RingFault::AvailIndex { taken: self.next_avail, offered, size: self.size });
         }
         Ok(count)
     }
@@ -103,23 +103,23 @@ impl SplitRing {
     /// Takes the next chain; the caller has learnt from [`Self::available`] that there is one.
     ///
     /// # Errors
-    /// [`Broken`]; nothing has been taken.
+    /// [`RingFault`]; nothing has been taken.
     #[inline]
-    pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<(), Broken> {
+    pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<(), RingFault> {
         let [head] = self.avail_ring.read(self.slot(self.next_avail));
         if head >= self.size {
-            return Err(Broken::Head { head, size: self.size });
+            return Err(RingFault::Head { head, size: self.size });
         }
         self.next_avail = self.next_avail.wrapping_add(1);
-        let walk = Walk { size: self.size, indirect: self.indirect, longest_table: MAX_SIZE };
+        let limits = WalkLimits { size: self.size, indirect: self.indirect, longest_table: MAX_SIZE };
         let desc = &self.desc;
-        chain.fill(head, &walk, |index| Descriptor::from_words(desc.read(usize::from(index))), guest);
+        chain.fill(head, &limits, |index| Descriptor::from_words(desc.read(usize::from(index))), guest);
         Ok(())
     }
 
     /// The next chain, not yet taken, if it is the fast request. There must be one, as for [`Self::take`].
     #[inline]
-    pub fn fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
+    pub fn peek_fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         let [head] = self.avail_ring.read(self.slot(self.next_avail));
         let entry = |index: u16| (index < self.size).then(|| FastDescriptor::split(self.desc.read(index.into())));
         let (first, next) = entry(head)?;
@@ -139,7 +139,7 @@ impl SplitRing {
         if linked { FastRequest::new(head, [header, data, status]) } else { None }
     }
 
-    /// Takes the chain that [`Self::fast`] has shown.
+    /// Takes the chain that [`Self::peek_fast`] has shown.
     #[inline]
     pub fn take_fast(&mut self) {
         self.next_avail = self.next_avail.wrapping_add(1);
@@ -170,7 +170,7 @@ impl SplitRing {
         if !self.event_idx {
             return self.avail.read_u16(0) & AVAIL_F_NO_INTERRUPT == 0;
         }
-        let before = self.considered.replace(self.next_used);
+        let before = self.signalled_used.replace(self.next_used);
         let used_event = self.avail.read_u16(RING + 2 * usize::from(self.size));
         // virtio 1.2 §2.7.10: notify if used_event lies among the entries added since `before`.
         before.is_none_or(|before| {
