@@ -1,5 +1,5 @@
-//! A device in memory behind the engine's boundary: it moves real bytes between a `Vec` and the memory its address space
-//! names, completes when and in the order the test says, and can lose commands or refuse to come back.
+//! A fake device: a disk in memory that implements the engine's traits. It moves data between a `Vec` and the mapped memory.
+//! The test decides when and in which order commands complete, and can lose commands or make recovery fail.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,13 +17,13 @@ use crate::hardware::{AddressSpace, DmaBuffer, MapError};
 use crate::memory::Region;
 use crate::sys::SharedMemory;
 
-/// What the disk can do.
+/// Options of the fake disk.
 #[derive(Clone)]
 pub(super) struct DiskOptions {
     pub(super) queues: usize,
     pub(super) depth: usize,
     pub(super) max_transfer: u32,
-    /// Buffers at other addresses or of other lengths must be bounced.
+    /// Alignment of addresses and lengths that need no bouncing, bytes.
     pub(super) alignment: u64,
     pub(super) geometry: Geometry,
 }
@@ -47,7 +47,7 @@ impl Default for DiskOptions {
     }
 }
 
-/// One command as the device got it.
+/// A command as the device received it.
 #[derive(Clone, Debug)]
 pub(super) struct DiskCommand {
     pub(super) queue: usize,
@@ -62,7 +62,7 @@ struct State {
     medium: Vec<u8>,
     memory: Vec<(Span<Iova>, SharedMemory)>,
     next_iova: u64,
-    /// Commands that the device has been told of.
+    /// Commands that have been rung and not completed.
     held: Vec<DiskCommand>,
     done: Vec<VecDeque<Completion>>,
     events: Vec<Option<Arc<OwnedFd>>>,
@@ -77,7 +77,7 @@ struct State {
     doorbells: usize,
 }
 
-/// The test's hand on the disk; clones share it.
+/// The fake disk. Clones share its state.
 #[derive(Clone)]
 pub(super) struct FakeDisk {
     state: Arc<Mutex<State>>,
@@ -96,12 +96,12 @@ impl FakeDisk {
         self.state.lock().unwrap()
     }
 
-    /// From now on commands wait for [`Self::complete`].
+    /// Holds commands from now on until [`Self::complete`].
     pub(super) fn hold(&self) {
         self.state().hold = true;
     }
 
-    /// From now on commands complete as they are rung; so do those held.
+    /// Completes the held commands now, and later ones when they are rung.
     pub(super) fn resume(&self) {
         self.state().hold = false;
         while !self.held().is_empty() {
@@ -109,7 +109,7 @@ impl FakeDisk {
         }
     }
 
-    /// The commands held.
+    /// The held commands.
     pub(super) fn held(&self) -> Vec<DiskCommand> {
         self.state().held.clone()
     }
@@ -121,12 +121,12 @@ impl FakeDisk {
         state.execute(&entry, self.options.geometry.block_size as usize);
     }
 
-    /// How all commands end from now on.
+    /// Sets the outcome of all commands from now on.
     pub(super) fn set_outcome(&self, outcome: Outcome) {
         self.state().outcome = Some(outcome);
     }
 
-    /// After this the device never comes back from a reset.
+    /// Makes every recovery fail from now on.
     pub(super) fn fail_recovery(&self) {
         self.state().recovery_fails = true;
     }
@@ -188,7 +188,7 @@ impl State {
                 Command::WriteZeroes { block, count, .. } => {
                     self.medium[block as usize * block_size..][..count as usize * block_size].fill(0);
                 }
-                // A discarded block says so.
+                // Fill discarded blocks with 0xdd.
                 Command::Flush => {
                     for range in &entry.ranges {
                         let start = range.first as usize * block_size;
@@ -209,7 +209,7 @@ impl State {
             for byte in 0..span.len() {
                 let address = span.start().checked_add(byte).unwrap();
                 let found = self.memory.iter().find(|(mapped, _)| mapped.contains(address));
-                let (mapped, shared) = found.unwrap_or_else(|| panic!("DMA to {address}, which is not mapped"));
+                let (mapped, shared) = found.unwrap_or_else(|| panic!("DMA to unmapped {address}"));
                 let offset = mapped.offset_of(address).unwrap() as usize;
                 if read {
                     shared.write_u8(offset, self.medium[at]);
@@ -219,7 +219,7 @@ impl State {
                 at += 1;
             }
         }
-        assert_eq!(at, end, "a command moves as many bytes as its buffers hold");
+        assert_eq!(at, end, "a command transfers all of its buffers");
     }
 }
 
@@ -306,7 +306,7 @@ impl Drop for FakeDiskQueue {
     }
 }
 
-/// The pieces of `buffers` that `bytes` bytes from `position` on cover.
+/// The parts of `buffers` from `position` on, `bytes` bytes in all.
 fn cut(buffers: &[Span<Iova>], mut position: u64, mut bytes: u64) -> Vec<Span<Iova>> {
     let mut pieces = Vec::new();
     for span in buffers {

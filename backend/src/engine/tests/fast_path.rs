@@ -1,5 +1,5 @@
-//! The fast_transfer way beside the general_transfer one, over the same bytes: what is accepted at a glance must be what the general_transfer way makes
-//! of it.
+//! Compares the fast path with the general path on the same memory: a request that the fast path accepts must give the same
+//! transfer on the general path.
 
 use std::sync::Arc;
 
@@ -29,7 +29,7 @@ const SIZE: u16 = 8;
 const AVAIL: u16 = 0x80;
 const SECTORS: u64 = 64;
 
-/// Where a request's three descriptors are.
+/// Layout of the ring, and whether the request uses an indirect table.
 #[derive(Clone, Copy, Debug)]
 struct Placement {
     layout: Layout,
@@ -49,7 +49,7 @@ struct TestRequest {
     read_only: bool,
 }
 
-/// A request as a driver makes it.
+/// A request as drivers build it.
 fn well_formed(placement: Placement, write: bool, sector: u64, data: (u64, u32)) -> TestRequest {
     let direction = if write { 0 } else { WRITE };
     TestRequest {
@@ -73,7 +73,7 @@ fn setup(request: &TestRequest) -> VringSetup {
     VringSetup { indirect: request.negotiated, ..ring }
 }
 
-/// Guest memory in which the request's request is offered.
+/// Guest memory with the request available in its ring.
 fn guest(request: &TestRequest) -> GuestMemoryView {
     let (region, _) = bare::region(MEMORY);
     let memory = region.memory();
@@ -111,7 +111,7 @@ fn disk(request: &TestRequest) -> Disk {
     Disk::new(&geometry, Arc::new(LiveGeometry::of(&geometry)))
 }
 
-/// The fast_transfer way's transfer, and where the ring stands after it.
+/// The fast path's transfer, the head, and the ring's base after it.
 fn fast_transfer(request: &TestRequest) -> Option<(Transfer, u16, u32)> {
     let mut guest = guest(request);
     let mut queue = Virtqueue::new(&setup(request), guest.table()).unwrap();
@@ -122,7 +122,7 @@ fn fast_transfer(request: &TestRequest) -> Option<(Transfer, u16, u32)> {
     Some((transfer, fast.head().id(), queue.base()))
 }
 
-/// The general_transfer way's, if the request is a transfer of one buffer.
+/// The same from the general path, if the request is a transfer of one buffer.
 fn general_transfer(request: &TestRequest) -> Option<(Transfer, u16, u32)> {
     let mut guest = guest(request);
     let mut queue = Virtqueue::new(&setup(request), guest.table()).unwrap();
@@ -146,7 +146,7 @@ fn placements() -> impl Strategy<Value = Placement> {
         .prop_map(|(layout, indirect)| Placement { layout, indirect })
 }
 
-/// A request as a driver makes it, with a few things changed.
+/// A well-formed request with up to two fields changed.
 fn mutated_request() -> impl Strategy<Value = TestRequest> {
     let start = (placements(), any::<bool>(), 0..SECTORS, 0..16_u64, 1..9_u32);
     let start = start.prop_map(|(placement, write, sector, at, blocks)| {
@@ -164,9 +164,9 @@ fn mutated_request() -> impl Strategy<Value = TestRequest> {
     ];
     let change = (0..13_usize, 0..3_usize, odd_len, odd_addr, 0..8_u16, 0..=SIZE);
     (start, prop::collection::vec(change, 0..3)).prop_map(|(mut request, changes)| {
-        for (what, which, len, addr, flags, next) in changes {
+        for (field, which, len, addr, flags, next) in changes {
             let desc = &mut request.descs[which];
-            match what {
+            match field {
                 0 | 1 => desc.len = len,
                 2 | 3 => desc.addr = addr,
                 4 | 5 => desc.flags = flags,
@@ -187,14 +187,14 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
 
     #[test]
-    fn what_is_accepted_at_a_glance_is_what_the_general_way_makes_of_it(request in mutated_request()) {
+    fn the_fast_path_agrees_with_the_general_path(request in mutated_request()) {
         if let Some(accepted) = fast_transfer(&request) {
             prop_assert_eq!(Some(accepted), general_transfer(&request));
         }
     }
 
     #[test]
-    fn a_request_as_drivers_make_it_is_accepted_at_a_glance(
+    fn the_fast_path_accepts_well_formed_requests(
         placement in placements(), write in any::<bool>(), sector in 0..SECTORS - 8, at in 0x6000..0xf000_u64, blocks in 1..8_u32,
     ) {
         let request = well_formed(placement, write, sector, (at, blocks * 512));

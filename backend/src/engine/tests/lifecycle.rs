@@ -1,4 +1,4 @@
-//! Rings and memory come and go; devices too.
+//! Starting and stopping rings, adding and removing memory, losing and recovering the device.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,10 +10,10 @@ use crate::engine::Options;
 use crate::hardware::AddressSpace;
 use crate::memory::{MemTable, Region};
 
-/// Where the second region lies, apart from the first.
+/// Start of a second region, not adjacent to the first.
 const SECOND: u64 = 0x1000_0000;
 
-/// An engine that soon loses drain_timeout.
+/// An engine with a drain time-out of 50 ms.
 fn rig_with_short_drain_timeout(disk: DiskOptions) -> Rig {
     let options = Options {
         rings: 4,
@@ -24,19 +24,19 @@ fn rig_with_short_drain_timeout(disk: DiskOptions) -> Rig {
     Rig::with(disk, options)
 }
 
-/// Runs `wait` on a thread, and `meanwhile` here; `wait` must not end before `meanwhile` has begun.
+/// Runs `wait` on a thread, and then `meanwhile`. Asserts that `wait` has not returned before.
 fn while_waiting<T: Send>(wait: impl FnOnce() -> T + Send, meanwhile: impl FnOnce()) -> T {
     std::thread::scope(|scope| {
         let waiter = scope.spawn(wait);
         std::thread::sleep(Duration::from_millis(30));
-        assert!(!waiter.is_finished(), "it waits");
+        assert!(!waiter.is_finished(), "returned too early");
         meanwhile();
         waiter.join().unwrap()
     })
 }
 
 #[test]
-fn a_ring_that_was_never_started_stops_with_nothing() {
+fn stopping_a_ring_that_was_never_started_returns_none() {
     let rig = Rig::new(DiskOptions::default());
     assert_eq!(rig.engine.stop_ring(3).unwrap(), None);
     rig.engine.set_call(3, None);
@@ -44,7 +44,7 @@ fn a_ring_that_was_never_started_stops_with_nothing() {
 }
 
 #[test]
-fn a_stop_waits_for_what_was_taken_and_takes_no_more() {
+fn a_stop_waits_for_requests_taken_and_takes_no_more() {
     let rig = Rig::new(DiskOptions { depth: 2, ..DiskOptions::default() });
     let mut driver = rig.driver(0, RingOptions::default());
     rig.disk.hold();
@@ -68,7 +68,7 @@ fn a_stop_waits_for_what_was_taken_and_takes_no_more() {
 }
 
 #[test]
-fn a_stopped_ring_goes_on_where_it_was() {
+fn a_restarted_ring_continues_at_its_base() {
     let rig = Rig::new(DiskOptions::default());
     let (mut driver, setup) = rig.stopped_driver(0, RingOptions::default());
     let base = {
@@ -87,7 +87,7 @@ fn a_stopped_ring_goes_on_where_it_was() {
 }
 
 #[test]
-fn a_disabled_ring_takes_nothing_and_an_enabled_one_goes_on() {
+fn no_requests_are_taken_from_a_ring_while_it_is_disabled() {
     let rig = Rig::new(DiskOptions::default());
     let (mut driver, setup) = rig.stopped_driver(0, RingOptions::default());
     rig.engine.start_ring(setup).unwrap();
@@ -131,31 +131,31 @@ fn with(table: &MemTable, region: &Arc<Region>) -> Arc<MemTable> {
 }
 
 #[test]
-fn memory_can_be_added_and_buffers_may_cross_the_seam() {
+fn memory_can_be_added_and_buffers_may_cross_the_boundary_of_regions() {
     let rig = Rig::new(DiskOptions::default());
     let mut driver = rig.driver(0, RingOptions::default());
-    let seam = BASE + LEN;
-    let next = region(seam, 0x1_0000);
-    let refused = driver.send(IN, 0, &[(seam - 256, 512)]);
+    let boundary = BASE + LEN;
+    let next = region(boundary, 0x1_0000);
+    let refused = driver.send(IN, 0, &[(boundary - 256, 512)]);
     driver.wait(1);
     assert_eq!(driver.status(refused), 1);
 
     rig.disk.add(&next).unwrap();
     rig.engine.publish(with(&rig.table, &next));
     rig.disk.write(0, &[0x5a; 1024]);
-    let direct = driver.send(IN, 0, &[(seam - 256, 512)]);
-    let bounced = driver.send(IN, 0, &[(seam - 511, 1024)]);
+    let direct = driver.send(IN, 0, &[(boundary - 256, 512)]);
+    let bounced = driver.send(IN, 0, &[(boundary - 511, 1024)]);
     driver.wait(2);
 
     assert_eq!((driver.status(direct), driver.status(bounced)), (0, 0));
-    assert_eq!(driver.bytes(seam - 511, 511), [0x5a; 511]);
+    assert_eq!(driver.bytes(boundary - 511, 511), [0x5a; 511]);
     let mut second = [0; 514];
     next.memory().copy_to(0, &mut second);
     assert_eq!(second[..513], [0x5a; 513]);
     assert_eq!(second[513], 0);
 }
 
-/// A rig with a second region, one request held that touches it and one that does not.
+/// Adds a second region, and holds one request in each region.
 fn hold_one_request_per_region(rig: &Rig) -> (SplitDriver, Span<Gpa>, Arc<MemTable>) {
     let second = region(SECOND, 0x1_0000);
     rig.disk.add(&second).unwrap();
@@ -164,14 +164,14 @@ fn hold_one_request_per_region(rig: &Rig) -> (SplitDriver, Span<Gpa>, Arc<MemTab
     rig.disk.write(0, &[0xc3; 512]);
     rig.disk.hold();
     driver.request(IN, 0, &[(DATA, 512)]);
-    driver.request(IN, 0, &[(SECOND + 1, 512)]); // bounced, so the worker itself writes there at the end
+    driver.request(IN, 0, &[(SECOND + 1, 512)]); // bounced, so the worker writes the data on completion
     driver.kick();
     wait_until("both commands", || rig.disk.held().len() == 2);
     (driver, second.gpa(), Arc::clone(&rig.table))
 }
 
 #[test]
-fn a_withdrawal_waits_for_requests_that_touch_it_and_no_others() {
+fn removing_memory_waits_only_for_requests_that_use_it() {
     let rig = Rig::new(DiskOptions::default());
     let (mut driver, second, table) = hold_one_request_per_region(&rig);
 
@@ -187,7 +187,7 @@ fn a_withdrawal_waits_for_requests_that_touch_it_and_no_others() {
 }
 
 #[test]
-fn a_withdrawal_of_unused_memory_does_not_wait() {
+fn removing_unused_memory_does_not_wait() {
     let rig = Rig::new(DiskOptions::default());
     let (mut driver, second, table) = hold_one_request_per_region(&rig);
     rig.disk.complete(1);
@@ -201,7 +201,7 @@ fn a_withdrawal_of_unused_memory_does_not_wait() {
 }
 
 #[test]
-fn a_ring_in_withdrawn_memory_is_broken() {
+fn a_ring_in_removed_memory_fails() {
     let rig = Rig::new(DiskOptions::default());
     let driver = rig.driver(0, RingOptions::default());
 
@@ -212,7 +212,7 @@ fn a_ring_in_withdrawn_memory_is_broken() {
 }
 
 #[test]
-fn a_device_that_loses_commands_is_reset_and_all_go_on() {
+fn a_device_that_loses_commands_is_reset_and_all_rings_continue() {
     let rig = rig_with_short_drain_timeout(DiskOptions { queues: 2, ..DiskOptions::default() });
     let mut drivers: Vec<_> = (0..3).map(|n| rig.driver(n, RingOptions::default())).collect();
     rig.disk.hold();
@@ -237,7 +237,7 @@ fn a_device_that_loses_commands_is_reset_and_all_go_on() {
 }
 
 #[test]
-fn a_reset_gives_bounce_slots_back_and_ends_half_submitted_requests() {
+fn a_reset_frees_bounce_slots_and_fails_partly_submitted_requests() {
     let rig = rig_with_short_drain_timeout(DiskOptions { depth: 1024, ..DiskOptions::default() });
     let (mut driver, setup) = rig.stopped_driver(0, RingOptions::default());
     rig.disk.hold();
@@ -258,7 +258,7 @@ fn a_reset_gives_bounce_slots_back_and_ends_half_submitted_requests() {
 }
 
 #[test]
-fn a_withdrawal_does_not_wait_for_a_lost_command_for_ever() {
+fn removing_memory_does_not_wait_forever_for_a_lost_command() {
     let rig = rig_with_short_drain_timeout(DiskOptions::default());
     let (mut driver, second, table) = hold_one_request_per_region(&rig);
 
@@ -269,7 +269,7 @@ fn a_withdrawal_does_not_wait_for_a_lost_command_for_ever() {
 }
 
 #[test]
-fn when_the_device_does_not_come_back_every_request_fails_at_once() {
+fn every_request_fails_at_once_if_recovery_fails() {
     let rig = rig_with_short_drain_timeout(DiskOptions::default());
     let mut driver = rig.driver(0, RingOptions::default());
     let mut other = rig.driver(1, RingOptions::default());
@@ -291,7 +291,7 @@ fn when_the_device_does_not_come_back_every_request_fails_at_once() {
 }
 
 #[test]
-fn shutting_down_answers_everything_before_the_device_stops() {
+fn a_shutdown_completes_all_requests_before_the_device_stops() {
     let rig = Rig::new(DiskOptions { queues: 2, ..DiskOptions::default() });
     let mut drivers: Vec<_> = (0..4).map(|n| rig.driver(n, RingOptions::default())).collect();
     rig.disk.hold();

@@ -1,5 +1,5 @@
-//! Every kind of ring over the NVMe driver and the emulated drive: layout × indirect × how the driver is notified × size,
-//! and many rings of all kinds at once while they are enabled and disabled in any order.
+//! Every kind of ring with the NVMe driver and the emulated drive: layout × indirect × notification × size. Also many rings of
+//! all kinds at once, while they are enabled and disabled in any order.
 
 use std::time::Duration;
 
@@ -17,14 +17,14 @@ const LBA: u64 = 512;
 /// Blocks of the drive that belong to one ring.
 const BLOCKS: u64 = 64;
 
-/// When a driver wants calls.
+/// How the driver is notified.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Calls {
     /// EVENT_IDX negotiated.
     EventIdx,
-    /// Flags, turned on when there is nothing to do.
+    /// Flags. Calls are enabled while the used ring is empty.
     Flags,
-    /// Never; the driver looks.
+    /// Never. The driver polls.
     Never,
 }
 
@@ -47,12 +47,12 @@ struct GuestDriver {
     driver: Driver,
     start: u64,
     numbers: Xorshift,
-    /// What its part of the drive holds.
+    /// Expected contents of its part of the drive.
     model: Vec<u8>,
     tables: u64,
 }
 
-/// A request on its way: what it reads, or nothing.
+/// A request in flight. `read` has the buffer and the expected data of a read.
 struct PendingRequest {
     head: u32,
     status: u64,
@@ -97,9 +97,9 @@ impl GuestDriver {
         }
     }
 
-    /// Offers a chain and kicks if the device asked for it; gives its name.
+    /// Makes a chain available and kicks if required. Returns its head or buffer ID.
     fn offer(&mut self, parts: &[(u64, u32, u16)]) -> u32 {
-        // A table of 64 bytes for each of the requests that can be under way.
+        // A table of 64 bytes for each request that can be in flight.
         let table = self.start + TABLES + 64 * self.tables;
         self.tables = (self.tables + 1) % u64::from(self.kind.size);
         let table = self.kind.indirect.then_some(table);
@@ -129,13 +129,13 @@ impl GuestDriver {
         }
     }
 
-    /// How many requests of three descriptors fit.
+    /// Number of requests of three descriptors that fit the ring.
     fn depth(&self) -> u64 {
         if self.kind.indirect { self.kind.size.into() } else { u64::from(self.kind.size) / 3 }
     }
 
-    /// Offers one random request.
-    fn begin(&mut self, slot: u64) -> PendingRequest {
+    /// Makes one random request available.
+    fn send_random(&mut self, slot: u64) -> PendingRequest {
         let first = self.numbers.next(BLOCKS);
         let blocks = 1 + self.numbers.next((BLOCKS - first).min(4));
         let (write, len) = (self.numbers.next(2) == 0, blocks * LBA);
@@ -156,7 +156,7 @@ impl GuestDriver {
         PendingRequest { head, status: header + 16, read, len: len as u32 + 1 }
     }
 
-    /// Waits for `count` requests the way this kind of driver does.
+    /// Waits for `count` requests, by polling or with the call eventfd.
     fn wait(&mut self, count: usize) -> Vec<(u32, u32)> {
         match (&mut self.driver, self.kind.calls) {
             (Driver::Split(driver), Calls::Never) => driver.wait(count),
@@ -166,16 +166,16 @@ impl GuestDriver {
         }
     }
 
-    /// One batch: requests that do not depend on each other, then all their answers in any order.
+    /// Sends a batch of independent requests, then checks their completions in any order.
     fn batch(&mut self, depth: u64) {
-        // Two requests to the same block at once have no order: one at a time, unless all of them only read.
+        // Concurrent requests for one block have no order. So writes are sent one at a time, and larger batches only read.
         let depth = depth.min(self.depth());
         let mut pending = Vec::new();
         if depth == 1 {
-            pending.push(self.begin(0));
+            pending.push(self.send_random(0));
         } else {
             for slot in 0..depth {
-                pending.push(self.read(slot));
+                pending.push(self.send_read(slot));
             }
         }
         let mut used = self.wait(pending.len());
@@ -190,7 +190,7 @@ impl GuestDriver {
         }
     }
 
-    fn read(&mut self, slot: u64) -> PendingRequest {
+    fn send_read(&mut self, slot: u64) -> PendingRequest {
         let first = self.numbers.next(BLOCKS);
         let buffer = self.start + DATA_AT + LBA * slot;
         let sector = (self.start - BASE) / STRIDE * BLOCKS + first;
@@ -220,13 +220,13 @@ fn sizes(layout: Layout, indirect: bool) -> impl Iterator<Item = u16> {
 }
 
 #[test]
-fn every_kind_of_ring_moves_the_right_bytes() {
+fn every_kind_of_ring_transfers_correct_data() {
     for layout in [Layout::Split, Layout::Packed] {
         for indirect in [false, true] {
             for calls in [Calls::EventIdx, Calls::Flags, Calls::Never] {
                 let drive = drive(1);
                 for size in sizes(layout, indirect) {
-                    // The drive is not erased between rings: a model that starts with zeros must write first.
+                    // The model starts with zeros, but the drive has the data of the previous ring.
                     let mut guest = GuestDriver::new(&drive, 0, RingKind { layout, indirect, calls, size });
                     drive.engine.set_enabled(0, true);
                     guest.zero_all_blocks();
@@ -243,7 +243,7 @@ fn every_kind_of_ring_moves_the_right_bytes() {
 }
 
 impl GuestDriver {
-    /// Writes zeros to all of its part of the drive.
+    /// Writes zeros to its part of the drive.
     fn zero_all_blocks(&mut self) {
         let sector = (self.start - BASE) / STRIDE * BLOCKS;
         for first in (0..BLOCKS).step_by(4) {
@@ -256,7 +256,7 @@ impl GuestDriver {
     }
 }
 
-/// The kinds in turn.
+/// The `n`-th kind of ring.
 fn kind(n: usize) -> RingKind {
     let layout = if n.is_multiple_of(2) { Layout::Split } else { Layout::Packed };
     let indirect = (n / 2).is_multiple_of(2);
@@ -268,28 +268,28 @@ fn kind(n: usize) -> RingKind {
 #[test]
 fn sixty_four_rings_are_enabled_and_disabled_in_any_order() {
     let drive = drive(64);
-    // As firmware does it: of each four, the last is never used.
+    // One ring in four is never started, as with firmware drivers.
     let mut guests: Vec<_> =
         (0..64).filter(|n| n % 4 != 3).map(|n| (n, GuestDriver::new(&drive, n, kind(n)))).collect();
     let mut numbers = Xorshift(0xfeed_f00d);
     for index in 0..64 {
         drive.engine.set_enabled(index, numbers.next(2) == 0);
     }
-    let mut seen = 0;
+    let mut completed = 0;
     for _ in 0..600 {
         let (index, guest) = &mut guests[numbers.next(48) as usize];
         drive.engine.set_enabled(*index, false);
-        // A disabled ring takes nothing, and makes up for it when it is enabled.
-        let pending = guest.begin(0);
-        drive.engine.set_enabled(64 - 1 - (*index - *index % 4), numbers.next(2) == 0); // one that is never used
+        // Nothing is taken from a disabled ring until it is enabled.
+        let pending = guest.send_random(0);
+        drive.engine.set_enabled(64 - 1 - (*index - *index % 4), numbers.next(2) == 0); // a ring that is never started
         assert!(guest.has_no_used(), "virtqueue {index}");
         drive.engine.set_enabled(*index, true);
         assert_eq!(guest.wait(1), [(pending.head, pending.len)], "{:?}", guest.kind);
         assert_eq!(guest.guest().bytes(pending.status, 1), [0]);
         guest.batch(3);
-        seen += 1;
+        completed += 1;
     }
-    assert_eq!(seen, 600);
+    assert_eq!(completed, 600);
     for index in 0..64 {
         assert_eq!(drive.engine.stop_ring(index).unwrap().is_some(), index % 4 != 3, "virtqueue {index}");
     }

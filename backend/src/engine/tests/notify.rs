@@ -1,4 +1,4 @@
-//! Who tells whom, and when not: calls to the driver, kicks from it, doorbells to the device.
+//! Notifications and their suppression: calls to the driver, kicks from the driver, doorbells to the device.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use super::disk::DiskOptions;
 use super::rig::*;
 use crate::engine::Options;
 
-/// Enough to hit the windows between arming, looking and sleeping on both sides.
+/// Enough to hit the race windows between arming, polling and sleeping on both sides.
 const ROUNDS: usize = 2000;
 
 /// Completes `n` held requests one pass at a time.
@@ -18,7 +18,7 @@ fn complete_one_by_one(rig: &Rig, driver: &SplitDriver, n: u16) {
     }
 }
 
-/// A rig whose worker has taken `n` requests that the disk holds, and is awake.
+/// A rig whose disk holds `n` requests. The worker is awake.
 fn rig_with_held_requests(event_idx: bool, n: u64) -> (Rig, SplitDriver) {
     let rig = Rig::new(DiskOptions::default());
     let mut driver = rig.driver(0, RingOptions { event_idx, ..RingOptions::default() });
@@ -31,7 +31,7 @@ fn rig_with_held_requests(event_idx: bool, n: u64) -> (Rig, SplitDriver) {
     (rig, driver)
 }
 
-/// The worker has answered an order, so the pass before it is over.
+/// Waits until the worker's current pass has ended: it replies to a command only between two passes.
 fn wait_for_pass(rig: &Rig) {
     rig.engine.set_enabled(0, true);
 }
@@ -56,7 +56,7 @@ fn a_batch_costs_one_doorbell_one_publication_and_one_call() {
 }
 
 #[test]
-fn no_interrupt_suppresses_every_call_and_only_while_it_stands() {
+fn no_interrupt_suppresses_calls_while_it_is_set() {
     let (rig, driver) = rig_with_held_requests(false, 4);
 
     driver.set_avail_flags(1);
@@ -71,14 +71,14 @@ fn no_interrupt_suppresses_every_call_and_only_while_it_stands() {
 }
 
 #[test]
-fn used_event_suppresses_all_calls_but_the_one_asked_for() {
+fn used_event_suppresses_all_calls_but_one() {
     let (rig, driver) = rig_with_held_requests(true, 6);
 
     // The first publication after a start always calls.
     complete_one_by_one(&rig, &driver, 1);
     wait_for_pass(&rig);
     assert_eq!(count(&driver.call), 1);
-    // A call is due when the entry at used_event is added: here the fourth.
+    // The call is sent when the entry at used_event is added, here the fourth.
     driver.set_used_event(3);
     for expected in [0, 0, 1, 0, 0] {
         complete_one_by_one(&rig, &driver, 1);
@@ -88,7 +88,7 @@ fn used_event_suppresses_all_calls_but_the_one_asked_for() {
 }
 
 #[test]
-fn without_event_idx_the_driver_is_told_not_to_kick_while_the_worker_polls() {
+fn without_event_idx_a_polling_worker_suppresses_kicks() {
     let rig = Rig::with(
         DiskOptions::default(),
         Options {
@@ -108,7 +108,7 @@ fn without_event_idx_the_driver_is_told_not_to_kick_while_the_worker_polls() {
 }
 
 #[test]
-fn a_sleeping_worker_asks_for_kicks() {
+fn a_sleeping_worker_enables_kicks() {
     for event_idx in [false, true] {
         let rig = Rig::new(DiskOptions::default());
         let mut driver = rig.driver(0, RingOptions { event_idx, base: 7, ..RingOptions::default() });
@@ -128,7 +128,7 @@ fn a_sleeping_worker_asks_for_kicks() {
 }
 
 #[test]
-fn a_driver_that_kicks_and_sleeps_by_the_rules_never_waits_in_vain() {
+fn no_notification_is_lost_with_a_conforming_driver() {
     for event_idx in [false, true] {
         for spin in [Duration::ZERO, Duration::from_micros(5)] {
             let options = Options {
@@ -163,7 +163,7 @@ fn a_completion_wakes_a_sleeping_worker() {
 }
 
 #[test]
-fn kicks_without_requests_do_no_harm() {
+fn kicks_without_requests_are_harmless() {
     let (rig, mut driver) = rig_with_held_requests(true, 1);
     for _ in 0..100 {
         driver.kick();
@@ -217,7 +217,7 @@ fn a_full_call_eventfd_does_not_stop_the_worker() {
 }
 
 #[test]
-fn a_kick_descriptor_that_hangs_up_breaks_the_ring_only() {
+fn a_kick_descriptor_that_hangs_up_fails_only_its_ring() {
     let rig = Rig::new(DiskOptions::default());
     let driver = rig.driver(0, RingOptions::default());
     let mut other = rig.driver(1, RingOptions::default());

@@ -1,4 +1,4 @@
-//! The whole data path: a virtio driver, the workers, the NVMe driver, and the emulated controller behind its IOMMU.
+//! The whole data path: virtio driver, workers, NVMe driver, and the emulated controller behind its IOMMU.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,7 +38,7 @@ impl Drive {
         Self::build(options, engine, memory, |nvme, _| nvme)
     }
 
-    /// A drive that the host can have, and that is to be had again while `available`.
+    /// A drive that can be released to the host, and reacquired while `available`.
     pub(super) fn reacquirable(
         options: Options,
         watch: crate::engine::WatchdogOptions,
@@ -99,7 +99,7 @@ impl Xorshift {
     }
 }
 
-/// Cuts `len` bytes at `start` into up to four buffers.
+/// Splits `len` bytes at `start` into up to four buffers.
 fn cut(numbers: &mut Xorshift, start: u64, len: u64) -> Vec<(u64, u32)> {
     let mut parts = Vec::new();
     let (mut at, mut left) = (start, len);
@@ -112,7 +112,7 @@ fn cut(numbers: &mut Xorshift, start: u64, len: u64) -> Vec<(u64, u32)> {
     parts
 }
 
-/// One ring's life: random reads and writes in its own eighth of the disk, compared with a model.
+/// Sends random reads and writes to the ring's own eighth of the disk, and compares the data with a model.
 pub(super) fn soak(driver: &mut SplitDriver, lba: u64, rounds: u64) {
     let area = (1 << 20) + (2 << 20) * driver.index as u64;
     let blocks = 64;
@@ -167,7 +167,7 @@ fn random_reads_and_writes_agree_with_a_model_on_every_ring() {
 }
 
 #[test]
-fn a_deep_queue_completes_every_request() {
+fn a_ring_deeper_than_the_device_queue_completes_every_request() {
     let options = Options { size: 16 << 20, queues: 1, queue_entries: 8, mode: Mode::Threaded, ..Options::default() };
     let drive = Drive::new(options, Duration::ZERO, Duration::from_secs(20));
     let mut driver = drive.driver(0, RingOptions { size: 256, event_idx: true, base: 0 });
@@ -183,7 +183,7 @@ fn a_deep_queue_completes_every_request() {
 }
 
 #[test]
-fn the_identity_is_the_controllers_serial_number() {
+fn get_id_returns_the_controllers_serial_number() {
     let drive = Drive::threaded(1, 512);
     let mut driver = drive.driver(0, RingOptions::default());
 
@@ -194,7 +194,7 @@ fn the_identity_is_the_controllers_serial_number() {
 }
 
 #[test]
-fn an_error_of_the_device_is_an_error_status_once() {
+fn a_failed_command_gets_an_error_status_once() {
     let drive = Drive::threaded(1, 512);
     let mut driver = drive.driver(0, RingOptions::default());
     let status = Status::LBA_OUT_OF_RANGE;
@@ -211,7 +211,7 @@ fn an_error_of_the_device_is_an_error_status_once() {
 }
 
 #[test]
-fn a_lost_interrupt_delays_and_does_not_hang() {
+fn a_lost_interrupt_only_delays_the_completion() {
     let options = Options { size: 16 << 20, queues: 1, mode: Mode::Threaded, ..Options::default() };
     let drive = Drive::new(options, Duration::ZERO, Duration::from_secs(20));
     let mut driver = drive.driver(0, RingOptions::default());
@@ -224,7 +224,7 @@ fn a_lost_interrupt_delays_and_does_not_hang() {
 }
 
 #[test]
-fn a_lost_command_resets_the_controller_and_all_go_on() {
+fn a_lost_command_resets_the_controller_and_all_rings_continue() {
     let options = Options { size: 16 << 20, queues: 2, mode: Mode::Threaded, ..Options::default() };
     let drive = Drive::new(options, Duration::ZERO, Duration::from_millis(100));
     let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, RingOptions::default())).collect();
@@ -247,7 +247,7 @@ fn a_lost_command_resets_the_controller_and_all_go_on() {
 }
 
 #[test]
-fn a_drive_that_is_pulled_out_fails_every_request() {
+fn every_request_fails_after_the_drive_is_unplugged() {
     let options = Options { size: 16 << 20, queues: 1, mode: Mode::Threaded, ..Options::default() };
     let drive = Drive::new(options, Duration::ZERO, Duration::from_millis(100));
     let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, RingOptions::default())).collect();
@@ -264,7 +264,7 @@ fn a_drive_that_is_pulled_out_fails_every_request() {
 }
 
 #[test]
-fn nothing_stays_mapped_after_the_end() {
+fn nothing_stays_mapped_after_shutdown() {
     let drive = Drive::threaded(2, 512);
     let mut driver = drive.driver(0, RingOptions::default());
     driver.send(OUT, 0, &[(DATA + 1, 512)]);
@@ -291,7 +291,7 @@ fn flushes_reach_the_controller_while_its_write_cache_is_on() {
     flushes(1, "on");
 
     drive.engine.set_write_cache(false).unwrap();
-    flushes(2, "off: one for what was written before");
+    flushes(2, "off: one flush for earlier writes");
     drive.engine.set_write_cache(false).unwrap();
     flushes(2, "off already");
     drive.engine.set_write_cache(true).unwrap();
@@ -299,7 +299,7 @@ fn flushes_reach_the_controller_while_its_write_cache_is_on() {
 }
 
 #[test]
-fn a_cache_that_does_not_go_off_goes_on_being_flushed() {
+fn flushes_reach_the_device_if_its_cache_cannot_be_disabled() {
     const SET_FEATURES: u8 = 9;
     let drive = Drive::threaded(1, 512);
     let mut driver = drive.driver(0, RingOptions::default());
@@ -309,7 +309,7 @@ fn a_cache_that_does_not_go_off_goes_on_being_flushed() {
     let error = drive.engine.set_write_cache(false).unwrap_err().to_string();
     assert!(error.starts_with("switch the write cache off: emulated: Set Features"), "{error}");
     drive.machine.inject(Fault::once(Commands { queue: Some(1), opcode: Some(0) }, refusal));
-    assert!(drive.engine.set_write_cache(false).is_err(), "its contents are not known to be safe");
+    assert!(drive.engine.set_write_cache(false).is_err(), "the flush of earlier writes has failed");
 
     assert!(drive.engine.write_cache());
     driver.send(FLUSH, 0, &[]);
@@ -318,7 +318,7 @@ fn a_cache_that_does_not_go_off_goes_on_being_flushed() {
 }
 
 #[test]
-fn a_request_longer_than_any_command_is_completed_once_however_its_commands_end() {
+fn a_request_of_several_commands_is_completed_once_whatever_their_outcomes() {
     let options =
         Options { size: 16 << 20, queues: 1, mdts: 1, queue_entries: 8, mode: Mode::Threaded, ..Options::default() };
     let drive = Drive::new(options, Duration::ZERO, Duration::from_secs(20));
@@ -340,7 +340,7 @@ fn a_request_longer_than_any_command_is_completed_once_however_its_commands_end(
 }
 
 #[test]
-fn a_worker_that_looks_by_itself_is_not_interrupted_and_one_that_sleeps_is() {
+fn only_a_sleeping_worker_is_interrupted() {
     let options = Options { size: 16 << 20, queues: 1, mode: Mode::Threaded, ..Options::default() };
     for (spin, interrupts) in [(Duration::from_secs(3600), 0), (Duration::ZERO, 1)] {
         let options = Options { latency: Duration::from_millis(50), ..options.clone() };

@@ -1,8 +1,8 @@
-//! The split ring beside `virtio-queue`, over the same bytes: random chains, valid and hostile, popped by both.
+//! Compares the split ring with `virtio-queue` on the same memory: both pop random chains, valid and invalid.
 //!
-//! Where `virtio-queue` is well-defined both must agree. It hides errors, though: a bad link ends a chain early, a loop is
-//! cut after as many descriptors as the ring has, INDIRECT with NEXT and buffers in the wrong order pass. There the oracle is
-//! the specification, written down in [`expected_chain`] as plainly as possible and without regard to speed.
+//! For valid chains both must agree. `virtio-queue` hides errors: a bad link ends a chain early, a loop is cut after as many
+//! descriptors as the ring has, and it accepts INDIRECT with NEXT and buffers in the wrong order. For invalid chains the oracle
+//! is [`expected_chain`], a simple implementation of the specification.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -36,18 +36,18 @@ struct RingContents {
     heads: Vec<u16>,
 }
 
-/// What the specification makes of a chain.
+/// The result that the specification requires.
 #[derive(Debug, PartialEq)]
 enum Expected {
     /// Buffers in order: address, length, writable.
     Valid(Vec<(u64, u32, bool)>),
-    /// The end of the chain cannot be known.
+    /// The walk cannot reach the end of the chain.
     BadLink,
-    /// The end is known, but a buffer is wrong.
+    /// The walk reaches the end, but a buffer is invalid.
     BadBuffer,
 }
 
-/// Reads a chain as virtio 1.2 §2.7.5 has it.
+/// Reads a chain as virtio 1.2 §2.7.5 specifies.
 fn expected_chain(contents: &RingContents, head: u16) -> Expected {
     let mut buffers = Vec::new();
     let (mut table, mut index, mut nested) = (&contents.table[..], head, false);
@@ -64,7 +64,7 @@ fn expected_chain(contents: &RingContents, head: u16) -> Expected {
                 return Expected::BadLink;
             }
             let Some(place) = place else { return Expected::BadLink };
-            // A table shorter than what is written there: links past its end are bad.
+            // The memory behind a shorter table has entries too, but links past the table's end are bad.
             table = &contents.indirect[place][..entries as usize];
             (index, nested) = (0, true);
             continue;
@@ -81,7 +81,7 @@ fn expected_chain(contents: &RingContents, head: u16) -> Expected {
     if !ordered || buffers.iter().any(wraps) { Expected::BadBuffer } else { Expected::Valid(buffers) }
 }
 
-/// One memory, seen by both.
+/// Our ring and the oracle's, in the same memory.
 struct RingPair {
     ours: GuestMemoryView,
     ring: SplitRing,
@@ -165,19 +165,19 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
-    fn chains_are_what_virtio_queue_and_the_specification_say(contents in contents()) {
+    fn chains_agree_with_virtio_queue_and_the_specification(contents in contents()) {
         let mut rings = rings(&contents);
         let mut chain = Chain::default();
         prop_assert_eq!(usize::from(rings.ring.available().unwrap()), contents.heads.len());
         for &head in &contents.heads {
             rings.ring.take(&mut rings.ours, &mut chain).unwrap();
-            let oracle = rings.oracle.pop_descriptor_chain(&rings.memory).unwrap();
-            prop_assert_eq!((chain.head().id(), oracle.head_index()), (head, head));
+            let popped = rings.oracle.pop_descriptor_chain(&rings.memory).unwrap();
+            prop_assert_eq!((chain.head().id(), popped.head_index()), (head, head));
             match expected_chain(&contents, head) {
                 Expected::Valid(expected) => {
                     let device = |desc: &virtio_queue::desc::split::Descriptor| desc.len() != 0;
                     let oracle: Vec<_> =
-                        oracle.filter(device).map(|d| (d.addr().0, d.len(), d.is_write_only())).collect();
+                        popped.filter(device).map(|d| (d.addr().0, d.len(), d.is_write_only())).collect();
                     prop_assert_eq!(&oracle, &expected);
                     prop_assert_eq!(buffers(&chain), expected);
                     prop_assert_eq!(chain.fault(), None);
@@ -195,7 +195,7 @@ proptest! {
     }
 
     #[test]
-    fn used_entries_and_notifications_are_as_virtio_queue_has_them(
+    fn used_entries_and_notifications_agree_with_virtio_queue(
         batches in prop::collection::vec((1..=SIZE, any::<u16>(), any::<bool>()), 1..200),
         start in any::<u16>(),
     ) {
@@ -210,7 +210,7 @@ proptest! {
         rings.oracle.set_event_idx(true);
         let (mut idx, mut first) = (start, true);
         for (count, event, near) in batches {
-            // Events near the index are the interesting ones.
+            // Choose half of the events near the index.
             let event = if near { idx.wrapping_add(event % 16).wrapping_sub(8) } else { event };
             memory.write_obj(event, GuestAddress(AVAIL + 4 + 2 * u64::from(SIZE))).unwrap();
             for n in 0..count {
@@ -226,7 +226,7 @@ proptest! {
             }
             prop_assert!(ring.has_unpublished());
             prop_assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), idx);
-            // After a start we always notify once, as the kernel's vhost does: an entry from before may be unannounced.
+            // The first publication always notifies, as in the kernel's vhost: an earlier entry may not have been announced.
             prop_assert_eq!(ring.publish(), std::mem::take(&mut first) || expected);
 
             idx = idx.wrapping_add(count);

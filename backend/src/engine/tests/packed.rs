@@ -1,6 +1,5 @@
-//! The packed ring beside two models: a driver that follows the rules, and the specification's reading of chains that do
-//! not. There is no other implementation at hand to compare with, so both models are as plain as possible: counts that
-//! never wrap, lists, and no regard to speed.
+//! Compares the packed ring with two models: a driver that follows the specification, and a simple reader of invalid chains.
+//! There is no other implementation to compare with, so the models use lists and counts that never wrap.
 
 use std::sync::Arc;
 
@@ -42,18 +41,18 @@ fn buffers(chain: &Chain) -> Vec<(u64, u32, bool)> {
     [part(chain.readable(), false), part(chain.writable(), true)].concat()
 }
 
-/// One thing that happens.
+/// One step of driver or device.
 #[derive(Clone, Debug)]
 enum Step {
-    /// The driver offers a chain of so many buffers, the first few readable.
+    /// The driver makes a chain available; its first `readable` buffers are device-readable.
     Offer { buffers: u16, readable: u16, indirect: bool },
-    /// The device takes all it can.
+    /// The device takes all available chains.
     Take,
-    /// The device gives one of those taken back.
+    /// The device pushes a used descriptor for one of the chains taken.
     Return { which: usize, len: u32 },
-    /// The device publishes, with this wish of the driver's standing: flags, and a place relative to the next used one.
+    /// The device publishes. Before, the driver sets its event suppression: flags, and a position relative to next used.
     Publish { flags: u16, event: i64 },
-    /// The device asks for a kick, the driver looks.
+    /// The device enables, then suppresses kicks.
     Arm,
 }
 
@@ -68,7 +67,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What the model knows of one chain.
+/// The model of one chain.
 #[derive(Clone, Debug)]
 struct ModelChain {
     id: u16,
@@ -81,7 +80,7 @@ struct Model {
     offered: Vec<ModelChain>,
     taken: Vec<(ModelChain, Head)>,
     returned: Vec<(u32, u32)>,
-    /// Descriptors of chains given back, since the beginning, and when the driver was last signalled_used.
+    /// Count of used descriptors, now and at the last decision about a notification.
     used: u64,
     signalled_used: Option<u64>,
 }
@@ -99,7 +98,7 @@ impl Model {
             (DATA + 0x10_0000 + serial + 64 * u64::from(n), 8 + u32::from(n), flags)
         };
         let parts: Vec<_> = (0..count).map(part).collect();
-        // A table of its own for each descriptor of the ring.
+        // Each descriptor of the ring has its own table.
         let table = indirect.then_some(DATA + 0x100 * (driver.avail % driver.size));
         let id = driver.offer_linked(&parts, table);
         let buffers = parts.iter().map(|&(addr, len, flags)| (addr, len, flags == WRITE)).collect();
@@ -117,7 +116,7 @@ impl Model {
             prop_assert_eq!(chain.head(), Head::new(chain_model.id, chain_model.descriptors as u16));
             self.taken.push((chain_model, chain.head()));
         }
-        prop_assert!(!fixture.ring.take(&mut fixture.guest, &mut chain).unwrap(), "nothing is left");
+        prop_assert!(!fixture.ring.take(&mut fixture.guest, &mut chain).unwrap(), "all chains have been taken");
         Ok(())
     }
 
@@ -129,7 +128,7 @@ impl Model {
         fixture.ring.push_used(head, len);
         self.returned.push((chain_model.id.into(), len));
         self.used += chain_model.descriptors;
-        prop_assert!(!fixture.driver.sees_used(), "not before it is published");
+        prop_assert!(!fixture.driver.sees_used(), "used descriptors are invisible until they are published");
         Ok(())
     }
 
@@ -142,10 +141,10 @@ impl Model {
         fixture.driver.set_driver_event(fixture.driver.raw(event), flags);
         let before = self.signalled_used.replace(self.used);
         let among = |before| {
-            // A place is the same place again after two rounds.
+            // Positions repeat after two rounds.
             (before..self.used).any(|count| fixture.driver.raw(count) == fixture.driver.raw(event))
         };
-        // The first time we always notify: an entry from before a restart may be unannounced.
+        // The first publication always notifies: an entry from before a restart may not have been announced.
         let expected = flags == ENABLE || flags == DESC && before.is_none_or(among);
         prop_assert_eq!(fixture.ring.publish(), expected);
         let seen = fixture.driver.used();
@@ -159,7 +158,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     #[test]
-    fn a_driver_that_keeps_the_rules_gets_its_chains_back(
+    fn a_conforming_driver_gets_its_chains_back(
         size in prop_oneof![1..20_u16, Just(1024)],
         start in any::<u16>(),
         steps in prop::collection::vec(step(), 1..300),
@@ -182,7 +181,7 @@ proptest! {
                 }
             }
         }
-        // What is given back at last is all there was, and a restart would go on there.
+        // In the end all chains have been returned, and the base is the final position.
         model.publish(&mut fixture, ENABLE, 0)?;
         model.take(&mut fixture)?;
         while !model.taken.is_empty() {
@@ -195,7 +194,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_in_the_ring_leave_everything_else_alone(
+    fn random_bytes_in_the_ring_do_not_affect_other_memory(
         size in 1..20_u16,
         bytes in prop::collection::vec(any::<u8>(), 16 * 20..=16 * 20),
         rounds in prop::collection::vec((any::<prop::sample::Index>(), any::<u16>(), any::<u32>(), 0..3_usize), 1..60),
@@ -208,20 +207,20 @@ proptest! {
         fixture.driver.guest.fill(ring, &bytes[..ring_bytes]);
         let mut taken: Vec<Head> = Vec::new();
         let mut chain = Chain::default();
-        for (slot, flags, wish, return_one) in rounds {
+        for (slot, flags, event, return_one) in rounds {
             let slot = slot.index(usize::from(size)) as u64;
             memory.write_u16(fixture.driver.guest.at(ring + 16 * slot) + 14, flags);
-            fixture.driver.set_driver_event((wish & 0xffff) as u16, (wish >> 16) as u16);
-            let room = fixture.ring.available();
+            fixture.driver.set_driver_event((event & 0xffff) as u16, (event >> 16) as u16);
+            let available = fixture.ring.available();
             let held: u16 = taken.iter().map(|head| head.entries()).sum();
-            prop_assert!(room + held <= size);
+            prop_assert!(available + held <= size);
             match fixture.ring.take(&mut fixture.guest, &mut chain) {
                 Ok(true) => taken.push(chain.head()),
                 Ok(false) => {}
                 Err(_) => break,
             }
             for _ in 0..return_one.min(taken.len()) {
-                fixture.ring.push_used(taken.pop().unwrap(), wish);
+                fixture.ring.push_used(taken.pop().unwrap(), event);
             }
             fixture.ring.publish();
             prop_assert!(taken.iter().all(|head| (1..=size).contains(&head.entries())));
@@ -232,19 +231,19 @@ proptest! {
     }
 }
 
-/// What the specification makes of a chain.
+/// The result that the specification requires.
 #[derive(Debug, PartialEq)]
 enum Expected {
     Valid(Vec<(u64, u32, bool)>),
-    /// The end of its buffers cannot be chain_model.
+    /// The walk cannot reach the end of the buffers.
     BadLink,
-    /// The end is chain_model, but a buffer is wrong.
+    /// The walk reaches the end, but a buffer is invalid.
     BadBuffer,
-    /// Nor is its name.
+    /// The chain has no last descriptor, so it has no buffer ID.
     Endless,
 }
 
-/// Reads the chain at the start of the ring as virtio 1.2 §2.8.5 to §2.8.7 and §2.8.19 have it; also its length.
+/// Reads the chain at the start of the ring as virtio 1.2 §2.8.5 to §2.8.7 and §2.8.19 specify. Returns its length as well.
 fn expected_chain(ring: &[Desc], tables: &[Vec<Desc>; 2]) -> (Expected, usize) {
     let Some(last) = ring.iter().position(|desc| desc.flags & NEXT == 0) else { return (Expected::Endless, 0) };
     let mut parts = &ring[..=last];
@@ -262,8 +261,8 @@ fn expected_chain(ring: &[Desc], tables: &[Vec<Desc>; 2]) -> (Expected, usize) {
     let mut found: Vec<_> = parts.iter().map(|desc| (desc.addr, desc.len, desc.flags & WRITE != 0)).collect();
     found.retain(|&(_, len, _)| len != 0);
     let wraps = |&(addr, len, _): &(u64, u32, bool)| addr.checked_add(u64::from(len) - 1).is_none();
-    let right = found.is_sorted_by_key(|&(_, _, writable)| writable) && !found.iter().any(wraps);
-    (if right { Expected::Valid(found) } else { Expected::BadBuffer }, last + 1)
+    let valid = found.is_sorted_by_key(|&(_, _, writable)| writable) && !found.iter().any(wraps);
+    (if valid { Expected::Valid(found) } else { Expected::BadBuffer }, last + 1)
 }
 
 fn descriptor() -> impl Strategy<Value = Desc> {
@@ -282,7 +281,7 @@ fn descriptor() -> impl Strategy<Value = Desc> {
 }
 
 fn entry() -> impl Strategy<Value = Desc> {
-    // In a table NEXT and the ID are reserved, and mean nothing.
+    // NEXT and the ID are reserved in a table and must be ignored.
     let flags = prop_oneof![8 => Just(0), 1 => Just(NEXT), 10 => Just(WRITE), 1 => Just(INDIRECT)];
     (DATA..DATA + 0x1000, 0..0x800_u32, flags).prop_map(|(addr, len, flags)| Desc { addr, len, flags, next: 0x5a5a })
 }
@@ -291,7 +290,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
-    fn chains_are_what_the_specification_says(
+    fn chains_agree_with_the_specification(
         ring in prop::collection::vec(descriptor(), 1..10),
         sorted in any::<bool>(),
         mut one in prop::collection::vec(entry(), 16..=16),
@@ -313,13 +312,13 @@ proptest! {
         let (expected, descriptors) = expected_chain(&ring, &tables);
         let mut chain = Chain::default();
 
-        let took = fixture.ring.take(&mut fixture.guest, &mut chain);
+        let taken = fixture.ring.take(&mut fixture.guest, &mut chain);
 
         if expected == Expected::Endless {
-            prop_assert!(took.is_err());
+            prop_assert!(taken.is_err());
             return Ok(());
         }
-        prop_assert!(took.unwrap());
+        prop_assert!(taken.unwrap());
         prop_assert_eq!(chain.head(), Head::new(descriptors as u16 - 1, descriptors as u16));
         let fault = chain.fault();
         match expected {
@@ -340,7 +339,7 @@ proptest! {
 }
 
 #[test]
-fn a_descriptor_is_available_in_one_of_four_states_of_its_flags() {
+fn a_descriptor_is_available_in_one_of_four_flag_combinations() {
     for (base, wrap) in [(0, true), (4, false)] {
         let fixture = fixture(RingOptions { size: 4, event_idx: false, base });
         for (avail, used) in [(false, false), (false, true), (true, false), (true, true)] {

@@ -1,4 +1,4 @@
-//! Discard and write-zeroes: cut to what the device can take, and refused with the status the specification names.
+//! Discard and write-zeroes: split to the device's limits, and refused with the status that the specification requires.
 
 use super::disk::DiskOptions;
 use super::rig::*;
@@ -8,7 +8,7 @@ const DISCARD: u32 = 11;
 const WRITE_ZEROES: u32 = 13;
 const UNMAP: u32 = 1;
 
-/// Offers a request whose data is a list of (sector, sectors, flags), cut into buffers of `cut` bytes.
+/// Sends a request with a list of (sector, sectors, flags), split into buffers of `cut` bytes. Returns its status.
 fn send(driver: &mut SplitDriver, kind: u32, segments: &[(u64, u32, u32)], cut: usize) -> u8 {
     let mut list = Vec::new();
     for (sector, sectors, flags) in segments {
@@ -42,7 +42,7 @@ fn rig() -> (Rig, SplitDriver) {
 }
 
 #[test]
-fn a_discard_of_several_segments_is_cut_to_the_commands_limits_and_answered_once() {
+fn a_discard_is_split_to_the_limits_of_a_command_and_completed_once() {
     let (rig, mut driver) = rig();
 
     // 4 ranges and 100 blocks fit a command: two commands.
@@ -58,27 +58,27 @@ fn a_discard_of_several_segments_is_cut_to_the_commands_limits_and_answered_once
 }
 
 #[test]
-fn zeroes_longer_than_a_command_are_written_by_several_and_answered_once() {
+fn a_long_write_zeroes_is_split_into_commands_and_completed_once() {
     let (rig, mut driver) = rig();
     rig.disk.hold();
-    let unmapping = std::thread::scope(|scope| {
+    let commands = std::thread::scope(|scope| {
         let sent = scope.spawn(|| send(&mut driver, WRITE_ZEROES, &[(3, 40, UNMAP), (100, 1, UNMAP)], 32));
         wait_until("four commands", || rig.disk.held().len() == 4);
-        let commands: Vec<_> = rig.disk.held().iter().map(|entry| entry.command).collect();
+        let held: Vec<_> = rig.disk.held().iter().map(|entry| entry.command).collect();
         rig.disk.resume();
         assert_eq!(sent.join().unwrap(), 0);
-        commands
+        held
     });
 
     let zeroes = |block, count| Command::WriteZeroes { block, count, deallocate: true };
-    assert_eq!(unmapping, [zeroes(3, 16), zeroes(19, 16), zeroes(35, 8), zeroes(100, 1)]);
+    assert_eq!(commands, [zeroes(3, 16), zeroes(19, 16), zeroes(35, 8), zeroes(100, 1)]);
     assert!(rig.disk.read(3 * 512, 40 * 512).iter().all(|&byte| byte == 0));
     assert_eq!((rig.disk.read(43 * 512, 1), rig.disk.read(3 * 512 - 1, 1)), (vec![0xaa], vec![0xaa]));
     assert_eq!(rig.engine.statistics().write_zeroes, 1);
 }
 
 #[test]
-fn one_segment_that_must_not_be_unmapped_keeps_all_mapped() {
+fn one_segment_without_unmap_prevents_deallocation_of_all() {
     let (rig, mut driver) = rig();
     rig.disk.hold();
     std::thread::scope(|scope| {
@@ -105,7 +105,7 @@ fn empty_segments_need_no_command() {
 #[test]
 fn unknown_flags_are_unsupported() {
     let (rig, mut driver) = rig();
-    assert_eq!(send(&mut driver, DISCARD, &[(0, 8, UNMAP)], 16), 2, "unmap means nothing in a discard");
+    assert_eq!(send(&mut driver, DISCARD, &[(0, 8, UNMAP)], 16), 2, "UNMAP is reserved in a discard");
     assert_eq!(send(&mut driver, DISCARD, &[(0, 8, 0), (8, 8, 2)], 32), 2);
     assert_eq!(send(&mut driver, WRITE_ZEROES, &[(0, 8, 2)], 16), 2);
     assert_eq!(send(&mut driver, WRITE_ZEROES, &[(0, 8, u32::MAX)], 16), 2);
@@ -113,7 +113,7 @@ fn unknown_flags_are_unsupported() {
 }
 
 #[test]
-fn segments_that_name_no_blocks_fail_and_touch_nothing() {
+fn segments_outside_the_disk_or_the_limits_fail_without_a_command() {
     let (rig, mut driver) = rig();
     let wrong = [(2047, 2), (2048, 1), (u64::MAX, 1), (u64::MAX - 7, 8), (1 << 63, 8), (0, u32::MAX), (0, 65)];
     for (sector, sectors) in wrong {
@@ -125,7 +125,7 @@ fn segments_that_name_no_blocks_fail_and_touch_nothing() {
 }
 
 #[test]
-fn lists_of_no_length_of_any_sense_fail() {
+fn lists_of_invalid_length_fail() {
     let (rig, mut driver) = rig();
     for len in [0, 1, 15, 17, 5 * 16] {
         assert_eq!(send_bytes(&mut driver, DISCARD, &vec![0; len], 7), 1, "{len}");
@@ -137,7 +137,7 @@ fn lists_of_no_length_of_any_sense_fail() {
 }
 
 #[test]
-fn a_list_with_a_writable_part_is_of_the_wrong_direction() {
+fn a_list_in_a_writable_buffer_fails() {
     let (_rig, mut driver) = rig();
     let sent = driver.send(DISCARD, 0, &[(DATA, 16)]);
     driver.wait(1);
@@ -157,7 +157,7 @@ fn sectors_that_are_not_whole_blocks_fail() {
 }
 
 #[test]
-fn a_disk_without_the_commands_or_without_writes_refuses_them() {
+fn discard_and_write_zeroes_are_refused_if_unsupported_or_read_only() {
     let mut options = DiskOptions::default();
     (options.geometry.discard, options.geometry.zeroes) = (None, None);
     let rig = Rig::new(options);
@@ -175,7 +175,7 @@ fn a_disk_without_the_commands_or_without_writes_refuses_them() {
 }
 
 #[test]
-fn ranges_reach_the_device_as_they_were_checked() {
+fn the_device_gets_the_nonempty_ranges() {
     let (rig, mut driver) = rig();
     rig.disk.hold();
     std::thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! The guest's side of a test: its memory, and a virtio driver that can be made to do what no driver should.
+//! Test rig: an engine on a disk in memory, guest memory, and a virtio driver that can also break the rules.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -23,14 +23,14 @@ pub(super) const OUT: u32 = 1;
 pub(super) const FLUSH: u32 = 4;
 pub(super) const GET_ID: u32 = 8;
 
-/// Where the tests' first region lies, and its size.
+/// Start and size of the first region.
 pub(super) const BASE: u64 = 0x10_0000;
 pub(super) const LEN: u64 = 0x40_0000;
-/// Ring areas take 64 KiB each from the start of the region; headers and status bytes follow, then data.
+/// Each ring has 64 KiB from the start of the region. Headers and status bytes follow, then data.
 const RING_STRIDE: u64 = 0x1_0000;
 const HEADERS: u64 = 0x10_0000;
 pub(super) const DATA: u64 = BASE + 0x20_0000;
-/// No test waits longer for something that must happen.
+/// Limit of all waits.
 const LIMIT: Duration = Duration::from_secs(20);
 
 pub(super) fn region(gpa: u64, len: u64) -> Arc<Region> {
@@ -45,28 +45,28 @@ pub(super) fn event() -> OwnedFd {
     eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
 }
 
-/// What an eventfd has counted since the last look.
+/// Reads and resets an eventfd's counter.
 pub(super) fn count(event: &OwnedFd) -> u64 {
     let mut bytes = [0; 8];
     rustix::io::read(event, &mut bytes).map_or(0, |_| u64::from_ne_bytes(bytes))
 }
 
-/// Waits wait_until `event` is readable; false if it does not become so.
+/// Waits until `event` is readable. Returns false after `limit`.
 pub(super) fn wait_readable(event: &OwnedFd, limit: Duration) -> bool {
     let time = Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: limit.subsec_nanos().into() };
     poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&time)).unwrap() == 1
 }
 
-/// Waits wait_until `condition` holds.
-pub(super) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+/// Waits until `condition` holds.
+pub(super) fn wait_until(name: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < LIMIT, "never happened: {what}");
+        assert!(start.elapsed() < LIMIT, "timed out: {name}");
         std::thread::sleep(Duration::from_micros(100));
     }
 }
 
-/// An engine above a disk in memory, with one region of guest memory.
+/// An engine on a disk in memory, with one region of guest memory.
 pub(super) struct Rig {
     pub(super) engine: Engine,
     pub(super) disk: FakeDisk,
@@ -98,7 +98,7 @@ impl Rig {
         Self { engine, disk, region, table }
     }
 
-    /// A driver for virtqueue `index`, whose ring runs and is enabled.
+    /// A driver for virtqueue `index`, with its ring started and enabled.
     pub(super) fn driver(&self, index: usize, options: RingOptions) -> SplitDriver {
         let (driver, setup) = self.stopped_driver(index, options);
         self.engine.start_ring(setup).unwrap();
@@ -106,14 +106,14 @@ impl Rig {
         driver
     }
 
-    /// A driver for virtqueue `index`, and what would start its ring.
+    /// A driver for virtqueue `index`, and the parameters to start its ring.
     pub(super) fn stopped_driver(&self, index: usize, options: RingOptions) -> (SplitDriver, VringSetup) {
         let memory = self.region.memory().clone();
         SplitDriver::new(memory, index, options)
     }
 }
 
-/// What a ring is like.
+/// Options of a ring.
 #[derive(Clone, Copy)]
 pub(super) struct RingOptions {
     pub(super) size: u16,
@@ -127,7 +127,7 @@ impl Default for RingOptions {
     }
 }
 
-/// A descriptor to be.
+/// A descriptor to write.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Desc {
     pub(super) addr: u64,
@@ -160,15 +160,15 @@ impl SplitDriver {
         Self::at_addresses(memory, index, options, (desc, headers))
     }
 
-    /// A driver whose ring and headers, 64 KiB each, lie where the test says.
+    /// A driver with its ring and headers, 64 KiB each, at the given addresses.
     pub(super) fn at_addresses(
         memory: SharedMemory,
         index: usize,
         options: RingOptions,
-        place: (u64, u64),
+        addresses: (u64, u64),
     ) -> (Self, VringSetup) {
         let RingOptions { size, event_idx, base } = options;
-        let (desc, next_header) = place;
+        let (desc, next_header) = addresses;
         let (avail, used) = (desc + 0x4000, desc + 0x8000);
         let driver = Self {
             memory,
@@ -192,10 +192,10 @@ impl SplitDriver {
         (driver, setup)
     }
 
-    /// What starts this driver's ring at `base`.
+    /// The parameters to start this driver's ring at `base`.
     pub(super) fn setup(&self, base: u16) -> VringSetup {
         let span = |start, len: u64| Span::new(Gpa(start), len).unwrap();
-        let theirs = |fd: &OwnedFd| Some(fd.try_clone().unwrap());
+        let duplicate = |fd: &OwnedFd| Some(fd.try_clone().unwrap());
         let n = u64::from(self.size);
         VringSetup {
             index: self.index,
@@ -207,9 +207,9 @@ impl SplitDriver {
             base: base.into(),
             event_idx: self.event_idx,
             indirect: true,
-            kick: theirs(&self.kick),
-            call: theirs(&self.call),
-            err: theirs(&self.err),
+            kick: duplicate(&self.kick),
+            call: duplicate(&self.call),
+            err: duplicate(&self.err),
         }
     }
 
@@ -235,7 +235,7 @@ impl SplitDriver {
         self.memory.write_u16(at + 14, desc.next);
     }
 
-    /// Puts linked descriptors into the table; gives the head.
+    /// Writes linked descriptors to the table. Returns the head.
     pub(super) fn link(&mut self, parts: &[(u64, u32, u16)]) -> u16 {
         let head = self.next_desc;
         for (n, &(addr, len, flags)) in parts.iter().enumerate() {
@@ -247,7 +247,7 @@ impl SplitDriver {
         head
     }
 
-    /// Puts one descriptor as it is; gives its index.
+    /// Writes one descriptor unchanged. Returns its index.
     pub(super) fn raw(&mut self, desc: Desc) -> u16 {
         let index = self.next_desc;
         self.next_desc = (index + 1) % self.size;
@@ -255,7 +255,7 @@ impl SplitDriver {
         index
     }
 
-    /// Writes avail entry and index, without a kick.
+    /// Makes a chain available, without a kick.
     pub(super) fn offer(&mut self, head: u16) {
         let slot = u64::from(self.avail_idx % self.size);
         self.memory.write_u16(self.at(self.avail + 4 + 2 * slot), head);
@@ -272,20 +272,20 @@ impl SplitDriver {
         rustix::io::write(&self.kick, &1_u64.to_ne_bytes()).unwrap();
     }
 
-    /// Kicks if the device asked for it since the index was `before`, as a driver must (virtio 1.2 §2.7.10).
+    /// Kicks if the device requires it after the avail index was `before` (virtio 1.2 §2.7.10).
     pub(super) fn kick_if_needed(&self, before: u16) {
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-        let asked = if self.event_idx {
+        let required = if self.event_idx {
             self.avail_idx.wrapping_sub(self.avail_event()).wrapping_sub(1) < self.avail_idx.wrapping_sub(before)
         } else {
             self.used_flags() & 1 == 0
         };
-        if asked {
+        if required {
             self.kick();
         }
     }
 
-    /// Waits for `n` used entries on the call eventfd alone, asking for a call only when there is nothing to do.
+    /// Waits for `n` used entries with the call eventfd. Enables calls only while the used ring is empty.
     pub(super) fn wait_for_calls(&mut self, n: usize) -> Vec<(u32, u32)> {
         let mut seen = Vec::new();
         while seen.len() < n {
@@ -296,7 +296,7 @@ impl SplitDriver {
             }
             std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
             if self.used_seen == self.used_idx() {
-                assert!(wait_readable(&self.call, LIMIT), "a call never came");
+                assert!(wait_readable(&self.call, LIMIT), "no call");
             }
             count(&self.call);
             if !self.event_idx {
@@ -307,10 +307,10 @@ impl SplitDriver {
         seen
     }
 
-    /// A header in guest memory and a status byte behind it, which says 0xff.
+    /// Writes a header to guest memory, followed by a status byte of 0xff.
     pub(super) fn header(&mut self, kind: u32, sector: u64) -> u64 {
         let at = self.next_header;
-        // Round and round in the driver's own 64 KiB: no test has that many requests at once.
+        // Headers wrap around in the driver's 64 KiB. No test has that many requests in flight.
         self.next_header = (at & !0xffff) + (at + 32) % 0x1_0000;
         self.memory.write_u32(self.at(at), kind);
         self.memory.write_u32(self.at(at + 4), 0);
@@ -319,7 +319,7 @@ impl SplitDriver {
         at
     }
 
-    /// Offers a request of the common options: header, data, status.
+    /// Makes a request of header, data and status available.
     pub(super) fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> SentRequest {
         let header = self.header(kind, sector);
         let flags = if kind == OUT { 0 } else { WRITE };
@@ -331,7 +331,7 @@ impl SplitDriver {
         SentRequest { head, status: header + 16 }
     }
 
-    /// Offers a request and kicks.
+    /// Makes a request available and kicks.
     pub(super) fn send(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> SentRequest {
         let sent = self.request(kind, sector, data);
         self.kick();
@@ -363,7 +363,7 @@ impl SplitDriver {
         self.memory.write_u16(self.at(self.avail + 4 + 2 * u64::from(self.size)), idx);
     }
 
-    /// Used entries not yet seen: (head, len).
+    /// New used entries: (head, len).
     pub(super) fn used(&mut self) -> Vec<(u32, u32)> {
         let mut entries = Vec::new();
         while self.used_seen != self.used_idx() {
@@ -386,7 +386,7 @@ impl SplitDriver {
     }
 }
 
-/// A request offered.
+/// A request that has been made available.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SentRequest {
     pub(super) head: u16,

@@ -1,4 +1,4 @@
-//! Requests of every kind, all the way from the available ring to the used ring.
+//! Requests of every type, from the avail ring to the used ring.
 
 use super::disk::DiskOptions;
 use super::rig::*;
@@ -9,7 +9,7 @@ fn pattern(seed: u8, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_written_is_read_back() {
+fn written_data_reads_back() {
     let rig = Rig::new(DiskOptions::default());
     let mut driver = rig.driver(0, RingOptions::default());
     let written = pattern(1, 8192);
@@ -30,7 +30,7 @@ fn what_is_written_is_read_back() {
 }
 
 #[test]
-fn misaligned_buffers_go_through_a_bounce_slot_both_ways() {
+fn misaligned_buffers_are_bounced_in_both_directions() {
     let rig = Rig::new(DiskOptions::default());
     let mut driver = rig.driver(0, RingOptions::default());
     let written = pattern(7, 1024);
@@ -49,14 +49,14 @@ fn misaligned_buffers_go_through_a_bounce_slot_both_ways() {
 }
 
 #[test]
-fn more_bounced_data_than_slots_is_moved_all_the_same() {
+fn bounced_requests_wait_for_free_slots() {
     let rig = Rig::new(DiskOptions { depth: 1024, ..DiskOptions::default() });
     let mut driver = rig.driver(0, RingOptions::default());
     let written = pattern(3, 0x10_0000);
     rig.disk.write(0, &written);
     rig.disk.hold();
 
-    // 1 MiB - 512 in slots of 64 KiB, and as much again behind it.
+    // Each request needs all 16 slots of 64 KiB.
     let one = driver.request(IN, 0, &[(DATA + 1, 0xf_fe00)]);
     let two = driver.request(IN, 0, &[(DATA + 1, 0xf_fe00)]);
     driver.kick();
@@ -70,7 +70,7 @@ fn more_bounced_data_than_slots_is_moved_all_the_same() {
 }
 
 #[test]
-fn a_long_request_becomes_several_commands_and_one_completion() {
+fn a_long_request_is_split_into_commands_and_completed_once() {
     let rig = Rig::new(DiskOptions { max_transfer: 4096, ..DiskOptions::default() });
     let mut driver = rig.driver(0, RingOptions::default());
     let written = pattern(9, 0x1_0000);
@@ -91,7 +91,7 @@ fn a_long_request_becomes_several_commands_and_one_completion() {
 }
 
 #[test]
-fn the_worst_command_decides_the_request() {
+fn the_worst_outcome_is_the_requests_status() {
     let rig = Rig::new(DiskOptions { max_transfer: 4096, ..DiskOptions::default() });
     let mut driver = rig.driver(0, RingOptions::default());
     rig.disk.hold();
@@ -111,7 +111,7 @@ fn the_worst_command_decides_the_request() {
 }
 
 #[test]
-fn after_a_failed_command_the_rest_is_not_submitted() {
+fn the_rest_of_a_request_is_not_submitted_after_a_failed_command() {
     let rig = Rig::new(DiskOptions { depth: 1, max_transfer: 4096, ..DiskOptions::default() });
     let mut driver = rig.driver(0, RingOptions::default());
     rig.disk.hold();
@@ -126,7 +126,7 @@ fn after_a_failed_command_the_rest_is_not_submitted() {
 }
 
 #[test]
-fn used_entries_come_in_completion_order() {
+fn used_entries_are_in_completion_order() {
     let rig = Rig::new(DiskOptions::default());
     let mut driver = rig.driver(0, RingOptions::default());
     rig.disk.hold();
@@ -145,7 +145,7 @@ fn used_entries_come_in_completion_order() {
 }
 
 #[test]
-fn a_full_device_queue_delays_and_loses_nothing() {
+fn requests_wait_for_room_in_a_full_device_queue() {
     let rig = Rig::new(DiskOptions { depth: 3, max_transfer: 1024, ..DiskOptions::default() });
     let mut drivers: Vec<_> = (0..4).map(|n| rig.driver(n, RingOptions::default())).collect();
     rig.disk.write(0, &pattern(5, 0x1_0000));
@@ -166,7 +166,7 @@ fn a_full_device_queue_delays_and_loses_nothing() {
 }
 
 #[test]
-fn a_flush_reaches_a_disk_with_a_volatile_cache_only() {
+fn a_flush_reaches_only_a_disk_with_a_volatile_cache() {
     for volatile_cache in [true, false] {
         let mut options = DiskOptions::default();
         options.geometry.volatile_cache = volatile_cache;
@@ -196,13 +196,13 @@ fn the_serial_number_is_padded_with_zeros() {
 }
 
 #[test]
-fn framing_does_not_matter() {
+fn descriptor_boundaries_carry_no_meaning() {
     let rig = Rig::new(DiskOptions::default());
     let mut driver = rig.driver(0, RingOptions::default());
     rig.disk.write(512, &pattern(2, 512));
     let header = driver.header(IN, 1);
 
-    // The header in three parts with an empty one between, data and status in one buffer.
+    // First: the header in three buffers with an empty one between them. Second: data and status in one buffer.
     let head = driver.link(&[
         (header, 3, 0),
         (DATA, 0, 0),
