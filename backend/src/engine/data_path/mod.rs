@@ -138,9 +138,9 @@ impl DataPath {
         }
         let (slots, mut slot) = (self.slots.len(), self.next_slot);
         for _ in 0..slots {
-            let room = self.serve(Some(&mut *queue), slot);
+            let capacity = self.serve(Some(&mut *queue), slot);
             slot = if slot + 1 < slots { slot + 1 } else { 0 };
-            if room == Capacity::Exhausted {
+            if capacity == Capacity::Exhausted {
                 self.next_slot = slot;
                 break;
             }

@@ -21,14 +21,13 @@ impl DataPath {
                 return Capacity::Available;
             }
         };
-        // Otherwise a driver could offer a chain again before it is returned, and have more in flight than the ring has
-        // descriptors.
+        // Requests in flight never exceed the ring's size, even if the driver offers a chain again before it is returned.
         let count = offered.min(ring.queue.size() - ring.in_flight);
         for _ in 0..count {
             if let Some(queue) = &mut queue
-                && let Some(room) = self.begin_fast(*queue, slot)
+                && let Some(capacity) = self.begin_fast(*queue, slot)
             {
-                if room == Capacity::Exhausted {
+                if capacity == Capacity::Exhausted {
                     return Capacity::Exhausted;
                 }
                 continue;

@@ -225,7 +225,7 @@ impl DeviceSupervisor {
     }
 
     /// Resets a device that has not completed aborted commands.
-    pub(in crate::engine) fn give_up_aborting(&self, recoveries: u64) {
+    pub(in crate::engine) fn reset_after_abort(&self, recoveries: u64) {
         let Some(mut device) = self.lock_if_current(recoveries) else { return };
         log::error!("aborted commands have not completed; resetting the device");
         self.reset(&mut device, InflightPolicy::Resubmit);

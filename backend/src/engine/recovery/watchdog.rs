@@ -109,8 +109,9 @@ impl Watchdog {
             retry: watch.retry,
             watch,
         };
-        let thread =
-            std::thread::Builder::new().name("vdv-watchdog".to_owned()).spawn(move || while watchdog.once() {})?;
+        let thread = std::thread::Builder::new()
+            .name("vdv-watchdog".to_owned())
+            .spawn(move || while watchdog.handle_one_event() {})?;
         Ok(Self { reports, watch, thread: Some(thread) })
     }
 
@@ -147,7 +148,7 @@ struct WatchdogThread {
 
 impl WatchdogThread {
     /// Waits for one event and handles it. Returns false to quit.
-    fn once(&mut self) -> bool {
+    fn handle_one_event(&mut self) -> bool {
         let down = self.supervisor.is_down();
         if !down {
             self.retry = self.watch.retry;
@@ -178,7 +179,7 @@ impl WatchdogThread {
                 self.retry = (self.retry * 2).min(self.watch.retry * (1 << DOUBLINGS));
             }
         } else if overdue.stuck {
-            self.supervisor.give_up_aborting(recoveries);
+            self.supervisor.reset_after_abort(recoveries);
         } else if !overdue.expired.is_empty() {
             self.supervisor.abort(&overdue.expired, recoveries);
         } else if overdue.stalled {
