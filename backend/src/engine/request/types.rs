@@ -269,7 +269,7 @@ impl RangeLimits {
         Some(Self::new(ranges.into(), range_blocks, geometry))
     }
 
-    /// Limits of write-zeroes: up to [`ZEROES_COMMANDS`] NVMe commands per segment. `None` if the disk does not support it.
+    /// Limits of write-zeroes: up to `ZEROES_COMMANDS` NVMe commands per segment. `None` if the disk does not support it.
     #[must_use]
     pub fn write_zeroes(geometry: &Geometry) -> Option<Self> {
         let limits = geometry.zeroes.filter(|_| !geometry.read_only)?;
