@@ -140,6 +140,7 @@ impl Worker {
             Device::Live(queue) => {
                 let queue = &mut **queue;
                 if !self.paused && path.submit(queue) {
+                    // Submission entries and data must be in memory before the doorbell.
                     queue.ring();
                     path.counters.doorbells.add(1);
                     busy = true;
