@@ -215,7 +215,7 @@ fn take(
     disk: &Disk,
     (chain, data): &mut (Chain, Data),
 ) -> Option<PendingUsed> {
-    if let Some(fast) = ring.fast(guest)
+    if let Some(fast) = ring.peek_fast(guest)
         && let Some(transfer) = Transfer::of(&fast, guest, disk)
     {
         ring.take_fast(&fast);

@@ -253,7 +253,7 @@ fn device(machine: &Machine, plan: Arc<FailurePlan>, environment: Environment) -
     let options = engine::Options {
         rings: QUEUES.into(),
         spin: Duration::from_micros(10),
-        patience: Duration::from_secs(5),
+        drain_timeout: Duration::from_secs(5),
         watch: engine::WatchdogOptions::default(),
     };
     let engine = Engine::start(Box::new(driver), &space, options).unwrap();

@@ -24,7 +24,7 @@ fn device() -> Device {
     let options = engine::Options {
         rings: 2,
         spin: Duration::ZERO,
-        patience: Duration::from_secs(5),
+        drain_timeout: Duration::from_secs(5),
         watch: engine::WatchdogOptions::default(),
     };
     let engine = Engine::start(Box::new(nvme), &space, options).unwrap();

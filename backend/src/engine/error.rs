@@ -1,4 +1,4 @@
-//! Why the engine, or a vring, could not be started or stopped.
+//! Errors of starting, stopping and changing the engine or a vring.
 
 use std::io;
 
@@ -6,97 +6,97 @@ use super::virtqueue::layout::Layout;
 use crate::addr::{Gpa, Span};
 use crate::hardware::MapError;
 
-/// Why the engine, or a ring, could not be started or stopped.
+/// An error of starting, stopping or changing the engine or a ring.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
-    /// The driver has no queues to give.
+    /// The driver has no queues.
     #[error("the device has no queue to serve virtqueues with")]
     NoQueues,
     /// The virtqueue does not exist.
     #[error("virtqueue {index} of {rings}: no such virtqueue")]
     NoSuchRing {
-        /// Asked for.
+        /// Requested index.
         index: usize,
-        /// Number offered.
+        /// Number of virtqueues.
         rings: usize,
     },
-    /// The virtqueue is being served already.
-    #[error("virtqueue {0}: running already; stop it first (GET_VRING_BASE)")]
+    /// The ring is started already.
+    #[error("virtqueue {0}: already running; stop it first (GET_VRING_BASE)")]
     RingRunning(usize),
-    /// Not a size this device serves.
+    /// The ring size is not supported.
     #[error("virtqueue {index}: the size of a {layout} ring is {}, not {size}", layout.sizes())]
     RingSize {
-        /// Which virtqueue.
+        /// Index of the virtqueue.
         index: usize,
-        /// Asked for.
+        /// Requested size.
         size: u16,
         /// Split or packed.
         layout: Layout,
     },
-    /// A place to go on that the ring does not have.
-    #[error("virtqueue {index}: base {base:#x} is no place in a ring of {size}")]
+    /// The base is not a position in the ring.
+    #[error("virtqueue {index}: base {base:#x} is not a position in a ring of {size} descriptors")]
     RingBase {
-        /// Which virtqueue.
+        /// Index of the virtqueue.
         index: usize,
         /// Number of descriptors.
         size: u16,
-        /// Asked for.
+        /// Requested base.
         base: u32,
     },
     /// An area is too short, misaligned, or not in one region of guest memory.
     #[error("virtqueue {index}: {name} at {span}: needs {bytes} bytes in one memory region, aligned to {alignment}")]
     RingArea {
-        /// Which virtqueue.
+        /// Index of the virtqueue.
         index: usize,
-        /// Which area.
+        /// Name of the area.
         name: &'static str,
-        /// Where it was said to be.
+        /// Requested address and length.
         span: Span<Gpa>,
-        /// Bytes needed.
+        /// Required length, bytes.
         bytes: u64,
-        /// Alignment needed, bytes.
+        /// Required alignment, bytes.
         alignment: u64,
     },
-    /// The kick eventfd cannot be waited for.
+    /// The kick eventfd cannot be polled.
     #[error("virtqueue {index}: watch its kick eventfd: {source}")]
     Kick {
-        /// Which virtqueue.
+        /// Index of the virtqueue.
         index: usize,
-        /// The errno.
+        /// The system error.
         source: io::Error,
     },
-    /// No memory for bounce buffers.
+    /// The bounce buffer could not be allocated or mapped.
     #[error("bounce buffer of worker {worker}: {source}")]
     Bounce {
-        /// Which worker.
+        /// Number of the worker.
         worker: usize,
-        /// Why.
+        /// The cause.
         source: MapError,
     },
     /// A worker could not be started.
     #[error("start worker {worker}: {source}")]
     Start {
-        /// Which worker.
+        /// Number of the worker.
         worker: usize,
-        /// The errno.
+        /// The system error.
         source: io::Error,
     },
     /// The watchdog could not be started.
     #[error("start the watchdog: {0}")]
     Watchdog(
-        /// The errno.
+        /// The system error.
         #[source]
         io::Error,
     ),
-    /// The write cache cannot be switched.
+    /// The write cache could not be switched.
     #[error("switch the write cache {}: {source:#}", if *.on { "on" } else { "off" })]
     WriteCache {
-        /// To which state.
+        /// Requested state.
         on: bool,
-        /// Why not.
+        /// The cause.
         source: anyhow::Error,
     },
-    /// A worker has ended by a bug; its log line tells where.
+    /// A worker thread has panicked; the panic message is in the log.
     #[error("worker {0} has ended")]
     WorkerGone(usize),
 }

@@ -1,7 +1,8 @@
-//! Guest memory as one worker sees it: the published table, and while memory is being withdrawn also the table before, for
-//! the requests that were taken under it. Requests never outlive the memory they name, so the two never contradict.
+//! Guest memory as one worker sees it: the published table, and while memory is being removed also the previous one, for
+//! requests that were checked against it. No request outlives the memory it uses, so the two tables never conflict.
 //!
-//! The fast questions keep a hint each, because header, data, status and indirect tables tend to lie in different regions.
+//! Each kind of look-up on the fast path keeps its own hint, because header, data, status and indirect tables tend to lie in
+//! different regions.
 
 use std::sync::Arc;
 
@@ -16,8 +17,8 @@ use crate::sys::{SharedArray, SharedMemory};
 #[derive(Default)]
 pub struct GuestMemoryView {
     table: Arc<MemTable>,
-    departing: Option<Arc<MemTable>>,
-    /// The table's regions, neighbours joined: all that a data buffer must be checked against, without a pointer to follow.
+    previous: Option<Arc<MemTable>>,
+    /// The table's regions, adjacent ones merged. Checking a data buffer against them follows no pointer.
     ranges: Vec<Span<Gpa>>,
     header_hint: usize,
     data_hint: usize,
@@ -26,30 +27,31 @@ pub struct GuestMemoryView {
 }
 
 impl GuestMemoryView {
-    /// What requests are checked against.
+    /// The table that requests are checked against.
     #[must_use]
     pub fn table(&self) -> &MemTable {
         &self.table
     }
 
-    /// From now on requests are checked against `table`, which has all that the one before had.
+    /// Checks requests against `table` from now on. It contains every region of the former table.
     pub fn publish(&mut self, table: Arc<MemTable>) {
         self.ranges = ranges(&table);
         self.table = table;
     }
 
-    /// From now on requests are checked against `table`; the one before serves those in flight until [`Self::forget`].
-    pub fn withdraw(&mut self, table: Arc<MemTable>) {
+    /// Checks requests against `table` from now on. Requests in flight use the former table until
+    /// [`Self::drop_previous_table`].
+    pub fn replace_table(&mut self, table: Arc<MemTable>) {
         self.ranges = ranges(&table);
-        self.departing = Some(std::mem::replace(&mut self.table, table));
+        self.previous = Some(std::mem::replace(&mut self.table, table));
     }
 
-    /// No request in flight needs the former table any more.
-    pub fn forget(&mut self) {
-        self.departing = None;
+    /// Drops the former table when no request in flight needs it.
+    pub fn drop_previous_table(&mut self) {
+        self.previous = None;
     }
 
-    /// Where the device finds a data buffer, if all of it is guest memory.
+    /// The IOVA of a data buffer, if all of it is guest memory.
     #[inline]
     pub fn data(&mut self, span: Span<Gpa>) -> Option<Span<Iova>> {
         if self.ranges.get(self.data_hint).is_some_and(|range| range.covers(&span)) {
@@ -67,7 +69,7 @@ impl GuestMemoryView {
         Span::new(address, 1).is_some_and(|byte| self.table.host_memory(byte, &mut self.status_hint).is_some())
     }
 
-    /// Writes a status byte that [`Self::has_status`] has found, perhaps under the former table.
+    /// Writes a status byte that [`Self::has_status`] has found, possibly in the former table.
     #[inline]
     pub fn write_status(&mut self, address: Gpa, status: u8) {
         let byte = Span::new(address, 1).expect("one byte never wraps");
@@ -77,19 +79,20 @@ impl GuestMemoryView {
         }
     }
 
-    /// Where an indirect table, or one entry of it, can be read; `None` unless all of it lies in one region.
+    /// The memory of an indirect table, or of one entry. `None` unless all of it lies in one region.
     #[inline]
-    pub fn table_window(&mut self, span: Span<Gpa>) -> Option<(&SharedMemory, usize)> {
+    pub fn table_memory(&mut self, span: Span<Gpa>) -> Option<(&SharedMemory, usize)> {
         self.table.host_memory(span, &mut self.table_hint)
     }
 
-    /// The `entries` descriptors that `span` holds; `None` unless all of them lie in one region, aligned to words.
+    /// The `entries` descriptors in `span`. `None` unless they lie in one region and are aligned to 8 bytes.
     #[inline]
     pub fn descriptors(&mut self, span: Span<Gpa>, entries: u16) -> Option<SharedArray<&SharedMemory, u64, 2>> {
-        self.table_window(span).and_then(|(shared, offset)| shared.array(offset, entries.into()))
+        self.table_memory(span).and_then(|(shared, offset)| shared.array(offset, entries.into()))
     }
 
-    /// Type and sector of a request whose header lies at `address` in one region, aligned to words (virtio 1.2 §5.2.6).
+    /// Type and sector of the request header at `address`. `None` unless it lies in one region and is aligned to 8 bytes
+    /// (virtio 1.2 §5.2.6).
     #[inline]
     pub fn header(&mut self, address: Gpa) -> Option<(u32, u64)> {
         let span = Span::new(address, 16)?;
@@ -98,7 +101,7 @@ impl GuestMemoryView {
         Some((u32::try_from(front & 0xffff_ffff).expect("masked"), sector))
     }
 
-    /// Reads a wire structure from the front of `spans`, however they cut it.
+    /// Reads a structure from the start of `spans`, whatever their boundaries.
     #[inline]
     pub fn read_header<T: FromBytes + IntoBytes>(&mut self, spans: &[Span<Gpa>]) -> Option<T> {
         let front = spans.first()?.slice(0, size_of::<T>() as u64);
@@ -126,7 +129,7 @@ impl GuestMemoryView {
         None
     }
 
-    /// Copies `bytes` to the front of `span`, which is guest memory.
+    /// Copies `bytes` to the start of `span`, which is guest memory.
     fn copy_in(&self, span: Span<Gpa>, bytes: &[u8]) {
         let mut done = 0;
         for (shared, offset, len) in self.pieces(span) {
@@ -137,7 +140,7 @@ impl GuestMemoryView {
         }
     }
 
-    /// Copies `bytes` over `spans` as far as both reach; gives the number of bytes copied.
+    /// Copies as much of `bytes` as fits to `spans`. Returns the number of bytes copied.
     pub fn scatter(&self, spans: &[Span<Iova>], bytes: &[u8]) -> usize {
         let mut done = 0_usize;
         for span in spans {
@@ -148,7 +151,7 @@ impl GuestMemoryView {
         done
     }
 
-    /// Copies the front of `spans`, which are guest memory, to `bytes`.
+    /// Copies the start of `spans`, which are guest memory, to `bytes`.
     pub fn gather(&self, spans: &[Span<Iova>], bytes: &mut [u8]) {
         let mut done = 0;
         for (shared, offset, len) in spans.iter().flat_map(|span| self.pieces(span.identity_gpa())) {
@@ -159,7 +162,7 @@ impl GuestMemoryView {
         }
     }
 
-    /// Copies `len` bytes between `spans`, from `position` bytes on, and a bounce slot.
+    /// Copies between a bounce slot and `spans`, starting `position` bytes into them.
     pub fn bounce(&self, spans: &[Span<Iova>], position: u64, slot: &Slot<'_>, to_guest: bool) {
         let (mut skip, mut done) = (position, 0);
         for span in spans {
@@ -182,7 +185,7 @@ impl GuestMemoryView {
         }
     }
 
-    /// Makes caches and DRAM agree on `len` bytes of `spans` from `position` on.
+    /// Writes back and invalidates the cache lines of `len` bytes of `spans` from `position` on.
     pub fn flush(&self, spans: &[Span<Iova>], position: u64, len: u64, caches: &dyn CacheFlush) {
         let (mut skip, mut left) = (position, len);
         for span in spans {
@@ -200,7 +203,8 @@ impl GuestMemoryView {
         }
     }
 
-    /// `span` cut at the seams of regions: window, offset in it, length. A piece that is nowhere has no window and ends it.
+    /// `span` split at region boundaries: memory, offset in it, length. A piece outside guest memory has no memory and is the
+    /// last.
     fn pieces(&self, span: Span<Gpa>) -> impl Iterator<Item = (Option<&SharedMemory>, usize, usize)> {
         let mut rest = Some(span);
         std::iter::from_fn(move || {
@@ -215,12 +219,12 @@ impl GuestMemoryView {
     }
 
     fn region(&self, address: Gpa) -> Option<&Region> {
-        let tables = std::iter::once(&self.table).chain(&self.departing);
+        let tables = std::iter::once(&self.table).chain(&self.previous);
         tables.flat_map(|table| table.regions()).find(|region| region.gpa().contains(address)).map(|region| &**region)
     }
 }
 
-/// The regions of `table`, sorted, adjacent ones as one: the device does not see the seam.
+/// The regions of `table`, sorted, adjacent ones merged: their IOVAs are contiguous, so a buffer may cross the boundary.
 fn ranges(table: &MemTable) -> Vec<Span<Gpa>> {
     let mut ranges: Vec<Span<Gpa>> = Vec::new();
     for span in table.regions().iter().map(|region| region.gpa()) {
@@ -234,12 +238,12 @@ fn ranges(table: &MemTable) -> Vec<Span<Gpa>> {
     ranges
 }
 
-/// Part of a bounce buffer, as this process sees it.
+/// Part of a bounce buffer in this process.
 pub struct Slot<'a> {
     /// The whole buffer.
     pub shared: &'a SharedMemory,
-    /// Where the slot starts, bytes.
+    /// Start of the slot, bytes.
     pub offset: usize,
-    /// How many bytes of it.
+    /// Length, bytes.
     pub len: usize,
 }

@@ -1,9 +1,9 @@
-//! The choice that a device reset leaves open.
+//! What happens to requests in flight after a device reset.
 
-/// What happens to requests in flight when the device has been reset.
+/// What happens to requests in flight after a device reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::engine) enum InflightPolicy {
-    /// Submit them again, unless they were already, or a stop or memory removal waits for them.
+    /// Submit them again, unless they were resubmitted before, or a ring stop or memory removal waits for them.
     Resubmit,
     /// Complete them with an error.
     Fail,

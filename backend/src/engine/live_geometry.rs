@@ -1,4 +1,4 @@
-//! The part of the disk's geometry that may change while it is served. Workers read it without a lock each time they need it.
+//! The part of the disk's geometry that may change at run time. Workers read it without a lock.
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
@@ -9,12 +9,12 @@ use crate::driver::Geometry;
 pub struct LiveGeometry {
     /// Size in logical blocks.
     pub blocks: AtomicU64,
-    /// True while a flush is for the device: it has a volatile write cache, and it is on.
+    /// True if the device has a volatile write cache and it is on, so that flushes must reach the device.
     pub cache_on: AtomicBool,
 }
 
 impl LiveGeometry {
-    /// As `geometry` has it.
+    /// Copies the variable part of `geometry`.
     #[must_use]
     pub fn of(geometry: &Geometry) -> Self {
         let cache_on = geometry.volatile_cache && geometry.cache_on;

@@ -1,22 +1,22 @@
-//! The block engine: requests from vrings become commands for a device queue, completions become used entries. Workers own
-//! everything they touch; [`Engine`] is the control thread's handle on them.
+//! The block engine: it turns requests from vrings into commands for a device queue, and completions into used entries.
+//! Workers own everything they touch. [`Engine`] is the control thread's handle on them.
 //!
 //! ```text
 //!  control thread            worker n (one thread; virtqueues n, n + N, n + 2N …)
-//!  Engine --- command_queue ---->  Worker -> DataPath::{reap, submit} -> Chain -> request -> InflightRequest -> driver::Queue
-//!         <-- answer -----          <- Virtqueue::publish  <-  answer  <- complete <----------
+//!  Engine --- command queue ---->  Worker -> DataPath::{submit, reap} -> Chain -> request -> InflightRequest -> driver::Queue
+//!         <-- reply -------         <- Virtqueue::publish  <-  answer  <- complete <----------
 //! ```
 //!
-//! Workers share no lock and take none per request. The control thread waits for the reply to each command, so when a method
-//! returns, the worker has done it.
+//! Workers share no lock and take none per request. The control thread waits for the reply to each command, so the worker has
+//! executed it when a method returns.
 //!
-//! | door | holds |
+//! | module | contents |
 //! |---|---|
-//! | [`virtqueue`] | how rings lie in memory: split, packed, chains, the common shape of a request |
+//! | [`virtqueue`] | the memory layout of rings: split, packed, chains, the fast path for the common request |
 //! | [`request`] | from a chain to a checked block request |
 //! | `data_path/` | one worker's requests in flight, bounce buffers and cache maintenance |
 //! | `worker/` | the thread, and the commands it takes |
-//! | `recovery/` | time-outs, reset and recovery of the device |
+//! | `recovery/` | command time-outs, reset and recovery of the device |
 
 mod data_path;
 mod error;
@@ -61,7 +61,7 @@ use statistics::Counters;
 use worker::{CommandQueue, Worker, WorkerCommand};
 
 /// The control thread's view of one worker.
-struct Handle {
+struct WorkerHandle {
     command_queue: Arc<CommandQueue>,
     counters: Arc<Counters>,
     thread: Option<JoinHandle<()>>,
@@ -69,22 +69,23 @@ struct Handle {
 
 /// All workers, and the device.
 ///
-/// A virtqueue is served while it is both started and enabled. Enabled is a property of the virtqueue, not of the ring: it
-/// is false at first, may be set before the start, and outlives a stop (vhost-user: "Ring states").
+/// A virtqueue is served while it is both started and enabled. The enabled state belongs to the virtqueue, not to the ring:
+/// it is false initially, may be set before the start, and survives a stop (vhost-user: "Ring states").
 pub struct Engine {
-    workers: Vec<Handle>,
+    workers: Vec<WorkerHandle>,
     supervisor: Arc<DeviceSupervisor>,
-    /// `None` only at the end.
+    /// `None` only during shutdown.
     watchdog: Option<Watchdog>,
     options: Options,
     live: Arc<LiveGeometry>,
 }
 
 impl Engine {
-    /// Starts one worker per queue of `driver`; virtqueue n is served by worker n mod workers.
+    /// Starts one worker per queue of `driver`. Worker n mod `workers` serves virtqueue n.
     ///
     /// # Errors
-    /// [`EngineError::NoQueues`], [`EngineError::Bounce`] or [`EngineError::Start`]; the device has been shut down then.
+    /// [`EngineError::NoQueues`], [`EngineError::Bounce`], [`EngineError::Watchdog`] or [`EngineError::Start`]. On error the
+    /// device has been shut down.
     pub fn start(
         mut driver: Box<dyn Driver>,
         space: &Arc<dyn AddressSpace>,
@@ -103,7 +104,7 @@ impl Engine {
             supervisor,
             watchdog: Some(watchdog),
             live,
-            // No virtqueue exists until every worker does.
+            // If a worker cannot be started, the drop of `engine` must not stop rings of workers that do not exist.
             options: Options { rings: 0, ..options },
         };
         if queues.is_empty() {
@@ -112,82 +113,82 @@ impl Engine {
         let workers = queues.len();
         for (worker, queue) in queues.into_iter().enumerate() {
             let slots = options.rings.saturating_sub(worker).div_ceil(workers);
-            let handle = engine.hire(WorkerLayout { worker, workers, slots }, queue, space)?;
+            let handle = engine.spawn_worker(WorkerLayout { worker, workers, slots }, queue, space)?;
             engine.workers.push(handle);
         }
         engine.options = options;
         Ok(engine)
     }
 
-    fn hire(
+    fn spawn_worker(
         &self,
-        post: WorkerLayout,
+        layout: WorkerLayout,
         queue: Box<dyn Queue>,
         space: &Arc<dyn AddressSpace>,
-    ) -> Result<Handle, EngineError> {
-        let number = post.worker;
+    ) -> Result<WorkerHandle, EngineError> {
+        let number = layout.worker;
         let bounce = Bounce::new(space).map_err(|source| EngineError::Bounce { worker: number, source })?;
         let failed = |source| EngineError::Start { worker: number, source };
         let command_queue = Arc::new(CommandQueue::new().map_err(failed)?);
         let counters = Arc::new(Counters::default());
         let caches = CacheMaintenance::new(space.caches(), Arc::clone(&counters));
         let disk = Disk::new(&self.geometry(), Arc::clone(&self.live));
-        let path = DataPath::new(&post, disk, bounce, caches, Arc::clone(&counters));
-        let clock = self.watchdog.as_ref().expect("there until the end").clock();
+        let path = DataPath::new(&layout, disk, bounce, caches, Arc::clone(&counters));
+        let clock = self.watchdog.as_ref().expect("present until shutdown").clock();
         let worker =
             Worker::new(path, queue, Arc::clone(&command_queue), (self.options.spin, clock)).map_err(failed)?;
-        self.supervisor.enlist(Arc::clone(&command_queue));
+        self.supervisor.add_worker(Arc::clone(&command_queue));
         let thread = std::thread::Builder::new()
             .name(format!("vdv-worker-{number}"))
             .spawn(move || worker.run())
             .map_err(failed)?;
-        Ok(Handle { command_queue, counters, thread: Some(thread) })
+        Ok(WorkerHandle { command_queue, counters, thread: Some(thread) })
     }
 
-    /// What the disk is now.
+    /// The current geometry of the disk.
     #[must_use]
     pub fn geometry(&self) -> Geometry {
         self.supervisor.geometry()
     }
 
-    /// Calls `tell`, from a thread of the engine, each time the disk's size has changed. Only the first listener is kept.
-    pub fn on_change(&self, tell: impl Fn() + Send + Sync + 'static) {
-        self.supervisor.on_change(Box::new(tell));
+    /// Calls `listener` from a thread of the engine each time the disk's size has changed. Only the first listener is kept.
+    pub fn on_change(&self, listener: impl Fn() + Send + Sync + 'static) {
+        self.supervisor.on_change(Box::new(listener));
     }
 
-    /// Readable once the host has got the device back for the first time; the device reaches no memory then.
+    /// Becomes readable when the device has been released to the host for the first time. It can do no DMA by then.
     #[must_use]
     pub fn released(&self) -> BorrowedFd<'_> {
         self.supervisor.released.as_fd()
     }
 
-    /// Starts serving a ring against the published table. Replaces nothing: the ring must be stopped.
+    /// Starts a ring in the memory of the published table. The ring must be stopped.
     ///
     /// # Errors
-    /// [`EngineError`] names the virtqueue and what is wrong with it; it stays stopped.
+    /// [`EngineError`] names the virtqueue and the reason. The ring stays stopped.
     pub fn start_ring(&self, ring: VringSetup) -> Result<(), EngineError> {
         let (worker, slot) = self.slot(ring.index)?;
         let ring = Box::new(ring);
         self.command(worker, |answer| WorkerCommand::Start(slot, ring, answer))?
     }
 
-    /// Completes what was taken (or, past `patience`, resets the device and fails it), stops the ring, and returns where to
-    /// go on, as [`VringSetup::base`] has it. A ring that was never started returns None.
+    /// Stops a ring once every request taken from it is complete, and returns the position for [`VringSetup::base`]. After
+    /// `drain_timeout` the device is reset, and the requests fail. Returns `None` for a ring that is not started.
     ///
     /// # Errors
     /// [`EngineError::NoSuchRing`] or [`EngineError::WorkerGone`].
     pub fn stop_ring(&self, index: usize) -> Result<Option<u32>, EngineError> {
         let (worker, slot) = self.slot(index)?;
         let answer = self.workers[worker].command_queue.post(|answer| WorkerCommand::Stop(slot, answer));
-        self.await_drained(worker, &answer, self.deadline(), &format!("virtqueue {index} stops"))
+        self.await_drained(worker, &answer, self.deadline(), &format!("stop virtqueue {index}"))
     }
 
-    /// SET_VRING_ENABLE: a disabled ring takes no new requests. May come before the start, and outlives a stop.
+    /// SET_VRING_ENABLE: no new requests are taken from a disabled ring. May precede the start; survives a stop.
     pub fn set_enabled(&self, index: usize, enabled: bool) {
         self.change(index, |slot, answer| WorkerCommand::Enable(slot, enabled, answer));
     }
 
-    /// SET_VRING_CALL while running; the former eventfd is not signalled any more when this returns.
+    /// SET_VRING_CALL while running. The former eventfd is not signalled after this returns.
     pub fn set_call(&self, index: usize, call: Option<OwnedFd>) {
         self.change(index, |slot, answer| WorkerCommand::Call(slot, call, answer));
     }
@@ -197,15 +198,16 @@ impl Engine {
         self.change(index, |slot, answer| WorkerCommand::Err(slot, err, answer));
     }
 
-    /// SET_VRING_KICK while running; without one the ring is polled.
+    /// SET_VRING_KICK while running. A ring without a kick eventfd is polled.
     pub fn set_kick(&self, index: usize, kick: Option<OwnedFd>) {
         self.change(index, |slot, answer| WorkerCommand::Kick(slot, kick, answer));
     }
 
-    /// The table that requests are checked against from now on; it only gained regions.
+    /// Checks requests against `table` from now on. It must contain every region of the former table.
     pub fn publish(&self, table: Arc<MemTable>) {
-        let post =
-            |handle: &Handle| handle.command_queue.post(|answer| WorkerCommand::Publish(Arc::clone(&table), answer));
+        let post = |handle: &WorkerHandle| {
+            handle.command_queue.post(|answer| WorkerCommand::Publish(Arc::clone(&table), answer))
+        };
         let answers: Vec<_> = self.workers.iter().map(post).collect();
         for (worker, answer) in answers.iter().enumerate() {
             if answer.recv().is_err() {
@@ -214,22 +216,22 @@ impl Engine {
         }
     }
 
-    /// The table that requests are checked against from now on; when this returns, no command in flight touches `removed`.
-    /// Requests elsewhere go on. Rings that live in removed memory must have been stopped; one that was not is broken.
+    /// Checks requests against `table`, which lacks `removed`, from now on. When this returns, no command in flight accesses
+    /// `removed`. Other requests continue. Rings in removed memory must have been stopped; a running one fails.
     ///
     /// # Errors
-    /// [`EngineError::WorkerGone`]; commands of that worker may then still be in flight.
-    pub fn withdraw(&self, table: Arc<MemTable>, removed: &[Span<Gpa>]) -> Result<(), EngineError> {
+    /// [`EngineError::WorkerGone`]. Commands of that worker may still be in flight.
+    pub fn remove_memory(&self, table: Arc<MemTable>, removed: &[Span<Gpa>]) -> Result<(), EngineError> {
         let removed: Arc<[_]> = removed.into();
-        let post = |handle: &Handle| {
+        let post = |handle: &WorkerHandle| {
             handle
                 .command_queue
-                .post(|answer| WorkerCommand::Withdraw(Arc::clone(&table), Arc::clone(&removed), answer))
+                .post(|answer| WorkerCommand::RemoveMemory(Arc::clone(&table), Arc::clone(&removed), answer))
         };
         let answers: Vec<_> = self.workers.iter().map(post).collect();
         let deadline = self.deadline();
         for (worker, answer) in answers.iter().enumerate() {
-            self.await_drained(worker, answer, deadline, "memory is withdrawn")?;
+            self.await_drained(worker, answer, deadline, "remove memory")?;
         }
         Ok(())
     }
@@ -244,7 +246,7 @@ impl Engine {
         sum
     }
 
-    /// Stops all workers, completes or fails what is in flight, and shuts the device down.
+    /// Completes or fails all requests in flight, stops the workers, and shuts the device down.
     pub fn shut_down(self) {
         drop(self);
     }

@@ -1,4 +1,4 @@
-//! What the engine and a vring are started with.
+//! Parameters of the engine and of a vring.
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -7,11 +7,11 @@ use super::recovery::WatchdogOptions;
 use super::virtqueue::layout::Layout;
 use crate::addr::{Gpa, Span};
 
-/// What a started ring is made of (virtio 1.2 §2.7, §2.8). All three areas have been found in the memory table.
+/// Parameters of a ring (virtio 1.2 §2.7, §2.8).
 pub struct VringSetup {
-    /// Which virtqueue.
+    /// Index of the virtqueue.
     pub index: usize,
-    /// VIRTIO_F_RING_PACKED acked, or not.
+    /// Packed if VIRTIO_F_RING_PACKED was acked.
     pub layout: Layout,
     /// Number of descriptors; see [`Layout::allows`].
     pub size: u16,
@@ -19,32 +19,33 @@ pub struct VringSetup {
     pub desc: Span<Gpa>,
     /// Available ring, or the driver's event suppression structure.
     pub avail: Span<Gpa>,
-    /// Used ring, or the device's event suppression structure. A split ring's used index goes on from what stands there.
+    /// Used ring, or the device's event suppression structure. A split ring continues from the used index in memory.
     pub used: Span<Gpa>,
-    /// Where to go on (SET_VRING_BASE). Split: first avail index to take. Packed: next available descriptor and next used
-    /// one, 15 bits each with their wrap counters on top (vhost-user: "Vring descriptor indices for packed virtqueues").
+    /// Start position (SET_VRING_BASE). Split: the next avail index. Packed: the next available and the next used
+    /// descriptor, 15 bits each, with the wrap counter as the top bit (vhost-user: "Vring descriptor indices for packed
+    /// virtqueues").
     pub base: u32,
     /// VIRTIO_RING_F_EVENT_IDX acked.
     pub event_idx: bool,
     /// VIRTIO_RING_F_INDIRECT_DESC acked.
     pub indirect: bool,
-    /// Signalled by the driver; without it the ring is polled.
+    /// Signalled by the driver. Without it the ring is polled.
     pub kick: Option<OwnedFd>,
     /// Signalled to the driver.
     pub call: Option<OwnedFd>,
-    /// Signalled when the ring is broken.
+    /// Signalled when the ring fails.
     pub err: Option<OwnedFd>,
 }
 
-/// How the engine behaves.
+/// Options of the engine.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Number of virtqueues offered.
     pub rings: usize,
     /// How long a worker polls without finding work before it sleeps.
     pub spin: Duration,
-    /// How long commands in flight may take to finish when a ring stops or memory goes away, before the device is reset.
-    pub patience: Duration,
-    /// How long the device is waited for.
+    /// Time that commands in flight have to complete when a ring stops or memory is removed. After that the device is reset.
+    pub drain_timeout: Duration,
+    /// Command time-out and retry interval.
     pub watch: WatchdogOptions,
 }

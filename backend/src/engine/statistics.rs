@@ -1,5 +1,5 @@
-//! Counters. Each worker writes its own and nobody else's, so counting is a plain load and store; readers sum them up and
-//! may be a moment behind.
+//! Counters. Each worker writes only its own, so counting takes a plain load and store. Readers add them up and may see
+//! slightly old values.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,41 +7,41 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Counters since start, summed over workers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Statistics {
-    /// Read requests that the device has answered.
+    /// Read requests that the device has completed.
     pub reads: u64,
-    /// Write requests that the device has answered.
+    /// Write requests that the device has completed.
     pub writes: u64,
-    /// Flush requests that the device has answered.
+    /// Flush requests that the device has completed.
     pub flushes: u64,
-    /// Discard requests that the device has answered.
+    /// Discard requests that the device has completed.
     pub discards: u64,
-    /// Write-zeroes requests that the device has answered.
+    /// Write-zeroes requests that the device has completed.
     pub write_zeroes: u64,
     /// Bytes read successfully.
     pub bytes_read: u64,
     /// Bytes written successfully.
     pub bytes_written: u64,
-    /// Commands that named their data by a list of buffers (an SGL), because whole pages could not.
+    /// Commands that describe their data by an SGL, because PRPs cannot.
     pub sgl: u64,
     /// Commands whose data went through a bounce buffer.
     pub bounced: u64,
-    /// Requests that ended in an error, whoever is to blame.
+    /// Requests that ended in an error, whatever the cause.
     pub errors: u64,
-    /// Times a driver woke a worker.
+    /// Kicks that woke a worker.
     pub kicks: u64,
-    /// Times a driver was notified.
+    /// Notifications sent to a driver.
     pub calls: u64,
-    /// Times the device was told of new commands.
+    /// Doorbells written.
     pub doorbells: u64,
     /// Bytes whose cache lines were flushed around requests; 0 under a coherent verdict.
     pub flushed_bytes: u64,
-    /// Time that took, nanoseconds.
+    /// Time spent on these flushes, nanoseconds.
     pub flush_nanoseconds: u64,
     /// Commands that were aborted because they took too long.
     pub aborts: u64,
-    /// Requests submitted once more after the device was reset.
+    /// Requests submitted again after a device reset.
     pub resubmitted: u64,
-    /// Times the device was reset because commands did not come back.
+    /// Device resets because of overdue commands or a failed device.
     pub recoveries: u64,
 }
 
@@ -58,7 +58,7 @@ impl fmt::Display for Statistics {
     }
 }
 
-/// A count with one writer.
+/// A counter with one writer.
 #[derive(Debug, Default)]
 pub(super) struct Counter(AtomicU64);
 

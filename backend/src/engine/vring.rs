@@ -1,13 +1,14 @@
 //! A started vring: its virtqueue, its three eventfds and its state. [`Virtqueue`] is the memory layout alone.
 //!
 //! ```text
-//!            start                     stop                 last request answered
+//!            start                     stop                 last request complete
 //!   (none) ---------> Serving ------------------> Draining ----------------------> (none)
 //!                        |                           ^
-//!                        | rule of the ring broken   | stop
+//!                        | invalid ring contents     | stop
 //!                        +---------> Broken ---------+
 //! ```
-//! Only a Serving ring that is also enabled (SET_VRING_ENABLE) takes new requests; every state answers those it has taken.
+//! Requests are taken only from a ring that is Serving and enabled (SET_VRING_ENABLE). Requests already taken are completed in
+//! every state.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,7 +23,7 @@ use super::virtqueue::Virtqueue;
 use crate::memory::MemTable;
 use crate::sys::Poller;
 
-/// See the drawing above.
+/// See the diagram above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     Serving,
@@ -34,9 +35,9 @@ pub(super) enum State {
 pub(super) struct Vring {
     pub(super) queue: Virtqueue,
     pub(super) state: State,
-    /// Chains taken and not yet given back.
+    /// Chains taken and not yet returned.
     pub(super) in_flight: u16,
-    /// Where it lies, to notice that its memory goes away.
+    /// The ring's areas, to find rings in memory that is removed.
     pub(super) areas: [crate::addr::Span<crate::addr::Gpa>; 3],
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
@@ -44,7 +45,7 @@ pub(super) struct Vring {
 }
 
 impl Vring {
-    /// Resolves the ring's memory and starts to watch its kicks under `token`.
+    /// Finds the ring's areas in `table` and polls its kick eventfd with `token`.
     pub(super) fn start(setup: VringSetup, table: &MemTable, poller: &Poller, token: u64) -> Result<Self, EngineError> {
         let queue = Virtqueue::new(&setup, table)?;
         queue.disarm();
@@ -56,12 +57,12 @@ impl Vring {
         Ok(ring)
     }
 
-    /// True if the ring has no kick eventfd, so that only looking finds new requests.
+    /// True if the ring has no kick eventfd. The worker must then poll it.
     pub(super) fn is_polled(&self) -> bool {
         self.kick.is_none()
     }
 
-    /// Watches another kick eventfd, or none. On error the ring is polled.
+    /// Replaces the kick eventfd. On error the ring is polled.
     pub(super) fn set_kick(&mut self, kick: Option<OwnedFd>, poller: &Poller, token: u64) -> io::Result<()> {
         self.unwatch(poller);
         if let Some(kick) = kick {
@@ -82,7 +83,7 @@ impl Vring {
         self.err = err;
     }
 
-    /// Stops watching the kick eventfd and closes it.
+    /// Removes the kick eventfd from `poller` and closes it.
     pub(super) fn unwatch(&mut self, poller: &Poller) {
         if let Some(kick) = self.kick.take()
             && let Err(error) = poller.remove(&kick)
@@ -91,12 +92,12 @@ impl Vring {
         }
     }
 
-    /// Empties the kick eventfd after a wake-up; false if it is of no further use.
+    /// Drains the kick eventfd after a wake-up. Returns false if it cannot be read.
     pub(super) fn drain_kick(&self) -> bool {
         self.kick.as_ref().is_none_or(drain)
     }
 
-    /// Publishes what has been given back and notifies the driver if it wants that.
+    /// Publishes the used entries, and notifies the driver unless it has suppressed that.
     #[inline]
     pub(super) fn publish(&mut self, counters: &Counters) {
         if self.queue.publish()
@@ -107,7 +108,7 @@ impl Vring {
         }
     }
 
-    /// The ring serves nothing until it is restarted (vhost-user: SET_VRING_ERR).
+    /// Stops taking requests until the ring is restarted, and signals the err eventfd (vhost-user: SET_VRING_ERR).
     pub(super) fn fail(&mut self) {
         if self.state == State::Serving {
             self.state = State::Broken;
@@ -118,7 +119,7 @@ impl Vring {
     }
 }
 
-/// Adds one to an eventfd. A full one (EAGAIN) is as good as signalled; its reader has not looked yet.
+/// Adds one to an eventfd. A full one (EAGAIN) is already signalled.
 pub(super) fn signal(event: &OwnedFd) {
     match rustix::io::write(event, &1_u64.to_ne_bytes()) {
         Ok(_) | Err(Errno::AGAIN) => {}
@@ -126,14 +127,14 @@ pub(super) fn signal(event: &OwnedFd) {
     }
 }
 
-/// Takes what is in an eventfd; false if it cannot be read at all. An empty one (EAGAIN) is harmless: somebody else, or
-/// an earlier look, has taken it.
+/// Resets an eventfd's counter. Returns false if the descriptor cannot be read. An empty eventfd (EAGAIN) is no error: it has
+/// been read already.
 pub(super) fn drain(event: impl AsFd) -> bool {
     let mut count = [0; 8];
     matches!(rustix::io::read(event, &mut count), Ok(8) | Err(Errno::AGAIN | Errno::INTR))
 }
 
-/// The front-end chose this descriptor, and a worker must not wait on it.
+/// The front-end supplied this descriptor, and a worker must not block on it.
 fn make_nonblocking(event: &OwnedFd) {
     let set = fcntl_getfl(event).and_then(|flags| fcntl_setfl(event, flags | OFlags::NONBLOCK));
     if let Err(errno) = set {

@@ -1,5 +1,5 @@
-//! How the control thread waits for workers: for a reply, for requests to drain, and, when they do not drain, for the device
-//! to come back from a reset.
+//! How the control thread waits for workers: for a reply, and for requests to drain. If they do not drain, it resets the
+//! device.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Instant;
@@ -9,7 +9,7 @@ use super::worker::WorkerCommand;
 use super::{Engine, EngineError};
 
 impl Engine {
-    /// Which worker serves a virtqueue, and its slot there.
+    /// The worker that serves a virtqueue, and the virtqueue's slot there.
     pub(super) fn slot(&self, index: usize) -> Result<(usize, usize), EngineError> {
         let rings = self.options.rings;
         if index >= rings {
@@ -27,7 +27,7 @@ impl Engine {
         self.workers[worker].command_queue.post(command).recv().map_err(|_| EngineError::WorkerGone(worker))
     }
 
-    /// As [`Self::command`], for changes that cannot be refused.
+    /// As [`Self::command`], for a change of a virtqueue that cannot fail.
     pub(super) fn change(&self, index: usize, command: impl FnOnce(usize, Sender<()>) -> WorkerCommand) {
         let done = self.slot(index).and_then(|(worker, slot)| self.command(worker, |answer| command(slot, answer)));
         if let Err(error) = done {
@@ -35,18 +35,18 @@ impl Engine {
         }
     }
 
-    /// When a drain that begins now must be over.
+    /// End of a drain that begins now.
     pub(super) fn deadline(&self) -> Instant {
-        Instant::now() + self.options.patience
+        Instant::now() + self.options.drain_timeout
     }
 
-    /// Waits until requests have drained; resets the device if they have not by `deadline`.
+    /// Waits for a reply that comes when requests have drained. Resets the device at `deadline`.
     pub(super) fn await_drained<T>(
         &self,
         worker: usize,
         answer: &Receiver<T>,
         deadline: Instant,
-        occasion: &str,
+        action: &str,
     ) -> Result<T, EngineError> {
         match answer.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(value) => return Ok(value),
@@ -54,41 +54,40 @@ impl Engine {
             Err(RecvTimeoutError::Timeout) => {}
         }
         let mut device = self.supervisor.lock();
-        // The watchdog may have had the device until now.
+        // The watchdog may have reset the device while this thread waited for the lock.
         if let Ok(value) = answer.try_recv() {
             return Ok(value);
         }
         log::error!(
-            "{occasion}: commands have not come back for {:?}; resetting the device, and failing every request in flight",
-            self.options.patience
+            "{action}: commands have not completed within {:?}; resetting the device and failing every request in flight",
+            self.options.drain_timeout
         );
         self.supervisor.reset(&mut device, InflightPolicy::Fail);
         drop(device);
         answer.recv().map_err(|_| EngineError::WorkerGone(worker))
     }
 
-    /// Runs `act` while the device has nothing in flight and gets nothing to do; requests wait meanwhile.
+    /// Pauses all workers until `act` has run, so that the device is idle. Requests wait in their rings.
     ///
     /// # Errors
-    /// [`EngineError::WorkerGone`]; then `act` has not run.
+    /// [`EngineError::WorkerGone`]. `act` has not run.
     pub fn while_idle<T>(&self, act: impl FnOnce() -> T) -> Result<T, EngineError> {
         let answers: Vec<_> =
-            self.workers.iter().map(|handle| handle.command_queue.post(WorkerCommand::Rest)).collect();
+            self.workers.iter().map(|handle| handle.command_queue.post(WorkerCommand::Pause)).collect();
         let deadline = self.deadline();
         let waits = answers.iter().enumerate();
-        let rested =
-            waits.map(|(worker, answer)| self.await_drained(worker, answer, deadline, "the device is to rest"));
-        let rested = rested.collect::<Result<Vec<()>, _>>();
-        // Under the lock, for the watchdog talks to the device too.
-        let acted = rested.map(|_| {
+        let paused = waits.map(|(worker, answer)| self.await_drained(worker, answer, deadline, "pause the device"));
+        let paused = paused.collect::<Result<Vec<()>, _>>();
+        // The watchdog sends commands to the device too; the lock excludes it.
+        let acted = paused.map(|_| {
             let _device = self.supervisor.lock();
             act()
         });
-        self.workers.iter().for_each(|handle| handle.command_queue.leave(WorkerCommand::Go));
+        self.workers.iter().for_each(|handle| handle.command_queue.push(WorkerCommand::Resume));
         acted
     }
 
-    /// Stops every ring, ends every thread, and shuts the device down, in this order.
+    /// Stops every ring, joins every thread, and shuts the device down, in this order.
     fn close(&mut self) {
         for index in 0..self.options.rings {
             if let Err(error) = self.stop_ring(index) {
@@ -97,7 +96,7 @@ impl Engine {
         }
         self.watchdog = None;
         for handle in &mut self.workers {
-            handle.command_queue.leave(WorkerCommand::Quit);
+            handle.command_queue.push(WorkerCommand::Quit);
             if handle.thread.take().is_some_and(|thread| thread.join().is_err()) {
                 log::error!("bug: a worker thread panicked");
             }

@@ -1,10 +1,10 @@
-//! The write cache's switch (virtio 1.2 §5.2.5, `writeback`). While it is off, a completed write is durable and the driver
-//! sends no flush; so what was written before the switch must be flushed here, and no flush may be left out before the
-//! device has said that the cache is off.
+//! Switches the write cache (virtio 1.2 §5.2.5, `writeback`). While it is off, a completed write is durable, and the driver
+//! sends no flush. So the engine must flush what was written before the switch. Flushes keep reaching the device until it
+//! has confirmed that the cache is off.
 //!
 //! ```text
-//! on:   workers pass flushes on ; device: cache on
-//! off:  device: cache off ; one flush for what was written before ; workers answer flushes themselves
+//! on:   workers send flushes to the device -> device: cache on
+//! off:  device: cache off -> one flush for earlier writes -> workers complete flushes themselves
 //! ```
 
 use std::sync::atomic::Ordering;
@@ -13,24 +13,23 @@ use super::worker::WorkerCommand;
 use super::{Engine, EngineError};
 
 impl Engine {
-    /// True if completed writes may sit in a volatile cache until a flush.
+    /// True if completed writes may stay in a volatile cache until a flush.
     #[must_use]
     pub fn write_cache(&self) -> bool {
         self.live.cache_on.load(Ordering::Relaxed)
     }
 
-    /// Switches the volatile write cache; off means that from now on every completed write is durable, those before
-    /// included.
+    /// Switches the volatile write cache. After it is off, every completed write is durable, earlier ones included.
     ///
     /// # Errors
-    /// [`EngineError::WriteCache`]; flushes then go on reaching the device.
+    /// [`EngineError::WriteCache`]. Flushes then still reach the device.
     pub fn set_write_cache(&self, on: bool) -> Result<(), EngineError> {
         if on == self.write_cache() {
             return Ok(());
         }
         let failed = |source| EngineError::WriteCache { on, source };
         if !self.geometry().volatile_cache {
-            return Err(failed(anyhow::anyhow!("the device has none")));
+            return Err(failed(anyhow::anyhow!("the device has no volatile write cache")));
         }
         if on {
             self.live.cache_on.store(true, Ordering::Relaxed);
@@ -39,8 +38,8 @@ impl Engine {
         switched.map_err(failed)?;
         if !on {
             let answer = self.workers[0].command_queue.post(WorkerCommand::Flush);
-            if !self.await_drained(0, &answer, self.deadline(), "the write cache is flushed")? {
-                return Err(failed(anyhow::anyhow!("what it holds could not be flushed")));
+            if !self.await_drained(0, &answer, self.deadline(), "flush the write cache")? {
+                return Err(failed(anyhow::anyhow!("the device could not flush it")));
             }
             self.live.cache_on.store(false, Ordering::Relaxed);
         }

@@ -35,8 +35,12 @@ pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, 
     if let (Some(reacquire), None) = (reacquire, &config.kvm_socket) {
         nvme = nvme.with_reacquire(reacquire);
     }
-    let options =
-        Options { rings: usize::from(queues), spin: config.spin(), patience: DRAIN_TIMEOUT, watch: config.watchdog() };
+    let options = Options {
+        rings: usize::from(queues),
+        spin: config.spin(),
+        drain_timeout: DRAIN_TIMEOUT,
+        watch: config.watchdog(),
+    };
     let engine = Engine::start(Box::new(nvme), &space, options)?;
 
     let kib = space.statistics().mapped / 1024;

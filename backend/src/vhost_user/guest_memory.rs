@@ -2,7 +2,7 @@
 //! added, a region removed, a new table) is a [`Plan`] with the same steps:
 //!
 //! ```text
-//!  map in this process ─▶ withdraw ─▶ remove from device ─▶ add to device ─▶ publish ─▶ (the caller acknowledges)
+//!  map in this process ─▶ remove from workers ─▶ remove from device ─▶ add to device ─▶ publish ─▶ (the caller acknowledges)
 //!    invalid regions are refused here   └── a failure from here on undoes the steps before ──┘
 //! ```
 //!
@@ -71,7 +71,7 @@ impl<'d> GuestMemory<'d> {
     fn change(&self, plan: &Plan, added: &[Arc<Region>], done: &mut Vec<Step>) -> Result<(), Error> {
         if !plan.remove.is_empty() {
             let removed: Vec<Span<Gpa>> = plan.remove.iter().map(|region| region.gpa()).collect();
-            self.engine.withdraw(Arc::new(plan.table(&[])?), &removed)?;
+            self.engine.remove_memory(Arc::new(plan.table(&[])?), &removed)?;
         }
         for region in &plan.remove {
             self.unmap(region)?;
@@ -148,14 +148,14 @@ impl<'d> GuestMemory<'d> {
             return Ok(());
         }
         let removed: Vec<Span<Gpa>> = table.regions().iter().map(|region| region.gpa()).collect();
-        let withdrawn = self.engine.withdraw(Arc::default(), &removed);
+        let drained = self.engine.remove_memory(Arc::default(), &removed);
         for region in table.regions() {
             match self.unmap(region) {
                 Ok(()) => log::info!("region {} unmapped; {} KiB in all", region.gpa(), self.kib()),
                 Err(error) => log::error!("region {} stays mapped: {error}", region.gpa()),
             }
         }
-        Ok(withdrawn?)
+        Ok(drained?)
     }
 }
 

@@ -1,6 +1,6 @@
-//! Memory for data that the device cannot reach where it is (odd addresses, odd lengths): equal slots of one buffer,
-//! allocated when the worker starts. A slot is taken by a command and given back by its completion, so waiting for one
-//! never waits for more than the device.
+//! Bounce slots, for data that the device cannot access in place (odd addresses, odd lengths). They are parts of one buffer,
+//! allocated when the worker starts. A command takes a slot and its completion returns it, so a free slot depends on the device
+//! only.
 
 use std::sync::Arc;
 
@@ -8,19 +8,19 @@ use crate::addr::{Iova, Span};
 use crate::engine::guest_memory::Slot;
 use crate::hardware::{AddressSpace, DmaBuffer, MapError};
 
-/// Bytes of a slot: the most that one bounced command moves.
+/// Bytes of a slot: the longest bounced command.
 pub(in crate::engine) const SLOT_BYTES: u32 = 64 << 10;
 /// Slots per worker.
 pub(in crate::engine) const SLOTS: u32 = 16;
 
-/// What a slot is used for.
+/// The part of a request that a slot is used for.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::engine) struct Piece {
-    /// Which request.
+    /// Index of the request in the inflight table.
     pub(in crate::engine) inflight_request: u32,
-    /// Where in its data, bytes.
+    /// Offset in the request's data, bytes.
     pub(in crate::engine) position: u64,
-    /// How much of it, bytes.
+    /// Length, bytes.
     pub(in crate::engine) bytes: u32,
 }
 
@@ -40,33 +40,33 @@ impl Bounce {
 
     /// A slot for `piece`, if one is free.
     pub(in crate::engine) fn take(&mut self, piece: Piece) -> Option<u32> {
-        debug_assert!(piece.bytes <= SLOT_BYTES, "the queue was told the limit");
+        debug_assert!(piece.bytes <= SLOT_BYTES, "SLOT_BYTES is the limit for Queue::extent");
         let slot = self.free.pop()?;
         self.taken[slot as usize] = Some(piece);
         Some(slot)
     }
 
-    /// Gives a slot back and says what it was used for; `None` if it was not in use.
+    /// Frees a slot. Returns its use, or `None` if it was free.
     pub(in crate::engine) fn give_back(&mut self, slot: u32) -> Option<Piece> {
         let piece = self.taken.get_mut(slot as usize)?.take()?;
         self.free.push(slot);
         Some(piece)
     }
 
-    /// Takes every slot back, from commands that the device has forgotten.
+    /// Frees every slot after a device reset.
     pub(in crate::engine) fn give_back_all(&mut self) {
         for slot in 0..SLOTS {
             self.give_back(slot);
         }
     }
 
-    /// Where the device finds a slot.
+    /// The IOVAs of a slot.
     pub(in crate::engine) fn span(&self, slot: u32) -> Span<Iova> {
         let start = u64::from(slot) * u64::from(SLOT_BYTES);
         self.buffer.span().slice(start, u64::from(SLOT_BYTES)).expect("the buffer holds all slots")
     }
 
-    /// Where this process finds the first `bytes` of a slot.
+    /// The first `bytes` of a slot in this process.
     pub(in crate::engine) fn slot(&self, slot: u32, bytes: u32) -> Slot<'_> {
         Slot { shared: self.buffer.memory(), offset: slot as usize * SLOT_BYTES as usize, len: bytes as usize }
     }

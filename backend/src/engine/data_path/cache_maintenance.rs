@@ -1,6 +1,6 @@
-//! Around each command, for a device whose DMA bypasses the CPU caches: what it will read or overwrite is flushed after
-//! `submit` and before `ring`, what it has written is flushed again before the driver hears of it. Under a coherent verdict
-//! all of this is one comparison.
+//! Cache maintenance of request data, for a device whose DMA bypasses the CPU caches. Buffers are flushed after `submit` and
+//! before `ring`. Buffers that the device has written are flushed again before the used entry. With a coherent device all of
+//! this costs one comparison.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,10 +12,10 @@ use crate::engine::request::Operation;
 use crate::engine::statistics::Counters;
 use crate::hardware::CacheFlush;
 
-/// No x86 or arm64 processor has longer cache lines, bytes.
+/// Longest cache line of x86 and arm64 processors, bytes.
 const LONGEST_LINE: u64 = 128;
 
-/// One worker's flushing.
+/// One worker's cache maintenance.
 pub(in crate::engine) struct CacheMaintenance {
     flush: Option<Arc<dyn CacheFlush>>,
     counters: Arc<Counters>,
@@ -26,16 +26,16 @@ impl CacheMaintenance {
         Self { flush, counters }
     }
 
-    /// True if the data must go through a bounce buffer for the caches' sake: where a buffer that the device writes shares
-    /// a line with something else, a CPU that writes the rest of the line would write the old data back over the new.
+    /// True if the data must be bounced because a buffer that the device writes shares a cache line with other data. A CPU that
+    /// writes the rest of the line would later write old data back over the device's.
     #[inline]
-    pub(in crate::engine) fn keep_apart(&self, operation: Operation, buffers: &[Span<Iova>]) -> bool {
-        let whole =
+    pub(in crate::engine) fn must_bounce(&self, operation: Operation, buffers: &[Span<Iova>]) -> bool {
+        let line_aligned =
             |span: &Span<Iova>| span.start().is_aligned(LONGEST_LINE) && span.len().is_multiple_of(LONGEST_LINE);
-        self.flush.is_some() && operation == Operation::Read && !buffers.iter().all(whole)
+        self.flush.is_some() && operation == Operation::Read && !buffers.iter().all(line_aligned)
     }
 
-    /// Between `submit` and `ring`, and again when a read has come back.
+    /// Flushes buffers: between `submit` and `ring`, and again when a read has completed.
     #[inline]
     pub(in crate::engine) fn buffers(
         &self,

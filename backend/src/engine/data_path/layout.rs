@@ -1,17 +1,17 @@
-//! Which virtqueues a worker serves.
+//! The virtqueues of a worker.
 
 use crate::engine::vring::Vring;
 
 /// One virtqueue of a worker.
 #[derive(Default)]
 pub(in crate::engine) struct VringSlot {
-    /// SET_VRING_ENABLE; it outlives the ring.
+    /// SET_VRING_ENABLE. Survives a stop of the ring.
     pub(in crate::engine) enabled: bool,
-    /// The started ring, if there is one.
+    /// `None` while the ring is stopped.
     pub(in crate::engine) ring: Option<Vring>,
 }
 
-/// Worker `worker` of `workers`, and how many virtqueues it serves.
+/// Worker `worker` of `workers`, and its number of virtqueues.
 pub(in crate::engine) struct WorkerLayout {
     pub(in crate::engine) worker: usize,
     pub(in crate::engine) workers: usize,

@@ -1,11 +1,11 @@
-//! One worker's data path without its thread: what happens in a pass over the device and the rings. A pass never waits;
-//! what cannot go on now (device queue full, no bounce slot) is kept half-submitted and goes on after completions.
+//! One worker's data path, without its thread: a pass over the device and the rings. A pass never waits. A request that cannot
+//! be submitted completely (device queue full, no bounce slot) is continued after completions.
 //!
 //! ```text
 //!  available -> take -> parse -+-> answer at once ----------------------------+
 //!                              +-> InflightRequest -> submit .. ring -> (device) -> reap -> used ring -> call
 //! ```
-//! At most one request is half-submitted: behind it nothing is taken, so order of service stays fair and nothing starves.
+//! At most one request is partly submitted. Nothing is taken until it is submitted completely, so no request starves.
 
 mod bounce;
 mod cache_maintenance;
@@ -32,21 +32,21 @@ use crate::rate_limited_log::RateLimitedLog;
 use crate::sys::LostPages;
 use inflight::InflightTable;
 
-/// Set in the tag of a command that goes through a bounce slot; the rest is the slot, else the request.
+/// Set in the tag of a bounced command. The other bits are the bounce slot; without this flag, the index of the request.
 const BOUNCED: u32 = 1 << 31;
 
-/// The tag of a flush that no request asked for.
-const OWN_FLUSH: u32 = BOUNCED - 1;
+/// The tag of the engine's own flush, which belongs to no request.
+const INTERNAL_FLUSH: u32 = BOUNCED - 1;
 
-/// Where a flush that no request asked for stands.
+/// The state of the engine's own flush.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum OwnFlush {
+enum InternalFlush {
     Wanted,
     Submitted,
-    Over(bool),
+    Done(bool),
 }
 
-/// Everything of a worker but its thread and its device queue.
+/// A worker's state, except its thread and its device queue.
 pub(in crate::engine) struct DataPath {
     pub(in crate::engine) slots: Vec<VringSlot>,
     pub(in crate::engine) guest: GuestMemoryView,
@@ -56,37 +56,37 @@ pub(in crate::engine) struct DataPath {
     caches: CacheMaintenance,
     disk: Disk,
     chain: Chain,
-    wrong_requests: RateLimitedLog,
-    broken_rings: RateLimitedLog,
-    own_flush: Option<OwnFlush>,
-    /// The request whose rest waits for room.
-    half: Option<u32>,
-    /// Requests to be submitted once more.
-    again: Vec<u32>,
-    /// Where the next pass starts, so that a full device does not always favour the same ring.
-    turn: usize,
-    /// Names the rings in the log: virtqueue = slot × workers + worker.
+    request_fault_log: RateLimitedLog,
+    ring_fault_log: RateLimitedLog,
+    internal_flush: Option<InternalFlush>,
+    /// The partly submitted request.
+    partial: Option<u32>,
+    /// Requests to submit again after a reset.
+    resubmit: Vec<u32>,
+    /// Where the next pass starts, so that a full device does not favour one ring.
+    next_slot: usize,
+    /// Virtqueue = slot × workers + worker.
     worker: usize,
     workers: usize,
 }
 
-/// How far a submission came.
+/// Whether the device queue and the bounce buffer can take more.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Room {
-    Left,
-    None,
+enum Capacity {
+    Available,
+    Exhausted,
 }
 
 impl DataPath {
     pub(in crate::engine) fn new(
-        post: &WorkerLayout,
+        layout: &WorkerLayout,
         disk: Disk,
         bounce: Bounce,
         caches: CacheMaintenance,
         counters: Arc<Counters>,
     ) -> Self {
         Self {
-            slots: (0..post.slots).map(|_| VringSlot::default()).collect(),
+            slots: (0..layout.slots).map(|_| VringSlot::default()).collect(),
             guest: GuestMemoryView::default(),
             inflight: InflightTable::default(),
             counters,
@@ -94,24 +94,24 @@ impl DataPath {
             caches,
             disk,
             chain: Chain::default(),
-            wrong_requests: RateLimitedLog::new(module_path!()),
-            broken_rings: RateLimitedLog::new(module_path!()),
-            own_flush: None,
-            half: None,
-            again: Vec::new(),
-            turn: 0,
-            worker: post.worker,
-            workers: post.workers,
+            request_fault_log: RateLimitedLog::new(module_path!()),
+            ring_fault_log: RateLimitedLog::new(module_path!()),
+            internal_flush: None,
+            partial: None,
+            resubmit: Vec::new(),
+            next_slot: 0,
+            worker: layout.worker,
+            workers: layout.workers,
         }
     }
 
-    /// The rings that new requests are taken from.
+    /// The rings from which new requests are taken.
     pub(in crate::engine) fn served(&self) -> impl Iterator<Item = &Vring> {
         let enabled = self.slots.iter().filter(|slot| slot.enabled);
         enabled.filter_map(|slot| slot.ring.as_ref()).filter(|ring| ring.state == State::Serving)
     }
 
-    /// Takes all completions; true if there were any.
+    /// Handles all completions. Returns true if there were any.
     #[inline]
     pub(in crate::engine) fn reap(&mut self, queue: &mut dyn Queue) -> bool {
         let mut any = false;
@@ -122,60 +122,63 @@ impl DataPath {
         any
     }
 
-    /// Takes every available request and submits it, as far as there is room. True if the device has something new.
+    /// Submits available requests until the device queue is full. Returns true if commands were submitted.
     #[inline]
     pub(in crate::engine) fn submit(&mut self, queue: &mut dyn Queue) -> bool {
         let before = queue.in_flight();
-        if self.own_flush == Some(OwnFlush::Wanted) && queue.submit(Command::Flush, &[], 0, 0, OWN_FLUSH).is_ok() {
-            self.own_flush = Some(OwnFlush::Submitted);
+        if self.internal_flush == Some(InternalFlush::Wanted)
+            && queue.submit(Command::Flush, &[], 0, 0, INTERNAL_FLUSH).is_ok()
+        {
+            self.internal_flush = Some(InternalFlush::Submitted);
         }
-        while let Some(index) = self.half.take().or_else(|| self.again.pop()) {
-            if self.advance(queue, index) == Room::None {
+        while let Some(index) = self.partial.take().or_else(|| self.resubmit.pop()) {
+            if self.advance(queue, index) == Capacity::Exhausted {
                 return queue.in_flight() != before;
             }
         }
-        let (slots, mut slot) = (self.slots.len(), self.turn);
+        let (slots, mut slot) = (self.slots.len(), self.next_slot);
         for _ in 0..slots {
-            let room = self.serve(Some(&mut *queue), slot);
+            let capacity = self.serve(Some(&mut *queue), slot);
             slot = if slot + 1 < slots { slot + 1 } else { 0 };
-            if room == Room::None {
-                self.turn = slot;
+            if capacity == Capacity::Exhausted {
+                self.next_slot = slot;
                 break;
             }
         }
         queue.in_flight() != before
     }
 
-    /// From now on a flush is on its way; see [`Self::flushed`].
-    pub(in crate::engine) fn wants_flush(&mut self) {
-        self.own_flush = Some(OwnFlush::Wanted);
+    /// Starts a flush. [`Self::flushed`] returns its result.
+    pub(in crate::engine) fn request_flush(&mut self) {
+        self.internal_flush = Some(InternalFlush::Wanted);
     }
 
-    /// How the flush ended, once it has.
+    /// True if the flush has succeeded, false if it has failed, `None` until then.
     pub(in crate::engine) fn flushed(&mut self) -> Option<bool> {
-        let Some(OwnFlush::Over(done)) = self.own_flush else { return None };
-        self.own_flush = None;
-        Some(done)
+        let Some(InternalFlush::Done(success)) = self.internal_flush else { return None };
+        self.internal_flush = None;
+        Some(success)
     }
 
-    /// A flush that is not over has failed; true if there was one.
-    fn fail_flush(&mut self) -> bool {
-        let pending = matches!(self.own_flush, Some(OwnFlush::Wanted | OwnFlush::Submitted));
+    /// Fails a pending flush. Returns true if there was one.
+    fn fail_internal_flush(&mut self) -> bool {
+        let pending = matches!(self.internal_flush, Some(InternalFlush::Wanted | InternalFlush::Submitted));
         if pending {
-            self.own_flush = Some(OwnFlush::Over(false));
+            self.internal_flush = Some(InternalFlush::Done(false));
         }
         pending
     }
 
-    /// Takes every available request and fails it: there is no device. True if somebody else waits for that.
-    pub(in crate::engine) fn refuse(&mut self) -> bool {
+    /// Fails every available request, because there is no device. Returns true if a flush has failed as well, whose reply is now
+    /// due.
+    pub(in crate::engine) fn fail_all(&mut self) -> bool {
         for slot in 0..self.slots.len() {
             self.serve(None, slot);
         }
-        self.fail_flush()
+        self.fail_internal_flush()
     }
 
-    /// Publishes the used entries of every ring that has any; true if there were some.
+    /// Publishes the used entries of every ring. Returns true if there were any.
     #[inline]
     pub(in crate::engine) fn publish(&mut self) -> bool {
         let mut any = false;
@@ -190,17 +193,17 @@ impl DataPath {
         any
     }
 
-    /// Ends what the requests in flight had of the device, which has been reset and touches their memory no more: fails
-    /// them, or lets them begin again if they have not before.
-    pub(in crate::engine) fn abandon(&mut self, policy: InflightPolicy) {
-        self.half = None;
-        self.again.clear();
-        self.fail_flush();
+    /// Fails the requests in flight or starts them over, as `policy` says. The device has been reset, so it no longer accesses
+    /// their memory.
+    pub(in crate::engine) fn handle_reset(&mut self, policy: InflightPolicy) {
+        self.partial = None;
+        self.resubmit.clear();
+        self.fail_internal_flush();
         self.bounce.give_back_all();
-        for index in self.inflight.names() {
+        for index in self.inflight.indices() {
             if let Some((inflight_request, _)) = self.inflight.get(index) {
                 if policy == InflightPolicy::Resubmit && inflight_request.restart() {
-                    self.again.push(index);
+                    self.resubmit.push(index);
                     self.counters.resubmitted.add(1);
                     continue;
                 }
@@ -210,12 +213,12 @@ impl DataPath {
         }
     }
 
-    /// Takes note of a finished command, and of the end of its request.
+    /// Handles a completion, and the end of its request.
     #[inline]
     fn complete(&mut self, completion: Completion) {
         let Completion { tag, outcome } = completion;
-        if tag == OWN_FLUSH {
-            self.own_flush = Some(OwnFlush::Over(outcome == Outcome::Success));
+        if tag == INTERNAL_FLUSH {
+            self.internal_flush = Some(InternalFlush::Done(outcome == Outcome::Success));
             return;
         }
         let (index, piece) = if tag & BOUNCED == 0 {
@@ -239,14 +242,14 @@ impl DataPath {
             let slot = self.bounce.slot(tag & !BOUNCED, piece.bytes);
             self.guest.bounce(&data.buffers, piece.position, &slot, true);
         }
-        inflight_request.note(outcome);
-        // A half-submitted request is finished where it is resumed.
-        if inflight_request.is_over() && self.half != Some(index) {
+        inflight_request.complete_command(outcome);
+        // `advance` finishes a partly submitted request.
+        if inflight_request.is_complete() && self.partial != Some(index) {
             self.finish(index);
         }
     }
 
-    /// Answers a request that the device is done with.
+    /// Completes a request that the device has finished.
     #[inline]
     fn finish(&mut self, index: u32) {
         let Some((inflight_request, data)) = self.inflight.remove(index) else { return };
@@ -288,7 +291,7 @@ impl DataPath {
         self.answer(inflight_request.pending_used, inflight_request.ring, status, written);
     }
 
-    /// Writes the status and then the used entry; `written` bytes of data went into the chain before.
+    /// Writes the status, then the used entry. `written` bytes of data were written to the chain before.
     #[inline]
     fn answer(&mut self, pending_used: PendingUsed, slot: usize, status: Status, written: u64) {
         if status != Status::Ok {
@@ -311,7 +314,7 @@ impl DataPath {
     #[cold]
     fn log_fault(&mut self, slot: usize, fault: &RequestFault) {
         let virtqueue = self.virtqueue(slot);
-        // The likeliest cause is not the guest's: RAM that it has and the front-end does not share with us.
+        // The most likely cause is guest RAM that the front-end does not share.
         let hint = || match fault {
             RequestFault::Memory { .. } | RequestFault::Chain(ChainFault::IndirectMemory(_)) => format!(
                 "; shared is {}: if the guest has RAM there, such as a DIMM or a NUMA node, give its memory backend share=on",
@@ -319,20 +322,20 @@ impl DataPath {
             ),
             _ => String::new(),
         };
-        self.wrong_requests.warn(|| format!("virtqueue {virtqueue}: request refused: {fault}{}", hint()));
+        self.request_fault_log.warn(|| format!("virtqueue {virtqueue}: request refused: {fault}{}", hint()));
     }
 
     #[cold]
-    pub(in crate::engine) fn fail_ring(&mut self, slot: usize, why: &dyn std::fmt::Display) {
+    pub(in crate::engine) fn fail_ring(&mut self, slot: usize, reason: &dyn std::fmt::Display) {
         let virtqueue = self.virtqueue(slot);
-        let line = || format!("virtqueue {virtqueue}: {why}{LostPages}; it is not served until it is restarted");
-        self.broken_rings.error(line);
+        let line = || format!("virtqueue {virtqueue}: {reason}{LostPages}; it is not served until it is restarted");
+        self.ring_fault_log.error(line);
         if let Some(ring) = &mut self.slots[slot].ring {
             ring.fail();
         }
     }
 
-    /// The virtqueue that has this slot.
+    /// The index of the virtqueue in this slot.
     pub(in crate::engine) fn virtqueue(&self, slot: usize) -> usize {
         slot * self.workers + self.worker
     }

@@ -1,34 +1,34 @@
-//! From a ring to requests: taken one by one, answered at once or started, as far as there is room.
+//! Takes requests from a ring. Each is completed at once or submitted, until the device queue is full.
 
-use super::inflight::{InflightRequest, Place};
-use super::{DataPath, Room, VringSlot};
+use super::inflight::{InflightRequest, InflightSlot};
+use super::{Capacity, DataPath, VringSlot};
 use crate::driver::Queue;
 use crate::engine::request::{Job, Status, Transfer, parse};
 use crate::engine::vring::State;
 
 impl DataPath {
-    /// Takes what one ring offers, until there is no more of it or no more room.
+    /// Takes requests from one ring until it is empty or the device queue is full.
     #[inline]
-    pub(super) fn serve(&mut self, mut queue: Option<&mut dyn Queue>, slot: usize) -> Room {
-        let VringSlot { enabled: true, ring: Some(ring) } = &mut self.slots[slot] else { return Room::Left };
+    pub(super) fn serve(&mut self, mut queue: Option<&mut dyn Queue>, slot: usize) -> Capacity {
+        let VringSlot { enabled: true, ring: Some(ring) } = &mut self.slots[slot] else { return Capacity::Available };
         if ring.state != State::Serving {
-            return Room::Left;
+            return Capacity::Available;
         }
         let offered = match ring.queue.available() {
             Ok(offered) => offered,
             Err(broken) => {
                 self.fail_ring(slot, &broken);
-                return Room::Left;
+                return Capacity::Available;
             }
         };
-        // A driver that offers a chain again before it has come back could otherwise have more in flight than the ring holds.
+        // Requests in flight never exceed the ring's size, even if the driver offers a chain again before it is returned.
         let count = offered.min(ring.queue.size() - ring.in_flight);
         for _ in 0..count {
             if let Some(queue) = &mut queue
-                && let Some(room) = self.begin_fast(*queue, slot)
+                && let Some(capacity) = self.begin_fast(*queue, slot)
             {
-                if room == Room::None {
-                    return Room::None;
+                if capacity == Capacity::Exhausted {
+                    return Capacity::Exhausted;
                 }
                 continue;
             }
@@ -42,42 +42,42 @@ impl DataPath {
                 }
             }
             ring.in_flight += 1;
-            // Not `Option::as_deref_mut`: the reborrow must be as short as the call.
+            // `Option::as_deref_mut` would borrow `queue` for longer than the call.
             let device = queue.as_mut().map(|queue| &mut **queue as &mut dyn Queue);
-            if self.begin(device, slot) == Room::None {
-                return Room::None;
+            if self.begin(device, slot) == Capacity::Exhausted {
+                return Capacity::Exhausted;
             }
         }
-        Room::Left
+        Capacity::Available
     }
 
-    /// Takes and starts the next request of a ring if it is the fast one.
+    /// Takes and starts the next request of a ring if it has the fast shape.
     #[inline]
-    fn begin_fast(&mut self, queue: &mut dyn Queue, slot: usize) -> Option<Room> {
+    fn begin_fast(&mut self, queue: &mut dyn Queue, slot: usize) -> Option<Capacity> {
         let ring = self.slots[slot].ring.as_mut()?;
-        let fast = ring.queue.fast(&mut self.guest)?;
+        let fast = ring.queue.peek_fast(&mut self.guest)?;
         let transfer = Transfer::of(&fast, &mut self.guest, &self.disk)?;
         ring.queue.take_fast(&fast);
         ring.in_flight += 1;
-        let (index, Place { data, .. }) = self.inflight.vacant();
+        let (index, InflightSlot { data, .. }) = self.inflight.vacant();
         data.ranges.clear();
         data.buffers.clear();
         data.buffers.push(transfer.data);
-        let what = (transfer.operation, transfer.block, transfer.data.len());
-        self.inflight.occupy(InflightRequest::new(transfer.pending_used(fast.head()), slot, what));
+        let command = (transfer.operation, transfer.block, transfer.data.len());
+        self.inflight.occupy(InflightRequest::new(transfer.pending_used(fast.head()), slot, command));
         Some(self.advance(queue, index))
     }
 
     /// Starts the request in `self.chain`.
     #[inline]
-    fn begin(&mut self, queue: Option<&mut dyn Queue>, slot: usize) -> Room {
+    fn begin(&mut self, queue: Option<&mut dyn Queue>, slot: usize) -> Capacity {
         let (index, place) = self.inflight.vacant();
         let (pending_used, job) = parse(&self.chain, &mut self.guest, &self.disk, &mut place.data);
         match job {
             Job::Device { operation, block, bytes } => {
                 let Some(queue) = queue else {
                     self.answer(pending_used, slot, Status::IoError, 0);
-                    return Room::Left;
+                    return Capacity::Available;
                 };
                 self.inflight.occupy(InflightRequest::new(pending_used, slot, (operation, block, bytes)));
                 return self.advance(queue, index);
@@ -92,6 +92,6 @@ impl DataPath {
                 self.log_fault(slot, &fault);
             }
         }
-        Room::Left
+        Capacity::Available
     }
 }

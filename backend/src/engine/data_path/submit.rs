@@ -1,46 +1,46 @@
-//! From a request to commands: as many as it takes, as far as there is room. Where a request stops for want of room, it is
-//! resumed at its position, so nothing is submitted twice.
+//! Splits a request into commands and submits them until the device queue is full. The request's position records how far it
+//! came, so that submission continues there.
 
 use super::bounce::{Bounce, Piece, SLOT_BYTES};
 use super::cache_maintenance::CacheMaintenance;
 use super::inflight::InflightRequest;
-use super::{BOUNCED, DataPath, Room};
+use super::{BOUNCED, Capacity, DataPath};
 use crate::driver::{Command, Extent, Full, Queue};
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::request::{self, Data, Disk, Operation};
 use crate::engine::statistics::Counters;
 
 impl DataPath {
-    /// Submits what is left of a request.
+    /// Submits the rest of a request.
     #[inline]
-    pub(super) fn advance(&mut self, queue: &mut dyn Queue, index: u32) -> Room {
-        let Self { inflight, caches, bounce, guest, counters, disk, half, .. } = self;
-        let Some((inflight_request, data)) = inflight.get(index) else { return Room::Left };
-        let mut tools = Tools { caches, bounce, guest, counters, disk };
-        while !inflight_request.whole {
+    pub(super) fn advance(&mut self, queue: &mut dyn Queue, index: u32) -> Capacity {
+        let Self { inflight, caches, bounce, guest, counters, disk, partial, .. } = self;
+        let Some((inflight_request, data)) = inflight.get(index) else { return Capacity::Available };
+        let mut context = SubmitContext { caches, bounce, guest, counters, disk };
+        while !inflight_request.fully_submitted {
             let submitted = match inflight_request.operation {
-                Operation::Read | Operation::Write => tools.submit_data(queue, inflight_request, data, index),
-                _ => tools.submit_other(queue, inflight_request, data, index),
+                Operation::Read | Operation::Write => context.submit_data(queue, inflight_request, data, index),
+                _ => context.submit_other(queue, inflight_request, data, index),
             };
             let Ok(amount) = submitted else {
-                *half = Some(index);
-                return Room::None;
+                *partial = Some(index);
+                return Capacity::Exhausted;
             };
-            inflight_request.submitted(amount);
-            if inflight_request.whole {
-                return Room::Left;
+            inflight_request.add_command(amount);
+            if inflight_request.fully_submitted {
+                return Capacity::Available;
             }
         }
-        // One that failed while the rest of it waited.
-        if inflight_request.is_over() {
+        // A command has failed while the rest of the request waited.
+        if inflight_request.is_complete() {
             self.finish(index);
         }
-        Room::Left
+        Capacity::Available
     }
 }
 
-/// What a submission needs, beside the request.
-struct Tools<'a> {
+/// The parts of the data path that a submission needs.
+struct SubmitContext<'a> {
     caches: &'a CacheMaintenance,
     bounce: &'a mut Bounce,
     guest: &'a GuestMemoryView,
@@ -48,8 +48,8 @@ struct Tools<'a> {
     disk: &'a Disk,
 }
 
-impl Tools<'_> {
-    /// Submits the next command of a request that moves data; gives the bytes it covers.
+impl SubmitContext<'_> {
+    /// Submits the next command of a read or write. Returns the bytes it covers.
     #[inline]
     fn submit_data(
         &mut self,
@@ -60,8 +60,8 @@ impl Tools<'_> {
     ) -> Result<u64, Full> {
         let Self { caches, bounce, guest, counters, disk } = self;
         let (buffers, position) = (&*data.buffers, inflight_request.position);
-        let Extent { bytes, direct, listed } = if caches.keep_apart(inflight_request.operation, buffers) {
-            Extent { bytes: inflight_request.left(SLOT_BYTES), direct: false, listed: false }
+        let Extent { bytes, direct, listed } = if caches.must_bounce(inflight_request.operation, buffers) {
+            Extent { bytes: inflight_request.remaining(SLOT_BYTES), direct: false, listed: false }
         } else {
             queue.extent(buffers, position, SLOT_BYTES)
         };
@@ -87,7 +87,7 @@ impl Tools<'_> {
         Ok(bytes.into())
     }
 
-    /// Submits the next command of a request that moves none; gives how much of the request it covers.
+    /// Submits the next command of any other request. Returns how much of the request it covers.
     fn submit_other(
         &self,
         queue: &mut dyn Queue,
@@ -100,15 +100,15 @@ impl Tools<'_> {
             Operation::Discard => {
                 let rest =
                     usize::try_from(inflight_request.position).ok().and_then(|position| data.ranges.get(position..));
-                let rest = rest.expect("the position is inside");
-                let count = request::batch(rest, self.disk.discard_command.expect("offered, so it is there"));
+                let rest = rest.expect("the position is below `bytes`");
+                let count = request::batch(rest, self.disk.discard_command.expect("checked by ranges::job"));
                 queue.discard(&rest[..count], index).map(|()| count as u64)
             }
             Operation::WriteZeroes { unmap } => {
                 let next = request::next(
                     &data.ranges,
                     inflight_request.position >> shift,
-                    self.disk.zeroes_command.expect("offered, so it is there").blocks,
+                    self.disk.zeroes_command.expect("checked by ranges::job").blocks,
                 );
                 let command = Command::WriteZeroes { block: next.first, count: next.count, deallocate: unmap };
                 queue.submit(command, &[], 0, 0, index).map(|()| u64::from(next.count) << shift)

@@ -1,5 +1,5 @@
-//! What happens when commands do not come back: the watchdog notices, the device supervisor acts on the device under all
-//! workers.
+//! Time-out and recovery of commands that do not complete: the watchdog detects them, and the supervisor aborts them or resets
+//! the device for all workers.
 
 mod overdue_reports;
 mod supervisor;

@@ -1,4 +1,4 @@
-//! What workers report of commands that do not come back, on its way to the watchdog.
+//! Reports of overdue commands, from the workers to the watchdog.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,7 +16,7 @@ pub(super) struct Reports {
     pub(super) quit: bool,
 }
 
-/// From the workers to the watchdog.
+/// The reports of all workers, and the eventfd that wakes the watchdog.
 pub(in crate::engine) struct OverdueReports {
     reports: Mutex<Reports>,
     pub(super) event: OwnedFd,
@@ -28,13 +28,13 @@ impl OverdueReports {
         Ok(Self { reports: Mutex::default(), event })
     }
 
-    pub(super) fn raise(&self, change: impl FnOnce(&mut Reports)) {
+    pub(super) fn report(&self, change: impl FnOnce(&mut Reports)) {
         change(&mut self.reports.lock().unwrap_or_else(PoisonError::into_inner));
         signal(&self.event);
     }
 
     /// Drops all reports of overdue commands.
-    pub(in crate::engine) fn forget(&self) {
+    pub(in crate::engine) fn clear(&self) {
         self.reports.lock().unwrap_or_else(PoisonError::into_inner).overdue = OverdueCommands::default();
     }
 

@@ -1,12 +1,12 @@
-//! Owns the driver, and resets and recovers the device under all workers: it takes the device queues from them and gives
-//! them new ones. It does so under the driver's lock, so the control thread and the watchdog never do it at the same time.
-//! Workers never take that lock.
+//! Owns the driver, and resets and recovers the device for all workers: it takes their device queues and gives them new ones.
+//! It holds the driver's lock meanwhile, so the control thread and the watchdog exclude each other. Workers never take that
+//! lock.
 //!
 //! ```text
-//!            reset (HandBack, driver, Adopt)            recover (driver, Adopt)
-//!   Up -----------------------------------------> Up ; Down ---------------------> Up
-//!      -- the device does not come back --> Down
-//!      -- the host wants it back ---------> Down, released: recover takes it again when the host has done with it
+//!            reset (DropQueue, driver, AdoptQueue)            recover (driver, AdoptQueue)
+//!   Up -----------------------------------------------> Up ; Down --------------------------> Up
+//!      -- the reset fails ----------------> Down
+//!      -- the host requests the device ---> Down, released: recover reacquires it when the host has returned it
 //! ```
 
 use std::os::fd::OwnedFd;
@@ -22,36 +22,36 @@ use crate::engine::live_geometry::LiveGeometry;
 use crate::engine::vring::signal;
 use crate::engine::worker::{CommandQueue, WorkerCommand};
 
-/// With more overdue commands than this the device is reset at once: controllers execute few Aborts at a time (NVMe 2.0
+/// With more overdue commands than this the device is reset at once: controllers execute few Aborts concurrently (NVMe 2.0
 /// §5.1, ACL).
-const MOST_ABORTS: usize = 4;
+const MAX_ABORTS: usize = 4;
 
-/// See the drawing above.
+/// See the diagram above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Up,
     Down,
 }
 
-/// What the lock protects.
+/// The driver, and the state that its lock protects.
 pub(in crate::engine) struct SupervisedDevice {
     pub(in crate::engine) driver: Box<dyn Driver>,
     state: State,
-    /// Why the last attempt to bring it back failed.
-    away: String,
+    /// The error of the last failed recovery, to log a repeated one at debug level.
+    last_error: String,
 }
 
-/// See the top of this file.
+/// Owner of the driver. See the top of this file.
 pub(in crate::engine) struct DeviceSupervisor {
     device: Mutex<SupervisedDevice>,
     command_queues: Mutex<Vec<Arc<CommandQueue>>>,
     reports: Arc<OverdueReports>,
     /// Signalled when the device has been released.
     pub(in crate::engine) released: OwnedFd,
-    /// What the disk is; its size is in `changing` too, for the workers.
+    /// The disk's geometry. Its size is also in `live`, for the workers.
     geometry: Mutex<Geometry>,
     live: Arc<LiveGeometry>,
-    tell: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    size_listener: OnceLock<Box<dyn Fn() + Send + Sync>>,
     pub(in crate::engine) recoveries: AtomicU64,
     pub(in crate::engine) aborts: AtomicU64,
 }
@@ -66,8 +66,8 @@ impl DeviceSupervisor {
         Self {
             geometry: Mutex::new(driver.geometry().clone()),
             live,
-            tell: OnceLock::new(),
-            device: Mutex::new(SupervisedDevice { driver, state: State::Up, away: String::new() }),
+            size_listener: OnceLock::new(),
+            device: Mutex::new(SupervisedDevice { driver, state: State::Up, last_error: String::new() }),
             released,
             command_queues: Mutex::default(),
             reports,
@@ -77,23 +77,23 @@ impl DeviceSupervisor {
     }
 
     /// Adds a worker.
-    pub(in crate::engine) fn enlist(&self, command_queue: Arc<CommandQueue>) {
+    pub(in crate::engine) fn add_worker(&self, command_queue: Arc<CommandQueue>) {
         self.command_queues.lock().unwrap_or_else(PoisonError::into_inner).push(command_queue);
     }
 
-    pub(in crate::engine) fn on_change(&self, tell: Box<dyn Fn() + Send + Sync>) {
-        if self.tell.set(tell).is_err() {
-            log::warn!("a listener for changes of the disk is set already; the new one is ignored");
+    pub(in crate::engine) fn on_change(&self, listener: Box<dyn Fn() + Send + Sync>) {
+        if self.size_listener.set(listener).is_err() {
+            log::warn!("a listener for the disk size is set already; the new one is ignored");
         }
     }
 
-    /// The disk's geometry. Does not wait for the device, as [`Self::lock`] would.
+    /// The disk's geometry. Unlike [`Self::lock`] this does not wait for the device.
     pub(in crate::engine) fn geometry(&self) -> Geometry {
         self.geometry.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes over the driver's geometry. Only the size may have changed.
-    fn follow(&self, device: &SupervisedDevice) {
+    /// Adopts the driver's geometry. Only the size may have changed.
+    fn update_geometry(&self, device: &SupervisedDevice) {
         let blocks = device.driver.geometry().blocks;
         let geometry = &mut *self.geometry.lock().unwrap_or_else(PoisonError::into_inner);
         if geometry.blocks == blocks {
@@ -102,8 +102,8 @@ impl DeviceSupervisor {
         log::warn!("the disk has {blocks} blocks now, {} before", geometry.blocks);
         geometry.blocks = blocks;
         self.live.blocks.store(blocks, Ordering::Relaxed);
-        if let Some(tell) = self.tell.get() {
-            tell();
+        if let Some(listener) = self.size_listener.get() {
+            listener();
         }
     }
 
@@ -114,7 +114,7 @@ impl DeviceSupervisor {
             return;
         }
         match device.driver.handle_events() {
-            Ok(()) => self.follow(&device),
+            Ok(()) => self.update_geometry(&device),
             Err(error) => {
                 log::error!("{error:#}; resetting it");
                 self.reset(&mut device, InflightPolicy::Resubmit);
@@ -122,40 +122,41 @@ impl DeviceSupervisor {
         }
     }
 
-    /// Locks the driver. No queue changes hands while the guard lives.
+    /// Locks the driver. Queues are neither dropped nor replaced while the guard is held.
     pub(in crate::engine) fn lock(&self) -> MutexGuard<'_, SupervisedDevice> {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// True if the device is down and may come back.
+    /// True if the device is down.
     pub(in crate::engine) fn is_down(&self) -> bool {
         self.lock().state == State::Down
     }
 
-    /// Resets the device under all workers. Until it has been reset no request is answered, because the device may still
-    /// write to its memory.
+    /// Resets the device for all workers. No request in flight is completed before the reset, because the device may still
+    /// write to its buffers.
     pub(in crate::engine) fn reset(&self, device: &mut SupervisedDevice, policy: InflightPolicy) {
         if device.state != State::Up {
             return;
         }
-        self.command_all(|_, answer| WorkerCommand::HandBack(answer));
-        // The reset settles what was reported of the former queues. A report that was read already finds `recoveries` changed.
-        self.reports.forget();
+        self.command_all(|_, answer| WorkerCommand::DropQueue(answer));
+        // The reset makes reports about the former queues obsolete. One that was taken already fails the check of `recoveries`.
+        self.reports.clear();
         self.recoveries.fetch_add(1, Ordering::SeqCst);
         match device.driver.recover() {
             Ok(queues) => {
-                self.follow(device);
-                self.give(queues, policy);
+                self.update_geometry(device);
+                self.adopt_queues(queues, policy);
             }
             Err(error) => {
                 log::error!("the device did not come back: {error:#}; requests fail until it does");
                 device.state = State::Down;
-                self.give(Vec::new(), InflightPolicy::Fail);
+                self.adopt_queues(Vec::new(), InflightPolicy::Fail);
             }
         }
     }
 
-    /// Tries to bring back a device that is down; requests keep failing meanwhile. True if trying again is cheap.
+    /// Tries to recover a device that is down. Requests fail meanwhile. Returns true if the device may be retried at equal
+    /// intervals: it is up again, or merely released.
     pub(in crate::engine) fn recover(&self) -> bool {
         let mut device = self.lock();
         if device.state != State::Down {
@@ -165,55 +166,55 @@ impl DeviceSupervisor {
             Ok(queues) => {
                 log::warn!("the device is back; requests are served again");
                 device.state = State::Up;
-                self.follow(&device);
-                self.give(queues, InflightPolicy::Fail);
+                self.update_geometry(&device);
+                self.adopt_queues(queues, InflightPolicy::Fail);
             }
             Err(error) => {
                 let why = format!("{error:#}");
-                let level = if device.away == why { log::Level::Debug } else { log::Level::Info };
+                let level = if device.last_error == why { log::Level::Debug } else { log::Level::Info };
                 log::log!(level, "the device is still away: {why}");
-                device.away = why;
+                device.last_error = why;
             }
         }
         device.driver.is_released()
     }
 
-    /// Gives the device back to the host. Every request fails until the host has done with it and it can be taken again.
+    /// Releases the device to the host. Every request fails until the device can be reacquired.
     pub(in crate::engine) fn release(&self) {
         let mut device = self.lock();
         if device.driver.is_released() {
             return;
         }
         log::error!("the host wants the device back; it is released, and every request fails until it returns");
-        self.command_all(|_, answer| WorkerCommand::HandBack(answer));
-        self.reports.forget();
+        self.command_all(|_, answer| WorkerCommand::DropQueue(answer));
+        self.reports.clear();
         device.driver.release();
         device.state = State::Down;
-        self.give(Vec::new(), InflightPolicy::Fail);
+        self.adopt_queues(Vec::new(), InflightPolicy::Fail);
         signal(&self.released);
     }
 
-    /// Locks the driver to act on a report made at `recoveries`; `None` if a reset has settled that report.
-    fn lock_if_still(&self, recoveries: u64) -> Option<MutexGuard<'_, SupervisedDevice>> {
+    /// Locks the driver to act on a report made at `recoveries`. `None` if the device is down or has been reset since.
+    fn lock_if_current(&self, recoveries: u64) -> Option<MutexGuard<'_, SupervisedDevice>> {
         let device = self.lock();
-        let settled = device.state != State::Up || self.recoveries.load(Ordering::SeqCst) != recoveries;
-        (!settled).then_some(device)
+        let outdated = device.state != State::Up || self.recoveries.load(Ordering::SeqCst) != recoveries;
+        (!outdated).then_some(device)
     }
 
-    /// Resets a device that does not look alive.
+    /// Resets the device if its status is fatal or cannot be read.
     pub(in crate::engine) fn check(&self, recoveries: u64) {
-        let Some(mut device) = self.lock_if_still(recoveries) else { return };
+        let Some(mut device) = self.lock_if_current(recoveries) else { return };
         if let Err(error) = device.driver.check() {
             log::error!("{error:#}; resetting it, with commands in flight");
             self.reset(&mut device, InflightPolicy::Resubmit);
         }
     }
 
-    /// Asks the device to end commands that have taken too long, and resets it if that is not enough.
+    /// Aborts overdue commands. Resets the device if there are too many, or if Abort fails.
     pub(in crate::engine) fn abort(&self, commands: &[CommandId], recoveries: u64) {
-        let Some(mut device) = self.lock_if_still(recoveries) else { return };
-        log::warn!("{} commands have taken too long: {commands:?}", commands.len());
-        if commands.len() <= MOST_ABORTS {
+        let Some(mut device) = self.lock_if_current(recoveries) else { return };
+        log::warn!("{} commands are overdue: {commands:?}", commands.len());
+        if commands.len() <= MAX_ABORTS {
             self.aborts.fetch_add(commands.len() as u64, Ordering::Relaxed);
             match device.driver.abort(commands) {
                 Ok(()) => return,
@@ -223,19 +224,19 @@ impl DeviceSupervisor {
         self.reset(&mut device, InflightPolicy::Resubmit);
     }
 
-    /// Resets a device that has not ended commands which it was asked to abort.
-    pub(in crate::engine) fn give_up_aborting(&self, recoveries: u64) {
-        let Some(mut device) = self.lock_if_still(recoveries) else { return };
-        log::error!("commands did not come back after Abort; resetting the device");
+    /// Resets a device that has not completed aborted commands.
+    pub(in crate::engine) fn reset_after_abort(&self, recoveries: u64) {
+        let Some(mut device) = self.lock_if_current(recoveries) else { return };
+        log::error!("aborted commands have not completed; resetting the device");
         self.reset(&mut device, InflightPolicy::Resubmit);
     }
 
-    fn give(&self, queues: Vec<Box<dyn Queue>>, policy: InflightPolicy) {
+    fn adopt_queues(&self, queues: Vec<Box<dyn Queue>>, policy: InflightPolicy) {
         let mut queues = queues.into_iter();
-        self.command_all(|_, answer| WorkerCommand::Adopt(queues.next(), policy, answer));
+        self.command_all(|_, answer| WorkerCommand::AdoptQueue(queues.next(), policy, answer));
     }
 
-    /// Sends a command to every worker and waits. Workers reply to these commands at once, whatever they are doing.
+    /// Sends a command to every worker and waits for the replies, which come at once.
     fn command_all(&self, mut command: impl FnMut(usize, Sender<()>) -> WorkerCommand) {
         let command_queues = self.command_queues.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let posts = command_queues.iter().enumerate();

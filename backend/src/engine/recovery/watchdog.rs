@@ -1,11 +1,11 @@
-//! Command time-outs. Workers count time in ticks and report overdue commands. The watchdog acts on the reports. It is a
-//! thread of its own because the control thread may be waiting for just those commands.
+//! Command time-outs. Workers count time in ticks and report overdue commands. The watchdog acts on the reports. It has its
+//! own thread because the control thread may be waiting for those commands.
 //!
 //! ```text
-//!  submitted --tick, tick--> late       is the device there, is it alive?  no: reset
-//!            --timeout-----> overdue    Abort
-//!            --timeout / 4-> stuck      reset; requests are submitted once more
-//!                                       the device does not come back: requests fail, it is tried again at intervals
+//!  submitted --tick, tick--> stalled    status check; fatal or unreadable: reset
+//!            --timeout-----> expired    Abort
+//!            --timeout / 4-> stuck      reset; requests are submitted again
+//!                                       if the reset fails: requests fail, and recovery is retried at intervals
 //! ```
 
 use std::io;
@@ -25,20 +25,20 @@ use crate::sys::Poller;
 const LONGEST_TICK: Duration = Duration::from_millis(500);
 /// Ticks in the shortest timeout.
 const FEWEST_TICKS: u32 = 8;
-/// A device that does not answer is retried at intervals that double this many times; an absent one at equal intervals.
+/// Recovery of a failed device is retried at intervals that double this many times; of a released one at equal intervals.
 const DOUBLINGS: u32 = 4;
 
 /// Poller tokens.
 const REPORTS: u64 = 0;
 const REMOVAL: u64 = 1;
-const NOTICE: u64 = 2;
+const DEVICE_EVENT: u64 = 2;
 
-/// How long the device is waited for.
+/// Command time-out and retry interval.
 #[derive(Clone, Copy, Debug)]
 pub struct WatchdogOptions {
-    /// How long a command may take before it is aborted.
+    /// Time until a command is aborted.
     pub timeout: Duration,
-    /// When a device that did not come back is tried again, at first; 16 times as long in the end.
+    /// First interval between two attempts to recover a device; the longest is 16 times as long.
     pub retry: Duration,
 }
 
@@ -48,7 +48,7 @@ impl Default for WatchdogOptions {
     }
 }
 
-/// A worker's clock.
+/// A worker's time base for command time-outs.
 pub(in crate::engine) struct CommandClock {
     reports: Arc<OverdueReports>,
     tick: Duration,
@@ -64,14 +64,14 @@ impl CommandClock {
     }
 
     /// Checks the commands in flight if a tick has passed.
-    pub(in crate::engine) fn look(&mut self, queue: &mut dyn Queue, now: Instant) {
+    pub(in crate::engine) fn check(&mut self, queue: &mut dyn Queue, now: Instant) {
         if now < self.next || queue.in_flight() == 0 {
             return;
         }
         self.next = now + self.tick;
         let overdue = queue.tick(self.limit);
         if overdue != OverdueCommands::default() {
-            self.reports.raise(|reports| reports.overdue.merge(overdue));
+            self.reports.report(|reports| reports.overdue.merge(overdue));
         }
     }
 }
@@ -96,13 +96,22 @@ impl Watchdog {
         if let Some(event) = &removal {
             poller.add(event.as_fd(), REMOVAL)?;
         }
-        let notice = supervisor.lock().driver.event_fd().map(|event| event.try_clone_to_owned()).transpose()?;
-        if let Some(event) = &notice {
-            poller.add(event.as_fd(), NOTICE)?;
+        let device_event = supervisor.lock().driver.event_fd().map(|event| event.try_clone_to_owned()).transpose()?;
+        if let Some(event) = &device_event {
+            poller.add(event.as_fd(), DEVICE_EVENT)?;
         }
-        let mut duty =
-            Duty { supervisor, reports: Arc::clone(&reports), poller, removal, notice, retry: watch.retry, watch };
-        let thread = std::thread::Builder::new().name("vdv-watchdog".to_owned()).spawn(move || while duty.once() {})?;
+        let mut watchdog = WatchdogThread {
+            supervisor,
+            reports: Arc::clone(&reports),
+            poller,
+            removal,
+            device_event,
+            retry: watch.retry,
+            watch,
+        };
+        let thread = std::thread::Builder::new()
+            .name("vdv-watchdog".to_owned())
+            .spawn(move || while watchdog.handle_one_event() {})?;
         Ok(Self { reports, watch, thread: Some(thread) })
     }
 
@@ -116,41 +125,41 @@ impl Watchdog {
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
-        self.reports.raise(|reports| reports.quit = true);
+        self.reports.report(|reports| reports.quit = true);
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             log::error!("bug: the watchdog thread panicked");
         }
     }
 }
 
-/// What the watchdog's thread owns.
-struct Duty {
+/// The state of the watchdog's thread.
+struct WatchdogThread {
     supervisor: Arc<DeviceSupervisor>,
     reports: Arc<OverdueReports>,
     poller: Poller,
-    /// Readable when the host wants the device back.
+    /// Readable when the host requests the device.
     removal: Option<OwnedFd>,
     /// Readable when the device may have an asynchronous event.
-    notice: Option<OwnedFd>,
+    device_event: Option<OwnedFd>,
     watch: WatchdogOptions,
-    /// Time until a device that is down is retried.
+    /// Time until the next attempt to recover a device that is down.
     retry: Duration,
 }
 
-impl Duty {
-    /// Waits for one thing to do and does it; false when told to quit.
-    fn once(&mut self) -> bool {
+impl WatchdogThread {
+    /// Waits for one event and handles it. Returns false to quit.
+    fn handle_one_event(&mut self) -> bool {
         let down = self.supervisor.is_down();
         if !down {
             self.retry = self.watch.retry;
         }
-        let (mut asked, mut told) = (false, false);
+        let (mut removal_requested, mut event_pending) = (false, false);
         let waited = self.poller.wait(down.then_some(self.retry), |event| {
-            asked |= event.token == REMOVAL;
-            told |= event.token == NOTICE;
+            removal_requested |= event.token == REMOVAL;
+            event_pending |= event.token == DEVICE_EVENT;
         });
         if let Err(error) = &waited {
-            log::error!("the watchdog waits: {error}");
+            log::error!("the watchdog cannot wait for events: {error}");
             std::thread::sleep(LONGEST_TICK);
         }
         let recoveries = self.supervisor.recoveries.load(Ordering::SeqCst);
@@ -158,11 +167,11 @@ impl Duty {
         if quit {
             return false;
         }
-        if told && let Some(event) = &self.notice {
+        if event_pending && let Some(event) = &self.device_event {
             drain(event);
             self.supervisor.handle_events();
         }
-        if asked && let Some(event) = &self.removal {
+        if removal_requested && let Some(event) = &self.removal {
             drain(event);
             self.supervisor.release();
         } else if down {
@@ -170,7 +179,7 @@ impl Duty {
                 self.retry = (self.retry * 2).min(self.watch.retry * (1 << DOUBLINGS));
             }
         } else if overdue.stuck {
-            self.supervisor.give_up_aborting(recoveries);
+            self.supervisor.reset_after_abort(recoveries);
         } else if !overdue.expired.is_empty() {
             self.supervisor.abort(&overdue.expired, recoveries);
         } else if overdue.stalled {

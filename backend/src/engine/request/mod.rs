@@ -1,9 +1,9 @@
-//! From a chain to a request of the block device (virtio 1.2 §5.2.6): a 16-byte header, data, a status byte. The cut
-//! between descriptors means nothing (§2.7.4.1), so the header is the first 16 readable bytes, the status the last writable
-//! one, and data what remains.
+//! Parses a chain into a request of the block device (virtio 1.2 §5.2.6): a 16-byte header, data, a status byte. Descriptor
+//! boundaries carry no meaning (§2.7.4.1): the header is the first 16 readable bytes, the status is the last writable byte,
+//! and the rest is data.
 //!
-//! Every question about the guest's claims is asked here, once; what leaves this file names guest memory and blocks that
-//! exist. Each chain taken comes with a [`PendingUsed`], which must be completed with a used entry.
+//! All checks of what the guest requests are here, and each is done once. The results refer to existing guest memory and
+//! existing blocks only. Each chain comes with a [`PendingUsed`], which must be completed with a used entry.
 
 pub mod pending_used;
 mod ranges;
@@ -32,7 +32,7 @@ struct Header {
     sector: u64,
 }
 
-/// Turns a chain into a request; `data` receives what it is about.
+/// Parses a chain. `data` receives the request's buffers and ranges.
 #[inline]
 pub fn parse(chain: &Chain, guest: &mut GuestMemoryView, disk: &Disk, data: &mut Data) -> (PendingUsed, Job) {
     data.buffers.clear();
@@ -101,19 +101,19 @@ fn range_job(
     ranges::job(kind, bytes, guest, disk, data)
 }
 
-/// A transfer of nothing is done already; the device has no command for it.
+/// A transfer of zero bytes succeeds at once, because NVMe has no command for it.
 #[inline]
 fn transfer(operation: Operation, block: u64, bytes: u64) -> Result<Job, RequestFault> {
     Ok(if bytes == 0 { Job::Answer(Status::Ok) } else { Job::Device { operation, block, bytes } })
 }
 
-/// The sum of at most 2048 lengths of 32 bits each: it cannot overflow.
+/// Cannot overflow: there are at most 2048 lengths of 32 bits each.
 #[inline]
 fn total(spans: &[Span<Gpa>]) -> u64 {
     spans.iter().map(Span::len).sum()
 }
 
-/// All writable bytes but the last, the status.
+/// Collects the writable bytes except the last, which is the status.
 #[inline]
 fn collect_writable(
     chain: &Chain,
@@ -128,7 +128,7 @@ fn collect_writable(
     Ok(bytes)
 }
 
-/// All readable bytes but the header.
+/// Collects the readable bytes after the header.
 #[inline]
 fn collect_readable(
     chain: &Chain,

@@ -1,10 +1,10 @@
-//! The obligation to return a chain: each chain taken from a ring gets exactly one used entry.
+//! Ensures that each chain taken from a ring gets exactly one used entry.
 
 use crate::addr::Gpa;
 use crate::engine::virtqueue::chain::Head;
 
-/// A chain that was taken from a ring and has no used entry yet. Dropping one is a bug.
-#[must_use = "a chain taken must come back in the used ring"]
+/// A chain that was taken from a ring and has no used entry yet. Dropping it is a bug.
+#[must_use = "each chain taken needs a used entry"]
 #[derive(Debug)]
 pub struct PendingUsed {
     head: Head,
@@ -17,14 +17,14 @@ impl PendingUsed {
         Self { head, status }
     }
 
-    /// Where the status goes; `None` if the chain has no place for it.
+    /// The address of the status byte. `None` if the chain has none.
     #[inline]
     #[must_use]
     pub fn status(&self) -> Option<Gpa> {
         self.status
     }
 
-    /// Ends the obligation: the caller pushes a used entry for the returned head, or gives up the ring.
+    /// Returns the head. The caller must push a used entry for it, or fail the ring.
     #[inline]
     pub fn complete(self) -> Head {
         let head = self.head;
@@ -35,8 +35,8 @@ impl PendingUsed {
 
 impl Drop for PendingUsed {
     fn drop(&mut self) {
-        log::error!("bug: the request at descriptor {} was dropped without an answer", self.head.id());
-        debug_assert!(std::thread::panicking(), "a request was dropped without an answer");
+        log::error!("bug: the request at descriptor {} was dropped without a used entry", self.head.id());
+        debug_assert!(std::thread::panicking(), "a request was dropped without a used entry");
     }
 }
 
@@ -46,8 +46,8 @@ mod tests {
 
     #[test]
     #[cfg(debug_assertions)]
-    #[should_panic(expected = "dropped without an answer")]
-    fn a_request_dropped_without_an_answer_is_a_bug_that_says_so() {
+    #[should_panic(expected = "dropped without a used entry")]
+    fn dropping_a_request_without_a_used_entry_panics() {
         drop(PendingUsed::new(Head::new(3, 1), None));
     }
 

@@ -1,5 +1,5 @@
-//! Discard and write-zeroes (virtio 1.2 §5.2.6): requests whose data is a list of segments that name sectors. The list is
-//! copied once, checked against the limits that the configuration space tells, and turned into ranges of blocks.
+//! Discard and write-zeroes (virtio 1.2 §5.2.6): requests whose data is a list of segments. The list is copied once, checked
+//! against the limits in the configuration space, and converted to block ranges.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -9,7 +9,7 @@ use crate::engine::guest_memory::GuestMemoryView;
 
 /// VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
 const UNMAP: u32 = 1;
-/// Bytes of the longest list: as many segments as a discard command can have ranges.
+/// Bytes of the longest list: one segment for each range of an NVMe discard (Dataset Management) command.
 const LONGEST_LIST: usize = 256 * size_of::<Segment>();
 
 /// `struct virtio_blk_discard_write_zeroes`
@@ -21,14 +21,14 @@ struct Segment {
     flags: u32,
 }
 
-/// Which of the two requests.
+/// The request type.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::engine) enum Kind {
     Discard,
     WriteZeroes,
 }
 
-/// Turns the list in `data.buffers`, `bytes` long, into `data.ranges`; the list itself is not needed any more.
+/// Converts the list of `bytes` bytes in `data.buffers` to `data.ranges`, and clears `data.buffers`.
 pub(in crate::engine) fn job(
     kind: Kind,
     bytes: u64,
@@ -68,7 +68,7 @@ pub(in crate::engine) fn job(
     })
 }
 
-/// The blocks of one segment; none for an empty one.
+/// The blocks of a segment. `None` if it is empty.
 fn blocks(segment: Segment, limits: RangeLimits, disk: &Disk) -> Result<Option<Blocks>, RequestFault> {
     let Segment { sector, sectors, .. } = segment;
     if sectors > limits.sectors {
@@ -80,7 +80,7 @@ fn blocks(segment: Segment, limits: RangeLimits, disk: &Disk) -> Result<Option<B
     Ok((count != 0).then_some(Blocks { first, count }))
 }
 
-/// How many of `ranges` the next discard command takes.
+/// How many of `ranges` fit the next discard command.
 pub(in crate::engine) fn batch(ranges: &[Blocks], limits: DiscardLimits) -> usize {
     let mut left = limits.blocks;
     let fits = |range: &&Blocks| {
@@ -88,11 +88,11 @@ pub(in crate::engine) fn batch(ranges: &[Blocks], limits: DiscardLimits) -> usiz
         left = rest.unwrap_or(left);
         rest.is_some()
     };
-    // No range alone is longer than all may be together.
+    // One range always fits: `limits.range_blocks` is at most `limits.blocks`.
     ranges.iter().take(limits.ranges.into()).take_while(fits).count().max(1)
 }
 
-/// The next blocks to write zeroes to, when `done` of the blocks in `ranges` have been; at most `limit`.
+/// The next write-zeroes command: the blocks after the first `done` blocks in `ranges`, at most `limit`.
 pub(in crate::engine) fn next(ranges: &[Blocks], done: u64, limit: u32) -> Blocks {
     let mut skip = done;
     for &Blocks { first, count } in ranges {
@@ -102,7 +102,7 @@ pub(in crate::engine) fn next(ranges: &[Blocks], done: u64, limit: u32) -> Block
         }
         skip -= u64::from(count);
     }
-    unreachable!("a request for {done} blocks and more has them")
+    unreachable!("a request has more than {done} blocks in its ranges")
 }
 
 #[cfg(test)]
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_takes_as_many_ranges_and_blocks_as_it_may() {
+    fn a_discard_command_has_as_many_ranges_and_blocks_as_the_limits_allow() {
         let ranges = [range(0, 10), range(20, 10), range(40, 10)];
         let limits = DiscardLimits { ranges: 256, range_blocks: 10, blocks: u64::MAX };
         assert_eq!(batch(&ranges, limits), 3);
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroes_go_on_where_the_last_command_ended() {
+    fn each_write_zeroes_command_starts_where_the_last_one_ended() {
         let ranges = [range(100, 5), range(7, 3)];
         let mut commands = Vec::new();
         let mut done = 0;
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_whole_blocks_and_none_for_a_read_only_disk() {
+    fn limits_are_whole_blocks_and_absent_for_a_read_only_disk() {
         let discard = Some(DiscardLimits { ranges: 4, range_blocks: u32::MAX, blocks: u64::MAX });
         let geometry = Geometry { block_size: 4096, discard, ..Geometry::default() };
         let limits = RangeLimits::discard(&geometry).unwrap();

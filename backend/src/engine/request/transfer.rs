@@ -1,4 +1,4 @@
-//! A request of the common shape, checked: the transfer of one buffer.
+//! The checked form of a fast request: a transfer of one buffer.
 
 use super::pending_used::PendingUsed;
 use super::types::{Disk, Operation};
@@ -7,21 +7,21 @@ use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::virtqueue::FastRequest;
 use crate::engine::virtqueue::chain::Head;
 
-/// A transfer of one buffer, everything about it checked.
+/// A read or write of one buffer, completely checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transfer {
     /// Read or write.
     pub operation: Operation,
     /// First logical block.
     pub block: u64,
-    /// The data, whole blocks, as the device names them.
+    /// IOVAs of the data, whole blocks.
     pub data: Span<Iova>,
-    /// Where the status goes.
+    /// Address of the status byte.
     pub status: Gpa,
 }
 
 impl Transfer {
-    /// The transfer that `request` asks for, if it asks for one that can be done.
+    /// Checks `request`. `None` if it is not a valid read or write.
     #[inline]
     #[must_use]
     pub fn of(request: &FastRequest, guest: &mut GuestMemoryView, disk: &Disk) -> Option<Self> {
@@ -36,7 +36,7 @@ impl Transfer {
         Some(Self { operation, block, data, status: buffers.status })
     }
 
-    /// The obligation to return the chain that asked for it.
+    /// The pending used entry of this transfer's chain.
     #[inline]
     pub fn pending_used(&self, head: Head) -> PendingUsed {
         PendingUsed::new(head, Some(self.status))

@@ -1,5 +1,5 @@
-//! The words of a block request (virtio 1.2 §5.2.6): what it does, how it ends, what is wrong with it, and the disk that it
-//! is checked against.
+//! Types of block requests (virtio 1.2 §5.2.6): operations, statuses, faults, and the disk that requests are checked
+//! against.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,14 +9,14 @@ use crate::driver::{Blocks, Command, DiscardLimits, Geometry, ZeroesLimits};
 use crate::engine::live_geometry::LiveGeometry;
 use crate::engine::virtqueue::chain::ChainFault;
 
-/// Most segments of a write-zeroes request, and most commands that one of them may take: a request is never more than 256
-/// commands, which a device gets done while somebody waits for a ring to stop.
+/// Most segments of a write-zeroes request, and most commands per segment. So a request is at most 256 commands, which a device
+/// completes within the drain time-out.
 const ZEROES_SEGMENTS: u32 = 16;
 const ZEROES_COMMANDS: u32 = 16;
 
 /// The unit of `sector`, whatever the block size (virtio 1.2 §5.2.6).
 pub(in crate::engine) const SECTOR_SHIFT: u32 = 9;
-/// Bytes of the header.
+/// Bytes of a request's header.
 pub(in crate::engine) const HEADER: u64 = 16;
 /// Bytes of the identity string, virtio 1.2 §5.2.6.
 pub const ID_BYTES: usize = 20;
@@ -29,7 +29,7 @@ pub(in crate::engine) const T_GET_ID: u32 = 8;
 pub(in crate::engine) const T_DISCARD: u32 = 11;
 pub(in crate::engine) const T_WRITE_ZEROES: u32 = 13;
 
-/// How a request ended, as the driver reads it (virtio 1.2 §5.2.6).
+/// Status byte of a request (virtio 1.2 §5.2.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
@@ -41,19 +41,19 @@ pub enum Status {
     Unsupported = 2,
 }
 
-/// What is wrong with a request.
+/// Why a request is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RequestFault {
-    /// The chain itself.
+    /// The chain is invalid.
     #[error(transparent)]
     Chain(#[from] ChainFault),
-    /// No byte for the status, or not in guest memory.
+    /// There is no status byte, or it is not in guest memory.
     #[error("no writable byte for the status")]
     NoStatus,
-    /// Fewer than 16 readable bytes, or not in guest memory.
+    /// There are fewer than 16 readable bytes, or they are not in guest memory.
     #[error("no readable header of 16 bytes")]
     NoHeader,
-    /// A data buffer is not guest memory.
+    /// A data buffer is not in guest memory.
     #[error("a data buffer of {len} bytes at {start}, which is not guest memory")]
     Memory {
         /// Its start.
@@ -64,8 +64,8 @@ pub enum RequestFault {
     /// Readable data in a read, or writable data in a write.
     #[error("data buffers of the wrong direction")]
     Direction,
-    /// Not a whole number of logical blocks.
-    #[error("{bytes} bytes at sector {sector}: not whole blocks of {block_size}")]
+    /// The transfer is not a whole number of logical blocks.
+    #[error("{bytes} bytes at sector {sector}: not whole blocks of {block_size} bytes")]
     Alignment {
         /// First sector.
         sector: u64,
@@ -74,7 +74,7 @@ pub enum RequestFault {
         /// Bytes of a block.
         block_size: u32,
     },
-    /// Past the end of the disk.
+    /// The transfer ends past the end of the disk.
     #[error("{bytes} bytes at sector {sector} of a disk of {sectors} sectors")]
     Range {
         /// First sector.
@@ -84,16 +84,16 @@ pub enum RequestFault {
         /// Sectors of the disk.
         sectors: u64,
     },
-    /// No list of segments, or one too long.
-    #[error("a list of {bytes} bytes: wanted 1 to {segments} segments of 16 bytes")]
+    /// The list of segments is empty, too long, or not a whole number of segments.
+    #[error("a list of {bytes} bytes; expected 1 to {segments} segments of 16 bytes")]
     SegmentList {
         /// Its length.
         bytes: u64,
-        /// Most segments.
+        /// Largest number of segments.
         segments: u32,
     },
-    /// A segment longer than the configuration space allows.
-    #[error("a segment of {sectors} sectors; at most {limit} can be")]
+    /// A segment is longer than the configuration space allows.
+    #[error("a segment of {sectors} sectors; the limit is {limit}")]
     SegmentLength {
         /// Its length.
         sectors: u32,
@@ -105,7 +105,7 @@ pub enum RequestFault {
     ReadOnly,
 }
 
-/// The disk, in the units that requests use.
+/// The disk, as requests are checked against it.
 #[derive(Clone, Debug)]
 pub struct Disk {
     live: Arc<LiveGeometry>,
@@ -120,7 +120,7 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// The disk that `geometry` describes, but for what is `changing`.
+    /// The disk that `geometry` describes; its variable part is in `live`.
     #[must_use]
     pub fn new(geometry: &Geometry, live: Arc<LiveGeometry>) -> Self {
         let mut id = [0; ID_BYTES];
@@ -153,28 +153,28 @@ impl Disk {
         self.read_only
     }
 
-    /// True while a flush is for the device: it has a volatile write cache, and it is on.
+    /// True if the device has a volatile write cache and it is on, so that flushes must reach the device.
     #[inline]
     #[must_use]
     pub fn cache_on(&self) -> bool {
         self.live.cache_on.load(Ordering::Relaxed)
     }
 
-    /// Bytes of a logical block, as a shift.
+    /// log2 of the bytes of a logical block.
     #[must_use]
     pub fn block_shift(&self) -> u32 {
         self.block_shift
     }
 
-    /// The command that moves the `bytes` bytes from `position` on of a request that starts at `block`.
+    /// The command for `bytes` bytes at offset `position` of a request that starts at `block`.
     #[inline]
     pub(in crate::engine) fn transfer(&self, operation: Operation, block: u64, position: u64, bytes: u32) -> Command {
         let (block, count) = (block + (position >> self.block_shift), bytes >> self.block_shift);
         if operation == Operation::Read { Command::Read { block, count } } else { Command::Write { block, count } }
     }
 
-    /// The transfer that a request of type `kind` is, whose data the device may write or not; `None` if it is none, or one that
-    /// is refused.
+    /// The operation of a request of type `kind` with device-writable or device-readable data. `None` if it is not a read or
+    /// write, or is refused.
     #[inline]
     pub(in crate::engine) fn transfer_of(&self, kind: u32, writable: bool) -> Option<Operation> {
         match (kind, writable) {
@@ -184,7 +184,7 @@ impl Disk {
         }
     }
 
-    /// The first block of a transfer, if all of it exists.
+    /// The first block of a transfer. All of it must be on the disk.
     #[inline]
     pub(in crate::engine) fn block(&self, sector: u64, bytes: u64) -> Result<u64, RequestFault> {
         let sectors_per_block = 1 << (self.block_shift - SECTOR_SHIFT);
@@ -199,7 +199,7 @@ impl Disk {
     }
 }
 
-/// Which way the data goes, seen from the disk.
+/// What a request does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// VIRTIO_BLK_T_IN
@@ -217,42 +217,42 @@ pub enum Operation {
     },
 }
 
-/// What a request is about, beside its header. Reused, so that its vectors keep their capacity.
+/// Buffers and ranges of a request. Reused, so that the vectors keep their capacity.
 #[derive(Debug, Default)]
 pub struct Data {
-    /// Its data, as the device names it.
+    /// IOVAs of the data.
     pub buffers: Vec<Span<Iova>>,
     /// The blocks of a discard or write-zeroes request.
     pub ranges: Vec<Blocks>,
 }
 
-/// What is to be done about a request.
+/// How a request is executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Job {
-    /// Something for the device, with `bytes` of data from `block` on (both 0 for a flush). For a discard, `bytes` is the
-    /// number of ranges; for write-zeroes, the bytes in all of them.
+    /// By the device, with `bytes` of data from `block` on (both 0 for a flush). For a discard, `bytes` is the number of ranges;
+    /// for write-zeroes, the bytes in all ranges.
     Device {
-        /// What.
+        /// The operation.
         operation: Operation,
         /// First logical block.
         block: u64,
         /// Bytes of data, whole blocks.
         bytes: u64,
     },
-    /// The identity string is to be copied into the buffers.
+    /// By copying the identity string to the buffers.
     Identify,
-    /// Nothing: this is the answer.
+    /// At once, with this status.
     Answer(Status),
-    /// Nothing: it cannot be done.
+    /// Not at all: it is completed with an error.
     Refuse(RequestFault),
 }
 
-/// What one request may ask for, as the configuration space tells it.
+/// Limits of one discard or write-zeroes request, as in the configuration space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RangeLimits {
-    /// Most segments.
+    /// Largest number of segments.
     pub segments: u32,
-    /// Most sectors of 512 bytes in one of them; whole blocks.
+    /// Largest number of 512-byte sectors in a segment; whole blocks.
     pub sectors: u32,
 }
 
@@ -262,14 +262,14 @@ impl RangeLimits {
         Self { segments, sectors: blocks.min(u32::MAX / sectors_per_block) * sectors_per_block }
     }
 
-    /// For discard, if the disk can do it: what one command can take.
+    /// Limits of discard: those of one NVMe command. `None` if the disk does not support it.
     #[must_use]
     pub fn discard(geometry: &Geometry) -> Option<Self> {
         let DiscardLimits { ranges, range_blocks, .. } = geometry.discard.filter(|_| !geometry.read_only)?;
         Some(Self::new(ranges.into(), range_blocks, geometry))
     }
 
-    /// For write-zeroes, if the disk can do it: a few commands of the longest.
+    /// Limits of write-zeroes: up to `ZEROES_COMMANDS` NVMe commands per segment. `None` if the disk does not support it.
     #[must_use]
     pub fn write_zeroes(geometry: &Geometry) -> Option<Self> {
         let limits = geometry.zeroes.filter(|_| !geometry.read_only)?;

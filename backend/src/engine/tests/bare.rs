@@ -1,4 +1,4 @@
-//! A ring in a memory of its own, without a worker or a device, for tests that look at the ring alone.
+//! Guest memory and ring parameters for tests of a ring alone, without worker and device.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use crate::addr::{Gpa, Qva, Span};
 use crate::engine::{Layout, VringSetup};
 use crate::memory::{Region, RegionSpec};
 
-/// Guest memory of `bytes` from address 0, and the file it lies in.
+/// Guest memory of `bytes` bytes at address 0, and its file.
 pub(super) fn region(bytes: u64) -> (Region, Arc<File>) {
     let file = Arc::new(File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap()));
     ftruncate(&*file, bytes).unwrap();
@@ -18,7 +18,7 @@ pub(super) fn region(bytes: u64) -> (Region, Arc<File>) {
     (Region::map(spec).unwrap(), file)
 }
 
-/// A ring that has not run, with indirect descriptors and without event index; each area may have 4 KiB.
+/// Parameters of a new ring, with indirect descriptors and without EVENT_IDX. Each area has 4 KiB.
 pub(super) fn setup(layout: Layout, size: u16, areas: [u64; 3]) -> VringSetup {
     let [desc, avail, used] = areas.map(|start| Span::new(Gpa(start), 0x1000).unwrap());
     VringSetup {

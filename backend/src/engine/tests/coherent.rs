@@ -1,6 +1,6 @@
-//! The whole data path on a drive that bypasses the CPU caches, through any sequence of requests, memory that comes and
-//! goes, resets, and a kernel short of memory. CPUs and function must never see a byte that the other one has replaced, nor
-//! one from before memory was theirs.
+//! The whole data path with a drive whose DMA bypasses the CPU caches, in any sequence of requests, memory hotplug, resets, and
+//! a kernel that is out of memory. Neither the CPUs nor the function may see stale bytes, or bytes from before the memory was
+//! mapped.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -16,35 +16,35 @@ use crate::engine::{Statistics, WatchdogOptions};
 use crate::hardware::{AddressSpace, MapError};
 use crate::memory::{MemTable, Region};
 
-fn behind(options: Options) -> Options {
+fn non_coherent(options: Options) -> Options {
     Options { no_snoop: true, snoop_enforced: false, ..options }
 }
 
 fn inline() -> Options {
-    behind(Options { size: 1 << 20, queues: 1, mode: Mode::Inline, ..Options::default() })
+    non_coherent(Options { size: 1 << 20, queues: 1, mode: Mode::Inline, ..Options::default() })
 }
 
-/// Memory beside the one that the rings lie in: several pieces, the last one short.
+/// A hotplugged region, apart from that of the rings. It is mapped in several pieces, of which the last is shorter.
 const EXTRA: u64 = 0x1000_0000;
 const EXTRA_LEN: u64 = 0x5_3000;
-/// The disk that is used, in sectors.
+/// The part of the disk that is used, in sectors.
 const SECTORS: u64 = 64;
 
 #[derive(Clone, Debug)]
 enum Op {
-    /// CPUs write `len` bytes at `at`.
+    /// The CPUs write `len` bytes at `at`.
     Fill { at: u64, len: u64, value: u8 },
-    /// A request for `sectors` from `sector`, with its data at `at`, cut into two buffers after `cut` bytes.
+    /// A request for `sectors` from `sector`. Its data at `at` is split into two buffers after `cut` bytes.
     Request { write: bool, sector: u64, sectors: u64, at: u64, cut: u64 },
-    /// The extra memory comes, or goes and comes back with other contents.
+    /// Adds the extra region. Removes it first if it is present.
     Plug,
-    /// It goes.
+    /// Removes the extra region.
     Unplug,
-    /// It goes while the kernel has no memory.
+    /// Removes it while the kernel is out of memory.
     UnplugWithoutMemory { piece: u32 },
-    /// The function reads and writes by itself, in memory that no request and no CPU uses.
-    Stray { value: u8 },
-    /// The next command is lost, and the controller is reset for it.
+    /// The function reads and writes memory that no request and no CPU uses.
+    StrayDma { value: u8 },
+    /// Loses the next command, so that the controller is reset.
     Reset { write: bool },
 }
 
@@ -59,34 +59,34 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::Plug),
         1 => Just(Op::Unplug),
         1 => (1..5_u32).prop_map(|piece| Op::UnplugWithoutMemory { piece }),
-        2 => (1..200_u8).prop_map(|value| Op::Stray { value }),
+        2 => (1..200_u8).prop_map(|value| Op::StrayDma { value }),
         1 => any::<bool>().prop_map(|write| Op::Reset { write }),
     ]
 }
 
-/// The drive, a guest, and what each byte should be.
-struct World {
+/// The drive, a guest, and a model of memory and disk.
+struct Harness {
     drive: Drive,
-    driver: VirtDriver,
+    driver: SplitDriver,
     space: Arc<dyn AddressSpace>,
     extra: Option<Arc<Region>>,
     memory: Vec<u8>,
     disk: Vec<u8>,
 }
 
-/// The last page of the extra memory is the function's own.
-const STRAY: u64 = EXTRA_LEN - 0x1000;
+/// The last page of the extra region is accessed by the function alone.
+const STRAY_DMA: u64 = EXTRA_LEN - 0x1000;
 
-impl World {
+impl Harness {
     fn new() -> Self {
         let watch = WatchdogOptions { timeout: Duration::from_millis(20), retry: Duration::from_millis(1) };
-        let drive = Drive::watched(inline(), Duration::ZERO, Duration::from_secs(20), watch);
-        let driver = drive.driver(0, Shape::default());
+        let drive = Drive::with_watchdog(inline(), Duration::ZERO, Duration::from_secs(20), watch);
+        let driver = drive.driver(0, RingOptions::default());
         let space = drive.machine.staged_space();
         let disk = vec![0; SECTORS as usize * 512];
-        let mut world = Self { drive, driver, space, extra: None, memory: Vec::new(), disk };
-        world.plug();
-        world
+        let mut harness = Self { drive, driver, space, extra: None, memory: Vec::new(), disk };
+        harness.plug();
+        harness
     }
 
     fn table(&self, with: Option<&Arc<Region>>) -> Arc<MemTable> {
@@ -104,21 +104,21 @@ impl World {
         self.extra = Some(extra);
     }
 
-    /// As the session does it.
+    /// Removes the extra region as the vhost-user session does.
     fn unplug(&mut self) {
         let Some(extra) = self.extra.take() else { return };
-        self.drive.engine.withdraw(self.table(None), &[extra.gpa()]).unwrap();
+        self.drive.engine.remove_memory(self.table(None), &[extra.gpa()]).unwrap();
         match self.space.remove(&extra) {
             Err(MapError::DeviceMustBeIdle { .. }) => {
                 self.drive.engine.while_idle(|| self.space.remove_while_idle(&extra)).unwrap().unwrap();
             }
             other => other.unwrap(),
         }
-        assert!(bytes(&extra) == self.memory, "what CPUs see of memory that was taken away");
+        assert!(bytes(&extra) == self.memory, "contents of the removed region");
     }
 
-    /// Where requests and CPUs find memory now: the extra memory, or a part of the first as large.
-    fn place(&self) -> (Arc<Region>, u64) {
+    /// The region for requests and its start: the extra region, or part of the first.
+    fn buffer_region(&self) -> (Arc<Region>, u64) {
         self.extra.as_ref().map_or_else(|| (Arc::clone(&self.drive.region), DATA), |extra| (Arc::clone(extra), EXTRA))
     }
 
@@ -139,13 +139,13 @@ impl World {
                 self.unplug();
                 self.drive.machine.space_faults().unwrap().fail_nth_copy.store(0, SeqCst);
             }
-            Op::Stray { value } => self.stray(value),
+            Op::StrayDma { value } => self.stray_dma(value),
             Op::Reset { write } => self.reset(write),
         }
     }
 
     fn request(&mut self, write: bool, sector: u64, sectors: u64, (at, cut): (u64, u64)) {
-        let (region, base) = self.place();
+        let (region, base) = self.buffer_region();
         let len = sectors * 512;
         let cut = cut.clamp(1, len - 1);
         let parts = [(base + at, cut as u32), (base + at + cut, (len - cut) as u32)];
@@ -169,16 +169,16 @@ impl World {
         }
     }
 
-    /// All that was exposed is what CPUs held then, or what the function wrote since; never another owner's.
-    fn stray(&mut self, value: u8) {
+    /// The function must see what the CPUs wrote before the map, or what it wrote since; never contents from before.
+    fn stray_dma(&mut self, value: u8) {
         if self.extra.is_none() {
             return;
         }
-        let (at, iommu) = (STRAY as usize, self.drive.machine.iommu());
-        let place = Span::new(crate::addr::Iova(EXTRA + STRAY), 0x1000).unwrap().start();
+        let (at, iommu) = (STRAY_DMA as usize, self.drive.machine.iommu());
+        let place = Span::new(crate::addr::Iova(EXTRA + STRAY_DMA), 0x1000).unwrap().start();
         let mut found = vec![0; 0x1000];
         iommu.read(place, &mut found).unwrap();
-        assert!(found == self.memory[at..], "what the function finds");
+        assert!(found == self.memory[at..], "contents as the function sees them");
         found[128..1000].fill(value);
         iommu.write(place, &found).unwrap();
         self.memory[at..].copy_from_slice(&found);
@@ -204,21 +204,26 @@ proptest! {
 
     #[test]
     fn no_stale_byte_reaches_either_side_in_any_sequence(ops in proptest::collection::vec(op(), 1..40)) {
-        let mut world = World::new();
-        ops.iter().for_each(|op| world.apply(op));
-        world.unplug();
-        assert_eq!(world.drive.machine.stale_lines(), StaleLines::default());
-        assert_eq!(world.drive.machine.iommu().faults(), []);
+        let mut harness = Harness::new();
+        ops.iter().for_each(|op| harness.apply(op));
+        harness.unplug();
+        assert_eq!(harness.drive.machine.stale_lines(), StaleLines::default());
+        assert_eq!(harness.drive.machine.iommu().faults(), []);
     }
 }
 
 #[test]
-fn data_of_every_shape_are_right_behind_the_caches() {
+fn transfers_of_every_shape_are_correct_without_snooping() {
     for (queues, lba, sgl) in [(1, 512, false), (2, 4096, true)] {
-        let options = behind(Options { size: 16 << 20, queues, lba, sgl, mode: Mode::Threaded, ..Options::default() });
-        let drive =
-            Drive::watched(options, Duration::from_micros(20), Duration::from_secs(20), WatchdogOptions::default());
-        let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+        let options =
+            non_coherent(Options { size: 16 << 20, queues, lba, sgl, mode: Mode::Threaded, ..Options::default() });
+        let drive = Drive::with_watchdog(
+            options,
+            Duration::from_micros(20),
+            Duration::from_secs(20),
+            WatchdogOptions::default(),
+        );
+        let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, RingOptions::default())).collect();
 
         std::thread::scope(|scope| {
             for driver in &mut drivers {
@@ -232,16 +237,15 @@ fn data_of_every_shape_are_right_behind_the_caches() {
     }
 }
 
-/// A drive in inline mode, and a driver for its ring.
-fn simple() -> (Drive, VirtDriver) {
-    let drive = Drive::watched(inline(), Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
-    let driver = drive.driver(0, Shape::default());
+/// A non-coherent drive in inline mode, and a driver for its ring.
+fn drive_and_driver() -> (Drive, SplitDriver) {
+    let drive = Drive::with_watchdog(inline(), Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
+    let driver = drive.driver(0, RingOptions::default());
     (drive, driver)
 }
 
-/// Writes a block of ones and one of twos from `at`, where CPUs have just put them, and reads both back to where something
-/// else is cached.
-fn assert_round_trips(driver: &mut VirtDriver, at: u64) {
+/// Writes two blocks from `at` right after the CPUs have filled them, and reads both back over cached data.
+fn assert_round_trips(driver: &mut SplitDriver, at: u64) {
     for value in [1, 2] {
         driver.fill(at, &[value; 4096]);
         driver.send(OUT, u64::from(value) * 8, &[(at, 4096)]);
@@ -256,15 +260,15 @@ fn assert_round_trips(driver: &mut VirtDriver, at: u64) {
 }
 
 #[test]
-fn the_disk_gets_what_cpus_wrote_last_and_gives_it_back_over_what_they_cached() {
-    let (drive, mut driver) = simple();
+fn the_device_reads_what_cpus_wrote_and_cpus_read_what_the_device_wrote() {
+    let (drive, mut driver) = drive_and_driver();
     assert_round_trips(&mut driver, DATA);
     assert_eq!(drive.engine.statistics().bounced, 0);
 }
 
 #[test]
-fn so_it_does_through_a_bounce_buffer() {
-    let (drive, mut driver) = simple();
+fn bounced_transfers_are_coherent() {
+    let (drive, mut driver) = drive_and_driver();
     assert_round_trips(&mut driver, DATA + 1);
     assert_eq!(drive.engine.statistics().bounced, 4);
 }
@@ -272,26 +276,26 @@ fn so_it_does_through_a_bounce_buffer() {
 #[test]
 fn cpus_may_write_beside_a_buffer_while_the_device_fills_it() {
     let options = Options { latency: Duration::from_secs(1), ..inline() };
-    let drive = Drive::watched(options, Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
-    let mut driver = drive.driver(0, Shape::default());
+    let drive = Drive::with_watchdog(options, Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     driver.fill(DATA, &[7; 4096]);
     driver.send(IN, 0, &[(DATA + 512 + 32, 512)]);
-    until("the command", || drive.engine.statistics().doorbells == 1);
+    wait_until("the command", || drive.engine.statistics().doorbells == 1);
 
     driver.fill(DATA + 512, &[8; 32]);
     drive.machine.advance(Duration::from_secs(1));
     driver.wait(1);
 
-    assert!(driver.bytes(DATA + 512, 32) == [8; 32], "the neighbour's");
-    assert!(driver.bytes(DATA + 544, 512) == [0; 512], "the disk's");
+    assert!(driver.bytes(DATA + 512, 32) == [8; 32], "the CPUs' bytes");
+    assert!(driver.bytes(DATA + 544, 512) == [0; 512], "the disk's bytes");
 }
 
 #[test]
 fn a_read_flushes_its_own_bytes_twice_and_a_write_once() {
-    let (drive, mut driver) = simple();
+    let (drive, mut driver) = drive_and_driver();
     let flushed = || drive.engine.statistics().flushed_bytes;
     let mut before = flushed();
-    let mut cost = |driver: &mut VirtDriver, kind, at, len| {
+    let mut cost = |driver: &mut SplitDriver, kind, at, len| {
         driver.send(kind, 0, &[(at, len)]);
         driver.wait(1);
         let now = flushed();
@@ -304,10 +308,10 @@ fn a_read_flushes_its_own_bytes_twice_and_a_write_once() {
 }
 
 #[test]
-fn where_snooping_is_enforced_requests_flush_nothing() {
+fn requests_flush_nothing_if_snooping_is_enforced() {
     let options = Options { snoop_enforced: true, size: 16 << 20, ..inline() };
-    let drive = Drive::watched(options, Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
-    let mut driver = drive.driver(0, Shape::default());
+    let drive = Drive::with_watchdog(options, Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default());
+    let mut driver = drive.driver(0, RingOptions::default());
 
     soak(&mut driver, 512, 20);
 
@@ -318,14 +322,14 @@ fn where_snooping_is_enforced_requests_flush_nothing() {
 }
 
 #[test]
-fn a_request_of_many_commands_is_flushed_to_its_end() {
-    let drive = Drive::watched(
+fn a_request_of_several_commands_is_flushed_completely() {
+    let drive = Drive::with_watchdog(
         Options { mdts: 1, ..inline() },
         Duration::ZERO,
         Duration::from_secs(20),
         WatchdogOptions::default(),
     );
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     let bytes: Vec<u8> = (0..64_u32 << 10).map(|n| (n / 100 % 200) as u8).collect();
     driver.fill(DATA, &bytes);
 
@@ -339,15 +343,15 @@ fn a_request_of_many_commands_is_flushed_to_its_end() {
 }
 
 #[test]
-fn a_device_at_rest_gets_nothing_to_do_and_goes_on_afterwards() {
-    let (drive, mut driver) = simple();
+fn a_paused_device_gets_no_commands_until_it_is_resumed() {
+    let (drive, mut driver) = drive_and_driver();
     let kicks = || drive.engine.statistics().kicks;
 
     let act = || {
         let (reads, before) = (drive.machine.traffic().reads, kicks());
         let sent = driver.send(IN, 0, &[(DATA, 512)]);
-        // Between two times that a worker is woken, it has looked at its rings.
-        until("two wake-ups", || {
+        // Between two wake-ups the worker has polled its rings.
+        wait_until("two wake-ups", || {
             driver.kick();
             kicks() >= before + 2
         });
@@ -361,14 +365,14 @@ fn a_device_at_rest_gets_nothing_to_do_and_goes_on_afterwards() {
 }
 
 #[test]
-fn a_device_with_a_command_in_flight_does_not_rest() {
+fn a_pause_waits_for_commands_in_flight() {
     let options = Options { latency: Duration::from_secs(3600), ..inline() };
-    let drive = Drive::watched(options, Duration::ZERO, Duration::from_millis(50), WatchdogOptions::default());
-    let mut driver = drive.driver(0, Shape::default());
+    let drive = Drive::with_watchdog(options, Duration::ZERO, Duration::from_millis(50), WatchdogOptions::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     let sent = driver.send(IN, 0, &[(DATA, 512)]);
-    until("the command", || drive.engine.statistics().doorbells == 1);
+    wait_until("the command", || drive.engine.statistics().doorbells == 1);
 
-    // The command never comes back, so only a reset ends it.
+    // The command never completes. Only a reset ends it.
     let recoveries = drive.engine.while_idle(|| drive.engine.statistics().recoveries).unwrap();
 
     assert_eq!(recoveries, 1);

@@ -1,5 +1,5 @@
-//! A device in memory behind the engine's boundary: it moves real bytes between a `Vec` and the memory its address space
-//! names, completes when and in the order the test says, and can lose commands or refuse to come back.
+//! A fake device: a disk in memory that implements the engine's traits. It moves data between a `Vec` and the mapped memory.
+//! The test decides when and in which order commands complete, and can lose commands or make recovery fail.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,18 +17,18 @@ use crate::hardware::{AddressSpace, DmaBuffer, MapError};
 use crate::memory::Region;
 use crate::sys::SharedMemory;
 
-/// What the disk can do.
+/// Options of the fake disk.
 #[derive(Clone)]
-pub(super) struct Abilities {
+pub(super) struct DiskOptions {
     pub(super) queues: usize,
     pub(super) depth: usize,
     pub(super) max_transfer: u32,
-    /// Buffers at other addresses or of other lengths must be bounced.
+    /// Alignment of addresses and lengths that need no bouncing, bytes.
     pub(super) alignment: u64,
     pub(super) geometry: Geometry,
 }
 
-impl Default for Abilities {
+impl Default for DiskOptions {
     fn default() -> Self {
         let geometry = Geometry {
             blocks: 2048,
@@ -47,9 +47,9 @@ impl Default for Abilities {
     }
 }
 
-/// One command as the device got it.
+/// A command as the device received it.
 #[derive(Clone, Debug)]
-pub(super) struct Entry {
+pub(super) struct DiskCommand {
     pub(super) queue: usize,
     pub(super) command: Command,
     data: Vec<Span<Iova>>,
@@ -62,73 +62,73 @@ struct State {
     medium: Vec<u8>,
     memory: Vec<(Span<Iova>, SharedMemory)>,
     next_iova: u64,
-    /// Commands that the device has been told of.
-    held: Vec<Entry>,
+    /// Commands that have been rung and not completed.
+    held: Vec<DiskCommand>,
     done: Vec<VecDeque<Completion>>,
     events: Vec<Option<Arc<OwnedFd>>>,
     hold: bool,
     outcome: Option<Outcome>,
     live_queues: usize,
-    dead: bool,
+    recovery_fails: bool,
     cache_switches: Vec<bool>,
     recoveries: usize,
     shut_down: bool,
     most_in_flight: usize,
-    rings: usize,
+    doorbells: usize,
 }
 
-/// The test's hand on the disk; clones share it.
+/// The fake disk. Clones share its state.
 #[derive(Clone)]
-pub(super) struct Disk {
+pub(super) struct FakeDisk {
     state: Arc<Mutex<State>>,
-    abilities: Arc<Abilities>,
+    options: Arc<DiskOptions>,
 }
 
-impl Disk {
-    pub(super) fn new(abilities: Abilities) -> Self {
-        let geometry = &abilities.geometry;
+impl FakeDisk {
+    pub(super) fn new(options: DiskOptions) -> Self {
+        let geometry = &options.geometry;
         let medium = vec![0; geometry.blocks as usize * geometry.block_size as usize];
         let state = State { medium, next_iova: 1 << 44, ..State::default() };
-        Self { state: Arc::new(Mutex::new(state)), abilities: Arc::new(abilities) }
+        Self { state: Arc::new(Mutex::new(state)), options: Arc::new(options) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
 
-    /// From now on commands wait for [`Self::release`].
+    /// Holds commands from now on until [`Self::complete`].
     pub(super) fn hold(&self) {
         self.state().hold = true;
     }
 
-    /// From now on commands complete as they are rung; so do those held.
-    pub(super) fn unhold(&self) {
+    /// Completes the held commands now, and later ones when they are rung.
+    pub(super) fn resume(&self) {
         self.state().hold = false;
         while !self.held().is_empty() {
-            self.release(0);
+            self.complete(0);
         }
     }
 
-    /// The commands held.
-    pub(super) fn held(&self) -> Vec<Entry> {
+    /// The held commands.
+    pub(super) fn held(&self) -> Vec<DiskCommand> {
         self.state().held.clone()
     }
 
     /// Executes the held command at `index` and completes it.
-    pub(super) fn release(&self, index: usize) {
+    pub(super) fn complete(&self, index: usize) {
         let mut state = self.state();
         let entry = state.held.remove(index);
-        state.execute(&entry, self.abilities.geometry.block_size as usize);
+        state.execute(&entry, self.options.geometry.block_size as usize);
     }
 
-    /// How all commands end from now on.
+    /// Sets the outcome of all commands from now on.
     pub(super) fn set_outcome(&self, outcome: Outcome) {
         self.state().outcome = Some(outcome);
     }
 
-    /// After this the device never comes back from a reset.
-    pub(super) fn die(&self) {
-        self.state().dead = true;
+    /// Makes every recovery fail from now on.
+    pub(super) fn fail_recovery(&self) {
+        self.state().recovery_fails = true;
     }
 
     pub(super) fn recoveries(&self) -> usize {
@@ -143,8 +143,8 @@ impl Disk {
         self.state().most_in_flight
     }
 
-    pub(super) fn rings(&self) -> usize {
-        self.state().rings
+    pub(super) fn doorbells(&self) -> usize {
+        self.state().doorbells
     }
 
     pub(super) fn read(&self, offset: usize, len: usize) -> Vec<u8> {
@@ -160,11 +160,11 @@ impl Disk {
         let mut state = self.state();
         state.live_queues += 1;
         state.events[number] = Some(Arc::clone(&event));
-        Box::new(DiskQueue { disk: self.clone(), number, event, new: Vec::new(), in_flight: 0 })
+        Box::new(FakeDiskQueue { disk: self.clone(), number, event, new: Vec::new(), in_flight: 0 })
     }
 
     fn queues(&self) -> Vec<Box<dyn Queue>> {
-        let count = self.abilities.queues;
+        let count = self.options.queues;
         let mut state = self.state();
         state.held.clear();
         state.done = vec![VecDeque::new(); count];
@@ -175,7 +175,7 @@ impl Disk {
 }
 
 impl State {
-    fn execute(&mut self, entry: &Entry, block_size: usize) {
+    fn execute(&mut self, entry: &DiskCommand, block_size: usize) {
         let outcome = self.outcome.unwrap_or(Outcome::Success);
         if outcome == Outcome::Success {
             match entry.command {
@@ -188,7 +188,7 @@ impl State {
                 Command::WriteZeroes { block, count, .. } => {
                     self.medium[block as usize * block_size..][..count as usize * block_size].fill(0);
                 }
-                // A discarded block says so.
+                // Fill discarded blocks with 0xdd.
                 Command::Flush => {
                     for range in &entry.ranges {
                         let start = range.first as usize * block_size;
@@ -203,13 +203,13 @@ impl State {
         }
     }
 
-    fn transfer(&mut self, entry: &Entry, block: usize, count: usize, block_size: usize, read: bool) {
+    fn transfer(&mut self, entry: &DiskCommand, block: usize, count: usize, block_size: usize, read: bool) {
         let (mut at, end) = (block * block_size, (block + count) * block_size);
         for span in &entry.data {
             for byte in 0..span.len() {
                 let address = span.start().checked_add(byte).unwrap();
                 let found = self.memory.iter().find(|(mapped, _)| mapped.contains(address));
-                let (mapped, shared) = found.unwrap_or_else(|| panic!("DMA to {address}, which is not mapped"));
+                let (mapped, shared) = found.unwrap_or_else(|| panic!("DMA to unmapped {address}"));
                 let offset = mapped.offset_of(address).unwrap() as usize;
                 if read {
                     shared.write_u8(offset, self.medium[at]);
@@ -219,11 +219,11 @@ impl State {
                 at += 1;
             }
         }
-        assert_eq!(at, end, "a command moves as many bytes as its buffers hold");
+        assert_eq!(at, end, "a command transfers all of its buffers");
     }
 }
 
-impl AddressSpace for Disk {
+impl AddressSpace for FakeDisk {
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
         self.state().memory.push((region.gpa().identity_iova(), region.memory().clone()));
         Ok(())
@@ -244,9 +244,9 @@ impl AddressSpace for Disk {
     }
 }
 
-impl Driver for Disk {
+impl Driver for FakeDisk {
     fn geometry(&self) -> &Geometry {
-        &self.abilities.geometry
+        &self.options.geometry
     }
 
     fn take_queues(&mut self) -> Vec<Box<dyn Queue>> {
@@ -259,7 +259,7 @@ impl Driver for Disk {
             assert_eq!(state.live_queues, 0, "all former queues have been dropped");
             state.recoveries += 1;
             state.held.clear();
-            anyhow::ensure!(!state.dead, "the controller does not become ready");
+            anyhow::ensure!(!state.recovery_fails, "the controller does not become ready");
         }
         Ok(self.queues())
     }
@@ -292,21 +292,21 @@ impl Driver for Disk {
     }
 }
 
-struct DiskQueue {
-    disk: Disk,
+struct FakeDiskQueue {
+    disk: FakeDisk,
     number: usize,
     event: Arc<OwnedFd>,
-    new: Vec<Entry>,
+    new: Vec<DiskCommand>,
     in_flight: usize,
 }
 
-impl Drop for DiskQueue {
+impl Drop for FakeDiskQueue {
     fn drop(&mut self) {
         self.disk.state().live_queues -= 1;
     }
 }
 
-/// The pieces of `buffers` that `bytes` bytes from `position` on cover.
+/// The parts of `buffers` from `position` on, `bytes` bytes in all.
 fn cut(buffers: &[Span<Iova>], mut position: u64, mut bytes: u64) -> Vec<Span<Iova>> {
     let mut pieces = Vec::new();
     for span in buffers {
@@ -322,14 +322,14 @@ fn cut(buffers: &[Span<Iova>], mut position: u64, mut bytes: u64) -> Vec<Span<Io
     pieces
 }
 
-impl Queue for DiskQueue {
+impl Queue for FakeDiskQueue {
     fn extent(&self, buffers: &[Span<Iova>], position: u64, bounce_limit: u32) -> Extent {
         let total: u64 = buffers.iter().map(Span::len).sum();
-        let abilities = &self.disk.abilities;
-        let block = abilities.geometry.block_size;
-        let most = u32::try_from(total - position).unwrap_or(u32::MAX / block * block).min(abilities.max_transfer);
+        let options = &self.disk.options;
+        let block = options.geometry.block_size;
+        let most = u32::try_from(total - position).unwrap_or(u32::MAX / block * block).min(options.max_transfer);
         let aligned = |span: &Span<Iova>| {
-            span.start().is_aligned(abilities.alignment) && span.len().is_multiple_of(abilities.alignment)
+            span.start().is_aligned(options.alignment) && span.len().is_multiple_of(options.alignment)
         };
         let direct = cut(buffers, position, u64::from(most)).iter().all(aligned);
         Extent { bytes: if direct { most } else { most.min(bounce_limit) }, direct, listed: false }
@@ -343,19 +343,19 @@ impl Queue for DiskQueue {
         bytes: u32,
         tag: u32,
     ) -> Result<(), Full> {
-        if self.in_flight == self.disk.abilities.depth {
+        if self.in_flight == self.disk.options.depth {
             return Err(Full);
         }
         self.in_flight += 1;
         let mut state = self.disk.state();
         state.most_in_flight = state.most_in_flight.max(self.in_flight);
         let data = cut(buffers, position, u64::from(bytes));
-        self.new.push(Entry { queue: self.number, command, data, ranges: Vec::new(), tag });
+        self.new.push(DiskCommand { queue: self.number, command, data, ranges: Vec::new(), tag });
         Ok(())
     }
 
     fn discard(&mut self, ranges: &[Blocks], tag: u32) -> Result<(), Full> {
-        let limits = self.disk.abilities.geometry.discard.unwrap();
+        let limits = self.disk.options.geometry.discard.unwrap();
         let blocks: u64 = ranges.iter().map(|range| u64::from(range.count)).sum();
         assert!((1..=usize::from(limits.ranges)).contains(&ranges.len()) && blocks <= limits.blocks);
         assert!(ranges.iter().all(|range| (1..=limits.range_blocks).contains(&range.count)));
@@ -366,12 +366,12 @@ impl Queue for DiskQueue {
 
     fn ring(&mut self) {
         let mut state = self.disk.state();
-        state.rings += 1;
+        state.doorbells += 1;
         for entry in self.new.drain(..) {
             if state.hold {
                 state.held.push(entry);
             } else {
-                state.execute(&entry, self.disk.abilities.geometry.block_size as usize);
+                state.execute(&entry, self.disk.options.geometry.block_size as usize);
             }
         }
     }

@@ -1,5 +1,5 @@
-//! The short way beside the general one, over the same bytes: what is accepted at a glance must be what the general way makes
-//! of it.
+//! Compares the fast path with the general path on the same memory: a request that the fast path accepts must give the same
+//! transfer on the general path.
 
 use std::sync::Arc;
 
@@ -29,16 +29,16 @@ const SIZE: u16 = 8;
 const AVAIL: u16 = 0x80;
 const SECTORS: u64 = 64;
 
-/// Where a request's three descriptors are.
+/// Layout of the ring, and whether the request uses an indirect table.
 #[derive(Clone, Copy, Debug)]
-struct Form {
+struct Placement {
     layout: Layout,
     indirect: bool,
 }
 
 #[derive(Clone, Debug)]
-struct Scene {
-    form: Form,
+struct TestRequest {
+    placement: Placement,
     kind: u32,
     sector: u64,
     descs: [Desc; 3],
@@ -49,11 +49,11 @@ struct Scene {
     read_only: bool,
 }
 
-/// A request as a driver makes it.
-fn plain(form: Form, write: bool, sector: u64, data: (u64, u32)) -> Scene {
+/// A request as drivers build it.
+fn well_formed(placement: Placement, write: bool, sector: u64, data: (u64, u32)) -> TestRequest {
     let direction = if write { 0 } else { WRITE };
-    Scene {
-        form,
+    TestRequest {
+        placement,
         kind: u32::from(write),
         sector,
         descs: [
@@ -68,16 +68,16 @@ fn plain(form: Form, write: bool, sector: u64, data: (u64, u32)) -> Scene {
     }
 }
 
-fn setup(scene: &Scene) -> VringSetup {
-    let ring = bare::setup(scene.form.layout, SIZE, [DESC, DRIVER, DEVICE]);
-    VringSetup { indirect: scene.negotiated, ..ring }
+fn setup(request: &TestRequest) -> VringSetup {
+    let ring = bare::setup(request.placement.layout, SIZE, [DESC, DRIVER, DEVICE]);
+    VringSetup { indirect: request.negotiated, ..ring }
 }
 
-/// Guest memory in which the scene's request is offered.
-fn guest(scene: &Scene) -> GuestMemoryView {
+/// Guest memory with the request available in its ring.
+fn guest(request: &TestRequest) -> GuestMemoryView {
     let (region, _) = bare::region(MEMORY);
     let memory = region.memory();
-    let packed = scene.form.layout == Layout::Packed;
+    let packed = request.placement.layout == Layout::Packed;
     let put = |at: u64, desc: Desc, avail: u16| {
         let ends = if packed { [7, desc.flags | avail] } else { [desc.flags, desc.next] };
         let at = usize::try_from(at).unwrap();
@@ -86,16 +86,16 @@ fn guest(scene: &Scene) -> GuestMemoryView {
         memory.write_u16(at + 12, ends[0]);
         memory.write_u16(at + 14, ends[1]);
     };
-    let (start, avail) = if scene.form.indirect { (TABLE, 0) } else { (DESC, AVAIL) };
-    for (at, desc) in (start..).step_by(16).zip(scene.descs) {
+    let (start, avail) = if request.placement.indirect { (TABLE, 0) } else { (DESC, AVAIL) };
+    for (at, desc) in (start..).step_by(16).zip(request.descs) {
         put(at, desc, avail);
     }
-    if scene.form.indirect {
-        let (len, flags) = scene.table;
+    if request.placement.indirect {
+        let (len, flags) = request.table;
         put(DESC, Desc { addr: TABLE, len, flags, next: 0 }, AVAIL);
     }
-    memory.write_u32(usize::try_from(HEADER).unwrap(), scene.kind);
-    memory.write_u64(usize::try_from(HEADER).unwrap() + 8, scene.sector);
+    memory.write_u32(usize::try_from(HEADER).unwrap(), request.kind);
+    memory.write_u64(usize::try_from(HEADER).unwrap() + 8, request.sector);
     if !packed {
         memory.write_u16(usize::try_from(DRIVER).unwrap() + 2, 1);
     }
@@ -104,32 +104,33 @@ fn guest(scene: &Scene) -> GuestMemoryView {
     guest
 }
 
-fn disk(scene: &Scene) -> Disk {
-    let blocks = SECTORS * 512 / u64::from(scene.block_size);
-    let geometry = Geometry { blocks, block_size: scene.block_size, read_only: scene.read_only, ..Geometry::default() };
+fn disk(request: &TestRequest) -> Disk {
+    let blocks = SECTORS * 512 / u64::from(request.block_size);
+    let geometry =
+        Geometry { blocks, block_size: request.block_size, read_only: request.read_only, ..Geometry::default() };
     Disk::new(&geometry, Arc::new(LiveGeometry::of(&geometry)))
 }
 
-/// The short way's transfer, and where the ring stands after it.
-fn short(scene: &Scene) -> Option<(Transfer, u16, u32)> {
-    let mut guest = guest(scene);
-    let mut queue = Virtqueue::new(&setup(scene), guest.table()).unwrap();
+/// The fast path's transfer, the head, and the ring's base after it.
+fn fast_transfer(request: &TestRequest) -> Option<(Transfer, u16, u32)> {
+    let mut guest = guest(request);
+    let mut queue = Virtqueue::new(&setup(request), guest.table()).unwrap();
     assert_ne!(queue.available().unwrap(), 0);
-    let fast = queue.fast(&mut guest)?;
-    let transfer = Transfer::of(&fast, &mut guest, &disk(scene))?;
+    let fast = queue.peek_fast(&mut guest)?;
+    let transfer = Transfer::of(&fast, &mut guest, &disk(request))?;
     queue.take_fast(&fast);
     Some((transfer, fast.head().id(), queue.base()))
 }
 
-/// The general way's, if the request is a transfer of one buffer.
-fn general(scene: &Scene) -> Option<(Transfer, u16, u32)> {
-    let mut guest = guest(scene);
-    let mut queue = Virtqueue::new(&setup(scene), guest.table()).unwrap();
+/// The same from the general path, if the request is a transfer of one buffer.
+fn general_transfer(request: &TestRequest) -> Option<(Transfer, u16, u32)> {
+    let mut guest = guest(request);
+    let mut queue = Virtqueue::new(&setup(request), guest.table()).unwrap();
     let (mut chain, mut data) = (Chain::default(), Data::default());
     if !queue.take(&mut guest, &mut chain).ok()? {
         return None;
     }
-    let (pending_used, job) = parse(&chain, &mut guest, &disk(scene), &mut data);
+    let (pending_used, job) = parse(&chain, &mut guest, &disk(request), &mut data);
     let status = pending_used.status();
     let head = pending_used.complete();
     let Job::Device { operation: operation @ (Operation::Read | Operation::Write), block, bytes } = job else {
@@ -140,16 +141,17 @@ fn general(scene: &Scene) -> Option<(Transfer, u16, u32)> {
     Some((Transfer { operation, block, data, status: status.unwrap() }, head.id(), queue.base()))
 }
 
-fn forms() -> impl Strategy<Value = Form> {
+fn placements() -> impl Strategy<Value = Placement> {
     (prop_oneof![Just(Layout::Split), Just(Layout::Packed)], any::<bool>())
-        .prop_map(|(layout, indirect)| Form { layout, indirect })
+        .prop_map(|(layout, indirect)| Placement { layout, indirect })
 }
 
-/// A request as a driver makes it, with a few things changed.
-fn near() -> impl Strategy<Value = Scene> {
-    let start = (forms(), any::<bool>(), 0..SECTORS, 0..16_u64, 1..9_u32);
-    let start = start
-        .prop_map(|(form, write, sector, at, blocks)| plain(form, write, sector, (0x6000 + at * 512, blocks * 512)));
+/// A well-formed request with up to two fields changed.
+fn mutated_request() -> impl Strategy<Value = TestRequest> {
+    let start = (placements(), any::<bool>(), 0..SECTORS, 0..16_u64, 1..9_u32);
+    let start = start.prop_map(|(placement, write, sector, at, blocks)| {
+        well_formed(placement, write, sector, (0x6000 + at * 512, blocks * 512))
+    });
     let odd_len = prop_oneof![Just(0), Just(1), Just(2), Just(15), Just(16), Just(17), Just(512), any::<u32>()];
     let odd_addr = prop_oneof![
         Just(HEADER),
@@ -161,23 +163,23 @@ fn near() -> impl Strategy<Value = Scene> {
         any::<u64>()
     ];
     let change = (0..13_usize, 0..3_usize, odd_len, odd_addr, 0..8_u16, 0..=SIZE);
-    (start, prop::collection::vec(change, 0..3)).prop_map(|(mut scene, changes)| {
-        for (what, which, len, addr, flags, next) in changes {
-            let desc = &mut scene.descs[which];
-            match what {
+    (start, prop::collection::vec(change, 0..3)).prop_map(|(mut request, changes)| {
+        for (field, which, len, addr, flags, next) in changes {
+            let desc = &mut request.descs[which];
+            match field {
                 0 | 1 => desc.len = len,
                 2 | 3 => desc.addr = addr,
                 4 | 5 => desc.flags = flags,
                 6 => desc.next = next,
-                7 => scene.table = (len, INDIRECT),
-                8 => scene.table.1 = flags,
-                9 => scene.negotiated = false,
-                10 => scene.block_size = 4096,
-                11 => scene.read_only = true,
-                _ => (scene.kind, scene.sector) = (len, addr),
+                7 => request.table = (len, INDIRECT),
+                8 => request.table.1 = flags,
+                9 => request.negotiated = false,
+                10 => request.block_size = 4096,
+                11 => request.read_only = true,
+                _ => (request.kind, request.sector) = (len, addr),
             }
         }
-        scene
+        request
     })
 }
 
@@ -185,19 +187,19 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
 
     #[test]
-    fn what_is_accepted_at_a_glance_is_what_the_general_way_makes_of_it(scene in near()) {
-        if let Some(accepted) = short(&scene) {
-            prop_assert_eq!(Some(accepted), general(&scene));
+    fn the_fast_path_agrees_with_the_general_path(request in mutated_request()) {
+        if let Some(accepted) = fast_transfer(&request) {
+            prop_assert_eq!(Some(accepted), general_transfer(&request));
         }
     }
 
     #[test]
-    fn a_request_as_drivers_make_it_is_accepted_at_a_glance(
-        form in forms(), write in any::<bool>(), sector in 0..SECTORS - 8, at in 0x6000..0xf000_u64, blocks in 1..8_u32,
+    fn the_fast_path_accepts_well_formed_requests(
+        placement in placements(), write in any::<bool>(), sector in 0..SECTORS - 8, at in 0x6000..0xf000_u64, blocks in 1..8_u32,
     ) {
-        let scene = plain(form, write, sector, (at, blocks * 512));
+        let request = well_formed(placement, write, sector, (at, blocks * 512));
 
-        let (transfer, ..) = short(&scene).ok_or_else(|| TestCaseError::fail("not accepted"))?;
+        let (transfer, ..) = fast_transfer(&request).ok_or_else(|| TestCaseError::fail("not accepted"))?;
 
         let operation = if write { Operation::Write } else { Operation::Read };
         let data = Span::new(Gpa(at), u64::from(blocks) * 512).unwrap().identity_iova();

@@ -1,28 +1,28 @@
-//! What no driver should do, one test each: the request ends with an error the driver can see, or the ring is broken and
-//! says so; and in every case the next ring, or the next request, is served as if nothing had happened.
+//! A hostile driver on a split ring. Each invalid request completes with an error, or the ring fails and signals its err
+//! eventfd. The next request, or the other ring, is served as before.
 
 use std::time::Duration;
 
-use super::disk::Abilities;
+use super::disk::DiskOptions;
 use super::rig::*;
 
 /// Bytes of one block.
 const BLOCK: u32 = 512;
 
-fn rig() -> (Rig, VirtDriver) {
-    let rig = Rig::new(Abilities::default());
-    let driver = rig.driver(0, Shape { size: 16, ..Shape::default() });
+fn rig() -> (Rig, SplitDriver) {
+    let rig = Rig::new(DiskOptions::default());
+    let driver = rig.driver(0, RingOptions { size: 16, ..RingOptions::default() });
     (rig, driver)
 }
 
 /// A well-formed read still succeeds.
-fn still_serves(driver: &mut VirtDriver) -> bool {
+fn still_serves(driver: &mut SplitDriver) -> bool {
     let sent = driver.send(IN, 0, &[(DATA, BLOCK)]);
     driver.wait(1) == [(u32::from(sent.head), BLOCK + 1)] && driver.status(sent) == 0
 }
 
-/// Offers `head`, and gives its used length.
-fn used_len(driver: &mut VirtDriver, head: u16) -> u32 {
+/// Makes `head` available. Returns the length in its used entry.
+fn used_len(driver: &mut SplitDriver, head: u16) -> u32 {
     driver.offer(head);
     driver.kick();
     let used = driver.wait(1);
@@ -31,7 +31,7 @@ fn used_len(driver: &mut VirtDriver, head: u16) -> u32 {
 }
 
 #[test]
-fn a_link_out_of_the_table_has_no_status() {
+fn a_link_outside_the_table_gets_no_status() {
     let (rig, mut driver) = rig();
     let head = driver.raw(Desc { addr: DATA, len: 16, flags: NEXT, next: 16 });
 
@@ -63,7 +63,7 @@ fn a_loop_in_an_indirect_table_ends() {
 }
 
 #[test]
-fn an_indirect_table_inside_another_is_refused() {
+fn a_nested_indirect_table_is_refused() {
     let (_rig, mut driver) = rig();
     driver.write_desc(DATA, 0, Desc { addr: DATA + 64, len: 16, flags: INDIRECT, next: 0 });
     let head = driver.raw(Desc { addr: DATA, len: 16, flags: INDIRECT, next: 0 });
@@ -73,7 +73,7 @@ fn an_indirect_table_inside_another_is_refused() {
 }
 
 #[test]
-fn an_indirect_table_with_a_successor_is_refused() {
+fn an_indirect_descriptor_with_next_is_refused() {
     let (_rig, mut driver) = rig();
     let head = driver.raw(Desc { addr: DATA, len: 16, flags: INDIRECT | NEXT, next: 1 });
 
@@ -103,8 +103,8 @@ fn an_indirect_table_outside_memory_is_refused() {
 
 #[test]
 fn an_indirect_table_that_was_not_negotiated_is_refused() {
-    let rig = Rig::new(Abilities::default());
-    let (mut driver, setup) = rig.unstarted(0, Shape::default());
+    let rig = Rig::new(DiskOptions::default());
+    let (mut driver, setup) = rig.stopped_driver(0, RingOptions::default());
     rig.engine.start_ring(crate::engine::VringSetup { indirect: false, ..setup }).unwrap();
     rig.engine.set_enabled(0, true);
     let head = driver.raw(Desc { addr: DATA, len: 48, flags: INDIRECT, next: 0 });
@@ -125,7 +125,7 @@ fn a_readable_buffer_after_a_writable_one_gets_an_error_status() {
 }
 
 #[test]
-fn a_chain_with_nothing_writable_is_given_back_empty() {
+fn a_chain_without_writable_buffers_is_returned_with_length_0() {
     let (_rig, mut driver) = rig();
     let header = driver.header(OUT, 0);
     let head = driver.link(&[(header, 16, 0), (DATA, BLOCK, 0)]);
@@ -179,7 +179,7 @@ fn data_outside_memory_gets_an_error_status_and_no_command() {
             assert_eq!(driver.status(sent), 1);
         }
     }
-    assert_eq!(rig.disk.rings(), 0);
+    assert_eq!(rig.disk.doorbells(), 0);
     assert!(still_serves(&mut driver));
 }
 
@@ -204,7 +204,7 @@ fn sectors_past_the_end_get_an_error_status() {
         assert_eq!(driver.wait(1), [(u32::from(sent.head), 1)], "{sector}");
         assert_eq!(driver.status(sent), 1);
     }
-    assert_eq!(rig.disk.rings(), 0);
+    assert_eq!(rig.disk.doorbells(), 0);
 
     let last = driver.send(IN, sectors - 1, &[(DATA, BLOCK)]);
     driver.wait(1);
@@ -212,11 +212,11 @@ fn sectors_past_the_end_get_an_error_status() {
 }
 
 #[test]
-fn parts_of_a_block_get_an_error_status() {
-    let mut abilities = Abilities::default();
-    (abilities.geometry.block_size, abilities.geometry.blocks) = (4096, 64);
-    let rig = Rig::new(abilities);
-    let mut driver = rig.driver(0, Shape::default());
+fn partial_blocks_get_an_error_status() {
+    let mut options = DiskOptions::default();
+    (options.geometry.block_size, options.geometry.blocks) = (4096, 64);
+    let rig = Rig::new(options);
+    let mut driver = rig.driver(0, RingOptions::default());
     for (sector, len) in [(0, 512), (1, 4096), (8, 4097), (8, 1), (7, 8192)] {
         let sent = driver.send(IN, sector, &[(DATA, len)]);
         assert_eq!(driver.wait(1), [(u32::from(sent.head), 1)], "{sector} {len}");
@@ -228,31 +228,31 @@ fn parts_of_a_block_get_an_error_status() {
 }
 
 #[test]
-fn a_transfer_of_nothing_succeeds_without_the_device() {
+fn a_transfer_of_zero_bytes_succeeds_without_the_device() {
     let (rig, mut driver) = rig();
     let sent = driver.send(IN, 0, &[]);
     assert_eq!(driver.wait(1), [(u32::from(sent.head), 1)]);
     assert_eq!(driver.status(sent), 0);
-    assert_eq!(rig.disk.rings(), 0);
+    assert_eq!(rig.disk.doorbells(), 0);
 }
 
 #[test]
 fn writes_to_a_read_only_disk_are_refused() {
-    let mut abilities = Abilities::default();
-    abilities.geometry.read_only = true;
-    let rig = Rig::new(abilities);
-    let mut driver = rig.driver(0, Shape::default());
+    let mut options = DiskOptions::default();
+    options.geometry.read_only = true;
+    let rig = Rig::new(options);
+    let mut driver = rig.driver(0, RingOptions::default());
 
     let sent = driver.send(OUT, 0, &[(DATA, BLOCK)]);
 
     driver.wait(1);
     assert_eq!(driver.status(sent), 1);
-    assert_eq!(rig.disk.rings(), 0);
+    assert_eq!(rig.disk.doorbells(), 0);
     assert!(still_serves(&mut driver));
 }
 
 #[test]
-fn an_unknown_request_is_unsupported() {
+fn an_unknown_request_type_is_unsupported() {
     let (_rig, mut driver) = rig();
     for kind in [2, 3, 5, 12, 14, 0x8000_0000, u32::MAX] {
         let sent = driver.send(kind, 0, &[]);
@@ -263,9 +263,9 @@ fn an_unknown_request_is_unsupported() {
 }
 
 #[test]
-fn a_jump_of_the_available_index_breaks_the_ring_and_no_other() {
+fn a_jump_of_the_avail_index_fails_the_ring_and_no_other() {
     let (rig, mut driver) = rig();
-    let mut other = rig.driver(1, Shape::default());
+    let mut other = rig.driver(1, RingOptions::default());
 
     driver.set_avail_idx(17);
     driver.kick();
@@ -279,16 +279,16 @@ fn a_jump_of_the_available_index_breaks_the_ring_and_no_other() {
     assert_eq!(driver.used_idx(), 0);
     assert_eq!(count(&driver.err), 1);
 
-    // Restarted, it serves again.
+    // After a restart the ring is served again.
     assert_eq!(rig.engine.stop_ring(0).unwrap(), Some(0));
-    let mut driver = rig.driver(0, Shape { size: 16, ..Shape::default() });
+    let mut driver = rig.driver(0, RingOptions { size: 16, ..RingOptions::default() });
     assert!(still_serves(&mut driver));
 }
 
 #[test]
-fn a_head_out_of_the_table_breaks_the_ring() {
+fn a_head_outside_the_table_fails_the_ring() {
     let (rig, mut driver) = rig();
-    let mut other = rig.driver(1, Shape::default());
+    let mut other = rig.driver(1, RingOptions::default());
 
     driver.offer(16);
     driver.kick();
@@ -300,33 +300,33 @@ fn a_head_out_of_the_table_breaks_the_ring() {
 }
 
 #[test]
-fn a_chain_offered_again_and_again_keeps_to_the_size_of_the_ring() {
-    let rig = Rig::new(Abilities { depth: 1024, ..Abilities::default() });
-    let mut driver = rig.driver(0, Shape { size: 16, ..Shape::default() });
+fn a_chain_made_available_repeatedly_does_not_exceed_the_ring_size() {
+    let rig = Rig::new(DiskOptions { depth: 1024, ..DiskOptions::default() });
+    let mut driver = rig.driver(0, RingOptions { size: 16, ..RingOptions::default() });
     rig.disk.hold();
 
     let head = driver.request(IN, 0, &[(DATA, BLOCK)]).head;
     (0..15).for_each(|_| driver.offer(head));
     driver.kick();
-    until("a ring's worth in flight", || rig.disk.held().len() == 16);
+    wait_until("a ring's worth in flight", || rig.disk.held().len() == 16);
     (0..16).for_each(|_| driver.offer(head));
     driver.kick();
-    let mut other = rig.driver(1, Shape::default());
+    let mut other = rig.driver(1, RingOptions::default());
     let sent = other.send(99, 0, &[]);
     assert_eq!(other.wait(1), [(u32::from(sent.head), 1)]);
     assert_eq!(rig.disk.held().len(), 16);
 
-    rig.disk.unhold();
-    until("both rounds", || driver.used_idx() == 32);
+    rig.disk.resume();
+    wait_until("both rounds", || driver.used_idx() == 32);
 }
 
 #[test]
-fn a_ring_that_does_not_fit_its_memory_is_not_started() {
+fn a_ring_with_invalid_parameters_is_not_started() {
     use crate::addr::{Gpa, Span};
     use crate::engine::{EngineError, VringSetup};
-    let rig = Rig::new(Abilities::default());
+    let rig = Rig::new(DiskOptions::default());
     let setup = |change: &dyn Fn(&mut VringSetup)| {
-        let (_, mut setup) = rig.unstarted(0, Shape::default());
+        let (_, mut setup) = rig.stopped_driver(0, RingOptions::default());
         change(&mut setup);
         rig.engine.start_ring(setup)
     };

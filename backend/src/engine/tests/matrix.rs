@@ -1,9 +1,9 @@
-//! Every kind of ring over the NVMe driver and the emulated drive: layout × indirect × how the driver is notified × size,
-//! and many rings of all kinds at once while they are enabled and disabled in any order.
+//! Every kind of ring with the NVMe driver and the emulated drive: layout × indirect × notification × size. Also many rings of
+//! all kinds at once, while they are enabled and disabled in any order.
 
 use std::time::Duration;
 
-use super::nvme::{Drive, Numbers};
+use super::nvme::{Drive, Xorshift};
 use super::packed_driver::{DISABLE, PackedDriver};
 use super::rig::*;
 use crate::emulated::{Mode, Options};
@@ -17,19 +17,19 @@ const LBA: u64 = 512;
 /// Blocks of the drive that belong to one ring.
 const BLOCKS: u64 = 64;
 
-/// When a driver wants calls.
+/// How the driver is notified.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Calls {
     /// EVENT_IDX negotiated.
     EventIdx,
-    /// Flags, turned on when there is nothing to do.
+    /// Flags. Calls are enabled while the used ring is empty.
     Flags,
-    /// Never; the driver looks.
+    /// Never. The driver polls.
     Never,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Kind {
+struct RingKind {
     layout: Layout,
     indirect: bool,
     calls: Calls,
@@ -38,34 +38,34 @@ struct Kind {
 
 /// A driver of either layout.
 enum Driver {
-    Split(VirtDriver),
+    Split(SplitDriver),
     Packed(PackedDriver),
 }
 
-struct GuestMemoryView {
-    kind: Kind,
+struct GuestDriver {
+    kind: RingKind,
     driver: Driver,
     start: u64,
-    numbers: Numbers,
-    /// What its part of the drive holds.
+    numbers: Xorshift,
+    /// Expected contents of its part of the drive.
     model: Vec<u8>,
     tables: u64,
 }
 
-/// A request on its way: what it reads, or nothing.
-struct Pending {
+/// A request in flight. `read` has the buffer and the expected data of a read.
+struct PendingRequest {
     head: u32,
     status: u64,
     read: Option<(u64, Vec<u8>)>,
     len: u32,
 }
 
-impl GuestMemoryView {
-    fn new(drive: &Drive, index: usize, kind: Kind) -> Self {
-        let shape = Shape { size: kind.size, event_idx: kind.calls == Calls::EventIdx, base: 0 };
+impl GuestDriver {
+    fn new(drive: &Drive, index: usize, kind: RingKind) -> Self {
+        let shape = RingOptions { size: kind.size, event_idx: kind.calls == Calls::EventIdx, base: 0 };
         let start = BASE + STRIDE * index as u64;
         let memory = drive.region.memory().clone();
-        let (driver, setup) = VirtDriver::at_place(memory, index, shape, (start, start + 0x1_0000));
+        let (driver, setup) = SplitDriver::at_addresses(memory, index, shape, (start, start + 0x1_0000));
         let (driver, mut setup) = match kind.layout {
             Layout::Split => (Driver::Split(driver), setup),
             Layout::Packed => {
@@ -75,31 +75,31 @@ impl GuestMemoryView {
         };
         setup.indirect = kind.indirect;
         drive.engine.start_ring(setup).unwrap();
-        let numbers = Numbers(0x1234_5678_9abc + index as u64);
+        let numbers = Xorshift(0x1234_5678_9abc + index as u64);
         let mut guest = Self { kind, driver, start, numbers, model: vec![0; (BLOCKS * LBA) as usize], tables: 0 };
         if kind.calls == Calls::Never {
-            guest.never_call();
+            guest.disable_calls();
         }
         guest
     }
 
-    fn guest(&mut self) -> &mut VirtDriver {
+    fn guest(&mut self) -> &mut SplitDriver {
         match &mut self.driver {
             Driver::Split(driver) => driver,
             Driver::Packed(driver) => &mut driver.guest,
         }
     }
 
-    fn never_call(&mut self) {
+    fn disable_calls(&mut self) {
         match &mut self.driver {
             Driver::Split(driver) => driver.set_avail_flags(1),
-            Driver::Packed(driver) => driver.set_wish(0, DISABLE),
+            Driver::Packed(driver) => driver.set_driver_event(0, DISABLE),
         }
     }
 
-    /// Offers a chain and kicks if the device asked for it; gives its name.
+    /// Makes a chain available and kicks if required. Returns its head or buffer ID.
     fn offer(&mut self, parts: &[(u64, u32, u16)]) -> u32 {
-        // A table of 64 bytes for each of the requests that can be under way.
+        // A table of 64 bytes for each request that can be in flight.
         let table = self.start + TABLES + 64 * self.tables;
         self.tables = (self.tables + 1) % u64::from(self.kind.size);
         let table = self.kind.indirect.then_some(table);
@@ -117,25 +117,25 @@ impl GuestMemoryView {
                     }
                 };
                 driver.offer(head);
-                driver.kick_if_asked(before);
+                driver.kick_if_needed(before);
                 head.into()
             }
             Driver::Packed(driver) => {
                 let before = driver.avail;
                 let id = driver.offer_linked(parts, table);
-                driver.kick_if_asked(before);
+                driver.kick_if_needed(before);
                 id.into()
             }
         }
     }
 
-    /// How many requests of three descriptors fit.
+    /// Number of requests of three descriptors that fit the ring.
     fn depth(&self) -> u64 {
         if self.kind.indirect { self.kind.size.into() } else { u64::from(self.kind.size) / 3 }
     }
 
-    /// Offers one random request.
-    fn begin(&mut self, slot: u64) -> Pending {
+    /// Makes one random request available.
+    fn send_random(&mut self, slot: u64) -> PendingRequest {
         let first = self.numbers.next(BLOCKS);
         let blocks = 1 + self.numbers.next((BLOCKS - first).min(4));
         let (write, len) = (self.numbers.next(2) == 0, blocks * LBA);
@@ -150,13 +150,13 @@ impl GuestMemoryView {
         let head = self.offer(&[(header, 16, 0), data, (header + 16, 1, WRITE)]);
         if write {
             self.model[on_disk].copy_from_slice(&bytes);
-            return Pending { head, status: header + 16, read: None, len: 1 };
+            return PendingRequest { head, status: header + 16, read: None, len: 1 };
         }
         let read = Some((buffer, self.model[on_disk].to_vec()));
-        Pending { head, status: header + 16, read, len: len as u32 + 1 }
+        PendingRequest { head, status: header + 16, read, len: len as u32 + 1 }
     }
 
-    /// Waits for `count` requests the way this kind of driver does.
+    /// Waits for `count` requests, by polling or with the call eventfd.
     fn wait(&mut self, count: usize) -> Vec<(u32, u32)> {
         match (&mut self.driver, self.kind.calls) {
             (Driver::Split(driver), Calls::Never) => driver.wait(count),
@@ -166,21 +166,21 @@ impl GuestMemoryView {
         }
     }
 
-    /// One batch: requests that do not depend on each other, then all their answers in any order.
+    /// Sends a batch of independent requests, then checks their completions in any order.
     fn batch(&mut self, depth: u64) {
-        // Two requests to the same block at once have no order: one at a time, unless all of them only read.
+        // Concurrent requests for one block have no order. So writes are sent one at a time, and larger batches only read.
         let depth = depth.min(self.depth());
         let mut pending = Vec::new();
         if depth == 1 {
-            pending.push(self.begin(0));
+            pending.push(self.send_random(0));
         } else {
             for slot in 0..depth {
-                pending.push(self.read(slot));
+                pending.push(self.send_read(slot));
             }
         }
         let mut used = self.wait(pending.len());
         assert_eq!(used.len(), pending.len(), "{:?}", self.kind);
-        for Pending { head, status, read, len } in pending {
+        for PendingRequest { head, status, read, len } in pending {
             let place = used.iter().position(|&entry| entry == (head, len));
             used.swap_remove(place.unwrap_or_else(|| panic!("{:?}: {head} not in {used:?}", self.kind)));
             assert_eq!(self.guest().bytes(status, 1), [0], "{:?}", self.kind);
@@ -190,7 +190,7 @@ impl GuestMemoryView {
         }
     }
 
-    fn read(&mut self, slot: u64) -> Pending {
+    fn send_read(&mut self, slot: u64) -> PendingRequest {
         let first = self.numbers.next(BLOCKS);
         let buffer = self.start + DATA_AT + LBA * slot;
         let sector = (self.start - BASE) / STRIDE * BLOCKS + first;
@@ -198,16 +198,16 @@ impl GuestMemoryView {
         let head = self.offer(&[(header, 16, 0), (buffer, LBA as u32, WRITE), (header + 16, 1, WRITE)]);
         let on_disk = (first * LBA) as usize..((first + 1) * LBA) as usize;
         let read = Some((buffer, self.model[on_disk].to_vec()));
-        Pending { head, status: header + 16, read, len: LBA as u32 + 1 }
+        PendingRequest { head, status: header + 16, read, len: LBA as u32 + 1 }
     }
 }
 
 fn drive(rings: usize) -> Drive {
     let options = Options { size: 16 << 20, queues: 2, lba: 512, mode: Mode::Threaded, ..Options::default() };
-    let (spin, patience) = (Duration::from_micros(20), Duration::from_secs(20));
+    let (spin, drain_timeout) = (Duration::from_micros(20), Duration::from_secs(20));
     Drive::with(
         options,
-        crate::engine::Options { rings, spin, patience, watch: crate::engine::WatchdogOptions::default() },
+        crate::engine::Options { rings, spin, drain_timeout, watch: crate::engine::WatchdogOptions::default() },
         STRIDE * rings as u64,
     )
 }
@@ -220,16 +220,16 @@ fn sizes(layout: Layout, indirect: bool) -> impl Iterator<Item = u16> {
 }
 
 #[test]
-fn every_kind_of_ring_moves_the_right_bytes() {
+fn every_kind_of_ring_transfers_correct_data() {
     for layout in [Layout::Split, Layout::Packed] {
         for indirect in [false, true] {
             for calls in [Calls::EventIdx, Calls::Flags, Calls::Never] {
                 let drive = drive(1);
                 for size in sizes(layout, indirect) {
-                    // The drive is not erased between rings: a model that starts with zeros must write first.
-                    let mut guest = GuestMemoryView::new(&drive, 0, Kind { layout, indirect, calls, size });
+                    // The model starts with zeros, but the drive has the data of the previous ring.
+                    let mut guest = GuestDriver::new(&drive, 0, RingKind { layout, indirect, calls, size });
                     drive.engine.set_enabled(0, true);
-                    guest.erase();
+                    guest.zero_all_blocks();
                     for round in 0..12 {
                         guest.batch(1);
                         guest.batch(if round % 4 == 0 { guest.depth() } else { 1 + round % 7 });
@@ -242,9 +242,9 @@ fn every_kind_of_ring_moves_the_right_bytes() {
     }
 }
 
-impl GuestMemoryView {
-    /// Writes zeros to all of its part of the drive.
-    fn erase(&mut self) {
+impl GuestDriver {
+    /// Writes zeros to its part of the drive.
+    fn zero_all_blocks(&mut self) {
         let sector = (self.start - BASE) / STRIDE * BLOCKS;
         for first in (0..BLOCKS).step_by(4) {
             let header = self.guest().header(OUT, sector + first);
@@ -256,48 +256,48 @@ impl GuestMemoryView {
     }
 }
 
-/// The kinds in turn.
-fn kind(n: usize) -> Kind {
+/// The `n`-th kind of ring.
+fn kind(n: usize) -> RingKind {
     let layout = if n.is_multiple_of(2) { Layout::Split } else { Layout::Packed };
     let indirect = (n / 2).is_multiple_of(2);
     let calls = [Calls::EventIdx, Calls::Flags, Calls::Never][n / 4 % 3];
     let sizes: Vec<_> = sizes(layout, indirect).filter(|&size| size <= 256).collect();
-    Kind { layout, indirect, calls, size: sizes[n % sizes.len()] }
+    RingKind { layout, indirect, calls, size: sizes[n % sizes.len()] }
 }
 
 #[test]
 fn sixty_four_rings_are_enabled_and_disabled_in_any_order() {
     let drive = drive(64);
-    // As firmware does it: of each four, the last is never used.
+    // One ring in four is never started, as with firmware drivers.
     let mut guests: Vec<_> =
-        (0..64).filter(|n| n % 4 != 3).map(|n| (n, GuestMemoryView::new(&drive, n, kind(n)))).collect();
-    let mut numbers = Numbers(0xfeed_f00d);
+        (0..64).filter(|n| n % 4 != 3).map(|n| (n, GuestDriver::new(&drive, n, kind(n)))).collect();
+    let mut numbers = Xorshift(0xfeed_f00d);
     for index in 0..64 {
         drive.engine.set_enabled(index, numbers.next(2) == 0);
     }
-    let mut seen = 0;
+    let mut completed = 0;
     for _ in 0..600 {
         let (index, guest) = &mut guests[numbers.next(48) as usize];
         drive.engine.set_enabled(*index, false);
-        // A disabled ring takes nothing, and makes up for it when it is enabled.
-        let pending = guest.begin(0);
-        drive.engine.set_enabled(64 - 1 - (*index - *index % 4), numbers.next(2) == 0); // one that is never used
-        assert!(guest.untouched(), "virtqueue {index}");
+        // Nothing is taken from a disabled ring until it is enabled.
+        let pending = guest.send_random(0);
+        drive.engine.set_enabled(64 - 1 - (*index - *index % 4), numbers.next(2) == 0); // a ring that is never started
+        assert!(guest.has_no_used(), "virtqueue {index}");
         drive.engine.set_enabled(*index, true);
         assert_eq!(guest.wait(1), [(pending.head, pending.len)], "{:?}", guest.kind);
         assert_eq!(guest.guest().bytes(pending.status, 1), [0]);
         guest.batch(3);
-        seen += 1;
+        completed += 1;
     }
-    assert_eq!(seen, 600);
+    assert_eq!(completed, 600);
     for index in 0..64 {
         assert_eq!(drive.engine.stop_ring(index).unwrap().is_some(), index % 4 != 3, "virtqueue {index}");
     }
     assert_eq!(drive.engine.statistics().errors, 0);
 }
 
-impl GuestMemoryView {
-    fn untouched(&mut self) -> bool {
+impl GuestDriver {
+    fn has_no_used(&mut self) -> bool {
         match &mut self.driver {
             Driver::Split(driver) => driver.used().is_empty(),
             Driver::Packed(driver) => !driver.sees_used(),

@@ -1,5 +1,5 @@
-//! Real workers over a disk in memory, and over the NVMe driver above the emulated controller, driven by a virtio driver in
-//! the test.
+//! Tests of the engine with a virtio driver in the test. The device is a disk in memory, or the NVMe driver on the emulated
+//! controller.
 
 mod bare;
 mod coherent;

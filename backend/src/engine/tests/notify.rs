@@ -1,45 +1,45 @@
-//! Who tells whom, and when not: calls to the driver, kicks from it, doorbells to the device.
+//! Notifications and their suppression: calls to the driver, kicks from the driver, doorbells to the device.
 
 use std::time::Duration;
 
-use super::disk::Abilities;
+use super::disk::DiskOptions;
 use super::rig::*;
 use crate::engine::Options;
 
-/// Enough to hit the windows between arming, looking and sleeping on both sides.
+/// Enough to hit the race windows between arming, polling and sleeping on both sides.
 const ROUNDS: usize = 2000;
 
 /// Completes `n` held requests one pass at a time.
-fn complete_one_by_one(rig: &Rig, driver: &VirtDriver, n: u16) {
+fn complete_one_by_one(rig: &Rig, driver: &SplitDriver, n: u16) {
     for _ in 0..n {
         let before = driver.used_idx();
-        rig.disk.release(0);
-        until("a used entry", || driver.used_idx() == before.wrapping_add(1));
+        rig.disk.complete(0);
+        wait_until("a used entry", || driver.used_idx() == before.wrapping_add(1));
     }
 }
 
-/// A rig whose worker has taken `n` requests that the disk holds, and is awake.
-fn held(event_idx: bool, n: u64) -> (Rig, VirtDriver) {
-    let rig = Rig::new(Abilities::default());
-    let mut driver = rig.driver(0, Shape { event_idx, ..Shape::default() });
+/// A rig whose disk holds `n` requests. The worker is awake.
+fn rig_with_held_requests(event_idx: bool, n: u64) -> (Rig, SplitDriver) {
+    let rig = Rig::new(DiskOptions::default());
+    let mut driver = rig.driver(0, RingOptions { event_idx, ..RingOptions::default() });
     rig.disk.hold();
     for sector in 0..n {
         driver.request(IN, sector, &[(DATA, 512)]);
     }
     driver.kick();
-    until("commands", || rig.disk.held().len() == n as usize);
+    wait_until("commands", || rig.disk.held().len() == n as usize);
     (rig, driver)
 }
 
-/// The worker has answered an order, so the pass before it is over.
-fn settle(rig: &Rig) {
+/// Waits until the worker's current pass has ended: it replies to a command only between two passes.
+fn wait_for_pass(rig: &Rig) {
     rig.engine.set_enabled(0, true);
 }
 
 #[test]
 fn a_batch_costs_one_doorbell_one_publication_and_one_call() {
-    let rig = Rig::new(Abilities::default());
-    let (mut driver, setup) = rig.unstarted(0, Shape::default());
+    let rig = Rig::new(DiskOptions::default());
+    let (mut driver, setup) = rig.stopped_driver(0, RingOptions::default());
     for sector in 0..20 {
         driver.request(IN, sector, &[(DATA, 512)]);
     }
@@ -47,58 +47,58 @@ fn a_batch_costs_one_doorbell_one_publication_and_one_call() {
     rig.engine.set_enabled(0, true);
 
     driver.wait(20);
-    settle(&rig);
+    wait_for_pass(&rig);
 
     let statistics = rig.engine.statistics();
     assert_eq!((statistics.doorbells, statistics.calls), (1, 1));
-    assert_eq!(rig.disk.rings(), 1);
+    assert_eq!(rig.disk.doorbells(), 1);
     assert_eq!(count(&driver.call), 1);
 }
 
 #[test]
-fn no_interrupt_suppresses_every_call_and_only_while_it_stands() {
-    let (rig, driver) = held(false, 4);
+fn no_interrupt_suppresses_calls_while_it_is_set() {
+    let (rig, driver) = rig_with_held_requests(false, 4);
 
     driver.set_avail_flags(1);
     complete_one_by_one(&rig, &driver, 2);
-    settle(&rig);
+    wait_for_pass(&rig);
     assert_eq!(count(&driver.call), 0);
     driver.set_avail_flags(0);
     complete_one_by_one(&rig, &driver, 2);
-    settle(&rig);
+    wait_for_pass(&rig);
 
     assert_eq!(count(&driver.call), 2);
 }
 
 #[test]
-fn used_event_suppresses_all_calls_but_the_one_asked_for() {
-    let (rig, driver) = held(true, 6);
+fn used_event_suppresses_all_calls_but_one() {
+    let (rig, driver) = rig_with_held_requests(true, 6);
 
     // The first publication after a start always calls.
     complete_one_by_one(&rig, &driver, 1);
-    settle(&rig);
+    wait_for_pass(&rig);
     assert_eq!(count(&driver.call), 1);
-    // A call is due when the entry at used_event is added: here the fourth.
+    // The call is sent when the entry at used_event is added, here the fourth.
     driver.set_used_event(3);
     for expected in [0, 0, 1, 0, 0] {
         complete_one_by_one(&rig, &driver, 1);
-        settle(&rig);
+        wait_for_pass(&rig);
         assert_eq!(count(&driver.call), expected);
     }
 }
 
 #[test]
-fn without_event_idx_the_driver_is_told_not_to_kick_while_the_worker_polls() {
+fn without_event_idx_a_polling_worker_suppresses_kicks() {
     let rig = Rig::with(
-        Abilities::default(),
+        DiskOptions::default(),
         Options {
             rings: 1,
             spin: Duration::from_secs(3600),
-            patience: Duration::from_secs(20),
+            drain_timeout: Duration::from_secs(20),
             watch: crate::engine::WatchdogOptions::default(),
         },
     );
-    let mut driver = rig.driver(0, Shape::default());
+    let mut driver = rig.driver(0, RingOptions::default());
 
     assert_eq!(driver.used_flags(), 1);
     driver.request(IN, 0, &[(DATA, 512)]);
@@ -108,44 +108,44 @@ fn without_event_idx_the_driver_is_told_not_to_kick_while_the_worker_polls() {
 }
 
 #[test]
-fn a_sleeping_worker_asks_for_kicks() {
+fn a_sleeping_worker_enables_kicks() {
     for event_idx in [false, true] {
-        let rig = Rig::new(Abilities::default());
-        let mut driver = rig.driver(0, Shape { event_idx, base: 7, ..Shape::default() });
+        let rig = Rig::new(DiskOptions::default());
+        let mut driver = rig.driver(0, RingOptions { event_idx, base: 7, ..RingOptions::default() });
         driver.send(IN, 0, &[(DATA, 512)]);
         driver.wait(1);
 
         if event_idx {
-            until("avail_event moves on", || driver.avail_event() == 8);
+            wait_until("avail_event moves on", || driver.avail_event() == 8);
         } else {
-            until("kicks are allowed", || driver.used_flags() == 0);
+            wait_until("kicks are allowed", || driver.used_flags() == 0);
         }
         let before = rig.engine.statistics().kicks;
         driver.send(IN, 0, &[(DATA, 512)]);
         driver.wait(1);
-        until("the kick has woken the worker", || rig.engine.statistics().kicks > before);
+        wait_until("the kick has woken the worker", || rig.engine.statistics().kicks > before);
     }
 }
 
 #[test]
-fn a_driver_that_kicks_and_sleeps_by_the_rules_never_waits_in_vain() {
+fn no_notification_is_lost_with_a_conforming_driver() {
     for event_idx in [false, true] {
         for spin in [Duration::ZERO, Duration::from_micros(5)] {
             let options = Options {
                 rings: 1,
                 spin,
-                patience: Duration::from_secs(20),
+                drain_timeout: Duration::from_secs(20),
                 watch: crate::engine::WatchdogOptions::default(),
             };
-            let rig = Rig::with(Abilities::default(), options);
-            let mut driver = rig.driver(0, Shape { size: 16, event_idx, base: 0xfff0 });
+            let rig = Rig::with(DiskOptions::default(), options);
+            let mut driver = rig.driver(0, RingOptions { size: 16, event_idx, base: 0xfff0 });
             for round in 0..ROUNDS {
                 let before = driver.avail_idx;
                 let batch = 1 + round % 4;
                 for _ in 0..batch {
                     driver.request(IN, 0, &[(DATA, 512)]);
                 }
-                driver.kick_if_asked(before);
+                driver.kick_if_needed(before);
                 driver.wait_for_calls(batch);
             }
         }
@@ -154,21 +154,21 @@ fn a_driver_that_kicks_and_sleeps_by_the_rules_never_waits_in_vain() {
 
 #[test]
 fn a_completion_wakes_a_sleeping_worker() {
-    let (rig, mut driver) = held(false, 1);
+    let (rig, mut driver) = rig_with_held_requests(false, 1);
     std::thread::sleep(Duration::from_millis(20));
 
-    rig.disk.release(0);
+    rig.disk.complete(0);
 
     driver.wait(1);
 }
 
 #[test]
-fn kicks_without_requests_do_no_harm() {
-    let (rig, mut driver) = held(true, 1);
+fn kicks_without_requests_are_harmless() {
+    let (rig, mut driver) = rig_with_held_requests(true, 1);
     for _ in 0..100 {
         driver.kick();
     }
-    rig.disk.unhold();
+    rig.disk.resume();
     driver.wait(1);
     driver.send(IN, 0, &[(DATA, 512)]);
     driver.wait(1);
@@ -176,8 +176,8 @@ fn kicks_without_requests_do_no_harm() {
 
 #[test]
 fn a_ring_without_a_kick_eventfd_is_polled() {
-    let rig = Rig::new(Abilities::default());
-    let (mut driver, mut setup) = rig.unstarted(0, Shape::default());
+    let rig = Rig::new(DiskOptions::default());
+    let (mut driver, mut setup) = rig.stopped_driver(0, RingOptions::default());
     setup.kick = None;
     rig.engine.start_ring(setup).unwrap();
     rig.engine.set_enabled(0, true);
@@ -190,8 +190,8 @@ fn a_ring_without_a_kick_eventfd_is_polled() {
 
 #[test]
 fn eventfds_can_be_changed_while_the_ring_runs() {
-    let rig = Rig::new(Abilities::default());
-    let mut driver = rig.driver(0, Shape::default());
+    let rig = Rig::new(DiskOptions::default());
+    let mut driver = rig.driver(0, RingOptions::default());
     let (kick, call) = (event(), event());
 
     rig.engine.set_kick(0, Some(kick.try_clone().unwrap()));
@@ -206,8 +206,8 @@ fn eventfds_can_be_changed_while_the_ring_runs() {
 
 #[test]
 fn a_full_call_eventfd_does_not_stop_the_worker() {
-    let rig = Rig::new(Abilities::default());
-    let mut driver = rig.driver(0, Shape::default());
+    let rig = Rig::new(DiskOptions::default());
+    let mut driver = rig.driver(0, RingOptions::default());
     rustix::io::write(&driver.call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
 
     for _ in 0..3 {
@@ -217,10 +217,10 @@ fn a_full_call_eventfd_does_not_stop_the_worker() {
 }
 
 #[test]
-fn a_kick_descriptor_that_hangs_up_breaks_the_ring_only() {
-    let rig = Rig::new(Abilities::default());
-    let driver = rig.driver(0, Shape::default());
-    let mut other = rig.driver(1, Shape::default());
+fn a_kick_descriptor_that_hangs_up_fails_only_its_ring() {
+    let rig = Rig::new(DiskOptions::default());
+    let driver = rig.driver(0, RingOptions::default());
+    let mut other = rig.driver(1, RingOptions::default());
     let (reader, writer) = rustix::pipe::pipe().unwrap();
 
     rig.engine.set_kick(0, Some(reader));

@@ -1,4 +1,4 @@
-//! The whole data path: a virtio driver, the workers, the NVMe driver, and the emulated controller behind its IOMMU.
+//! The whole data path: virtio driver, workers, NVMe driver, and the emulated controller behind its IOMMU.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,38 +21,42 @@ pub(super) struct Drive {
 }
 
 impl Drive {
-    fn new(options: Options, spin: Duration, patience: Duration) -> Self {
-        Self::watched(options, spin, patience, crate::engine::WatchdogOptions::default())
+    fn new(options: Options, spin: Duration, drain_timeout: Duration) -> Self {
+        Self::with_watchdog(options, spin, drain_timeout, crate::engine::WatchdogOptions::default())
     }
 
-    pub(super) fn watched(
+    pub(super) fn with_watchdog(
         options: Options,
         spin: Duration,
-        patience: Duration,
+        drain_timeout: Duration,
         watch: crate::engine::WatchdogOptions,
     ) -> Self {
-        Self::with(options, crate::engine::Options { rings: 4, spin, patience, watch }, LEN)
+        Self::with(options, crate::engine::Options { rings: 4, spin, drain_timeout, watch }, LEN)
     }
 
     pub(super) fn with(options: Options, engine: crate::engine::Options, memory: u64) -> Self {
-        Self::made(options, engine, memory, |nvme, _| nvme)
+        Self::build(options, engine, memory, |nvme, _| nvme)
     }
 
-    /// A drive that the host can have, and that is to be had again while `there`.
-    pub(super) fn returning(options: Options, watch: crate::engine::WatchdogOptions, there: &Arc<AtomicBool>) -> Self {
-        let patience = Duration::from_secs(20);
-        let engine = crate::engine::Options { rings: 4, spin: Duration::ZERO, patience, watch };
-        let there = Arc::clone(there);
-        Self::made(options, engine, LEN, |nvme, machine| {
+    /// A drive that can be released to the host, and reacquired while `available`.
+    pub(super) fn reacquirable(
+        options: Options,
+        watch: crate::engine::WatchdogOptions,
+        available: &Arc<AtomicBool>,
+    ) -> Self {
+        let drain_timeout = Duration::from_secs(20);
+        let engine = crate::engine::Options { rings: 4, spin: Duration::ZERO, drain_timeout, watch };
+        let available = Arc::clone(available);
+        Self::build(options, engine, LEN, |nvme, machine| {
             let function = machine.function();
             nvme.with_reacquire(Box::new(move || {
-                anyhow::ensure!(there.load(Ordering::Relaxed), "the host has it");
+                anyhow::ensure!(available.load(Ordering::Relaxed), "the host has it");
                 Ok(Arc::clone(&function))
             }))
         })
     }
 
-    fn made(
+    fn build(
         options: Options,
         engine: crate::engine::Options,
         memory: u64,
@@ -75,8 +79,8 @@ impl Drive {
         Self::new(options, Duration::from_micros(20), Duration::from_secs(20))
     }
 
-    pub(super) fn driver(&self, index: usize, shape: Shape) -> VirtDriver {
-        let (driver, setup) = VirtDriver::new(self.region.memory().clone(), index, shape);
+    pub(super) fn driver(&self, index: usize, shape: RingOptions) -> SplitDriver {
+        let (driver, setup) = SplitDriver::new(self.region.memory().clone(), index, shape);
         self.engine.start_ring(setup).unwrap();
         self.engine.set_enabled(index, true);
         driver
@@ -84,9 +88,9 @@ impl Drive {
 }
 
 /// A repeatable sequence of numbers (xorshift64).
-pub(super) struct Numbers(pub(super) u64);
+pub(super) struct Xorshift(pub(super) u64);
 
-impl Numbers {
+impl Xorshift {
     pub(super) fn next(&mut self, below: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -95,8 +99,8 @@ impl Numbers {
     }
 }
 
-/// Cuts `len` bytes at `start` into up to four buffers.
-fn cut(numbers: &mut Numbers, start: u64, len: u64) -> Vec<(u64, u32)> {
+/// Splits `len` bytes at `start` into up to four buffers.
+fn cut(numbers: &mut Xorshift, start: u64, len: u64) -> Vec<(u64, u32)> {
     let mut parts = Vec::new();
     let (mut at, mut left) = (start, len);
     while left != 0 {
@@ -108,12 +112,12 @@ fn cut(numbers: &mut Numbers, start: u64, len: u64) -> Vec<(u64, u32)> {
     parts
 }
 
-/// One ring's life: random reads and writes in its own eighth of the disk, compared with a model.
-pub(super) fn soak(driver: &mut VirtDriver, lba: u64, rounds: u64) {
+/// Sends random reads and writes to the ring's own eighth of the disk, and compares the data with a model.
+pub(super) fn soak(driver: &mut SplitDriver, lba: u64, rounds: u64) {
     let area = (1 << 20) + (2 << 20) * driver.index as u64;
     let blocks = 64;
     let mut model = vec![0_u8; (blocks * lba) as usize];
-    let mut numbers = Numbers(0x9e37_79b9 + driver.index as u64);
+    let mut numbers = Xorshift(0x9e37_79b9 + driver.index as u64);
     let memory = DATA + 0x8_0000 * driver.index as u64;
     for round in 0..rounds {
         let first = numbers.next(blocks);
@@ -145,7 +149,7 @@ fn random_reads_and_writes_agree_with_a_model_on_every_ring() {
     for (queues, lba, sgl) in [(1, 512, false), (2, 512, true), (3, 4096, false)] {
         let options = Options { size: 16 << 20, queues, lba, sgl, mode: Mode::Threaded, ..Options::default() };
         let drive = Drive::new(options, Duration::from_micros(20), Duration::from_secs(20));
-        let shape = |n| Shape { event_idx: n % 2 == 0, ..Shape::default() };
+        let shape = |n| RingOptions { event_idx: n % 2 == 0, ..RingOptions::default() };
         let mut drivers: Vec<_> = (0..4).map(|n| drive.driver(n, shape(n))).collect();
 
         std::thread::scope(|scope| {
@@ -163,10 +167,10 @@ fn random_reads_and_writes_agree_with_a_model_on_every_ring() {
 }
 
 #[test]
-fn a_deep_queue_completes_every_request() {
+fn a_ring_deeper_than_the_device_queue_completes_every_request() {
     let options = Options { size: 16 << 20, queues: 1, queue_entries: 8, mode: Mode::Threaded, ..Options::default() };
     let drive = Drive::new(options, Duration::ZERO, Duration::from_secs(20));
-    let mut driver = drive.driver(0, Shape { size: 256, event_idx: true, base: 0 });
+    let mut driver = drive.driver(0, RingOptions { size: 256, event_idx: true, base: 0 });
 
     for round in 0..20 {
         for n in 0..64 {
@@ -179,9 +183,9 @@ fn a_deep_queue_completes_every_request() {
 }
 
 #[test]
-fn the_identity_is_the_controllers_serial_number() {
+fn get_id_returns_the_controllers_serial_number() {
     let drive = Drive::threaded(1, 512);
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
 
     driver.send(GET_ID, 0, &[(DATA, 20)]);
     driver.wait(1);
@@ -190,9 +194,9 @@ fn the_identity_is_the_controllers_serial_number() {
 }
 
 #[test]
-fn an_error_of_the_device_is_an_error_status_once() {
+fn a_failed_command_gets_an_error_status_once() {
     let drive = Drive::threaded(1, 512);
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     let status = Status::LBA_OUT_OF_RANGE;
     let reads = Commands { queue: Some(1), opcode: Some(NVM_READ) };
     drive.machine.inject(Fault::once(reads, Effect::Status(status)));
@@ -207,10 +211,10 @@ fn an_error_of_the_device_is_an_error_status_once() {
 }
 
 #[test]
-fn a_lost_interrupt_delays_and_does_not_hang() {
+fn a_lost_interrupt_only_delays_the_completion() {
     let options = Options { size: 16 << 20, queues: 1, mode: Mode::Threaded, ..Options::default() };
     let drive = Drive::new(options, Duration::ZERO, Duration::from_secs(20));
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     drive.machine.inject(Fault::once(Commands::of_queue(1), Effect::LoseInterrupt));
 
     let sent = driver.send(IN, 0, &[(DATA, 512)]);
@@ -220,10 +224,10 @@ fn a_lost_interrupt_delays_and_does_not_hang() {
 }
 
 #[test]
-fn a_lost_command_resets_the_controller_and_all_go_on() {
+fn a_lost_command_resets_the_controller_and_all_rings_continue() {
     let options = Options { size: 16 << 20, queues: 2, mode: Mode::Threaded, ..Options::default() };
     let drive = Drive::new(options, Duration::ZERO, Duration::from_millis(100));
-    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, RingOptions::default())).collect();
     drive.machine.inject(Fault::once(Commands { queue: Some(1), opcode: Some(NVM_WRITE) }, Effect::Lose));
     let lost = drivers[0].send(OUT, 0, &[(DATA, 512)]);
     std::thread::sleep(Duration::from_millis(50));
@@ -243,10 +247,10 @@ fn a_lost_command_resets_the_controller_and_all_go_on() {
 }
 
 #[test]
-fn a_drive_that_is_pulled_out_fails_every_request() {
+fn every_request_fails_after_the_drive_is_unplugged() {
     let options = Options { size: 16 << 20, queues: 1, mode: Mode::Threaded, ..Options::default() };
     let drive = Drive::new(options, Duration::ZERO, Duration::from_millis(100));
-    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, Shape::default())).collect();
+    let mut drivers: Vec<_> = (0..2).map(|n| drive.driver(n, RingOptions::default())).collect();
     drive.machine.inject(Fault::Removed);
     let lost = drivers[0].send(IN, 0, &[(DATA, 512)]);
     std::thread::sleep(Duration::from_millis(50));
@@ -260,9 +264,9 @@ fn a_drive_that_is_pulled_out_fails_every_request() {
 }
 
 #[test]
-fn nothing_stays_mapped_after_the_end() {
+fn nothing_stays_mapped_after_shutdown() {
     let drive = Drive::threaded(2, 512);
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     driver.send(OUT, 0, &[(DATA + 1, 512)]);
     driver.wait(1);
     let Drive { engine, machine, region } = drive;
@@ -277,7 +281,7 @@ fn nothing_stays_mapped_after_the_end() {
 #[test]
 fn flushes_reach_the_controller_while_its_write_cache_is_on() {
     let drive = Drive::threaded(2, 512);
-    let mut driver = drive.driver(1, Shape::default());
+    let mut driver = drive.driver(1, RingOptions::default());
     let mut flushes = |expected: u64, why: &str| {
         let sent = driver.send(FLUSH, 0, &[]);
         driver.wait(1);
@@ -287,7 +291,7 @@ fn flushes_reach_the_controller_while_its_write_cache_is_on() {
     flushes(1, "on");
 
     drive.engine.set_write_cache(false).unwrap();
-    flushes(2, "off: one for what was written before");
+    flushes(2, "off: one flush for earlier writes");
     drive.engine.set_write_cache(false).unwrap();
     flushes(2, "off already");
     drive.engine.set_write_cache(true).unwrap();
@@ -295,17 +299,17 @@ fn flushes_reach_the_controller_while_its_write_cache_is_on() {
 }
 
 #[test]
-fn a_cache_that_does_not_go_off_goes_on_being_flushed() {
+fn flushes_reach_the_device_if_its_cache_cannot_be_disabled() {
     const SET_FEATURES: u8 = 9;
     let drive = Drive::threaded(1, 512);
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
     let refusal = Effect::Status(Status::INVALID_FIELD);
     drive.machine.inject(Fault::once(Commands::admin(SET_FEATURES), refusal));
 
     let error = drive.engine.set_write_cache(false).unwrap_err().to_string();
     assert!(error.starts_with("switch the write cache off: emulated: Set Features"), "{error}");
     drive.machine.inject(Fault::once(Commands { queue: Some(1), opcode: Some(0) }, refusal));
-    assert!(drive.engine.set_write_cache(false).is_err(), "its contents are not known to be safe");
+    assert!(drive.engine.set_write_cache(false).is_err(), "the flush of earlier writes has failed");
 
     assert!(drive.engine.write_cache());
     driver.send(FLUSH, 0, &[]);
@@ -314,11 +318,11 @@ fn a_cache_that_does_not_go_off_goes_on_being_flushed() {
 }
 
 #[test]
-fn a_request_longer_than_any_command_is_completed_once_however_its_commands_end() {
+fn a_request_of_several_commands_is_completed_once_whatever_their_outcomes() {
     let options =
         Options { size: 16 << 20, queues: 1, mdts: 1, queue_entries: 8, mode: Mode::Threaded, ..Options::default() };
     let drive = Drive::new(options, Duration::ZERO, Duration::from_secs(20));
-    let mut driver = drive.driver(0, Shape::default());
+    let mut driver = drive.driver(0, RingOptions::default());
 
     let whole = driver.send(IN, 0, &[(DATA, 1 << 20)]);
     assert_eq!(driver.wait(1), [(u32::from(whole.head), (1 << 20) + 1)]);
@@ -336,12 +340,12 @@ fn a_request_longer_than_any_command_is_completed_once_however_its_commands_end(
 }
 
 #[test]
-fn a_worker_that_looks_by_itself_is_not_interrupted_and_one_that_sleeps_is() {
+fn only_a_sleeping_worker_is_interrupted() {
     let options = Options { size: 16 << 20, queues: 1, mode: Mode::Threaded, ..Options::default() };
     for (spin, interrupts) in [(Duration::from_secs(3600), 0), (Duration::ZERO, 1)] {
         let options = Options { latency: Duration::from_millis(50), ..options.clone() };
         let drive = Drive::new(options, spin, Duration::from_secs(20));
-        let mut driver = drive.driver(0, Shape::default());
+        let mut driver = drive.driver(0, RingOptions::default());
         let before = drive.machine.traffic().interrupts;
 
         let sent = driver.send(IN, 0, &[(DATA, 512)]);

@@ -1,8 +1,8 @@
-//! The split ring beside `virtio-queue`, over the same bytes: random chains, valid and hostile, popped by both.
+//! Compares the split ring with `virtio-queue` on the same memory: both pop random chains, valid and invalid.
 //!
-//! Where `virtio-queue` is well-defined both must agree. It hides errors, though: a bad link ends a chain early, a loop is
-//! cut after as many descriptors as the ring has, INDIRECT with NEXT and buffers in the wrong order pass. There the oracle is
-//! the specification, written down in [`verdict`] as plainly as possible and without regard to speed.
+//! For valid chains both must agree. `virtio-queue` hides errors: a bad link ends a chain early, a loop is cut after as many
+//! descriptors as the ring has, and it accepts INDIRECT with NEXT and buffers in the wrong order. For invalid chains the oracle
+//! is [`expected_chain`], a simple implementation of the specification.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -30,42 +30,42 @@ const TABLE_ENTRIES: u16 = 16;
 const MEMORY: u64 = 0x1_0000;
 
 #[derive(Clone, Debug)]
-struct Scene {
+struct RingContents {
     table: Vec<Desc>,
     indirect: [Vec<Desc>; 2],
     heads: Vec<u16>,
 }
 
-/// What the specification makes of a chain.
+/// The result that the specification requires.
 #[derive(Debug, PartialEq)]
-enum Verdict {
+enum Expected {
     /// Buffers in order: address, length, writable.
     Valid(Vec<(u64, u32, bool)>),
-    /// The end of the chain cannot be known.
-    Lost,
-    /// The end is known, but a buffer is wrong.
-    Wrong,
+    /// The walk cannot reach the end of the chain.
+    BadLink,
+    /// The walk reaches the end, but a buffer is invalid.
+    BadBuffer,
 }
 
-/// Reads a chain as virtio 1.2 §2.7.5 has it.
-fn verdict(scene: &Scene, head: u16) -> Verdict {
+/// Reads a chain as virtio 1.2 §2.7.5 specifies.
+fn expected_chain(contents: &RingContents, head: u16) -> Expected {
     let mut buffers = Vec::new();
-    let (mut table, mut index, mut nested) = (&scene.table[..], head, false);
+    let (mut table, mut index, mut nested) = (&contents.table[..], head, false);
     let mut seen = HashSet::new();
     loop {
-        let Some(desc) = table.get(usize::from(index)) else { return Verdict::Lost };
+        let Some(desc) = table.get(usize::from(index)) else { return Expected::BadLink };
         if !seen.insert((nested, index)) {
-            return Verdict::Lost;
+            return Expected::BadLink;
         }
         if desc.flags & INDIRECT != 0 {
             let place = TABLES.iter().position(|&start| start == desc.addr);
             let entries = desc.len / 16;
             if nested || desc.flags & NEXT != 0 || !desc.len.is_multiple_of(16) || entries == 0 {
-                return Verdict::Lost;
+                return Expected::BadLink;
             }
-            let Some(place) = place else { return Verdict::Lost };
-            // A table shorter than what is written there: links past its end are bad.
-            table = &scene.indirect[place][..entries as usize];
+            let Some(place) = place else { return Expected::BadLink };
+            // The memory behind a shorter table has entries too, but links past the table's end are bad.
+            table = &contents.indirect[place][..entries as usize];
             (index, nested) = (0, true);
             continue;
         }
@@ -78,38 +78,38 @@ fn verdict(scene: &Scene, head: u16) -> Verdict {
     let wraps = |&(addr, len, _): &(u64, u32, bool)| len != 0 && addr.checked_add(u64::from(len) - 1).is_none();
     buffers.retain(|&(_, len, _)| len != 0);
     let ordered = buffers.is_sorted_by_key(|&(_, _, writable)| writable);
-    if !ordered || buffers.iter().any(wraps) { Verdict::Wrong } else { Verdict::Valid(buffers) }
+    if !ordered || buffers.iter().any(wraps) { Expected::BadBuffer } else { Expected::Valid(buffers) }
 }
 
-/// One memory, seen by both.
-struct Stage {
+/// Our ring and the oracle's, in the same memory.
+struct RingPair {
     ours: GuestMemoryView,
     ring: SplitRing,
     memory: GuestMemoryMmap,
-    theirs: Queue,
+    oracle: Queue,
 }
 
-fn stage(scene: &Scene) -> Stage {
+fn rings(contents: &RingContents) -> RingPair {
     let (region, file) = region(MEMORY);
     let place = FileOffset::from_arc(file, 0);
     let memory = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), MEMORY as usize, Some(place))]).unwrap();
-    write(scene, &memory);
+    write(contents, &memory);
 
     let table = Arc::new(MemTable::new(vec![Arc::new(region)]).unwrap());
     let ring = SplitRing::new(&setup(Layout::Split, SIZE, [DESC, AVAIL, USED]), &table).unwrap();
     let mut ours = GuestMemoryView::default();
     ours.publish(table);
-    let mut theirs = Queue::new(SIZE).unwrap();
-    theirs.set_desc_table_address(Some(DESC as u32), Some(0));
-    theirs.set_avail_ring_address(Some(AVAIL as u32), Some(0));
-    theirs.set_used_ring_address(Some(USED as u32), Some(0));
-    theirs.set_ready(true);
-    assert!(theirs.is_valid(&memory));
-    Stage { ours, ring, memory, theirs }
+    let mut oracle = Queue::new(SIZE).unwrap();
+    oracle.set_desc_table_address(Some(DESC as u32), Some(0));
+    oracle.set_avail_ring_address(Some(AVAIL as u32), Some(0));
+    oracle.set_used_ring_address(Some(USED as u32), Some(0));
+    oracle.set_ready(true);
+    assert!(oracle.is_valid(&memory));
+    RingPair { ours, ring, memory, oracle }
 }
 
-fn write(scene: &Scene, memory: &GuestMemoryMmap) {
-    let tables = [(DESC, &scene.table), (TABLES[0], &scene.indirect[0]), (TABLES[1], &scene.indirect[1])];
+fn write(contents: &RingContents, memory: &GuestMemoryMmap) {
+    let tables = [(DESC, &contents.table), (TABLES[0], &contents.indirect[0]), (TABLES[1], &contents.indirect[1])];
     for (start, descs) in tables {
         for (n, desc) in descs.iter().enumerate() {
             let at = start + 16 * n as u64;
@@ -119,10 +119,10 @@ fn write(scene: &Scene, memory: &GuestMemoryMmap) {
             memory.write_obj(desc.next, GuestAddress(at + 14)).unwrap();
         }
     }
-    for (n, head) in scene.heads.iter().enumerate() {
+    for (n, head) in contents.heads.iter().enumerate() {
         memory.write_obj(*head, GuestAddress(AVAIL + 4 + 2 * n as u64)).unwrap();
     }
-    memory.write_obj(scene.heads.len() as u16, GuestAddress(AVAIL + 2)).unwrap();
+    memory.write_obj(contents.heads.len() as u16, GuestAddress(AVAIL + 2)).unwrap();
 }
 
 fn descriptor(entries: u16) -> impl Strategy<Value = Desc> {
@@ -142,11 +142,11 @@ fn descriptor(entries: u16) -> impl Strategy<Value = Desc> {
     .prop_map(|((addr, len), flags, next)| Desc { addr, len, flags, next })
 }
 
-fn scene() -> impl Strategy<Value = Scene> {
+fn contents() -> impl Strategy<Value = RingContents> {
     let table = prop::collection::vec(descriptor(SIZE), usize::from(SIZE));
     let indirect = || prop::collection::vec(descriptor(TABLE_ENTRIES), usize::from(TABLE_ENTRIES));
     let heads = prop::collection::vec(0..SIZE, 1..=usize::from(SIZE));
-    (table, indirect(), indirect(), heads).prop_map(|(table, one, two, heads)| Scene {
+    (table, indirect(), indirect(), heads).prop_map(|(table, one, two, heads)| RingContents {
         table,
         indirect: [one, two],
         heads,
@@ -165,60 +165,60 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
-    fn chains_are_what_virtio_queue_and_the_specification_say(scene in scene()) {
-        let mut stage = stage(&scene);
+    fn chains_agree_with_virtio_queue_and_the_specification(contents in contents()) {
+        let mut rings = rings(&contents);
         let mut chain = Chain::default();
-        prop_assert_eq!(usize::from(stage.ring.available().unwrap()), scene.heads.len());
-        for &head in &scene.heads {
-            stage.ring.take(&mut stage.ours, &mut chain).unwrap();
-            let theirs = stage.theirs.pop_descriptor_chain(&stage.memory).unwrap();
-            prop_assert_eq!((chain.head().id(), theirs.head_index()), (head, head));
-            match verdict(&scene, head) {
-                Verdict::Valid(expected) => {
+        prop_assert_eq!(usize::from(rings.ring.available().unwrap()), contents.heads.len());
+        for &head in &contents.heads {
+            rings.ring.take(&mut rings.ours, &mut chain).unwrap();
+            let popped = rings.oracle.pop_descriptor_chain(&rings.memory).unwrap();
+            prop_assert_eq!((chain.head().id(), popped.head_index()), (head, head));
+            match expected_chain(&contents, head) {
+                Expected::Valid(expected) => {
                     let device = |desc: &virtio_queue::desc::split::Descriptor| desc.len() != 0;
-                    let theirs: Vec<_> =
-                        theirs.filter(device).map(|d| (d.addr().0, d.len(), d.is_write_only())).collect();
-                    prop_assert_eq!(&theirs, &expected);
+                    let oracle: Vec<_> =
+                        popped.filter(device).map(|d| (d.addr().0, d.len(), d.is_write_only())).collect();
+                    prop_assert_eq!(&oracle, &expected);
                     prop_assert_eq!(buffers(&chain), expected);
                     prop_assert_eq!(chain.fault(), None);
                 }
-                Verdict::Lost => {
+                Expected::BadLink => {
                     prop_assert!(chain.fault().is_some());
                     prop_assert_eq!(chain.last_writable(), None);
                 }
-                Verdict::Wrong => {
+                Expected::BadBuffer => {
                     let fault = chain.fault();
-                    prop_assert!(matches!(fault, Some(ChainFault::WorkerCommand | ChainFault::Wraps { .. })), "{:?}", fault);
+                    prop_assert!(matches!(fault, Some(ChainFault::BufferOrder | ChainFault::Wraps { .. })), "{:?}", fault);
                 }
             }
         }
     }
 
     #[test]
-    fn used_entries_and_notifications_are_as_virtio_queue_has_them(
+    fn used_entries_and_notifications_agree_with_virtio_queue(
         batches in prop::collection::vec((1..=SIZE, any::<u16>(), any::<bool>()), 1..200),
         start in any::<u16>(),
     ) {
         let plain = Desc { addr: 0x6000, len: 1, flags: WRITE, next: 0 };
-        let scene = Scene { table: vec![plain; SIZE.into()], indirect: [vec![], vec![]], heads: vec![0] };
-        let mut stage = stage(&scene);
-        let memory = &stage.memory;
+        let contents = RingContents { table: vec![plain; SIZE.into()], indirect: [vec![], vec![]], heads: vec![0] };
+        let mut rings = rings(&contents);
+        let memory = &rings.memory;
         memory.write_obj(start, GuestAddress(USED + 2)).unwrap();
         let setup = VringSetup { event_idx: true, ..setup(Layout::Split, SIZE, [DESC, AVAIL, USED]) };
-        let mut ring = SplitRing::new(&setup, stage.ours.table()).unwrap();
-        stage.theirs.set_next_used(start);
-        stage.theirs.set_event_idx(true);
+        let mut ring = SplitRing::new(&setup, rings.ours.table()).unwrap();
+        rings.oracle.set_next_used(start);
+        rings.oracle.set_event_idx(true);
         let (mut idx, mut first) = (start, true);
         for (count, event, near) in batches {
-            // Events near the index are the interesting ones.
+            // Choose half of the events near the index.
             let event = if near { idx.wrapping_add(event % 16).wrapping_sub(8) } else { event };
             memory.write_obj(event, GuestAddress(AVAIL + 4 + 2 * u64::from(SIZE))).unwrap();
             for n in 0..count {
-                stage.theirs.add_used(memory, n, u32::from(event) + u32::from(n)).unwrap();
+                rings.oracle.add_used(memory, n, u32::from(event) + u32::from(n)).unwrap();
             }
-            let expected = stage.theirs.needs_notification(memory).unwrap();
-            let mut theirs = [0_u8; 8 * SIZE as usize];
-            memory.read_slice(&mut theirs, GuestAddress(USED + 4)).unwrap();
+            let expected = rings.oracle.needs_notification(memory).unwrap();
+            let mut oracle = [0_u8; 8 * SIZE as usize];
+            memory.read_slice(&mut oracle, GuestAddress(USED + 4)).unwrap();
             memory.write_obj(idx, GuestAddress(USED + 2)).unwrap();
 
             for n in 0..count {
@@ -226,13 +226,13 @@ proptest! {
             }
             prop_assert!(ring.has_unpublished());
             prop_assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), idx);
-            // After a start we always notify once, as the kernel's vhost does: an entry from before may be unannounced.
+            // The first publication always notifies, as in the kernel's vhost: an earlier entry may not have been announced.
             prop_assert_eq!(ring.publish(), std::mem::take(&mut first) || expected);
 
             idx = idx.wrapping_add(count);
             let mut ours = [0_u8; 8 * SIZE as usize];
             memory.read_slice(&mut ours, GuestAddress(USED + 4)).unwrap();
-            prop_assert_eq!(ours, theirs);
+            prop_assert_eq!(ours, oracle);
             prop_assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), idx);
         }
     }

@@ -1,6 +1,5 @@
-//! The packed ring beside two models: a driver that follows the rules, and the specification's reading of chains that do
-//! not. There is no other implementation at hand to compare with, so both models are as plain as possible: counts that
-//! never wrap, lists, and no regard to speed.
+//! Compares the packed ring with two models: a driver that follows the specification, and a simple reader of invalid chains.
+//! There is no other implementation to compare with, so the models use lists and counts that never wrap.
 
 use std::sync::Arc;
 
@@ -18,20 +17,20 @@ use crate::memory::MemTable;
 const TABLES: [u64; 2] = [DATA, DATA + 0x1000];
 const TABLE_ENTRIES: u16 = 16;
 
-struct Stage {
+struct RingFixture {
     ring: PackedRing,
     guest: GuestMemoryView,
     driver: PackedDriver,
 }
 
-fn stage(shape: Shape) -> Stage {
+fn fixture(shape: RingOptions) -> RingFixture {
     let region = region(BASE, LEN);
     let table = Arc::new(MemTable::new(vec![Arc::clone(&region)]).unwrap());
     let (driver, setup) = PackedDriver::new(region.memory().clone(), 0, shape);
     let ring = PackedRing::new(&setup, &table).unwrap();
     let mut guest = GuestMemoryView::default();
     guest.publish(table);
-    Stage { ring, guest, driver }
+    RingFixture { ring, guest, driver }
 }
 
 fn buffers(chain: &Chain) -> Vec<(u64, u32, bool)> {
@@ -42,18 +41,18 @@ fn buffers(chain: &Chain) -> Vec<(u64, u32, bool)> {
     [part(chain.readable(), false), part(chain.writable(), true)].concat()
 }
 
-/// One thing that happens.
+/// One step of driver or device.
 #[derive(Clone, Debug)]
 enum Step {
-    /// The driver offers a chain of so many buffers, the first few readable.
+    /// The driver makes a chain available; its first `readable` buffers are device-readable.
     Offer { buffers: u16, readable: u16, indirect: bool },
-    /// The device takes all it can.
+    /// The device takes all available chains.
     Take,
-    /// The device gives one of those taken back.
-    GiveBack { which: usize, len: u32 },
-    /// The device publishes, with this wish of the driver's standing: flags, and a place relative to the next used one.
+    /// The device pushes a used descriptor for one of the chains taken.
+    Return { which: usize, len: u32 },
+    /// The device publishes. Before, the driver sets its event suppression: flags, and a position relative to next used.
     Publish { flags: u16, event: i64 },
-    /// The device asks for a kick, the driver looks.
+    /// The device enables, then suppresses kicks.
     Arm,
 }
 
@@ -62,15 +61,15 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (1..6_u16, 0..6_u16, any::<bool>())
             .prop_map(|(buffers, readable, indirect)| Step::Offer { buffers, readable, indirect }),
         3 => Just(Step::Take),
-        4 => (any::<usize>(), 0..5_u32).prop_map(|(which, len)| Step::GiveBack { which, len }),
+        4 => (any::<usize>(), 0..5_u32).prop_map(|(which, len)| Step::Return { which, len }),
         3 => (0..3_u16, -6..6_i64).prop_map(|(flags, event)| Step::Publish { flags, event }),
         1 => Just(Step::Arm),
     ]
 }
 
-/// What the model knows of one chain.
+/// The model of one chain.
 #[derive(Clone, Debug)]
-struct Known {
+struct ModelChain {
     id: u16,
     descriptors: u64,
     buffers: Vec<(u64, u32, bool)>,
@@ -78,17 +77,17 @@ struct Known {
 
 #[derive(Default)]
 struct Model {
-    offered: Vec<Known>,
-    taken: Vec<(Known, Head)>,
-    given_back: Vec<(u32, u32)>,
-    /// Descriptors of chains given back, since the beginning, and when the driver was last considered.
+    offered: Vec<ModelChain>,
+    taken: Vec<(ModelChain, Head)>,
+    returned: Vec<(u32, u32)>,
+    /// Count of used descriptors, now and at the last decision about a notification.
     used: u64,
-    considered: Option<u64>,
+    signalled_used: Option<u64>,
 }
 
 impl Model {
-    fn offer(&mut self, stage: &mut Stage, count: u16, readable: u16, indirect: bool) {
-        let driver = &mut stage.driver;
+    fn offer(&mut self, fixture: &mut RingFixture, count: u16, readable: u16, indirect: bool) {
+        let driver = &mut fixture.driver;
         let descriptors = if indirect { 1 } else { u64::from(count) };
         if !driver.has_room(descriptors) {
             return;
@@ -99,58 +98,58 @@ impl Model {
             (DATA + 0x10_0000 + serial + 64 * u64::from(n), 8 + u32::from(n), flags)
         };
         let parts: Vec<_> = (0..count).map(part).collect();
-        // A table of its own for each descriptor of the ring.
+        // Each descriptor of the ring has its own table.
         let table = indirect.then_some(DATA + 0x100 * (driver.avail % driver.size));
         let id = driver.offer_linked(&parts, table);
         let buffers = parts.iter().map(|&(addr, len, flags)| (addr, len, flags == WRITE)).collect();
-        self.offered.push(Known { id, descriptors, buffers });
+        self.offered.push(ModelChain { id, descriptors, buffers });
     }
 
-    fn take(&mut self, stage: &mut Stage) -> Result<(), TestCaseError> {
+    fn take(&mut self, fixture: &mut RingFixture) -> Result<(), TestCaseError> {
         let mut chain = Chain::default();
-        prop_assert_eq!(stage.ring.available() != 0, !self.offered.is_empty());
-        for known in std::mem::take(&mut self.offered) {
-            prop_assert!(stage.ring.available() != 0);
-            prop_assert!(stage.ring.take(&mut stage.guest, &mut chain).unwrap());
+        prop_assert_eq!(fixture.ring.available() != 0, !self.offered.is_empty());
+        for chain_model in std::mem::take(&mut self.offered) {
+            prop_assert!(fixture.ring.available() != 0);
+            prop_assert!(fixture.ring.take(&mut fixture.guest, &mut chain).unwrap());
             prop_assert_eq!(chain.fault(), None);
-            prop_assert_eq!(buffers(&chain), &known.buffers[..]);
-            prop_assert_eq!(chain.head(), Head::new(known.id, known.descriptors as u16));
-            self.taken.push((known, chain.head()));
+            prop_assert_eq!(buffers(&chain), &chain_model.buffers[..]);
+            prop_assert_eq!(chain.head(), Head::new(chain_model.id, chain_model.descriptors as u16));
+            self.taken.push((chain_model, chain.head()));
         }
-        prop_assert!(!stage.ring.take(&mut stage.guest, &mut chain).unwrap(), "nothing is left");
+        prop_assert!(!fixture.ring.take(&mut fixture.guest, &mut chain).unwrap(), "all chains have been taken");
         Ok(())
     }
 
-    fn give_back(&mut self, stage: &mut Stage, which: usize, len: u32) -> Result<(), TestCaseError> {
+    fn return_one(&mut self, fixture: &mut RingFixture, which: usize, len: u32) -> Result<(), TestCaseError> {
         if self.taken.is_empty() {
             return Ok(());
         }
-        let (known, head) = self.taken.remove(which % self.taken.len());
-        stage.ring.push_used(head, len);
-        self.given_back.push((known.id.into(), len));
-        self.used += known.descriptors;
-        prop_assert!(!stage.driver.sees_used(), "not before it is published");
+        let (chain_model, head) = self.taken.remove(which % self.taken.len());
+        fixture.ring.push_used(head, len);
+        self.returned.push((chain_model.id.into(), len));
+        self.used += chain_model.descriptors;
+        prop_assert!(!fixture.driver.sees_used(), "used descriptors are invisible until they are published");
         Ok(())
     }
 
-    fn publish(&mut self, stage: &mut Stage, flags: u16, event: i64) -> Result<(), TestCaseError> {
-        prop_assert_eq!(stage.ring.has_unpublished(), !self.given_back.is_empty());
-        if self.given_back.is_empty() {
+    fn publish(&mut self, fixture: &mut RingFixture, flags: u16, event: i64) -> Result<(), TestCaseError> {
+        prop_assert_eq!(fixture.ring.has_unpublished(), !self.returned.is_empty());
+        if self.returned.is_empty() {
             return Ok(());
         }
         let event = self.used.saturating_add_signed(event);
-        stage.driver.set_wish(stage.driver.raw(event), flags);
-        let before = self.considered.replace(self.used);
+        fixture.driver.set_driver_event(fixture.driver.raw(event), flags);
+        let before = self.signalled_used.replace(self.used);
         let among = |before| {
-            // A place is the same place again after two rounds.
-            (before..self.used).any(|count| stage.driver.raw(count) == stage.driver.raw(event))
+            // Positions repeat after two rounds.
+            (before..self.used).any(|count| fixture.driver.raw(count) == fixture.driver.raw(event))
         };
-        // The first time we always notify: an entry from before a restart may be unannounced.
+        // The first publication always notifies: an entry from before a restart may not have been announced.
         let expected = flags == ENABLE || flags == DESC && before.is_none_or(among);
-        prop_assert_eq!(stage.ring.publish(), expected);
-        let seen = stage.driver.used();
-        prop_assert_eq!(&seen, &self.given_back);
-        self.given_back.clear();
+        prop_assert_eq!(fixture.ring.publish(), expected);
+        let seen = fixture.driver.used();
+        prop_assert_eq!(&seen, &self.returned);
+        self.returned.clear();
         Ok(())
     }
 }
@@ -159,71 +158,71 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     #[test]
-    fn a_driver_that_keeps_the_rules_gets_its_chains_back(
+    fn a_conforming_driver_gets_its_chains_back(
         size in prop_oneof![1..20_u16, Just(1024)],
         start in any::<u16>(),
         steps in prop::collection::vec(step(), 1..300),
     ) {
         let base = start % (2 * size);
-        let mut stage = stage(Shape { size, event_idx: true, base });
+        let mut fixture = fixture(RingOptions { size, event_idx: true, base });
         let mut model = Model { used: base.into(), ..Model::default() };
         for step in steps {
             match step {
-                Step::Offer { buffers, readable, indirect } => model.offer(&mut stage, buffers, readable, indirect),
-                Step::Take => model.take(&mut stage)?,
-                Step::GiveBack { which, len } => model.give_back(&mut stage, which, len)?,
-                Step::Publish { flags, event } => model.publish(&mut stage, flags, event)?,
+                Step::Offer { buffers, readable, indirect } => model.offer(&mut fixture, buffers, readable, indirect),
+                Step::Take => model.take(&mut fixture)?,
+                Step::Return { which, len } => model.return_one(&mut fixture, which, len)?,
+                Step::Publish { flags, event } => model.publish(&mut fixture, flags, event)?,
                 Step::Arm => {
-                    stage.ring.arm();
-                    let next = model.offered.iter().fold(stage.driver.avail, |at, known| at - known.descriptors);
-                    prop_assert_eq!(stage.driver.devices_wish(), (stage.driver.raw(next), DESC));
-                    stage.ring.disarm();
-                    prop_assert_eq!(stage.driver.devices_wish().1, DISABLE);
+                    fixture.ring.arm();
+                    let next = model.offered.iter().fold(fixture.driver.avail, |at, chain_model| at - chain_model.descriptors);
+                    prop_assert_eq!(fixture.driver.device_event(), (fixture.driver.raw(next), DESC));
+                    fixture.ring.disarm();
+                    prop_assert_eq!(fixture.driver.device_event().1, DISABLE);
                 }
             }
         }
-        // What is given back at last is all there was, and a restart would go on there.
-        model.publish(&mut stage, ENABLE, 0)?;
-        model.take(&mut stage)?;
+        // In the end all chains have been returned, and the base is the final position.
+        model.publish(&mut fixture, ENABLE, 0)?;
+        model.take(&mut fixture)?;
         while !model.taken.is_empty() {
-            model.give_back(&mut stage, 0, 1)?;
+            model.return_one(&mut fixture, 0, 1)?;
         }
-        model.publish(&mut stage, ENABLE, 0)?;
-        let end = stage.driver.raw(stage.driver.avail);
-        prop_assert_eq!(stage.driver.used, stage.driver.avail);
-        prop_assert_eq!(stage.ring.base(), u32::from(end) | u32::from(end) << 16);
+        model.publish(&mut fixture, ENABLE, 0)?;
+        let end = fixture.driver.raw(fixture.driver.avail);
+        prop_assert_eq!(fixture.driver.used, fixture.driver.avail);
+        prop_assert_eq!(fixture.ring.base(), u32::from(end) | u32::from(end) << 16);
     }
 
     #[test]
-    fn any_bytes_in_the_ring_leave_everything_else_alone(
+    fn random_bytes_in_the_ring_do_not_affect_other_memory(
         size in 1..20_u16,
         bytes in prop::collection::vec(any::<u8>(), 16 * 20..=16 * 20),
         rounds in prop::collection::vec((any::<prop::sample::Index>(), any::<u16>(), any::<u32>(), 0..3_usize), 1..60),
     ) {
-        let mut stage = stage(Shape { size, event_idx: true, base: 0 });
+        let mut fixture = fixture(RingOptions { size, event_idx: true, base: 0 });
         let ring_bytes = 16 * usize::from(size);
-        let (ring, memory) = (stage.driver.ring, stage.driver.guest.memory.clone());
-        let outside = stage.driver.guest.at(ring) + ring_bytes;
+        let (ring, memory) = (fixture.driver.ring, fixture.driver.guest.memory.clone());
+        let outside = fixture.driver.guest.at(ring) + ring_bytes;
         memory.copy_from(outside, &[0xa5; 64]);
-        stage.driver.guest.fill(ring, &bytes[..ring_bytes]);
+        fixture.driver.guest.fill(ring, &bytes[..ring_bytes]);
         let mut taken: Vec<Head> = Vec::new();
         let mut chain = Chain::default();
-        for (slot, flags, wish, give_back) in rounds {
+        for (slot, flags, event, return_one) in rounds {
             let slot = slot.index(usize::from(size)) as u64;
-            memory.write_u16(stage.driver.guest.at(ring + 16 * slot) + 14, flags);
-            stage.driver.set_wish((wish & 0xffff) as u16, (wish >> 16) as u16);
-            let room = stage.ring.available();
+            memory.write_u16(fixture.driver.guest.at(ring + 16 * slot) + 14, flags);
+            fixture.driver.set_driver_event((event & 0xffff) as u16, (event >> 16) as u16);
+            let available = fixture.ring.available();
             let held: u16 = taken.iter().map(|head| head.entries()).sum();
-            prop_assert!(room + held <= size);
-            match stage.ring.take(&mut stage.guest, &mut chain) {
+            prop_assert!(available + held <= size);
+            match fixture.ring.take(&mut fixture.guest, &mut chain) {
                 Ok(true) => taken.push(chain.head()),
                 Ok(false) => {}
                 Err(_) => break,
             }
-            for _ in 0..give_back.min(taken.len()) {
-                stage.ring.push_used(taken.pop().unwrap(), wish);
+            for _ in 0..return_one.min(taken.len()) {
+                fixture.ring.push_used(taken.pop().unwrap(), event);
             }
-            stage.ring.publish();
+            fixture.ring.publish();
             prop_assert!(taken.iter().all(|head| (1..=size).contains(&head.entries())));
         }
         let mut after = [0; 64];
@@ -232,38 +231,38 @@ proptest! {
     }
 }
 
-/// What the specification makes of a chain.
+/// The result that the specification requires.
 #[derive(Debug, PartialEq)]
-enum Verdict {
+enum Expected {
     Valid(Vec<(u64, u32, bool)>),
-    /// The end of its buffers cannot be known.
-    Lost,
-    /// The end is known, but a buffer is wrong.
-    Wrong,
-    /// Nor is its name.
+    /// The walk cannot reach the end of the buffers.
+    BadLink,
+    /// The walk reaches the end, but a buffer is invalid.
+    BadBuffer,
+    /// The chain has no last descriptor, so it has no buffer ID.
     Endless,
 }
 
-/// Reads the chain at the start of the ring as virtio 1.2 §2.8.5 to §2.8.7 and §2.8.19 have it; also its length.
-fn verdict(ring: &[Desc], tables: &[Vec<Desc>; 2]) -> (Verdict, usize) {
-    let Some(last) = ring.iter().position(|desc| desc.flags & NEXT == 0) else { return (Verdict::Endless, 0) };
+/// Reads the chain at the start of the ring as virtio 1.2 §2.8.5 to §2.8.7 and §2.8.19 specify. Returns its length as well.
+fn expected_chain(ring: &[Desc], tables: &[Vec<Desc>; 2]) -> (Expected, usize) {
+    let Some(last) = ring.iter().position(|desc| desc.flags & NEXT == 0) else { return (Expected::Endless, 0) };
     let mut parts = &ring[..=last];
     if parts.len() == 1 && parts[0].flags & INDIRECT != 0 {
         let (addr, len) = (parts[0].addr, parts[0].len);
-        let Some(place) = TABLES.iter().position(|&start| start == addr) else { return (Verdict::Lost, 1) };
+        let Some(place) = TABLES.iter().position(|&start| start == addr) else { return (Expected::BadLink, 1) };
         if !len.is_multiple_of(16) || len == 0 {
-            return (Verdict::Lost, 1);
+            return (Expected::BadLink, 1);
         }
         parts = &tables[place][..len as usize / 16];
     }
     if parts.iter().any(|desc| desc.flags & INDIRECT != 0) {
-        return (Verdict::Lost, last + 1);
+        return (Expected::BadLink, last + 1);
     }
     let mut found: Vec<_> = parts.iter().map(|desc| (desc.addr, desc.len, desc.flags & WRITE != 0)).collect();
     found.retain(|&(_, len, _)| len != 0);
     let wraps = |&(addr, len, _): &(u64, u32, bool)| addr.checked_add(u64::from(len) - 1).is_none();
-    let right = found.is_sorted_by_key(|&(_, _, writable)| writable) && !found.iter().any(wraps);
-    (if right { Verdict::Valid(found) } else { Verdict::Wrong }, last + 1)
+    let valid = found.is_sorted_by_key(|&(_, _, writable)| writable) && !found.iter().any(wraps);
+    (if valid { Expected::Valid(found) } else { Expected::BadBuffer }, last + 1)
 }
 
 fn descriptor() -> impl Strategy<Value = Desc> {
@@ -282,7 +281,7 @@ fn descriptor() -> impl Strategy<Value = Desc> {
 }
 
 fn entry() -> impl Strategy<Value = Desc> {
-    // In a table NEXT and the ID are reserved, and mean nothing.
+    // NEXT and the ID are reserved in a table and must be ignored.
     let flags = prop_oneof![8 => Just(0), 1 => Just(NEXT), 10 => Just(WRITE), 1 => Just(INDIRECT)];
     (DATA..DATA + 0x1000, 0..0x800_u32, flags).prop_map(|(addr, len, flags)| Desc { addr, len, flags, next: 0x5a5a })
 }
@@ -291,7 +290,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
-    fn chains_are_what_the_specification_says(
+    fn chains_agree_with_the_specification(
         ring in prop::collection::vec(descriptor(), 1..10),
         sorted in any::<bool>(),
         mut one in prop::collection::vec(entry(), 16..=16),
@@ -301,55 +300,55 @@ proptest! {
             one.sort_by_key(|desc| desc.flags);
         }
         let tables = [one, two];
-        let mut stage = stage(Shape { size: ring.len() as u16, event_idx: false, base: 0 });
+        let mut fixture = fixture(RingOptions { size: ring.len() as u16, event_idx: false, base: 0 });
         for (place, table) in TABLES.iter().zip(&tables) {
             for (n, desc) in table.iter().enumerate() {
-                stage.driver.write_entry(place + 16 * n as u64, *desc);
+                fixture.driver.write_entry(place + 16 * n as u64, *desc);
             }
         }
         for (n, desc) in ring.iter().enumerate() {
-            stage.driver.put(n as u64, *desc, n as u16, stage.driver.flags_at(0));
+            fixture.driver.put(n as u64, *desc, n as u16, fixture.driver.flags_at(0));
         }
-        let (expected, descriptors) = verdict(&ring, &tables);
+        let (expected, descriptors) = expected_chain(&ring, &tables);
         let mut chain = Chain::default();
 
-        let took = stage.ring.take(&mut stage.guest, &mut chain);
+        let taken = fixture.ring.take(&mut fixture.guest, &mut chain);
 
-        if expected == Verdict::Endless {
-            prop_assert!(took.is_err());
+        if expected == Expected::Endless {
+            prop_assert!(taken.is_err());
             return Ok(());
         }
-        prop_assert!(took.unwrap());
+        prop_assert!(taken.unwrap());
         prop_assert_eq!(chain.head(), Head::new(descriptors as u16 - 1, descriptors as u16));
         let fault = chain.fault();
         match expected {
-            Verdict::Valid(expected) => {
+            Expected::Valid(expected) => {
                 prop_assert_eq!(fault, None);
                 prop_assert_eq!(buffers(&chain), expected);
             }
-            Verdict::Lost => {
+            Expected::BadLink => {
                 prop_assert!(fault.is_some());
                 prop_assert_eq!(chain.last_writable(), None);
             }
-            Verdict::Wrong => {
-                prop_assert!(matches!(fault, Some(ChainFault::WorkerCommand | ChainFault::Wraps { .. })), "{:?}", fault);
+            Expected::BadBuffer => {
+                prop_assert!(matches!(fault, Some(ChainFault::BufferOrder | ChainFault::Wraps { .. })), "{:?}", fault);
             }
-            Verdict::Endless => unreachable!(),
+            Expected::Endless => unreachable!(),
         }
     }
 }
 
 #[test]
-fn a_descriptor_is_available_in_one_of_four_states_of_its_flags() {
+fn a_descriptor_is_available_in_one_of_four_flag_combinations() {
     for (base, wrap) in [(0, true), (4, false)] {
-        let stage = stage(Shape { size: 4, event_idx: false, base });
+        let fixture = fixture(RingOptions { size: 4, event_idx: false, base });
         for (avail, used) in [(false, false), (false, true), (true, false), (true, true)] {
             let flags = if avail { 1 << 7 } else { 0 } | if used { 1 << 15 } else { 0 };
-            stage.driver.put(0, Desc { addr: DATA, len: 1, flags: WRITE, next: 0 }, 0, flags);
+            fixture.driver.put(0, Desc { addr: DATA, len: 1, flags: WRITE, next: 0 }, 0, flags);
 
             let expected = if avail == wrap && used != wrap { 4 } else { 0 };
 
-            assert_eq!(stage.ring.available(), expected, "AVAIL {avail} USED {used}, wrap counter {wrap}");
+            assert_eq!(fixture.ring.available(), expected, "AVAIL {avail} USED {used}, wrap counter {wrap}");
         }
     }
 }

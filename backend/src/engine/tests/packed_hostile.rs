@@ -1,7 +1,7 @@
-//! What no driver of a packed ring should do. What is wrong with a request is found by the same code for both layouts, so
-//! each such mistake is made on both, and must end alike; the rules of the ring itself are its own.
+//! A hostile driver on a packed ring. The same code checks requests of both layouts, so each invalid request is made on both
+//! and must end alike. Faults of the packed ring itself have their own tests.
 
-use super::disk::Abilities;
+use super::disk::DiskOptions;
 use super::packed_driver::PackedDriver;
 use super::rig::*;
 use crate::addr::{Gpa, Span};
@@ -10,9 +10,9 @@ use crate::engine::{EngineError, Layout};
 const BLOCK: u32 = 512;
 
 /// Virtqueue 0 split, virtqueue 1 packed.
-fn rig() -> (Rig, VirtDriver, PackedDriver) {
-    let rig = Rig::new(Abilities::default());
-    let shape = Shape { size: 16, ..Shape::default() };
+fn rig() -> (Rig, SplitDriver, PackedDriver) {
+    let rig = Rig::new(DiskOptions::default());
+    let shape = RingOptions { size: 16, ..RingOptions::default() };
     let split = rig.driver(0, shape);
     let (packed, setup) = PackedDriver::new(rig.region.memory().clone(), 1, shape);
     rig.engine.start_ring(setup).unwrap();
@@ -26,7 +26,7 @@ fn still_serves(driver: &mut PackedDriver) -> bool {
     driver.wait(1) == [(u32::from(sent.head), BLOCK + 1)] && driver.guest.status(sent) == 0
 }
 
-/// The used length of a chain of these descriptors as they are.
+/// Makes these descriptors available. Returns the length in their used descriptor.
 fn used_len(driver: &mut PackedDriver, parts: &[Desc]) -> u32 {
     let id = driver.offer(parts);
     driver.guest.kick();
@@ -40,12 +40,12 @@ fn desc(addr: u64, len: u32, flags: u16) -> Desc {
 }
 
 #[test]
-fn a_wrong_request_ends_as_on_a_split_ring() {
+fn an_invalid_request_ends_as_on_a_split_ring() {
     let (rig, mut split, mut packed) = rig();
     const NOWHERE: u64 = 0x10;
     let end = BASE + LEN;
     type Parts = Vec<(u64, u32, u16)>;
-    let around = |kind: u32, sector: u64, driver: &mut VirtDriver, data: &[(u64, u32, u16)]| -> (Parts, u64) {
+    let around = |kind: u32, sector: u64, driver: &mut SplitDriver, data: &[(u64, u32, u16)]| -> (Parts, u64) {
         let header = driver.header(kind, sector);
         let parts = [&[(header, 16, 0)], data, &[(header + 16, 1, WRITE)]].concat();
         (parts, header + 16)
@@ -86,7 +86,7 @@ fn a_wrong_request_ends_as_on_a_split_ring() {
 }
 
 #[test]
-fn a_chain_without_a_status_byte_or_header_is_given_back() {
+fn a_chain_without_a_status_byte_or_header_is_returned() {
     let (_rig, _split, mut packed) = rig();
     let header = packed.guest.header(IN, 0);
     for (name, parts) in [
@@ -104,7 +104,7 @@ fn a_chain_without_a_status_byte_or_header_is_given_back() {
 }
 
 #[test]
-fn bad_indirect_descriptors_are_refused_and_cost_their_place_only() {
+fn bad_indirect_descriptors_are_refused_and_use_one_descriptor() {
     let (_rig, _split, mut packed) = rig();
     let table = DATA + 0x1_0000;
     packed.write_entry(table, desc(DATA, 16, INDIRECT));
@@ -126,8 +126,8 @@ fn bad_indirect_descriptors_are_refused_and_cost_their_place_only() {
 
 #[test]
 fn an_indirect_table_that_was_not_negotiated_is_refused() {
-    let rig = Rig::new(Abilities::default());
-    let (mut packed, mut setup) = PackedDriver::new(rig.region.memory().clone(), 0, Shape::default());
+    let rig = Rig::new(DiskOptions::default());
+    let (mut packed, mut setup) = PackedDriver::new(rig.region.memory().clone(), 0, RingOptions::default());
     setup.indirect = false;
     rig.engine.start_ring(setup).unwrap();
     rig.engine.set_enabled(0, true);
@@ -138,11 +138,11 @@ fn an_indirect_table_that_was_not_negotiated_is_refused() {
 }
 
 #[test]
-fn an_indirect_table_may_lie_across_the_seam_of_regions() {
-    let rig = Rig::new(Abilities::default());
+fn an_indirect_table_may_cross_a_region_boundary() {
+    let rig = Rig::new(DiskOptions::default());
     let far = region(BASE + LEN, 0x1000);
     rig.engine.publish(std::sync::Arc::new(rig.table.with(far.clone()).unwrap()));
-    let (mut packed, setup) = PackedDriver::new(rig.region.memory().clone(), 0, Shape::default());
+    let (mut packed, setup) = PackedDriver::new(rig.region.memory().clone(), 0, RingOptions::default());
     rig.engine.start_ring(setup).unwrap();
     rig.engine.set_enabled(0, true);
     let (header, table) = (packed.guest.header(GET_ID, 0), BASE + LEN - 32);
@@ -157,7 +157,7 @@ fn an_indirect_table_may_lie_across_the_seam_of_regions() {
 }
 
 #[test]
-fn a_chain_without_an_end_breaks_the_ring_and_no_other() {
+fn a_chain_without_an_end_fails_the_ring_and_no_other() {
     let (rig, mut split, packed) = rig();
     for slot in 0..packed.size {
         packed.put(slot, desc(DATA, 16, NEXT), 0, packed.flags_at(0));
@@ -169,23 +169,24 @@ fn a_chain_without_an_end_breaks_the_ring_and_no_other() {
     split.send(IN, 0, &[(DATA, BLOCK)]);
     split.wait(1);
     assert_eq!(rig.engine.stop_ring(1).unwrap(), Some(0x8000_8000), "nothing has been taken");
-    let (mut fresh, setup) = PackedDriver::new(rig.region.memory().clone(), 1, Shape::default());
+    let (mut fresh, setup) = PackedDriver::new(rig.region.memory().clone(), 1, RingOptions::default());
     rig.engine.start_ring(setup).unwrap();
     assert!(still_serves(&mut fresh));
 }
 
 #[test]
-fn descriptors_offered_again_before_they_are_given_back_are_not_taken() {
+fn descriptors_made_available_before_they_are_used_are_not_taken() {
     let (rig, mut split, _packed) = rig();
-    let (mut packed, setup) = PackedDriver::new(rig.region.memory().clone(), 2, Shape { size: 15, ..Shape::default() });
+    let (mut packed, setup) =
+        PackedDriver::new(rig.region.memory().clone(), 2, RingOptions { size: 15, ..RingOptions::default() });
     rig.engine.start_ring(setup).unwrap();
     rig.engine.set_enabled(2, true);
     rig.disk.hold();
     while packed.has_room(3) {
         packed.send(IN, 0, &[(DATA, BLOCK)]);
     }
-    until("the requests are taken", || rig.disk.held().len() == 5);
-    // The whole ring again, as if it were the next round: the device still owns all of it.
+    wait_until("the requests are taken", || rig.disk.held().len() == 5);
+    // Make the whole ring available for the next round, while the device still owns all of it.
     for slot in 0..packed.size {
         packed.put(slot, desc(DATA, 1, WRITE), 0x7777, packed.flags_at(packed.size));
     }
@@ -194,18 +195,19 @@ fn descriptors_offered_again_before_they_are_given_back_are_not_taken() {
     split.wait(1);
     assert_eq!(rig.disk.held().len(), 5);
 
-    rig.disk.unhold();
+    rig.disk.resume();
 
-    // The chains come back by the names they were taken under, and nothing more is taken: their used descriptors lie in
-    // the way.
-    assert_eq!(rig.engine.stop_ring(2).unwrap(), Some(0), "both positions one round on");
+    // The chains are returned with the IDs under which they were taken. Nothing more is taken, because the used descriptors
+    // have replaced the available ones.
+    assert_eq!(rig.engine.stop_ring(2).unwrap(), Some(0), "both positions are one round later");
     assert_eq!(rig.engine.statistics().reads, 5);
 }
 
 #[test]
-fn a_packed_ring_that_cannot_be_is_not_started() {
-    let rig = Rig::new(Abilities::default());
-    let make = || PackedDriver::new(rig.region.memory().clone(), 0, Shape { size: 100, ..Shape::default() }).1;
+fn a_packed_ring_with_invalid_parameters_is_not_started() {
+    let rig = Rig::new(DiskOptions::default());
+    let make =
+        || PackedDriver::new(rig.region.memory().clone(), 0, RingOptions { size: 100, ..RingOptions::default() }).1;
     let at = |start, len| Span::new(Gpa(start), len).unwrap();
     for size in [0, 1025, u16::MAX] {
         let mut setup = make();
@@ -239,13 +241,13 @@ fn a_packed_ring_that_cannot_be_is_not_started() {
 }
 
 #[test]
-fn a_split_ring_of_a_size_that_only_a_packed_one_can_have_is_not_started() {
-    let rig = Rig::new(Abilities::default());
-    let (_driver, mut setup) = rig.unstarted(0, Shape::default());
+fn a_split_ring_with_a_packed_rings_size_or_base_is_not_started() {
+    let rig = Rig::new(DiskOptions::default());
+    let (_driver, mut setup) = rig.stopped_driver(0, RingOptions::default());
     setup.size = 48;
     let refused = rig.engine.start_ring(setup).unwrap_err();
     assert!(matches!(refused, EngineError::RingSize { layout: Layout::Split, .. }), "{refused}");
-    let (_driver, mut setup) = rig.unstarted(0, Shape::default());
+    let (_driver, mut setup) = rig.stopped_driver(0, RingOptions::default());
     setup.base = 0x1_0000;
     let refused = rig.engine.start_ring(setup).unwrap_err();
     assert!(matches!(refused, EngineError::RingBase { .. }), "{refused}");

@@ -1,4 +1,4 @@
-//! The guest's side of a test: its memory, and a virtio driver that can be made to do what no driver should.
+//! Test rig: an engine on a disk in memory, guest memory, and a virtio driver that can also break the rules.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
-use super::disk::{Abilities, Disk};
+use super::disk::{DiskOptions, FakeDisk};
 use crate::addr::{Gpa, Qva, Span};
 use crate::engine::{Engine, Layout, Options, VringSetup};
 use crate::hardware::AddressSpace;
@@ -23,14 +23,14 @@ pub(super) const OUT: u32 = 1;
 pub(super) const FLUSH: u32 = 4;
 pub(super) const GET_ID: u32 = 8;
 
-/// Where the tests' first region lies, and its size.
+/// Start and size of the first region.
 pub(super) const BASE: u64 = 0x10_0000;
 pub(super) const LEN: u64 = 0x40_0000;
-/// Ring areas take 64 KiB each from the start of the region; headers and status bytes follow, then data.
+/// Each ring has 64 KiB from the start of the region. Headers and status bytes follow, then data.
 const RING_STRIDE: u64 = 0x1_0000;
 const HEADERS: u64 = 0x10_0000;
 pub(super) const DATA: u64 = BASE + 0x20_0000;
-/// No test waits longer for something that must happen.
+/// Limit of all waits.
 const LIMIT: Duration = Duration::from_secs(20);
 
 pub(super) fn region(gpa: u64, len: u64) -> Arc<Region> {
@@ -45,50 +45,50 @@ pub(super) fn event() -> OwnedFd {
     eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
 }
 
-/// What an eventfd has counted since the last look.
+/// Reads and resets an eventfd's counter.
 pub(super) fn count(event: &OwnedFd) -> u64 {
     let mut bytes = [0; 8];
     rustix::io::read(event, &mut bytes).map_or(0, |_| u64::from_ne_bytes(bytes))
 }
 
-/// Waits until `event` is readable; false if it does not become so.
+/// Waits until `event` is readable. Returns false after `limit`.
 pub(super) fn wait_readable(event: &OwnedFd, limit: Duration) -> bool {
     let time = Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: limit.subsec_nanos().into() };
     poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&time)).unwrap() == 1
 }
 
 /// Waits until `condition` holds.
-pub(super) fn until(what: &str, mut condition: impl FnMut() -> bool) {
+pub(super) fn wait_until(name: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < LIMIT, "never happened: {what}");
+        assert!(start.elapsed() < LIMIT, "timed out: {name}");
         std::thread::sleep(Duration::from_micros(100));
     }
 }
 
-/// An engine above a disk in memory, with one region of guest memory.
+/// An engine on a disk in memory, with one region of guest memory.
 pub(super) struct Rig {
     pub(super) engine: Engine,
-    pub(super) disk: Disk,
+    pub(super) disk: FakeDisk,
     pub(super) region: Arc<Region>,
     pub(super) table: Arc<MemTable>,
 }
 
 impl Rig {
-    pub(super) fn new(abilities: Abilities) -> Self {
+    pub(super) fn new(options: DiskOptions) -> Self {
         Self::with(
-            abilities,
+            options,
             Options {
                 rings: 4,
                 spin: Duration::from_micros(50),
-                patience: Duration::from_secs(20),
+                drain_timeout: Duration::from_secs(20),
                 watch: crate::engine::WatchdogOptions::default(),
             },
         )
     }
 
-    pub(super) fn with(abilities: Abilities, options: Options) -> Self {
-        let disk = Disk::new(abilities);
+    pub(super) fn with(disk: DiskOptions, options: Options) -> Self {
+        let disk = FakeDisk::new(disk);
         let space: Arc<dyn AddressSpace> = Arc::new(disk.clone());
         let engine = Engine::start(Box::new(disk.clone()), &space, options).unwrap();
         let region = region(BASE, LEN);
@@ -98,36 +98,36 @@ impl Rig {
         Self { engine, disk, region, table }
     }
 
-    /// A driver for virtqueue `index`, whose ring runs and is enabled.
-    pub(super) fn driver(&self, index: usize, ring: Shape) -> VirtDriver {
-        let (driver, setup) = self.unstarted(index, ring);
+    /// A driver for virtqueue `index`, with its ring started and enabled.
+    pub(super) fn driver(&self, index: usize, options: RingOptions) -> SplitDriver {
+        let (driver, setup) = self.stopped_driver(index, options);
         self.engine.start_ring(setup).unwrap();
         self.engine.set_enabled(index, true);
         driver
     }
 
-    /// A driver for virtqueue `index`, and what would start its ring.
-    pub(super) fn unstarted(&self, index: usize, ring: Shape) -> (VirtDriver, VringSetup) {
+    /// A driver for virtqueue `index`, and the parameters to start its ring.
+    pub(super) fn stopped_driver(&self, index: usize, options: RingOptions) -> (SplitDriver, VringSetup) {
         let memory = self.region.memory().clone();
-        VirtDriver::new(memory, index, ring)
+        SplitDriver::new(memory, index, options)
     }
 }
 
-/// What a ring is like.
+/// Options of a ring.
 #[derive(Clone, Copy)]
-pub(super) struct Shape {
+pub(super) struct RingOptions {
     pub(super) size: u16,
     pub(super) event_idx: bool,
     pub(super) base: u16,
 }
 
-impl Default for Shape {
+impl Default for RingOptions {
     fn default() -> Self {
         Self { size: 64, event_idx: false, base: 0 }
     }
 }
 
-/// A descriptor to be.
+/// A descriptor to write.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Desc {
     pub(super) addr: u64,
@@ -137,7 +137,7 @@ pub(super) struct Desc {
 }
 
 /// A guest's virtio-blk driver for one ring.
-pub(super) struct VirtDriver {
+pub(super) struct SplitDriver {
     pub(super) memory: SharedMemory,
     pub(super) index: usize,
     pub(super) size: u16,
@@ -154,16 +154,21 @@ pub(super) struct VirtDriver {
     pub(super) err: OwnedFd,
 }
 
-impl VirtDriver {
-    pub(super) fn new(memory: SharedMemory, index: usize, shape: Shape) -> (Self, VringSetup) {
+impl SplitDriver {
+    pub(super) fn new(memory: SharedMemory, index: usize, options: RingOptions) -> (Self, VringSetup) {
         let (desc, headers) = (BASE + RING_STRIDE * index as u64, BASE + HEADERS + 0x1_0000 * index as u64);
-        Self::at_place(memory, index, shape, (desc, headers))
+        Self::at_addresses(memory, index, options, (desc, headers))
     }
 
-    /// A driver whose ring and headers, 64 KiB each, lie where the test says.
-    pub(super) fn at_place(memory: SharedMemory, index: usize, shape: Shape, place: (u64, u64)) -> (Self, VringSetup) {
-        let Shape { size, event_idx, base } = shape;
-        let (desc, next_header) = place;
+    /// A driver with its ring and headers, 64 KiB each, at the given addresses.
+    pub(super) fn at_addresses(
+        memory: SharedMemory,
+        index: usize,
+        options: RingOptions,
+        addresses: (u64, u64),
+    ) -> (Self, VringSetup) {
+        let RingOptions { size, event_idx, base } = options;
+        let (desc, next_header) = addresses;
         let (avail, used) = (desc + 0x4000, desc + 0x8000);
         let driver = Self {
             memory,
@@ -187,10 +192,10 @@ impl VirtDriver {
         (driver, setup)
     }
 
-    /// What starts this driver's ring at `base`.
+    /// The parameters to start this driver's ring at `base`.
     pub(super) fn setup(&self, base: u16) -> VringSetup {
         let span = |start, len: u64| Span::new(Gpa(start), len).unwrap();
-        let theirs = |fd: &OwnedFd| Some(fd.try_clone().unwrap());
+        let duplicate = |fd: &OwnedFd| Some(fd.try_clone().unwrap());
         let n = u64::from(self.size);
         VringSetup {
             index: self.index,
@@ -202,9 +207,9 @@ impl VirtDriver {
             base: base.into(),
             event_idx: self.event_idx,
             indirect: true,
-            kick: theirs(&self.kick),
-            call: theirs(&self.call),
-            err: theirs(&self.err),
+            kick: duplicate(&self.kick),
+            call: duplicate(&self.call),
+            err: duplicate(&self.err),
         }
     }
 
@@ -230,7 +235,7 @@ impl VirtDriver {
         self.memory.write_u16(at + 14, desc.next);
     }
 
-    /// Puts linked descriptors into the table; gives the head.
+    /// Writes linked descriptors to the table. Returns the head.
     pub(super) fn link(&mut self, parts: &[(u64, u32, u16)]) -> u16 {
         let head = self.next_desc;
         for (n, &(addr, len, flags)) in parts.iter().enumerate() {
@@ -242,7 +247,7 @@ impl VirtDriver {
         head
     }
 
-    /// Puts one descriptor as it is; gives its index.
+    /// Writes one descriptor unchanged. Returns its index.
     pub(super) fn raw(&mut self, desc: Desc) -> u16 {
         let index = self.next_desc;
         self.next_desc = (index + 1) % self.size;
@@ -250,7 +255,7 @@ impl VirtDriver {
         index
     }
 
-    /// Writes avail entry and index, without a kick.
+    /// Makes a chain available, without a kick.
     pub(super) fn offer(&mut self, head: u16) {
         let slot = u64::from(self.avail_idx % self.size);
         self.memory.write_u16(self.at(self.avail + 4 + 2 * slot), head);
@@ -267,20 +272,20 @@ impl VirtDriver {
         rustix::io::write(&self.kick, &1_u64.to_ne_bytes()).unwrap();
     }
 
-    /// Kicks if the device asked for it since the index was `before`, as a driver must (virtio 1.2 §2.7.10).
-    pub(super) fn kick_if_asked(&self, before: u16) {
+    /// Kicks if the device requires it after the avail index was `before` (virtio 1.2 §2.7.10).
+    pub(super) fn kick_if_needed(&self, before: u16) {
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-        let asked = if self.event_idx {
+        let required = if self.event_idx {
             self.avail_idx.wrapping_sub(self.avail_event()).wrapping_sub(1) < self.avail_idx.wrapping_sub(before)
         } else {
             self.used_flags() & 1 == 0
         };
-        if asked {
+        if required {
             self.kick();
         }
     }
 
-    /// Waits for `n` used entries on the call eventfd alone, asking for a call only when there is nothing to do.
+    /// Waits for `n` used entries with the call eventfd. Enables calls only while the used ring is empty.
     pub(super) fn wait_for_calls(&mut self, n: usize) -> Vec<(u32, u32)> {
         let mut seen = Vec::new();
         while seen.len() < n {
@@ -291,7 +296,7 @@ impl VirtDriver {
             }
             std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
             if self.used_seen == self.used_idx() {
-                assert!(wait_readable(&self.call, LIMIT), "a call never came");
+                assert!(wait_readable(&self.call, LIMIT), "no call");
             }
             count(&self.call);
             if !self.event_idx {
@@ -302,10 +307,10 @@ impl VirtDriver {
         seen
     }
 
-    /// A header in guest memory and a status byte behind it, which says 0xff.
+    /// Writes a header to guest memory, followed by a status byte of 0xff.
     pub(super) fn header(&mut self, kind: u32, sector: u64) -> u64 {
         let at = self.next_header;
-        // Round and round in the driver's own 64 KiB: no test has that many requests at once.
+        // Headers wrap around in the driver's 64 KiB. No test has that many requests in flight.
         self.next_header = (at & !0xffff) + (at + 32) % 0x1_0000;
         self.memory.write_u32(self.at(at), kind);
         self.memory.write_u32(self.at(at + 4), 0);
@@ -314,8 +319,8 @@ impl VirtDriver {
         at
     }
 
-    /// Offers a request of the common shape: header, data, status.
-    pub(super) fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> Sent {
+    /// Makes a request of header, data and status available.
+    pub(super) fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> SentRequest {
         let header = self.header(kind, sector);
         let flags = if kind == OUT { 0 } else { WRITE };
         let mut parts = vec![(header, 16, 0)];
@@ -323,17 +328,17 @@ impl VirtDriver {
         parts.push((header + 16, 1, WRITE));
         let head = self.link(&parts);
         self.offer(head);
-        Sent { head, status: header + 16 }
+        SentRequest { head, status: header + 16 }
     }
 
-    /// Offers a request and kicks.
-    pub(super) fn send(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> Sent {
+    /// Makes a request available and kicks.
+    pub(super) fn send(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> SentRequest {
         let sent = self.request(kind, sector, data);
         self.kick();
         sent
     }
 
-    pub(super) fn status(&self, sent: Sent) -> u8 {
+    pub(super) fn status(&self, sent: SentRequest) -> u8 {
         self.memory.read_u8(self.at(sent.status))
     }
 
@@ -358,7 +363,7 @@ impl VirtDriver {
         self.memory.write_u16(self.at(self.avail + 4 + 2 * u64::from(self.size)), idx);
     }
 
-    /// Used entries not yet seen: (head, len).
+    /// New used entries: (head, len).
     pub(super) fn used(&mut self) -> Vec<(u32, u32)> {
         let mut entries = Vec::new();
         while self.used_seen != self.used_idx() {
@@ -372,7 +377,7 @@ impl VirtDriver {
     /// Waits for `count` used entries.
     pub(super) fn wait(&mut self, count: usize) -> Vec<(u32, u32)> {
         let mut entries = Vec::new();
-        until("used entries", || {
+        wait_until("used entries", || {
             entries.extend(self.used());
             entries.len() >= count
         });
@@ -381,9 +386,9 @@ impl VirtDriver {
     }
 }
 
-/// A request offered.
+/// A request that has been made available.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Sent {
+pub(super) struct SentRequest {
     pub(super) head: u16,
     pub(super) status: u64,
 }

@@ -1,6 +1,6 @@
-//! Requests of every kind, all the way from the available ring to the used ring.
+//! Requests of every type, from the avail ring to the used ring.
 
-use super::disk::Abilities;
+use super::disk::DiskOptions;
 use super::rig::*;
 use crate::driver::Outcome;
 
@@ -9,9 +9,9 @@ fn pattern(seed: u8, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_written_is_read_back() {
-    let rig = Rig::new(Abilities::default());
-    let mut driver = rig.driver(0, Shape::default());
+fn written_data_reads_back() {
+    let rig = Rig::new(DiskOptions::default());
+    let mut driver = rig.driver(0, RingOptions::default());
     let written = pattern(1, 8192);
     driver.fill(DATA, &written);
 
@@ -30,9 +30,9 @@ fn what_is_written_is_read_back() {
 }
 
 #[test]
-fn misaligned_buffers_go_through_a_bounce_slot_both_ways() {
-    let rig = Rig::new(Abilities::default());
-    let mut driver = rig.driver(0, Shape::default());
+fn misaligned_buffers_are_bounced_in_both_directions() {
+    let rig = Rig::new(DiskOptions::default());
+    let mut driver = rig.driver(0, RingOptions::default());
     let written = pattern(7, 1024);
     driver.fill(DATA + 1, &written);
 
@@ -49,19 +49,19 @@ fn misaligned_buffers_go_through_a_bounce_slot_both_ways() {
 }
 
 #[test]
-fn more_bounced_data_than_slots_is_moved_all_the_same() {
-    let rig = Rig::new(Abilities { depth: 1024, ..Abilities::default() });
-    let mut driver = rig.driver(0, Shape::default());
+fn bounced_requests_wait_for_free_slots() {
+    let rig = Rig::new(DiskOptions { depth: 1024, ..DiskOptions::default() });
+    let mut driver = rig.driver(0, RingOptions::default());
     let written = pattern(3, 0x10_0000);
     rig.disk.write(0, &written);
     rig.disk.hold();
 
-    // 1 MiB - 512 in slots of 64 KiB, and as much again behind it.
+    // Each request needs all 16 slots of 64 KiB.
     let one = driver.request(IN, 0, &[(DATA + 1, 0xf_fe00)]);
     let two = driver.request(IN, 0, &[(DATA + 1, 0xf_fe00)]);
     driver.kick();
-    until("all slots in use", || rig.disk.held().len() == 16);
-    rig.disk.unhold();
+    wait_until("all slots in use", || rig.disk.held().len() == 16);
+    rig.disk.resume();
     driver.wait(2);
 
     assert_eq!((driver.status(one), driver.status(two)), (0, 0));
@@ -70,20 +70,20 @@ fn more_bounced_data_than_slots_is_moved_all_the_same() {
 }
 
 #[test]
-fn a_long_request_becomes_several_commands_and_one_completion() {
-    let rig = Rig::new(Abilities { max_transfer: 4096, ..Abilities::default() });
-    let mut driver = rig.driver(0, Shape::default());
+fn a_long_request_is_split_into_commands_and_completed_once() {
+    let rig = Rig::new(DiskOptions { max_transfer: 4096, ..DiskOptions::default() });
+    let mut driver = rig.driver(0, RingOptions::default());
     let written = pattern(9, 0x1_0000);
     driver.fill(DATA, &written);
     rig.disk.hold();
 
     let write = driver.send(OUT, 0, &[(DATA, 0x1_0000)]);
-    until("sixteen commands", || rig.disk.held().len() == 16);
+    wait_until("sixteen commands", || rig.disk.held().len() == 16);
     while rig.disk.held().len() > 1 {
-        rig.disk.release(rig.disk.held().len() - 1);
+        rig.disk.complete(rig.disk.held().len() - 1);
     }
     assert_eq!(driver.used_idx(), 0);
-    rig.disk.release(0);
+    rig.disk.complete(0);
 
     assert_eq!(driver.wait(1), [(u32::from(write.head), 1)]);
     assert_eq!(driver.status(write), 0);
@@ -91,19 +91,19 @@ fn a_long_request_becomes_several_commands_and_one_completion() {
 }
 
 #[test]
-fn the_worst_command_decides_the_request() {
-    let rig = Rig::new(Abilities { max_transfer: 4096, ..Abilities::default() });
-    let mut driver = rig.driver(0, Shape::default());
+fn the_worst_outcome_is_the_requests_status() {
+    let rig = Rig::new(DiskOptions { max_transfer: 4096, ..DiskOptions::default() });
+    let mut driver = rig.driver(0, RingOptions::default());
     rig.disk.hold();
     let read = driver.send(IN, 0, &[(DATA, 3 * 4096)]);
-    until("three commands", || rig.disk.held().len() == 3);
+    wait_until("three commands", || rig.disk.held().len() == 3);
 
     rig.disk.set_outcome(Outcome::Failed);
-    rig.disk.release(1);
+    rig.disk.complete(1);
     rig.disk.set_outcome(Outcome::Unsupported);
-    rig.disk.release(1);
+    rig.disk.complete(1);
     rig.disk.set_outcome(Outcome::Success);
-    rig.disk.release(0);
+    rig.disk.complete(0);
 
     assert_eq!(driver.wait(1), [(u32::from(read.head), 1)]);
     assert_eq!(driver.status(read), 1);
@@ -111,33 +111,33 @@ fn the_worst_command_decides_the_request() {
 }
 
 #[test]
-fn after_a_failed_command_the_rest_is_not_submitted() {
-    let rig = Rig::new(Abilities { depth: 1, max_transfer: 4096, ..Abilities::default() });
-    let mut driver = rig.driver(0, Shape::default());
+fn the_rest_of_a_request_is_not_submitted_after_a_failed_command() {
+    let rig = Rig::new(DiskOptions { depth: 1, max_transfer: 4096, ..DiskOptions::default() });
+    let mut driver = rig.driver(0, RingOptions::default());
     rig.disk.hold();
     let read = driver.send(IN, 0, &[(DATA, 8 * 4096)]);
-    until("the first command", || rig.disk.held().len() == 1);
+    wait_until("the first command", || rig.disk.held().len() == 1);
 
     rig.disk.set_outcome(Outcome::Failed);
-    rig.disk.release(0);
+    rig.disk.complete(0);
 
     assert_eq!(driver.wait(1), [(u32::from(read.head), 1)]);
-    assert_eq!((driver.status(read), rig.disk.rings()), (1, 1));
+    assert_eq!((driver.status(read), rig.disk.doorbells()), (1, 1));
 }
 
 #[test]
-fn used_entries_come_in_completion_order() {
-    let rig = Rig::new(Abilities::default());
-    let mut driver = rig.driver(0, Shape::default());
+fn used_entries_are_in_completion_order() {
+    let rig = Rig::new(DiskOptions::default());
+    let mut driver = rig.driver(0, RingOptions::default());
     rig.disk.hold();
     let sent: Vec<_> = (0..3).map(|n| driver.request(IN, n, &[(DATA + 512 * n, 512)])).collect();
     driver.kick();
-    until("three commands", || rig.disk.held().len() == 3);
+    wait_until("three commands", || rig.disk.held().len() == 3);
 
     for index in [2, 0, 0] {
         let before = driver.used_idx();
-        rig.disk.release(index);
-        until("its used entry", || driver.used_idx() == before.wrapping_add(1));
+        rig.disk.complete(index);
+        wait_until("its used entry", || driver.used_idx() == before.wrapping_add(1));
     }
 
     let heads: Vec<_> = driver.used().iter().map(|&(head, _)| head).collect();
@@ -145,9 +145,9 @@ fn used_entries_come_in_completion_order() {
 }
 
 #[test]
-fn a_full_device_queue_delays_and_loses_nothing() {
-    let rig = Rig::new(Abilities { depth: 3, max_transfer: 1024, ..Abilities::default() });
-    let mut drivers: Vec<_> = (0..4).map(|n| rig.driver(n, Shape::default())).collect();
+fn requests_wait_for_room_in_a_full_device_queue() {
+    let rig = Rig::new(DiskOptions { depth: 3, max_transfer: 1024, ..DiskOptions::default() });
+    let mut drivers: Vec<_> = (0..4).map(|n| rig.driver(n, RingOptions::default())).collect();
     rig.disk.write(0, &pattern(5, 0x1_0000));
 
     for driver in &mut drivers {
@@ -155,7 +155,7 @@ fn a_full_device_queue_delays_and_loses_nothing() {
             driver.request(IN, 4 * n, &[(DATA + 0x4000 * driver.index as u64 + 2048 * n, 2048)]);
         }
     }
-    drivers.iter().for_each(VirtDriver::kick);
+    drivers.iter().for_each(SplitDriver::kick);
 
     for driver in &mut drivers {
         driver.wait(10);
@@ -166,12 +166,12 @@ fn a_full_device_queue_delays_and_loses_nothing() {
 }
 
 #[test]
-fn a_flush_reaches_a_disk_with_a_volatile_cache_only() {
+fn a_flush_reaches_only_a_disk_with_a_volatile_cache() {
     for volatile_cache in [true, false] {
-        let mut abilities = Abilities::default();
-        abilities.geometry.volatile_cache = volatile_cache;
-        let rig = Rig::new(abilities);
-        let mut driver = rig.driver(0, Shape::default());
+        let mut options = DiskOptions::default();
+        options.geometry.volatile_cache = volatile_cache;
+        let rig = Rig::new(options);
+        let mut driver = rig.driver(0, RingOptions::default());
 
         let flush = driver.send(FLUSH, 0, &[]);
 
@@ -183,8 +183,8 @@ fn a_flush_reaches_a_disk_with_a_volatile_cache_only() {
 
 #[test]
 fn the_serial_number_is_padded_with_zeros() {
-    let rig = Rig::new(Abilities::default());
-    let mut driver = rig.driver(0, Shape::default());
+    let rig = Rig::new(DiskOptions::default());
+    let mut driver = rig.driver(0, RingOptions::default());
     driver.fill(DATA, &[0xaa; 32]);
 
     let sent = driver.send(GET_ID, 0, &[(DATA, 20)]);
@@ -196,13 +196,13 @@ fn the_serial_number_is_padded_with_zeros() {
 }
 
 #[test]
-fn framing_does_not_matter() {
-    let rig = Rig::new(Abilities::default());
-    let mut driver = rig.driver(0, Shape::default());
+fn descriptor_boundaries_carry_no_meaning() {
+    let rig = Rig::new(DiskOptions::default());
+    let mut driver = rig.driver(0, RingOptions::default());
     rig.disk.write(512, &pattern(2, 512));
     let header = driver.header(IN, 1);
 
-    // The header in three parts with an empty one between, data and status in one buffer.
+    // First: the header in three buffers with an empty one between them. Second: data and status in one buffer.
     let head = driver.link(&[
         (header, 3, 0),
         (DATA, 0, 0),
@@ -226,8 +226,8 @@ fn framing_does_not_matter() {
 
 #[test]
 fn an_indirect_table_may_be_longer_than_the_ring() {
-    let rig = Rig::new(Abilities::default());
-    let mut driver = rig.driver(0, Shape { size: 16, ..Shape::default() });
+    let rig = Rig::new(DiskOptions::default());
+    let mut driver = rig.driver(0, RingOptions { size: 16, ..RingOptions::default() });
     rig.disk.write(0, &pattern(4, 30 * 512));
     let header = driver.header(IN, 0);
     let table = DATA + 0x1_0000;
@@ -248,10 +248,10 @@ fn an_indirect_table_may_be_longer_than_the_ring() {
 
 #[test]
 fn indices_wrap_around_sixteen_bits() {
-    let rig = Rig::new(Abilities::default());
+    let rig = Rig::new(DiskOptions::default());
     for event_idx in [false, true] {
         let index = usize::from(event_idx);
-        let mut driver = rig.driver(index, Shape { size: 8, base: 0xfffd, event_idx });
+        let mut driver = rig.driver(index, RingOptions { size: 8, base: 0xfffd, event_idx });
 
         for n in 0..20 {
             let sent = driver.send(IN, n, &[(DATA, 512)]);

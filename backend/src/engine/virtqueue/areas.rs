@@ -1,4 +1,4 @@
-//! Finds the three areas of a virtqueue in guest memory.
+//! Look-up of a virtqueue's three areas in guest memory.
 
 use super::layout::Area;
 use crate::addr::{Address, Gpa, Span};
@@ -7,8 +7,8 @@ use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
 use crate::sys::SharedMemory;
 
-/// Finds the areas of a ring in guest memory.
-pub(in crate::engine) fn windows(setup: &VringSetup, table: &MemTable) -> Result<[SharedMemory; 3], EngineError> {
+/// Finds the areas of a ring in guest memory. Each must be aligned and lie in one region.
+pub(in crate::engine) fn map_areas(setup: &VringSetup, table: &MemTable) -> Result<[SharedMemory; 3], EngineError> {
     let [desc, driver, device] = setup.layout.areas(setup.size, setup.event_idx);
     let find = |area, span| shared(setup.index, area, span, table);
     Ok([find(desc, setup.desc)?, find(driver, setup.avail)?, find(device, setup.used)?])

@@ -1,16 +1,16 @@
-//! One descriptor chain of a split ring (virtio 1.2 §2.7.5) or a packed one (§2.8.6), walked with no trust in its author.
-//! Every descriptor is read once into a local; the number of steps is bounded by the table walked; what is wrong is noted,
-//! never acted on.
+//! A descriptor chain of a split ring (virtio 1.2 §2.7.5) or a packed one (§2.8.6). The walk does not trust the driver: each
+//! descriptor is read once into a local, and the size of the table bounds the number of steps. Faults are recorded in the
+//! chain.
 //!
-//! Faults come in two kinds. A broken *link* (an index outside the table, a loop, a bad indirect table) ends the walk, and
-//! then nobody knows which byte is the status. A bad *buffer* (wrong order, an address that wraps) leaves the rest of the
-//! chain readable, so the request can still be answered.
+//! There are two kinds of faults. A bad *link* (an index outside the table, a loop, a bad indirect table) ends the walk, so the
+//! position of the status byte is unknown. After a bad *buffer* (wrong order, an address that wraps) the walk continues, so
+//! the request can still get an error status.
 
 use super::descriptor::{DESCRIPTOR, Descriptor, INDIRECT, NEXT, PackedDescriptor, WRITE};
 use crate::addr::{Gpa, Span};
 use crate::engine::guest_memory::GuestMemoryView;
 
-/// What a chain is given back by.
+/// Identifies a chain in its used entry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Head {
     id: u16,
@@ -18,7 +18,7 @@ pub struct Head {
 }
 
 impl Head {
-    /// A head with this ID, of so many descriptors.
+    /// A head with this ID, of a chain of `entries` descriptors.
     #[inline]
     #[must_use]
     pub fn new(id: u16, entries: u16) -> Self {
@@ -32,7 +32,7 @@ impl Head {
         self.id
     }
 
-    /// How many descriptors of the ring it takes up; of no use in a split ring, and 0 there.
+    /// Number of descriptors that the chain occupies in a packed ring; 0 for a split ring.
     #[inline]
     #[must_use]
     pub fn entries(self) -> u16 {
@@ -40,7 +40,7 @@ impl Head {
     }
 }
 
-/// What is wrong with a chain.
+/// Why a chain is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChainFault {
     /// `next` points outside the table.
@@ -69,7 +69,7 @@ pub enum ChainFault {
     /// INDIRECT inside an indirect table, virtio 1.2 §2.7.5.3.1.
     #[error("an indirect descriptor inside an indirect table")]
     NestedIndirect,
-    /// Not a whole number of descriptors, none, or too many.
+    /// The length of the indirect table is zero, not a whole number of descriptors, or too large.
     #[error("an indirect table of {0} bytes")]
     IndirectLength(u32),
     /// The indirect table is not in guest memory.
@@ -77,7 +77,7 @@ pub enum ChainFault {
     IndirectMemory(Gpa),
     /// Device-readable after device-writable, virtio 1.2 §2.7.4.2.
     #[error("a readable buffer after a writable one")]
-    WorkerCommand,
+    BufferOrder,
     /// The buffer runs past the end of the address space.
     #[error("a buffer at {addr} of {len} bytes, past the end of the address space")]
     Wraps {
@@ -88,81 +88,86 @@ pub enum ChainFault {
     },
 }
 
-/// What a walk may do.
-pub struct Walk {
-    /// Entries of the descriptor table; of a packed ring, those that the driver owns.
+/// Limits of a walk.
+pub struct WalkLimits {
+    /// Split: entries of the descriptor table. Packed: descriptors that the driver owns.
     pub size: u16,
     /// True if indirect tables were negotiated.
     pub indirect: bool,
-    /// Most entries of an indirect table. Linux builds tables longer than the ring (seg_max + 2), whatever virtio 1.2
-    /// §2.7.5.3.1 says; §2.7.4.1 lets a device have a reasonable limit.
+    /// Largest number of entries of an indirect table. It may exceed the ring's size: Linux builds tables of seg_max + 2 entries
+    /// despite virtio 1.2 §2.7.5.3.1, and §2.7.4.1 lets a device have a reasonable limit.
     pub longest_table: u16,
 }
 
-/// The buffers of one chain, as its descriptors claim them; none has been looked up in guest memory. Reused for every
-/// chain, so that its vectors keep their capacity.
+/// The buffers of one chain, not yet checked against guest memory. Reused for every chain, so that the vectors keep their
+/// capacity.
 #[derive(Debug, Default)]
 pub struct Chain {
     head: Head,
     readable: Vec<Span<Gpa>>,
     writable: Vec<Span<Gpa>>,
     fault: Option<ChainFault>,
-    /// False if the walk ended before the chain did, or the last writable buffer is nowhere.
+    /// False if the walk did not reach the end of the chain, or if the last writable buffer wraps.
     end_known: bool,
 }
 
 impl Chain {
-    /// The chain's name among used ones.
+    /// Identifies the chain in its used entry.
     #[inline]
     #[must_use]
     pub fn head(&self) -> Head {
         self.head
     }
 
-    /// What the device may read, in order. Empty buffers are left out: they carry nothing, and framing means nothing
-    /// (virtio 1.2 §2.7.4.1).
+    /// Device-readable buffers, in order. Empty ones are left out, because framing carries no meaning (virtio 1.2 §2.7.4.1).
     #[inline]
     #[must_use]
     pub fn readable(&self) -> &[Span<Gpa>] {
         &self.readable
     }
 
-    /// What the device may write, in order.
+    /// Device-writable buffers, in order.
     #[inline]
     #[must_use]
     pub fn writable(&self) -> &[Span<Gpa>] {
         &self.writable
     }
 
-    /// The first thing found wrong.
+    /// The first fault.
     #[inline]
     #[must_use]
     pub fn fault(&self) -> Option<ChainFault> {
         self.fault
     }
 
-    /// The last byte that the device may write, if the chain could be walked to its end.
+    /// The last device-writable byte, if the walk reached the end of the chain.
     #[inline]
     #[must_use]
     pub fn last_writable(&self) -> Option<Gpa> {
         if self.end_known { self.writable.last().map(Span::last) } else { None }
     }
 
-    /// Replaces the contents by the chain that starts at `head` of the table that `entry` reads.
+    /// Reads the chain that starts at `head`. `entry` reads the descriptor table.
     #[inline]
-    pub fn fill(&mut self, head: u16, walk: &Walk, entry: impl Fn(u16) -> Descriptor, guest: &mut GuestMemoryView) {
+    pub fn fill(
+        &mut self,
+        head: u16,
+        limits: &WalkLimits,
+        entry: impl Fn(u16) -> Descriptor,
+        guest: &mut GuestMemoryView,
+    ) {
         self.clear();
         self.head = Head::new(head, 0);
-        let walked = self.walk(walk, entry, guest);
-        self.conclude(walked);
+        let walked = self.walk(limits, entry, guest);
+        self.finish_walk(walked);
     }
 
-    /// Replaces the contents by the chain whose descriptors, in order, `entry` reads; false if it has no end within
-    /// `walk.size` of them.
+    /// Reads a chain of a packed ring. `entry` reads its n-th descriptor. Returns false if the chain does not end within
+    /// `limits.size` descriptors.
     #[inline]
     pub fn fill_packed(
         &mut self,
-        walk: &Walk,
+        limits: &WalkLimits,
         entry: impl Fn(u16) -> PackedDescriptor,
         guest: &mut GuestMemoryView,
     ) -> bool {
@@ -170,24 +175,24 @@ impl Chain {
         let first = entry(0);
         if first.flags & (INDIRECT | NEXT) == INDIRECT {
             self.head = Head::new(first.id, 1);
-            let walked = self.walk_packed_table(walk, first, guest);
-            self.conclude(walked);
+            let walked = self.walk_packed_table(limits, first, guest);
+            self.finish_walk(walked);
             return true;
         }
         let (mut descriptor, mut walked) = (first, Ok(()));
-        for entries in 1..=walk.size {
+        for entries in 1..=limits.size {
             if descriptor.flags & INDIRECT != 0 {
                 walked = Err(ChainFault::IndirectInChain);
             } else {
                 self.add(descriptor.addr, descriptor.len, descriptor.flags);
             }
             if descriptor.flags & NEXT == 0 {
-                // The last one has the name (virtio 1.2 §2.8.6).
+                // The last descriptor has the buffer ID (virtio 1.2 §2.8.6).
                 self.head = Head::new(descriptor.id, entries);
-                self.conclude(walked);
+                self.finish_walk(walked);
                 return true;
             }
-            if entries < walk.size {
+            if entries < limits.size {
                 descriptor = entry(entries);
             }
         }
@@ -203,7 +208,7 @@ impl Chain {
     }
 
     #[inline]
-    fn conclude(&mut self, walked: Result<(), ChainFault>) {
+    fn finish_walk(&mut self, walked: Result<(), ChainFault>) {
         if let Err(fault) = walked {
             self.fault.get_or_insert(fault);
             self.end_known = false;
@@ -213,26 +218,31 @@ impl Chain {
     #[inline]
     fn walk(
         &mut self,
-        walk: &Walk,
+        limits: &WalkLimits,
         entry: impl Fn(u16) -> Descriptor,
         guest: &mut GuestMemoryView,
     ) -> Result<(), ChainFault> {
-        match self.follow(self.head.id, walk.size, |index| Ok(entry(index)))? {
+        match self.follow(self.head.id, limits.size, |index| Ok(entry(index)))? {
             None => Ok(()),
-            Some(table) => self.walk_table(walk, table, guest),
+            Some(table) => self.walk_table(limits, table, guest),
         }
     }
 
-    /// Follows an indirect descriptor, the last of its chain; its WRITE flag means nothing (virtio 1.2 §2.7.5.3.2).
+    /// Follows an indirect descriptor, the last of its chain. Its WRITE flag is ignored (virtio 1.2 §2.7.5.3.2).
     #[inline]
-    fn walk_table(&mut self, walk: &Walk, table: Descriptor, guest: &mut GuestMemoryView) -> Result<(), ChainFault> {
-        if !walk.indirect {
+    fn walk_table(
+        &mut self,
+        limits: &WalkLimits,
+        table: Descriptor,
+        guest: &mut GuestMemoryView,
+    ) -> Result<(), ChainFault> {
+        if !limits.indirect {
             return Err(ChainFault::IndirectNotNegotiated);
         }
         if table.flags & NEXT != 0 {
             return Err(ChainFault::IndirectWithNext);
         }
-        let (span, entries) = table_span(walk, table.addr, table.len)?;
+        let (span, entries) = table_span(limits, table.addr, table.len)?;
         let nested = if let Some(table) = guest.descriptors(span, entries) {
             self.follow(0, entries, |index| Ok(Descriptor::from_words(table.read(usize::from(index)))))?
         } else {
@@ -241,8 +251,7 @@ impl Chain {
         nested.map_or(Ok(()), |_| Err(ChainFault::NestedIndirect))
     }
 
-    /// [`Self::follow`] in a table at an odd address, or one that does not lie in one region, which is fine as long as each
-    /// entry does.
+    /// [`Self::follow`] for a table that is misaligned or crosses a region boundary. Each entry must lie in one region.
     #[cold]
     fn follow_across(
         &mut self,
@@ -251,34 +260,34 @@ impl Chain {
         guest: &mut GuestMemoryView,
     ) -> Result<Option<Descriptor>, ChainFault> {
         let at = |index| table.slice(u64::from(DESCRIPTOR) * u64::from(index), u64::from(DESCRIPTOR));
-        let mut read = |entry| guest.table_window(entry).map(|(shared, offset)| shared.read(offset));
-        let nowhere = ChainFault::IndirectMemory(table.start());
-        self.follow(0, entries, |index| at(index).and_then(&mut read).ok_or(nowhere))
+        let mut read = |entry| guest.table_memory(entry).map(|(shared, offset)| shared.read(offset));
+        let not_in_memory = ChainFault::IndirectMemory(table.start());
+        self.follow(0, entries, |index| at(index).and_then(&mut read).ok_or(not_in_memory))
     }
 
-    /// Adds the buffers of an indirect table of a packed ring: all its entries in order, whatever NEXT and the ID say
-    /// (virtio 1.2 §2.8.7).
+    /// Adds the buffers of an indirect table of a packed ring: all entries in order. NEXT and the ID are ignored (virtio 1.2
+    /// §2.8.7).
     #[inline]
     fn walk_packed_table(
         &mut self,
-        walk: &Walk,
+        limits: &WalkLimits,
         table: PackedDescriptor,
         guest: &mut GuestMemoryView,
     ) -> Result<(), ChainFault> {
-        if !walk.indirect {
+        if !limits.indirect {
             return Err(ChainFault::IndirectNotNegotiated);
         }
-        let (span, entries) = table_span(walk, table.addr, table.len)?;
+        let (span, entries) = table_span(limits, table.addr, table.len)?;
         if let Some(table) = guest.descriptors(span, entries) {
             for n in 0..usize::from(entries) {
                 self.add_from_table(PackedDescriptor::from_words(table.read(n)))?;
             }
             return Ok(());
         }
-        // At an odd address, or in pieces, which is fine as long as each entry lies in one region.
+        // The table is misaligned or crosses a region boundary. Each entry must lie in one region.
         for n in 0..u64::from(entries) {
             let entry = span.slice(u64::from(DESCRIPTOR) * n, u64::from(DESCRIPTOR));
-            let read = entry.and_then(|entry| guest.table_window(entry)).map(|(shared, offset)| shared.read(offset));
+            let read = entry.and_then(|entry| guest.table_memory(entry)).map(|(shared, offset)| shared.read(offset));
             self.add_from_table(read.ok_or(ChainFault::IndirectMemory(span.start()))?)?;
         }
         Ok(())
@@ -294,7 +303,7 @@ impl Chain {
         Ok(())
     }
 
-    /// Adds the buffers of linked descriptors from `index` on, up to the last, or up to an indirect one, which is returned.
+    /// Adds the buffers of linked descriptors from `index` on. Stops at an indirect descriptor and returns it.
     #[inline]
     fn follow(
         &mut self,
@@ -335,19 +344,19 @@ impl Chain {
             self.writable.push(span);
         } else {
             if !self.writable.is_empty() {
-                self.fault.get_or_insert(ChainFault::WorkerCommand);
+                self.fault.get_or_insert(ChainFault::BufferOrder);
             }
             self.readable.push(span);
         }
     }
 }
 
-/// Where an indirect table is said to be, and how many entries it has, if it can be walked.
+/// Address range and number of entries of an indirect table, if its length is valid.
 #[inline]
-fn table_span(walk: &Walk, addr: u64, len: u32) -> Result<(Span<Gpa>, u16), ChainFault> {
+fn table_span(limits: &WalkLimits, addr: u64, len: u32) -> Result<(Span<Gpa>, u16), ChainFault> {
     let entries = u16::try_from(len / DESCRIPTOR)
         .ok()
-        .filter(|&n| n > 0 && n <= walk.longest_table && len.is_multiple_of(DESCRIPTOR))
+        .filter(|&n| n > 0 && n <= limits.longest_table && len.is_multiple_of(DESCRIPTOR))
         .ok_or(ChainFault::IndirectLength(len))?;
     let span = Span::new(Gpa(addr), u64::from(len)).ok_or(ChainFault::IndirectMemory(Gpa(addr)))?;
     Ok((span, entries))

@@ -33,7 +33,7 @@ pub struct PackedDescriptor {
 }
 
 impl Descriptor {
-    /// From the two words it is read as.
+    /// From two 64-bit words.
     #[inline]
     #[must_use]
     pub fn from_words(words: [u64; 2]) -> Self {
@@ -42,14 +42,14 @@ impl Descriptor {
 }
 
 impl PackedDescriptor {
-    /// From the two words it is read as.
+    /// From two 64-bit words.
     #[inline]
     #[must_use]
     pub fn from_words(words: [u64; 2]) -> Self {
         zerocopy::transmute!(words)
     }
 
-    /// The same with flags that were read before.
+    /// Replaces the flags by a value read earlier.
     #[inline]
     #[must_use]
     pub fn with_flags(self, flags: u16) -> Self {

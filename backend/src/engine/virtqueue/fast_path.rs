@@ -1,8 +1,8 @@
-//! The request that nearly all drivers make nearly always: three descriptors, of a header of 16 bytes, one buffer of data, and
-//! one byte for the status, in the ring or in an indirect table.
+//! The fast path for the most common request: three descriptors, for a header of 16 bytes, one data buffer, and a status byte,
+//! in the ring or in an indirect table.
 //!
-//! A shape like this needs no list of buffers to be made and cut again. What is accepted here is just what [`Chain`] and
-//! [`parse`] would make of it, with the same answers to the same questions; anything else is left to them, not yet taken.
+//! This shape needs no list of buffers. The fast path accepts a request only if [`Chain`] and [`parse`] would accept it with the
+//! same result. Any other chain is left in the ring for them.
 //!
 //! [`Chain`]: super::chain::Chain
 //! [`parse`]: crate::engine::request::parse
@@ -17,7 +17,7 @@ const HEADER: u64 = 16;
 /// Bytes of an indirect table of three descriptors.
 const TABLE: u32 = 48;
 
-/// What a descriptor says of its own buffer (virtio 1.2 §2.7.5, §2.8.13).
+/// The fields that descriptors of both layouts have (virtio 1.2 §2.7.5, §2.8.13).
 #[derive(Clone, Copy)]
 pub struct FastDescriptor {
     addr: u64,
@@ -26,7 +26,7 @@ pub struct FastDescriptor {
 }
 
 impl FastDescriptor {
-    /// A descriptor of a split ring, and the index of its successor.
+    /// Decodes a descriptor of a split ring. Returns it and its `next` field.
     #[inline]
     #[must_use]
     pub fn split([addr, rest]: [u64; 2]) -> (Self, u16) {
@@ -34,7 +34,7 @@ impl FastDescriptor {
         (Self { addr, len, flags }, next)
     }
 
-    /// A descriptor of a packed ring, and its buffer ID. The flags that say whose it is are left out.
+    /// Decodes a descriptor of a packed ring, without the AVAIL and USED flags. Returns it and its buffer ID.
     #[inline]
     #[must_use]
     pub fn packed([addr, rest]: [u64; 2]) -> (Self, u16) {
@@ -42,7 +42,7 @@ impl FastDescriptor {
         (Self { addr, len, flags: flags & (NEXT | WRITE | INDIRECT) }, id)
     }
 
-    /// The table that an indirect descriptor names, if it is one of three.
+    /// The indirect table, if this is an indirect descriptor with a table of three entries.
     #[inline]
     #[must_use]
     pub fn table(self) -> Option<Span<Gpa>> {
@@ -52,7 +52,7 @@ impl FastDescriptor {
         Span::new(Gpa(self.addr), TABLE.into())
     }
 
-    /// True if another follows, and nothing else is said of it.
+    /// True if another descriptor follows and this one is not indirect.
     #[inline]
     #[must_use]
     pub fn is_linked(self) -> bool {
@@ -60,7 +60,7 @@ impl FastDescriptor {
     }
 }
 
-/// The low half of a word, and the two quarters of its high half.
+/// Splits a word into its low 32 bits and the two 16-bit halves of the high 32 bits.
 #[inline]
 fn halves(word: u64) -> (u32, [u16; 2]) {
     #[derive(zerocopy::FromBytes)]
@@ -70,20 +70,20 @@ fn halves(word: u64) -> (u32, [u16; 2]) {
     (low, high)
 }
 
-/// The three buffers of a request of this shape, as its descriptors claim them.
+/// The three buffers of a fast request, not yet checked against guest memory.
 #[derive(Clone, Copy, Debug)]
 pub struct FastBuffers {
-    /// 16 bytes that the device reads.
+    /// The device-readable header of 16 bytes.
     pub header: Gpa,
     /// The data.
     pub data: Span<Gpa>,
-    /// The device writes the data.
+    /// True if the data are device-writable.
     pub writable: bool,
-    /// One byte that the device writes.
+    /// The device-writable status byte.
     pub status: Gpa,
 }
 
-/// A request of this shape, as its descriptors claim it; nothing has been looked up.
+/// A request of the fast shape, not yet checked against guest memory.
 #[derive(Clone, Copy, Debug)]
 pub struct FastRequest {
     head: Head,
@@ -94,7 +94,7 @@ pub struct FastRequest {
 }
 
 impl FastRequest {
-    /// The request of three descriptors in a row, if they have the shape.
+    /// The request of three consecutive descriptors, if they have the fast shape.
     #[inline]
     #[must_use]
     pub fn new(head: Head, [header, data, status]: [FastDescriptor; 3]) -> Option<Self> {
@@ -115,14 +115,14 @@ impl FastRequest {
         })
     }
 
-    /// What the chain is given back by.
+    /// Identifies the chain in its used entry.
     #[inline]
     #[must_use]
     pub fn head(&self) -> Head {
         self.head
     }
 
-    /// Where its header, data and status lie, and whether the device may write the data.
+    /// Its header, data and status.
     #[inline]
     #[must_use]
     pub fn buffers(&self) -> FastBuffers {

@@ -1,28 +1,27 @@
-//! How a virtqueue lies in memory, split (virtio 1.2 §2.7) or packed (§2.8): its areas, its sizes, and how a driver can break
-//! its rules.
+//! The memory layout of a virtqueue, split (virtio 1.2 §2.7) or packed (§2.8): its areas and sizes, and the faults of a ring.
 
 use std::fmt;
 
-/// Largest ring this device offers; also the longest indirect table it takes.
+/// Largest supported ring, and longest supported indirect table, in descriptors.
 pub const MAX_SIZE: u16 = 1024;
 
-/// How a virtqueue lies in memory: `VIRTIO_F_RING_PACKED` decides.
+/// The memory layout of a virtqueue, as negotiated with `VIRTIO_F_RING_PACKED`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
     /// Three areas, each written by one side (virtio 1.2 §2.7).
     Split,
-    /// One ring that both sides write, and a structure each for notifications (virtio 1.2 §2.8).
+    /// One ring that both sides write, and an event suppression structure for each side (virtio 1.2 §2.8).
     Packed,
 }
 
 /// One of a ring's three areas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Area {
-    /// What the specification calls it.
+    /// Its name in the specification.
     pub name: &'static str,
-    /// Its size.
+    /// Its size, bytes.
     pub bytes: u64,
-    /// What its address must be a multiple of.
+    /// Its alignment, bytes.
     pub alignment: u64,
 }
 
@@ -33,7 +32,7 @@ impl Layout {
         (1..=MAX_SIZE).contains(&size) && (self == Self::Packed || size.is_power_of_two())
     }
 
-    /// Which sizes are allowed, in words.
+    /// The allowed sizes, for error messages.
     #[must_use]
     pub fn sizes(self) -> &'static str {
         match self {
@@ -42,7 +41,7 @@ impl Layout {
         }
     }
 
-    /// What SET_VRING_BASE says of a ring that has never run: index 0, and for a packed ring both wrap counters 1
+    /// The base (SET_VRING_BASE) of a ring that has never run: index 0, and for a packed ring both wrap counters 1
     /// (virtio 1.2 §2.8.1).
     #[must_use]
     pub fn first_base(self) -> u32 {
@@ -84,34 +83,34 @@ impl fmt::Display for Layout {
     }
 }
 
-/// The driver has broken the ring's own rules; nothing in the ring can be believed any more.
+/// The driver has made the ring itself invalid. The ring fails; it cannot be read any further.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Broken {
-    /// More entries are offered than the ring has.
+pub enum RingFault {
+    /// More chains are available than the ring has entries.
     #[error("avail.idx jumped from {taken} to {offered} in a ring of {size}")]
     AvailIndex {
-        /// Next index to take.
+        /// The next index to take.
         taken: u16,
-        /// What avail.idx says.
+        /// The value of avail.idx.
         offered: u16,
-        /// Vring size.
+        /// Ring size.
         size: u16,
     },
     /// A chain starts outside the descriptor table.
-    #[error("avail ring names descriptor {head} in a ring of {size}")]
+    #[error("the avail ring has head {head} in a ring of {size}")]
     Head {
-        /// The index offered.
+        /// The head.
         head: u16,
-        /// Vring size.
+        /// Ring size.
         size: u16,
     },
-    /// A chain of a packed ring runs into descriptors that the device has not given back. Its last descriptor, which
-    /// carries its name (virtio 1.2 §2.8.6), does not exist.
+    /// A chain of a packed ring extends into descriptors that the device has not returned. So its last descriptor, which has the
+    /// buffer ID (virtio 1.2 §2.8.6), does not exist.
     #[error("the chain at descriptor {slot} does not end within the {room} descriptors that the driver owns")]
     Endless {
-        /// Where it starts.
+        /// The first descriptor.
         slot: u16,
-        /// Descriptors that the driver could have used.
+        /// Number of descriptors that the driver owns.
         room: u16,
     },
 }

@@ -1,9 +1,7 @@
-//! A virtqueue, device side, in either of its layouts: split (virtio 1.2 §2.7) or packed (§2.8). What the rest of the
-//! engine sees is the same for both, and stands here; what is peculiar to one stands in [`split`] or
-//! [`packed`].
+//! A virtqueue, device side: the interface common to the two layouts, [`split`] (virtio 1.2 §2.7) and [`packed`] (§2.8).
 //!
-//! A ring knows nothing of requests: it hands out [`Chain`]s of *claimed* buffers, takes back their heads with lengths, and
-//! says when the driver wants to be told.
+//! A virtqueue knows nothing of requests. It returns [`Chain`]s of *unchecked* buffers, accepts used entries, and tells when to
+//! notify the driver.
 
 mod areas;
 pub mod chain;
@@ -14,7 +12,7 @@ pub mod packed;
 pub mod split;
 
 pub use fast_path::{FastDescriptor, FastRequest};
-pub use layout::{Area, Broken, Layout, MAX_SIZE};
+pub use layout::{Area, Layout, MAX_SIZE, RingFault};
 
 use super::error::EngineError;
 use super::guest_memory::GuestMemoryView;
@@ -32,7 +30,7 @@ pub enum Virtqueue {
     Packed(PackedRing),
 }
 
-/// One line for both layouts.
+/// Evaluates one expression for either layout.
 macro_rules! either {
     ($self:ident, $ring:ident => $call:expr) => {
         match $self {
@@ -43,11 +41,10 @@ macro_rules! either {
 }
 
 impl Virtqueue {
-    /// Finds the three areas in `table`, and goes on where `setup` says.
+    /// Finds the three areas in `table`. The ring starts at `setup.base`.
     ///
     /// # Errors
-    /// [`EngineError::RingSize`], [`EngineError::RingArea`] or [`EngineError::RingBase`] if the ring could not be served
-    /// without touching memory it does not own.
+    /// [`EngineError::RingSize`], [`EngineError::RingArea`] or [`EngineError::RingBase`].
     pub fn new(setup: &VringSetup, table: &MemTable) -> Result<Self, EngineError> {
         let VringSetup { index, size, layout, .. } = *setup;
         if !layout.allows(size) {
@@ -66,44 +63,44 @@ impl Virtqueue {
         either!(self, ring => ring.size())
     }
 
-    /// Where to go on, as GET_VRING_BASE has it.
+    /// The current position, as GET_VRING_BASE returns it.
     #[must_use]
     pub fn base(&self) -> u32 {
         either!(self, ring => ring.base())
     }
 
-    /// How many chains may be taken now, at most: 0 if there is none. What the driver wrote before it offered them is
-    /// visible afterwards.
+    /// Upper bound of the number of available chains; 0 if there is none. An acquire load: all that the driver wrote before it
+    /// made them available is visible afterwards.
     ///
     /// # Errors
-    /// [`Broken`]
+    /// [`RingFault`]
     #[inline]
-    pub fn available(&self) -> Result<u16, Broken> {
+    pub fn available(&self) -> Result<u16, RingFault> {
         match self {
             Self::Split(ring) => ring.available(),
             Self::Packed(ring) => Ok(ring.available()),
         }
     }
 
-    /// Takes the next chain; false if there is none after all. No more may be taken than [`Self::available`] said.
+    /// Takes the next chain. Returns false if there is none. Callers take at most [`Self::available`] chains.
     ///
     /// # Errors
-    /// [`Broken`]; nothing has been taken.
+    /// [`RingFault`]. Nothing has been taken.
     #[inline]
-    pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<bool, Broken> {
+    pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<bool, RingFault> {
         match self {
             Self::Split(ring) => ring.take(guest, chain).map(|()| true),
             Self::Packed(ring) => ring.take(guest, chain),
         }
     }
 
-    /// The next chain, not yet taken, if it is the fast request. [`Self::available`] has said that there is one.
+    /// Reads the next chain, without taking it. `None` if it does not have the fast shape. [`Self::available`] must not be 0.
     #[inline]
-    pub fn fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
-        either!(self, ring => ring.fast(guest))
+    pub fn peek_fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
+        either!(self, ring => ring.peek_fast(guest))
     }
 
-    /// Takes the chain that [`Self::fast`] has shown last.
+    /// Takes the chain that [`Self::peek_fast`] returned last.
     #[inline]
     pub fn take_fast(&mut self, fast: &FastRequest) {
         match self {
@@ -112,32 +109,32 @@ impl Virtqueue {
         }
     }
 
-    /// Gives a chain back with `len` bytes written to it. The driver sees it after [`Self::publish`].
+    /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`].
     #[inline]
     pub fn push_used(&mut self, head: Head, len: u32) {
         either!(self, ring => ring.push_used(head, len));
     }
 
-    /// True if there is something to publish.
+    /// True if there are unpublished used entries.
     #[inline]
     #[must_use]
     pub fn has_unpublished(&self) -> bool {
         either!(self, ring => ring.has_unpublished())
     }
 
-    /// Shows the driver every chain given back so far; true if it wants to be notified.
+    /// Publishes all used entries. Returns true if the driver must be notified.
     #[inline]
     pub fn publish(&mut self) -> bool {
         either!(self, ring => ring.publish())
     }
 
-    /// Asks the driver for a kick at the next chain. One that came in meanwhile gets none, so the caller must look once
-    /// more before it sleeps.
+    /// Enables the driver's kicks. A chain made available meanwhile brings none, so the caller must poll once more before it
+    /// sleeps.
     pub fn arm(&self) {
         either!(self, ring => ring.arm());
     }
 
-    /// Tells the driver that kicks are not needed while we look by ourselves.
+    /// Suppresses the driver's kicks while the worker polls.
     pub fn disarm(&self) {
         either!(self, ring => ring.disarm());
     }

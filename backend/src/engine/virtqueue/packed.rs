@@ -1,29 +1,29 @@
-//! The packed virtqueue, device side (virtio 1.2 §2.8). Driver and device go round one ring of descriptors; the driver makes
-//! descriptors available, the device overwrites them with used ones. Whose a descriptor is, its flags say: AVAIL and USED,
-//! compared with a wrap counter that each side turns over when it passes the end.
+//! The packed virtqueue, device side (virtio 1.2 §2.8). Driver and device share one ring of descriptors. The driver makes
+//! descriptors available, and the device overwrites them with used descriptors. The AVAIL and USED flags, compared with a wrap
+//! counter, tell who owns a descriptor. Each side inverts its wrap counter when it passes the end of the ring.
 //!
 //! ```text
 //!             next_used                      next_avail
-//!  ... driver ... | ...... taken: ours ......... | ... driver's, perhaps available ...
-//!                 | used ones are written here   | looked at here
+//!  ... driver ... | ...... taken by device ..... | ... driver, possibly available ...
+//!                 | next used descriptor         | next available descriptor
 //! ```
-//! The device is never more than one round ahead of itself: `next_avail` is at most `size` descriptors past what the driver
-//! has got back. Chains come back in any order; each moves `next_used` on by as many descriptors as it had.
+//! `next_avail` is at most `size` descriptors ahead of the last used descriptor that has been published. Chains are returned in
+//! any order. Each advances `next_used` by its number of descriptors.
 
 use std::sync::atomic::{Ordering, fence};
 
-use super::areas::windows;
-use super::chain::{Chain, Head, Walk};
+use super::areas::map_areas;
+use super::chain::{Chain, Head, WalkLimits};
 use super::descriptor::PackedDescriptor;
 use super::fast_path::{FastDescriptor, FastRequest};
-use super::layout::{Broken, MAX_SIZE};
+use super::layout::{MAX_SIZE, RingFault};
 use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
 use crate::sys::{SharedArray, SharedMemory};
 
-/// VIRTQ_DESC_F_WRITE, in a used descriptor: something has been written (virtio 1.2 §2.8.3).
+/// VIRTQ_DESC_F_WRITE, in a used descriptor: the length is not 0 (virtio 1.2 §2.8.3).
 const WRITE: u16 = 1 << 1;
 /// VIRTQ_DESC_F_AVAIL, virtio 1.2 §2.8.1.
 const AVAIL: u16 = 1 << 7;
@@ -33,18 +33,18 @@ const USED: u16 = 1 << 15;
 /// descriptor indices for packed virtqueues").
 const WRAP: u16 = 1 << 15;
 
-/// Bytes of a descriptor, and where its parts are (virtio 1.2 §2.8.13).
+/// Size of a descriptor, and offsets of its fields (virtio 1.2 §2.8.13).
 const DESCRIPTOR: usize = 16;
 const LEN: usize = 8;
 const ID: usize = 12;
 const FLAGS: usize = 14;
 
-// desc_event_flags, virtio 1.2 §2.8.14. Both fields of the structure are moved as one word, `off_wrap` in the lower half.
+// desc_event_flags, virtio 1.2 §2.8.14. Both fields of the structure are accessed as one word, `off_wrap` in the lower half.
 const EVENT_FLAGS_DISABLE: u16 = 1;
 const EVENT_FLAGS_DESC: u16 = 2;
 const EVENT_FLAGS_MASK: u16 = 3;
 
-/// A place in the ring, with the wrap counter that goes with it.
+/// A position in the ring, with its wrap counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Position {
     slot: u16,
@@ -52,7 +52,7 @@ struct Position {
 }
 
 impl Position {
-    /// Reads `desc_event_off_wrap` or half of a base; `None` if the ring has no such place.
+    /// Decodes `desc_event_off_wrap` or half of a base. `None` if the ring is too short.
     #[inline]
     fn from_raw(raw: u16, size: u16) -> Option<Self> {
         let slot = raw & !WRAP;
@@ -69,14 +69,14 @@ impl Position {
         DESCRIPTOR * usize::from(self.slot)
     }
 
-    /// `by` ≤ `size` descriptors on.
+    /// The position `by` descriptors later; `by` ≤ `size`.
     #[inline]
     fn advance(self, by: u16, size: u16) -> Self {
         let slot = self.slot + by;
         if slot < size { Self { slot, ..self } } else { Self { slot: slot - size, wrap: !self.wrap } }
     }
 
-    /// How many descriptors `later` is ahead; after two rounds the wrap counter is the same again.
+    /// How many descriptors `later` is ahead, modulo two rounds.
     #[inline]
     fn distance(self, later: Self, size: u16) -> u16 {
         match (self.wrap == later.wrap, later.slot >= self.slot) {
@@ -87,12 +87,12 @@ impl Position {
     }
 }
 
-/// Used descriptors that have been written but for the first one's flags, which the driver must not see before the rest.
+/// Used descriptors that are completely written except for the first one's flags, which publish them all.
 #[derive(Clone, Copy)]
-struct Hidden {
+struct Unpublished {
     offset: usize,
     flags: u16,
-    /// How many descriptors become the driver's with them.
+    /// Number of descriptors that the driver gets back.
     entries: u16,
 }
 
@@ -107,12 +107,12 @@ pub struct PackedRing {
     indirect: bool,
     next_avail: Position,
     next_used: Position,
-    /// Descriptors that the driver has not got back: those between the two, and those hidden.
+    /// Number of descriptors taken and not yet published as used.
     taken: u16,
-    /// What has been given back since the last publication.
-    hidden: Option<Hidden>,
-    /// `next_used` when the driver was last considered for a notification; `None` until the first time.
-    considered: Option<Position>,
+    /// Used descriptors since the last publication.
+    unpublished: Option<Unpublished>,
+    /// `next_used` at the last decision about a notification. `None` until the first.
+    signalled_used: Option<Position>,
 }
 
 impl PackedRing {
@@ -122,9 +122,9 @@ impl PackedRing {
     /// [`EngineError::RingArea`] or [`EngineError::RingBase`].
     pub fn new(setup: &VringSetup, table: &MemTable) -> Result<Self, EngineError> {
         let VringSetup { index, size, base, .. } = *setup;
-        let [desc, driver_event, device_event] = windows(setup, table)?;
+        let [desc, driver_event, device_event] = map_areas(setup, table)?;
         let (next_avail, next_used) = positions(base, size).ok_or(EngineError::RingBase { index, size, base })?;
-        let descriptors = desc.array(0, size.into()).expect("`windows` has seen to size and alignment").into_owned();
+        let descriptors = desc.array(0, size.into()).expect("`map_areas` has checked size and alignment").into_owned();
         Ok(Self {
             desc,
             descriptors,
@@ -136,8 +136,8 @@ impl PackedRing {
             next_avail,
             next_used,
             taken: next_used.distance(next_avail, size),
-            hidden: None,
-            considered: None,
+            unpublished: None,
+            signalled_used: None,
         })
     }
 
@@ -148,47 +148,47 @@ impl PackedRing {
         self.size
     }
 
-    /// Both positions, as GET_VRING_BASE has them.
+    /// Both positions, as GET_VRING_BASE returns them.
     #[must_use]
     pub fn base(&self) -> u32 {
         u32::from(self.next_avail.raw()) | u32::from(self.next_used.raw()) << 16
     }
 
-    /// How many chains there may be, at most; 0 if there is none.
+    /// Upper bound of the number of available chains; 0 if there is none.
     #[inline]
     #[must_use]
     pub fn available(&self) -> u16 {
         if self.offered().is_some() { self.size - self.taken } else { 0 }
     }
 
-    /// The flags of the next descriptor, if the driver has made it available. All that it wrote before is visible then.
+    /// The flags of the next descriptor, if it is available. An acquire load: all that the driver wrote before is visible.
     #[inline]
     fn offered(&self) -> Option<u16> {
         if self.taken == self.size {
-            return None; // the descriptor is one that we have not given back
+            return None; // the next descriptor is one that we have taken
         }
         let flags = self.desc.load_acquire_u16(self.next_avail.offset() + FLAGS);
         let wrap = self.next_avail.wrap;
         ((flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap).then_some(flags)
     }
 
-    /// Takes the next chain; false if there is none.
+    /// Takes the next chain. Returns false if there is none.
     ///
     /// # Errors
-    /// [`Broken::Endless`]; nothing has been taken.
+    /// [`RingFault::Endless`]. Nothing has been taken.
     #[inline]
-    pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<bool, Broken> {
+    pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<bool, RingFault> {
         let Some(flags) = self.offered() else { return Ok(false) };
         let (descriptors, size, start) = (&self.descriptors, self.size, self.next_avail);
-        let walk = Walk { size: size - self.taken, indirect: self.indirect, longest_table: MAX_SIZE };
-        // Only the first descriptor's flags are looked at for availability: the driver writes them last (virtio 1.2
-        // §2.8.21), and what was seen then is what counts.
+        let limits = WalkLimits { size: size - self.taken, indirect: self.indirect, longest_table: MAX_SIZE };
+        // Only the first descriptor's flags tell availability, because the driver writes them last (virtio 1.2 §2.8.21). They
+        // are not read again.
         let entry = |n| {
             let descriptor = PackedDescriptor::from_words(descriptors.read(start.advance(n, size).slot.into()));
             if n == 0 { descriptor.with_flags(flags) } else { descriptor }
         };
-        if !chain.fill_packed(&walk, entry, guest) {
-            return Err(Broken::Endless { slot: start.slot, room: walk.size });
+        if !chain.fill_packed(&limits, entry, guest) {
+            return Err(RingFault::Endless { slot: start.slot, room: limits.size });
         }
         let entries = chain.head().entries();
         self.next_avail = start.advance(entries, size);
@@ -196,12 +196,12 @@ impl PackedRing {
         Ok(true)
     }
 
-    /// The next chain, not yet taken, if it is the fast request.
+    /// Reads the next chain, without taking it. `None` if it does not have the fast shape.
     #[inline]
-    pub fn fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
+    pub fn peek_fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         let flags = self.offered()?;
         let entry = |n| self.descriptors.read(self.next_avail.advance(n, self.size).slot.into());
-        // As in `take`: what was seen of the first descriptor's flags is what counts.
+        // As in `take`, use the flags read by `offered`.
         let [addr, rest] = entry(0);
         let (first, id) = FastDescriptor::packed([addr, rest & !(0xffff << 48) | u64::from(flags) << 48]);
         if first.is_linked() && self.size - self.taken >= 3 {
@@ -213,15 +213,15 @@ impl PackedRing {
         FastRequest::new(Head::new(id, 1), [0, 1, 2].map(|n| FastDescriptor::packed(table.read(n)).0))
     }
 
-    /// Takes the chain that [`Self::fast`] has shown, of so many descriptors.
+    /// Takes the chain that [`Self::peek_fast`] returned, of `entries` descriptors.
     #[inline]
     pub fn take_fast(&mut self, entries: u16) {
         self.next_avail = self.next_avail.advance(entries, self.size);
         self.taken += entries;
     }
 
-    /// Gives a chain back with `len` bytes written to it. The driver sees it after [`Self::publish`]: until then the flags
-    /// of the first are kept back, and it does not look behind a descriptor that is not used.
+    /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`], which writes the first used
+    /// descriptor's flags. The driver does not read past a descriptor that is not used.
     #[inline]
     pub fn push_used(&mut self, head: Head, len: u32) {
         let Position { wrap, .. } = self.next_used;
@@ -229,39 +229,41 @@ impl PackedRing {
         self.desc.write_u32(offset + LEN, len);
         self.desc.write_u16(offset + ID, head.id());
         let flags = if wrap { AVAIL | USED } else { 0 } | if len == 0 { 0 } else { WRITE };
-        match &mut self.hidden {
-            Some(hidden) => {
+        match &mut self.unpublished {
+            Some(unpublished) => {
                 self.desc.write_u16(offset + FLAGS, flags);
-                hidden.entries += head.entries();
+                unpublished.entries += head.entries();
             }
-            hidden @ None => *hidden = Some(Hidden { offset: offset + FLAGS, flags, entries: head.entries() }),
+            unpublished @ None => {
+                *unpublished = Some(Unpublished { offset: offset + FLAGS, flags, entries: head.entries() })
+            }
         }
         self.next_used = self.next_used.advance(head.entries(), self.size);
     }
 
-    /// True if there is something to publish.
+    /// True if there are unpublished used descriptors.
     #[inline]
     #[must_use]
     pub fn has_unpublished(&self) -> bool {
-        self.hidden.is_some()
+        self.unpublished.is_some()
     }
 
-    /// Shows the driver every chain given back so far; true if it wants to be notified.
+    /// Publishes all used descriptors. Returns true if the driver must be notified.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        if let Some(Hidden { offset, flags, entries }) = self.hidden.take() {
+        if let Some(Unpublished { offset, flags, entries }) = self.unpublished.take() {
             self.desc.store_release_u16(offset, flags);
             self.taken -= entries;
         }
-        // The driver writes its wish, then looks for used descriptors; we write those, then look at its wish. Without a
-        // full fence both could miss the other (virtio 1.2 §2.8.22).
+        // The driver writes its event suppression structure, then reads used descriptors; we write those, then read the
+        // structure. Without a full fence on both sides, each could miss the other's write (virtio 1.2 §2.8.22).
         fence(Ordering::SeqCst);
         let [low, high, flags, _] = self.driver_event.read_u32(0).to_le_bytes();
-        let before = self.considered.replace(self.next_used);
+        let before = self.signalled_used.replace(self.next_used);
         match u16::from(flags) & EVENT_FLAGS_MASK {
             EVENT_FLAGS_DISABLE => false,
             EVENT_FLAGS_DESC if self.event_idx => {
-                // A place that does not exist would never be reached: rather one notification too many.
+                // An invalid position would never be reached. Notify instead.
                 let event = Position::from_raw(u16::from_le_bytes([low, high]), self.size);
                 let (Some(before), Some(event)) = (before, event) else { return true };
                 before.distance(event, self.size) < before.distance(self.next_used, self.size)
@@ -270,22 +272,22 @@ impl PackedRing {
         }
     }
 
-    /// Asks the driver for a kick at the next chain; the caller must look once more before it sleeps.
+    /// Enables the driver's kicks. The caller must poll once more before it sleeps.
     pub fn arm(&self) {
         let event = u32::from(self.next_avail.raw()) | u32::from(EVENT_FLAGS_DESC) << 16;
         self.device_event.write_u32(0, if self.event_idx { event } else { 0 });
-        // The counterpart of the fence in `publish`: our wish first, then a last look.
+        // Write the event suppression structure before the last poll, as the driver does before it reads used descriptors.
         fence(Ordering::SeqCst);
     }
 
-    /// Tells the driver that kicks are not needed. With EVENT_IDX, too: a place left behind comes round again.
+    /// Suppresses the driver's kicks. With EVENT_IDX too, because the next round passes an old event position again.
     pub fn disarm(&self) {
         self.device_event.write_u32(0, u32::from(EVENT_FLAGS_DISABLE) << 16);
     }
 }
 
-/// Where to go on: next available and next used (vhost-user: "Vring descriptor indices for packed virtqueues"). DPDK says
-/// only the first and leaves the upper half zero; a ring that was stopped had returned all it had taken.
+/// Decodes a base: next available and next used (vhost-user: "Vring descriptor indices for packed virtqueues"). DPDK leaves the
+/// upper half zero. Both positions are then equal, because a stopped ring has returned all its chains.
 fn positions(base: u32, size: u16) -> Option<(Position, Position)> {
     let [a, b, c, d] = base.to_le_bytes();
     let (avail, used) = (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]));
@@ -299,7 +301,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn positions_go_round_twice_before_they_repeat() {
+    fn positions_repeat_after_two_rounds() {
         for size in [1, 2, 3, 7, 1024] {
             let start = Position { slot: 0, wrap: true };
             let mut at = start;
@@ -316,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_base_is_both_positions_or_the_first_alone() {
+    fn a_base_has_both_positions_or_only_the_first() {
         let at = |slot, wrap| Position { slot, wrap };
         for (base, expected) in [
             (0x8000_8000, Some((at(0, true), at(0, true)))),

@@ -1,18 +1,18 @@
-//! The split virtqueue, device side (virtio 1.2 §2.7). The three areas are resolved to windows once, when the ring
-//! starts; after that a ring is four indices and reads of shared memory, each word read once.
+//! The split virtqueue, device side (virtio 1.2 §2.7). The three areas are looked up once, when the ring starts. Each word of
+//! shared memory is read once.
 //!
 //! ```text
-//!   published ≤ next_used              used entries the driver sees, used entries written so far
-//!   next_avail ≤ avail.idx             taken so far, offered so far; at most `size` apart
+//!   published ≤ next_used              used entries visible to the driver, used entries written
+//!   next_avail ≤ avail.idx             chains taken, chains made available; at most `size` apart
 //! ```
 
 use std::sync::atomic::{Ordering, fence};
 
-use super::areas::windows;
-use super::chain::{Chain, Head, Walk};
+use super::areas::map_areas;
+use super::chain::{Chain, Head, WalkLimits};
 use super::descriptor::Descriptor;
 use super::fast_path::{FastDescriptor, FastRequest};
-use super::layout::{Broken, MAX_SIZE};
+use super::layout::{MAX_SIZE, RingFault};
 use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::setup::VringSetup;
@@ -25,7 +25,7 @@ const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
 /// `idx` follows `flags` in both rings, virtio 1.2 §2.7.6 and §2.7.8.
 const IDX: usize = 2;
-/// The entries follow `idx`, and the event the entries.
+/// The entries follow `idx`; used_event or avail_event follows the entries.
 const RING: usize = 4;
 
 /// One running split virtqueue.
@@ -41,22 +41,22 @@ pub struct SplitRing {
     next_avail: u16,
     next_used: u16,
     published: u16,
-    /// used.idx when the driver was last considered for a notification; `None` until the first time.
-    considered: Option<u16>,
+    /// used.idx at the last decision about a notification. `None` until the first.
+    signalled_used: Option<u16>,
 }
 
 impl SplitRing {
-    /// Finds the three areas in `table`. The used index goes on from where the used ring stands.
+    /// Finds the three areas in `table`. The used index continues from used.idx in memory.
     ///
     /// # Errors
     /// [`EngineError::RingArea`] or [`EngineError::RingBase`].
     pub fn new(setup: &VringSetup, table: &MemTable) -> Result<Self, EngineError> {
         let VringSetup { index, size, base, .. } = *setup;
-        let [desc, avail, used] = windows(setup, table)?;
+        let [desc, avail, used] = map_areas(setup, table)?;
         let next_avail = u16::try_from(base).map_err(|_| EngineError::RingBase { index, size, base })?;
         let next_used = used.read_u16(IDX);
         let entries = usize::from(size);
-        let aligned = "`windows` has seen to size and alignment";
+        let aligned = "`map_areas` has checked size and alignment";
         Ok(Self {
             desc: desc.array(0, entries).expect(aligned).into_owned(),
             avail_ring: avail.array(RING, entries).expect(aligned).into_owned(),
@@ -69,7 +69,7 @@ impl SplitRing {
             next_avail,
             next_used,
             published: next_used,
-            considered: None,
+            signalled_used: None,
         })
     }
 
@@ -80,46 +80,46 @@ impl SplitRing {
         self.size
     }
 
-    /// Next avail index to take, as GET_VRING_BASE has it.
+    /// The next avail index, as GET_VRING_BASE returns it.
     #[must_use]
     pub fn base(&self) -> u32 {
         self.next_avail.into()
     }
 
-    /// How many chains are offered and not yet taken. What the driver wrote before it offered them is visible afterwards.
+    /// Number of available chains. An acquire load: all that the driver wrote before it made them available is visible.
     ///
     /// # Errors
-    /// [`Broken`]
+    /// [`RingFault`]
     #[inline]
-    pub fn available(&self) -> Result<u16, Broken> {
+    pub fn available(&self) -> Result<u16, RingFault> {
         let offered = self.avail.load_acquire_u16(IDX);
         let count = offered.wrapping_sub(self.next_avail);
         if count > self.size {
-            return Err(Broken::AvailIndex { taken: self.next_avail, offered, size: self.size });
+            return Err(RingFault::AvailIndex { taken: self.next_avail, offered, size: self.size });
         }
         Ok(count)
     }
 
-    /// Takes the next chain; the caller has learnt from [`Self::available`] that there is one.
+    /// Takes the next chain. [`Self::available`] must not be 0.
     ///
     /// # Errors
-    /// [`Broken`]; nothing has been taken.
+    /// [`RingFault`]. Nothing has been taken.
     #[inline]
-    pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<(), Broken> {
+    pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<(), RingFault> {
         let [head] = self.avail_ring.read(self.slot(self.next_avail));
         if head >= self.size {
-            return Err(Broken::Head { head, size: self.size });
+            return Err(RingFault::Head { head, size: self.size });
         }
         self.next_avail = self.next_avail.wrapping_add(1);
-        let walk = Walk { size: self.size, indirect: self.indirect, longest_table: MAX_SIZE };
+        let limits = WalkLimits { size: self.size, indirect: self.indirect, longest_table: MAX_SIZE };
         let desc = &self.desc;
-        chain.fill(head, &walk, |index| Descriptor::from_words(desc.read(usize::from(index))), guest);
+        chain.fill(head, &limits, |index| Descriptor::from_words(desc.read(usize::from(index))), guest);
         Ok(())
     }
 
-    /// The next chain, not yet taken, if it is the fast request. There must be one, as for [`Self::take`].
+    /// Reads the next chain, without taking it. `None` if it does not have the fast shape. [`Self::available`] must not be 0.
     #[inline]
-    pub fn fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
+    pub fn peek_fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         let [head] = self.avail_ring.read(self.slot(self.next_avail));
         let entry = |index: u16| (index < self.size).then(|| FastDescriptor::split(self.desc.read(index.into())));
         let (first, next) = entry(head)?;
@@ -139,66 +139,66 @@ impl SplitRing {
         if linked { FastRequest::new(head, [header, data, status]) } else { None }
     }
 
-    /// Takes the chain that [`Self::fast`] has shown.
+    /// Takes the chain that [`Self::peek_fast`] returned.
     #[inline]
     pub fn take_fast(&mut self) {
         self.next_avail = self.next_avail.wrapping_add(1);
     }
 
-    /// Gives a chain back with `len` bytes written to it. The driver sees it after [`Self::publish`].
+    /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`].
     #[inline]
     pub fn push_used(&mut self, head: Head, len: u32) {
         self.used_ring.write(self.slot(self.next_used), [u32::from(head.id()), len]);
         self.next_used = self.next_used.wrapping_add(1);
     }
 
-    /// True if there is something to publish.
+    /// True if there are unpublished used entries.
     #[inline]
     #[must_use]
     pub fn has_unpublished(&self) -> bool {
         self.next_used != self.published
     }
 
-    /// Shows the driver every chain given back so far; true if it wants to be notified.
+    /// Publishes all used entries. Returns true if the driver must be notified.
     #[inline]
     pub fn publish(&mut self) -> bool {
         self.used.store_release_u16(IDX, self.next_used);
         self.published = self.next_used;
-        // The driver writes its wish, then looks at used.idx; we write used.idx, then look at its wish. Without a full
-        // fence both could miss the other (virtio 1.2 §2.7.7.1).
+        // The driver writes used_event or its flags, then reads used.idx; we write used.idx, then read those. Without a full
+        // fence on both sides, each could miss the other's write (virtio 1.2 §2.7.7.1).
         fence(Ordering::SeqCst);
         if !self.event_idx {
             return self.avail.read_u16(0) & AVAIL_F_NO_INTERRUPT == 0;
         }
-        let before = self.considered.replace(self.next_used);
+        let before = self.signalled_used.replace(self.next_used);
         let used_event = self.avail.read_u16(RING + 2 * usize::from(self.size));
-        // virtio 1.2 §2.7.10: notify if used_event lies among the entries added since `before`.
+        // virtio 1.2 §2.7.10: notify if used_event is among the entries added since `before`.
         before.is_none_or(|before| {
             self.next_used.wrapping_sub(used_event).wrapping_sub(1) < self.next_used.wrapping_sub(before)
         })
     }
 
-    /// Asks the driver for a kick at the next chain. One that came in meanwhile gets none, so the caller must look once
-    /// more before it sleeps.
+    /// Enables the driver's kicks. A chain made available meanwhile brings none, so the caller must poll once more before it
+    /// sleeps.
     pub fn arm(&self) {
         if self.event_idx {
             self.used.write_u16(RING + 8 * usize::from(self.size), self.next_avail);
         } else {
             self.used.write_u16(0, 0);
         }
-        // The counterpart of the fence in `publish`: our wish first, then a last look.
+        // Write avail_event or the flags before the last poll, as the driver does before it reads used.idx.
         fence(Ordering::SeqCst);
     }
 
-    /// Tells the driver that kicks are not needed while we look by ourselves. With EVENT_IDX there is nothing to write:
-    /// an avail_event left behind stays silent until the index comes round again.
+    /// Suppresses the driver's kicks while the worker polls. With EVENT_IDX there is nothing to write: an old avail_event
+    /// causes no kick until the index wraps around to it.
     pub fn disarm(&self) {
         if !self.event_idx {
             self.used.write_u16(0, USED_F_NO_NOTIFY);
         }
     }
 
-    /// Place of a free-running index in a ring.
+    /// Ring slot of a free-running index.
     #[inline]
     fn slot(&self, index: u16) -> usize {
         usize::from(index & (self.size - 1))

@@ -1,5 +1,5 @@
 //! Commands from the control thread to a worker: a list, a flag that a busy worker reads once per pass at almost no cost, and
-//! an eventfd that wakes a sleeping one. Each command carries the channel for its reply.
+//! an eventfd that wakes a sleeping worker. Each command carries the channel for its reply.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,41 +17,41 @@ use crate::engine::setup::VringSetup;
 use crate::engine::vring::{drain, signal};
 use crate::memory::MemTable;
 
-/// A command to a worker. Vrings are named by the worker's slot.
+/// A command to a worker. The first `usize` of a vring's command is the worker's slot.
 pub(in crate::engine) enum WorkerCommand {
     Start(usize, Box<VringSetup>, Sender<Result<(), EngineError>>),
-    /// The reply comes when the last request taken from the ring is in the used ring.
+    /// The reply comes when the last request taken from the ring has a used entry.
     Stop(usize, Sender<Option<u32>>),
     Enable(usize, bool, Sender<()>),
     Call(usize, Option<OwnedFd>, Sender<()>),
     Err(usize, Option<OwnedFd>, Sender<()>),
     Kick(usize, Option<OwnedFd>, Sender<()>),
     Publish(Arc<MemTable>, Sender<()>),
-    /// The reply comes when no request in flight touches the spans.
-    Withdraw(Arc<MemTable>, Arc<[Span<Gpa>]>, Sender<()>),
-    /// The reply comes when everything completed so far is durable; false if the device could not do that.
+    /// The reply comes when no request in flight accesses the spans.
+    RemoveMemory(Arc<MemTable>, Arc<[Span<Gpa>]>, Sender<()>),
+    /// The reply comes when every completed write is durable; false if the flush failed.
     Flush(Sender<bool>),
-    /// Submit nothing from now on. The reply comes when the device has nothing in flight.
-    Rest(Sender<()>),
+    /// Submit nothing until `Resume`. The reply comes when the device has nothing in flight.
+    Pause(Sender<()>),
     /// Submit again.
-    Go,
+    Resume,
     /// Drop the device queue; the device is about to be reset.
-    HandBack(Sender<()>),
-    /// The device has been reset: go on with this queue, or without a device.
-    Adopt(Option<Box<dyn Queue>>, InflightPolicy, Sender<()>),
+    DropQueue(Sender<()>),
+    /// The device has been reset: continue with this queue, or without a device.
+    AdoptQueue(Option<Box<dyn Queue>>, InflightPolicy, Sender<()>),
     /// End the thread. All rings have been stopped.
     Quit,
 }
 
 #[derive(Default)]
-struct Inbox {
+struct Queued {
     commands: Vec<WorkerCommand>,
     closed: bool,
 }
 
 /// One worker's command queue.
 pub(in crate::engine) struct CommandQueue {
-    inbox: Mutex<Inbox>,
+    queued: Mutex<Queued>,
     pending: AtomicBool,
     event: OwnedFd,
 }
@@ -59,28 +59,29 @@ pub(in crate::engine) struct CommandQueue {
 impl CommandQueue {
     pub(in crate::engine) fn new() -> io::Result<Self> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { inbox: Mutex::default(), pending: AtomicBool::new(false), event })
+        Ok(Self { queued: Mutex::default(), pending: AtomicBool::new(false), event })
     }
 
-    /// Queues the command that `command` makes of the reply channel. If the worker is gone, the receiver reports it.
+    /// Queues the command that `command` builds around the reply channel. If the worker is gone, the receiver is
+    /// disconnected.
     pub(in crate::engine) fn post<T>(&self, command: impl FnOnce(Sender<T>) -> WorkerCommand) -> Receiver<T> {
         let (sender, receiver) = channel();
-        self.leave(command(sender));
+        self.push(command(sender));
         receiver
     }
 
     /// Queues a command that has no reply.
-    pub(in crate::engine) fn leave(&self, command: WorkerCommand) {
-        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        if inbox.closed {
+    pub(in crate::engine) fn push(&self, command: WorkerCommand) {
+        let mut queued = self.queued.lock().unwrap_or_else(PoisonError::into_inner);
+        if queued.closed {
             return; // dropping the command closes its reply channel, which tells the waiting sender
         }
-        inbox.commands.push(command);
+        queued.commands.push(command);
         self.pending.store(true, Ordering::Release);
         signal(&self.event);
     }
 
-    /// True if there are commands. The flag publishes nothing; [`Self::take`] takes the commands under the lock.
+    /// True if there are commands. A relaxed load is enough, because [`Self::take`] locks the list.
     #[inline]
     pub(in crate::engine) fn has_commands(&self) -> bool {
         self.pending.load(Ordering::Relaxed)
@@ -88,17 +89,17 @@ impl CommandQueue {
 
     /// Takes all commands, oldest first.
     pub(in crate::engine) fn take(&self) -> Vec<WorkerCommand> {
-        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queued = self.queued.lock().unwrap_or_else(PoisonError::into_inner);
         drain(&self.event);
         self.pending.store(false, Ordering::Relaxed);
-        std::mem::take(&mut inbox.commands)
+        std::mem::take(&mut queued.commands)
     }
 
-    /// Drops all commands, those to come included.
+    /// Drops all commands, future ones included.
     pub(in crate::engine) fn close(&self) {
-        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-        inbox.closed = true;
-        inbox.commands.clear();
+        let mut queued = self.queued.lock().unwrap_or_else(PoisonError::into_inner);
+        queued.closed = true;
+        queued.commands.clear();
     }
 
     /// Readable while there are commands.

@@ -4,12 +4,12 @@
 //! ```text
 //!            work               `spin` without work              nothing came in while arming
 //!  Polling -------> Polling ; Polling ------------> Arming ----------------------------------> Sleeping
-//!     ^                                               |  something came in                        | kick, device or order
+//!     ^                                               |  something came in                        | kick, device or command
 //!     +-----------------------------------------------+-------------------------------------------+
 //!
-//!  Device:  Live --HandBack--> Away --Adopt(queue)--> Live
-//!                                   --Adopt(none)---> Gone      every request is answered with an error
-//!  Gone --Adopt(queue)--> Live
+//!  Device:  Live --DropQueue--> Resetting --AdoptQueue(queue)--> Live
+//!                                         --AdoptQueue(none)---> Failed      every request is completed with an error
+//!           Failed --AdoptQueue(queue)--> Live
 //! ```
 
 mod command_queue;
@@ -31,23 +31,23 @@ use crate::driver::Queue;
 use crate::memory::MemTable;
 use crate::sys::Poller;
 
-/// Poller token of the device's completion event; rings have their slot's number.
+/// Poller token of the device's completion event. A ring's token is its slot.
 const DEVICE: u64 = u64::MAX;
-/// Poller token of the command_queue.
+/// Poller token of the command queue.
 const COMMANDS: u64 = u64::MAX - 1;
 
-/// Longest sleep while commands are in flight: an interrupt may be lost, but its completion entry is not.
-const LONGEST_NAP: Duration = Duration::from_millis(500);
+/// Longest sleep while commands are in flight. It bounds the delay if an interrupt is lost; the completion entry is not lost.
+const LONGEST_SLEEP: Duration = Duration::from_millis(500);
 
-/// Passes between two reads of the clock. A read costs as much as a few idle passes.
-const BUSY_PASSES_PER_LOOK: u32 = 256;
-const IDLE_PASSES_PER_LOOK: u32 = 8;
+/// Passes between two reads of the clock, which cost as much as a few idle passes.
+const BUSY_PASSES_PER_CLOCK_READ: u32 = 256;
+const IDLE_PASSES_PER_CLOCK_READ: u32 = 8;
 
-/// See the drawing above.
+/// See the diagram above.
 enum Device {
     Live(Box<dyn Queue>),
-    Away,
-    Gone,
+    Resetting,
+    Failed,
 }
 
 impl Device {
@@ -58,25 +58,25 @@ impl Device {
     }
 }
 
-/// A command whose reply waits until something in flight has ended.
+/// A reply that is due when some request or command in flight has completed.
 enum PendingReply {
     Stop(usize, Sender<Option<u32>>),
-    Withdraw(Arc<[Span<Gpa>]>, Sender<()>),
+    RemoveMemory(Arc<[Span<Gpa>]>, Sender<()>),
     Flush(Sender<bool>),
-    Rest(Sender<()>),
+    Pause(Sender<()>),
 }
 
-/// What one thread owns.
+/// The state of one worker thread.
 pub(in crate::engine) struct Worker {
     path: DataPath,
     device: Device,
-    /// True if the device may have signalled its event since the event was last drained.
-    stale: bool,
+    /// True if the device may have signalled its event since the last drain.
+    event_stale: bool,
     command_queue: Arc<CommandQueue>,
     poller: Poller,
     pending: Vec<PendingReply>,
-    /// Nothing is submitted.
-    resting: bool,
+    /// True from `Pause` to `Resume`: nothing is submitted.
+    paused: bool,
     spin: Duration,
     clock: CommandClock,
     quit: bool,
@@ -93,8 +93,8 @@ impl Worker {
         poller.add(command_queue.event(), COMMANDS)?;
         poller.add(queue.event(), DEVICE)?;
         let device = Device::live(queue);
-        let (pending, stale, resting, quit) = (Vec::new(), false, false, false);
-        Ok(Self { path, device, stale, command_queue, poller, pending, resting, spin, clock, quit })
+        let (pending, event_stale, paused, quit) = (Vec::new(), false, false, false);
+        Ok(Self { path, device, event_stale, command_queue, poller, pending, paused, spin, clock, quit })
     }
 
     /// The thread's body.
@@ -110,17 +110,17 @@ impl Worker {
             passes = passes.wrapping_add(1);
             if self.pass() {
                 idle_since = None;
-                if passes.is_multiple_of(BUSY_PASSES_PER_LOOK) {
-                    self.look(Instant::now());
+                if passes.is_multiple_of(BUSY_PASSES_PER_CLOCK_READ) {
+                    self.check_clock(Instant::now());
                 }
                 continue;
             }
-            if idle_since.is_some() && !passes.is_multiple_of(IDLE_PASSES_PER_LOOK) {
+            if idle_since.is_some() && !passes.is_multiple_of(IDLE_PASSES_PER_CLOCK_READ) {
                 std::hint::spin_loop();
                 continue;
             }
             let now = Instant::now();
-            self.look(now);
+            self.check_clock(now);
             if now.duration_since(*idle_since.get_or_insert(now)) < self.spin || self.must_poll() {
                 std::hint::spin_loop();
             } else {
@@ -130,8 +130,8 @@ impl Worker {
         }
     }
 
-    /// One pass: new requests, doorbell, completions, used rings. Nothing stands between the end of a request and its used
-    /// entry. True if there was anything to do.
+    /// One pass: new requests, doorbell, completions, used rings. A request gets its used entry in the pass that reaps its last
+    /// completion. Returns true if there was anything to do.
     #[inline]
     fn pass(&mut self) -> bool {
         let path = &mut self.path;
@@ -139,19 +139,19 @@ impl Worker {
         match &mut self.device {
             Device::Live(queue) => {
                 let queue = &mut **queue;
-                if !self.resting && path.submit(queue) {
-                    // Entries and data are in memory; the doorbell makes the device look at them.
+                if !self.paused && path.submit(queue) {
+                    // Submission entries and data must be in memory before the doorbell.
                     queue.ring();
                     path.counters.doorbells.add(1);
                     busy = true;
                 }
                 if path.reap(queue) {
-                    self.stale = true;
+                    self.event_stale = true;
                     busy = true;
                 }
             }
-            Device::Away => {}
-            Device::Gone => busy = path.refuse(),
+            Device::Resetting => {}
+            Device::Failed => busy = path.fail_all(),
         }
         busy |= path.publish();
         if busy && !self.pending.is_empty() {
@@ -162,13 +162,13 @@ impl Worker {
 
     /// Checks for commands that are overdue.
     #[inline]
-    fn look(&mut self, now: Instant) {
+    fn check_clock(&mut self, now: Instant) {
         if let Device::Live(queue) = &mut self.device {
-            self.clock.look(&mut **queue, now);
+            self.clock.check(&mut **queue, now);
         }
     }
 
-    /// True if a ring has no kick eventfd: nothing would wake the worker for it.
+    /// True if a ring has no kick eventfd, so that nothing would wake the worker.
     fn must_poll(&self) -> bool {
         self.path.served().any(Vring::is_polled)
     }
@@ -176,13 +176,13 @@ impl Worker {
     /// Arms every notification, polls once more, and waits.
     fn sleep(&mut self) {
         if let Device::Live(queue) = &self.device {
-            if std::mem::take(&mut self.stale) {
+            if std::mem::take(&mut self.event_stale) {
                 drain(queue.event());
             }
             queue.set_interrupt_wanted(true);
         }
         self.path.served().for_each(|ring| ring.queue.arm());
-        // This pass finds every chain that was offered before arming and so brings no kick.
+        // Chains offered before arming bring no kick. This pass takes them.
         if !self.pass() {
             self.wait();
         }
@@ -193,22 +193,22 @@ impl Worker {
     }
 
     fn wait(&mut self) {
-        let Self { poller, path, device, stale, clock, .. } = self;
+        let Self { poller, path, device, event_stale, clock, .. } = self;
         let in_flight = matches!(device, Device::Live(queue) if queue.in_flight() != 0);
-        let mut useless = Vec::new();
-        let waited = poller.wait(in_flight.then_some(LONGEST_NAP.min(clock.tick())), |event| match event.token {
-            COMMANDS => {} // emptied when the commands are taken
+        let mut unreadable = Vec::new();
+        let waited = poller.wait(in_flight.then_some(LONGEST_SLEEP.min(clock.tick())), |event| match event.token {
+            COMMANDS => {} // drained by `CommandQueue::take`
             DEVICE => {
                 if let Device::Live(queue) = device {
                     drain(queue.event());
-                    *stale = false;
+                    *event_stale = false;
                 }
             }
             slot => {
                 path.counters.kicks.add(1);
                 let ring = usize::try_from(slot).ok().and_then(|slot| path.slots.get(slot)?.ring.as_ref());
                 if ring.is_some_and(|ring| !ring.drain_kick()) {
-                    useless.push(slot);
+                    unreadable.push(slot);
                 }
             }
         });
@@ -216,7 +216,7 @@ impl Worker {
             log::error!("wait for notifications: {error}; polling instead");
             std::thread::sleep(Duration::from_millis(1));
         }
-        for slot in useless.into_iter().filter_map(|slot| usize::try_from(slot).ok()) {
+        for slot in unreadable.into_iter().filter_map(|slot| usize::try_from(slot).ok()) {
             self.path.fail_ring(slot, &"its kick descriptor cannot be read");
             if let Some(ring) = &mut self.path.slots[slot].ring {
                 ring.unwatch(&self.poller);
@@ -252,23 +252,23 @@ impl Worker {
                 self.path.guest.publish(table);
                 reply(&answer, ());
             }
-            WorkerCommand::Withdraw(table, removed, answer) => self.withdraw(table, removed, answer),
+            WorkerCommand::RemoveMemory(table, removed, answer) => self.remove_memory(table, removed, answer),
             WorkerCommand::Flush(answer) => {
-                self.path.wants_flush();
+                self.path.request_flush();
                 self.pending.push(PendingReply::Flush(answer));
             }
-            WorkerCommand::Rest(answer) => {
-                self.resting = true;
-                self.pending.push(PendingReply::Rest(answer));
+            WorkerCommand::Pause(answer) => {
+                self.paused = true;
+                self.pending.push(PendingReply::Pause(answer));
                 self.poll_pending();
             }
-            WorkerCommand::Go => self.resting = false,
-            WorkerCommand::HandBack(answer) => {
-                self.hand_back();
+            WorkerCommand::Resume => self.paused = false,
+            WorkerCommand::DropQueue(answer) => {
+                self.drop_queue();
                 reply(&answer, ());
             }
-            WorkerCommand::Adopt(queue, policy, answer) => {
-                self.adopt(queue, policy);
+            WorkerCommand::AdoptQueue(queue, policy, answer) => {
+                self.adopt_queue(queue, policy);
                 reply(&answer, ());
             }
             WorkerCommand::Quit => self.quit = true,
@@ -303,20 +303,20 @@ impl Worker {
         }
     }
 
-    fn withdraw(&mut self, table: Arc<MemTable>, removed: Arc<[Span<Gpa>]>, answer: Sender<()>) {
+    fn remove_memory(&mut self, table: Arc<MemTable>, removed: Arc<[Span<Gpa>]>, answer: Sender<()>) {
         for slot in 0..self.path.slots.len() {
             let Some(ring) = &self.path.slots[slot].ring else { continue };
             let lost = |area: &Span<Gpa>| removed.iter().any(|span| span.overlaps(area));
             if ring.state == State::Serving && ring.areas.iter().any(lost) {
-                self.path.fail_ring(slot, &"the memory it lies in has been taken away");
+                self.path.fail_ring(slot, &"its memory has been removed");
             }
         }
-        self.path.guest.withdraw(table);
-        self.pending.push(PendingReply::Withdraw(removed, answer));
+        self.path.guest.replace_table(table);
+        self.pending.push(PendingReply::RemoveMemory(removed, answer));
         self.poll_pending();
     }
 
-    /// Answers the commands whose time has come. Used entries have been published by then.
+    /// Publishes used entries, then sends the replies that are due.
     fn poll_pending(&mut self) {
         self.path.publish();
         for reply_to in std::mem::take(&mut self.pending) {
@@ -325,7 +325,7 @@ impl Worker {
                     match self.path.slots[slot].ring.take_if(|ring| ring.in_flight == 0) {
                         Some(mut ring) => {
                             ring.unwatch(&self.poller);
-                            ring.queue.arm(); // the next user of the ring expects kicks
+                            ring.queue.arm(); // the next device on the ring expects kicks
                             reply(&answer, Some(ring.queue.base()));
                         }
                         None => self.pending.push(PendingReply::Stop(slot, answer)),
@@ -335,19 +335,19 @@ impl Worker {
                     Some(done) => reply(&answer, done),
                     None => self.pending.push(PendingReply::Flush(answer)),
                 },
-                PendingReply::Rest(answer) => {
-                    let rests = match &self.device {
+                PendingReply::Pause(answer) => {
+                    let idle = match &self.device {
                         Device::Live(queue) => queue.in_flight() == 0,
-                        Device::Away => false,
-                        Device::Gone => true,
+                        Device::Resetting => false,
+                        Device::Failed => true,
                     };
-                    if rests { reply(&answer, ()) } else { self.pending.push(PendingReply::Rest(answer)) }
+                    if idle { reply(&answer, ()) } else { self.pending.push(PendingReply::Pause(answer)) }
                 }
-                PendingReply::Withdraw(removed, answer) => {
-                    if self.path.inflight.touch(&removed) {
-                        self.pending.push(PendingReply::Withdraw(removed, answer));
+                PendingReply::RemoveMemory(removed, answer) => {
+                    if self.path.inflight.uses(&removed) {
+                        self.pending.push(PendingReply::RemoveMemory(removed, answer));
                     } else {
-                        self.path.guest.forget();
+                        self.path.guest.drop_previous_table();
                         reply(&answer, ());
                     }
                 }
@@ -355,20 +355,20 @@ impl Worker {
         }
     }
 
-    fn hand_back(&mut self) {
-        if let Device::Live(queue) = std::mem::replace(&mut self.device, Device::Away)
+    fn drop_queue(&mut self) {
+        if let Device::Live(queue) = std::mem::replace(&mut self.device, Device::Resetting)
             && let Err(error) = self.poller.remove(queue.event())
         {
             log::error!("stop watching the device's event: {error}");
         }
     }
 
-    fn adopt(&mut self, queue: Option<Box<dyn Queue>>, policy: InflightPolicy) {
+    fn adopt_queue(&mut self, queue: Option<Box<dyn Queue>>, policy: InflightPolicy) {
         // A stop or a memory removal is waiting for these requests: fail them instead of submitting them again.
         let wanted = queue.is_some() && self.pending.is_empty();
-        self.path.abandon(if wanted { policy } else { InflightPolicy::Fail });
+        self.path.handle_reset(if wanted { policy } else { InflightPolicy::Fail });
         self.device = match queue {
-            None => Device::Gone,
+            None => Device::Failed,
             Some(queue) => {
                 if let Err(error) = self.poller.add(queue.event(), DEVICE) {
                     log::error!("watch the device's event: {error}");

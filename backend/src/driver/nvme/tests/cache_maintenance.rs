@@ -125,7 +125,7 @@ fn at_each_doorbell_the_function_finds_every_new_submission_entry() {
 }
 
 #[test]
-fn every_completion_the_function_writes_is_found_lap_after_lap() {
+fn every_completion_the_function_writes_is_found_in_every_round() {
     let mut harness = QueueHarness::new(None);
     for tag in 0..3 * u32::from(DEPTH) {
         harness.queue.submit(Command::Flush, &[], 0, 0, tag).unwrap();
@@ -180,7 +180,7 @@ fn at_the_doorbell_the_function_finds_the_ranges_of_a_discard() {
 
 /// With the emulated controller, which does all accesses itself.
 #[test]
-fn a_controller_behind_the_caches_is_brought_up_and_works() {
+fn a_non_coherent_controller_is_brought_up_and_works() {
     let rig = Rig::new(no_snoop());
     let function = Arc::clone(&rig.function) as Arc<dyn Function>;
 

@@ -154,10 +154,10 @@ impl AddressSpace for RecordingSpace {
 fn a_reacquired_function_that_cannot_be_brought_up_is_released_again() {
     let rig = Rig::new(small());
     let space = Arc::new(RecordingSpace { inner: rig.machine.space(), released: AtomicBool::new(false) });
-    let (function, joined) = (Arc::clone(&rig.function), Arc::clone(&space));
+    let (function, reacquired_space) = (Arc::clone(&rig.function), Arc::clone(&space));
     let mut nvme =
         Nvme::bring_up(function.clone(), space.clone(), nvme_options(1)).unwrap().with_reacquire(Box::new(move || {
-            joined.released.store(false, SeqCst);
+            reacquired_space.released.store(false, SeqCst);
             Ok(function.clone())
         }));
     drop(nvme.take_queues());
@@ -175,13 +175,13 @@ fn a_reacquired_function_that_cannot_be_brought_up_is_released_again() {
 }
 
 #[test]
-fn events_without_end_hold_up_nobody_and_are_ignored_until_the_next_reset() {
+fn endless_events_do_not_block_the_driver_and_are_ignored_until_the_next_reset() {
     const ASYNC_EVENT_REQUEST: u8 = 0x0c;
     let rig = Rig::new(Options { medium: Medium::Null, ..small() });
     let (mut nvme, queues) = rig.up(1);
     drop(queues);
-    let at_once = Effect::Status(Status::SUCCESS);
-    rig.machine.inject(Fault::always(Commands::admin(ASYNC_EVENT_REQUEST), at_once));
+    let completed_at_once = Effect::Status(Status::SUCCESS);
+    rig.machine.inject(Fault::always(Commands::admin(ASYNC_EVENT_REQUEST), completed_at_once));
     let mut queues = nvme.recover().unwrap();
 
     nvme.handle_events().unwrap();
@@ -194,5 +194,5 @@ fn events_without_end_hold_up_nobody_and_are_ignored_until_the_next_reset() {
     let before = nvme.geometry().blocks;
     rig.machine.resize(before * 512 * 2).unwrap();
     nvme.handle_events().unwrap();
-    assert_eq!(nvme.geometry().blocks, before * 2, "events are heard again");
+    assert_eq!(nvme.geometry().blocks, before * 2, "events are handled again");
 }

@@ -163,7 +163,7 @@ fn a_disk_that_shrinks_is_the_same_disk() {
 }
 
 #[test]
-fn queues_can_be_taken_once() {
+fn queues_can_be_taken_only_once() {
     let rig = Rig::new(small());
     let (mut nvme, queues) = rig.up(2);
     assert_eq!(queues.len(), 2);
