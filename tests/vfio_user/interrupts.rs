@@ -2,8 +2,10 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use vhost_device_vfio::vfio_user::EndReason;
+
 use crate::nvme::{BASE, enable, guest, identify};
-use crate::rig::{Rig, event, wait_for};
+use crate::rig::{Rig, event, memory, wait_for};
 
 const NONE_TRIGGER: u32 = 1 << 0 | 1 << 5;
 const EVENTFD_TRIGGER: u32 = 1 << 2 | 1 << 5;
@@ -80,14 +82,36 @@ fn the_hosts_request_is_forwarded_to_the_vm_and_the_server_ends_when_the_vm_disc
     assert!(client.read(crate::client::CONFIG, 0, 4).is_ok(), "and the VM is served until it has unplugged");
     drop(client);
 
-    assert_eq!(rig.wait_for_exit(), vhost_device_vfio::vfio_user::EndReason::HostWantsFunction);
+    assert_eq!(rig.wait_for_exit(), EndReason::HostWantsFunction);
+}
+
+#[test]
+fn what_is_not_an_eventfd_is_refused_and_the_eventfd_before_it_stays() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let guest = guest(&mut client);
+    let (vector, request) = (event(), event());
+    client.set_irqs(EVENTFD_TRIGGER, [MSIX, 0, 1], &[vector.as_fd()]).unwrap();
+    client.set_irqs(EVENTFD_TRIGGER, [REQ, 0, 1], &[request.as_fd()]).unwrap();
+    enable(&mut client);
+    let (reader, _writer) = rustix::pipe::pipe().unwrap();
+
+    for (index, other) in [(MSIX, reader.as_fd()), (MSIX, memory(4096).as_fd()), (REQ, reader.as_fd())] {
+        assert_eq!(client.set_irqs(EVENTFD_TRIGGER, [index, 0, 1], &[other]).unwrap_err(), 22, "{index}: EINVAL");
+    }
+    identify(&mut client, &guest, 0, BASE + 0x2000);
+    rig.machine.request_removal();
+
+    assert!(wait_for(&vector, 10_000) && wait_for(&request, 10_000));
+    drop(client);
+    assert_eq!(rig.wait_for_exit(), EndReason::HostWantsFunction);
 }
 
 #[test]
 fn an_unused_function_is_released_at_once() {
     let rig = Rig::new();
     rig.machine.request_removal();
-    assert_eq!(rig.wait_for_exit(), vhost_device_vfio::vfio_user::EndReason::HostWantsFunction);
+    assert_eq!(rig.wait_for_exit(), EndReason::HostWantsFunction);
 }
 
 #[test]
@@ -98,5 +122,5 @@ fn a_vm_that_does_not_unplug_loses_the_function() {
     rig.machine.request_removal();
 
     assert!(client.receive().is_none(), "the server disconnects after 10 s");
-    assert_eq!(rig.wait_for_exit(), vhost_device_vfio::vfio_user::EndReason::HostWantsFunction);
+    assert_eq!(rig.wait_for_exit(), EndReason::HostWantsFunction);
 }

@@ -10,15 +10,13 @@
 //! Only a Serving ring that is also enabled (SET_VRING_ENABLE) takes new requests; every state answers those it has taken.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::io::Errno;
+use std::os::fd::OwnedFd;
 
 use super::error::EngineError;
 use super::setup::VringSetup;
 use super::statistics::Counters;
 use super::virtqueue::Virtqueue;
+use crate::eventfd::{drain, make_nonblocking, signal};
 use crate::memory::MemTable;
 use crate::sys::Poller;
 
@@ -115,28 +113,5 @@ impl Vring {
         if let Some(err) = &self.err {
             signal(err);
         }
-    }
-}
-
-/// Adds one to an eventfd. A full one (EAGAIN) is as good as signalled; its reader has not looked yet.
-pub(super) fn signal(event: &OwnedFd) {
-    match rustix::io::write(event, &1_u64.to_ne_bytes()) {
-        Ok(_) | Err(Errno::AGAIN) => {}
-        Err(errno) => log::debug!("signal an eventfd: {errno}"),
-    }
-}
-
-/// Takes what is in an eventfd; false if it cannot be read at all. An empty one (EAGAIN) is harmless: somebody else, or
-/// an earlier look, has taken it.
-pub(super) fn drain(event: impl AsFd) -> bool {
-    let mut count = [0; 8];
-    matches!(rustix::io::read(event, &mut count), Ok(8) | Err(Errno::AGAIN | Errno::INTR))
-}
-
-/// The front-end chose this descriptor, and a worker must not wait on it.
-fn make_nonblocking(event: &OwnedFd) {
-    let set = fcntl_getfl(event).and_then(|flags| fcntl_setfl(event, flags | OFlags::NONBLOCK));
-    if let Err(errno) = set {
-        log::warn!("make an eventfd non-blocking: {errno}");
     }
 }

@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::addr::{Gpa, Span};
+use crate::eventfd::EventfdError;
 use crate::hardware::{Function, MapError};
 use crate::memory::RegionError;
 
@@ -48,6 +49,16 @@ pub enum PassthroughError {
         count: u32,
         /// Number of vectors of the interrupt.
         available: u32,
+    },
+    /// A descriptor for a vector is not an eventfd.
+    #[error("interrupt {index}, vector {vector}: {source}")]
+    Eventfd {
+        /// `VFIO_PCI_*_IRQ_INDEX`.
+        index: u32,
+        /// The vector.
+        vector: u32,
+        /// What it is.
+        source: EventfdError,
     },
     /// The range is empty, not page-aligned, or wraps around.
     #[error(
@@ -113,6 +124,7 @@ impl PassthroughError {
             Self::Function { source, .. } => of(source),
             Self::NoSnoop(_) => libc::EIO,
             Self::Region { .. } | Self::Vectors { .. } | Self::Range { .. } => libc::EINVAL,
+            Self::Eventfd { source, .. } => source.errno(),
             Self::Exists { .. } => libc::EEXIST,
             Self::NotMapped { .. } => libc::ENOENT,
             Self::TooManyMaps(_) => libc::ENOSPC,

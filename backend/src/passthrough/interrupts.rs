@@ -1,5 +1,7 @@
 //! Interrupts: the virtual machine's eventfds are passed to the function, so a device interrupt reaches KVM without this
-//! process. State is kept for two purposes:
+//! process. Each descriptor is checked on arrival: the kernel or this process will write to it.
+//!
+//! State is kept for two purposes:
 //!
 //! - An interrupt that cannot grow while it is on (`VFIO_IRQ_INFO_NORESIZE`: MSI, and MSI-X on devices without dynamic
 //!   vectors) must be turned off and on again with all its eventfds when vectors are added. A client sends only as many eventfds
@@ -12,6 +14,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use vfio_bindings::bindings::vfio::VFIO_IRQ_INFO_NORESIZE;
 
+use crate::eventfd;
 use crate::whole_function::{IRQS, IrqAction, IrqData, IrqInfo, IrqSet, REQUEST_IRQ, WholeFunction};
 
 use super::PassthroughError;
@@ -49,6 +52,9 @@ impl<'d> Interrupts<'d> {
         let available = self.info(index).count;
         if index >= IRQS || start.checked_add(count).is_none_or(|end| end > available) {
             return Err(PassthroughError::Vectors { index, start, count, available });
+        }
+        for (vector, fd) in (start..).zip(&fds) {
+            eventfd::check(fd).map_err(|source| PassthroughError::Eventfd { index, vector, source })?;
         }
         let eventfds = matches!(set.data, IrqData::Eventfds(_));
         match (index, set.action, eventfds) {
@@ -144,3 +150,6 @@ impl<'d> Interrupts<'d> {
 fn number(vectors: usize) -> u32 {
     u32::try_from(vectors).expect("at most the vectors of the function")
 }
+
+#[cfg(test)]
+mod tests;

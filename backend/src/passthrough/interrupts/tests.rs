@@ -1,0 +1,128 @@
+//! Interrupts of a function whose MSI vectors behave as the kernel's do (`vfio_pci_set_msi_trigger`): they do not grow while
+//! they are on, and a change that fails leaves its range without eventfds.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use vfio_bindings::bindings::vfio::VFIO_IRQ_INFO_EVENTFD;
+
+use super::*;
+use crate::hardware::{Function, Registers};
+use crate::whole_function::{RegionInfo, RegionMmap};
+
+/// `VFIO_PCI_MSI_IRQ_INDEX`.
+const MSI: u32 = 1;
+const VECTORS: u32 = 8;
+
+#[derive(Default)]
+struct Msi {
+    /// Which vectors have an eventfd; `None` while MSI is off.
+    on: Mutex<Option<Vec<bool>>>,
+    /// The errno of the next command that routes eventfds, when half of its range is done.
+    failure: Mutex<Option<i32>>,
+    /// The indices of all commands.
+    commands: Mutex<Vec<u32>>,
+}
+
+impl Msi {
+    /// `vfio_msi_set_block`.
+    fn set_block(&self, vectors: &mut [bool], fds: &[Option<BorrowedFd<'_>>]) -> io::Result<()> {
+        if let Some(errno) = self.failure.lock().unwrap().take() {
+            vectors.fill(false);
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        vectors.iter_mut().zip(fds).for_each(|(vector, fd)| *vector = fd.is_some());
+        Ok(())
+    }
+}
+
+impl Function for Msi {
+    fn name(&self) -> &str {
+        "msi"
+    }
+    fn config_read(&self, _offset: u16, _bytes: &mut [u8]) -> io::Result<()> {
+        unreachable!("no configuration space")
+    }
+    fn config_write(&self, _offset: u16, _bytes: &[u8]) -> io::Result<()> {
+        unreachable!("no configuration space")
+    }
+    fn registers(&self, _bar: u8) -> io::Result<Arc<dyn Registers>> {
+        unreachable!("no BAR")
+    }
+    fn vectors(&self) -> u16 {
+        unreachable!("no driver in this process")
+    }
+    fn route_vectors(&self, _events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        unreachable!("no driver in this process")
+    }
+    fn set_bus_master(&self, _on: bool) -> io::Result<()> {
+        unreachable!("no DMA")
+    }
+    fn reset(&self) -> io::Result<()> {
+        unreachable!("no reset")
+    }
+}
+
+impl WholeFunction for Msi {
+    fn region(&self, _index: u32) -> RegionInfo {
+        RegionInfo::default()
+    }
+    fn region_mmap(&self, _index: u32) -> io::Result<Option<RegionMmap>> {
+        Ok(None)
+    }
+    fn region_read(&self, _index: u32, _offset: u64, _bytes: &mut [u8]) -> io::Result<()> {
+        unreachable!("no region")
+    }
+    fn region_write(&self, _index: u32, _offset: u64, _bytes: &[u8]) -> io::Result<()> {
+        unreachable!("no region")
+    }
+    fn resettable(&self) -> bool {
+        true
+    }
+    fn irq(&self, index: u32) -> IrqInfo {
+        let count = if index == MSI { VECTORS } else { 1 };
+        IrqInfo { flags: VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_NORESIZE, count }
+    }
+    fn set_irqs(&self, set: &IrqSet<'_>) -> io::Result<()> {
+        self.commands.lock().unwrap().push(set.index);
+        let mut on = self.on.lock().unwrap();
+        let (start, end) = (set.start as usize, (set.start + set.count) as usize);
+        match (set.data, &mut *on) {
+            (IrqData::None, Some(_)) if set.count == 0 => *on = None,
+            (IrqData::Eventfds(fds), Some(vectors)) if end <= vectors.len() => {
+                self.set_block(&mut vectors[start..end], fds)?;
+            }
+            (IrqData::Eventfds(fds), None) => {
+                let mut vectors = vec![false; end];
+                self.set_block(&mut vectors[start..], fds)?;
+                *on = Some(vectors);
+            }
+            _ => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        }
+        Ok(())
+    }
+}
+
+fn trigger(index: u32, start: u32, count: u32, data: IrqData<'_>) -> IrqSet<'_> {
+    IrqSet { index, start, count, action: IrqAction::Trigger, data }
+}
+
+#[test]
+fn what_is_not_an_eventfd_is_refused_for_every_interrupt_and_reaches_nobody() {
+    let function = Msi::default();
+    let mut interrupts = Interrupts::new(&function);
+    for index in 0..IRQS {
+        for action in [IrqAction::Trigger, IrqAction::Mask, IrqAction::Unmask] {
+            let set = IrqSet { action, ..trigger(index, 0, 1, IrqData::Eventfds(&[])) };
+            let memory = memfd_create("not an eventfd", MemfdFlags::CLOEXEC).unwrap();
+
+            let error = interrupts.set(&set, vec![memory]).unwrap_err();
+
+            assert_eq!(error.errno(), libc::EINVAL, "{error}");
+            assert!(error.to_string().contains(&format!("interrupt {index}, vector 0: ")), "{error}");
+        }
+    }
+    assert!(!interrupts.request_unplug());
+    assert!(function.commands.lock().unwrap().is_empty());
+}
