@@ -3,11 +3,12 @@
 //! to a pipe that nobody reads, would wait for the front-end.
 //!
 //! A write also waits at an eventfd in blocking mode whose counter is full. `make_nonblocking` prevents that, until the
-//! front-end, which shares the mode of the descriptor, changes it back.
+//! front-end, which shares the mode of the descriptor, changes it back. `signal_in_background` needs no such promise.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
@@ -66,6 +67,16 @@ pub(crate) fn signal(event: impl AsFd) {
     }
 }
 
+/// The same in a thread of its own, so that the caller never waits, whatever the front-end does with the eventfd. The thread
+/// and the descriptor stay for as long as the eventfd is full and in blocking mode. So this is for rare signals.
+///
+/// # Errors
+/// The errno of creating the thread.
+pub(crate) fn signal_in_background(event: &Arc<OwnedFd>) -> io::Result<()> {
+    let event = Arc::clone(event);
+    std::thread::Builder::new().name("signal".into()).spawn(move || signal(&*event)).map(drop)
+}
+
 /// Takes what is in an eventfd; false if it cannot be read at all. An empty one (EAGAIN) is harmless: somebody else, or
 /// an earlier look, has taken it.
 pub(crate) fn drain(event: impl AsFd) -> bool {
@@ -75,6 +86,9 @@ pub(crate) fn drain(event: impl AsFd) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
     use super::*;
     use rustix::event::{EventfdFlags, eventfd};
     use rustix::fs::{MemfdFlags, memfd_create};
@@ -91,5 +105,20 @@ mod tests {
             let error = check(&other).unwrap_err();
             assert_eq!(error.errno(), libc::EINVAL, "{error}");
         }
+    }
+
+    #[test]
+    fn a_full_eventfd_does_not_keep_who_signals_it_in_the_background() {
+        let event = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+        rustix::io::write(&*event, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+
+        let (send, returned) = mpsc::channel();
+        let shared = Arc::clone(&event);
+        std::thread::spawn(move || send.send(signal_in_background(&shared).is_ok()).unwrap());
+        let returned = returned.recv_timeout(Duration::from_secs(10));
+
+        assert!(drain(&*event), "the counter was full");
+        assert!(drain(&*event), "the signal follows once there is room");
+        assert_eq!(returned, Ok(true), "before there was room");
     }
 }

@@ -2,8 +2,11 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{OFlags, fcntl_setfl};
 use vhost_device_vfio::vfio_user::EndReason;
 
+use crate::client::{CONFIG, Client, REGION_READ, access};
 use crate::nvme::{BASE, enable, guest, identify};
 use crate::rig::{Rig, event, memory, wait_for};
 
@@ -17,6 +20,24 @@ const VECTORS: u32 = 17;
 
 fn borrowed(events: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
     events.iter().map(AsFd::as_fd).collect()
+}
+
+/// An eventfd in blocking mode whose counter is full: a write to it waits until somebody reads. When it is dropped, it is read,
+/// so that a server that waits there does not keep the test from ending.
+struct Full(OwnedFd);
+
+impl Full {
+    fn new() -> Self {
+        let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        rustix::io::write(&event, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        Self(event)
+    }
+}
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        rustix::io::read(&self.0, &mut [0; 8]).unwrap();
+    }
 }
 
 #[test]
@@ -79,7 +100,7 @@ fn the_hosts_request_is_forwarded_to_the_vm_and_the_server_ends_when_the_vm_disc
 
     rig.machine.request_removal();
     assert!(wait_for(&request, 10_000), "the request is forwarded");
-    assert!(client.read(crate::client::CONFIG, 0, 4).is_ok(), "and the VM is served until it has unplugged");
+    assert!(client.read(CONFIG, 0, 4).is_ok(), "and the VM is served until it has unplugged");
     drop(client);
 
     assert_eq!(rig.wait_for_exit(), EndReason::HostWantsFunction);
@@ -105,6 +126,31 @@ fn what_is_not_an_eventfd_is_refused_and_the_eventfd_before_it_stays() {
     assert!(wait_for(&vector, 10_000) && wait_for(&request, 10_000));
     drop(client);
     assert_eq!(rig.wait_for_exit(), EndReason::HostWantsFunction);
+}
+
+#[test]
+fn a_request_eventfd_that_is_full_and_blocking_does_not_stop_the_server() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let request = Full::new();
+    client.set_irqs(EVENTFD_TRIGGER, [REQ, 0, 1], &[request.0.as_fd()]).unwrap();
+    // The server has made it non-blocking; the client shares the mode.
+    fcntl_setfl(&request.0, OFlags::empty()).unwrap();
+
+    rig.machine.request_removal();
+    // The second reply comes after the request has been handled: both were ready when the server looked for the message.
+    let replies: Vec<_> = (0..2).map(|_| replies(&mut client)).collect();
+    drop(client);
+
+    assert_eq!(replies, [true, true]);
+    assert_eq!(rig.wait_for_exit(), EndReason::HostWantsFunction);
+}
+
+/// True if the server replies to a read of configuration space.
+fn replies(client: &mut Client) -> bool {
+    client.send(REGION_READ, 0, &access(CONFIG, 0, 4), &[]);
+    let mut fds = [PollFd::new(&client.socket, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 5, tv_nsec: 0 })).unwrap() == 1 && client.receive().is_some()
 }
 
 #[test]

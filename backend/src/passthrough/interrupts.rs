@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::VFIO_IRQ_INFO_NORESIZE;
 
@@ -27,7 +28,7 @@ pub(crate) struct Interrupts<'d> {
     /// Indices of the interrupts that are on.
     on: BTreeSet<u32>,
     /// The eventfd that asks the virtual machine to unplug the function.
-    request: Option<OwnedFd>,
+    request: Option<Arc<OwnedFd>>,
 }
 
 impl<'d> Interrupts<'d> {
@@ -41,9 +42,16 @@ impl<'d> Interrupts<'d> {
     }
 
     /// Asks the virtual machine to unplug the function. False if it has set no eventfd for that.
+    ///
+    /// Never waits for the virtual machine: it can make its eventfd full and blocking at any time. Once for each request of the
+    /// host, because a thread may stay behind.
     pub(crate) fn request_unplug(&self) -> bool {
-        let written = self.request.as_ref().map(|event| rustix::io::write(event, &1_u64.to_ne_bytes()));
-        written.is_some_and(|written| written.is_ok())
+        let Some(event) = &self.request else { return false };
+        let signalled = eventfd::signal_in_background(event);
+        if let Err(error) = &signalled {
+            log::warn!("{}: start a thread to ask the virtual machine: {error}", self.function.name());
+        }
+        signalled.is_ok()
     }
 
     /// `VFIO_USER_DEVICE_SET_IRQS`. `fds` are the eventfds of an [`IrqData::Eventfds`]; an empty list removes them.
@@ -59,7 +67,8 @@ impl<'d> Interrupts<'d> {
         let eventfds = matches!(set.data, IrqData::Eventfds(_));
         match (index, set.action, eventfds) {
             (REQUEST_IRQ, IrqAction::Trigger, true) => {
-                self.request = fds.into_iter().next();
+                fds.iter().for_each(eventfd::make_nonblocking);
+                self.request = fds.into_iter().next().map(Arc::new);
                 Ok(())
             }
             // Not forwarded: the host's request must still reach this process.

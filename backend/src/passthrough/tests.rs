@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering::SeqCst;
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::*;
@@ -173,8 +173,10 @@ fn eventfds(index: u32) -> IrqSet<'static> {
     IrqSet { index, start: 0, count: 1, action: IrqAction::Trigger, data: IrqData::Eventfds(&[]) }
 }
 
+/// Waits until `event` is signalled; false if it is not in 10 s.
 fn signalled(event: &OwnedFd) -> bool {
-    rustix::io::read(event, &mut [0; 8]).is_ok()
+    let mut fds = [PollFd::new(event, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 10, tv_nsec: 0 })) == Ok(1)
 }
 
 #[test]

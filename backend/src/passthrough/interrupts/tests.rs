@@ -2,7 +2,7 @@
 //! they are on, and a change that fails leaves its range without eventfds.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use vfio_bindings::bindings::vfio::VFIO_IRQ_INFO_EVENTFD;
