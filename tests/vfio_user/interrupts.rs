@@ -6,11 +6,12 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{OFlags, fcntl_setfl};
 use vhost_device_vfio::vfio_user::EndReason;
 
-use crate::client::{CONFIG, Client, REGION_READ, access};
+use crate::client::{CONFIG, Client, REGION_READ, SET_IRQS, access, words};
 use crate::nvme::{BASE, enable, guest, identify};
 use crate::rig::{Rig, event, memory, wait_for};
 
 const NONE_TRIGGER: u32 = 1 << 0 | 1 << 5;
+const BOOL_TRIGGER: u32 = 1 << 1 | 1 << 5;
 const EVENTFD_TRIGGER: u32 = 1 << 2 | 1 << 5;
 const MSIX: u32 = 2;
 const ERR: u32 = 3;
@@ -151,6 +152,20 @@ fn replies(client: &mut Client) -> bool {
     client.send(REGION_READ, 0, &access(CONFIG, 0, 4), &[]);
     let mut fds = [PollFd::new(&client.socket, PollFlags::IN)];
     poll(&mut fds, Some(&Timespec { tv_sec: 5, tv_nsec: 0 })).unwrap() == 1 && client.receive().is_some()
+}
+
+#[test]
+fn a_front_end_cannot_end_the_service_in_the_hosts_name() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let request = event();
+    client.set_irqs(EVENTFD_TRIGGER, [REQ, 0, 1], &[request.as_fd()]).unwrap();
+
+    assert_eq!(client.set_irqs(NONE_TRIGGER, [REQ, 0, 1], &[]).unwrap_err(), 22, "EINVAL");
+    let bools = [&words(&[21, BOOL_TRIGGER, REQ, 0, 1])[..], &[1]].concat();
+    assert_eq!(client.call(SET_IRQS, &bools, &[]).unwrap_err(), 22, "EINVAL");
+
+    assert!(client.read(CONFIG, 0, 4).is_ok() && !wait_for(&request, 0));
 }
 
 #[test]

@@ -6,6 +6,7 @@ use crate::addr::{Gpa, Span};
 use crate::eventfd::EventfdError;
 use crate::hardware::{Function, MapError};
 use crate::memory::RegionError;
+use crate::whole_function::REQUEST_IRQ;
 
 /// See the top of this file. The protocol carries only [`Self::errno`]; the text is logged.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +61,11 @@ pub enum PassthroughError {
         /// What it is.
         source: EventfdError,
     },
+    /// A command for the request interrupt that is neither to set nor to remove its eventfd.
+    #[error(
+        "interrupt {REQUEST_IRQ} (REQ): an eventfd can be set or removed, and nothing else; only the host triggers it"
+    )]
+    Request,
     /// The range is empty, not page-aligned, or wraps around.
     #[error(
         "DMA map at {address:#x} of {size} bytes: empty, not whole pages of 4 KiB, or past the end of the address space"
@@ -125,6 +131,7 @@ impl PassthroughError {
             Self::NoSnoop(_) => libc::EIO,
             Self::Region { .. } | Self::Vectors { .. } | Self::Range { .. } => libc::EINVAL,
             Self::Eventfd { source, .. } => source.errno(),
+            Self::Request => libc::EINVAL,
             Self::Exists { .. } => libc::EEXIST,
             Self::NotMapped { .. } => libc::ENOENT,
             Self::TooManyMaps(_) => libc::ENOSPC,

@@ -6,8 +6,9 @@
 //! - An interrupt that cannot grow while it is on (`VFIO_IRQ_INFO_NORESIZE`: MSI, and MSI-X on devices without dynamic
 //!   vectors) must be turned off and on again with all its eventfds when vectors are added. A client sends only as many eventfds
 //!   at a time as one message can carry, so the earlier ones are kept here.
-//! - The host's request for the function goes to this process. It forwards the request to the virtual machine and starts the
-//!   time-out.
+//! - The host's request for the function (REQ) goes to this process. It forwards the request to the virtual machine and starts
+//!   the time-out. No command of the virtual machine for REQ reaches the function: VFIO would signal this process's own eventfd
+//!   on demand (`VFIO_IRQ_SET_DATA_NONE`, `VFIO_IRQ_SET_DATA_BOOL`), as if the host had asked.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -65,21 +66,28 @@ impl<'d> Interrupts<'d> {
             eventfd::check(fd).map_err(|source| PassthroughError::Eventfd { index, vector, source })?;
         }
         let eventfds = matches!(set.data, IrqData::Eventfds(_));
-        match (index, set.action, eventfds) {
-            (REQUEST_IRQ, IrqAction::Trigger, true) => {
+        match (index, set.action) {
+            (REQUEST_IRQ, _) => self.set_request(set, fds),
+            (_, IrqAction::Trigger) if eventfds && self.info(index).flags & VFIO_IRQ_INFO_NORESIZE != 0 => {
+                self.route_fixed(index, start, count, fds)
+            }
+            _ => self.forward(set, &fds),
+        }
+    }
+
+    /// Sets or removes the eventfd of the request interrupt, for this process alone.
+    fn set_request(&mut self, set: &IrqSet<'_>, fds: Vec<OwnedFd>) -> Result<(), PassthroughError> {
+        match (set.action, set.data, set.count) {
+            (IrqAction::Trigger, IrqData::Eventfds(_), 1) => {
                 fds.iter().for_each(eventfd::make_nonblocking);
                 self.request = fds.into_iter().next().map(Arc::new);
                 Ok(())
             }
-            // Not forwarded: the host's request must still reach this process.
-            (REQUEST_IRQ, IrqAction::Trigger, false) if count == 0 => {
+            (IrqAction::Trigger, IrqData::None, 0) => {
                 self.request = None;
                 Ok(())
             }
-            (_, IrqAction::Trigger, true) if self.info(index).flags & VFIO_IRQ_INFO_NORESIZE != 0 => {
-                self.route_fixed(index, start, count, fds)
-            }
-            _ => self.forward(set, &fds),
+            _ => Err(PassthroughError::Request),
         }
     }
 

@@ -4,6 +4,7 @@
 use std::io;
 use std::sync::Mutex;
 
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, memfd_create};
 use vfio_bindings::bindings::vfio::VFIO_IRQ_INFO_EVENTFD;
 
@@ -104,6 +105,10 @@ impl WholeFunction for Msi {
     }
 }
 
+fn event() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
+}
+
 fn trigger(index: u32, start: u32, count: u32, data: IrqData<'_>) -> IrqSet<'_> {
     IrqSet { index, start, count, action: IrqAction::Trigger, data }
 }
@@ -125,4 +130,25 @@ fn what_is_not_an_eventfd_is_refused_for_every_interrupt_and_reaches_nobody() {
     }
     assert!(!interrupts.request_unplug());
     assert!(function.commands.lock().unwrap().is_empty());
+}
+
+#[test]
+fn a_front_end_cannot_pretend_that_the_host_wants_the_function() {
+    let function = Msi::default();
+    let mut interrupts = Interrupts::new(&function);
+    let one = [Some(event())];
+    let one: Vec<_> = one.iter().map(|fd| fd.as_ref().map(AsFd::as_fd)).collect();
+    for action in [IrqAction::Trigger, IrqAction::Mask, IrqAction::Unmask] {
+        for (count, data) in
+            [(1, IrqData::None), (1, IrqData::Bools(&[1])), (0, IrqData::Eventfds(&[])), (1, IrqData::Eventfds(&one))]
+        {
+            let set = IrqSet { action, ..trigger(REQUEST_IRQ, 0, count, data) };
+            let sets = action == IrqAction::Trigger && count == 1 && matches!(data, IrqData::Eventfds(_));
+
+            assert_eq!(interrupts.set(&set, vec![]).is_ok(), sets, "{set:?}");
+        }
+    }
+    interrupts.set(&trigger(REQUEST_IRQ, 0, 0, IrqData::None), vec![]).unwrap();
+
+    assert!(function.commands.lock().unwrap().is_empty(), "the eventfd there is this process's own");
 }
