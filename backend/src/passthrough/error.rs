@@ -61,6 +61,17 @@ pub enum PassthroughError {
         /// What it is.
         source: EventfdError,
     },
+    /// The host does not have that many vectors.
+    #[error(
+        "interrupt {index}: the host has too few free vectors for {count} of this function; let the guest's driver use \
+         fewer queues"
+    )]
+    NoVectors {
+        /// `VFIO_PCI_*_IRQ_INDEX`.
+        index: u32,
+        /// Number of vectors that the function was to have.
+        count: u32,
+    },
     /// A command for the request interrupt that is neither to set nor to remove its eventfd.
     #[error(
         "interrupt {REQUEST_IRQ} (REQ): an eventfd can be set or removed, and nothing else; only the host triggers it"
@@ -131,6 +142,7 @@ impl PassthroughError {
             Self::NoSnoop(_) => libc::EIO,
             Self::Region { .. } | Self::Vectors { .. } | Self::Range { .. } => libc::EINVAL,
             Self::Eventfd { source, .. } => source.errno(),
+            Self::NoVectors { .. } => libc::ENOSPC,
             Self::Request => libc::EINVAL,
             Self::Exists { .. } => libc::EEXIST,
             Self::NotMapped { .. } => libc::ENOENT,

@@ -149,7 +149,11 @@ impl<'d> Interrupts<'d> {
     }
 
     fn apply(&self, set: &IrqSet<'_>) -> Result<(), PassthroughError> {
-        self.function.set_irqs(set).map_err(PassthroughError::function(self.function, "VFIO_DEVICE_SET_IRQS"))
+        let error = PassthroughError::function(self.function, "VFIO_DEVICE_SET_IRQS");
+        self.function.set_irqs(set).map_err(|source| match source.raw_os_error() {
+            Some(libc::ENOSPC) => PassthroughError::NoVectors { index: set.index, count: set.count },
+            _ => error(source),
+        })
     }
 
     /// Turns every interrupt off, and closes the virtual machine's eventfds.

@@ -36,6 +36,10 @@ impl Msi {
         vectors.iter_mut().zip(fds).for_each(|(vector, fd)| *vector = fd.is_some());
         Ok(())
     }
+
+    fn fail_next(&self, errno: i32) {
+        *self.failure.lock().unwrap() = Some(errno);
+    }
 }
 
 impl Function for Msi {
@@ -111,6 +115,23 @@ fn event() -> OwnedFd {
 
 fn trigger(index: u32, start: u32, count: u32, data: IrqData<'_>) -> IrqSet<'_> {
     IrqSet { index, start, count, action: IrqAction::Trigger, data }
+}
+
+/// Gives MSI vectors `start`, `start + 1`, ... an eventfd each.
+fn set(interrupts: &mut Interrupts<'_>, start: u32, count: u32) -> Result<(), PassthroughError> {
+    let events = (0..count).map(|_| event()).collect();
+    interrupts.set(&trigger(MSI, start, count, IrqData::Eventfds(&[])), events)
+}
+
+#[test]
+fn too_few_vectors_of_the_host_are_enospc_and_name_the_interrupt() {
+    let function = Msi::default();
+    function.fail_next(libc::ENOSPC);
+
+    let error = set(&mut Interrupts::new(&function), 0, 8).unwrap_err();
+
+    assert_eq!(error.errno(), libc::ENOSPC);
+    assert!(error.to_string().contains("interrupt 1: the host has too few free vectors for 8"), "{error}");
 }
 
 #[test]
