@@ -40,6 +40,10 @@ impl Msi {
     fn fail_next(&self, errno: i32) {
         *self.failure.lock().unwrap() = Some(errno);
     }
+
+    fn routed(&self) -> Option<Vec<bool>> {
+        self.on.lock().unwrap().clone()
+    }
 }
 
 impl Function for Msi {
@@ -121,6 +125,46 @@ fn trigger(index: u32, start: u32, count: u32, data: IrqData<'_>) -> IrqSet<'_> 
 fn set(interrupts: &mut Interrupts<'_>, start: u32, count: u32) -> Result<(), PassthroughError> {
     let events = (0..count).map(|_| event()).collect();
     interrupts.set(&trigger(MSI, start, count, IrqData::Eventfds(&[])), events)
+}
+
+#[test]
+fn vectors_that_are_on_stay_on_when_a_change_fails() {
+    for (start, count) in [(0, 1), (1, 2), (3, 2), (4, 4)] {
+        let function = Msi::default();
+        let mut interrupts = Interrupts::new(&function);
+        set(&mut interrupts, 0, 4).unwrap();
+        function.fail_next(libc::ENOMEM);
+
+        let error = set(&mut interrupts, start, count).unwrap_err();
+
+        assert_eq!(error.errno(), libc::ENOMEM, "{error}");
+        assert_eq!(function.routed(), Some(vec![true; 4]), "{count} vectors from {start}");
+    }
+}
+
+#[test]
+fn an_interrupt_can_grow_after_a_change_that_failed() {
+    let function = Msi::default();
+    let mut interrupts = Interrupts::new(&function);
+    set(&mut interrupts, 0, 4).unwrap();
+    function.fail_next(libc::ENOMEM);
+    set(&mut interrupts, 0, 1).unwrap_err();
+
+    set(&mut interrupts, 4, 4).unwrap();
+
+    assert_eq!(function.routed(), Some(vec![true; 8]));
+}
+
+#[test]
+fn an_interrupt_is_turned_off_with_its_last_eventfd() {
+    let function = Msi::default();
+    let mut interrupts = Interrupts::new(&function);
+    set(&mut interrupts, 0, 4).unwrap();
+
+    interrupts.set(&trigger(MSI, 0, 4, IrqData::Eventfds(&[])), vec![]).unwrap();
+    interrupts.set(&trigger(MSI, 0, 4, IrqData::Eventfds(&[])), vec![]).unwrap();
+
+    assert_eq!(function.routed(), None);
 }
 
 #[test]
