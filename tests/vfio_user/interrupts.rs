@@ -7,7 +7,7 @@ use rustix::fs::{OFlags, fcntl_setfl};
 use vhost_device_vfio::vfio_user::EndReason;
 
 use crate::client::{CONFIG, Client, REGION_READ, SET_IRQS, access, words};
-use crate::nvme::{BASE, enable, guest, identify};
+use crate::nvme::{BASE, completion, enable, guest, identify};
 use crate::rig::{Rig, event, memory, wait_for};
 
 const NONE_TRIGGER: u32 = 1 << 0 | 1 << 5;
@@ -166,6 +166,21 @@ fn a_front_end_cannot_end_the_service_in_the_hosts_name() {
     assert_eq!(client.call(SET_IRQS, &bools, &[]).unwrap_err(), 22, "EINVAL");
 
     assert!(client.read(CONFIG, 0, 4).is_ok() && !wait_for(&request, 0));
+}
+
+#[test]
+fn a_full_vector_eventfd_does_not_stop_the_function() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let guest = guest(&mut client);
+    let vector = Full::new();
+    client.set_irqs(EVENTFD_TRIGGER, [MSIX, 0, 1], &[vector.0.as_fd()]).unwrap();
+    enable(&mut client);
+
+    identify(&mut client, &guest, 0, BASE + 0x2000);
+    identify(&mut client, &guest, 1, BASE + 0x2000);
+
+    rig.wait_until(|_| completion(&guest, 1).is_some());
 }
 
 #[test]
