@@ -184,6 +184,22 @@ fn a_full_vector_eventfd_does_not_stop_the_function() {
 }
 
 #[test]
+fn a_newcomer_is_sent_away_while_the_host_waits_for_the_function() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    rig.machine.request_removal();
+    // See above: the second reply comes after the request has been handled.
+    (0..2).for_each(|_| assert!(client.read(CONFIG, 0, 4).is_ok()));
+
+    let mut newcomer = rig.connect();
+
+    assert!(newcomer.receive().is_none());
+    assert!(client.read(CONFIG, 0, 4).is_ok(), "before the 10 s are over");
+    drop(client);
+    assert_eq!(rig.wait_for_exit(), EndReason::HostWantsFunction);
+}
+
+#[test]
 fn an_unused_function_is_released_at_once() {
     let rig = Rig::new();
     rig.machine.request_removal();
