@@ -27,6 +27,12 @@ pub enum PassthroughError {
          bus master stays off; use --no-snoop=assume to flush instead"
     )]
     NoSnoop(String),
+    /// Enable No Snoop must stay clear, and configuration space has no such bit.
+    #[error(
+        "{0}: its Enable No Snoop bit must stay clear, but its configuration space has no PCI Express capability now; reset \
+         the function, or use --no-snoop=assume to flush instead"
+    )]
+    NoDeviceControl(String),
     /// There is no such region, or the access leaves it.
     #[error("region {index}: {count} bytes at {offset:#x}: the region has {size} bytes")]
     Region {
@@ -139,7 +145,7 @@ impl PassthroughError {
         let of = |source: &io::Error| source.raw_os_error().unwrap_or(libc::EIO);
         match self {
             Self::Function { source, .. } => of(source),
-            Self::NoSnoop(_) => libc::EIO,
+            Self::NoSnoop(_) | Self::NoDeviceControl(_) => libc::EIO,
             Self::Region { .. } | Self::Vectors { .. } | Self::Range { .. } => libc::EINVAL,
             Self::Eventfd { source, .. } => source.errno(),
             Self::NoVectors { .. } => libc::ENOSPC,

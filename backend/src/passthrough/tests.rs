@@ -209,6 +209,19 @@ fn a_bit_that_a_reset_sets_is_cleared_again() {
 }
 
 #[test]
+fn a_bit_that_is_set_at_a_reset_that_fails_is_cleared_again() {
+    let machine = machine();
+    let device = passthrough(&machine, Policy::Suppress);
+    let assignment = device.assign().unwrap();
+    set_physical(&machine);
+    machine.inject(crate::emulated::Fault::ResetRefused);
+
+    assert!(assignment.reset().is_err());
+
+    assert_eq!(physical(&machine), 0);
+}
+
+#[test]
 fn bus_master_is_turned_on_only_with_the_bit_clear() {
     let (machine, events) = (machine(), Events::default());
     let device = recorded(&machine, Policy::Suppress, &events);
