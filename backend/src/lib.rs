@@ -22,6 +22,7 @@ pub mod config;
 pub mod driver;
 pub mod emulated;
 pub mod engine;
+pub mod eventfd;
 pub mod hardware;
 pub mod inspect;
 pub mod iommu;

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
+use crate::requests::{BLK_IN, put, wait_for};
 use crate::rig::{QUEUES, Rig, event, memory};
 use crate::wire::{FEATURES, MemoryRegion, Reply, Wire, request::*, state, words};
 
@@ -180,6 +181,23 @@ fn descriptors_can_be_replaced_while_the_ring_runs() {
         assert_eq!(wire.call(request, &words(&[0]), &[fresh.as_fd()]), 0);
         assert_eq!(wire.call(request, &words(&[0x100]), &[]), 0, "no descriptor: polled");
     }
+}
+
+#[test]
+fn a_descriptor_that_is_not_an_eventfd_is_refused_and_the_one_before_it_stays() {
+    let rig = Rig::new();
+    let (wire, ram, events) = running(&rig);
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+
+    for request in [SET_VRING_CALL, SET_VRING_ERR, SET_VRING_KICK] {
+        for other in [reader.as_fd(), writer.as_fd(), memory("no eventfd", 4096).as_fd()] {
+            assert_eq!(wire.call(request, &words(&[0]), &[other]), 1, "request {request}");
+        }
+    }
+    put(&ram, BLK_IN, 0);
+    rustix::io::write(&events.kick, &1_u64.to_ne_bytes()).unwrap();
+
+    wait_for(&events.call);
 }
 
 #[test]

@@ -17,6 +17,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
+use crate::eventfd::make_nonblocking;
+
 use super::admin_state::Admin;
 use super::fault::Faults;
 use super::iommu::SoftIommu;
@@ -234,9 +236,14 @@ impl Controller {
     }
 
     /// Routes vectors `start`, `start + 1`, ... and leaves the others unchanged.
+    ///
+    /// The eventfds are a virtual machine's, and the thread that completes commands signals them, so a full one must not block
+    /// it. What remains: the virtual machine shares the mode of its eventfds and can make a full one block again, as it can stop
+    /// this emulated function in other ways. Under VFIO the kernel signals, and never waits.
     pub(super) fn route_from(&self, start: usize, events: &[Option<BorrowedFd<'_>>]) -> std::io::Result<()> {
         let owned = events.iter().map(|event| event.map(|event| event.try_clone_to_owned()).transpose());
         let owned = owned.collect::<Result<Vec<_>, _>>()?;
+        owned.iter().flatten().for_each(make_nonblocking);
         let vectors = &mut *self.vectors.write().unwrap_or_else(PoisonError::into_inner);
         let end = start + owned.len();
         vectors.resize_with(vectors.len().max(end), || None);

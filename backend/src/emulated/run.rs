@@ -12,6 +12,8 @@ use std::sync::PoisonError;
 use std::sync::atomic::{Ordering::SeqCst, fence};
 use std::time::Duration;
 
+use crate::eventfd::signal;
+
 use super::controller::Controller;
 use super::event_state::BadDoorbell;
 use super::fault::Effect;
@@ -263,9 +265,7 @@ impl Controller {
         let vectors = self.vectors.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(Some(event)) = vectors.get(usize::from(vector)) {
             self.interrupts.fetch_add(1, SeqCst);
-            if let Err(errno) = rustix::io::write(event, &1_u64.to_ne_bytes()) {
-                log::warn!("emulated function: signal vector {vector}: {errno}");
-            }
+            signal(event);
         }
     }
 }

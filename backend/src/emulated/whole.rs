@@ -92,6 +92,11 @@ impl WholeFunction for EmulatedFunction {
                 self.route_from(set.start as usize, Some(events))
             }
             (ERROR, IrqAction::Trigger, _) => Ok(()),
+            // As VFIO does: a software trigger signals the eventfd that is set (`vfio_pci_set_ctx_trigger_single`).
+            (REQUEST, IrqAction::Trigger, IrqData::None | IrqData::Bools([1])) if set.count == 1 => {
+                self.request_removal();
+                Ok(())
+            }
             _ => Err(Errno::INVAL.into()),
         }
     }

@@ -11,15 +11,13 @@
 //! every state.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::io::Errno;
+use std::os::fd::OwnedFd;
 
 use super::error::EngineError;
 use super::setup::VringSetup;
 use super::statistics::Counters;
 use super::virtqueue::Virtqueue;
+use crate::eventfd::{drain, make_nonblocking, signal};
 use crate::memory::MemTable;
 use crate::sys::Poller;
 
@@ -116,28 +114,5 @@ impl Vring {
         if let Some(err) = &self.err {
             signal(err);
         }
-    }
-}
-
-/// Adds one to an eventfd. A full one (EAGAIN) is already signalled.
-pub(super) fn signal(event: &OwnedFd) {
-    match rustix::io::write(event, &1_u64.to_ne_bytes()) {
-        Ok(_) | Err(Errno::AGAIN) => {}
-        Err(errno) => log::debug!("signal an eventfd: {errno}"),
-    }
-}
-
-/// Resets an eventfd's counter. Returns false if the descriptor cannot be read. An empty eventfd (EAGAIN) is no error: it has
-/// been read already.
-pub(super) fn drain(event: impl AsFd) -> bool {
-    let mut count = [0; 8];
-    matches!(rustix::io::read(event, &mut count), Ok(8) | Err(Errno::AGAIN | Errno::INTR))
-}
-
-/// The front-end supplied this descriptor, and a worker must not block on it.
-fn make_nonblocking(event: &OwnedFd) {
-    let set = fcntl_getfl(event).and_then(|flags| fcntl_setfl(event, flags | OFlags::NONBLOCK));
-    if let Err(errno) = set {
-        log::warn!("make an eventfd non-blocking: {errno}");
     }
 }

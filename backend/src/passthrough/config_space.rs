@@ -3,7 +3,10 @@
 //! clear, it reads 0 here and writes to it are dropped. It is read back after each write and each reset, because any
 //! reset (Function Level Reset, power state) may set it.
 //!
-//! If the bit does not stay clear, bus master stays off: memory was mapped for a function whose DMA is coherent.
+//! If the bit does not stay clear, or cannot be read, bus master is turned off: memory was mapped for a function whose DMA is
+//! coherent.
+
+use std::io;
 
 use crate::hardware::Function;
 use crate::vfio::no_snoop;
@@ -25,9 +28,15 @@ pub(crate) struct ConfigSpace<'d> {
 
 impl<'d> ConfigSpace<'d> {
     /// Configuration space of `function`, with Enable No Snoop masked if it must be `no_snoop_clear`.
+    ///
+    /// # Errors
+    /// The errno of a configuration access; [`PassthroughError::NoDeviceControl`] if there is nothing to mask.
     pub(super) fn new(function: &'d dyn Function, no_snoop_clear: bool) -> Result<Self, PassthroughError> {
         let at = no_snoop::device_control(function);
         let at = at.map_err(PassthroughError::function(function, "find the PCI Express capability"))?;
+        if no_snoop_clear && at.is_none() {
+            return Err(PassthroughError::NoDeviceControl(function.name().to_owned()));
+        }
         Ok(Self { function, masked_at: at.filter(|_| no_snoop_clear).map(|at| at + 1) })
     }
 
@@ -50,27 +59,31 @@ impl<'d> ConfigSpace<'d> {
             self.verify()?;
         }
         let written = self.function.config_write(offset, bytes);
-        written.map_err(PassthroughError::function(self.function, "write configuration space"))?;
-        self.verify()
+        // `and`: verified after a failure as well. Part of the write may have arrived, and may have reset the function.
+        written.map_err(PassthroughError::function(self.function, "write configuration space")).and(self.verify())
     }
 
     /// Checks that a masked Enable No Snoop is clear, and clears it if not.
     ///
     /// # Errors
-    /// [`PassthroughError::NoSnoop`] if it does not stay clear; bus master is off then.
+    /// [`PassthroughError::NoSnoop`] if it does not stay clear, or the errno of the access that failed. Bus master is off then.
     pub(super) fn verify(&self) -> Result<(), PassthroughError> {
         let Some(at) = self.masked_at else { return Ok(()) };
         let error = |step| PassthroughError::function(self.function, step);
-        let mut high = [0];
-        self.function.config_read(at, &mut high).map_err(error("read Device Control"))?;
-        if high[0] & NO_SNOOP_HIGH == 0 {
-            return Ok(());
-        }
-        if no_snoop::disable(self.function).map_err(error("clear Enable No Snoop"))? {
+        let clear = self.ensure_clear(at);
+        if matches!(clear, Ok(true)) {
             return Ok(());
         }
         self.function.set_bus_master(false).map_err(error("bus master off"))?;
+        clear.map_err(error("clear Enable No Snoop"))?;
         Err(PassthroughError::NoSnoop(self.function.name().to_owned()))
+    }
+
+    /// Clears Enable No Snoop, bit 3 of the byte `at`, if it is set; false if it stays set.
+    fn ensure_clear(&self, at: u16) -> io::Result<bool> {
+        let mut high = [0];
+        self.function.config_read(at, &mut high)?;
+        if high[0] & NO_SNOOP_HIGH == 0 { Ok(true) } else { no_snoop::disable(self.function) }
     }
 
     /// The byte with the masked bit, if it is among `bytes`, which start at `offset`.
@@ -84,3 +97,6 @@ fn sets_bus_master(offset: u16, bytes: &[u8]) -> bool {
     let byte = COMMAND.checked_sub(offset).and_then(|at| bytes.get(usize::from(at)));
     byte.is_some_and(|byte| byte & BUS_MASTER != 0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,8 +3,10 @@
 use std::io;
 
 use crate::addr::{Gpa, Span};
+use crate::eventfd::EventfdError;
 use crate::hardware::{Function, MapError};
 use crate::memory::RegionError;
+use crate::whole_function::REQUEST_IRQ;
 
 /// See the top of this file. The protocol carries only [`Self::errno`]; the text is logged.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +27,12 @@ pub enum PassthroughError {
          bus master stays off; use --no-snoop=assume to flush instead"
     )]
     NoSnoop(String),
+    /// Enable No Snoop must stay clear, and configuration space has no such bit.
+    #[error(
+        "{0}: its Enable No Snoop bit must stay clear, but its configuration space has no PCI Express capability now; reset \
+         the function, or use --no-snoop=assume to flush instead"
+    )]
+    NoDeviceControl(String),
     /// There is no such region, or the access leaves it.
     #[error("region {index}: {count} bytes at {offset:#x}: the region has {size} bytes")]
     Region {
@@ -49,6 +57,32 @@ pub enum PassthroughError {
         /// Number of vectors of the interrupt.
         available: u32,
     },
+    /// A descriptor for a vector is not an eventfd.
+    #[error("interrupt {index}, vector {vector}: {source}")]
+    Eventfd {
+        /// `VFIO_PCI_*_IRQ_INDEX`.
+        index: u32,
+        /// The vector.
+        vector: u32,
+        /// What it is.
+        source: EventfdError,
+    },
+    /// The host does not have that many vectors.
+    #[error(
+        "interrupt {index}: the host has too few free vectors for {count} of this function; let the guest's driver use \
+         fewer queues"
+    )]
+    NoVectors {
+        /// `VFIO_PCI_*_IRQ_INDEX`.
+        index: u32,
+        /// Number of vectors that the function was to have.
+        count: u32,
+    },
+    /// A command for the request interrupt that is neither to set nor to remove its eventfd.
+    #[error(
+        "interrupt {REQUEST_IRQ} (REQ): an eventfd can be set or removed, and nothing else; only the host triggers it"
+    )]
+    Request,
     /// The range is empty, not page-aligned, or wraps around.
     #[error(
         "DMA map at {address:#x} of {size} bytes: empty, not whole pages of 4 KiB, or past the end of the address space"
@@ -111,8 +145,11 @@ impl PassthroughError {
         let of = |source: &io::Error| source.raw_os_error().unwrap_or(libc::EIO);
         match self {
             Self::Function { source, .. } => of(source),
-            Self::NoSnoop(_) => libc::EIO,
+            Self::NoSnoop(_) | Self::NoDeviceControl(_) => libc::EIO,
             Self::Region { .. } | Self::Vectors { .. } | Self::Range { .. } => libc::EINVAL,
+            Self::Eventfd { source, .. } => source.errno(),
+            Self::NoVectors { .. } => libc::ENOSPC,
+            Self::Request => libc::EINVAL,
             Self::Exists { .. } => libc::EEXIST,
             Self::NotMapped { .. } => libc::ENOENT,
             Self::TooManyMaps(_) => libc::ENOSPC,

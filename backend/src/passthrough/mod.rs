@@ -144,8 +144,9 @@ impl Assignment<'_> {
     /// The errno of the reset, or that Enable No Snoop does not stay clear; bus master is off then.
     pub(crate) fn reset(&self) -> Result<(), PassthroughError> {
         let function = &*self.owner.function;
-        function.reset().map_err(PassthroughError::function(function, "reset"))?;
-        self.config.verify()
+        let reset = function.reset();
+        // `and`: verified after a failure as well, since the reset may have happened.
+        reset.map_err(PassthroughError::function(function, "reset")).and(self.config.verify())
     }
 
     /// Stops all DMA of the function, and resets it if it can be reset.

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering::SeqCst;
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::*;
@@ -173,8 +173,10 @@ fn eventfds(index: u32) -> IrqSet<'static> {
     IrqSet { index, start: 0, count: 1, action: IrqAction::Trigger, data: IrqData::Eventfds(&[]) }
 }
 
+/// Waits until `event` is signalled; false if it is not in 10 s.
 fn signalled(event: &OwnedFd) -> bool {
-    rustix::io::read(event, &mut [0; 8]).is_ok()
+    let mut fds = [PollFd::new(event, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 10, tv_nsec: 0 })) == Ok(1)
 }
 
 #[test]
@@ -217,6 +219,19 @@ fn a_bit_that_a_reset_sets_is_cleared_again() {
     assignment.config.write(DEVICE_CONTROL_HIGH, &mut [FUNCTION_LEVEL_RESET]).unwrap();
 
     assert_eq!(physical(&machine), 0, "after a Function Level Reset by the guest");
+}
+
+#[test]
+fn a_bit_that_is_set_at_a_reset_that_fails_is_cleared_again() {
+    let machine = machine();
+    let device = passthrough(&machine, Policy::Suppress);
+    let assignment = device.assign().unwrap();
+    set_physical(&machine);
+    machine.inject(crate::emulated::Fault::ResetRefused);
+
+    assert!(assignment.reset().is_err());
+
+    assert_eq!(physical(&machine), 0);
 }
 
 #[test]

@@ -122,7 +122,8 @@ impl Cdev {
     /// Routes vectors 0, 1, ... of IRQ index `index` to `events`. An empty slice disables the interrupt.
     ///
     /// # Errors
-    /// The errno of the call; [`io::ErrorKind::InvalidInput`] for more than 256 vectors.
+    /// The errno of the call; ENOSPC if the host has too few free vectors; [`io::ErrorKind::InvalidInput`] for more than 256
+    /// vectors.
     pub fn route_vectors(&self, index: u32, events: &[BorrowedFd<'_>]) -> io::Result<()> {
         if events.len() > MAX_VECTORS {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -142,10 +143,7 @@ impl Cdev {
             *slot = event.as_raw_fd();
         }
         // SAFETY: the kernel reads `argsz` bytes, all of them inside `set`.
-        if unsafe { ioctl_with_ref(&*self.device, VFIO_DEVICE_SET_IRQS(), &set) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
+        irqs_set(unsafe { ioctl_with_ref(&*self.device, VFIO_DEVICE_SET_IRQS(), &set) })
     }
 
     /// Resets the device.
@@ -178,6 +176,16 @@ impl Drop for Cdev {
     }
 }
 
+/// The outcome of `VFIO_DEVICE_SET_IRQS`, which has just returned `result`. A positive number is how many vectors the host could
+/// have given; fewer were free than were asked for, and the kernel has given none (`vfio_msi_enable`).
+fn irqs_set(result: i32) -> io::Result<()> {
+    match result {
+        0 => Ok(()),
+        1.. => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// The errno inside an error of `vfio-ioctls`.
 fn errno(error: VfioError) -> io::Error {
     use VfioError as E;
@@ -189,5 +197,18 @@ fn errno(error: VfioError) -> io::Error {
         | E::VfioDeviceGetRegionInfo(e) => io::Error::from_raw_os_error(e.errno()),
         E::OpenDeviceCdev(error) => error,
         other => io::Error::other(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_of_vectors_in_place_of_success_is_enospc() {
+        assert!(irqs_set(0).is_ok());
+        for available in [1, 7, i32::MAX] {
+            assert_eq!(irqs_set(available).unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+        }
     }
 }

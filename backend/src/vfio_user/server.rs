@@ -159,7 +159,8 @@ impl EventLoop<'_> {
             match (&self.current, self.unplug_since, listener) {
                 (None, Some(_), _) => return Ok(EndReason::HostWantsFunction),
                 (None, None, None) => return Ok(EndReason::FrontEndLeft),
-                (_, None, Some(listener)) if ready.listener => self.accept(listener)?,
+                // Also while the function is to be unplugged: a newcomer who is left waiting keeps the socket readable.
+                (_, _, Some(listener)) if ready.listener => self.accept(listener)?,
                 _ => {}
             }
         }

@@ -218,7 +218,9 @@ fn set_cloexec(file: File) -> Result<File, Error> {
     Ok(file)
 }
 
-fn event_fd(file: Option<File>) -> Result<Option<OwnedFd>, Error> {
+/// The descriptor of `request`: a worker reads or writes it.
+fn event_fd(request: &'static str, file: Option<File>) -> Result<Option<OwnedFd>, Error> {
+    file.as_ref().map_or(Ok(()), crate::eventfd::check).map_err(|source| Error::NotEventfd { request, source })?;
     file.map(|file| set_cloexec(file).map(OwnedFd::from)).transpose()
 }
 
@@ -292,19 +294,20 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> HandlerResult<()> {
         let engine = &self.device.engine;
-        let result = event_fd(fd).and_then(|fd| self.set_up_ring(index.into(), |ring| ring.set_kick(engine, fd)));
+        let result = event_fd("SET_VRING_KICK", fd)
+            .and_then(|fd| self.set_up_ring(index.into(), |ring| ring.set_kick(engine, fd)));
         self.answer(result)
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> HandlerResult<()> {
         let engine = &self.device.engine;
-        let result = event_fd(fd).and_then(|fd| self.ring(index.into())?.set_call(engine, fd));
+        let result = event_fd("SET_VRING_CALL", fd).and_then(|fd| self.ring(index.into())?.set_call(engine, fd));
         self.answer(result)
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> HandlerResult<()> {
         let engine = &self.device.engine;
-        let result = event_fd(fd).and_then(|fd| self.ring(index.into())?.set_err(engine, fd));
+        let result = event_fd("SET_VRING_ERR", fd).and_then(|fd| self.ring(index.into())?.set_err(engine, fd));
         self.answer(result)
     }
 

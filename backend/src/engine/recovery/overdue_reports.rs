@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::driver::OverdueCommands;
-use crate::engine::vring::{drain, signal};
+use crate::eventfd::{drain, signal};
 
 /// Reports that the watchdog has not taken yet.
 #[derive(Default)]

@@ -19,8 +19,8 @@ use crate::driver::{CommandId, Driver, Geometry, Queue};
 use crate::engine::error::EngineError;
 use crate::engine::inflight_policy::InflightPolicy;
 use crate::engine::live_geometry::LiveGeometry;
-use crate::engine::vring::signal;
 use crate::engine::worker::{CommandQueue, WorkerCommand};
+use crate::eventfd::signal;
 
 /// With more overdue commands than this the device is reset at once: controllers execute few Aborts concurrently (NVMe 2.0
 /// §5.1, ACL).

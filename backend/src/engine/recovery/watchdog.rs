@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use super::overdue_reports::{OverdueReports, Reports};
 use super::supervisor::DeviceSupervisor;
 use crate::driver::{OverdueCommands, Queue};
-use crate::engine::vring::drain;
+use crate::eventfd::drain;
 use crate::sys::Poller;
 
 /// Longest tick.

@@ -14,7 +14,7 @@ use crate::driver::Queue;
 use crate::engine::error::EngineError;
 use crate::engine::inflight_policy::InflightPolicy;
 use crate::engine::setup::VringSetup;
-use crate::engine::vring::{drain, signal};
+use crate::eventfd::{drain, signal};
 use crate::memory::MemTable;
 
 /// A command to a worker. The first `usize` of a vring's command is the worker's slot.

@@ -25,9 +25,10 @@ use super::error::EngineError;
 use super::inflight_policy::InflightPolicy;
 use super::recovery::CommandClock;
 use super::setup::VringSetup;
-use super::vring::{State, Vring, drain};
+use super::vring::{State, Vring};
 use crate::addr::{Gpa, Span};
 use crate::driver::Queue;
+use crate::eventfd::drain;
 use crate::memory::MemTable;
 use crate::sys::Poller;
 

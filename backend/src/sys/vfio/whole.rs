@@ -14,7 +14,7 @@ use vfio_ioctls::{VfioRegionDmaRange, VfioRegionInfoCap};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::ioctl_io_nr;
 
-use super::{Cdev, VFIO_DEVICE_SET_IRQS};
+use super::{Cdev, VFIO_DEVICE_SET_IRQS, irqs_set};
 use crate::sys::Mmio;
 use crate::whole_function::{IrqAction, IrqData, IrqInfo, IrqSet, RegionInfo};
 
@@ -105,14 +105,12 @@ impl Cdev {
     /// `VFIO_DEVICE_SET_IRQS`.
     ///
     /// # Errors
-    /// The errno of the call; EINVAL if the data is not for `set.count` vectors, or for too many.
+    /// The errno of the call; ENOSPC if the host has too few free vectors; EINVAL if the data is not for `set.count` vectors, or
+    /// for too many.
     pub fn set_irqs(&self, set: &IrqSet<'_>) -> io::Result<()> {
         let buffer = encode(set).ok_or(io::Error::from_raw_os_error(libc::EINVAL))?;
         // SAFETY: the kernel reads `argsz` bytes, all of them inside `buffer`; see `encode`.
-        if unsafe { ioctl_with_ref(&*self.device, VFIO_DEVICE_SET_IRQS(), &*buffer) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
+        irqs_set(unsafe { ioctl_with_ref(&*self.device, VFIO_DEVICE_SET_IRQS(), &*buffer) })
     }
 }
 
