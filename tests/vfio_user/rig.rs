@@ -10,9 +10,9 @@ use std::thread::JoinHandle;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
-use vhost_device_vfio::emulated::{Machine, Options};
+use vhost_device_vfio::emulated::{EmulatedCdev, Machine, Options};
 use vhost_device_vfio::kvm::Vmm;
-use vhost_device_vfio::passthrough::{BarAccess, Passthrough};
+use vhost_device_vfio::passthrough::{BarAccess, Passthrough, ReacquireError, Reacquired};
 use vhost_device_vfio::socket::Listen;
 use vhost_device_vfio::vfio_user::{EndReason, Server};
 use vmm_sys_util::tempdir::TempDir;
@@ -41,6 +41,26 @@ impl Rig {
         let facts = Facts { personality: Personality::WholeFunction, shim: true, ..facts };
         let space = if let Verdict::Flush(_) = decide(&facts) { machine.staged_space() } else { machine.space() };
         let device = Passthrough::new(machine.whole_function(), space, BarAccess::Direct, facts, false).unwrap();
+        Self::serving(machine, device)
+    }
+
+    /// A server of an emulated function whose own file is handed out for BAR 0, and that file.
+    pub(crate) fn with_own_file() -> (Self, Arc<EmulatedCdev>) {
+        let machine = Machine::new(Options { size: 1 << 20, ..Options::default() }).unwrap();
+        let facts = machine.facts(Policy::Suppress).unwrap();
+        let facts = Facts { personality: Personality::WholeFunction, shim: true, ..facts };
+        let cdev = Arc::new(EmulatedCdev::new(machine.whole_function(), true));
+        let bound = cdev.bind().unwrap();
+        let device = Passthrough::new(bound, machine.space(), BarAccess::Direct, facts, false).unwrap();
+        let file = Arc::clone(&cdev);
+        let device = device.with_reacquire(Box::new(move || {
+            let function = file.bind().map_err(|error| ReacquireError::Held(error.into()))?;
+            Ok(Reacquired { function, facts })
+        }));
+        (Self::serving(machine, device), cdev)
+    }
+
+    fn serving(machine: Machine, device: Passthrough) -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().join("s");
         let endpoint = Listen::Path(path.clone()).open().unwrap();

@@ -41,6 +41,9 @@ pub enum Error {
     /// Memory may not be mapped without a registration with the shim.
     #[error(transparent)]
     Registration(#[from] RegistrationError),
+    /// `VERSION` has failed because the function cannot be assigned.
+    #[error(transparent)]
+    NotAssigned(PassthroughError),
     /// The operation on the function or its memory failed.
     #[error(transparent)]
     Passthrough(#[from] PassthroughError),
@@ -70,6 +73,7 @@ impl Error {
                 | Self::Version(..)
                 | Self::TooEarly(_)
                 | Self::Refused(..)
+                | Self::NotAssigned(_)
         )
     }
 
@@ -80,7 +84,7 @@ impl Error {
             Self::Version(..) | Self::NotSupported(_) => libc::ENOTSUP,
             Self::Stalled(_) => libc::ETIMEDOUT,
             Self::Refused(..) | Self::Registration(_) => libc::EPERM,
-            Self::Passthrough(error) => error.errno(),
+            Self::Passthrough(error) | Self::NotAssigned(error) => error.errno(),
             Self::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
         };
         errno.unsigned_abs()

@@ -9,9 +9,10 @@
 //! One thread serves it and never blocks on the front-end. A message that stays incomplete, or a reply that is not read, ends
 //! the connection after 5 s.
 
+mod assignment;
 mod connection;
+mod counters;
 mod error;
-mod holder;
 mod server;
 mod session;
 mod version;

@@ -2,13 +2,14 @@
 //! result, so a command is acknowledged only after it is done, and a failed command changes nothing.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::assignment::assign;
 use super::connection::{Message, Reply};
+use super::counters::Counters;
 use super::error::Error;
-use super::holder::Holder;
 use super::version::{self, Limits, MAX_DMA_MAPS, MAX_TEXT};
 use super::wire::{self, Command, Header, NO_REPLY};
 use crate::coherency::Verdict;
@@ -34,6 +35,8 @@ pub(super) struct Session<'d> {
     link: ShimLink<'d>,
     /// `None` until the `VERSION` command has succeeded.
     negotiated: Option<Negotiated<'d>>,
+    /// Readable when the server must stop.
+    stop: BorrowedFd<'d>,
     refusals: RateLimitedLog,
     counters: Counters,
 }
@@ -44,30 +47,11 @@ struct Negotiated<'d> {
     assignment: Assignment<'d>,
 }
 
-/// Counters of one session, for the log.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Counters {
-    messages: u64,
-    config_accesses: u64,
-    region_reads: u64,
-    region_writes: u64,
-    resets: u64,
-    refused: u64,
-}
-
-impl std::fmt::Display for Counters {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { messages, config_accesses, region_reads, region_writes, resets, refused } = self;
-        write!(f, "messages={messages} config_accesses={config_accesses} region_reads={region_reads} ")?;
-        write!(f, "region_writes={region_writes} resets={resets} refused={refused}")
-    }
-}
-
 impl<'d> Session<'d> {
-    pub(super) fn new(device: &'d Passthrough, vmm: &'d Vmm, peer: Peer) -> Self {
+    pub(super) fn new(device: &'d Passthrough, vmm: &'d Vmm, peer: Peer, stop: BorrowedFd<'d>) -> Self {
         let link = ShimLink::new(vmm, peer.pid());
         let refusals = RateLimitedLog::new(module_path!());
-        Self { device, peer, link, negotiated: None, refusals, counters: Counters::default() }
+        Self { device, peer, negotiated: None, link, stop, refusals, counters: Counters::default() }
     }
 
     pub(super) fn peer(&self) -> &Peer {
@@ -88,14 +72,10 @@ impl<'d> Session<'d> {
         self.negotiated.as_ref().is_some_and(|negotiated| negotiated.assignment.interrupts.request_unplug())
     }
 
-    /// Ends the assignment, then unregisters the function. Returns the front-end's process if it may still hold a descriptor of
-    /// the function.
-    pub(super) fn close(mut self) -> Option<Holder> {
-        let given = self.negotiated.as_ref().is_some_and(|negotiated| negotiated.assignment.regions.has_given());
-        let holder = self.peer.pid().filter(|_| given).map(Holder::new);
+    /// Ends the assignment, then unregisters the function.
+    pub(super) fn close(mut self) {
         drop(self.negotiated);
         self.link.unregister();
-        holder
     }
 
     /// Executes a command.
@@ -164,7 +144,8 @@ impl<'d> Session<'d> {
             return Err(Error::Refused(self.device.name().to_owned(), refusal));
         }
         let version = wire::Version { major: version::MAJOR, minor: version.minor.min(version::MINOR) };
-        self.negotiated = Some(Negotiated { limits, assignment: self.device.assign()? });
+        let assignment = assign(self.device, self.stop).map_err(Error::NotAssigned)?;
+        self.negotiated = Some(Negotiated { limits, assignment });
         Ok(reply([version.as_bytes(), &text]))
     }
 
@@ -238,6 +219,9 @@ impl<'d> Session<'d> {
         let mut fixed =
             wire::RegionInfo { argsz: 32, flags, index: request.index, cap_offset: 0, size: info.size, offset: 0 };
         let Some(mmap) = mmap else { return Ok(reply([fixed.as_bytes()])) };
+        if mmap.own_file {
+            self.device.note_given_to(self.peer.pid());
+        }
         fixed.flags |= wire::REGION_MMAP;
         fixed.offset = mmap.offset;
         let mut areas = Vec::new();
