@@ -60,6 +60,17 @@ pub enum PassthroughError {
         /// The verdict now.
         now: Verdict,
     },
+    /// Memory of the previous virtual machine is still mapped.
+    #[error(
+        "{name}: {bytes} bytes of the previous virtual machine's memory are still mapped, because an unmap has failed; restart \
+         this program, which unmaps them"
+    )]
+    StillMapped {
+        /// The function.
+        name: String,
+        /// Bytes.
+        bytes: u64,
+    },
     /// Enable No Snoop does not stay clear.
     #[error(
         "{0}: its Enable No Snoop bit reads 1 after it was cleared, so its DMA is not coherent; \
@@ -153,7 +164,7 @@ impl PassthroughError {
         match self {
             Self::Function { source, .. } => of(source),
             Self::NoSnoop(_) => libc::EIO,
-            Self::Held { .. } => libc::EBUSY,
+            Self::Held { .. } | Self::StillMapped { .. } => libc::EBUSY,
             Self::Taken { .. } => libc::ENODEV,
             Self::Verdict { .. } => libc::EPERM,
             Self::Reacquire { reason, .. } => {

@@ -125,8 +125,10 @@ impl Passthrough {
     /// reset, bus master is turned off, so it does no DMA.
     ///
     /// # Errors
-    /// The errno of a step; that the function cannot be reacquired; or that Enable No Snoop does not stay clear after the reset.
+    /// The errno of a step; that memory of the previous user is still mapped; that the function cannot be reacquired; or that
+    /// Enable No Snoop does not stay clear after the reset.
     pub(crate) fn assign(&self) -> Result<Assignment<'_>, PassthroughError> {
+        self.check_unmapped()?;
         self.reacquire()?;
         let disable_no_snoop = matches!(self.verdict(true), Verdict::Coherent(Coherent::Disabled { .. }));
         let config = ConfigSpace::new(&self.function, disable_no_snoop)?;
@@ -140,6 +142,14 @@ impl Passthrough {
         assignment.quiesce().map_err(PassthroughError::function(&self.function, "stop DMA and reset"))?;
         assignment.config.verify()?;
         Ok(assignment)
+    }
+
+    /// Refuses if memory is mapped, which can only be that of a previous user: an unmap has failed.
+    fn check_unmapped(&self) -> Result<(), PassthroughError> {
+        match self.space.statistics().mapped {
+            0 => Ok(()),
+            bytes => Err(PassthroughError::StillMapped { name: self.name().to_owned(), bytes }),
+        }
     }
 }
 

@@ -39,6 +39,7 @@ impl Passthrough {
         if self.function.is_open() {
             return Ok(());
         }
+        self.check_unmapped()?;
         let unable = || ReacquireError::Failed(anyhow!("this is not possible; restart this program"));
         let reacquired = self.reacquire.as_ref().map_or_else(|| Err(unable()), |reacquire| reacquire());
         let Reacquired { function, facts } = reacquired.map_err(|error| self.explain(error))?;

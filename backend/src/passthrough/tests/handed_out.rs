@@ -1,4 +1,6 @@
-//! A function whose own file was handed out.
+//! A function whose own file was handed out, and memory that an assignment has left mapped.
+
+use std::sync::atomic::AtomicBool;
 
 use anyhow::anyhow;
 
@@ -100,4 +102,47 @@ fn a_verdict_that_differs_after_reacquiring_refuses_the_assignment() {
     assert_eq!(refused.errno(), libc::EPERM, "{refused}");
     assert!(refused.to_string().contains("its DMA was coherent: No Snoop is disabled and would now be"), "{refused}");
     assert!(device.is_closed() && cdev.bind().is_ok(), "the function is closed again");
+}
+
+/// An address space that fails to unmap while `stuck`.
+struct Sticky {
+    inner: Arc<dyn AddressSpace>,
+    stuck: AtomicBool,
+}
+
+impl AddressSpace for Sticky {
+    fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
+        self.inner.add(region)
+    }
+    fn remove(&self, region: &Region) -> Result<(), MapError> {
+        if !self.stuck.load(SeqCst) {
+            return self.inner.remove(region);
+        }
+        let source = io::Error::from_raw_os_error(libc::EIO);
+        Err(MapError::Kernel { step: "unmap", span: region.gpa().identity_iova(), source })
+    }
+    fn statistics(&self) -> SpaceStatistics {
+        self.inner.statistics()
+    }
+    fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
+        self.inner.buffer(bytes)
+    }
+}
+
+#[test]
+fn a_function_that_still_reaches_former_memory_is_assigned_to_nobody() {
+    let machine = machine();
+    let facts = Facts { personality: Personality::WholeFunction, ..machine.facts(Policy::Suppress).unwrap() };
+    let space = Arc::new(Sticky { inner: machine.space(), stuck: AtomicBool::new(false) });
+    let shared: Arc<dyn AddressSpace> = Arc::clone(&space) as _;
+    let device = Passthrough::new(machine.whole_function(), shared, BarAccess::Direct, facts, false).unwrap();
+    let mut assignment = device.assign().unwrap();
+    assignment.maps.map(map(&memory(0x1000), 0x1000, 0x1000, true)).unwrap();
+    space.stuck.store(true, SeqCst);
+    drop(assignment);
+
+    let refused = device.assign().err().expect("memory is still mapped");
+
+    assert_eq!(refused.errno(), libc::EBUSY, "{refused}");
+    assert!(refused.to_string().contains("4096 bytes of the previous virtual machine's memory"), "{refused}");
 }
