@@ -336,3 +336,6 @@ impl EventLoop<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -32,9 +32,10 @@ pub(super) enum Response {
 pub(super) struct Session<'d> {
     device: &'d Passthrough,
     peer: Peer,
-    link: ShimLink<'d>,
-    /// `None` until the `VERSION` command has succeeded.
+    /// `None` until the `VERSION` command has succeeded. Before `link`, so that it is dropped first: memory is unmapped while
+    /// the function is still registered with the shim.
     negotiated: Option<Negotiated<'d>>,
+    link: ShimLink<'d>,
     /// Readable when the server must stop.
     stop: BorrowedFd<'d>,
     refusals: RateLimitedLog,
