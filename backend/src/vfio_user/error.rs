@@ -1,6 +1,7 @@
 //! Why a message was refused, or a connection was closed.
 
 use std::io;
+use std::time::Duration;
 
 use crate::coherency::Refusal;
 use crate::kvm::RegistrationError;
@@ -44,6 +45,9 @@ pub enum Error {
     /// `VERSION` has failed because the function cannot be assigned.
     #[error(transparent)]
     NotAssigned(PassthroughError),
+    /// No `VERSION` has come, or none that can be accepted.
+    #[error("it has negotiated no version within {} s", .0.as_secs())]
+    Silent(Duration),
     /// The operation on the function or its memory failed.
     #[error(transparent)]
     Passthrough(#[from] PassthroughError),
@@ -74,6 +78,7 @@ impl Error {
                 | Self::TooEarly(_)
                 | Self::Refused(..)
                 | Self::NotAssigned(_)
+                | Self::Silent(_)
         )
     }
 
@@ -82,7 +87,7 @@ impl Error {
         let errno = match self {
             Self::Framing(_) | Self::Malformed { .. } | Self::Capabilities(_) | Self::TooEarly(_) => libc::EINVAL,
             Self::Version(..) | Self::NotSupported(_) => libc::ENOTSUP,
-            Self::Stalled(_) => libc::ETIMEDOUT,
+            Self::Stalled(_) | Self::Silent(_) => libc::ETIMEDOUT,
             Self::Refused(..) | Self::Registration(_) => libc::EPERM,
             Self::Passthrough(error) | Self::NotAssigned(error) => error.errno(),
             Self::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),

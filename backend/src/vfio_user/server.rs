@@ -34,6 +34,8 @@ const SHIM: u64 = 4;
 /// Time-out for the virtual machine to unplug the function when the host wants it back. The kernel repeats its request every
 /// 10 s (`vfio_unregister_group_dev`), and the administrator's command blocks meanwhile.
 const UNPLUG_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time-out for a front-end to negotiate a version, which QEMU does as soon as it has connected.
+const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time between two attempts to acquire a closed function anew while no front-end asks for it.
 const REACQUIRE_PAUSE: Duration = Duration::from_secs(1);
 /// Pause after `accept` has failed, as it does for lack of descriptors or memory.
@@ -115,6 +117,25 @@ impl Server {
 struct Current<'d> {
     connection: Connection,
     session: Session<'d>,
+    /// When it must have negotiated a version; `None` if nobody else can connect.
+    version_by: Option<Instant>,
+}
+
+impl Current<'_> {
+    /// When its connection is closed unless it does what is due.
+    fn deadline(&self) -> Option<Instant> {
+        let version = self.version_by.filter(|_| !self.session.is_negotiated());
+        self.connection.deadline().into_iter().chain(version).min()
+    }
+
+    /// # Errors
+    /// What it has not done by its deadline.
+    fn check_deadline(&self, now: Instant) -> Result<(), Error> {
+        match self.version_by {
+            Some(by) if by <= now && !self.session.is_negotiated() => Err(Error::Silent(VERSION_TIMEOUT)),
+            _ => self.connection.check_deadline(now),
+        }
+    }
 }
 
 /// The descriptors that are ready.
@@ -190,7 +211,7 @@ impl EventLoop<'_> {
     }
 
     fn until_deadline(&self) -> Option<Duration> {
-        let front_end = self.current.as_ref().and_then(|current| current.connection.deadline());
+        let front_end = self.current.as_ref().and_then(Current::deadline);
         let unplug = self.unplug_since.map(|since| since + UNPLUG_TIMEOUT);
         let reacquire = self.server.device.is_closed().then_some(self.reacquire_at);
         let next = front_end.into_iter().chain(unplug).chain(reacquire).min()?;
@@ -199,7 +220,7 @@ impl EventLoop<'_> {
 
     fn check_deadlines(&mut self) -> Result<(), Error> {
         let now = Instant::now();
-        let stalled = self.current.as_ref().map_or(Ok(()), |current| current.connection.check_deadline(now));
+        let stalled = self.current.as_ref().map_or(Ok(()), |current| current.check_deadline(now));
         if let Err(error) = stalled {
             self.disconnect(&error.to_string())?;
         }
@@ -211,7 +232,7 @@ impl EventLoop<'_> {
 
     /// Serves at most one message, so that a front-end that sends continuously does not block the other descriptors.
     fn serve_message(&mut self) -> Result<(), Error> {
-        let Some(Current { connection, session }) = &mut self.current else {
+        let Some(Current { connection, session, .. }) = &mut self.current else {
             self.pending = false;
             return Ok(());
         };
@@ -315,14 +336,16 @@ impl EventLoop<'_> {
         self.connection_log.info(|| format!("front-end connected: {}", session.peer()));
         let watched = self.poller.add_duplex(connection.socket().as_fd(), FRONT_END);
         watched.map_err(Error::system("epoll_ctl"))?;
-        self.current = Some(Current { connection, session });
+        let others_can_connect = matches!(self.server.endpoint.0, Socket::Listening(_));
+        let version_by = others_can_connect.then(|| Instant::now() + VERSION_TIMEOUT);
+        self.current = Some(Current { connection, session, version_by });
         self.pending = true;
         Ok(())
     }
 
     /// Closes the connection: the function is reset, interrupts are turned off, memory is unmapped.
     fn disconnect(&mut self, why: &str) -> Result<(), Error> {
-        let Some(Current { connection, session }) = self.current.take() else { return Ok(()) };
+        let Some(Current { connection, session, .. }) = self.current.take() else { return Ok(()) };
         self.pending = false;
         let start = Instant::now();
         self.poller.remove(connection.socket().as_fd()).map_err(Error::system("epoll_ctl"))?;

@@ -63,6 +63,11 @@ impl<'d> Session<'d> {
         self.counters
     }
 
+    /// True after a `VERSION` command that has succeeded.
+    pub(super) fn is_negotiated(&self) -> bool {
+        self.negotiated.is_some()
+    }
+
     /// The connection to the shim in the client's process.
     pub(super) fn link(&mut self) -> &mut ShimLink<'d> {
         &mut self.link

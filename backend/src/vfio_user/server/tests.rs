@@ -1,4 +1,4 @@
-//! A front-end whose session is dropped instead of closed. Tests over the socket are in
+//! A front-end that is silent, and one whose session is dropped instead of closed. Tests over the socket are in
 //! `tests/vfio_user`.
 
 use std::path::Path;
@@ -41,6 +41,24 @@ fn call(session: &mut Session<'_>, command: Command, payload: &[u8], fds: Vec<Ow
     let header = Header { id: 1, command: command as u16, size, flags: TYPE_COMMAND, error: 0 };
     let (_, outcome) = session.handle(Message { header, payload: payload.to_vec(), fds });
     assert!(outcome.is_ok(), "{outcome:?}");
+}
+
+#[test]
+fn a_front_end_that_negotiates_no_version_loses_its_place() {
+    let machine = machine();
+    let (device, vmm) = (passthrough(&machine, machine.space()), Vmm::without_shim());
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let (peer, stop) = (Peer::of(&ours).unwrap(), eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+    let session = Session::new(&device, &vmm, peer, stop.as_fd());
+    let by = Instant::now() + VERSION_TIMEOUT;
+    let mut current = Current { connection: Connection::new(ours).unwrap(), session, version_by: Some(by) };
+
+    let silent = (current.deadline(), current.check_deadline(by));
+    call(&mut current.session, Command::Version, &[0, 0, 1, 0], Vec::new());
+    let negotiated = (current.deadline(), current.check_deadline(by));
+
+    assert!(matches!(silent, (Some(at), Err(Error::Silent(_))) if at == by));
+    assert!(matches!(negotiated, (None, Ok(()))), "afterwards it may be silent");
 }
 
 /// A shim that agrees to the first two requests, HELLO and REGISTER. Returns its end of the connection.
