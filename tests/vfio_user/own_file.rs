@@ -83,3 +83,15 @@ fn the_function_is_acquired_anew_and_hears_the_host_without_waiting_for_a_front_
 
     assert_eq!(rig.wait_for_exit(), EndReason::HostWantsFunction);
 }
+
+#[test]
+fn a_front_end_that_accepts_no_descriptors_gets_no_file() {
+    let (rig, _) = Rig::with_own_file();
+    let mut client = rig.connect();
+    let text = [&[0, 0, 1, 0][..], br#"{"capabilities":{"max_msg_fds":0}}"#, b"\0"].concat();
+    client.call(VERSION, &text, &[]).unwrap();
+
+    let (flags, file) = bar_0(&mut client);
+
+    assert_eq!((flags & MMAP, file.is_none()), (0, true), "the region is accessed by messages");
+}

@@ -221,7 +221,9 @@ impl<'d> Session<'d> {
         let info = self.assignment().regions.info(request.index);
         let mut flags = if info.readable { wire::REGION_READ } else { 0 };
         flags |= if info.writable { wire::REGION_WRITE } else { 0 };
-        let mmap = if info.size == 0 { None } else { self.assignment().regions.mmap(request.index)? };
+        // A client that accepts no descriptors accesses the region by messages.
+        let mappable = info.size != 0 && self.negotiated.as_ref().is_some_and(|agreed| agreed.limits.client_fds != 0);
+        let mmap = if mappable { self.assignment().regions.mmap(request.index)? } else { None };
         let mut fixed =
             wire::RegionInfo { argsz: 32, flags, index: request.index, cap_offset: 0, size: info.size, offset: 0 };
         let Some(mmap) = mmap else { return Ok(reply([fixed.as_bytes()])) };
