@@ -34,6 +34,8 @@ pub struct RegionMmap {
     pub offset: u64,
     /// The parts that can be mapped; empty if the whole region can.
     pub areas: Vec<MmapArea>,
+    /// `file` is the device's own file, with which its holder can change the function's state. Else it can only be mapped.
+    pub own_file: bool,
     /// What `file` is and what its holder can do with it, for the log.
     pub rights: &'static str,
 }

@@ -1,6 +1,6 @@
 #!/bin/sh
 # profiles: vtd vtd-snoop amd-iommu
-# minutes: 0.4
+# minutes: 0.6
 # boot: iommu
 # options: --qemu trixie-backports
 # Coherency of a whole function: the verdict under each policy, registrations with KVM, the order of the calls to the kernel, and
@@ -33,6 +33,7 @@ vm_gone() { [ ! -s /run/vm.pid ] || [ ! -e "/proc/$(cat /run/vm.pid)/exe" ]; }
 # clean_up: ends what a failed claim has left.
 clean_up() {
     [ ! -s /run/drive.pid ] || kill -KILL "$(cat /run/drive.pid)" 2>/dev/null || true
+    [ ! -s /run/holder.pid ] || kill -KILL "$(cat /run/holder.pid)" 2>/dev/null || true
     [ ! -s /run/vm.pid ] || kill -KILL "$(cat /run/vm.pid)" 2>/dev/null || true
     within 10 vm_gone
 }
@@ -95,6 +96,49 @@ killed_direct() {
     serve_whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM"
     backend_stop
 }
+# A process that the front-end has passed the device's file to, and which has detached the device, turned its MSI-X on and routed
+# the host's request away. It outlives the front-end.
+held_by_another() {
+    clean_up
+    pages_pinned >/run/pins
+    serve_whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM"
+    with_shim
+    booted
+    vfio-rights "$vm" hold >/run/held 2>&1 &
+    echo $! >/run/holder.pid
+    within 10 test -s /run/held
+    contains 'held ' /run/held
+    kill -9 "$vm"
+    within 15 logged 'front-end disconnected'
+    within 10 logged "the device's own file, which was given to process $vm, is still open or mapped: .*vfio-rights"
+    as_before
+    with_shim
+    within 20 contains 'Device or resource busy' /run/firmware.log
+    within 10 vm_gone
+    within 10 logged 'front-end disconnected'
+    kill -KILL "$(cat /run/holder.pid)"
+    within 10 logged 'acquired anew; nobody else has its file'
+}
+# The next front-end's guest reads the drive: DMA, and interrupts.
+served_after_the_holder() {
+    use_process drive
+    guest start --mem 128M --smp 1 --timeout 300 --shim "$SHIM" --qemu-arg -device --qemu-arg "$(vfio_user_device drive)"
+    guest exec --timeout 120 -- '
+        n=0; until [ -b /dev/nvme0n1 ]; do [ $n -lt 300 ] || exit 1; n=$((n + 1)); usleep 100000; done
+        count() { awk "/nvme0q1/ { print \$2 }" /proc/interrupts; }
+        before=$(count); dd if=/dev/nvme0n1 of=/dev/null bs=4k count=100 iflag=direct 2>/dev/null
+        [ $(($(count) - before)) -ge 90 ]'
+    guest kill
+    within 15 logged_more_than 2 'front-end disconnected'
+    within 10 nothing_pinned
+    # The host's request is heard again.
+    echo "$FUNCTION" >/sys/bus/pci/drivers/vfio-pci/unbind
+    within 20 test -s "$BACKEND_STATUS"
+    equal 0 "$(cat "$BACKEND_STATUS")" "exit status"
+    logged 'the host wants the device back'
+    bind_to_vfio "$FUNCTION"
+    within 10 as_before
+}
 refused_without_registration() {
     flushes assume || return 0
     serve_whole drive "$FUNCTION" --no-snoop assume --kvm-socket "$SHIM"
@@ -153,5 +197,7 @@ done
 claim "without a shim in QEMU the version is refused: QEMU gets an errno, the log has the reason" refused_without_registration
 claim "killed with memory mapped and trapped BARs, the backend leaves nothing pinned" killed_trapped
 claim "with direct BARs the front-end keeps function and pins until it ends" killed_direct
+claim "whoever was passed the device's file keeps others out until it ends, and then the function is acquired anew" held_by_another
+claim "the next front-end is then served with interrupts and DMA, and the host's request is heard" served_after_the_holder
 claim "KVM is told, memory pinned, flushed and mapped, and all in reverse order at the end" ordered
 finished

@@ -30,6 +30,11 @@ pub type Attempt = (&'static str, io::Result<()>);
 /// # Errors
 /// The process does not exist, or this process may not inspect it.
 pub fn of_process(process: Pid) -> io::Result<Vec<(String, Vec<Attempt>)>> {
+    files_of(process)?.into_iter().map(|(path, file)| Ok((path, attempts(&file)?))).collect()
+}
+
+/// A duplicate of each VFIO device file that `process` holds, with its path.
+pub(crate) fn files_of(process: Pid) -> io::Result<Vec<(String, OwnedFd)>> {
     let handle = pidfd_open(process, PidfdFlags::empty())?;
     let mut found = Vec::new();
     for entry in fs::read_dir(format!("/proc/{}/fd", process.as_raw_nonzero()))? {
@@ -38,7 +43,7 @@ pub fn of_process(process: Pid) -> io::Result<Vec<(String, Vec<Attempt>)>> {
         let Ok(number) = entry.file_name().to_string_lossy().parse() else { continue };
         if path.starts_with("/dev/vfio/devices") {
             let file = pidfd_getfd(&handle, number, PidfdGetfdFlags::empty())?;
-            found.push((path.display().to_string(), attempts(&file)?));
+            found.push((path.display().to_string(), file));
         }
     }
     Ok(found)

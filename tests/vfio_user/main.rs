@@ -12,5 +12,6 @@ mod interrupts;
 mod lifecycle;
 mod memory;
 mod nvme;
+mod own_file;
 mod peer;
 mod rig;

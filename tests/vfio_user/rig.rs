@@ -10,9 +10,9 @@ use std::thread::JoinHandle;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
-use vhost_device_vfio::emulated::{Machine, Options};
+use vhost_device_vfio::emulated::{EmulatedCdev, Machine, Options};
 use vhost_device_vfio::kvm::{Shim, Vmm};
-use vhost_device_vfio::passthrough::{BarAccess, Passthrough};
+use vhost_device_vfio::passthrough::{BarAccess, Passthrough, ReacquireError, Reacquired};
 use vhost_device_vfio::socket::Listen;
 use vhost_device_vfio::vfio_user::{EndReason, Server};
 use vmm_sys_util::tempdir::TempDir;
@@ -39,7 +39,7 @@ impl Rig {
         let facts = machine.facts(policy).unwrap();
         // An emulated function needs no registration with KVM.
         let facts = Facts { personality: Personality::WholeFunction, shim: true, ..facts };
-        Self::serve(machine, facts, Vmm::without_shim())
+        Self::with_facts(machine, facts, Vmm::without_shim())
     }
 
     /// A server of an emulated function that registers with the shim at this path, as if it had a VFIO device file.
@@ -47,13 +47,33 @@ impl Rig {
         let machine = Machine::new(options.clone()).unwrap();
         let facts = Facts { personality: Personality::WholeFunction, ..machine.facts(Policy::Allow).unwrap() };
         let (device, file) = ("registered".into(), Some("/dev/null".into()));
-        Self::serve(machine, facts, Vmm::with_shim(Shim { socket: shim.into(), device, facts, file }))
+        Self::with_facts(machine, facts, Vmm::with_shim(Shim { socket: shim.into(), device, facts, file }))
     }
 
-    fn serve(machine: Machine, facts: Facts, vmm: Vmm) -> Self {
+    fn with_facts(machine: Machine, facts: Facts, vmm: Vmm) -> Self {
         let flushed = matches!(decide(&Facts { shim: true, ..facts }), Verdict::Flush(_));
         let space = if flushed { machine.staged_space() } else { machine.space() };
         let device = Passthrough::new(machine.whole_function(), space, BarAccess::Direct, facts, !facts.shim).unwrap();
+        Self::serve(machine, device, vmm)
+    }
+
+    /// A server of an emulated function whose own file is handed out for BAR 0, and that file.
+    pub(crate) fn with_own_file() -> (Self, Arc<EmulatedCdev>) {
+        let machine = Machine::new(Options { size: 1 << 20, ..Options::default() }).unwrap();
+        let facts = machine.facts(Policy::Suppress).unwrap();
+        let facts = Facts { personality: Personality::WholeFunction, shim: true, ..facts };
+        let cdev = Arc::new(EmulatedCdev::new(machine.whole_function(), true));
+        let bound = cdev.bind().unwrap();
+        let device = Passthrough::new(bound, machine.space(), BarAccess::Direct, facts, false).unwrap();
+        let file = Arc::clone(&cdev);
+        let device = device.with_reacquire(Box::new(move || {
+            let function = file.bind().map_err(|error| ReacquireError::Held(error.into()))?;
+            Ok(Reacquired { function, facts })
+        }));
+        (Self::serve(machine, device, Vmm::without_shim()), cdev)
+    }
+
+    fn serve(machine: Machine, device: Passthrough, vmm: Vmm) -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().join("s");
         let endpoint = Listen::Path(path.clone()).open().unwrap();

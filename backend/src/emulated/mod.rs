@@ -14,6 +14,7 @@
 mod admin;
 mod admin_state;
 mod cache;
+mod cdev;
 mod config;
 mod controller;
 mod dma;
@@ -59,6 +60,7 @@ use cache::Cache;
 use staged_space::StagedSpace;
 
 pub use cache::StaleLines;
+pub use cdev::EmulatedCdev;
 pub use fault::{Commands, Effect, Fault};
 pub use function::EmulatedFunction;
 pub use iommu::SoftIommu;

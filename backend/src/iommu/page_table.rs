@@ -80,7 +80,7 @@ impl PageTable {
 impl Drop for PageTable {
     fn drop(&mut self) {
         if let Err(error) = self.iommufd.destroy_hwpt(self.hwpt) {
-            log::error!("destroy the page table: {error}");
+            log::error!("destroy the page table: {error}; the next one that is allocated tries again");
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::addr::{Gpa, Span};
+use crate::coherency::Verdict;
 use crate::eventfd::EventfdError;
 use crate::hardware::{Function, MapError};
 use crate::memory::RegionError;
@@ -20,6 +21,57 @@ pub enum PassthroughError {
         step: &'static str,
         /// The errno.
         source: io::Error,
+    },
+    /// The device's own file was handed out, and has not been closed everywhere.
+    #[error(
+        "{name}: the device's own file, which was given to {}, is still open or mapped: {reason:#}; end every process that has \
+         it, or use --bars trapped, which gives it to nobody",
+        process(*.given_to)
+    )]
+    Held {
+        /// The function.
+        name: String,
+        /// The process that was given the file.
+        given_to: Option<u32>,
+        /// The error of the bind.
+        reason: anyhow::Error,
+    },
+    /// The host has taken the function while it was closed.
+    #[error("{name}: the host has taken the device back: {reason:#}")]
+    Taken {
+        /// The function.
+        name: String,
+        /// What was found.
+        reason: anyhow::Error,
+    },
+    /// The device's own file was handed out, and the function cannot be acquired anew.
+    #[error("{name}: acquire it anew, because its own file was handed out: {reason:#}")]
+    Reacquire {
+        /// The function.
+        name: String,
+        /// Why not.
+        reason: anyhow::Error,
+    },
+    /// A reacquired function is not what it was.
+    #[error("{name}: its DMA was {was} and would now be {now}; restart this program to serve it")]
+    Verdict {
+        /// The function.
+        name: String,
+        /// The verdict at the start.
+        was: Verdict,
+        /// The verdict now.
+        now: Verdict,
+    },
+    /// Memory of the previous virtual machine is still mapped.
+    #[error(
+        "{name}: {bytes} bytes of the previous virtual machine's memory are still mapped, because an unmap has failed; restart \
+         this program, which unmaps them"
+    )]
+    StillMapped {
+        /// The function.
+        name: String,
+        /// Bytes.
+        bytes: u64,
     },
     /// Enable No Snoop does not stay clear.
     #[error(
@@ -146,6 +198,12 @@ impl PassthroughError {
         match self {
             Self::Function { source, .. } => of(source),
             Self::NoSnoop(_) | Self::NoDeviceControl(_) => libc::EIO,
+            Self::Held { .. } | Self::StillMapped { .. } => libc::EBUSY,
+            Self::Taken { .. } => libc::ENODEV,
+            Self::Verdict { .. } => libc::EPERM,
+            Self::Reacquire { reason, .. } => {
+                reason.chain().find_map(|error| error.downcast_ref::<io::Error>()?.raw_os_error()).unwrap_or(libc::EIO)
+            }
             Self::Region { .. } | Self::Vectors { .. } | Self::Range { .. } => libc::EINVAL,
             Self::Eventfd { source, .. } => source.errno(),
             Self::NoVectors { .. } => libc::ENOSPC,
@@ -159,6 +217,10 @@ impl PassthroughError {
             Self::Map(error) => map_errno(error),
         }
     }
+}
+
+fn process(pid: Option<u32>) -> String {
+    pid.map_or_else(|| "a process that is not visible from here".into(), |pid| format!("process {pid}"))
 }
 
 fn map_errno(error: &MapError) -> i32 {

@@ -11,33 +11,40 @@
 //!
 //! [`Passthrough`] owns the function. While it is unassigned, bus master is off, no interrupt is routed and nothing is mapped.
 //! An `Assignment` gives it to one virtual machine; dropping the assignment restores that state.
+//!
+//! A virtual machine monitor that was given the device's own file, to map a BAR, could use it later, or have changed what this
+//! process cannot see. So the function is closed at the end of such an assignment and acquired anew before the next one.
 
 mod config_space;
 mod dma_maps;
 mod error;
 mod interrupts;
+mod reacquire;
 mod regions;
+mod replaceable_function;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
 
 pub use error::PassthroughError;
 pub use regions::BarAccess;
+pub use replaceable_function::{ReacquireError, ReacquireFn, Reacquired};
 
 use crate::coherency::{Coherent, Facts, Verdict, decide};
-use crate::hardware::AddressSpace;
+use crate::hardware::{AddressSpace, Function};
 use crate::whole_function::{REQUEST_IRQ, WholeFunction};
 pub(crate) use config_space::ConfigSpace;
 pub(crate) use dma_maps::{DmaMap, DmaMaps};
 pub(crate) use interrupts::Interrupts;
 pub(crate) use regions::Regions;
+use replaceable_function::ReplaceableFunction;
 
 /// A function that can be assigned to one virtual machine after another.
 pub struct Passthrough {
-    function: Arc<dyn WholeFunction>,
+    function: ReplaceableFunction,
     space: Arc<dyn AddressSpace>,
     bars: BarAccess,
     facts: Facts,
@@ -46,6 +53,10 @@ pub struct Passthrough {
     has_vfio_file: bool,
     /// Eventfd, signalled by the function when the host wants it back.
     request: OwnedFd,
+    /// `None` if the device's own file is never handed out.
+    reacquire: Option<ReacquireFn>,
+    /// The process that was given the device's own file last, for the log.
+    given_to: Mutex<Option<u32>>,
 }
 
 impl Passthrough {
@@ -62,9 +73,7 @@ impl Passthrough {
         has_vfio_file: bool,
     ) -> io::Result<Self> {
         let request = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        if function.irq(REQUEST_IRQ).count != 0 {
-            function.route_removal(request.as_fd())?;
-        }
+        route_request(&*function, &request)?;
         if !function.resettable() {
             log::warn!(
                 "{}: the kernel cannot reset it; the next virtual machine finds its state as the previous one left it",
@@ -72,7 +81,14 @@ impl Passthrough {
             );
         }
         space.require_flush_before_map();
-        Ok(Self { function, space, bars, facts, has_vfio_file, request })
+        let (function, given_to) = (ReplaceableFunction::new(function), Mutex::default());
+        Ok(Self { function, space, bars, facts, has_vfio_file, request, reacquire: None, given_to })
+    }
+
+    /// Lets a function be served again whose own file was handed out. `reacquire` must attach it to the same address space.
+    #[must_use]
+    pub fn with_reacquire(self, reacquire: ReacquireFn) -> Self {
+        Self { reacquire: Some(reacquire), ..self }
     }
 
     /// The name a person uses, such as `0000:00:04.0`.
@@ -109,23 +125,42 @@ impl Passthrough {
     /// reset, bus master is turned off, so it does no DMA.
     ///
     /// # Errors
-    /// The errno of a step, or that Enable No Snoop does not stay clear after the reset.
+    /// The errno of a step; that memory of the previous user is still mapped; that the function cannot be reacquired; or that
+    /// Enable No Snoop does not stay clear after the reset.
     pub(crate) fn assign(&self) -> Result<Assignment<'_>, PassthroughError> {
+        self.check_unmapped()?;
+        self.reacquire()?;
         // A bit that was hardwired when it was probed may not stay so: the guest can load other firmware.
         let no_snoop_clear =
             matches!(self.verdict(true), Verdict::Coherent(Coherent::Disabled { .. } | Coherent::NeverSet));
-        let config = ConfigSpace::new(&*self.function, no_snoop_clear)?;
+        let config = ConfigSpace::new(&self.function, no_snoop_clear)?;
         let assignment = Assignment {
             owner: self,
             config,
-            interrupts: Interrupts::new(&*self.function),
-            regions: Regions::new(&*self.function, self.bars),
+            interrupts: Interrupts::new(&self.function),
+            regions: Regions::new(&self.function, self.bars),
             maps: DmaMaps::new(&*self.space),
         };
-        assignment.quiesce().map_err(PassthroughError::function(&*self.function, "stop DMA and reset"))?;
+        assignment.quiesce().map_err(PassthroughError::function(&self.function, "stop DMA and reset"))?;
         assignment.config.verify()?;
         Ok(assignment)
     }
+
+    /// Refuses if memory is mapped, which can only be that of a previous user: an unmap has failed.
+    fn check_unmapped(&self) -> Result<(), PassthroughError> {
+        match self.space.statistics().mapped {
+            0 => Ok(()),
+            bytes => Err(PassthroughError::StillMapped { name: self.name().to_owned(), bytes }),
+        }
+    }
+}
+
+/// Has the host's request for `function` signalled at `request`.
+fn route_request(function: &dyn WholeFunction, request: &OwnedFd) -> io::Result<()> {
+    if function.irq(REQUEST_IRQ).count != 0 {
+        function.route_removal(request.as_fd())?;
+    }
+    Ok(())
 }
 
 /// A function that is assigned to a virtual machine.
@@ -143,7 +178,7 @@ impl Assignment<'_> {
     /// # Errors
     /// The errno of the reset, or that Enable No Snoop does not stay clear; bus master is off then.
     pub(crate) fn reset(&self) -> Result<(), PassthroughError> {
-        let function = &*self.owner.function;
+        let function = &self.owner.function;
         let reset = function.reset();
         // `and`: verified after a failure as well, since the reset may have happened.
         reset.map_err(PassthroughError::function(function, "reset")).and(self.config.verify())
@@ -151,20 +186,21 @@ impl Assignment<'_> {
 
     /// Stops all DMA of the function, and resets it if it can be reset.
     fn quiesce(&self) -> io::Result<()> {
-        let function = &*self.owner.function;
+        let function = &self.owner.function;
         let stopped = function.set_bus_master(false);
         let reset = if function.resettable() { function.reset() } else { Ok(()) };
         stopped.and(reset)
     }
 
-    /// Stops DMA, then interrupts, then unmaps memory.
+    /// Stops DMA, then interrupts, then unmaps memory. Closes the function if others may have its file.
     fn stop(&mut self) {
-        let function = &*self.owner.function;
+        let function = &self.owner.function;
         if let Err(error) = self.quiesce() {
             log::warn!("{}: stop DMA and reset: {error}", function.name());
         }
         self.interrupts.release();
         self.maps.unmap_all();
+        self.owner.close_if_handed_out();
     }
 }
 

@@ -30,11 +30,6 @@ impl<'d> Regions<'d> {
         Self { function, bars, given: BTreeSet::new() }
     }
 
-    /// True if the virtual machine monitor has been given a descriptor.
-    pub(crate) fn has_given(&self) -> bool {
-        !self.given.is_empty()
-    }
-
     /// Size and access of a region; all zero if the function does not have it.
     pub(crate) fn info(&self, index: u32) -> RegionInfo {
         if index < REGIONS { self.function.region(index) } else { RegionInfo::default() }

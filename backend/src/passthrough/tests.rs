@@ -1,6 +1,8 @@
 //! Passthrough of the emulated function: what the guest can access of configuration space, memory and interrupts, and the
 //! order of the teardown. Tests over the socket are in `tests/vfio_user`.
 
+mod handed_out;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;

@@ -6,14 +6,15 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
-use vhost_device_vfio::acquire::AcquiredFunction;
+use vhost_device_vfio::acquire::{AcquireError, AcquiredFunction};
 use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
 use vhost_device_vfio::config::DeviceArg;
 use vhost_device_vfio::driver::nvme::ReacquireFn;
 use vhost_device_vfio::emulated::{Machine, Options};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::iommu::LiveSpace;
-use vhost_device_vfio::vfio::{PciAddress, no_snoop};
+use vhost_device_vfio::passthrough::{self, ReacquireError, Reacquired};
+use vhost_device_vfio::vfio::{PciAddress, VfioError, no_snoop};
 use vhost_device_vfio::whole_function::WholeFunction;
 
 use super::OwnedFunction;
@@ -81,24 +82,33 @@ impl DeviceSource {
         }
     }
 
-    /// Acquires the function to be passed through whole. `shim`: the virtual machine's process will have one.
+    /// Acquires the function to be passed through whole. `shim`: the virtual machine's process will have one. The second value
+    /// acquires it anew after its own file has been handed out.
     ///
     /// # Errors
     /// Why it cannot be acquired, or cannot be served coherently.
-    pub(crate) fn acquire_whole(&self, policy: Policy, shim: bool) -> Result<OwnedFunction<dyn WholeFunction>> {
+    pub(crate) fn acquire_whole(
+        &self,
+        policy: Policy,
+        shim: bool,
+    ) -> Result<(OwnedFunction<dyn WholeFunction>, Option<passthrough::ReacquireFn>)> {
         match self {
             Self::Vfio(address) => {
                 let acquired = AcquiredFunction::acquire(*address)?;
                 let facts = acquired.evidence().facts(Personality::WholeFunction, policy, shim);
                 log_verdict(address, &acquired.evidence().snoop, &facts);
                 let (function, space) = acquired.into_address_space(&facts)?;
-                Ok(OwnedFunction { function: Arc::new(function), space: Arc::new(space), facts, file: address.cdev() })
+                let (address, former) = (*address, space.clone());
+                let function: Arc<dyn WholeFunction> = Arc::new(function);
+                let reacquire: passthrough::ReacquireFn = Box::new(move || reacquire_whole(address, &former, &facts));
+                let owned = OwnedFunction { function, space: Arc::new(space), facts, file: address.cdev() };
+                Ok((owned, Some(reacquire)))
             }
             Self::Emulated(machine) => {
                 // `shim: true`, because KVM need not be told of an emulated function.
                 let facts = Facts { personality: Personality::WholeFunction, shim: true, ..machine.facts(policy)? };
                 let space = emulated_space(machine, &facts)?;
-                Ok(OwnedFunction { function: machine.whole_function(), space, facts, file: None })
+                Ok((OwnedFunction { function: machine.whole_function(), space, facts, file: None }, None))
             }
         }
     }
@@ -114,6 +124,24 @@ fn reacquire(address: PciAddress, space: &LiveSpace, before: &Facts) -> Result<A
     }
     let function: Arc<dyn Function> = Arc::new(acquired.into_former_address_space(space)?);
     disable_no_snoop(Arc::clone(&function), verdict).inspect_err(|_| space.release())
+}
+
+/// Acquires a whole function anew, after its own file has been handed out.
+fn reacquire_whole(address: PciAddress, space: &LiveSpace, before: &Facts) -> Result<Reacquired, ReacquireError> {
+    let acquired = AcquiredFunction::reacquire(address, space).map_err(explain)?;
+    let facts = acquired.evidence().facts(before.personality, before.policy, before.shim);
+    let function = acquired.into_former_address_space(space).map_err(explain)?;
+    Ok(Reacquired { function: Arc::new(function), facts })
+}
+
+fn explain(error: AcquireError) -> ReacquireError {
+    match &error {
+        AcquireError::Vfio(VfioError::InUse { .. }) => ReacquireError::Held(error.into()),
+        AcquireError::Vfio(VfioError::NoSuchFunction(_) | VfioError::NotBound { .. }) => {
+            ReacquireError::Taken(error.into())
+        }
+        _ => ReacquireError::Failed(error.into()),
+    }
 }
 
 /// The address space that the verdict requires.

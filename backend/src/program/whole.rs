@@ -20,11 +20,14 @@ pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, 
     if config.read_only {
         bail!("--read-only: the guest's own driver drives a whole function; this program sees none of its commands");
     }
-    let owned = source.acquire_whole(config.no_snoop.into(), config.kvm_socket.is_some())?;
+    let (owned, reacquire) = source.acquire_whole(config.no_snoop.into(), config.kvm_socket.is_some())?;
     let (name, facts) = (owned.function.name().to_owned(), owned.facts);
     let vmm = owned.vmm(config, &name);
     let bars = config.bars.unwrap_or_default().into();
-    let device = Passthrough::new(owned.function, owned.space, bars, facts, owned.file.is_some())?;
+    let mut device = Passthrough::new(owned.function, owned.space, bars, facts, owned.file.is_some())?;
+    if let Some(reacquire) = reacquire {
+        device = device.with_reacquire(reacquire);
+    }
 
     let server = Server::new(endpoint, device, vmm);
     log::info!("serving {name}, the whole function, over vfio-user");

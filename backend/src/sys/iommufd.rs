@@ -1,13 +1,13 @@
 //! `/dev/iommu`: wraps `iommufd-ioctls` so that the errno is kept, and adds the ioctls which that crate lacks.
 //!
 //! Each kind of object ID has its own type, so an IOAS cannot be passed where a page table is expected. A call either takes
-//! effect or returns the errno. This module keeps no state.
+//! effect or returns the errno. The only state is the list of page tables that could not be destroyed yet.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iommufd_bindings::iommufd::{
     IOMMUFD_CMD_IOAS_COPY, IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_CMD_VFIO_IOAS, IOMMUFD_TYPE, iommu_hw_info,
@@ -35,6 +35,8 @@ ioctl_io_nr!(VFIO_CHECK_EXTENSION, VFIO_TYPE as u32, VFIO_BASE + 1);
 /// An open `/dev/iommu`.
 pub struct Iommufd {
     fd: Arc<IommuFd>,
+    /// Page tables to which a device was attached when they were to be destroyed. Whoever has a device's file can attach it.
+    busy: Mutex<Vec<HwptId>>,
 }
 
 /// An I/O address space (IOAS) of one [`Iommufd`]. It is destroyed when the last clone is dropped.
@@ -75,7 +77,7 @@ impl Iommufd {
     /// The errno of `open`.
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = File::options().read(true).write(true).open(path)?;
-        Ok(Self { fd: Arc::new(IommuFd::new_from_fd(file)) })
+        Ok(Self { fd: Arc::new(IommuFd::new_from_fd(file)), busy: Mutex::default() })
     }
 
     pub(super) fn inner(&self) -> &Arc<IommuFd> {
@@ -202,6 +204,8 @@ impl Iommufd {
     /// # Errors
     /// The errno of the call.
     pub fn alloc_hwpt(&self, device: DeviceId, ioas: &Ioas) -> io::Result<HwptId> {
+        // By now the device may have been detached from them.
+        self.busy().retain(|page_table| self.fd.destroy_iommu_object(page_table.0).is_err());
         let mut alloc = iommu_hwpt_alloc {
             size: size_u32::<iommu_hwpt_alloc>(),
             dev_id: device.0,
@@ -212,12 +216,17 @@ impl Iommufd {
         Ok(HwptId(alloc.out_hwpt_id))
     }
 
-    /// Frees a page table that no device is attached to (`IOMMU_DESTROY`).
+    /// Frees a page table that no device is attached to (`IOMMU_DESTROY`). After EBUSY, the next [`Self::alloc_hwpt`] tries again.
     ///
     /// # Errors
     /// EBUSY while a device is attached.
     pub fn destroy_hwpt(&self, page_table: HwptId) -> io::Result<()> {
-        self.fd.destroy_iommu_object(page_table.0).map_err(errno)
+        let destroyed = self.fd.destroy_iommu_object(page_table.0).map_err(errno);
+        destroyed.inspect_err(|_| self.busy().push(page_table))
+    }
+
+    fn busy(&self) -> MutexGuard<'_, Vec<HwptId>> {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// True if every page table of `ioas` forces DMA to snoop the CPU caches

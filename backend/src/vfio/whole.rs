@@ -6,7 +6,8 @@ use super::Attached;
 use crate::whole_function::{IrqInfo, IrqSet, MmapArea, RegionInfo, RegionMmap, WholeFunction};
 
 /// What the bound device file allows its holder. It cannot map memory for DMA, which needs the iommufd.
-const CDEV_RIGHTS: &str = "the device's own file, which also allows reset, interrupts, configuration space and detach, as with plain vfio-pci";
+const CDEV_RIGHTS: &str = "the device's own file, which also allows reset, interrupts, configuration space, attach and detach, as with \
+                           plain vfio-pci";
 const DMA_BUF_RIGHTS: &str = "a dma-buf of this BAR, which allows mapping only";
 
 impl WholeFunction for Attached {
@@ -19,10 +20,10 @@ impl WholeFunction for Attached {
         let Some(areas) = cdev.mmap_areas(index) else { return Ok(None) };
         let areas: Vec<_> = areas.into_iter().map(|(offset, size)| MmapArea { offset, size }).collect();
         if let Some(file) = cdev.mappable_dma_buf(index) {
-            return Ok(Some(RegionMmap { file, offset: 0, areas, rights: DMA_BUF_RIGHTS }));
+            return Ok(Some(RegionMmap { file, offset: 0, areas, own_file: false, rights: DMA_BUF_RIGHTS }));
         }
         let (file, offset) = (cdev.duplicate()?, cdev.region_offset(index));
-        Ok(Some(RegionMmap { file, offset, areas, rights: CDEV_RIGHTS }))
+        Ok(Some(RegionMmap { file, offset, areas, own_file: true, rights: CDEV_RIGHTS }))
     }
 
     fn region_read(&self, index: u32, offset: u64, bytes: &mut [u8]) -> io::Result<()> {

@@ -1,6 +1,7 @@
 //! Why a message was refused, or a connection was closed.
 
 use std::io;
+use std::time::Duration;
 
 use crate::coherency::Refusal;
 use crate::kvm::RegistrationError;
@@ -41,6 +42,12 @@ pub enum Error {
     /// Memory may not be mapped without a registration with the shim.
     #[error(transparent)]
     Registration(#[from] RegistrationError),
+    /// `VERSION` has failed because the function cannot be assigned.
+    #[error(transparent)]
+    NotAssigned(PassthroughError),
+    /// No `VERSION` has come, or none that can be accepted.
+    #[error("it has negotiated no version within {} s", .0.as_secs())]
+    Silent(Duration),
     /// The operation on the function or its memory failed.
     #[error(transparent)]
     Passthrough(#[from] PassthroughError),
@@ -70,6 +77,8 @@ impl Error {
                 | Self::Version(..)
                 | Self::TooEarly(_)
                 | Self::Refused(..)
+                | Self::NotAssigned(_)
+                | Self::Silent(_)
         )
     }
 
@@ -78,9 +87,9 @@ impl Error {
         let errno = match self {
             Self::Framing(_) | Self::Malformed { .. } | Self::Capabilities(_) | Self::TooEarly(_) => libc::EINVAL,
             Self::Version(..) | Self::NotSupported(_) => libc::ENOTSUP,
-            Self::Stalled(_) => libc::ETIMEDOUT,
+            Self::Stalled(_) | Self::Silent(_) => libc::ETIMEDOUT,
             Self::Refused(..) | Self::Registration(_) => libc::EPERM,
-            Self::Passthrough(error) => error.errno(),
+            Self::Passthrough(error) | Self::NotAssigned(error) => error.errno(),
             Self::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
         };
         errno.unsigned_abs()

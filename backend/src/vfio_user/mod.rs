@@ -7,11 +7,12 @@
 //! ```
 //!
 //! One thread serves it and never blocks on the front-end. A message that stays incomplete, or a reply that is not read, ends
-//! the connection after 5 s.
+//! the connection after 5 s. A front-end that does not negotiate a version is disconnected after 10 s, so that others get a turn.
 
+mod assignment;
 mod connection;
+mod counters;
 mod error;
-mod holder;
 mod server;
 mod session;
 mod version;

@@ -4,22 +4,23 @@
 //! ```text
 //!             front-end connects: reset           it leaves, or breaks the protocol: reset, unmap
 //!  Waiting ───────────────────────────▶ Serving ────────────────────────────────────────▶ Waiting …
+//!     │                                    │  if it was given the device's own file, the function is closed and acquired
+//!     │                                    │  anew as soon as nobody has that file any more
 //!     │                                    │  the host wants the function: ask the virtual machine to unplug it
 //!     │                                    ▼
 //!     ├──── the host wants the function ── Unplugging ─── it leaves, or 10 s have passed ──▶ end
 //!     └──────────── stop ──────────────────┴──▶ end
 //! ```
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use super::connection::{Connection, Received};
 use super::error::Error;
-use super::holder::Holder;
 use super::session::{Response, Session};
 use crate::kvm::Vmm;
-use crate::passthrough::Passthrough;
+use crate::passthrough::{Passthrough, PassthroughError};
 use crate::rate_limited_log::RateLimitedLog;
 use crate::socket::{Endpoint, Listener, Peer, Socket};
 use crate::sys::{Event, Poller};
@@ -33,6 +34,10 @@ const SHIM: u64 = 4;
 /// Time-out for the virtual machine to unplug the function when the host wants it back. The kernel repeats its request every
 /// 10 s (`vfio_unregister_group_dev`), and the administrator's command blocks meanwhile.
 const UNPLUG_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time-out for a front-end to negotiate a version, which QEMU does as soon as it has connected.
+const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time between two attempts to acquire a closed function anew while no front-end asks for it.
+const REACQUIRE_PAUSE: Duration = Duration::from_secs(1);
 /// Pause after `accept` has failed, as it does for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -84,11 +89,13 @@ impl Server {
         let log = RateLimitedLog::new(module_path!());
         let mut event_loop = EventLoop {
             server: self,
+            stop: stop.as_fd(),
             poller,
             current: None,
             pending: false,
-            holder: None,
             unplug_since: None,
+            reacquire_at: Instant::now(),
+            reacquire_failures: 0,
             rejection_log: log,
             connection_log: log,
         };
@@ -110,6 +117,25 @@ impl Server {
 struct Current<'d> {
     connection: Connection,
     session: Session<'d>,
+    /// When it must have negotiated a version; `None` if nobody else can connect.
+    version_by: Option<Instant>,
+}
+
+impl Current<'_> {
+    /// When its connection is closed unless it does what is due.
+    fn deadline(&self) -> Option<Instant> {
+        let version = self.version_by.filter(|_| !self.session.is_negotiated());
+        self.connection.deadline().into_iter().chain(version).min()
+    }
+
+    /// # Errors
+    /// What it has not done by its deadline.
+    fn check_deadline(&self, now: Instant) -> Result<(), Error> {
+        match self.version_by {
+            Some(by) if by <= now && !self.session.is_negotiated() => Err(Error::Silent(VERSION_TIMEOUT)),
+            _ => self.connection.check_deadline(now),
+        }
+    }
 }
 
 /// The descriptors that are ready.
@@ -124,14 +150,16 @@ struct Ready {
 
 struct EventLoop<'d> {
     server: &'d Server,
+    stop: BorrowedFd<'d>,
     poller: Poller,
     current: Option<Current<'d>>,
     /// The front-end's socket may have more data. The poller is edge-triggered and does not report it again.
     pending: bool,
-    /// The former front-end that may still hold a descriptor of the function.
-    holder: Option<Holder>,
     /// When the host requested the function.
     unplug_since: Option<Instant>,
+    /// When to try to acquire a closed function anew, and how many attempts have failed.
+    reacquire_at: Instant,
+    reacquire_failures: u32,
     /// Separate limits, so that a rejected front-end that reconnects all the time does not suppress the lines of others.
     rejection_log: RateLimitedLog,
     connection_log: RateLimitedLog,
@@ -156,6 +184,10 @@ impl EventLoop<'_> {
                 self.on_shim_event()?;
             }
             self.check_deadlines()?;
+            if self.is_taken() {
+                self.disconnect("the host has taken the device back")?;
+                return Ok(EndReason::HostWantsFunction);
+            }
             match (&self.current, self.unplug_since, listener) {
                 (None, Some(_), _) => return Ok(EndReason::HostWantsFunction),
                 (None, None, None) => return Ok(EndReason::FrontEndLeft),
@@ -181,15 +213,16 @@ impl EventLoop<'_> {
     }
 
     fn until_deadline(&self) -> Option<Duration> {
-        let message = self.current.as_ref().and_then(|current| current.connection.deadline());
+        let front_end = self.current.as_ref().and_then(Current::deadline);
         let unplug = self.unplug_since.map(|since| since + UNPLUG_TIMEOUT);
-        let next = message.into_iter().chain(unplug).min()?;
+        let reacquire = self.server.device.is_closed().then_some(self.reacquire_at);
+        let next = front_end.into_iter().chain(unplug).chain(reacquire).min()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
 
     fn check_deadlines(&mut self) -> Result<(), Error> {
         let now = Instant::now();
-        let stalled = self.current.as_ref().map_or(Ok(()), |current| current.connection.check_deadline(now));
+        let stalled = self.current.as_ref().map_or(Ok(()), |current| current.check_deadline(now));
         if let Err(error) = stalled {
             self.disconnect(&error.to_string())?;
         }
@@ -201,7 +234,7 @@ impl EventLoop<'_> {
 
     /// Serves at most one message, so that a front-end that sends continuously does not block the other descriptors.
     fn serve_message(&mut self) -> Result<(), Error> {
-        let Some(Current { connection, session }) = &mut self.current else {
+        let Some(Current { connection, session, .. }) = &mut self.current else {
             self.pending = false;
             return Ok(());
         };
@@ -266,6 +299,23 @@ impl EventLoop<'_> {
         Ok(())
     }
 
+    /// Tries to acquire a closed function anew, if that is due. True if the host has taken the function meanwhile.
+    fn is_taken(&mut self) -> bool {
+        if !self.server.device.is_closed() || Instant::now() < self.reacquire_at {
+            return false;
+        }
+        self.reacquire_at = Instant::now() + REACQUIRE_PAUSE;
+        let result = self.server.device.reacquire();
+        if let Err(error) = &result {
+            self.reacquire_failures += 1;
+            // A process that has just been killed is still ending at the first attempt.
+            if self.reacquire_failures == 2 {
+                self.connection_log.warn(|| error.to_string());
+            }
+        }
+        matches!(result, Err(PassthroughError::Taken { .. }))
+    }
+
     /// Accepts the next front-end; closes its connection if the device is in use.
     fn accept(&mut self, listener: &Listener) -> Result<(), Error> {
         let socket = match listener.accept() {
@@ -287,31 +337,27 @@ impl EventLoop<'_> {
 
     fn adopt(&mut self, socket: UnixStream) -> Result<(), Error> {
         let peer = Peer::of(&socket).map_err(Error::system("getsockopt(SO_PEERCRED)"))?;
-        if let Some(holder) = self.holder.as_ref().filter(|holder| !holder.allows(peer.pid())) {
-            self.rejection_log.error(|| {
-                let pid = holder.pid();
-                format!("sent {peer} away: process {pid} still holds this device's file and could access its registers")
-            });
-            return Ok(());
-        }
         let connection = Connection::new(socket).map_err(Error::system("set O_NONBLOCK"))?;
-        let session = Session::new(&self.server.device, &self.server.vmm, peer);
+        let session = Session::new(&self.server.device, &self.server.vmm, peer, self.stop);
         self.connection_log.info(|| format!("front-end connected: {}", session.peer()));
         let watched = self.poller.add_duplex(connection.socket().as_fd(), FRONT_END);
         watched.map_err(Error::system("epoll_ctl"))?;
-        self.current = Some(Current { connection, session });
+        let others_can_connect = matches!(self.server.endpoint.0, Socket::Listening(_));
+        let version_by = others_can_connect.then(|| Instant::now() + VERSION_TIMEOUT);
+        self.current = Some(Current { connection, session, version_by });
         self.pending = true;
         Ok(())
     }
 
     /// Closes the connection: the function is reset, interrupts are turned off, memory is unmapped.
     fn disconnect(&mut self, why: &str) -> Result<(), Error> {
-        let Some(Current { connection, session }) = self.current.take() else { return Ok(()) };
+        let Some(Current { connection, session, .. }) = self.current.take() else { return Ok(()) };
         self.pending = false;
         let start = Instant::now();
         self.poller.remove(connection.socket().as_fd()).map_err(Error::system("epoll_ctl"))?;
         let (peer, counters) = (session.peer().to_string(), session.counters());
-        self.holder = session.close();
+        session.close();
+        (self.reacquire_at, self.reacquire_failures) = (Instant::now(), 0);
         let took = start.elapsed().as_millis();
         self.connection_log.info(|| {
             format!("front-end disconnected: {peer}: {why}; device reset, memory unmapped in {took} ms; {counters}")
@@ -319,3 +365,6 @@ impl EventLoop<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,13 +2,14 @@
 //! result, so a command is acknowledged only after it is done, and a failed command changes nothing.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::assignment::assign;
 use super::connection::{Message, Reply};
+use super::counters::Counters;
 use super::error::Error;
-use super::holder::Holder;
 use super::version::{self, Limits, MAX_DMA_MAPS, MAX_TEXT};
 use super::wire::{self, Command, Header, NO_REPLY};
 use crate::coherency::Verdict;
@@ -31,9 +32,12 @@ pub(super) enum Response {
 pub(super) struct Session<'d> {
     device: &'d Passthrough,
     peer: Peer,
-    link: ShimLink<'d>,
-    /// `None` until the `VERSION` command has succeeded.
+    /// `None` until the `VERSION` command has succeeded. Before `link`, so that it is dropped first: memory is unmapped while
+    /// the function is still registered with the shim.
     negotiated: Option<Negotiated<'d>>,
+    link: ShimLink<'d>,
+    /// Readable when the server must stop.
+    stop: BorrowedFd<'d>,
     refusals: RateLimitedLog,
     counters: Counters,
 }
@@ -44,30 +48,11 @@ struct Negotiated<'d> {
     assignment: Assignment<'d>,
 }
 
-/// Counters of one session, for the log.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Counters {
-    messages: u64,
-    config_accesses: u64,
-    region_reads: u64,
-    region_writes: u64,
-    resets: u64,
-    refused: u64,
-}
-
-impl std::fmt::Display for Counters {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { messages, config_accesses, region_reads, region_writes, resets, refused } = self;
-        write!(f, "messages={messages} config_accesses={config_accesses} region_reads={region_reads} ")?;
-        write!(f, "region_writes={region_writes} resets={resets} refused={refused}")
-    }
-}
-
 impl<'d> Session<'d> {
-    pub(super) fn new(device: &'d Passthrough, vmm: &'d Vmm, peer: Peer) -> Self {
+    pub(super) fn new(device: &'d Passthrough, vmm: &'d Vmm, peer: Peer, stop: BorrowedFd<'d>) -> Self {
         let link = ShimLink::new(vmm, peer.pid());
         let refusals = RateLimitedLog::new(module_path!());
-        Self { device, peer, link, negotiated: None, refusals, counters: Counters::default() }
+        Self { device, peer, negotiated: None, link, stop, refusals, counters: Counters::default() }
     }
 
     pub(super) fn peer(&self) -> &Peer {
@@ -76,6 +61,11 @@ impl<'d> Session<'d> {
 
     pub(super) fn counters(&self) -> Counters {
         self.counters
+    }
+
+    /// True after a `VERSION` command that has succeeded.
+    pub(super) fn is_negotiated(&self) -> bool {
+        self.negotiated.is_some()
     }
 
     /// The connection to the shim in the client's process.
@@ -88,14 +78,10 @@ impl<'d> Session<'d> {
         self.negotiated.as_ref().is_some_and(|negotiated| negotiated.assignment.interrupts.request_unplug())
     }
 
-    /// Ends the assignment, then unregisters the function. Returns the front-end's process if it may still hold a descriptor of
-    /// the function.
-    pub(super) fn close(mut self) -> Option<Holder> {
-        let given = self.negotiated.as_ref().is_some_and(|negotiated| negotiated.assignment.regions.has_given());
-        let holder = self.peer.pid().filter(|_| given).map(Holder::new);
+    /// Ends the assignment, then unregisters the function.
+    pub(super) fn close(mut self) {
         drop(self.negotiated);
         self.link.unregister();
-        holder
     }
 
     /// Executes a command.
@@ -164,7 +150,8 @@ impl<'d> Session<'d> {
             return Err(Error::Refused(self.device.name().to_owned(), refusal));
         }
         let version = wire::Version { major: version::MAJOR, minor: version.minor.min(version::MINOR) };
-        self.negotiated = Some(Negotiated { limits, assignment: self.device.assign()? });
+        let assignment = assign(self.device, self.stop).map_err(Error::NotAssigned)?;
+        self.negotiated = Some(Negotiated { limits, assignment });
         Ok(reply([version.as_bytes(), &text]))
     }
 
@@ -234,10 +221,15 @@ impl<'d> Session<'d> {
         let info = self.assignment().regions.info(request.index);
         let mut flags = if info.readable { wire::REGION_READ } else { 0 };
         flags |= if info.writable { wire::REGION_WRITE } else { 0 };
-        let mmap = if info.size == 0 { None } else { self.assignment().regions.mmap(request.index)? };
+        // A client that accepts no descriptors accesses the region by messages.
+        let mappable = info.size != 0 && self.negotiated.as_ref().is_some_and(|agreed| agreed.limits.client_fds != 0);
+        let mmap = if mappable { self.assignment().regions.mmap(request.index)? } else { None };
         let mut fixed =
             wire::RegionInfo { argsz: 32, flags, index: request.index, cap_offset: 0, size: info.size, offset: 0 };
         let Some(mmap) = mmap else { return Ok(reply([fixed.as_bytes()])) };
+        if mmap.own_file {
+            self.device.note_given_to(self.peer.pid());
+        }
         fixed.flags |= wire::REGION_MMAP;
         fixed.offset = mmap.offset;
         let mut areas = Vec::new();

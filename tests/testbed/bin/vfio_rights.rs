@@ -1,30 +1,48 @@
 //! `vfio-rights PID`: which access to their devices a process has through the VFIO device files that it holds, one line per
-//! file.
+//! file. `vfio-rights PID hold`: duplicates these files, changes what they allow to change, prints "held" and keeps them until
+//! it is killed.
 
+use std::io;
 use std::process::ExitCode;
 
 use rustix::process::Pid;
+use testbed::holder::Held;
 
 fn main() -> ExitCode {
-    let process = std::env::args().nth(1).and_then(|word| word.parse().ok()).and_then(Pid::from_raw);
-    let Some(process) = process else {
-        eprintln!("usage: vfio-rights PID");
-        return ExitCode::from(2);
-    };
-    match testbed::rights::of_process(process) {
-        Ok(files) => {
-            for (path, attempts) in files {
-                let results = attempts.iter().map(|(name, result)| match result {
-                    Ok(()) => format!("{name}=done"),
-                    Err(error) => format!("{name}={}", error.raw_os_error().unwrap_or_default()),
-                });
-                println!("{path} {}", results.collect::<Vec<_>>().join(" "));
-            }
-            ExitCode::SUCCESS
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let process = arguments.first().and_then(|word| word.parse().ok()).and_then(Pid::from_raw);
+    let done = match (process, arguments.get(1).map(String::as_str)) {
+        (Some(process), None) => show(process),
+        (Some(process), Some("hold")) => hold(process),
+        _ => {
+            eprintln!("usage: vfio-rights PID [hold]");
+            return ExitCode::from(2);
         }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vfio-rights: process {}: {error}", process.as_raw_nonzero());
+            eprintln!("vfio-rights: {}: {error}", arguments.join(" "));
             ExitCode::FAILURE
         }
+    }
+}
+
+fn show(process: Pid) -> io::Result<()> {
+    for (path, attempts) in testbed::rights::of_process(process)? {
+        let results = attempts.iter().map(|(name, result)| match result {
+            Ok(()) => format!("{name}=done"),
+            Err(error) => format!("{name}={}", error.raw_os_error().unwrap_or_default()),
+        });
+        println!("{path} {}", results.collect::<Vec<_>>().join(" "));
+    }
+    Ok(())
+}
+
+fn hold(process: Pid) -> io::Result<()> {
+    let held = Held::take_from(process)?;
+    println!("held {} file(s)", held.count());
+    loop {
+        std::thread::park();
     }
 }
