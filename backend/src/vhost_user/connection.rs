@@ -27,6 +27,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::error::MAX_MESSAGE;
 use super::features::{Names, ProtocolFeatures};
+use super::logs::Logs;
 use super::session::Session;
 use super::{Device, Error};
 use crate::socket::Peer;
@@ -91,10 +92,10 @@ pub(super) struct Connection<'d> {
 }
 
 impl<'d> Connection<'d> {
-    pub(super) fn new(socket: UnixStream, device: &'d Device) -> io::Result<Self> {
+    pub(super) fn new(socket: UnixStream, device: &'d Device, logs: &'d Logs) -> io::Result<Self> {
         // The codec requires a blocking socket. An inherited one may be non-blocking.
         socket.set_nonblocking(false)?;
-        let session = Arc::new(Mutex::new(Session::new(device, Peer::of(&socket)?)));
+        let session = Arc::new(Mutex::new(Session::new(device, logs, Peer::of(&socket)?)));
         let codec = BackendReqHandler::from_stream(socket.try_clone()?, Arc::clone(&session));
         Ok(Self { socket, session, codec })
     }

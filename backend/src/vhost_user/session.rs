@@ -20,6 +20,7 @@ use vhost::vhost_user::{GpuBackend, VhostUserBackendReqHandlerMut};
 use super::backend_channel::BackendChannel;
 use super::features::{ACCESS_PLATFORM, Names, ProtocolFeatures, VirtioFeatures};
 use super::guest_memory::GuestMemory;
+use super::logs::Logs;
 use super::vring::{Addresses, Vring, VringContext};
 use super::{Device, Error, config};
 use crate::addr::Qva;
@@ -36,6 +37,7 @@ const MAX_REFUSALS: u32 = 64;
 /// The state of one session.
 pub(super) struct Session<'d> {
     device: &'d Device,
+    logs: &'d Logs,
     peer: Peer,
     offered: VirtioFeatures,
     features: Option<VirtioFeatures>,
@@ -54,16 +56,17 @@ pub(super) struct Session<'d> {
 }
 
 impl<'d> Session<'d> {
-    pub(super) fn new(device: &'d Device, peer: Peer) -> Self {
+    pub(super) fn new(device: &'d Device, logs: &'d Logs, peer: Peer) -> Self {
         let shim = ShimLink::new(&device.vmm, peer.pid());
         Self {
             device,
+            logs,
             peer,
             offered: VirtioFeatures::offered(&device.engine.geometry()),
             features: None,
             protocol: ProtocolFeatures::empty(),
             status: 0,
-            memory: GuestMemory::new(&device.engine, &*device.space),
+            memory: GuestMemory::new(&device.engine, &*device.space, &logs.memory),
             rings: (0..usize::from(device.queues)).map(Vring::new).collect(),
             features_logged: false,
             channel: None,
@@ -136,7 +139,7 @@ impl<'d> Session<'d> {
 
     /// Logs and counts a refusal. Returns its reason, or [`Error::TooManyRefusals`].
     pub(super) fn count_refusal(&mut self, error: Error) -> Error {
-        log::error!("refused: {error}");
+        self.logs.refusals.error(|| format!("refused: {error}"));
         self.refusals += 1;
         if self.refusals > MAX_REFUSALS { Error::TooManyRefusals(self.refusals) } else { error }
     }
@@ -162,7 +165,7 @@ impl<'d> Session<'d> {
         let position = usize::try_from(index).expect("`ring` has checked the index");
         if self.rings[position].start(context)? && !std::mem::replace(&mut self.features_logged, true) {
             let (virtio, protocol) = (Names(self.features.unwrap_or_default()), Names(self.protocol));
-            log::info!("{}: virtio {virtio}; protocol {protocol}", self.peer);
+            self.logs.connections.info(|| format!("{}: virtio {virtio}; protocol {protocol}", self.peer));
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use vhost::vhost_user::message::VhostUserMemoryRegion;
 
 use super::super::Error;
 use super::super::features::ProtocolFeatures;
+use super::super::vring::Vring;
 use super::{Session, set_cloexec};
 use crate::addr::{Address, Gpa, Qva, Span};
 use crate::memory::{FileId, Plan, RegionSpec};
@@ -62,7 +63,8 @@ impl Session<'_> {
         }
         let engine = &self.device.engine;
         let removed: Vec<Span<Gpa>> = plan.remove.iter().map(|region| region.gpa()).collect();
-        let suspended = self.rings.iter_mut().map(|ring| ring.suspend(engine, &removed)).fold(Ok(()), Result::and);
+        let suspend = |ring: &mut Vring| ring.suspend(engine, &removed, &self.logs.memory);
+        let suspended = self.rings.iter_mut().map(suspend).fold(Ok(()), Result::and);
         let changed = suspended.and_then(|()| self.memory.apply(plan));
         self.start_rings();
         self.monitor_discards();
