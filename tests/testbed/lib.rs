@@ -2,4 +2,5 @@
 
 pub mod client;
 pub mod iommu;
+pub mod own_process;
 pub mod rights;

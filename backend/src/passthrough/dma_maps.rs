@@ -15,6 +15,7 @@ use crate::hardware::AddressSpace;
 use crate::memory::{Region, RegionSpec};
 
 use super::PassthroughError;
+use super::logs::Logs;
 
 /// The IOMMU's smallest page, bytes.
 const PAGE: u64 = 4096;
@@ -53,13 +54,14 @@ impl Mapped {
 /// See the top of this file.
 pub(crate) struct DmaMaps<'d> {
     space: &'d dyn AddressSpace,
+    logs: &'d Logs,
     maps: BTreeMap<u64, Mapped>,
     unreachable_logged: bool,
 }
 
 impl<'d> DmaMaps<'d> {
-    pub(super) fn new(space: &'d dyn AddressSpace) -> Self {
-        Self { space, maps: BTreeMap::new(), unreachable_logged: false }
+    pub(super) fn new(space: &'d dyn AddressSpace, logs: &'d Logs) -> Self {
+        Self { space, logs, maps: BTreeMap::new(), unreachable_logged: false }
     }
 
     /// The number of maps, unreachable ones included.
@@ -99,23 +101,27 @@ impl<'d> DmaMaps<'d> {
         let took = start.elapsed();
         let kib = self.space.statistics().mapped / 1024;
         let access = if writable { "" } else { " read-only" };
-        log::info!("DMA map {gpa}{access} in {} ms; {kib} KiB in all", took.as_millis());
+        self.logs.maps.info(|| format!("DMA map {gpa}{access} in {} ms; {kib} KiB in all", took.as_millis()));
         if took >= SLOW {
-            log::warn!(
-                "DMA map {gpa} took {} ms; QEMU gives up after x-msg-timeout (5000 ms by default): use huge pages or \
-                 prealloc=on on its memory backend to make this faster, or a larger x-msg-timeout",
-                took.as_millis()
-            );
+            self.logs.problems.warn(|| {
+                format!(
+                    "DMA map {gpa} took {} ms; QEMU gives up after x-msg-timeout (5000 ms by default): use huge pages or \
+                     prealloc=on on its memory backend to make this faster, or a larger x-msg-timeout",
+                    took.as_millis()
+                )
+            });
         }
         Ok(region)
     }
 
     fn unreachable(&mut self, span: Span<Gpa>) -> Mapped {
         if !std::mem::replace(&mut self.unreachable_logged, true) {
-            log::info!(
-                "DMA map {span} comes without a file: a ROM or another device's memory. The device cannot reach it; \
-                 DMA there faults in the IOMMU. Further maps without a file are not logged"
-            );
+            self.logs.grants.info(|| {
+                format!(
+                    "DMA map {span} comes without a file: a ROM or another device's memory. The device cannot reach it; \
+                     DMA there faults in the IOMMU. Further maps without a file are not logged"
+                )
+            });
         }
         Mapped::Unreachable(span)
     }
@@ -126,7 +132,8 @@ impl<'d> DmaMaps<'d> {
         let mapped = found.ok_or(PassthroughError::NotMapped { address, size })?;
         if let Mapped::Region(region) = mapped {
             self.space.remove(region)?;
-            log::info!("DMA unmap {}; {} KiB left", region.gpa(), self.space.statistics().mapped / 1024);
+            let kib = self.space.statistics().mapped / 1024;
+            self.logs.maps.info(|| format!("DMA unmap {}; {kib} KiB left", region.gpa()));
         }
         self.maps.remove(&address);
         Ok(())
@@ -148,7 +155,7 @@ impl<'d> DmaMaps<'d> {
                 other => other,
             };
             if let Err(error) = removed {
-                log::error!("DMA unmap {}: {error}; it stays mapped", region.gpa());
+                self.logs.problems.error(|| format!("DMA unmap {}: {error}; it stays mapped", region.gpa()));
             }
         }
     }

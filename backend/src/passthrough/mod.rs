@@ -16,6 +16,7 @@ mod config_space;
 mod dma_maps;
 mod error;
 mod interrupts;
+mod logs;
 mod regions;
 
 use std::io;
@@ -33,6 +34,7 @@ use crate::whole_function::{REQUEST_IRQ, WholeFunction};
 pub(crate) use config_space::ConfigSpace;
 pub(crate) use dma_maps::{DmaMap, DmaMaps};
 pub(crate) use interrupts::Interrupts;
+use logs::Logs;
 pub(crate) use regions::Regions;
 
 /// A function that can be assigned to one virtual machine after another.
@@ -46,6 +48,7 @@ pub struct Passthrough {
     has_vfio_file: bool,
     /// Eventfd, signalled by the function when the host wants it back.
     request: OwnedFd,
+    logs: Logs,
 }
 
 impl Passthrough {
@@ -72,7 +75,7 @@ impl Passthrough {
             );
         }
         space.require_flush_before_map();
-        Ok(Self { function, space, bars, facts, has_vfio_file, request })
+        Ok(Self { function, space, bars, facts, has_vfio_file, request, logs: Logs::new() })
     }
 
     /// The name a person uses, such as `0000:00:04.0`.
@@ -117,8 +120,8 @@ impl Passthrough {
             owner: self,
             config,
             interrupts: Interrupts::new(&*self.function),
-            regions: Regions::new(&*self.function, self.bars),
-            maps: DmaMaps::new(&*self.space),
+            regions: Regions::new(&*self.function, self.bars, &self.logs),
+            maps: DmaMaps::new(&*self.space, &self.logs),
         };
         assignment.quiesce().map_err(PassthroughError::function(&*self.function, "stop DMA and reset"))?;
         assignment.config.verify()?;
@@ -158,7 +161,7 @@ impl Assignment<'_> {
     fn stop(&mut self) {
         let function = &*self.owner.function;
         if let Err(error) = self.quiesce() {
-            log::warn!("{}: stop DMA and reset: {error}", function.name());
+            self.owner.logs.problems.warn(|| format!("{}: stop DMA and reset: {error}", function.name()));
         }
         self.interrupts.release();
         self.maps.unmap_all();

@@ -41,6 +41,9 @@ pub enum Error {
     /// Memory may not be mapped without a registration with the shim.
     #[error(transparent)]
     Registration(#[from] RegistrationError),
+    /// The function could not be assigned, several times.
+    #[error("{0}; the function is not assigned after several attempts")]
+    Unassignable(PassthroughError),
     /// The operation on the function or its memory failed.
     #[error(transparent)]
     Passthrough(#[from] PassthroughError),
@@ -70,6 +73,7 @@ impl Error {
                 | Self::Version(..)
                 | Self::TooEarly(_)
                 | Self::Refused(..)
+                | Self::Unassignable(_)
         )
     }
 
@@ -80,7 +84,7 @@ impl Error {
             Self::Version(..) | Self::NotSupported(_) => libc::ENOTSUP,
             Self::Stalled(_) => libc::ETIMEDOUT,
             Self::Refused(..) | Self::Registration(_) => libc::EPERM,
-            Self::Passthrough(error) => error.errno(),
+            Self::Passthrough(error) | Self::Unassignable(error) => error.errno(),
             Self::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
         };
         errno.unsigned_abs()

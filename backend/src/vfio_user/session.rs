@@ -15,9 +15,12 @@ use crate::coherency::Verdict;
 use crate::kvm::{ShimLink, Vmm};
 use crate::memory::FileId;
 use crate::passthrough::{Assignment, DmaMap, Passthrough, PassthroughError};
-use crate::rate_limited_log::RateLimitedLog;
+use crate::rate_limited_log::SharedLog;
 use crate::socket::Peer;
 use crate::whole_function::{CONFIG_REGION, IRQS, IrqAction, IrqData, IrqSet, REGIONS};
+
+/// Attempts to assign the function, in one conversation. QEMU makes one.
+const MAX_FAILED_ASSIGNMENTS: u32 = 4;
 
 /// The response to a command.
 pub(super) enum Response {
@@ -34,7 +37,9 @@ pub(super) struct Session<'d> {
     link: ShimLink<'d>,
     /// `None` until the `VERSION` command has succeeded.
     negotiated: Option<Negotiated<'d>>,
-    refusals: RateLimitedLog,
+    refusals: &'d SharedLog,
+    /// Attempts to assign the function that have failed.
+    failed_assignments: u32,
     counters: Counters,
 }
 
@@ -64,10 +69,10 @@ impl std::fmt::Display for Counters {
 }
 
 impl<'d> Session<'d> {
-    pub(super) fn new(device: &'d Passthrough, vmm: &'d Vmm, peer: Peer) -> Self {
+    pub(super) fn new(device: &'d Passthrough, vmm: &'d Vmm, refusals: &'d SharedLog, peer: Peer) -> Self {
         let link = ShimLink::new(vmm, peer.pid());
-        let refusals = RateLimitedLog::new(module_path!());
-        Self { device, peer, link, negotiated: None, refusals, counters: Counters::default() }
+        let counters = Counters::default();
+        Self { device, peer, link, negotiated: None, refusals, failed_assignments: 0, counters }
     }
 
     pub(super) fn peer(&self) -> &Peer {
@@ -164,7 +169,7 @@ impl<'d> Session<'d> {
             return Err(Error::Refused(self.device.name().to_owned(), refusal));
         }
         let version = wire::Version { major: version::MAJOR, minor: version.minor.min(version::MINOR) };
-        self.negotiated = Some(Negotiated { limits, assignment: self.device.assign()? });
+        self.negotiated = Some(Negotiated { limits, assignment: self.assign()? });
         Ok(reply([version.as_bytes(), &text]))
     }
 
@@ -212,6 +217,14 @@ impl<'d> Session<'d> {
             flags => return Err(malformed(command, &format!("flags {flags:#x}, or an address with unmap-all"))),
         }
         Ok(reply([unmap.as_bytes()]))
+    }
+
+    /// Each attempt resets the function, and its failure costs a line. So after a few of them the front-end must go.
+    fn assign(&mut self) -> Result<Assignment<'d>, Error> {
+        self.device.assign().map_err(|error| {
+            self.failed_assignments += 1;
+            if self.failed_assignments < MAX_FAILED_ASSIGNMENTS { error.into() } else { Error::Unassignable(error) }
+        })
     }
 
     /// The assigned function. Only for commands other than `VERSION`.
