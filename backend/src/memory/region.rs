@@ -323,7 +323,7 @@ fn map_file(spec: &RegionSpec, len: usize, page_size: u64) -> io::Result<SharedM
     let rounded = (skip + len).checked_next_multiple_of(page).ok_or(io::ErrorKind::InvalidInput)?;
     // The file may end inside the last page, but never before it.
     let mapping = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&spec.file), start), rounded);
-    let shared = SharedMemory::of_truncatable(mapping.map_err(mmap_errno)?, page);
+    let shared = SharedMemory::of_truncatable(mapping.map_err(mmap_errno)?, page)?;
     Ok(shared.slice(skip, len).expect("inside the mapping"))
 }
 
