@@ -22,6 +22,7 @@ pub mod config;
 pub mod driver;
 pub mod emulated;
 pub mod engine;
+mod foreign_fd;
 pub mod hardware;
 pub mod inspect;
 pub mod iommu;

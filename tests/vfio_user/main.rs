@@ -10,6 +10,7 @@ mod config_space;
 mod conversation;
 mod interrupts;
 mod lifecycle;
+mod limits;
 mod log_lines;
 mod memory;
 mod nvme;

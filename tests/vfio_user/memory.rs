@@ -144,6 +144,17 @@ fn privately_mapped_file() -> (std::fs::File, vm_memory::MmapRegion<()>) {
 }
 
 #[test]
+fn a_file_that_is_not_in_memory_is_refused() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let program = std::fs::File::open("/proc/self/exe").unwrap();
+
+    assert_eq!(client.dma_map((0, 0x1000), (Some(program.as_fd()), 0), READ).unwrap_err(), EINVAL);
+
+    assert_eq!(rig.mapped(), 0);
+}
+
+#[test]
 fn read_only_memory_is_not_written_by_the_device() {
     let rig = Rig::new();
     let mut client = rig.client();

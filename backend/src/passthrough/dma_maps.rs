@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::addr::{Address, Gpa, Qva, Span};
 use crate::hardware::AddressSpace;
-use crate::memory::{Region, RegionSpec};
+use crate::memory::{FileId, Region, RegionSpec};
 
 use super::PassthroughError;
 use super::logs::Logs;
@@ -95,7 +95,8 @@ impl<'d> DmaMaps<'d> {
         let start = Instant::now();
         // vfio-user has no front-end virtual addresses. A region needs a unique one, and the GPA is unique.
         let qva = Qva(gpa.start().raw());
-        let spec = RegionSpec { gpa, qva, offset, file: Arc::new(file) };
+        let mut spec = RegionSpec { gpa, qva, offset, file: Arc::new(file) };
+        spec.share_file(self.regions())?;
         let region = Arc::new(Region::map_piece(spec, writable)?);
         self.space.add(&region)?;
         let took = start.elapsed();
@@ -112,6 +113,18 @@ impl<'d> DmaMaps<'d> {
             });
         }
         Ok(region)
+    }
+
+    /// True if something of this file is mapped.
+    pub(crate) fn has_file(&self, id: FileId) -> bool {
+        self.regions().any(|region| region.id() == id)
+    }
+
+    fn regions(&self) -> impl Iterator<Item = &Arc<Region>> {
+        self.maps.values().filter_map(|mapped| match mapped {
+            Mapped::Region(region) => Some(region),
+            Mapped::Unreachable(_) => None,
+        })
     }
 
     fn unreachable(&mut self, span: Span<Gpa>) -> Mapped {

@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::coherency::Refusal;
+use crate::foreign_fd::UnusableFds;
 use crate::kvm::RegistrationError;
 use crate::passthrough::PassthroughError;
 
@@ -41,6 +42,14 @@ pub enum Error {
     /// Memory may not be mapped without a registration with the shim.
     #[error(transparent)]
     Registration(#[from] RegistrationError),
+    /// The descriptors of the message cannot be used.
+    #[error("{command}: {unusable}")]
+    Descriptors {
+        /// The command's name.
+        command: &'static str,
+        /// Why.
+        unusable: UnusableFds,
+    },
     /// The function could not be assigned, several times.
     #[error("{0}; the function is not assigned after several attempts")]
     Unassignable(PassthroughError),
@@ -84,6 +93,8 @@ impl Error {
             Self::Version(..) | Self::NotSupported(_) => libc::ENOTSUP,
             Self::Stalled(_) => libc::ETIMEDOUT,
             Self::Refused(..) | Self::Registration(_) => libc::EPERM,
+            Self::Descriptors { unusable: UnusableFds::NoRoom, .. } => libc::EMFILE,
+            Self::Descriptors { unusable: UnusableFds::Foreign(_), .. } => libc::EINVAL,
             Self::Passthrough(error) | Self::Unassignable(error) => error.errno(),
             Self::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
         };

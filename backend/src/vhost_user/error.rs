@@ -5,6 +5,7 @@ use std::io;
 
 use crate::addr::{Bytes, Gpa, Qva, Span};
 use crate::engine::{EngineError, Layout};
+use crate::foreign_fd::UnusableFds;
 use crate::hardware::MapError;
 use crate::kvm::RegistrationError;
 use crate::memory::RegionError;
@@ -40,6 +41,17 @@ pub enum Error {
         /// What is wrong.
         problem: &'static str,
     },
+    /// The file descriptors of a message cannot be used.
+    #[error("request {request}: {unusable}")]
+    UnusableDescriptors {
+        /// The name of the request.
+        request: String,
+        /// Why.
+        unusable: UnusableFds,
+    },
+    /// A kick, call or error descriptor is not an eventfd; its name.
+    #[error("the file descriptor of a virtqueue's event is of {0}, not of an eventfd")]
+    NotAnEventfd(String),
     /// A message is malformed, or belongs to a feature that has not been negotiated.
     #[error("request {request}: {problem}")]
     Malformed {

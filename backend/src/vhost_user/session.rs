@@ -3,13 +3,13 @@
 //!
 //! The reason of a refusal is logged here, because the protocol cannot carry it.
 
+mod descriptor;
 mod memory;
 mod vmm;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-use rustix::io::{FdFlags, fcntl_setfd};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
     VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
@@ -27,6 +27,7 @@ use crate::addr::Qva;
 use crate::engine::Layout;
 use crate::kvm::{DiscardMonitor, ShimLink};
 use crate::socket::Peer;
+use descriptor::event_fd;
 
 /// The codec's result. Its error says only that the message failed; the reason is in [`Session::refusal`].
 type HandlerResult<T> = vhost::vhost_user::Result<T>;
@@ -213,16 +214,6 @@ impl<'d> Session<'d> {
     fn not_implemented<T>(&mut self, message: &'static str) -> HandlerResult<T> {
         self.answer(Err(Error::NotImplemented(message)))
     }
-}
-
-/// The codec receives descriptors without close-on-exec.
-fn set_cloexec(file: File) -> Result<File, Error> {
-    fcntl_setfd(&file, FdFlags::CLOEXEC).map_err(Error::system("set close-on-exec"))?;
-    Ok(file)
-}
-
-fn event_fd(file: Option<File>) -> Result<Option<OwnedFd>, Error> {
-    file.map(|file| set_cloexec(file).map(OwnedFd::from)).transpose()
 }
 
 impl VhostUserBackendReqHandlerMut for Session<'_> {

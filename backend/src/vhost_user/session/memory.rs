@@ -10,7 +10,8 @@ use vhost::vhost_user::message::VhostUserMemoryRegion;
 use super::super::Error;
 use super::super::features::ProtocolFeatures;
 use super::super::vring::Vring;
-use super::{Session, set_cloexec};
+use super::Session;
+use super::descriptor::set_cloexec;
 use crate::addr::{Address, Gpa, Qva, Span};
 use crate::memory::{FileId, Plan, RegionSpec};
 
@@ -28,12 +29,14 @@ impl Session<'_> {
     fn spec(&self, region: &VhostUserMemoryRegion, file: File) -> Result<RegionSpec, Error> {
         let gpa = guest_range(region)?;
         let qva = self.user_address(region);
-        let id = FileId::of(&file).map_err(Error::system("fstat of a memory descriptor"))?;
+        let id = FileId::of(&file, gpa)?;
         let address = if self.uses_gpa() { None } else { Some(qva) };
         if self.peer.maps_privately(id, address) {
             return Err(Error::PrivateMemory { gpa });
         }
-        Ok(RegionSpec { gpa, qva, offset: region.mmap_offset, file: Arc::new(file) })
+        let mut spec = RegionSpec { gpa, qva, offset: region.mmap_offset, file: Arc::new(file) };
+        spec.share_file(self.memory.table().regions().iter())?;
+        Ok(spec)
     }
 
     pub(super) fn replace_memory(&mut self, regions: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<(), Error> {
