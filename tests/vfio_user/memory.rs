@@ -1,8 +1,8 @@
 //! Guest memory: what is mapped and what is refused. A refusal changes nothing.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create};
 
 use crate::rig::{Rig, memory};
 
@@ -10,6 +10,7 @@ const READ: u32 = 1;
 const WRITE: u32 = 2;
 const UNMAP_ALL: u32 = 2;
 
+const EACCES: u32 = 13;
 const EINVAL: u32 = 22;
 const EEXIST: u32 = 17;
 const ENOENT: u32 = 2;
@@ -141,6 +142,22 @@ fn privately_mapped_file() -> (std::fs::File, vm_memory::MmapRegion<()>) {
     let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
     let region = vm_memory::MmapRegion::build(Some(offset), 0x1000, libc::PROT_READ | libc::PROT_WRITE, flags);
     (file, region.unwrap())
+}
+
+#[test]
+fn memory_may_be_of_a_file_that_can_only_be_read_if_the_device_only_reads_it() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let file = memory(0x1000);
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let rom = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+
+    client.dma_map((0x8000_0000, 0x1000), (Some(rom.as_fd()), 0), READ).unwrap();
+
+    assert_eq!(rig.mapped(), 0x1000);
+    let writable = client.dma_map((0x9000_0000, 0x1000), (Some(rom.as_fd()), 0), READ | WRITE);
+    assert_eq!(writable.unwrap_err(), EACCES);
+    client.dma_map((0x9000_0000, 0x1000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
 }
 
 #[test]

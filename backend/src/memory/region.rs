@@ -97,7 +97,7 @@ impl Region {
         let range = |start: u64| RegionError::Range { start, len: gpa.len() };
         let qva = Span::new(spec.qva, announced.len()).ok_or(range(spec.qva.raw()))?;
         let len = usize::try_from(gpa.len()).map_err(|_| range(gpa.start().raw()))?;
-        let (mapping, skip) = map_file(&spec, len, backing.page_size).map_err(kernel("mmap"))?;
+        let (mapping, skip) = map_file(&spec, len, backing.page_size, writable).map_err(kernel("mmap"))?;
         let page = usize::try_from(backing.page_size).expect("mapped");
         let shared = SharedMemory::of_truncatable(mapping, page).map_err(kernel("watch it for SIGBUS"))?;
         let shared = shared.slice(skip, len).expect("inside the mapping");
@@ -183,7 +183,7 @@ impl Region {
         self.writable
     }
 
-    /// This process's mapping.
+    /// This process's mapping. Unless the region is [`Self::writable`], a write kills this process.
     #[inline]
     #[must_use]
     pub fn memory(&self) -> &SharedMemory {
@@ -208,15 +208,16 @@ fn check(spec: &RegionSpec, backing: &Backing, unit: u64) -> Result<Span<Gpa>, R
         .ok_or(RegionError::Range { start: gpa.start().raw(), len: gpa.len() })
 }
 
-/// Maps `len` bytes of a file. The mapping is extended to page boundaries on both sides; returns how many bytes before.
-fn map_file(spec: &RegionSpec, len: usize, page_size: u64) -> io::Result<(MmapRegion<()>, usize)> {
+/// Maps `len` bytes of a file. The mapping is extended to page boundaries on both sides; returns how many bytes before. It is
+/// readable only if the device may not write the memory, whose file may be open for reading only (a ROM).
+fn map_file(spec: &RegionSpec, len: usize, page_size: u64, writable: bool) -> io::Result<(MmapRegion<()>, usize)> {
     let page = usize::try_from(page_size).map_err(io::Error::other)?;
     let start = spec.offset - spec.offset % page_size;
     let skip = usize::try_from(spec.offset - start).map_err(io::Error::other)?;
     let rounded = (skip + len).checked_next_multiple_of(page).ok_or(io::ErrorKind::InvalidInput)?;
     // The file may end inside the last page, but never before it.
     let file = FileOffset::from_arc(Arc::clone(&spec.file), start);
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
     let mapping = MmapRegion::build(Some(file), rounded, protection, libc::MAP_NORESERVE | libc::MAP_SHARED);
     Ok((mapping.map_err(mmap_errno)?, skip))
 }

@@ -115,6 +115,18 @@ mod a_region {
     }
 
     #[test]
+    fn that_the_device_may_not_write_needs_a_descriptor_for_reading_only() {
+        let file = memory(PAGE);
+        rustix::io::pwrite(&*file, b"rom", 0).unwrap();
+
+        let region = Region::map_piece(spec(&read_only(&file), 0, PAGE, 0, 0), false).unwrap();
+
+        let mut seen = [0; 3];
+        region.memory().copy_to(0, &mut seen);
+        assert_eq!((&seen, region.writable()), (b"rom", false));
+    }
+
+    #[test]
     fn shares_the_descriptor_of_another_with_the_same_file_and_access() {
         let file = memory(2 * PAGE);
         let regions = [region(&file, 0, PAGE, 0, 0)];
