@@ -63,17 +63,54 @@ fn an_overlap_is_refused_with_eexist_and_nothing_changes() {
 }
 
 #[test]
-fn only_a_whole_mapping_can_be_unmapped() {
+fn a_range_that_cuts_through_a_mapping_is_refused_and_nothing_changes() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let file = memory(1 << 20);
+    for address in [0x10_0000, 0x10_2000] {
+        client.dma_map((address, 0x2000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
+    }
+
+    for (address, size) in [(0x10_0000, 0x1000), (0x10_1000, 0x1000), (0x10_0000, 0x3000), (0xf_f000, 0x4000)] {
+        assert_eq!(client.dma_unmap(address, size, 0).unwrap_err(), EINVAL, "{address:#x} + {size:#x}");
+    }
+
+    assert_eq!(rig.mapped(), 0x4000);
+}
+
+#[test]
+fn a_range_in_which_nothing_is_mapped_is_enoent() {
     let rig = Rig::new();
     let mut client = rig.client();
     let file = memory(1 << 20);
     client.dma_map((0x10_0000, 0x2000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
 
-    for (address, size) in [(0x10_0000, 0x1000), (0x10_1000, 0x1000), (0x10_0000, 0x3000), (0, 0)] {
+    for (address, size) in [(0x10_2000, 0x1000), (0xf_e000, 0x2000), (0, 0), (u64::MAX, 2)] {
         assert_eq!(client.dma_unmap(address, size, 0).unwrap_err(), ENOENT, "{address:#x} + {size:#x}");
     }
 
     assert_eq!(rig.mapped(), 0x2000);
+}
+
+#[test]
+fn a_range_is_unmapped_with_all_mappings_in_it_as_behind_a_virtual_iommu() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let file = memory(1 << 20);
+    for address in [0x10_0000, 0x10_2000, 0x40_0000, 0x100_0000] {
+        client.dma_map((address, 0x2000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
+    }
+    // Recorded only, like a ROM.
+    client.dma_map((0x50_0000, 0x1000), (None, 0), READ).unwrap();
+
+    client.dma_unmap(0x10_0000, 0xe0_0000, 0).unwrap();
+
+    assert_eq!(rig.mapped(), 0x2000, "the one outside");
+    for address in [0x10_0000, 0x10_1000, 0x40_0000, 0x50_0000] {
+        client.dma_map((address, 0x1000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
+    }
+    client.dma_unmap(0, 1 << 63, 0).unwrap();
+    assert_eq!(rig.mapped(), 0);
 }
 
 #[test]

@@ -1,9 +1,12 @@
 //! The virtual machine's memory as the device reaches it: one region for each DMA map, at the IOVA that the virtual machine
-//! monitor requests, which is the guest physical address.
+//! monitor requests. Without a virtual IOMMU that is the guest physical address.
 //!
 //! Not everything in a guest's address space can be mapped: ROMs, and memory of other devices, come without a file. Such maps
 //! are accepted and recorded, because QEMU expects them to succeed as with kernel VFIO, but not mapped: DMA there faults in
 //! the IOMMU.
+//!
+//! An unmap names a range, and removes each map that lies in it, as kernel VFIO does: behind a virtual IOMMU, QEMU unmaps a
+//! range without knowing what is mapped there. It changes nothing if a map lies in the range only in part.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::addr::{Address, Gpa, Qva, Span};
-use crate::hardware::AddressSpace;
+use crate::hardware::{AddressSpace, MapError};
 use crate::memory::{FileId, Region, RegionSpec};
 
 use super::PassthroughError;
@@ -139,23 +142,43 @@ impl<'d> DmaMaps<'d> {
         Mapped::Unreachable(span)
     }
 
-    /// Removes the map of exactly this address and size.
+    /// Removes every map in the range, in ascending order. If one cannot be removed, it and those after it stay.
     pub(crate) fn unmap(&mut self, address: u64, size: u64) -> Result<(), PassthroughError> {
-        let found = self.maps.get(&address).filter(|mapped| mapped.span().len() == size);
-        let mapped = found.ok_or(PassthroughError::NotMapped { address, size })?;
-        if let Mapped::Region(region) = mapped {
-            self.space.remove(region)?;
-            let kib = self.space.statistics().mapped / 1024;
-            self.logs.maps.info(|| format!("DMA unmap {}; {kib} KiB left", region.gpa()));
+        let not_mapped = PassthroughError::NotMapped { address, size };
+        let Some(range) = Span::new(Gpa::from_raw(address), size) else { return Err(not_mapped) };
+        let found = self.overlapping(range);
+        if let Some(mapped) = found.iter().find(|mapped| !range.covers(mapped)) {
+            return Err(PassthroughError::Cut { range, mapped: *mapped });
         }
-        self.maps.remove(&address);
+        if found.is_empty() { Err(not_mapped) } else { self.unmap_each(&found) }
+    }
+
+    /// Removes all maps, as [`Self::unmap`].
+    pub(crate) fn unmap_everything(&mut self) -> Result<(), PassthroughError> {
+        let all: Vec<_> = self.maps.values().map(Mapped::span).collect();
+        self.unmap_each(&all)
+    }
+
+    fn unmap_each(&mut self, spans: &[Span<Gpa>]) -> Result<(), PassthroughError> {
+        for (done, span) in spans.iter().enumerate() {
+            self.unmap_one(*span).map_err(|source| PassthroughError::StaysMapped {
+                span: *span,
+                after: spans.len() - done - 1,
+                source,
+            })?;
+        }
         Ok(())
     }
 
-    /// Removes all maps; stops at the first error.
-    pub(crate) fn unmap_each(&mut self) -> Result<(), PassthroughError> {
-        let all: Vec<_> = self.maps.values().map(Mapped::span).collect();
-        all.into_iter().try_for_each(|span| self.unmap(span.start().raw(), span.len()))
+    /// Removes the map of exactly `span`, which exists.
+    fn unmap_one(&mut self, span: Span<Gpa>) -> Result<(), MapError> {
+        let address = span.start().raw();
+        if let Some(Mapped::Region(region)) = self.maps.get(&address) {
+            self.space.remove(region)?;
+            self.logs.maps.info(|| format!("DMA unmap {span}; {} KiB left", self.space.statistics().mapped / 1024));
+        }
+        self.maps.remove(&address);
+        Ok(())
     }
 
     /// Removes all maps; errors are only logged. The device must do no DMA any more.
@@ -164,7 +187,7 @@ impl<'d> DmaMaps<'d> {
             let Mapped::Region(region) = mapped else { continue };
             let removed = match self.space.remove(&region) {
                 // Bus master is off, so the device is idle.
-                Err(crate::hardware::MapError::DeviceMustBeIdle { .. }) => self.space.remove_while_idle(&region),
+                Err(MapError::DeviceMustBeIdle { .. }) => self.space.remove_while_idle(&region),
                 other => other,
             };
             if let Err(error) = removed {
@@ -177,6 +200,14 @@ impl<'d> DmaMaps<'d> {
     fn conflict(&self, span: Span<Gpa>) -> Option<Span<Gpa>> {
         let before = self.maps.range(..=span.last().raw()).next_back().map(|(_, mapped)| mapped.span());
         before.filter(|mapped| mapped.overlaps(&span))
+    }
+
+    /// All maps that overlap `span`, in ascending order.
+    fn overlapping(&self, span: Span<Gpa>) -> Vec<Span<Gpa>> {
+        let descending = self.maps.range(..=span.last().raw()).rev().map(|(_, mapped)| mapped.span());
+        let mut found: Vec<_> = descending.take_while(|mapped| mapped.overlaps(&span)).collect();
+        found.reverse();
+        found
     }
 }
 

@@ -53,7 +53,7 @@ impl Session<'_> {
         let unmap = whole::<wire::DmaUnmap>(command, payload)?;
         match unmap.flags {
             0 => self.assignment().maps.unmap(unmap.address, unmap.size)?,
-            wire::UNMAP_ALL if unmap.address == 0 && unmap.size == 0 => self.assignment().maps.unmap_each()?,
+            wire::UNMAP_ALL if unmap.address == 0 && unmap.size == 0 => self.assignment().maps.unmap_everything()?,
             wire::UNMAP_DIRTY_BITMAP => return Err(Error::NotSupported(command as u16)),
             flags => return Err(malformed(command, &format!("flags {flags:#x}, or an address with unmap-all"))),
         }
