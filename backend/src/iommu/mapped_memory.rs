@@ -10,6 +10,7 @@ use super::ledger::Ledger;
 use super::sequence::{Failed, Piece, Sequence, Steps};
 use crate::addr::{Address, Bytes, Iova, Span};
 use crate::hardware::{MapError, SpaceStatistics};
+use crate::rate_limited_log::SharedLog;
 
 /// See the top of this file.
 pub struct MappedMemory {
@@ -19,6 +20,8 @@ pub struct MappedMemory {
     /// The mapped pieces.
     ledger: Mutex<Ledger>,
     maps: AtomicU64,
+    /// What has failed. A front-end that maps and unmaps can repeat it.
+    problems: SharedLog,
 }
 
 impl MappedMemory {
@@ -26,7 +29,8 @@ impl MappedMemory {
     #[must_use]
     pub fn new(flushing: bool, chunk: u64) -> Self {
         let ledger = Mutex::default();
-        Self { sequence: Sequence::new(flushing), chunk, ledger, maps: AtomicU64::new(0) }
+        let problems = SharedLog::new(module_path!());
+        Self { sequence: Sequence::new(flushing), chunk, ledger, maps: AtomicU64::new(0), problems }
     }
 
     /// See [`AddressSpace::require_flush_before_map`](crate::hardware::AddressSpace::require_flush_before_map).
@@ -71,7 +75,7 @@ impl MappedMemory {
             };
             match unmapped {
                 Ok(()) => drop(self.ledger().remove(span)),
-                Err(error) => log::error!("unmap {span}: {error}; it stays mapped"),
+                Err(error) => self.problems.error(|| format!("unmap {span}: {error}; it stays mapped")),
             }
         }
     }
@@ -104,7 +108,9 @@ impl MappedMemory {
     /// # Errors
     /// [`MapError::Kernel`] with the step that failed.
     pub fn remove_while_idle(&self, steps: &dyn Steps, whole: Piece<'_>) -> Result<(), MapError> {
-        log::warn!("unmap {}: no memory to keep it pinned meanwhile; the device is detached to unmap it", whole.span);
+        let span = whole.span;
+        let why = "no memory to keep it pinned meanwhile; the device is detached to unmap it";
+        self.problems.warn(|| format!("unmap {span}: {why}"));
         let unmap = |piece: Piece<'_>| self.sequence.unmap_detached(steps, piece);
         self.unmap_pieces(whole, unmap, |span, (step, source)| MapError::Kernel { step, span, source })
     }
