@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
 
 use program::origin::DeviceSpec;
-use program::{block, whole};
+use program::{block, limits, whole};
 use vhost_device_vfio::config::{Command, Config};
 use vhost_device_vfio::emulated::EmulatedError;
 use vhost_device_vfio::inspect::{Report, list, list_json};
@@ -43,6 +43,7 @@ fn main() -> ExitCode {
 fn run(config: &Config) -> Result<()> {
     // Before any thread is started, so that all threads inherit the blocked signals.
     let stop = signal_fd(&[libc::SIGTERM, libc::SIGINT]).context("catch SIGTERM and SIGINT")?;
+    limits::raise_open_files();
     let listen = listen(config)?;
     let Some(device) = &config.device else { bail!("no device; give --device DOMAIN:BUS:DEVICE.FUNCTION") };
     let spec = DeviceSpec::new(device)?;

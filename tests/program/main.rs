@@ -8,6 +8,7 @@ mod disk;
 mod ending;
 mod faults;
 mod hostile;
+mod limits;
 mod process;
 mod sockets;
 mod vmm;

@@ -104,6 +104,11 @@ impl Process {
         std::fs::read_to_string(self.path("log")).unwrap()
     }
 
+    /// Its limits, as in proc(5).
+    pub(crate) fn limits(&self) -> String {
+        std::fs::read_to_string(format!("/proc/{}/limits", self.child.id())).unwrap()
+    }
+
     /// The number of its file descriptors, and of its mappings of guest memory.
     pub(crate) fn descriptors_and_mappings(&self) -> [usize; 2] {
         let process = PathBuf::from(format!("/proc/{}", self.child.id()));

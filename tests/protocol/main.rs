@@ -6,6 +6,7 @@
 mod backend_channel;
 mod bad_messages;
 mod conversation;
+mod descriptors;
 mod disorder;
 mod gpa_addresses;
 mod lifecycle;

@@ -169,7 +169,6 @@ fn each_invalid_region_has_one_line_that_names_it() {
     let sealed = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     ftruncate(&sealed, PAGE).unwrap();
     fcntl_add_seals(&sealed, SealFlags::WRITE).unwrap();
-    let (pipe, _writer) = rustix::pipe::pipe().unwrap();
     let at = |gpa| MemoryRegion { gpa, len: PAGE, qva: gpa, offset: 0 };
     assert_eq!(wire.add_region(at(0x66_0000_0000), file.as_fd()), 0);
     let refused = [
@@ -182,7 +181,7 @@ fn each_invalid_region_has_one_line_that_names_it() {
         (at(0x66_0300_0008), file.as_fd(), ["0x6603000008+4K", "not aligned to its page size of 4K"]),
         (MemoryRegion { len: 2 * PAGE, ..at(0x65_ffff_f000) }, file.as_fd(), ["0x65fffff000+8K", "overlaps"]),
         (at(0x4_0066_0000_0000), file.as_fd(), ["0x4006600000000+4K", "outside the ranges this IOMMU allows"]),
-        (at(0x66_0400_0000), pipe.as_fd(), ["0x6604000000+4K", "a Fifo, not a file in memory"]),
+        (at(0x66_0400_0000), wire.socket.as_fd(), ["0x6604000000+4K", "not of a file in memory"]),
         (at(0x66_0500_0000), read_only.as_fd(), ["0x6605000000+4K", "mmap: Permission denied"]),
         (at(0x66_0600_0000), sealed.as_fd(), ["0x6606000000+4K", "mmap: Operation not permitted"]),
     ];
@@ -192,4 +191,16 @@ fn each_invalid_region_has_one_line_that_names_it() {
     }
     assert_eq!(wire.remove_region(at(0x66_0700_0000)), 1);
     assert_eq!(logged_lines(&["0x6607000000+4K", "no such region", "0x6600000000+4K"]), 1);
+}
+
+#[test]
+fn a_descriptor_of_another_kind() {
+    capture_log();
+    let rig = Rig::new();
+    let wire = rig.connect();
+    wire.negotiate();
+    let (pipe, _writer) = rustix::pipe::pipe().unwrap();
+    let region = MemoryRegion { gpa: 0, len: PAGE, qva: 0, offset: 0 };
+    assert_eq!(wire.add_region(region, pipe.as_fd()), 1);
+    assert_logged(&["request ADD_MEM_REG", "pipe:[", "not of a file in memory"]);
 }

@@ -3,4 +3,5 @@
 pub mod client;
 pub mod holder;
 pub mod iommu;
+pub mod own_process;
 pub mod rights;

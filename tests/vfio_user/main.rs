@@ -10,6 +10,8 @@ mod config_space;
 mod conversation;
 mod interrupts;
 mod lifecycle;
+mod limits;
+mod log_lines;
 mod memory;
 mod nvme;
 mod own_file;

@@ -1,8 +1,8 @@
 //! Guest memory: what is mapped and what is refused. A refusal changes nothing.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create};
 
 use crate::rig::{Rig, memory};
 
@@ -10,6 +10,7 @@ const READ: u32 = 1;
 const WRITE: u32 = 2;
 const UNMAP_ALL: u32 = 2;
 
+const EACCES: u32 = 13;
 const EINVAL: u32 = 22;
 const EEXIST: u32 = 17;
 const ENOENT: u32 = 2;
@@ -62,17 +63,54 @@ fn an_overlap_is_refused_with_eexist_and_nothing_changes() {
 }
 
 #[test]
-fn only_a_whole_mapping_can_be_unmapped() {
+fn a_range_that_cuts_through_a_mapping_is_refused_and_nothing_changes() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let file = memory(1 << 20);
+    for address in [0x10_0000, 0x10_2000] {
+        client.dma_map((address, 0x2000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
+    }
+
+    for (address, size) in [(0x10_0000, 0x1000), (0x10_1000, 0x1000), (0x10_0000, 0x3000), (0xf_f000, 0x4000)] {
+        assert_eq!(client.dma_unmap(address, size, 0).unwrap_err(), EINVAL, "{address:#x} + {size:#x}");
+    }
+
+    assert_eq!(rig.mapped(), 0x4000);
+}
+
+#[test]
+fn a_range_in_which_nothing_is_mapped_is_enoent() {
     let rig = Rig::new();
     let mut client = rig.client();
     let file = memory(1 << 20);
     client.dma_map((0x10_0000, 0x2000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
 
-    for (address, size) in [(0x10_0000, 0x1000), (0x10_1000, 0x1000), (0x10_0000, 0x3000), (0, 0)] {
+    for (address, size) in [(0x10_2000, 0x1000), (0xf_e000, 0x2000), (0, 0), (u64::MAX, 2)] {
         assert_eq!(client.dma_unmap(address, size, 0).unwrap_err(), ENOENT, "{address:#x} + {size:#x}");
     }
 
     assert_eq!(rig.mapped(), 0x2000);
+}
+
+#[test]
+fn a_range_is_unmapped_with_all_mappings_in_it_as_behind_a_virtual_iommu() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let file = memory(1 << 20);
+    for address in [0x10_0000, 0x10_2000, 0x40_0000, 0x100_0000] {
+        client.dma_map((address, 0x2000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
+    }
+    // Recorded only, like a ROM.
+    client.dma_map((0x50_0000, 0x1000), (None, 0), READ).unwrap();
+
+    client.dma_unmap(0x10_0000, 0xe0_0000, 0).unwrap();
+
+    assert_eq!(rig.mapped(), 0x2000, "the one outside");
+    for address in [0x10_0000, 0x10_1000, 0x40_0000, 0x50_0000] {
+        client.dma_map((address, 0x1000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
+    }
+    client.dma_unmap(0, 1 << 63, 0).unwrap();
+    assert_eq!(rig.mapped(), 0);
 }
 
 #[test]
@@ -141,6 +179,33 @@ fn privately_mapped_file() -> (std::fs::File, vm_memory::MmapRegion<()>) {
     let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
     let region = vm_memory::MmapRegion::build(Some(offset), 0x1000, libc::PROT_READ | libc::PROT_WRITE, flags);
     (file, region.unwrap())
+}
+
+#[test]
+fn memory_may_be_of_a_file_that_can_only_be_read_if_the_device_only_reads_it() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let file = memory(0x1000);
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let rom = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+
+    client.dma_map((0x8000_0000, 0x1000), (Some(rom.as_fd()), 0), READ).unwrap();
+
+    assert_eq!(rig.mapped(), 0x1000);
+    let writable = client.dma_map((0x9000_0000, 0x1000), (Some(rom.as_fd()), 0), READ | WRITE);
+    assert_eq!(writable.unwrap_err(), EACCES);
+    client.dma_map((0x9000_0000, 0x1000), (Some(file.as_fd()), 0), READ | WRITE).unwrap();
+}
+
+#[test]
+fn a_file_that_is_not_in_memory_is_refused() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let program = std::fs::File::open("/proc/self/exe").unwrap();
+
+    assert_eq!(client.dma_map((0, 0x1000), (Some(program.as_fd()), 0), READ).unwrap_err(), EINVAL);
+
+    assert_eq!(rig.mapped(), 0);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! the kernel's address spaces. Here it works on two in-memory spaces: the software IOMMU, and one that only pins pages.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -42,8 +43,12 @@ struct Spaces {
 pub struct SpaceFaults {
     /// The n-th copy from one space to the other, counted from now, fails with ENOMEM. 0 means no failure.
     pub fail_nth_copy: AtomicU32,
+    /// The n-th copy, and all after it, fail with ENOMEM. 0 means no failure.
+    pub fail_copies_from: AtomicU32,
     /// Mapping in a space without an attached device fails with ENODEV, as with Arm's SMMUv2.
     pub map_needs_attach: AtomicBool,
+    /// The front-end truncates this file as soon as a piece of memory is pinned.
+    pub truncate_after_pin: Mutex<Option<File>>,
     /// Address at which the function writes the byte [`LAST_WRITE`] just before it is unmapped there or detached.
     pub last_write: Mutex<Option<Iova>>,
 }
@@ -106,13 +111,20 @@ impl Steps for Spaces {
         }
         self.cache.pages_migrated(piece.shared, piece.offset, piece.bytes());
         let shared = piece.shared.slice(piece.offset, piece.bytes()).expect("a piece lies in its memory");
-        self.insert(space, piece.span, shared, piece.writable)
+        self.insert(space, piece.span, shared, piece.writable)?;
+        if let Some(file) = lock(&self.faults.truncate_after_pin).take() {
+            file.set_len(0)?;
+        }
+        Ok(())
     }
 
     fn copy(&self, from: Space, to: Space, piece: Piece<'_>) -> io::Result<()> {
         let span = piece.span;
         let count = |left: u32| left.checked_sub(1);
-        if self.faults.fail_nth_copy.fetch_update(SeqCst, SeqCst, count) == Ok(1) {
+        let once = self.faults.fail_nth_copy.fetch_update(SeqCst, SeqCst, count) == Ok(1);
+        let left = |left: u32| (left > 1).then(|| left - 1);
+        let all = self.faults.fail_copies_from.fetch_update(SeqCst, SeqCst, left) == Err(1);
+        if once || all {
             return errno(libc::ENOMEM);
         }
         let found = lock(&self.pinned)[from as usize].get(&span.start()).cloned();

@@ -11,6 +11,10 @@ use std::sync::atomic::Ordering;
 
 use super::worker::WorkerCommand;
 use super::{Engine, EngineError};
+use crate::rate_limited_log::{Limit, SharedLog};
+
+/// A guest can switch it at any time.
+static LOG: SharedLog = SharedLog::with_limit(module_path!(), Limit::CONNECTIONS);
 
 impl Engine {
     /// True if completed writes may stay in a volatile cache until a flush.
@@ -43,7 +47,7 @@ impl Engine {
             }
             self.live.cache_on.store(false, Ordering::Relaxed);
         }
-        log::info!("write cache {}", if on { "on" } else { "off" });
+        LOG.info(|| format!("write cache {}", if on { "on" } else { "off" }));
         Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! All memory of one address space: it is mapped and unmapped piece by piece, and a map that fails halfway is undone. Used
 //! for the kernel's address space and for the emulated one.
 
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use super::ledger::Ledger;
 use super::sequence::{Failed, Piece, Sequence, Steps};
 use crate::addr::{Address, Bytes, Iova, Span};
 use crate::hardware::{MapError, SpaceStatistics};
+use crate::rate_limited_log::SharedLog;
 
 /// See the top of this file.
 pub struct MappedMemory {
@@ -18,6 +20,8 @@ pub struct MappedMemory {
     /// The mapped pieces.
     ledger: Mutex<Ledger>,
     maps: AtomicU64,
+    /// What has failed. A front-end that maps and unmaps can repeat it.
+    problems: SharedLog,
 }
 
 impl MappedMemory {
@@ -25,7 +29,8 @@ impl MappedMemory {
     #[must_use]
     pub fn new(flushing: bool, chunk: u64) -> Self {
         let ledger = Mutex::default();
-        Self { sequence: Sequence::new(flushing), chunk, ledger, maps: AtomicU64::new(0) }
+        let problems = SharedLog::new(module_path!());
+        Self { sequence: Sequence::new(flushing), chunk, ledger, maps: AtomicU64::new(0), problems }
     }
 
     /// See [`AddressSpace::require_flush_before_map`](crate::hardware::AddressSpace::require_flush_before_map).
@@ -48,7 +53,7 @@ impl MappedMemory {
             self.ledger().insert(span);
             if let Err(failed) = self.sequence.map(steps, whole.part(span)) {
                 self.ledger().remove(span);
-                self.roll_back(steps, whole.span);
+                self.roll_back(steps, whole);
                 return Err((span, failed));
             }
             self.maps.fetch_add(1, Relaxed);
@@ -59,13 +64,18 @@ impl MappedMemory {
         Ok(())
     }
 
-    /// Unmaps the pieces of `whole` that are mapped. The device does not know these addresses yet, so it has written nothing
-    /// there, and no flush is needed.
-    fn roll_back(&self, steps: &dyn Steps, whole: Span<Iova>) {
-        for span in self.mapped_pieces(whole) {
-            match steps.unmap(super::sequence::Space::Live, span) {
+    /// Unmaps the pieces of `whole` that are mapped. The guest does not know these addresses yet, but one that drives the device
+    /// can have guessed them. So they are unmapped and flushed as any other memory.
+    fn roll_back(&self, steps: &dyn Steps, whole: Piece<'_>) {
+        for span in self.mapped_pieces(whole.span) {
+            let piece = whole.part(span);
+            let unmapped = match self.sequence.unmap(steps, piece) {
+                Err((_, source)) if is_out_of_memory(&source) => self.sequence.unmap_unpinned(steps, piece),
+                other => other.map_err(|(_, source)| source),
+            };
+            match unmapped {
                 Ok(()) => drop(self.ledger().remove(span)),
-                Err(error) => log::error!("unmap {span}: {error}; it stays mapped"),
+                Err(error) => self.problems.error(|| format!("unmap {span}: {error}; it stays mapped")),
             }
         }
     }
@@ -84,8 +94,7 @@ impl MappedMemory {
             whole,
             |piece| self.sequence.unmap(steps, piece),
             |span, (step, source)| {
-                let out_of_memory = source.raw_os_error() == Some(libc::ENOMEM);
-                if out_of_memory {
+                if is_out_of_memory(&source) {
                     MapError::DeviceMustBeIdle { span }
                 } else {
                     MapError::Kernel { step, span, source }
@@ -99,7 +108,9 @@ impl MappedMemory {
     /// # Errors
     /// [`MapError::Kernel`] with the step that failed.
     pub fn remove_while_idle(&self, steps: &dyn Steps, whole: Piece<'_>) -> Result<(), MapError> {
-        log::warn!("unmap {}: no memory to keep it pinned meanwhile; the device is detached to unmap it", whole.span);
+        let span = whole.span;
+        let why = "no memory to keep it pinned meanwhile; the device is detached to unmap it";
+        self.problems.warn(|| format!("unmap {span}: {why}"));
         let unmap = |piece: Piece<'_>| self.sequence.unmap_detached(steps, piece);
         self.unmap_pieces(whole, unmap, |span, (step, source)| MapError::Kernel { step, span, source })
     }
@@ -133,6 +144,10 @@ impl MappedMemory {
     pub fn order(&self) -> &'static str {
         self.sequence.order()
     }
+}
+
+fn is_out_of_memory(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENOMEM)
 }
 
 /// Reports the progress of a long map once a second: the virtual machine is stalled until it ends.

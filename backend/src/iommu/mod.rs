@@ -128,13 +128,17 @@ impl LiveSpace {
     /// Takes a reacquired device, which is attached to `table` and does no DMA yet.
     ///
     /// # Errors
-    /// The errno of allocating another staging page table.
+    /// The errno of allocating another staging page table, or that memory cannot be flushed.
     pub fn rejoin(&self, table: &PageTable, device: Weak<Cdev>) -> io::Result<()> {
         if let Some(staging) = &self.0.staging {
             let flushable = staging.flushable();
             let staging_table = Some(table.for_staging(&staging.ioas)?);
             *staging.device() = Device { file: device, hwpt: table.id(), staging_table };
             staging.flush_all(&flushable);
+            if flushable.values().any(|(_, shared)| shared.lost_pages() != 0) {
+                staging.device().staging_table = None;
+                return Err(io::Error::other("the front-end has truncated its memory, so it cannot be flushed"));
+            }
         }
         *self.0.released_ranges() = None;
         Ok(())

@@ -15,6 +15,9 @@
 //!                unmap  flush ── UNMAP(V)
 //! ```
 //!
+//! A flush works on this process's view of the file. If the front-end truncates the file after the pin, the view has other pages
+//! than those pinned, which then are not flushed. So a map fails if the view has lost pages by the end of its flush.
+//!
 //! Detached blocks all DMA of the device, so the device must be idle. FlushAfterMap depends on the engine, which uses memory
 //! in a request only after the map has returned, and unmaps it only when no request uses it. In passthrough the guest's
 //! driver decides that, so the map fails instead. A step that fails undoes the steps before it.
@@ -88,6 +91,9 @@ pub trait Steps {
 const FLUSH_BEFORE_MAP: &str =
     "flush before the device can reach it (this IOMMU driver maps memory only for an attached device)";
 
+/// The step that fails if the view has other pages than those that are pinned.
+const FLUSH_THE_PINNED: &str = "flush (the front-end has truncated the file, so the pinned pages cannot be reached)";
+
 /// The step that failed, and its errno.
 pub(super) type Failed = (&'static str, io::Error);
 
@@ -140,7 +146,11 @@ impl Sequence {
         }
         steps.map(Space::Live, piece).map_err(|e| ("pin and map for DMA", e))?;
         self.flush(steps, &self.map_bytes, piece);
-        Ok(())
+        let flushed = all_flushed(piece);
+        if flushed.is_err() {
+            undo(steps.unmap(Space::Live, piece.span), piece.span);
+        }
+        flushed
     }
 
     fn map_staged(&self, steps: &dyn Steps, piece: Piece<'_>) -> Result<(), Failed> {
@@ -148,7 +158,8 @@ impl Sequence {
         self.staged.fetch_add(1, Relaxed);
         steps.map(Space::Staging, piece).map_err(|e| ("pin for DMA", e))?;
         self.flush(steps, &self.map_bytes, piece);
-        let copied = steps.copy(Space::Staging, Space::Live, piece).map_err(|e| ("map for DMA after the flush", e));
+        let copy = || steps.copy(Space::Staging, Space::Live, piece).map_err(|e| ("map for DMA after the flush", e));
+        let copied = all_flushed(piece).and_then(|()| copy());
         let released = steps.unmap(Space::Staging, span).map_err(|e| ("release the staging mapping of", e));
         if copied.is_ok() && released.is_err() {
             undo(steps.unmap(Space::Live, span), span);
@@ -201,6 +212,19 @@ impl Sequence {
         }
     }
 
+    /// Unmaps `piece` where the device may be busy and the kernel lacks the memory for [`Self::unmap`]: the pages are flushed as
+    /// soon as the device can no longer reach them, but no longer pinned. Only for memory of which the guest knows nothing yet.
+    ///
+    /// # Errors
+    /// The errno of the unmap; the device can still reach the piece.
+    pub(super) fn unmap_unpinned(&self, steps: &dyn Steps, piece: Piece<'_>) -> io::Result<()> {
+        steps.unmap(Space::Live, piece.span)?;
+        if self.flushing {
+            self.flush(steps, &self.unmap_bytes, piece);
+        }
+        Ok(())
+    }
+
     fn flush(&self, steps: &dyn Steps, counter: &AtomicU64, piece: Piece<'_>) {
         let start = Instant::now();
         log::trace!("flush {}", piece.span);
@@ -230,6 +254,14 @@ impl Sequence {
             (true, false) => "pinned, flushed, mapped",
             (true, true) => "mapped, flushed, published",
         }
+    }
+}
+
+/// Fails if the view of `piece` has lost pages.
+fn all_flushed(piece: Piece<'_>) -> Result<(), Failed> {
+    match piece.shared.lost_pages() {
+        0 => Ok(()),
+        _ => Err((FLUSH_THE_PINNED, io::Error::from_raw_os_error(libc::EFAULT))),
     }
 }
 

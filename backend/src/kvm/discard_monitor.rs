@@ -13,6 +13,10 @@ use rustix::fs::fstat;
 
 use crate::addr::Bytes;
 use crate::memory::{FileId, MemTable, Region};
+use crate::rate_limited_log::{Limit, SharedLog};
+
+/// A front-end can have many files, and can connect again.
+static ALARMS: SharedLog = SharedLog::with_limit(module_path!(), Limit::CONNECTIONS);
 
 /// Time between two checks: one `fstat` per file and second costs nothing.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -74,7 +78,7 @@ impl DiscardMonitor {
         self.files.retain_mut(|file| {
             let lost = file.update_lost();
             if lost > 0 {
-                log::error!("{}", alarm(&file.regions, lost));
+                ALARMS.error(|| alarm(&file.regions, lost));
                 self.reported.push(file.id());
             }
             lost == 0

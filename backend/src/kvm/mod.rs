@@ -45,6 +45,7 @@ pub(crate) use discard_monitor::DiscardMonitor;
 pub(crate) use shim_link::ShimLink;
 
 use crate::coherency::{Facts, Refusal, Verdict, decide};
+use crate::rate_limited_log::{Limit, SharedLog};
 
 /// The process that runs the VM.
 pub struct Vmm {
@@ -52,6 +53,8 @@ pub struct Vmm {
     registrations: Mutex<RegistrationStatistics>,
     /// The host has the device back, for good: there is nothing left to register or to monitor.
     released: AtomicBool,
+    /// What front-ends cause by connecting.
+    log: SharedLog,
 }
 
 /// The shim's socket, and the device to register with it.
@@ -116,7 +119,8 @@ impl Vmm {
     /// Without `--kvm-socket`: the device is not registered.
     #[must_use]
     pub fn without_shim() -> Self {
-        Self { shim: None, registrations: Mutex::default(), released: AtomicBool::new(false) }
+        let log = SharedLog::with_limit(module_path!(), Limit::CONNECTIONS);
+        Self { shim: None, registrations: Mutex::default(), released: AtomicBool::new(false), log }
     }
 
     /// A process with a shim, which listens as soon as the VM exists.

@@ -16,6 +16,7 @@ use kvm_vfio_shim::{Client, ClientError, Reason, Registration};
 
 use super::{RegistrationError, Shim, Vmm, describe};
 use crate::coherency::Verdict;
+use crate::rate_limited_log::SharedLog;
 use crate::sys::peer_credentials;
 
 /// See the top of this file.
@@ -61,17 +62,17 @@ impl<'d> ShimLink<'d> {
         };
         self.state = match Client::connect(&shim.socket, Client::DEFAULT_TIMEOUT) {
             Ok((client, status)) => {
-                log::info!("{}: KVM shim: {}", shim.device, describe(&status));
+                self.vmm.log.info(|| format!("{}: KVM shim: {}", shim.device, describe(&status)));
                 self.compare_processes(shim, &client);
                 self.new_socket = true;
                 let (state, outcome) = self.register_device(shim, client);
                 if let Err(why) = outcome {
-                    log::warn!("{why}");
+                    self.vmm.log.warn(|| why.to_string());
                 }
                 state
             }
             Err(error @ ClientError::NotListening(..)) => State::Waiting(Some(error)),
-            Err(error) => serve_unregistered(shim, &error),
+            Err(error) => serve_unregistered(shim, &error, &self.vmm.log),
         };
     }
 
@@ -83,7 +84,7 @@ impl<'d> ShimLink<'d> {
         self.register();
         let (Some(shim), false) = (&self.vmm.shim, self.vmm.is_released()) else { return Ok(()) };
         let (state, outcome) = match replace(&mut self.state, State::NoShim) {
-            State::Waiting(Some(error)) => (serve_unregistered(shim, &error), Ok(())),
+            State::Waiting(Some(error)) => (serve_unregistered(shim, &error, &self.vmm.log), Ok(())),
             // The reason for the refusal may no longer exist.
             State::Connected(client, None) => self.register_device(shim, client),
             state => (state, Ok(())),
@@ -130,16 +131,16 @@ impl<'d> ShimLink<'d> {
         self.state = State::Waiting(None);
         self.vmm.count(|registrations| registrations.last = None);
         if front_end_goes {
-            return log::info!("{}: {error}", shim.device);
+            return self.vmm.log.info(|| format!("{}: {error}", shim.device));
         }
         if replace(&mut self.disconnected, true) {
-            self.state = serve_unregistered(shim, &error);
+            self.state = serve_unregistered(shim, &error, &self.vmm.log);
             return;
         }
-        log::warn!("{}: {error}", shim.device);
+        self.vmm.log.warn(|| format!("{}: {error}", shim.device));
         self.register();
         if let State::Waiting(Some(error)) = &self.state {
-            self.state = serve_unregistered(shim, error);
+            self.state = serve_unregistered(shim, error, &self.vmm.log);
         }
     }
 
@@ -150,11 +151,12 @@ impl<'d> ShimLink<'d> {
         match client.unregister(handle) {
             Ok(status) => {
                 self.vmm.count(|registrations| registrations.last = Some(status));
-                log::info!("{}: unregistered: {}", shim.device, describe(&status));
+                self.vmm.log.info(|| format!("{}: unregistered: {}", shim.device, describe(&status)));
             }
             Err(error) => {
                 self.vmm.count(|registrations| registrations.last = None);
-                log::info!("{}: unregistered by the end of the connection: {error}", shim.device);
+                let line = || format!("{}: unregistered by the end of the connection: {error}", shim.device);
+                self.vmm.log.info(line);
             }
         }
     }
@@ -165,41 +167,44 @@ impl<'d> ShimLink<'d> {
         let (Some(listener), Some(front_end)) = (listener, self.front_end) else { return };
         if listener != front_end {
             let (device, socket) = (&shim.device, shim.socket.display());
-            log::warn!(
-                "{device}: process {listener} listens at {socket}, but the front-end is process {front_end}; give the \
-                 --kvm-socket of this VM, unless another process such as libvirt opened the connection for it"
-            );
+            self.vmm.log.warn(|| {
+                format!(
+                    "{device}: process {listener} listens at {socket}, but the front-end is process {front_end}; give the \
+                     --kvm-socket of this VM, unless another process such as libvirt opened the connection for it"
+                )
+            });
         }
     }
 
     fn register_device(&self, shim: &Shim, mut client: Client) -> (State, Result<(), RegistrationError>) {
-        match register(shim, &mut client) {
+        match register(shim, &mut client, &self.vmm.log) {
             Ok((Registration { handle, status }, told)) => {
                 self.vmm.count(|registrations| {
                     registrations.registrations += 1;
                     registrations.told += u64::from(told);
                     registrations.last = Some(status);
                 });
-                log::info!("{}: registered: {}; DMA is {}", shim.device, describe(&status), shim.verdict(told));
+                let (device, status, verdict) = (&shim.device, describe(&status), shim.verdict(told));
+                self.vmm.log.info(|| format!("{device}: registered: {status}; DMA is {verdict}"));
                 (State::Connected(client, Some(handle)), Ok(()))
             }
             Err(RegisterFailure::Refused(why)) => {
                 self.vmm.count(|registrations| registrations.refusals += 1);
                 (State::Connected(client, None), Err(why))
             }
-            Err(RegisterFailure::Unregistered(error)) => (serve_unregistered(shim, &error), Ok(())),
+            Err(RegisterFailure::Unregistered(error)) => (serve_unregistered(shim, &error, &self.vmm.log), Ok(())),
         }
     }
 }
 
-fn serve_unregistered(shim: &Shim, error: &ClientError) -> State {
+fn serve_unregistered(shim: &Shim, error: &ClientError, log: &SharedLog) -> State {
     let (device, verdict) = (&shim.device, shim.verdict(false));
-    log::warn!("{device}: {error}. Guest memory is not kept from being discarded; DMA is {verdict}");
+    log.warn(|| format!("{device}: {error}. Guest memory is not kept from being discarded; DMA is {verdict}"));
     State::NoShim
 }
 
 /// Registers as the verdict requires. True if KVM has been told.
-fn register(shim: &Shim, client: &mut Client) -> Result<(Registration, bool), RegisterFailure> {
+fn register(shim: &Shim, client: &mut Client, log: &SharedLog) -> Result<(Registration, bool), RegisterFailure> {
     let block_discards = |client: &mut Client| match client.register_coherent() {
         Ok(registration) => Ok((registration, false)),
         Err(error) => Err(RegisterFailure::Unregistered(error)),
@@ -216,7 +221,7 @@ fn register(shim: &Shim, client: &mut Client) -> Result<(Registration, bool), Re
     match client.register_non_coherent(&file) {
         Ok(registration) => Ok((registration, true)),
         Err(ClientError::Refused(refused)) if refused.refusal.reason == Reason::NoVm && shim.serves_without_kvm() => {
-            log::warn!("{device}: there is no KVM to tell: {refused}");
+            log.warn(|| format!("{device}: there is no KVM to tell: {refused}"));
             block_discards(client)
         }
         Err(ClientError::Refused(refused)) => {

@@ -4,14 +4,18 @@
 //! Regions are validated by [`Region::map`], sorted by guest physical address, and disjoint both in guest physical and in
 //! front-end virtual addresses. This module does not depend on the IOMMU.
 
+mod error;
+mod file;
 mod plan;
 mod region;
 
 use std::fmt;
 use std::sync::Arc;
 
+pub use error::RegionError;
+pub use file::FileId;
 pub use plan::Plan;
-pub use region::{FileId, Region, RegionError, RegionSpec};
+pub use region::{Region, RegionSpec};
 
 use crate::addr::{Address, Gpa, Iova, Qva, Span};
 use crate::sys::SharedMemory;
@@ -31,14 +35,14 @@ impl MemTable {
         regions.sort_by_key(|region| region.gpa().start());
         for pair in regions.windows(2) {
             if pair[0].gpa().overlaps(&pair[1].gpa()) {
-                return Err(RegionError::overlap(&pair[0], &pair[1]));
+                return Err(RegionError::Overlap { added: pair[0].gpa(), other: pair[1].gpa() });
             }
         }
         let mut by_qva: Vec<_> = regions.iter().collect();
         by_qva.sort_by_key(|region| region.qva().start());
         for pair in by_qva.windows(2) {
             if pair[0].qva().overlaps(&pair[1].qva()) {
-                return Err(RegionError::overlap(pair[0], pair[1]));
+                return Err(RegionError::Overlap { added: pair[0].gpa(), other: pair[1].gpa() });
             }
         }
         Ok(Self { regions })

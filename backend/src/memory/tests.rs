@@ -15,6 +15,12 @@ fn memory(bytes: u64) -> Arc<File> {
     Arc::new(File::from(fd))
 }
 
+/// The same file, open for reading only.
+fn read_only(file: &File) -> Arc<File> {
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file));
+    Arc::new(File::open(path).unwrap())
+}
+
 fn spec(file: &Arc<File>, gpa: u64, len: u64, qva: u64, offset: u64) -> RegionSpec {
     RegionSpec { gpa: Span::new(Gpa(gpa), len).unwrap(), qva: Qva(qva), offset, file: Arc::clone(file) }
 }
@@ -89,22 +95,55 @@ mod a_region {
     }
 
     #[test]
-    fn that_is_not_a_regular_file_is_refused_with_its_type() {
+    fn that_is_not_a_file_is_refused_with_what_it_is() {
         let (pipe, _writer) = rustix::pipe::pipe().unwrap();
         let directory = File::open("/").unwrap();
         let device = File::open("/dev/zero").unwrap();
-        for (fd, name) in [(pipe, "Fifo"), (directory.into(), "Directory"), (device.into(), "CharacterDevice")] {
+        for (fd, name) in [(pipe, "\"pipe:["), (directory.into(), "\"/\""), (device.into(), "\"/dev/zero\"")] {
             let message = map_error(spec(&Arc::new(File::from(fd)), 0, PAGE, 0, 0));
             assert!(message.contains(name), "{message}");
         }
     }
 
     #[test]
-    fn that_cannot_be_written_is_refused_with_its_errno() {
+    fn whose_file_system_need_not_answer_is_refused_before_it_is_asked() {
+        // `fstat` of this file gives size 0. To be refused for that, it would have been asked.
+        let procfs = Arc::new(File::open("/proc/self/maps").unwrap());
+        let message = map_error(spec(&procfs, 0, PAGE, 0, 0));
+        assert!(message.contains("/maps\", not of a file in memory"), "{message}");
+        assert!(matches!(FileId::of(&procfs, Span::new(Gpa(0), PAGE).unwrap()), Err(RegionError::NotMemory { .. })));
+    }
+
+    #[test]
+    fn that_the_device_may_not_write_needs_a_descriptor_for_reading_only() {
         let file = memory(PAGE);
-        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&*file));
-        let read_only = Arc::new(File::open(path).unwrap());
-        match Region::map(spec(&read_only, 0, PAGE, 0, 0)) {
+        rustix::io::pwrite(&*file, b"rom", 0).unwrap();
+
+        let region = Region::map_piece(spec(&read_only(&file), 0, PAGE, 0, 0), false).unwrap();
+
+        let mut seen = [0; 3];
+        region.memory().copy_to(0, &mut seen);
+        assert_eq!((&seen, region.writable()), (b"rom", false));
+    }
+
+    #[test]
+    fn shares_the_descriptor_of_another_with_the_same_file_and_access() {
+        let file = memory(2 * PAGE);
+        let regions = [region(&file, 0, PAGE, 0, 0)];
+        let mut again = spec(&Arc::new(file.try_clone().unwrap()), PAGE, PAGE, PAGE, PAGE);
+        let mut for_reading = spec(&read_only(&file), PAGE, PAGE, PAGE, PAGE);
+        let mut other = spec(&memory(2 * PAGE), PAGE, PAGE, PAGE, PAGE);
+
+        for spec in [&mut again, &mut for_reading, &mut other] {
+            spec.share_file(regions.iter()).unwrap();
+        }
+
+        assert_eq!([again, for_reading, other].map(|spec| Arc::ptr_eq(&spec.file, &file)), [true, false, false]);
+    }
+
+    #[test]
+    fn that_cannot_be_written_is_refused_with_its_errno() {
+        match Region::map(spec(&read_only(&memory(PAGE)), 0, PAGE, 0, 0)) {
             Err(RegionError::Kernel { call: "mmap", source, .. }) => {
                 assert_eq!(source.raw_os_error(), Some(libc::EACCES));
             }
@@ -146,6 +185,20 @@ mod a_region {
         region.memory().write_u8(2 * page, 9);
         assert_eq!(read(2), 9, "a private page of this process");
         assert!(lost_pages() >= before + 2);
+    }
+
+    #[test]
+    fn of_which_every_other_page_is_lost_does_not_exhaust_the_mappings_of_this_process() {
+        // Each replaced page alone would be a mapping, and so would each that has not been accessed (vm.max_map_count).
+        let pages = 2 * 40_000;
+        let file = memory(pages * PAGE);
+        let region = region(&file, 0, pages * PAGE, 0, 0);
+        ftruncate(&*file, 0).unwrap();
+
+        let read = (0..pages).step_by(2).map(|n| region.memory().read_u8((n * PAGE) as usize));
+
+        assert!(read.into_iter().all(|byte| byte == 0));
+        assert!(region.memory().lost_pages() < 20_000);
     }
 
     #[test]

@@ -1,9 +1,12 @@
 //! The virtual machine's memory as the device reaches it: one region for each DMA map, at the IOVA that the virtual machine
-//! monitor requests, which is the guest physical address.
+//! monitor requests. Without a virtual IOMMU that is the guest physical address.
 //!
 //! Not everything in a guest's address space can be mapped: ROMs, and memory of other devices, come without a file. Such maps
 //! are accepted and recorded, because QEMU expects them to succeed as with kernel VFIO, but not mapped: DMA there faults in
 //! the IOMMU.
+//!
+//! An unmap names a range, and removes each map that lies in it, as kernel VFIO does: behind a virtual IOMMU, QEMU unmaps a
+//! range without knowing what is mapped there. It changes nothing if a map lies in the range only in part.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,10 +14,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::addr::{Address, Gpa, Qva, Span};
-use crate::hardware::AddressSpace;
-use crate::memory::{Region, RegionSpec};
+use crate::hardware::{AddressSpace, MapError};
+use crate::memory::{FileId, Region, RegionSpec};
 
 use super::PassthroughError;
+use super::logs::Logs;
 
 /// The IOMMU's smallest page, bytes.
 const PAGE: u64 = 4096;
@@ -53,13 +57,14 @@ impl Mapped {
 /// See the top of this file.
 pub(crate) struct DmaMaps<'d> {
     space: &'d dyn AddressSpace,
+    logs: &'d Logs,
     maps: BTreeMap<u64, Mapped>,
     unreachable_logged: bool,
 }
 
 impl<'d> DmaMaps<'d> {
-    pub(super) fn new(space: &'d dyn AddressSpace) -> Self {
-        Self { space, maps: BTreeMap::new(), unreachable_logged: false }
+    pub(super) fn new(space: &'d dyn AddressSpace, logs: &'d Logs) -> Self {
+        Self { space, logs, maps: BTreeMap::new(), unreachable_logged: false }
     }
 
     /// The number of maps, unreachable ones included.
@@ -93,49 +98,87 @@ impl<'d> DmaMaps<'d> {
         let start = Instant::now();
         // vfio-user has no front-end virtual addresses. A region needs a unique one, and the GPA is unique.
         let qva = Qva(gpa.start().raw());
-        let spec = RegionSpec { gpa, qva, offset, file: Arc::new(file) };
+        let mut spec = RegionSpec { gpa, qva, offset, file: Arc::new(file) };
+        spec.share_file(self.regions())?;
         let region = Arc::new(Region::map_piece(spec, writable)?);
         self.space.add(&region)?;
         let took = start.elapsed();
         let kib = self.space.statistics().mapped / 1024;
         let access = if writable { "" } else { " read-only" };
-        log::info!("DMA map {gpa}{access} in {} ms; {kib} KiB in all", took.as_millis());
+        self.logs.maps.info(|| format!("DMA map {gpa}{access} in {} ms; {kib} KiB in all", took.as_millis()));
         if took >= SLOW {
-            log::warn!(
-                "DMA map {gpa} took {} ms; QEMU gives up after x-msg-timeout (5000 ms by default): use huge pages or \
-                 prealloc=on on its memory backend to make this faster, or a larger x-msg-timeout",
-                took.as_millis()
-            );
+            self.logs.problems.warn(|| {
+                format!(
+                    "DMA map {gpa} took {} ms; QEMU gives up after x-msg-timeout (5000 ms by default): use huge pages or \
+                     prealloc=on on its memory backend to make this faster, or a larger x-msg-timeout",
+                    took.as_millis()
+                )
+            });
         }
         Ok(region)
     }
 
+    /// True if something of this file is mapped.
+    pub(crate) fn has_file(&self, id: FileId) -> bool {
+        self.regions().any(|region| region.id() == id)
+    }
+
+    fn regions(&self) -> impl Iterator<Item = &Arc<Region>> {
+        self.maps.values().filter_map(|mapped| match mapped {
+            Mapped::Region(region) => Some(region),
+            Mapped::Unreachable(_) => None,
+        })
+    }
+
     fn unreachable(&mut self, span: Span<Gpa>) -> Mapped {
         if !std::mem::replace(&mut self.unreachable_logged, true) {
-            log::info!(
-                "DMA map {span} comes without a file: a ROM or another device's memory. The device cannot reach it; \
-                 DMA there faults in the IOMMU. Further maps without a file are not logged"
-            );
+            self.logs.grants.info(|| {
+                format!(
+                    "DMA map {span} comes without a file: a ROM or another device's memory. The device cannot reach it; \
+                     DMA there faults in the IOMMU. Further maps without a file are not logged"
+                )
+            });
         }
         Mapped::Unreachable(span)
     }
 
-    /// Removes the map of exactly this address and size.
+    /// Removes every map in the range, in ascending order. If one cannot be removed, it and those after it stay.
     pub(crate) fn unmap(&mut self, address: u64, size: u64) -> Result<(), PassthroughError> {
-        let found = self.maps.get(&address).filter(|mapped| mapped.span().len() == size);
-        let mapped = found.ok_or(PassthroughError::NotMapped { address, size })?;
-        if let Mapped::Region(region) = mapped {
-            self.space.remove(region)?;
-            log::info!("DMA unmap {}; {} KiB left", region.gpa(), self.space.statistics().mapped / 1024);
+        let not_mapped = PassthroughError::NotMapped { address, size };
+        let Some(range) = Span::new(Gpa::from_raw(address), size) else { return Err(not_mapped) };
+        let found = self.overlapping(range);
+        if let Some(mapped) = found.iter().find(|mapped| !range.covers(mapped)) {
+            return Err(PassthroughError::Cut { range, mapped: *mapped });
         }
-        self.maps.remove(&address);
+        if found.is_empty() { Err(not_mapped) } else { self.unmap_each(&found) }
+    }
+
+    /// Removes all maps, as [`Self::unmap`].
+    pub(crate) fn unmap_everything(&mut self) -> Result<(), PassthroughError> {
+        let all: Vec<_> = self.maps.values().map(Mapped::span).collect();
+        self.unmap_each(&all)
+    }
+
+    fn unmap_each(&mut self, spans: &[Span<Gpa>]) -> Result<(), PassthroughError> {
+        for (done, span) in spans.iter().enumerate() {
+            self.unmap_one(*span).map_err(|source| PassthroughError::StaysMapped {
+                span: *span,
+                after: spans.len() - done - 1,
+                source,
+            })?;
+        }
         Ok(())
     }
 
-    /// Removes all maps; stops at the first error.
-    pub(crate) fn unmap_each(&mut self) -> Result<(), PassthroughError> {
-        let all: Vec<_> = self.maps.values().map(Mapped::span).collect();
-        all.into_iter().try_for_each(|span| self.unmap(span.start().raw(), span.len()))
+    /// Removes the map of exactly `span`, which exists.
+    fn unmap_one(&mut self, span: Span<Gpa>) -> Result<(), MapError> {
+        let address = span.start().raw();
+        if let Some(Mapped::Region(region)) = self.maps.get(&address) {
+            self.space.remove(region)?;
+            self.logs.maps.info(|| format!("DMA unmap {span}; {} KiB left", self.space.statistics().mapped / 1024));
+        }
+        self.maps.remove(&address);
+        Ok(())
     }
 
     /// Removes all maps; errors are only logged. The device must do no DMA any more.
@@ -144,11 +187,11 @@ impl<'d> DmaMaps<'d> {
             let Mapped::Region(region) = mapped else { continue };
             let removed = match self.space.remove(&region) {
                 // Bus master is off, so the device is idle.
-                Err(crate::hardware::MapError::DeviceMustBeIdle { .. }) => self.space.remove_while_idle(&region),
+                Err(MapError::DeviceMustBeIdle { .. }) => self.space.remove_while_idle(&region),
                 other => other,
             };
             if let Err(error) = removed {
-                log::error!("DMA unmap {}: {error}; it stays mapped", region.gpa());
+                self.logs.problems.error(|| format!("DMA unmap {}: {error}; it stays mapped", region.gpa()));
             }
         }
     }
@@ -157,6 +200,14 @@ impl<'d> DmaMaps<'d> {
     fn conflict(&self, span: Span<Gpa>) -> Option<Span<Gpa>> {
         let before = self.maps.range(..=span.last().raw()).next_back().map(|(_, mapped)| mapped.span());
         before.filter(|mapped| mapped.overlaps(&span))
+    }
+
+    /// All maps that overlap `span`, in ascending order.
+    fn overlapping(&self, span: Span<Gpa>) -> Vec<Span<Gpa>> {
+        let descending = self.maps.range(..=span.last().raw()).rev().map(|(_, mapped)| mapped.span());
+        let mut found: Vec<_> = descending.take_while(|mapped| mapped.overlaps(&span)).collect();
+        found.reverse();
+        found
     }
 }
 

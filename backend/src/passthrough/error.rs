@@ -4,7 +4,7 @@ use std::io;
 
 use crate::addr::{Gpa, Span};
 use crate::coherency::Verdict;
-use crate::eventfd::EventfdError;
+use crate::foreign_fd::NotAnEventfd;
 use crate::hardware::{Function, MapError};
 use crate::memory::RegionError;
 use crate::whole_function::REQUEST_IRQ;
@@ -117,7 +117,7 @@ pub enum PassthroughError {
         /// The vector.
         vector: u32,
         /// What it is.
-        source: EventfdError,
+        source: NotAnEventfd,
     },
     /// The host does not have that many vectors.
     #[error(
@@ -153,13 +153,33 @@ pub enum PassthroughError {
         /// The mapping that it overlaps.
         mapped: Span<Gpa>,
     },
-    /// There is no mapping of exactly that address and size.
-    #[error("DMA unmap at {address:#x} of {size} bytes: no such mapping")]
+    /// There is no mapping in that range.
+    #[error("DMA unmap at {address:#x} of {size} bytes: nothing is mapped there")]
     NotMapped {
         /// I/O virtual address.
         address: u64,
         /// Bytes.
         size: u64,
+    },
+    /// A mapping lies in the range to unmap only in part.
+    #[error(
+        "DMA unmap {range}: would cut through {mapped}, which can only be unmapped as a whole; nothing is unmapped"
+    )]
+    Cut {
+        /// The range to unmap.
+        range: Span<Gpa>,
+        /// The mapping that it cuts.
+        mapped: Span<Gpa>,
+    },
+    /// One of the mappings could not be unmapped; those before it have been.
+    #[error("DMA unmap {span}: {source}; it stays mapped, and so do {after} mapping(s) after it")]
+    StaysMapped {
+        /// The mapping.
+        span: Span<Gpa>,
+        /// Mappings of the same request that have not been tried.
+        after: usize,
+        /// Why.
+        source: MapError,
     },
     /// The limit on DMA maps is reached.
     #[error("at most {0} DMA maps are possible; the virtual machine's memory must be mapped in fewer pieces")]
@@ -205,11 +225,13 @@ impl PassthroughError {
                 reason.chain().find_map(|error| error.downcast_ref::<io::Error>()?.raw_os_error()).unwrap_or(libc::EIO)
             }
             Self::Region { .. } | Self::Vectors { .. } | Self::Range { .. } => libc::EINVAL,
-            Self::Eventfd { source, .. } => source.errno(),
+            Self::Eventfd { .. } => libc::EINVAL,
             Self::NoVectors { .. } => libc::ENOSPC,
             Self::Request => libc::EINVAL,
             Self::Exists { .. } => libc::EEXIST,
             Self::NotMapped { .. } => libc::ENOENT,
+            Self::Cut { .. } => libc::EINVAL,
+            Self::StaysMapped { source, .. } => map_errno(source),
             Self::TooManyMaps(_) => libc::ENOSPC,
             Self::NotShared(_) | Self::Private(_) => libc::EINVAL,
             Self::Memory(RegionError::Kernel { source, .. }) => of(source),

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use vfio_bindings::bindings::vfio::VFIO_IRQ_INFO_NORESIZE;
 
 use crate::eventfd;
+use crate::foreign_fd::check_eventfd;
 use crate::rate_limited_log::RateLimitedLog;
 use crate::whole_function::{IRQS, IrqAction, IrqData, IrqInfo, IrqSet, REQUEST_IRQ, WholeFunction};
 
@@ -71,7 +72,7 @@ impl<'d> Interrupts<'d> {
             return Err(PassthroughError::Vectors { index, start, count, available });
         }
         for (vector, fd) in (start..).zip(&fds) {
-            eventfd::check(fd).map_err(|source| PassthroughError::Eventfd { index, vector, source })?;
+            check_eventfd(fd).map_err(|source| PassthroughError::Eventfd { index, vector, source })?;
         }
         let eventfds = matches!(set.data, IrqData::Eventfds(_));
         match (index, set.action) {

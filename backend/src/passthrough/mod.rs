@@ -19,6 +19,7 @@ mod config_space;
 mod dma_maps;
 mod error;
 mod interrupts;
+mod logs;
 mod reacquire;
 mod regions;
 mod replaceable_function;
@@ -39,6 +40,7 @@ use crate::whole_function::{REQUEST_IRQ, WholeFunction};
 pub(crate) use config_space::ConfigSpace;
 pub(crate) use dma_maps::{DmaMap, DmaMaps};
 pub(crate) use interrupts::Interrupts;
+use logs::Logs;
 pub(crate) use regions::Regions;
 use replaceable_function::ReplaceableFunction;
 
@@ -57,6 +59,7 @@ pub struct Passthrough {
     reacquire: Option<ReacquireFn>,
     /// The process that was given the device's own file last, for the log.
     given_to: Mutex<Option<u32>>,
+    logs: Logs,
 }
 
 impl Passthrough {
@@ -81,8 +84,8 @@ impl Passthrough {
             );
         }
         space.require_flush_before_map();
-        let (function, given_to) = (ReplaceableFunction::new(function), Mutex::default());
-        Ok(Self { function, space, bars, facts, has_vfio_file, request, reacquire: None, given_to })
+        let (function, given_to, logs) = (ReplaceableFunction::new(function), Mutex::default(), Logs::new());
+        Ok(Self { function, space, bars, facts, has_vfio_file, request, reacquire: None, given_to, logs })
     }
 
     /// Lets a function be served again whose own file was handed out. `reacquire` must attach it to the same address space.
@@ -138,8 +141,8 @@ impl Passthrough {
             owner: self,
             config,
             interrupts: Interrupts::new(&self.function),
-            regions: Regions::new(&self.function, self.bars),
-            maps: DmaMaps::new(&*self.space),
+            regions: Regions::new(&self.function, self.bars, &self.logs),
+            maps: DmaMaps::new(&*self.space, &self.logs),
         };
         assignment.quiesce().map_err(PassthroughError::function(&self.function, "stop DMA and reset"))?;
         assignment.config.verify()?;
@@ -196,7 +199,7 @@ impl Assignment<'_> {
     fn stop(&mut self) {
         let function = &self.owner.function;
         if let Err(error) = self.quiesce() {
-            log::warn!("{}: stop DMA and reset: {error}", function.name());
+            self.owner.logs.problems.warn(|| format!("{}: stop DMA and reset: {error}", function.name()));
         }
         self.interrupts.release();
         self.maps.unmap_all();

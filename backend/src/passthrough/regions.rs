@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use crate::whole_function::{CONFIG_REGION, REGIONS, RegionInfo, RegionMmap, WholeFunction};
 
 use super::PassthroughError;
+use super::logs::Logs;
 
 /// `--bars`: how the guest reaches the registers of a function.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,13 +22,14 @@ pub enum BarAccess {
 pub(crate) struct Regions<'d> {
     function: &'d dyn WholeFunction,
     bars: BarAccess,
+    logs: &'d Logs,
     /// Regions whose descriptor has been given to the virtual machine monitor, and logged.
     given: BTreeSet<u32>,
 }
 
 impl<'d> Regions<'d> {
-    pub(super) fn new(function: &'d dyn WholeFunction, bars: BarAccess) -> Self {
-        Self { function, bars, given: BTreeSet::new() }
+    pub(super) fn new(function: &'d dyn WholeFunction, bars: BarAccess, logs: &'d Logs) -> Self {
+        Self { function, bars, logs, given: BTreeSet::new() }
     }
 
     /// Size and access of a region; all zero if the function does not have it.
@@ -47,7 +49,9 @@ impl<'d> Regions<'d> {
         {
             let parts =
                 if areas.is_empty() { "all of it".to_owned() } else { format!("{} part(s) of it", areas.len()) };
-            log::info!("{}: BAR {index}: the front-end may map {parts}; it was given {rights}", self.function.name());
+            let name = self.function.name();
+            let line = || format!("{name}: BAR {index}: the front-end may map {parts}; it was given {rights}");
+            self.logs.grants.info(line);
         }
         Ok(mmap)
     }

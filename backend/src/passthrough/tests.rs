@@ -311,8 +311,33 @@ fn read_only_maps_stay_read_only_and_overlaps_are_refused() {
     assert!(machine.iommu().read(Iova(0x1000), &mut [0]).is_ok());
     let overlaps = assignment.maps.map(map(&guest, 0x2000, 0x1000, true));
     assert!(matches!(overlaps, Err(PassthroughError::Exists { .. })));
-    let unknown = assignment.maps.unmap(0x1000, 0x1000);
-    assert!(matches!(unknown, Err(PassthroughError::NotMapped { .. })));
+    let cut = assignment.maps.unmap(0x1000, 0x1000);
+    assert!(matches!(cut, Err(PassthroughError::Cut { .. })));
+    assert!(machine.iommu().read(Iova(0x1000), &mut [0]).is_ok());
+}
+
+#[test]
+fn a_range_is_unmapped_up_to_the_first_map_that_cannot_be() {
+    let machine = machine();
+    let device = passthrough(&machine, Policy::Allow);
+    let mut assignment = device.assign().unwrap();
+    let guest = memory(0x1000);
+    for address in [0x1000, 0x3000, 0x5000, 0x7000] {
+        assignment.maps.map(map(&guest, address, 0x1000, true)).unwrap();
+    }
+    machine.space_faults().unwrap().fail_nth_copy.store(2, SeqCst);
+
+    let error = assignment.maps.unmap(0, 0x10000).unwrap_err();
+
+    assert_eq!(error.errno(), libc::ENOMEM);
+    assert!(error.to_string().contains("stays mapped, and so do 2"), "{error}");
+    assert_eq!(
+        machine.iommu().mapped().iter().map(|span| span.start().0).collect::<Vec<_>>(),
+        [0x3000, 0x5000, 0x7000]
+    );
+    assignment.maps.unmap(0, 0x10000).unwrap();
+    let found = machine.stale_lines();
+    assert_eq!((device.space().statistics().mapped, found.at_map, found.at_unpin), (0, 0, 0));
 }
 
 #[test]

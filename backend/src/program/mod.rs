@@ -2,6 +2,7 @@
 //! (`origin.rs`) with a protocol. Only the program knows all combinations; the modules of the library are independent.
 
 pub(crate) mod block;
+pub(crate) mod limits;
 pub(crate) mod origin;
 pub(crate) mod whole;
 

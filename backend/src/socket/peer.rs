@@ -5,10 +5,19 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use crate::addr::Qva;
 use crate::memory::FileId;
 use crate::sys::{Credentials, peer_credentials};
+
+/// Time-out for `/proc/PID/maps`. The kernel takes the lock of that process's address space, and the process can hold it while
+/// a file system that it serves itself does not answer.
+const MAPS_TIMEOUT: Duration = Duration::from_secs(1);
+/// Questions that may be without an answer. Beyond them none is asked.
+const MAX_UNANSWERED: usize = 64;
 
 /// The process at the other end of a socket.
 pub(crate) struct Peer {
@@ -34,8 +43,9 @@ impl Peer {
     /// such memory, although the guest's writes to it reach neither this process nor the device.
     pub(crate) fn maps_privately(&self, file: FileId, address: Option<Qva>) -> bool {
         let Some(pid) = self.credentials.pid else { return false };
-        // The file is not readable for another user's process, or from another PID namespace: the mapping counts as shared.
-        fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| match address {
+        // Not readable for another user's process, or from another PID namespace: then the mapping counts as shared.
+        let maps = ask(MAPS_TIMEOUT, move || fs::read_to_string(format!("/proc/{pid}/maps")));
+        maps.is_some_and(|maps| match address {
             Some(address) => is_private(&maps, file.inode(), address),
             None => is_private_everywhere(&maps, &file.to_string()),
         })
@@ -49,6 +59,24 @@ impl fmt::Display for Peer {
             None => write!(f, "{} (pid not visible from here, uid {})", self.name, self.credentials.uid),
         }
     }
+}
+
+/// Asks `question` on a thread of its own, which is left behind if there is no answer in time.
+fn ask(limit: Duration, question: impl FnOnce() -> io::Result<String> + Send + 'static) -> Option<String> {
+    static UNANSWERED: AtomicUsize = AtomicUsize::new(0);
+    if UNANSWERED.fetch_add(1, Relaxed) >= MAX_UNANSWERED {
+        UNANSWERED.fetch_sub(1, Relaxed);
+        return None;
+    }
+    let (sender, answer) = channel();
+    let asking = std::thread::Builder::new().name("peer".into()).spawn(move || {
+        let _ = sender.send(question());
+        UNANSWERED.fetch_sub(1, Relaxed);
+    });
+    if asking.is_err() {
+        UNANSWERED.fetch_sub(1, Relaxed);
+    }
+    answer.recv_timeout(limit).ok()?.ok()
 }
 
 /// True if `/proc/PID/maps` (proc(5): `start-end perms offset dev inode path`) has a private mapping of `inode` at `address`.
@@ -109,6 +137,13 @@ mod tests {
         assert!(!is_private_everywhere(MAPS, "00:01 1034"), "shared");
         assert!(!is_private_everywhere(MAPS, "00:02 1035"), "another device");
         assert!(!is_private_everywhere(&MAPS.replace("1035", "1034"), "00:01 1034"), "both");
+    }
+
+    #[test]
+    fn a_peer_that_does_not_answer_is_not_waited_for() {
+        let (_never, blocked) = channel::<String>();
+        assert_eq!(ask(Duration::from_millis(1), move || blocked.recv().map_err(io::Error::other)), None);
+        assert_eq!(ask(Duration::from_secs(20), || Ok("maps".into())), Some("maps".into()));
     }
 
     #[test]

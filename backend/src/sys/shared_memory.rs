@@ -5,6 +5,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::io;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -12,7 +13,7 @@ use std::sync::{Arc, Weak};
 use vm_memory::MmapRegion;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::sigbus::Watch;
+use super::sigbus::{Watch, lost_pages_at};
 
 mod array;
 
@@ -56,15 +57,23 @@ impl SharedMemory {
     /// Like [`Self::of`], for a file mapping whose file may be truncated. Lost pages then read as zero. `page` is the page
     /// size of the mapping in bytes.
     ///
+    /// # Errors
+    /// ENOSPC if too many mappings are watched, or the errno of installing the SIGBUS handler.
+    ///
     /// # Panics
     /// As [`Self::of`].
-    #[must_use]
-    pub fn of_truncatable(region: MmapRegion<()>, page: usize) -> Self {
+    pub fn of_truncatable(region: MmapRegion<()>, page: usize) -> io::Result<Self> {
         let base = NonNull::new(region.as_ptr()).expect("mmap never returns address zero");
         let len = region.size();
-        let watch = Watch::new(base.as_ptr() as usize, len, page);
+        let watch = Watch::new(base.as_ptr() as usize, len, page)?;
         // The watch is dropped before the mapping: afterwards the addresses may belong to another mapping.
-        Self { base, len, _owner: Arc::new((watch, region)) }
+        Ok(Self { base, len, _owner: Arc::new((watch, region)) })
+    }
+
+    /// Number of pages of the whole mapping that were lost, because its file was truncated, and accessed since.
+    #[must_use]
+    pub fn lost_pages(&self) -> usize {
+        lost_pages_at(self.base.as_ptr() as usize)
     }
 
     /// A view of `len` bytes at `offset`; `None` if they are not all inside.

@@ -3,28 +3,51 @@
 //! handler therefore replaces each such page with a private zero page on first access. The old contents are lost anyway, and
 //! a ring of zeroes is handled like any other broken ring.
 //!
+//! Each page that is replaced alone can split a mapping into three, of which the kernel allows a process 65530
+//! (`vm.max_map_count`). So after [`MAX_ALONE`] pages the whole mapping is replaced.
+//!
 //! The handler reads a fixed table of atomics and makes one system call. Both are async-signal-safe (signal-safety(7)). A
 //! SIGBUS from any other address gets the default action.
 
 use std::fmt;
 use std::io;
-use std::sync::Once;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Size of the table. Further mappings are not watched; a front-end has at most 509 regions.
-const MAX_WATCHED: usize = 1024;
+/// Size of the table, in mappings. More cannot be made. A whole function has at most 4096 maps, a disk 509 regions; tests
+/// have several of both in one process.
+pub const MAX_WATCHED: usize = 16384;
+
+/// Pages that are replaced one by one, in all watched mappings together.
+const MAX_ALONE: usize = 8192;
 
 /// A watched mapping. The slot is free while `start` is zero.
 struct Slot {
     start: AtomicUsize,
     end: AtomicUsize,
     page: AtomicUsize,
+    /// Pages replaced.
+    lost: AtomicUsize,
 }
 
-static TABLE: [Slot; MAX_WATCHED] =
-    [const { Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), page: AtomicUsize::new(0) } }; MAX_WATCHED];
+impl Slot {
+    const fn free() -> Self {
+        let [start, end, page, lost] = [const { AtomicUsize::new(0) }; 4];
+        Self { start, end, page, lost }
+    }
+
+    fn contains(&self, address: usize) -> bool {
+        let start = self.start.load(Ordering::Acquire);
+        start > 1 && start <= address && address < self.end.load(Ordering::Relaxed)
+    }
+}
+
+static TABLE: [Slot; MAX_WATCHED] = [const { Slot::free() }; MAX_WATCHED];
 static LOST: AtomicUsize = AtomicUsize::new(0);
-static HANDLER: Once = Once::new();
+/// Pages replaced in the mappings that are watched now.
+static ALONE: AtomicUsize = AtomicUsize::new(0);
+/// The errno of installing the handler; 0 if it is installed.
+static HANDLER: OnceLock<i32> = OnceLock::new();
 
 /// Number of pages replaced since the process started.
 #[must_use]
@@ -45,36 +68,44 @@ impl fmt::Display for LostPages {
     }
 }
 
-/// Watches a mapping until dropped. `None` if the table was full.
-pub(super) struct Watch(Option<&'static Slot>);
+/// Number of pages replaced in the watched mapping that contains `address`; 0 if there is none.
+pub(super) fn lost_pages_at(address: usize) -> usize {
+    TABLE.iter().find(|slot| slot.contains(address)).map_or(0, |slot| slot.lost.load(Ordering::Relaxed))
+}
+
+/// Watches a mapping until dropped.
+pub(super) struct Watch(&'static Slot);
 
 impl Watch {
     /// Watches `len` bytes at `start`, mapped in pages of `page` bytes.
-    pub(super) fn new(start: usize, len: usize, page: usize) -> Self {
-        HANDLER.call_once(|| {
-            if let Err(error) = install() {
-                log::error!(
-                    "install the SIGBUS handler: {error}; a front-end that truncates its memory kills this process"
-                );
-            }
-        });
-        // No mapping starts at address 1: the value reserves the slot, and the handler ignores it until `start` is stored.
-        let reserve = |slot: &&Slot| slot.start.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok();
-        let slot = TABLE.iter().find(reserve);
-        if let Some(slot) = slot {
-            slot.end.store(start + len, Ordering::Relaxed);
-            slot.page.store(page, Ordering::Relaxed);
-            slot.start.store(start, Ordering::Release);
+    ///
+    /// # Errors
+    /// ENOSPC if the table is full, or the errno of installing the handler: the mapping must not be used then, because whoever
+    /// shortens its file would end this process.
+    pub(super) fn new(start: usize, len: usize, page: usize) -> io::Result<Self> {
+        let errno =
+            *HANDLER.get_or_init(|| install().map_or_else(|error| error.raw_os_error().unwrap_or(libc::EIO), |()| 0));
+        if errno != 0 {
+            return Err(io::Error::from_raw_os_error(errno));
         }
-        Self(slot)
+        // No mapping starts at address 1: the value reserves the slot, and the handler ignores it until `start` is stored.
+        let reserve = |slot: &&Slot| {
+            let free = slot.start.load(Ordering::Relaxed) == 0;
+            free && slot.start.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        };
+        let slot = TABLE.iter().find(reserve).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOSPC))?;
+        slot.end.store(start + len, Ordering::Relaxed);
+        slot.page.store(page, Ordering::Relaxed);
+        slot.lost.store(0, Ordering::Relaxed);
+        slot.start.store(start, Ordering::Release);
+        Ok(Self(slot))
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        if let Some(slot) = self.0 {
-            slot.start.store(0, Ordering::Release);
-        }
+        ALONE.fetch_sub(self.0.lost.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.0.start.store(0, Ordering::Release);
     }
 }
 
@@ -93,20 +124,20 @@ fn install() -> io::Result<()> {
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo_t, and SIGBUS sets its address field.
     let (address, code) = unsafe { ((*info).si_addr() as usize, (*info).si_code) };
-    let contains = |slot: &&Slot| {
-        let start = slot.start.load(Ordering::Acquire);
-        start > 1 && start <= address && address < slot.end.load(Ordering::Relaxed)
-    };
     // Only BUS_ADRERR: a hardware memory error (BUS_MCEERR_*) does not mean that the file was truncated.
-    if let Some(slot) = TABLE.iter().find(contains).filter(|_| code == libc::BUS_ADRERR) {
+    if let Some(slot) = TABLE.iter().find(|slot| slot.contains(address)).filter(|_| code == libc::BUS_ADRERR) {
         let page = slot.page.load(Ordering::Relaxed);
         let (protection, flags) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        let at = (address & !(page - 1)) as *mut libc::c_void;
-        // SAFETY: the page lies in a watched mapping. Its owner keeps it mapped and accesses it only by volatile copies, so
-        // the contents may change at any time.
-        if unsafe { libc::mmap(at, page, protection, flags, -1, 0) } != libc::MAP_FAILED {
+        let (start, end) = (slot.start.load(Ordering::Relaxed), slot.end.load(Ordering::Relaxed));
+        let alone = ALONE.load(Ordering::Relaxed) < MAX_ALONE;
+        let (at, len) = if alone { (address & !(page - 1), page) } else { (start, end - start) };
+        // SAFETY: the pages are a watched mapping, or lie in one. Its owner keeps it mapped and accesses it only by volatile
+        // copies, so the contents may change at any time.
+        if unsafe { libc::mmap(at as *mut libc::c_void, len, protection, flags, -1, 0) } != libc::MAP_FAILED {
             LOST.fetch_add(1, Ordering::Relaxed);
+            ALONE.fetch_add(1, Ordering::Relaxed);
+            slot.lost.fetch_add(1, Ordering::Relaxed);
             return;
         }
     }

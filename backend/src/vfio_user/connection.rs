@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::error::Error;
 use super::version::{MAX_FDS, MAX_TEXT, MAX_TRANSFER};
 use super::wire::{ERROR, HEADER, Header, RegionAccess, TYPE_COMMAND, TYPE_MASK, TYPE_REPLY};
+use crate::foreign_fd::{MAX_UNCLOSED, ReceivedFds, UnusableFds};
 
 /// Time-out for the rest of a message, and for a reply to be read.
 pub(super) const STALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -31,6 +31,8 @@ pub(super) struct Message {
     pub(super) header: Header,
     pub(super) payload: Vec<u8>,
     pub(super) fds: Vec<OwnedFd>,
+    /// Why some of its descriptors are not in `fds`.
+    pub(super) unusable: Option<UnusableFds>,
 }
 
 /// A reply without its header.
@@ -56,7 +58,22 @@ struct Incoming {
     /// Of the header while `header` is `None`, then of the payload.
     bytes: Vec<u8>,
     fds: Vec<OwnedFd>,
+    unusable: Option<UnusableFds>,
     since: Option<Instant>,
+}
+
+impl Incoming {
+    fn take_fds(&mut self, received: ReceivedFds) -> Result<(), Error> {
+        if self.fds.len() + received.count > MAX_FDS {
+            return Err(Error::Framing(format!("a message with more than {MAX_FDS} descriptors")));
+        }
+        self.fds.extend(received.fds);
+        self.unusable = self.unusable.take().or(received.unusable);
+        if received.unclosed > MAX_UNCLOSED {
+            return Err(Error::Framing(format!("{MAX_UNCLOSED} descriptors of files that cannot be closed")));
+        }
+        Ok(())
+    }
 }
 
 /// A reply that has not been sent completely.
@@ -120,8 +137,8 @@ impl Connection {
             match self.incoming.header {
                 None => self.take_header()?,
                 Some(header) => {
-                    let Incoming { bytes, fds, .. } = std::mem::take(&mut self.incoming);
-                    return Ok(Received::Message(Message { header, payload: bytes, fds }));
+                    let Incoming { bytes, fds, unusable, .. } = std::mem::take(&mut self.incoming);
+                    return Ok(Received::Message(Message { header, payload: bytes, fds, unusable }));
                 }
             }
         }
@@ -133,23 +150,20 @@ impl Connection {
         let mut have = incoming.bytes.len();
         incoming.bytes.resize(wanted, 0);
         while have < wanted {
-            let read = read(socket, &mut incoming.bytes[have..], &mut incoming.fds);
-            match read {
-                Ok(0) => return Ok(Fill::End),
-                Ok(count) => {
+            match read(socket, &mut incoming.bytes[have..]) {
+                Ok((0, _)) => return Ok(Fill::End),
+                Ok((count, received)) => {
                     have += count;
                     incoming.since.get_or_insert_with(Instant::now);
+                    incoming.take_fds(received)?;
                 }
-                Err(ReadError::Errno(Errno::INTR)) => {}
-                Err(ReadError::Errno(Errno::AGAIN)) => {
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
                     incoming.bytes.truncate(have);
                     return Ok(Fill::Part);
                 }
-                Err(ReadError::Errno(Errno::CONNRESET)) => return Ok(Fill::End),
-                Err(ReadError::Errno(errno)) => return Err(Error::system("recvmsg")(errno)),
-                Err(ReadError::TooManyFds) => {
-                    return Err(Error::Framing(format!("a message with more than {MAX_FDS} descriptors")));
-                }
+                Err(Errno::CONNRESET) => return Ok(Fill::End),
+                Err(errno) => return Err(Error::system("recvmsg")(errno)),
             }
         }
         Ok(Fill::Full)
@@ -213,25 +227,14 @@ enum Fill {
     End,
 }
 
-enum ReadError {
-    Errno(Errno),
-    TooManyFds,
-}
-
-fn read(socket: &UnixStream, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, ReadError> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+fn read(socket: &UnixStream, bytes: &mut [u8]) -> Result<(usize, ReceivedFds), Errno> {
+    // Room for one more than a message may have. So if the kernel has cut them off, it is not for lack of room here.
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS + 1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-    let received = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut ancillary, flags).map_err(ReadError::Errno)?;
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(rights) = message {
-            fds.extend(rights);
-        }
-    }
-    if received.flags.contains(ReturnFlags::CTRUNC) || fds.len() > MAX_FDS {
-        return Err(ReadError::TooManyFds);
-    }
-    Ok(received.bytes)
+    let received = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut ancillary, flags)?;
+    let fds = ReceivedFds::take(&mut ancillary, received.flags.contains(ReturnFlags::CTRUNC));
+    Ok((received.bytes, fds))
 }
 
 fn write(socket: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> Result<usize, Errno> {

@@ -4,6 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::coherency::Refusal;
+use crate::foreign_fd::UnusableFds;
 use crate::kvm::RegistrationError;
 use crate::passthrough::PassthroughError;
 
@@ -42,9 +43,17 @@ pub enum Error {
     /// Memory may not be mapped without a registration with the shim.
     #[error(transparent)]
     Registration(#[from] RegistrationError),
-    /// `VERSION` has failed because the function cannot be assigned.
-    #[error(transparent)]
-    NotAssigned(PassthroughError),
+    /// The descriptors of the message cannot be used.
+    #[error("{command}: {unusable}")]
+    Descriptors {
+        /// The command's name.
+        command: &'static str,
+        /// Why.
+        unusable: UnusableFds,
+    },
+    /// The function could not be assigned, several times.
+    #[error("{0}; the function is not assigned after several attempts")]
+    Unassignable(PassthroughError),
     /// No `VERSION` has come, or none that can be accepted.
     #[error("it has negotiated no version within {} s", .0.as_secs())]
     Silent(Duration),
@@ -77,7 +86,7 @@ impl Error {
                 | Self::Version(..)
                 | Self::TooEarly(_)
                 | Self::Refused(..)
-                | Self::NotAssigned(_)
+                | Self::Unassignable(_)
                 | Self::Silent(_)
         )
     }
@@ -89,7 +98,9 @@ impl Error {
             Self::Version(..) | Self::NotSupported(_) => libc::ENOTSUP,
             Self::Stalled(_) | Self::Silent(_) => libc::ETIMEDOUT,
             Self::Refused(..) | Self::Registration(_) => libc::EPERM,
-            Self::Passthrough(error) | Self::NotAssigned(error) => error.errno(),
+            Self::Descriptors { unusable: UnusableFds::NoRoom, .. } => libc::EMFILE,
+            Self::Descriptors { unusable: UnusableFds::Foreign(_), .. } => libc::EINVAL,
+            Self::Passthrough(error) | Self::Unassignable(error) => error.errno(),
             Self::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
         };
         errno.unsigned_abs()

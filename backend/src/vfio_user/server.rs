@@ -21,7 +21,7 @@ use super::error::Error;
 use super::session::{Response, Session};
 use crate::kvm::Vmm;
 use crate::passthrough::{Passthrough, PassthroughError};
-use crate::rate_limited_log::RateLimitedLog;
+use crate::rate_limited_log::{RateLimitedLog, SharedLog};
 use crate::socket::{Endpoint, Listener, Peer, Socket};
 use crate::sys::{Event, Poller};
 
@@ -57,13 +57,15 @@ pub struct Server {
     endpoint: Endpoint,
     device: Passthrough,
     vmm: Vmm,
+    /// Messages that were refused.
+    refusals: SharedLog,
 }
 
 impl Server {
     /// Serves `device` to front-ends that connect to `endpoint`, and registers it with `vmm`.
     #[must_use]
     pub fn new(endpoint: Endpoint, device: Passthrough, vmm: Vmm) -> Self {
-        Self { endpoint, device, vmm }
+        Self { endpoint, device, vmm, refusals: SharedLog::new(module_path!()) }
     }
 
     /// The function.
@@ -338,7 +340,7 @@ impl EventLoop<'_> {
     fn adopt(&mut self, socket: UnixStream) -> Result<(), Error> {
         let peer = Peer::of(&socket).map_err(Error::system("getsockopt(SO_PEERCRED)"))?;
         let connection = Connection::new(socket).map_err(Error::system("set O_NONBLOCK"))?;
-        let session = Session::new(&self.server.device, &self.server.vmm, peer, self.stop);
+        let session = Session::new(&self.server.device, &self.server.vmm, &self.server.refusals, peer, self.stop);
         self.connection_log.info(|| format!("front-end connected: {}", session.peer()));
         let watched = self.poller.add_duplex(connection.socket().as_fd(), FRONT_END);
         watched.map_err(Error::system("epoll_ctl"))?;

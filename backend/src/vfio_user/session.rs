@@ -1,7 +1,8 @@
 //! One front-end's session: executes its commands. [`Session::handle`] calls one function for each command and replies with its
 //! result, so a command is acknowledged only after it is done, and a failed command changes nothing.
 
-use std::fs::File;
+mod memory;
+
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use zerocopy::{FromBytes, IntoBytes};
@@ -10,15 +11,17 @@ use super::assignment::assign;
 use super::connection::{Message, Reply};
 use super::counters::Counters;
 use super::error::Error;
-use super::version::{self, Limits, MAX_DMA_MAPS, MAX_TEXT};
+use super::version::{self, Limits, MAX_TEXT};
 use super::wire::{self, Command, Header, NO_REPLY};
 use crate::coherency::Verdict;
 use crate::kvm::{ShimLink, Vmm};
-use crate::memory::FileId;
-use crate::passthrough::{Assignment, DmaMap, Passthrough, PassthroughError};
-use crate::rate_limited_log::RateLimitedLog;
+use crate::passthrough::{Assignment, Passthrough};
+use crate::rate_limited_log::SharedLog;
 use crate::socket::Peer;
 use crate::whole_function::{CONFIG_REGION, IRQS, IrqAction, IrqData, IrqSet, REGIONS};
+
+/// Attempts to assign the function, in one conversation. QEMU makes one.
+const MAX_FAILED_ASSIGNMENTS: u32 = 4;
 
 /// The response to a command.
 pub(super) enum Response {
@@ -38,7 +41,9 @@ pub(super) struct Session<'d> {
     link: ShimLink<'d>,
     /// Readable when the server must stop.
     stop: BorrowedFd<'d>,
-    refusals: RateLimitedLog,
+    refusals: &'d SharedLog,
+    /// Attempts to assign the function that have failed.
+    failed_assignments: u32,
     counters: Counters,
 }
 
@@ -49,10 +54,15 @@ struct Negotiated<'d> {
 }
 
 impl<'d> Session<'d> {
-    pub(super) fn new(device: &'d Passthrough, vmm: &'d Vmm, peer: Peer, stop: BorrowedFd<'d>) -> Self {
-        let link = ShimLink::new(vmm, peer.pid());
-        let refusals = RateLimitedLog::new(module_path!());
-        Self { device, peer, negotiated: None, link, stop, refusals, counters: Counters::default() }
+    pub(super) fn new(
+        device: &'d Passthrough,
+        vmm: &'d Vmm,
+        refusals: &'d SharedLog,
+        peer: Peer,
+        stop: BorrowedFd<'d>,
+    ) -> Self {
+        let (link, counters) = (ShimLink::new(vmm, peer.pid()), Counters::default());
+        Self { device, peer, negotiated: None, link, stop, refusals, failed_assignments: 0, counters }
     }
 
     pub(super) fn peer(&self) -> &Peer {
@@ -109,7 +119,7 @@ impl<'d> Session<'d> {
     }
 
     fn dispatch(&mut self, message: Message) -> Result<Reply, Error> {
-        let Message { header, payload, fds } = message;
+        let Message { header, payload, fds, unusable } = message;
         let command = Command::from_raw(header.command).ok_or(Error::NotSupported(header.command))?;
         if self.negotiated.is_none() != (command == Command::Version) {
             return Err(match command {
@@ -119,6 +129,9 @@ impl<'d> Session<'d> {
         }
         if !fds.is_empty() && !matches!(command, Command::DmaMap | Command::DeviceSetIrqs) {
             return Err(malformed(command, "it carries file descriptors"));
+        }
+        if let Some(unusable) = unusable {
+            return Err(Error::Descriptors { command: name(command), unusable });
         }
         match command {
             Command::Version => self.version(&payload),
@@ -150,55 +163,16 @@ impl<'d> Session<'d> {
             return Err(Error::Refused(self.device.name().to_owned(), refusal));
         }
         let version = wire::Version { major: version::MAJOR, minor: version.minor.min(version::MINOR) };
-        let assignment = assign(self.device, self.stop).map_err(Error::NotAssigned)?;
-        self.negotiated = Some(Negotiated { limits, assignment });
+        self.negotiated = Some(Negotiated { limits, assignment: self.assign()? });
         Ok(reply([version.as_bytes(), &text]))
     }
 
-    fn dma_map(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Reply, Error> {
-        let command = Command::DmaMap;
-        let map = whole::<wire::DmaMap>(command, payload)?;
-        let mut fds = fds.into_iter();
-        let file = fds.next().map(File::from);
-        if fds.next().is_some() {
-            return Err(malformed(command, "more than one file descriptor"));
-        }
-        if map.flags & !(wire::MAP_READ | wire::MAP_WRITE) != 0 || map.flags & wire::MAP_READ == 0 {
-            return Err(malformed(command, &format!("flags {:#x}: must be readable, may be writable", map.flags)));
-        }
-        if self.assignment().maps.len() >= MAX_DMA_MAPS {
-            return Err(PassthroughError::TooManyMaps(MAX_DMA_MAPS).into());
-        }
-        if let Some(file) = &file {
-            self.refuse_private(&map, file)?;
-            self.link.require_registration()?;
-        }
-        let wire::DmaMap { flags, offset, address, size, .. } = map;
-        let writable = flags & wire::MAP_WRITE != 0;
-        self.assignment().maps.map(DmaMap { address, size, offset, writable, file })?;
-        Ok(Reply::default())
-    }
-
-    /// Refuses a file that the front-end has mapped privately: the guest's writes do not reach the file.
-    fn refuse_private(&self, map: &wire::DmaMap, file: &File) -> Result<(), Error> {
-        let id = FileId::of(file).map_err(Error::system("fstat of a DMA map's descriptor"))?;
-        let span = crate::addr::Span::new(crate::addr::Gpa(map.address), map.size);
-        match span {
-            Some(span) if self.peer.maps_privately(id, None) => Err(PassthroughError::Private(span).into()),
-            _ => Ok(()),
-        }
-    }
-
-    fn dma_unmap(&mut self, payload: &[u8]) -> Result<Reply, Error> {
-        let command = Command::DmaUnmap;
-        let unmap = whole::<wire::DmaUnmap>(command, payload)?;
-        match unmap.flags {
-            0 => self.assignment().maps.unmap(unmap.address, unmap.size)?,
-            wire::UNMAP_ALL if unmap.address == 0 && unmap.size == 0 => self.assignment().maps.unmap_each()?,
-            wire::UNMAP_DIRTY_BITMAP => return Err(Error::NotSupported(command as u16)),
-            flags => return Err(malformed(command, &format!("flags {flags:#x}, or an address with unmap-all"))),
-        }
-        Ok(reply([unmap.as_bytes()]))
+    /// Each attempt resets the function, and its failure costs a line. So after a few of them the front-end must go.
+    fn assign(&mut self) -> Result<Assignment<'d>, Error> {
+        assign(self.device, self.stop).map_err(|error| {
+            self.failed_assignments += 1;
+            if self.failed_assignments < MAX_FAILED_ASSIGNMENTS { error.into() } else { Error::Unassignable(error) }
+        })
     }
 
     /// The assigned function. Only for commands other than `VERSION`.

@@ -4,6 +4,7 @@
 use serde_json::{Map, Value, json};
 
 use super::error::Error;
+use crate::sys::MAX_WATCHED;
 
 /// The major version of this server.
 pub(super) const MAJOR: u16 = 0;
@@ -14,8 +15,9 @@ pub(super) const MINOR: u16 = 1;
 pub(super) const MAX_FDS: usize = 16;
 /// Maximum data of one region read or write, in bytes: the protocol's default, and what QEMU proposes.
 pub(super) const MAX_TRANSFER: usize = 1 << 20;
-/// Maximum number of DMA maps. Each uses a descriptor of this process.
+/// Maximum number of DMA maps. Each is a watched mapping of this process, and each file behind them a descriptor.
 pub(super) const MAX_DMA_MAPS: usize = 4096;
+const _: () = assert!(MAX_DMA_MAPS < MAX_WATCHED);
 /// Memory is mapped in units of 4 KiB, the smallest page of every IOMMU.
 const PAGE_SIZES: u64 = 4096;
 /// Maximum length of the capabilities text, in bytes. QEMU's has about 200.

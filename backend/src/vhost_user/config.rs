@@ -10,6 +10,7 @@ use super::{Device, Error};
 use crate::driver::Geometry;
 use crate::engine::Engine;
 use crate::engine::request::RangeLimits;
+use crate::rate_limited_log::SharedLog;
 
 /// Data buffers per request: an indirect table of 128 descriptors, less those of header and status.
 pub(super) const SEG_MAX: u32 = 126;
@@ -82,6 +83,9 @@ impl BlkConfig {
     }
 }
 
+/// Features can be acknowledged any number of times.
+static LOG: SharedLog = SharedLog::new(module_path!());
+
 /// Reads `size` bytes of configuration space from `offset`; zero past its end.
 pub(super) fn read(device: &Device, offset: usize, size: usize) -> Vec<u8> {
     let Device { engine, queues, .. } = device;
@@ -104,7 +108,7 @@ pub(super) fn apply_features(engine: &Engine, acked: VirtioFeatures) {
     if disk.volatile_cache
         && let Err(error) = engine.set_write_cache(on)
     {
-        log::warn!("the driver does not flush, but {error}; it may lose writes when power fails");
+        LOG.warn(|| format!("the driver does not flush, but {error}; it may lose writes when power fails"));
     }
 }
 

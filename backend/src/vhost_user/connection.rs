@@ -27,8 +27,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::error::MAX_MESSAGE;
 use super::features::{Names, ProtocolFeatures};
+use super::logs::Logs;
 use super::session::Session;
 use super::{Device, Error};
+use crate::foreign_fd::{MAX_UNCLOSED, ReceivedFds, UnusableFds};
 use crate::socket::Peer;
 
 /// File descriptors per message; the codec's limit.
@@ -91,10 +93,10 @@ pub(super) struct Connection<'d> {
 }
 
 impl<'d> Connection<'d> {
-    pub(super) fn new(socket: UnixStream, device: &'d Device) -> io::Result<Self> {
+    pub(super) fn new(socket: UnixStream, device: &'d Device, logs: &'d Logs) -> io::Result<Self> {
         // The codec requires a blocking socket. An inherited one may be non-blocking.
         socket.set_nonblocking(false)?;
-        let session = Arc::new(Mutex::new(Session::new(device, Peer::of(&socket)?)));
+        let session = Arc::new(Mutex::new(Session::new(device, logs, Peer::of(&socket)?)));
         let codec = BackendReqHandler::from_stream(socket.try_clone()?, Arc::clone(&session));
         Ok(Self { socket, session, codec })
     }
@@ -141,11 +143,12 @@ impl<'d> Connection<'d> {
         };
         log::debug!("{} flags {:#x} size {}", header.name(), header.flags, header.size);
         self.session().register_with_shim();
-        if has_descriptors {
-            self.check_descriptors(header)?;
-        }
+        let unusable = if has_descriptors { self.check_descriptors(header)? } else { None };
         if !hung_up && !self.poll().map_err(Error::system("poll"))?.contains(PollFlags::OUT) {
             return Err(Error::NotReading);
+        }
+        if let Some(unusable) = unusable {
+            return self.refuse(header, unusable);
         }
         match FrontendReq::try_from(header.request) {
             Ok(FrontendReq::SET_STATUS) => self.set_status(header)?,
@@ -188,23 +191,60 @@ impl<'d> Connection<'d> {
         if available < HEADER_SIZE as u64 + u64::from(header.size) {
             return Ok(Peeked::Incomplete);
         }
-        Ok(Peeked::Message(header, seen.flags.contains(ReturnFlags::CTRUNC)))
+        let has_descriptors = seen.flags.contains(ReturnFlags::CTRUNC);
+        self.check_pieces(header, has_descriptors)?;
+        Ok(Peeked::Message(header, has_descriptors))
     }
 
-    /// Counts the descriptors of the next message by peeking at copies of them.
-    fn check_descriptors(&self, header: Header) -> Result<(), Error> {
+    /// Refuses a message with descriptors that are not with its first byte: the codec would close them unseen. A peek ends
+    /// after bytes that carry descriptors.
+    fn check_pieces(&self, header: Header, has_descriptors: bool) -> Result<(), Error> {
+        let mut bytes = [0; HEADER_SIZE + MAX_MESSAGE as usize];
+        let all = HEADER_SIZE + header.size as usize;
+        let mut iov = [IoSliceMut::new(&mut bytes[..all])];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let seen = recvmsg(&self.socket, &mut iov, &mut RecvAncillaryBuffer::default(), flags);
+        let seen = seen.map_err(Error::system("receive"))?;
+        if seen.bytes == all && seen.flags.contains(ReturnFlags::CTRUNC) == has_descriptors {
+            return Ok(());
+        }
+        Err(header.malformed("it is cut in two by file descriptors"))
+    }
+
+    /// Looks at copies of the next message's descriptors. Returns why they cannot be used, if they cannot.
+    fn check_descriptors(&self, header: Header) -> Result<Option<UnusableFds>, Error> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS + 1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0];
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         let seen = recvmsg(&self.socket, &mut [IoSliceMut::new(&mut byte)], &mut control, flags)
             .map_err(Error::system("receive descriptors"))?;
-        let rights = |message| if let RecvAncillaryMessage::ScmRights(fds) = message { fds.count() } else { 0 };
-        let count: usize = control.drain().map(rights).sum();
-        if count > MAX_DESCRIPTORS || seen.flags.contains(ReturnFlags::CTRUNC) {
-            return Err(Error::Descriptors { request: header.name(), problem: "more than 32 file descriptors" });
+        let received = ReceivedFds::take(&mut control, seen.flags.contains(ReturnFlags::CTRUNC));
+        let problem = match &received {
+            ReceivedFds { count, .. } if *count > MAX_DESCRIPTORS => "more than 32 file descriptors",
+            ReceivedFds { unclosed, .. } if *unclosed > MAX_UNCLOSED => "more file descriptors that cannot be closed",
+            _ => return Ok(received.unusable),
+        };
+        Err(Error::Descriptors { request: header.name(), problem })
+    }
+
+    /// Refuses the next message, whose descriptors cannot be used. It is received without them, and the kernel drops them.
+    fn refuse(&mut self, header: Header, unusable: UnusableFds) -> Result<Progress, Error> {
+        let mut left = HEADER_SIZE + header.size as usize;
+        let mut bytes = vec![0; left];
+        while left > 0 {
+            let mut iov = [IoSliceMut::new(&mut bytes[..left])];
+            let received = recvmsg(&self.socket, &mut iov, &mut RecvAncillaryBuffer::default(), RecvFlags::DONTWAIT);
+            left -= received.map_err(Error::system("receive"))?.bytes;
         }
-        Ok(())
+        let error = Error::UnusableDescriptors { request: header.name(), unusable };
+        let acks = self.session().protocol().contains(ProtocolFeatures::REPLY_ACK);
+        if can_be_refused(header.request, header.flags & NEED_REPLY != 0 && acks) {
+            self.acknowledge(header, Err(error))?;
+            Ok(Progress::Served)
+        } else {
+            Err(error)
+        }
     }
 
     /// Lets the codec read the message and call the session. Decides whether a failure ends the connection.

@@ -5,7 +5,7 @@ use std::io;
 
 use crate::addr::{Bytes, Gpa, Qva, Span};
 use crate::engine::{EngineError, Layout};
-use crate::eventfd::EventfdError;
+use crate::foreign_fd::{NotAnEventfd, UnusableFds};
 use crate::hardware::MapError;
 use crate::kvm::RegistrationError;
 use crate::memory::RegionError;
@@ -41,6 +41,22 @@ pub enum Error {
         /// What is wrong.
         problem: &'static str,
     },
+    /// The file descriptors of a message cannot be used.
+    #[error("request {request}: {unusable}")]
+    UnusableDescriptors {
+        /// The name of the request.
+        request: String,
+        /// Why.
+        unusable: UnusableFds,
+    },
+    /// A kick, call or error descriptor is not an eventfd.
+    #[error("{request}: {source}")]
+    NotAnEventfd {
+        /// The name of the request.
+        request: &'static str,
+        /// What it is.
+        source: NotAnEventfd,
+    },
     /// A message is malformed, or belongs to a feature that has not been negotiated.
     #[error("request {request}: {problem}")]
     Malformed {
@@ -74,14 +90,6 @@ pub enum Error {
     /// SET_CONFIG of anything but `writeback`, or with a value other than 0 or 1.
     #[error("SET_CONFIG: only writeback can be written, with 0 or 1")]
     ReadOnlyConfig,
-    /// A kick, call or error descriptor is not an eventfd.
-    #[error("{request}: {source}")]
-    NotEventfd {
-        /// The name of the request.
-        request: &'static str,
-        /// What it is.
-        source: EventfdError,
-    },
     /// There is no such virtqueue.
     #[error("virtqueue {index} does not exist, there are {queues}; give the device num-queues={queues} or fewer")]
     NoSuchRing {

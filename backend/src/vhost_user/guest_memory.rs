@@ -18,6 +18,7 @@ use crate::addr::{Bytes, Gpa, Span};
 use crate::engine::Engine;
 use crate::hardware::{AddressSpace, MapError};
 use crate::memory::{MemTable, Plan, Region, RegionSpec};
+use crate::rate_limited_log::SharedLog;
 
 /// A mapping that takes longer is logged, with [`FASTER`] as advice.
 const SLOW: Duration = Duration::from_secs(1);
@@ -27,6 +28,7 @@ const FASTER: &str = "prealloc=on lets QEMU touch its memory before, and hugetlb
 pub(super) struct GuestMemory<'d> {
     engine: &'d Engine,
     space: &'d dyn AddressSpace,
+    log: &'d SharedLog,
     table: Arc<MemTable>,
 }
 
@@ -37,8 +39,8 @@ enum Step {
 }
 
 impl<'d> GuestMemory<'d> {
-    pub(super) fn new(engine: &'d Engine, space: &'d dyn AddressSpace) -> Self {
-        Self { engine, space, table: Arc::default() }
+    pub(super) fn new(engine: &'d Engine, space: &'d dyn AddressSpace, log: &'d SharedLog) -> Self {
+        Self { engine, space, log, table: Arc::default() }
     }
 
     pub(super) fn table(&self) -> &MemTable {
@@ -75,16 +77,17 @@ impl<'d> GuestMemory<'d> {
         }
         for region in &plan.remove {
             self.unmap(region)?;
-            log::info!("region {} unmapped; {} KiB in all", region.gpa(), self.kib());
+            self.log.info(|| format!("region {} unmapped; {} KiB in all", region.gpa(), self.kib()));
             done.push(Step::Removed(Arc::clone(region)));
         }
         for region in added {
             let start = Instant::now();
             self.space.add(region)?;
             let took = start.elapsed();
-            log::info!("region {} mapped in {} ms; {} KiB in all", describe(region), took.as_millis(), self.kib());
+            let (region_text, ms) = (describe(region), took.as_millis());
+            self.log.info(|| format!("region {region_text} mapped in {ms} ms; {} KiB in all", self.kib()));
             if took >= SLOW {
-                log::warn!("mapping blocked the guest for {} s; {FASTER}", took.as_secs());
+                self.log.warn(|| format!("mapping blocked the guest for {} s; {FASTER}", took.as_secs()));
             }
             done.push(Step::Added(Arc::clone(region)));
         }
@@ -103,7 +106,7 @@ impl<'d> GuestMemory<'d> {
             Err(must_be_idle @ MapError::DeviceMustBeIdle { .. }) => {
                 let removed = self.engine.while_idle(|| self.space.remove_while_idle(region));
                 removed.unwrap_or_else(|error| {
-                    log::error!("{error}");
+                    self.log.error(|| error.to_string());
                     Err(must_be_idle)
                 })
             }
@@ -151,8 +154,8 @@ impl<'d> GuestMemory<'d> {
         let drained = self.engine.remove_memory(Arc::default(), &removed);
         for region in table.regions() {
             match self.unmap(region) {
-                Ok(()) => log::info!("region {} unmapped; {} KiB in all", region.gpa(), self.kib()),
-                Err(error) => log::error!("region {} stays mapped: {error}", region.gpa()),
+                Ok(()) => self.log.info(|| format!("region {} unmapped; {} KiB in all", region.gpa(), self.kib())),
+                Err(error) => self.log.error(|| format!("region {} stays mapped: {error}", region.gpa())),
             }
         }
         Ok(drained?)

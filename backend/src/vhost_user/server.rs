@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::connection::{Connection, Progress};
+use super::logs::Logs;
 use super::{Device, Error};
-use crate::rate_limited_log::RateLimitedLog;
 use crate::socket::{Endpoint, Listener, Peer, Socket};
 use crate::sys::Poller;
 
@@ -37,6 +37,7 @@ pub struct Server {
     device: Device,
     /// Eventfd, signalled by a [`ConfigNotifier`].
     config_change: Arc<OwnedFd>,
+    logs: Logs,
 }
 
 /// Reports a change of the configuration space to a server's control thread, from any thread.
@@ -71,7 +72,7 @@ impl Server {
     /// The errno of `eventfd`.
     pub fn new(endpoint: Endpoint, device: Device) -> Result<Self, Error> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::system("eventfd"))?;
-        Ok(Self { endpoint, device, config_change: Arc::new(event) })
+        Ok(Self { endpoint, device, config_change: Arc::new(event), logs: Logs::new() })
     }
 
     /// Makes the engine notify front-ends of changes of the disk's size.
@@ -97,14 +98,8 @@ impl Server {
         poller.add(&*self.config_change, CONFIG_CHANGE).map_err(Error::system("epoll_ctl"))?;
         poller.add(self.device.engine.released(), RELEASED).map_err(Error::system("epoll_ctl"))?;
         let (device, config_change) = (&self.device, &*self.config_change);
-        let mut control = ControlLoop {
-            device,
-            config_change,
-            poller,
-            connection: None,
-            pending: false,
-            rejected: RateLimitedLog::new(module_path!()),
-        };
+        let mut control =
+            ControlLoop { device, config_change, poller, connection: None, pending: false, logs: &self.logs };
         match &self.endpoint.0 {
             Socket::Listening(listener) => {
                 control.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
@@ -133,8 +128,7 @@ struct ControlLoop<'d> {
     connection: Option<Connection<'d>>,
     /// The front-end's socket may hold a whole message. Its event is edge-triggered and has been consumed.
     pending: bool,
-    /// For rejected front-ends, which may connect again at once.
-    rejected: RateLimitedLog,
+    logs: &'d Logs,
 }
 
 impl ControlLoop<'_> {
@@ -242,13 +236,13 @@ impl ControlLoop<'_> {
             Ok(Some(socket)) => socket,
             Ok(None) => return Ok(()),
             Err(error) => {
-                log::error!("accept: {error}");
+                self.logs.rejections.error(|| format!("accept: {error}"));
                 std::thread::sleep(ACCEPT_PAUSE);
                 return Ok(());
             }
         };
         let Some(connection) = &self.connection else { return self.adopt(socket) };
-        self.rejected.warn(|| {
+        self.logs.rejections.warn(|| {
             let peer = Peer::of(&socket).map_or_else(|error| error.to_string(), |peer| peer.to_string());
             format!("sent {peer} away: this device is being used by {}", connection.session().peer())
         });
@@ -256,8 +250,9 @@ impl ControlLoop<'_> {
     }
 
     fn adopt(&mut self, socket: UnixStream) -> Result<(), Error> {
-        let connection = Connection::new(socket, self.device).map_err(Error::system("set up a connection"))?;
-        log::info!("front-end connected: {}", connection.session().peer());
+        let connection =
+            Connection::new(socket, self.device, self.logs).map_err(Error::system("set up a connection"))?;
+        self.logs.connections.info(|| format!("front-end connected: {}", connection.session().peer()));
         self.poller.add_edge(connection.socket().as_fd(), FRONT_END).map_err(Error::system("epoll_ctl"))?;
         self.connection = Some(connection);
         self.pending = true;
@@ -273,7 +268,10 @@ impl ControlLoop<'_> {
         let mut session = connection.session();
         let closed = session.close();
         let took = start.elapsed().as_millis();
-        log::info!("front-end disconnected: {}: {reason}; rings stopped, memory unmapped in {took} ms", session.peer());
+        self.logs.connections.info(|| {
+            let peer = session.peer();
+            format!("front-end disconnected: {peer}: {reason}; rings stopped, memory unmapped in {took} ms")
+        });
         closed
     }
 }

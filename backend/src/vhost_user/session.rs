@@ -3,13 +3,13 @@
 //!
 //! The reason of a refusal is logged here, because the protocol cannot carry it.
 
+mod descriptor;
 mod memory;
 mod vmm;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-use rustix::io::{FdFlags, fcntl_setfd};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
     VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
@@ -20,12 +20,14 @@ use vhost::vhost_user::{GpuBackend, VhostUserBackendReqHandlerMut};
 use super::backend_channel::BackendChannel;
 use super::features::{ACCESS_PLATFORM, Names, ProtocolFeatures, VirtioFeatures};
 use super::guest_memory::GuestMemory;
+use super::logs::Logs;
 use super::vring::{Addresses, Vring, VringContext};
 use super::{Device, Error, config};
 use crate::addr::Qva;
 use crate::engine::Layout;
 use crate::kvm::{DiscardMonitor, ShimLink};
 use crate::socket::Peer;
+use descriptor::event_fd;
 
 /// The codec's result. Its error says only that the message failed; the reason is in [`Session::refusal`].
 type HandlerResult<T> = vhost::vhost_user::Result<T>;
@@ -36,6 +38,7 @@ const MAX_REFUSALS: u32 = 64;
 /// The state of one session.
 pub(super) struct Session<'d> {
     device: &'d Device,
+    logs: &'d Logs,
     peer: Peer,
     offered: VirtioFeatures,
     features: Option<VirtioFeatures>,
@@ -54,16 +57,17 @@ pub(super) struct Session<'d> {
 }
 
 impl<'d> Session<'d> {
-    pub(super) fn new(device: &'d Device, peer: Peer) -> Self {
+    pub(super) fn new(device: &'d Device, logs: &'d Logs, peer: Peer) -> Self {
         let shim = ShimLink::new(&device.vmm, peer.pid());
         Self {
             device,
+            logs,
             peer,
             offered: VirtioFeatures::offered(&device.engine.geometry()),
             features: None,
             protocol: ProtocolFeatures::empty(),
             status: 0,
-            memory: GuestMemory::new(&device.engine, &*device.space),
+            memory: GuestMemory::new(&device.engine, &*device.space, &logs.memory),
             rings: (0..usize::from(device.queues)).map(Vring::new).collect(),
             features_logged: false,
             channel: None,
@@ -136,7 +140,7 @@ impl<'d> Session<'d> {
 
     /// Logs and counts a refusal. Returns its reason, or [`Error::TooManyRefusals`].
     pub(super) fn count_refusal(&mut self, error: Error) -> Error {
-        log::error!("refused: {error}");
+        self.logs.refusals.error(|| format!("refused: {error}"));
         self.refusals += 1;
         if self.refusals > MAX_REFUSALS { Error::TooManyRefusals(self.refusals) } else { error }
     }
@@ -162,7 +166,7 @@ impl<'d> Session<'d> {
         let position = usize::try_from(index).expect("`ring` has checked the index");
         if self.rings[position].start(context)? && !std::mem::replace(&mut self.features_logged, true) {
             let (virtio, protocol) = (Names(self.features.unwrap_or_default()), Names(self.protocol));
-            log::info!("{}: virtio {virtio}; protocol {protocol}", self.peer);
+            self.logs.connections.info(|| format!("{}: virtio {virtio}; protocol {protocol}", self.peer));
         }
         Ok(())
     }
@@ -210,18 +214,6 @@ impl<'d> Session<'d> {
     fn not_implemented<T>(&mut self, message: &'static str) -> HandlerResult<T> {
         self.answer(Err(Error::NotImplemented(message)))
     }
-}
-
-/// The codec receives descriptors without close-on-exec.
-fn set_cloexec(file: File) -> Result<File, Error> {
-    fcntl_setfd(&file, FdFlags::CLOEXEC).map_err(Error::system("set close-on-exec"))?;
-    Ok(file)
-}
-
-/// The descriptor of `request`: a worker reads or writes it.
-fn event_fd(request: &'static str, file: Option<File>) -> Result<Option<OwnedFd>, Error> {
-    file.as_ref().map_or(Ok(()), crate::eventfd::check).map_err(|source| Error::NotEventfd { request, source })?;
-    file.map(|file| set_cloexec(file).map(OwnedFd::from)).transpose()
 }
 
 impl VhostUserBackendReqHandlerMut for Session<'_> {

@@ -24,6 +24,7 @@ use crate::addr::{Address, Gpa, Qva, Span};
 use crate::engine::virtqueue::Area;
 use crate::engine::{Engine, Layout, VringSetup};
 use crate::memory::MemTable;
+use crate::rate_limited_log::SharedLog;
 
 /// The addresses of the three parts of a vring. In a packed ring, `avail` is the driver's event suppression structure and
 /// `used` the device's.
@@ -272,12 +273,12 @@ impl Vring {
 
     /// Drains and stops the vring if any part of it lies in `removed`. It stays complete, and starts again once its memory
     /// is back.
-    pub(super) fn suspend(&mut self, engine: &Engine, removed: &[Span<Gpa>]) -> Result<(), Error> {
+    pub(super) fn suspend(&mut self, engine: &Engine, removed: &[Span<Gpa>], log: &SharedLog) -> Result<(), Error> {
         let State::Running(Running { complete, areas }) = &mut self.state else { return Ok(()) };
         if !areas.iter().any(|area| removed.iter().any(|span| span.overlaps(area))) {
             return Ok(());
         }
-        log::warn!("virtqueue {} is suspended: its memory is being removed", self.index);
+        log.warn(|| format!("virtqueue {} is suspended: its memory is being removed", self.index));
         complete.base = engine.stop_ring(self.index)?.or(complete.base);
         if let State::Running(Running { complete, .. }) = std::mem::take(&mut self.state) {
             self.state = State::Complete(complete);

@@ -183,6 +183,57 @@ fn a_failed_map_leaves_nothing_mapped() {
 }
 
 #[test]
+fn what_the_device_wrote_before_a_map_failed_is_not_lost() {
+    let fixture = Fixture::new();
+    let faults = fixture.machine.space_faults().unwrap();
+    faults.fail_nth_copy.store(3, SeqCst);
+    *faults.last_write.lock().unwrap() = Some(Iova(AT));
+
+    fixture.space.add(&fixture.region).unwrap_err();
+
+    assert_eq!(fixture.region.memory().read_u8(0), LAST_WRITE);
+    fixture.assert_no_stale_lines();
+}
+
+#[test]
+fn a_failed_map_is_undone_without_memory_for_it() {
+    let fixture = Fixture::new();
+    let faults = fixture.machine.space_faults().unwrap();
+    faults.fail_copies_from.store(3, SeqCst);
+    *faults.last_write.lock().unwrap() = Some(Iova(AT));
+
+    fixture.space.add(&fixture.region).unwrap_err();
+
+    assert_eq!(fixture.machine.iommu().mapped(), []);
+    assert_eq!(fixture.region.memory().read_u8(0), LAST_WRITE, "flushed when it was no longer pinned");
+}
+
+#[test]
+fn memory_that_is_truncated_between_its_pin_and_its_flush_is_refused() {
+    let fixture = Fixture::new();
+    let file = fixture.region.file().try_clone().unwrap();
+    *fixture.machine.space_faults().unwrap().truncate_after_pin.lock().unwrap() = Some(file);
+
+    let error = fixture.space.add(&fixture.region).unwrap_err();
+
+    assert!(error.to_string().contains("truncated the file"), "{error}");
+    assert_eq!(fixture.machine.iommu().mapped(), []);
+}
+
+#[test]
+fn memory_that_is_truncated_before_its_flush_is_refused_also_where_it_is_flushed_after_the_map() {
+    let fixture = Fixture::new();
+    let faults = fixture.machine.space_faults().unwrap();
+    faults.map_needs_attach.store(true, SeqCst);
+    *faults.truncate_after_pin.lock().unwrap() = Some(fixture.region.file().try_clone().unwrap());
+
+    let error = fixture.space.add(&fixture.region).unwrap_err();
+
+    assert!(error.to_string().contains("truncated the file"), "{error}");
+    assert_eq!(fixture.machine.iommu().mapped(), []);
+}
+
+#[test]
 fn an_overlapping_region_is_refused() {
     let fixture = Fixture::new();
     fixture.space.add(&region(AT + LEN - 0x1000, 0x4000)).unwrap();

@@ -39,7 +39,7 @@ fn machine() -> Machine {
 fn call(session: &mut Session<'_>, command: Command, payload: &[u8], fds: Vec<OwnedFd>) {
     let size = u32::try_from(HEADER + payload.len()).unwrap();
     let header = Header { id: 1, command: command as u16, size, flags: TYPE_COMMAND, error: 0 };
-    let (_, outcome) = session.handle(Message { header, payload: payload.to_vec(), fds });
+    let (_, outcome) = session.handle(Message { header, payload: payload.to_vec(), fds, unusable: None });
     assert!(outcome.is_ok(), "{outcome:?}");
 }
 
@@ -49,7 +49,8 @@ fn a_front_end_that_negotiates_no_version_loses_its_place() {
     let (device, vmm) = (passthrough(&machine, machine.space()), Vmm::without_shim());
     let (ours, _theirs) = UnixStream::pair().unwrap();
     let (peer, stop) = (Peer::of(&ours).unwrap(), eventfd(0, EventfdFlags::CLOEXEC).unwrap());
-    let session = Session::new(&device, &vmm, peer, stop.as_fd());
+    let refusals = SharedLog::new(module_path!());
+    let session = Session::new(&device, &vmm, &refusals, peer, stop.as_fd());
     let by = Instant::now() + VERSION_TIMEOUT;
     let mut current = Current { connection: Connection::new(ours).unwrap(), session, version_by: Some(by) };
 
@@ -115,7 +116,8 @@ fn a_session_that_is_dropped_unmaps_memory_before_it_unregisters_the_function() 
     let vmm = Vmm::with_shim(Shim { socket, device: "emulated".into(), facts: facts(&machine), file: None });
     let (ours, _theirs) = UnixStream::pair().unwrap();
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-    let mut session = Session::new(&device, &vmm, Peer::of(&ours).unwrap(), stop.as_fd());
+    let refusals = SharedLog::new(module_path!());
+    let mut session = Session::new(&device, &vmm, &refusals, Peer::of(&ours).unwrap(), stop.as_fd());
     call(&mut session, Command::Version, &[0, 0, 1, 0], Vec::new());
     *space.shim.lock().unwrap() = Some(shim.join().unwrap());
     let guest = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();

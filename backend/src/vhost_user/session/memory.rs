@@ -9,7 +9,9 @@ use vhost::vhost_user::message::VhostUserMemoryRegion;
 
 use super::super::Error;
 use super::super::features::ProtocolFeatures;
-use super::{Session, set_cloexec};
+use super::super::vring::Vring;
+use super::Session;
+use super::descriptor::set_cloexec;
 use crate::addr::{Address, Gpa, Qva, Span};
 use crate::memory::{FileId, Plan, RegionSpec};
 
@@ -27,12 +29,14 @@ impl Session<'_> {
     fn spec(&self, region: &VhostUserMemoryRegion, file: File) -> Result<RegionSpec, Error> {
         let gpa = guest_range(region)?;
         let qva = self.user_address(region);
-        let id = FileId::of(&file).map_err(Error::system("fstat of a memory descriptor"))?;
+        let id = FileId::of(&file, gpa)?;
         let address = if self.uses_gpa() { None } else { Some(qva) };
         if self.peer.maps_privately(id, address) {
             return Err(Error::PrivateMemory { gpa });
         }
-        Ok(RegionSpec { gpa, qva, offset: region.mmap_offset, file: Arc::new(file) })
+        let mut spec = RegionSpec { gpa, qva, offset: region.mmap_offset, file: Arc::new(file) };
+        spec.share_file(self.memory.table().regions().iter())?;
+        Ok(spec)
     }
 
     pub(super) fn replace_memory(&mut self, regions: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<(), Error> {
@@ -62,7 +66,8 @@ impl Session<'_> {
         }
         let engine = &self.device.engine;
         let removed: Vec<Span<Gpa>> = plan.remove.iter().map(|region| region.gpa()).collect();
-        let suspended = self.rings.iter_mut().map(|ring| ring.suspend(engine, &removed)).fold(Ok(()), Result::and);
+        let suspend = |ring: &mut Vring| ring.suspend(engine, &removed, &self.logs.memory);
+        let suspended = self.rings.iter_mut().map(suspend).fold(Ok(()), Result::and);
         let changed = suspended.and_then(|()| self.memory.apply(plan));
         self.start_rings();
         self.monitor_discards();
