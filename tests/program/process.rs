@@ -121,8 +121,17 @@ impl Process {
         self.client_of(Shape::default())
     }
 
+    /// A front-end. The server rejects it as long as it takes the one before for connected: a process that another test spawns
+    /// holds a copy of that one's socket between fork and exec. So a failure is final only after some attempts.
     pub(crate) fn client_of(&self, shape: Shape) -> Client {
-        Client::connect(&self.path("socket"), shape).unwrap_or_else(|error| panic!("{error}; its log:\n{}", self.log()))
+        let path = self.path("socket");
+        for _ in 0..20 {
+            match Client::connect(&path, shape) {
+                Ok(client) => return client,
+                Err(_) => std::thread::sleep(Duration::from_millis(100)),
+            }
+        }
+        Client::connect(&path, shape).unwrap_or_else(|error| panic!("{error}; its log:\n{}", self.log()))
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

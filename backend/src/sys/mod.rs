@@ -22,6 +22,6 @@ pub use iommufd::{DeviceId, HwInfo, HwptId, Ioas, Iommufd};
 pub use mmio::Mmio;
 pub use poller::{Event, Poller};
 pub use shared_memory::{SharedArray, SharedMemory, Word};
-pub use sigbus::{LostPages, MAX_WATCHED, lost_pages};
+pub use sigbus::{LostPages, MAX_WATCHED};
 pub use signals::signal_fd;
 pub use vfio::Cdev;

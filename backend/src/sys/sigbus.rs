@@ -51,7 +51,7 @@ static HANDLER: OnceLock<i32> = OnceLock::new();
 
 /// Number of pages replaced since the process started.
 #[must_use]
-pub fn lost_pages() -> usize {
+fn lost_pages() -> usize {
     LOST.load(Ordering::Relaxed)
 }
 

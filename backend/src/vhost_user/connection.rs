@@ -191,27 +191,26 @@ impl<'d> Connection<'d> {
         if available < HEADER_SIZE as u64 + u64::from(header.size) {
             return Ok(Peeked::Incomplete);
         }
-        let has_descriptors = seen.flags.contains(ReturnFlags::CTRUNC);
-        self.check_pieces(header, has_descriptors)?;
-        Ok(Peeked::Message(header, has_descriptors))
+        self.check_pieces(header)?;
+        Ok(Peeked::Message(header, seen.flags.contains(ReturnFlags::CTRUNC)))
     }
 
-    /// Refuses a message with descriptors that are not with its first byte: the codec would close them unseen. A peek ends
-    /// after bytes that carry descriptors.
-    fn check_pieces(&self, header: Header, has_descriptors: bool) -> Result<(), Error> {
+    /// Refuses a message that descriptors cut in two. A peek ends after bytes that carry descriptors. That the flag is set says
+    /// nothing here: a peek that has read its last byte reports the descriptors of the next message, too.
+    fn check_pieces(&self, header: Header) -> Result<(), Error> {
         let mut bytes = [0; HEADER_SIZE + MAX_MESSAGE as usize];
         let all = HEADER_SIZE + header.size as usize;
         let mut iov = [IoSliceMut::new(&mut bytes[..all])];
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         let seen = recvmsg(&self.socket, &mut iov, &mut RecvAncillaryBuffer::default(), flags);
-        let seen = seen.map_err(Error::system("receive"))?;
-        if seen.bytes == all && seen.flags.contains(ReturnFlags::CTRUNC) == has_descriptors {
+        if seen.map_err(Error::system("receive"))?.bytes == all {
             return Ok(());
         }
         Err(header.malformed("it is cut in two by file descriptors"))
     }
 
-    /// Looks at copies of the next message's descriptors. Returns why they cannot be used, if they cannot.
+    /// Looks at copies of the next message's descriptors, and perhaps of the one after it. Returns why they cannot be used, if
+    /// they cannot.
     fn check_descriptors(&self, header: Header) -> Result<Option<UnusableFds>, Error> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS + 1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
