@@ -12,3 +12,4 @@ mod limits;
 mod process;
 mod sockets;
 mod vmm;
+mod whole;
