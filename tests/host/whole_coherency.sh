@@ -1,5 +1,5 @@
 #!/bin/sh
-# profiles: vtd vtd-snoop amd-iommu
+# profiles: vtd vtd-snoop vtd-scalable amd-iommu virtio-iommu
 # minutes: 0.6
 # boot: iommu
 # options: --qemu trixie-backports
@@ -192,8 +192,8 @@ for policy in suppress allow refuse assume; do
         vm_lifetime $policy
 done
 # The rest runs on one profile where the function is flushed and on one where it is not. The claims above have shown the answers
-# on amd-iommu under every policy, and nothing else depends on the kind of IOMMU.
-[ "$PROFILE" != amd-iommu ] || finished
+# on the other profiles under every policy, and nothing else depends on the kind of IOMMU.
+case $PROFILE in vtd | vtd-snoop) ;; *) finished ;; esac
 claim "without a shim in QEMU the version is refused: QEMU gets an errno, the log has the reason" refused_without_registration
 claim "killed with memory mapped and trapped BARs, the backend leaves nothing pinned" killed_trapped
 claim "with direct BARs the front-end keeps function and pins until it ends" killed_direct
