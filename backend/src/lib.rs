@@ -32,6 +32,7 @@ pub mod memory;
 pub mod passthrough;
 mod rate_limited_log;
 pub mod socket;
+mod sync;
 pub mod sys;
 pub mod vfio;
 pub mod vfio_user;

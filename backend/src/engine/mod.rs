@@ -39,7 +39,6 @@ mod tests;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -54,6 +53,7 @@ use crate::addr::{Gpa, Span};
 use crate::driver::{Driver, Geometry, Queue};
 use crate::hardware::AddressSpace;
 use crate::memory::MemTable;
+use crate::sync::thread::{self, JoinHandle};
 use data_path::{Bounce, CacheMaintenance, DataPath, WorkerLayout};
 use recovery::{DeviceSupervisor, OverdueReports, Watchdog};
 use request::Disk;
@@ -138,10 +138,8 @@ impl Engine {
         let worker =
             Worker::new(path, queue, Arc::clone(&command_queue), (self.options.spin, clock)).map_err(failed)?;
         self.supervisor.add_worker(Arc::clone(&command_queue));
-        let thread = std::thread::Builder::new()
-            .name(format!("vdv-worker-{number}"))
-            .spawn(move || worker.run())
-            .map_err(failed)?;
+        let thread =
+            thread::Builder::new().name(format!("vdv-worker-{number}")).spawn(move || worker.run()).map_err(failed)?;
         Ok(WorkerHandle { command_queue, counters, thread: Some(thread) })
     }
 

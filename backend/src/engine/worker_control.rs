@@ -1,12 +1,13 @@
 //! How the control thread waits for workers: for a reply, and for requests to drain. If they do not drain, it resets the
 //! device.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Instant;
 
 use super::inflight_policy::InflightPolicy;
 use super::worker::WorkerCommand;
 use super::{Engine, EngineError};
+use crate::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use crate::sync::recv_until;
 
 impl Engine {
     /// The worker that serves a virtqueue, and the virtqueue's slot there.
@@ -48,7 +49,7 @@ impl Engine {
         deadline: Instant,
         action: &str,
     ) -> Result<T, EngineError> {
-        match answer.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        match recv_until(answer, deadline) {
             Ok(value) => return Ok(value),
             Err(RecvTimeoutError::Disconnected) => return Err(EngineError::WorkerGone(worker)),
             Err(RecvTimeoutError::Timeout) => {}

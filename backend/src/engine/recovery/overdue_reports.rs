@@ -2,12 +2,13 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::driver::OverdueCommands;
 use crate::eventfd::{drain, signal};
+use crate::sync::Mutex;
 
 /// Reports that the watchdog has not taken yet.
 #[derive(Default)]

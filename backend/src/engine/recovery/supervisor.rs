@@ -11,8 +11,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 
 use super::overdue_reports::OverdueReports;
 use crate::driver::{CommandId, Driver, Geometry, Queue};
@@ -21,6 +20,8 @@ use crate::engine::inflight_policy::InflightPolicy;
 use crate::engine::live_geometry::LiveGeometry;
 use crate::engine::worker::{CommandQueue, WorkerCommand};
 use crate::eventfd::signal;
+use crate::sync::mpsc::Sender;
+use crate::sync::{Mutex, MutexGuard};
 
 /// With more overdue commands than this the device is reset at once: controllers execute few Aborts concurrently (NVMe 2.0
 /// §5.1, ACL).

@@ -12,13 +12,13 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::overdue_reports::{OverdueReports, Reports};
 use super::supervisor::DeviceSupervisor;
 use crate::driver::{OverdueCommands, Queue};
 use crate::eventfd::drain;
+use crate::sync::thread::{self, JoinHandle};
 use crate::sys::Poller;
 
 /// Longest tick.
@@ -109,7 +109,7 @@ impl Watchdog {
             retry: watch.retry,
             watch,
         };
-        let thread = std::thread::Builder::new()
+        let thread = thread::Builder::new()
             .name("vdv-watchdog".to_owned())
             .spawn(move || while watchdog.handle_one_event() {})?;
         Ok(Self { reports, watch, thread: Some(thread) })
@@ -160,7 +160,7 @@ impl WatchdogThread {
         });
         if let Err(error) = &waited {
             log::error!("the watchdog cannot wait for events: {error}");
-            std::thread::sleep(LONGEST_TICK);
+            thread::sleep(LONGEST_TICK);
         }
         let recoveries = self.supervisor.recoveries.load(Ordering::SeqCst);
         let Reports { overdue, quit } = self.reports.take();

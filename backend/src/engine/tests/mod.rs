@@ -18,3 +18,5 @@ mod packed_hostile;
 mod ranges;
 mod rig;
 mod round_trip;
+#[cfg(feature = "shuttle")]
+mod schedules;

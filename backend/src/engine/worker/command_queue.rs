@@ -3,9 +3,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -16,6 +15,8 @@ use crate::engine::inflight_policy::InflightPolicy;
 use crate::engine::setup::VringSetup;
 use crate::eventfd::{drain, signal};
 use crate::memory::MemTable;
+use crate::sync::mpsc::{Receiver, Sender, channel};
+use crate::sync::{AtomicBool, Mutex};
 
 /// A command to a worker. The first `usize` of a vring's command is the worker's slot.
 pub(in crate::engine) enum WorkerCommand {

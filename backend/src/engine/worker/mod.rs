@@ -15,7 +15,6 @@
 mod command_queue;
 
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 pub(super) use command_queue::{CommandQueue, WorkerCommand};
@@ -30,6 +29,8 @@ use crate::addr::{Gpa, Span};
 use crate::driver::Queue;
 use crate::eventfd::drain;
 use crate::memory::MemTable;
+use crate::sync::mpsc::Sender;
+use crate::sync::{spin_loop, thread};
 use crate::sys::Poller;
 
 /// Poller token of the device's completion event. A ring's token is its slot.
@@ -117,13 +118,13 @@ impl Worker {
                 continue;
             }
             if idle_since.is_some() && !passes.is_multiple_of(IDLE_PASSES_PER_CLOCK_READ) {
-                std::hint::spin_loop();
+                spin_loop();
                 continue;
             }
             let now = Instant::now();
             self.check_clock(now);
             if now.duration_since(*idle_since.get_or_insert(now)) < self.spin || self.must_poll() {
-                std::hint::spin_loop();
+                spin_loop();
             } else {
                 self.sleep();
                 idle_since = None;
@@ -215,7 +216,7 @@ impl Worker {
         });
         if let Err(error) = waited {
             log::error!("wait for notifications: {error}; polling instead");
-            std::thread::sleep(Duration::from_millis(1));
+            thread::sleep(Duration::from_millis(1));
         }
         for slot in unreadable.into_iter().filter_map(|slot| usize::try_from(slot).ok()) {
             self.path.fail_ring(slot, &"its kick descriptor cannot be read");
