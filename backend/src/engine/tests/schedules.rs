@@ -2,8 +2,9 @@
 //! one thread of the kernel and chooses at each lock, message and wait who goes on; a deadlock fails the test. Deadlines pass at
 //! any time. Run by `cargo test -p vhost-device-vfio --features shuttle --lib schedules`; about 20 s.
 //!
-//! It finds, for example: a drain that resets the device although the watchdog has just done so, and fails requests that were
-//! about to complete; a reset that starts while the control thread acts on an idle device.
+//! Bugs that it finds, each tried: `while_idle` without the driver's lock (the watchdog resets the device that the control thread
+//! takes for idle); a paused worker that submits; a removal of memory answered before the last command that uses it; a ring
+//! stopped with a request still in flight.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
