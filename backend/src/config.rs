@@ -58,6 +58,12 @@ pub struct Config {
     /// Register the device with the shim in the VM's process, which listens on this socket (see README)
     #[arg(long, value_name = "PATH")]
     pub kvm_socket: Option<PathBuf>,
+    /// Ask this QMP monitor of QEMU to unplug a whole function when the host wants it back
+    #[arg(long, value_name = "PATH", requires = "vfio_user")]
+    pub qmp_socket: Option<PathBuf>,
+    /// ID of the function's device in QEMU [default: the only vfio-user-pci]
+    #[arg(long, value_name = "ID", requires = "qmp_socket")]
+    pub qmp_device: Option<String>,
     /// How long an idle worker polls before it sleeps, in microseconds
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub poll_us: u32,
@@ -230,6 +236,15 @@ mod tests {
         assert_eq!(device("emulated"), DeviceArg::Emulated(String::new()));
         assert_eq!(device("emulated:file=/a:b"), DeviceArg::Emulated("file=/a:b".to_owned()));
         assert!(parse(&["--device", "emulatedx"]).is_err());
+    }
+
+    #[test]
+    fn a_monitor_is_for_a_whole_function_and_a_device_for_a_monitor() {
+        let disk = parse(&["--device", "00:04.0", "--qmp-socket", "/run/q"]).unwrap_err();
+        let no_monitor = parse(&["--device", "00:04.0", "--vfio-user", "--qmp-device", "edu"]).unwrap_err();
+
+        assert!(disk.contains("--vfio-user"), "{disk}");
+        assert!(no_monitor.contains("--qmp-socket"), "{no_monitor}");
     }
 
     #[test]

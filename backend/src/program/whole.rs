@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use vhost_device_vfio::coherency::decide;
 use vhost_device_vfio::config::Config;
 use vhost_device_vfio::passthrough::Passthrough;
+use vhost_device_vfio::qmp::Monitor;
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::vfio_user::{EndReason, Server};
 
@@ -20,6 +21,10 @@ pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, 
     if config.read_only {
         bail!("--read-only: the guest's own driver drives a whole function; this program sees none of its commands");
     }
+    let monitor = match &config.qmp_socket {
+        Some(path) => Some(Monitor::new(path.clone(), config.qmp_device.clone())?),
+        None => None,
+    };
     let (owned, reacquire) = source.acquire_whole(config.no_snoop.into(), config.kvm_socket.is_some())?;
     let (name, facts) = (owned.function.name().to_owned(), owned.facts);
     let vmm = owned.vmm(config, &name);
@@ -29,7 +34,10 @@ pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, 
         device = device.with_reacquire(reacquire);
     }
 
-    let server = Server::new(endpoint, device, vmm);
+    let mut server = Server::new(endpoint, device, vmm);
+    if let Some(monitor) = monitor {
+        server = server.with_monitor(monitor);
+    }
     log::info!("serving {name}, the whole function, over vfio-user");
     let ended = server.run(stop);
     let (space, verdict) = (server.device().space().statistics(), decide(&facts).word());
