@@ -29,7 +29,7 @@ fn machine() -> Objects {
 }
 
 fn rig(monitor: &FakeMonitor) -> Rig {
-    Rig::with_monitor(Monitor::new(monitor.path().into(), None).unwrap())
+    Rig::with_monitor(Monitor::new(monitor.path().into(), None))
 }
 
 #[test]

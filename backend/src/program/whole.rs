@@ -21,10 +21,6 @@ pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, 
     if config.read_only {
         bail!("--read-only: the guest's own driver drives a whole function; this program sees none of its commands");
     }
-    let monitor = match &config.qmp_socket {
-        Some(path) => Some(Monitor::new(path.clone(), config.qmp_device.clone())?),
-        None => None,
-    };
     let (owned, reacquire) = source.acquire_whole(config.no_snoop.into(), config.kvm_socket.is_some())?;
     let (name, facts) = (owned.function.name().to_owned(), owned.facts);
     let vmm = owned.vmm(config, &name);
@@ -35,8 +31,8 @@ pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, 
     }
 
     let mut server = Server::new(endpoint, device, vmm);
-    if let Some(monitor) = monitor {
-        server = server.with_monitor(monitor);
+    if let Some(path) = &config.qmp_socket {
+        server = server.with_monitor(Monitor::new(path.clone(), config.qmp_device.clone()));
     }
     log::info!("serving {name}, the whole function, over vfio-user");
     let ended = server.run(stop);

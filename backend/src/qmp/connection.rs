@@ -15,7 +15,7 @@ use super::QmpError;
 
 /// Longest line. The longest answer lists the properties of a device: about 200 of less than 100 bytes.
 pub(super) const MAX_LINE: usize = 256 << 10;
-/// Most bytes in one connection, which has five answers. Events may come between them.
+/// Most bytes in one connection: some hundred answers, and the events between them.
 pub(super) const MAX_TOTAL: usize = 4 << 20;
 /// Most characters of the monitor's text in an error.
 const MAX_SHOWN: usize = 200;

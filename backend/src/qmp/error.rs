@@ -9,7 +9,7 @@ use rustix::io::Errno;
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
     /// The path is too long for the address of a socket, or contains a zero byte.
-    #[error("--qmp-socket {0}: a socket's path has at most 108 bytes: {1}")]
+    #[error("connect to QEMU's monitor: {0}: a socket's path has at most 108 bytes: {1}")]
     Path(PathBuf, Errno),
     /// Nobody listens there, or the socket may not be used.
     #[error("connect to QEMU's monitor: {0}: {1}; start QEMU with -qmp unix:{0},server=on,wait=off")]

@@ -1,8 +1,9 @@
 //! Asks the virtual machine's QEMU to unplug a device of type `vfio-user-pci`, over a monitor of its own (QMP). QEMU asks the
 //! guest in turn, which ejects the device when it is ready.
 //!
-//! QEMU does not tell which socket such a device uses: the property `socket` cannot be read (`hw/vfio-user/pci.c`). So the
-//! monitor must be that of the process that uses the function, and the device must be its only one of this type, or be named.
+//! The property `socket` of such a device cannot be read (`hw/vfio-user/pci.c`), but its regions are named after the socket
+//! (`vfio-user:PATH BAR 0`). The device is the one whose regions have the path that this program listens on. QEMU may have been
+//! given another name of the same socket; then it is the only device of this type. The administrator can name it, too.
 //!
 //! A device with MSI-X is not unplugged. QEMU 10.1 to 11.1.3 abort then (`vfio_user_msix_teardown` removes the region of the
 //! pending bits from a BAR that has lost it already), and no version is known that does not.
@@ -10,10 +11,9 @@
 mod connection;
 mod error;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use rustix::net::SocketAddrUnix;
 use serde::Deserialize;
 use serde_json::json;
 
@@ -28,6 +28,33 @@ const DEVICE_TYPE: &str = "vfio-user-pci";
 const CONTAINERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 /// Children of a device with MSI-X (`msix_init`): `msix-table[0]` and `msix-pba[0]`.
 const MSIX_CHILD: &str = "msix-";
+
+/// Who uses the function, as far as it is known.
+#[derive(Clone, Debug, Default)]
+pub struct FrontEnd {
+    /// Its process.
+    pub process: Option<u32>,
+    /// The socket that it has connected to.
+    pub socket: Option<PathBuf>,
+}
+
+/// A device of the type in question.
+struct Device {
+    path: String,
+    children: Vec<Property>,
+}
+
+impl Device {
+    fn has_msix(&self) -> bool {
+        self.children.iter().any(|child| child.name.starts_with(MSIX_CHILD))
+    }
+
+    /// True if a region is named after `socket`.
+    fn uses(&self, socket: &Path) -> bool {
+        let prefix = format!("vfio-user:{} ", escaped(&socket.to_string_lossy()));
+        self.children.iter().any(|child| child.name.starts_with(&prefix))
+    }
+}
 
 /// A QMP monitor of the virtual machine's QEMU.
 #[derive(Clone, Debug)]
@@ -45,36 +72,29 @@ struct Property {
 }
 
 impl Monitor {
-    /// The monitor that listens at `path`. `device` names the function there, by its ID or QOM path; `None` if it is the only
-    /// device of its type.
-    ///
-    /// # Errors
-    /// The path cannot be that of a socket.
-    pub fn new(path: PathBuf, device: Option<String>) -> Result<Self, QmpError> {
-        match SocketAddrUnix::new(&path) {
-            Ok(_) => Ok(Self { path, device }),
-            Err(errno) => Err(QmpError::Path(path, errno)),
-        }
+    /// The monitor that listens at `path`. `device` names the function there, by its ID or QOM path.
+    #[must_use]
+    pub fn new(path: PathBuf, device: Option<String>) -> Self {
+        Self { path, device }
     }
 
-    /// Asks QEMU to unplug the device, and returns the device's QOM path. Whether and when the guest ejects it is not awaited.
-    /// `front_end` is the process that uses the function, if it is known.
+    /// Asks QEMU to unplug the device that `front_end` uses, and returns the device's QOM path. Whether and when the guest ejects
+    /// it is not awaited.
     ///
-    /// Blocks, at most until `deadline` once the socket's path has been looked up.
+    /// Blocks, at most until `deadline` once the monitor's path has been looked up.
     ///
     /// # Errors
     /// Why QEMU was not asked, or has refused.
-    pub fn unplug(&self, front_end: Option<u32>, deadline: Instant) -> Result<String, QmpError> {
+    pub fn unplug(&self, front_end: &FrontEnd, deadline: Instant) -> Result<String, QmpError> {
         let mut connection = Connection::open(&self.path, deadline)?;
-        self.check_process(&connection, front_end)?;
+        self.check_process(&connection, front_end.process)?;
         connection.negotiate()?;
-        let device = self.find(&mut connection)?;
-        let has_msix = |child: &Property| child.kind.starts_with("child<") && child.name.starts_with(MSIX_CHILD);
-        if list(&mut connection, &device)?.iter().any(has_msix) {
-            return Err(QmpError::Msix(shown(&device)));
+        let device = self.select(devices(&mut connection)?, front_end.socket.as_deref())?;
+        if device.has_msix() {
+            return Err(QmpError::Msix(shown(&device.path)));
         }
-        connection.execute("device_del", &json!({ "id": device }))?;
-        Ok(shown(&device))
+        connection.execute("device_del", &json!({ "id": device.path }))?;
+        Ok(shown(&device.path))
     }
 
     /// Refuses the monitor of another process than the one that uses the function.
@@ -88,25 +108,52 @@ impl Monitor {
         }
     }
 
-    /// Finds the function's device, and returns its QOM path.
-    fn find(&self, connection: &mut Connection) -> Result<String, QmpError> {
-        let mut devices = Vec::new();
-        for container in CONTAINERS {
-            let children = list(connection, container)?.into_iter();
-            let of_type = children.filter(|child| child.kind == format!("child<{DEVICE_TYPE}>"));
-            devices.extend(of_type.map(|child| format!("{container}/{}", child.name)));
+    /// Selects the function's device among `devices`.
+    fn select(&self, mut devices: Vec<Device>, socket: Option<&Path>) -> Result<Device, QmpError> {
+        if let Some(name) = &self.device {
+            let paths = [name.clone(), format!("{}/{name}", CONTAINERS[0])];
+            let named = devices.into_iter().find(|found| paths.contains(&found.path));
+            return named.ok_or_else(|| QmpError::NoDevice(format!("with the ID or QOM path `{}`", shown(name))));
         }
-        if let Some(device) = &self.device {
-            let paths = [device.clone(), format!("{}/{device}", CONTAINERS[0])];
-            let named = devices.into_iter().find(|found| paths.contains(found));
-            return named.ok_or_else(|| QmpError::NoDevice(format!("with the ID or QOM path `{}`", shown(device))));
+        if let Some(socket) = socket
+            && devices.iter().any(|device| device.uses(socket))
+        {
+            devices.retain(|device| device.uses(socket));
         }
-        match devices.as_slice() {
-            [] => Err(QmpError::NoDevice("at all".into())),
-            [device] => Ok(device.clone()),
-            several => Err(QmpError::Several(shown(&several.join(", ")))),
+        match devices.len() {
+            0 => Err(QmpError::NoDevice("at all".into())),
+            1 => Ok(devices.remove(0)),
+            _ => {
+                let paths: Vec<_> = devices.into_iter().map(|device| device.path).collect();
+                Err(QmpError::Several(shown(&paths.join(", "))))
+            }
         }
     }
+}
+
+/// All devices of the type in question.
+fn devices(connection: &mut Connection) -> Result<Vec<Device>, QmpError> {
+    let mut devices = Vec::new();
+    for container in CONTAINERS {
+        for child in list(connection, container)? {
+            if child.kind == format!("child<{DEVICE_TYPE}>") {
+                let path = format!("{container}/{}", child.name);
+                let mut children = list(connection, &path)?;
+                children.retain(|child| child.kind.starts_with("child<"));
+                devices.push(Device { path, children });
+            }
+        }
+    }
+    Ok(devices)
+}
+
+/// `name` as it is in the name of a memory region (QEMU: `memory_region_escape_name`).
+fn escaped(name: &str) -> String {
+    let escape = |char| match char {
+        '/' | '[' | '\\' | ']' => format!("\\x{:02x}", u32::from(char)),
+        char => char.to_string(),
+    };
+    name.chars().map(escape).collect()
 }
 
 /// The properties of the object at `path`, its children among them.

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
+use rustix::net::SocketAddrUnix;
 use serde_json::Value;
 use testbed::monitor::{FakeMonitor, GREETING, Objects};
 use vmm_sys_util::tempdir::TempDir;
@@ -18,8 +19,9 @@ const WITHOUT_ID: &str = "/machine/peripheral-anon";
 const OURS: (&str, &str) = ("edu", "child<vfio-user-pci>");
 
 fn ask(monitor: &FakeMonitor, device: Option<&str>) -> Result<String, QmpError> {
-    let asked = Monitor::new(monitor.path().into(), device.map(str::to_owned)).unwrap();
-    asked.unplug(Some(std::process::id()), Instant::now() + LONG)
+    let front_end = FrontEnd { process: Some(std::process::id()), socket: Some("/run/vm[1]/nic.sock".into()) };
+    let asked = Monitor::new(monitor.path().into(), device.map(str::to_owned));
+    asked.unplug(&front_end, Instant::now() + LONG)
 }
 
 /// Asks a monitor that does this with its client, within `limit`.
@@ -28,7 +30,7 @@ fn ask_serving(
     serve: impl FnOnce(UnixStream) -> std::io::Result<()> + Send + 'static,
 ) -> Result<String, QmpError> {
     let monitor = FakeMonitor::serving(|stream, _| serve(stream));
-    Monitor::new(monitor.path().into(), None).unwrap().unplug(None, Instant::now() + limit)
+    Monitor::new(monitor.path().into(), None).unplug(&FrontEnd::default(), Instant::now() + limit)
 }
 
 /// A virtual machine with these devices, each without children.
@@ -56,8 +58,8 @@ fn the_only_device_of_its_type_is_unplugged() {
         [
             "qmp_capabilities {}",
             r#"qom-list {"path":"/machine/peripheral"}"#,
-            r#"qom-list {"path":"/machine/peripheral-anon"}"#,
             r#"qom-list {"path":"/machine/peripheral/edu"}"#,
+            r#"qom-list {"path":"/machine/peripheral-anon"}"#,
             r#"device_del {"id":"/machine/peripheral/edu"}"#,
         ]
     );
@@ -70,6 +72,25 @@ fn a_device_without_an_id_is_unplugged_by_its_path() {
     ask(&monitor, None).unwrap();
 
     assert_eq!(removals(&monitor), [r#"device_del {"id":"/machine/peripheral-anon/device[1]"}"#]);
+}
+
+#[test]
+fn of_several_devices_the_one_that_uses_the_socket_is_unplugged() {
+    // As QEMU 11.1.3 names the regions of /run/vm[1]/nic.sock and of a socket whose path only starts like that.
+    let ours = r"vfio-user:\x2frun\x2fvm\x5b1\x5d\x2fnic.sock BAR 0[0]";
+    let similar = r"vfio-user:\x2frun\x2fvm\x5b1\x5d\x2fnic.sock2 BAR 0[0]";
+    let region = "child<memory-region>";
+    let monitor = FakeMonitor::of(vec![
+        (WITH_ID, vec![OURS, ("nic", OURS.1), ("drive", OURS.1)]),
+        (WITHOUT_ID, vec![]),
+        ("/machine/peripheral/edu", vec![(similar, region)]),
+        ("/machine/peripheral/nic", vec![("bus master[0]", region), (ours, region)]),
+        ("/machine/peripheral/drive", vec![(ours, "link<memory-region>"), ("msix-table[0]", region)]),
+    ]);
+
+    ask(&monitor, None).unwrap();
+
+    assert_eq!(removals(&monitor), [r#"device_del {"id":"/machine/peripheral/nic"}"#]);
 }
 
 #[test]
@@ -119,8 +140,8 @@ fn the_monitor_of_another_process_is_sent_nothing() {
     let monitor = machine(&[OURS], &[]);
     let other = std::os::unix::process::parent_id();
 
-    let asked = Monitor::new(monitor.path().into(), None).unwrap();
-    let error = asked.unplug(Some(other), Instant::now() + LONG).unwrap_err();
+    let asked = Monitor::new(monitor.path().into(), None);
+    let error = asked.unplug(&FrontEnd { process: Some(other), socket: None }, Instant::now() + LONG).unwrap_err();
 
     assert!(matches!(error, QmpError::OtherProcess { front_end, .. } if front_end == other), "{error}");
     assert!(error.to_string().contains(&format!("pid {}", std::process::id())), "{error}");
@@ -196,7 +217,7 @@ fn a_monitor_whose_backlog_is_full_is_waited_for_in_bounded_time() {
     listen(&listener, 0).unwrap();
     let _waiting = UnixStream::connect(&path).unwrap();
 
-    let error = Monitor::new(path, None).unwrap().unplug(None, Instant::now() + Duration::from_millis(50));
+    let error = Monitor::new(path, None).unplug(&FrontEnd::default(), Instant::now() + Duration::from_millis(50));
 
     assert!(matches!(error, Err(QmpError::TimedOut("connection"))), "{error:?}");
 }
@@ -234,12 +255,13 @@ fn a_monitor_that_closes_the_connection_is_an_error() {
 fn nobody_at_the_socket_and_a_path_that_is_too_long_are_errors_with_the_fix() {
     let directory = TempDir::new().unwrap();
     let path = directory.as_path().join("qmp");
-    let missing = Monitor::new(path.clone(), None).unwrap().unplug(None, Instant::now() + LONG).unwrap_err();
+    let missing = Monitor::new(path.clone(), None).unplug(&FrontEnd::default(), Instant::now() + LONG).unwrap_err();
     drop(UnixListener::bind(&path).unwrap());
-    let left_behind = Monitor::new(path, None).unwrap().unplug(None, Instant::now() + LONG).unwrap_err();
+    let left_behind = Monitor::new(path, None).unplug(&FrontEnd::default(), Instant::now() + LONG).unwrap_err();
 
     for error in [missing, left_behind] {
         assert!(error.to_string().contains("start QEMU with -qmp unix:"), "{error}");
     }
-    assert!(matches!(Monitor::new("x".repeat(109).into(), None), Err(QmpError::Path(..))));
+    let long = Monitor::new("x".repeat(109).into(), None).unplug(&FrontEnd::default(), Instant::now() + LONG);
+    assert!(matches!(long, Err(QmpError::Path(..))), "{long:?}");
 }

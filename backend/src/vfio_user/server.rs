@@ -298,7 +298,8 @@ impl EventLoop<'_> {
         rustix::io::read(request, &mut [0; 8]).map_err(Error::system("read the request event"))?;
         if self.unplug_since.is_none() {
             let Server { device, monitor, .. } = self.server;
-            host_request::ask(device, monitor.as_ref(), self.current.as_ref().map(|current| &current.session));
+            let current = self.current.as_ref().map(|current| (&current.session, &current.connection));
+            host_request::ask(device, monitor.as_ref(), current);
         }
         self.unplug_since.get_or_insert_with(Instant::now);
         Ok(())

@@ -1,27 +1,33 @@
 //! What follows when the host requests the function: the virtual machine is asked to unplug it, by whichever way it has.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::passthrough::Passthrough;
-use crate::qmp::Monitor;
+use crate::qmp::{FrontEnd, Monitor};
+use crate::vfio_user::connection::Connection;
 use crate::vfio_user::session::Session;
 
 /// Time-out for a monitor to take the request, so that the guest has the rest of `UNPLUG_TIMEOUT` to eject the function.
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Asks the front-end that has this `session`, or its `monitor`, to unplug `device`, and logs how. Does not wait for anybody.
-pub(super) fn ask(device: &Passthrough, monitor: Option<&Arc<Monitor>>, session: Option<&Session<'_>>) {
-    let how = match session {
+/// Asks the `current` front-end, or its `monitor`, to unplug `device`, and logs how. Does not wait for anybody.
+pub(super) fn ask(device: &Passthrough, monitor: Option<&Arc<Monitor>>, current: Option<(&Session<'_>, &Connection)>) {
+    let how = match current {
         None => "it is not in use",
-        Some(session) if session.request_unplug() => "the virtual machine is asked to unplug it within 10 s",
-        Some(session) => ask_monitor(device, monitor, session.peer().pid()),
+        Some((session, _)) if session.request_unplug() => "the virtual machine is asked to unplug it within 10 s",
+        Some((session, connection)) => {
+            let address = connection.socket().local_addr().ok();
+            let socket = address.and_then(|address| address.as_pathname().map(Path::to_path_buf));
+            ask_monitor(device, monitor, FrontEnd { process: session.peer().pid(), socket })
+        }
     };
     log::warn!("{}: the host wants the device back; {how}", device.name());
 }
 
 /// Asks the monitor of `front_end`, in a thread: it need not answer. Returns how, for the log.
-fn ask_monitor(device: &Passthrough, monitor: Option<&Arc<Monitor>>, front_end: Option<u32>) -> &'static str {
+fn ask_monitor(device: &Passthrough, monitor: Option<&Arc<Monitor>>, front_end: FrontEnd) -> &'static str {
     let Some(monitor) = monitor.cloned() else {
         return "the virtual machine has set no eventfd to be asked by; the device is taken away after 10 s";
     };
@@ -30,7 +36,7 @@ fn ask_monitor(device: &Passthrough, monitor: Option<&Arc<Monitor>>, front_end: 
                 is taken away after 10 s";
     }
     let name = device.name().to_owned();
-    let asking = move || match monitor.unplug(front_end, Instant::now() + MONITOR_TIMEOUT) {
+    let asking = move || match monitor.unplug(&front_end, Instant::now() + MONITOR_TIMEOUT) {
         Ok(device) => log::warn!("{name}: QEMU has asked the guest to eject {device}"),
         Err(error) => log::warn!("{name}: QEMU is not unplugging it: {error}; the device is taken away after 10 s"),
     };
@@ -60,9 +66,9 @@ mod tests {
             asked.send(()).expect("the test waits");
             Ok(())
         });
-        let monitor = Arc::new(Monitor::new(fake.path().into(), None).unwrap());
+        let monitor = Arc::new(Monitor::new(fake.path().into(), None));
 
-        let how = ask_monitor(&device, Some(&monitor), None);
+        let how = ask_monitor(&device, Some(&monitor), FrontEnd::default());
 
         assert!(how.contains("it aborts when a vfio-user function with MSI-X is unplugged"), "{how}");
         assert!(commands.try_recv().is_err(), "nobody has connected");
