@@ -1,6 +1,6 @@
 #!/bin/sh
 # profiles: vtd
-# minutes: 3
+# minutes: 3.3
 # options: --qemu trixie-backports --mem 5G --qemu-arg -netdev --qemu-arg hubport,id=a,hubid=0 --qemu-arg -netdev --qemu-arg hubport,id=b,hubid=0 --qemu-arg -device --qemu-arg pcie-root-port,id=nicport,slot=9,chassis=9,addr=6 --qemu-arg -device --qemu-arg virtio-net-pci,bus=nicport,netdev=a,vectors=0,iommu_platform=on,mac=52:54:00:00:00:0a --qemu-arg -device --qemu-arg virtio-net-pci,netdev=b,addr=12,mac=52:54:00:00:00:0b --qemu-arg -device --qemu-arg edu,addr=7
 # Whole functions given to a guest over vfio-user, in stock QEMU: a drive, a network card and QEMU's educational device, each with
 # the guest's own driver and served by its own process; and events in the life of the virtual machine.
