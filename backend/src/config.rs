@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Parser, Subcommand, ValueEnum};
+use rustix::net::SocketAddrUnix;
 
 use crate::coherency::Policy;
 use crate::engine::WatchdogOptions;
@@ -58,6 +60,12 @@ pub struct Config {
     /// Register the device with the shim in the VM's process, which listens on this socket (see README)
     #[arg(long, value_name = "PATH")]
     pub kvm_socket: Option<PathBuf>,
+    /// Ask this QMP monitor of QEMU to unplug a whole function when the host wants it back
+    #[arg(long, value_name = "PATH", requires = "vfio_user", value_parser = PathBufValueParser::new().try_map(socket_path))]
+    pub qmp_socket: Option<PathBuf>,
+    /// ID of the function's device in QEMU [default: the vfio-user-pci that uses the socket, or the only one]
+    #[arg(long, value_name = "ID", requires = "qmp_socket")]
+    pub qmp_device: Option<String>,
     /// How long an idle worker polls before it sleeps, in microseconds
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub poll_us: u32,
@@ -118,6 +126,14 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+}
+
+/// Refuses what cannot be the path of a UNIX socket.
+fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
+    match SocketAddrUnix::new(&path) {
+        Ok(_) => Ok(path),
+        Err(errno) => Err(format!("a socket's path has at most 108 bytes: {errno}")),
+    }
 }
 
 /// `--bars`: how the guest accesses the registers of a whole function.
@@ -230,6 +246,21 @@ mod tests {
         assert_eq!(device("emulated"), DeviceArg::Emulated(String::new()));
         assert_eq!(device("emulated:file=/a:b"), DeviceArg::Emulated("file=/a:b".to_owned()));
         assert!(parse(&["--device", "emulatedx"]).is_err());
+    }
+
+    #[test]
+    fn a_monitor_is_for_a_whole_function_and_a_device_for_a_monitor() {
+        let disk = parse(&["--device", "00:04.0", "--qmp-socket", "/run/q"]).unwrap_err();
+        let no_monitor = parse(&["--device", "00:04.0", "--vfio-user", "--qmp-device", "edu"]).unwrap_err();
+
+        assert!(disk.contains("--vfio-user"), "{disk}");
+        assert!(no_monitor.contains("--qmp-socket"), "{no_monitor}");
+    }
+
+    #[test]
+    fn a_monitor_whose_path_cannot_be_one_is_refused() {
+        let error = parse(&["--vfio-user", "--device", "00:04.0", "--qmp-socket", &"x".repeat(109)]).unwrap_err();
+        assert!(error.contains("a socket's path has at most 108 bytes"), "{error}");
     }
 
     #[test]

@@ -30,6 +30,7 @@ pub mod iommu;
 pub mod kvm;
 pub mod memory;
 pub mod passthrough;
+pub mod qmp;
 mod rate_limited_log;
 pub mod socket;
 mod sync;

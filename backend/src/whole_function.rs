@@ -13,6 +13,8 @@ pub const REGIONS: u32 = 9;
 pub const IRQS: u32 = 5;
 /// Configuration space (`VFIO_PCI_CONFIG_REGION_INDEX`).
 pub const CONFIG_REGION: u32 = 7;
+/// MSI-X (`VFIO_PCI_MSIX_IRQ_INDEX`).
+pub const MSIX_IRQ: u32 = 2;
 /// The interrupt by which the host requests the function back (`VFIO_PCI_REQ_IRQ_INDEX`).
 pub const REQUEST_IRQ: u32 = 4;
 

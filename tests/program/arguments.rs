@@ -23,6 +23,8 @@ fn every_usage_error_has_its_message_and_status_2() {
         (&["--device", "emulated", "--no-snoop", "perhaps"], "possible values: suppress, allow, refuse, assume"),
         (&["--device", "emulated", "--poll-us", "long"], "--poll-us"),
         (&["--device", "emulated", "--timeout-ms", "0"], "0 is not in 1.."),
+        (&["--device", "emulated", "--qmp-socket", "/run/qmp"], "--vfio-user"),
+        (&["--device", "emulated", "--vfio-user", "--qmp-device", "nic"], "--qmp-socket"),
         (&["--device", "emulated", "--nonesuch"], "unexpected argument"),
     ] {
         let output = Process::run(arguments);

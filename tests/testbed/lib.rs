@@ -3,5 +3,6 @@
 pub mod client;
 pub mod holder;
 pub mod iommu;
+pub mod monitor;
 pub mod own_process;
 pub mod rights;

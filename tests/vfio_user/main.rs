@@ -8,6 +8,7 @@ mod client;
 mod coherency;
 mod config_space;
 mod conversation;
+mod host_request;
 mod interrupts;
 mod lifecycle;
 mod limits;

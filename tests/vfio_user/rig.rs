@@ -13,11 +13,13 @@ use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
 use vhost_device_vfio::emulated::{EmulatedCdev, Machine, Options};
 use vhost_device_vfio::kvm::{Shim, Vmm};
 use vhost_device_vfio::passthrough::{BarAccess, Passthrough, ReacquireError, Reacquired};
-use vhost_device_vfio::socket::Listen;
+use vhost_device_vfio::qmp::Monitor;
+use vhost_device_vfio::socket::{Endpoint, Listen};
 use vhost_device_vfio::vfio_user::{EndReason, Server};
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::client::Client;
+use crate::host_request::WithoutMsix;
 
 /// A running server and its emulated machine.
 pub(crate) struct Rig {
@@ -57,6 +59,18 @@ impl Rig {
         Self::serve(machine, device, vmm)
     }
 
+    /// A server of an emulated function without MSI-X, with QEMU's monitor.
+    pub(crate) fn with_monitor(monitor: Monitor) -> Self {
+        let machine = Machine::new(Options { size: 1 << 20, ..Options::default() }).unwrap();
+        let facts = machine.facts(Policy::Suppress).unwrap();
+        let facts = Facts { personality: Personality::WholeFunction, shim: true, ..facts };
+        let function = Arc::new(WithoutMsix(machine.whole_function()));
+        let device = Passthrough::new(function, machine.space(), BarAccess::Direct, facts, false).unwrap();
+        Self::start(machine, device, |endpoint, device| {
+            Server::new(endpoint, device, Vmm::without_shim()).with_monitor(monitor)
+        })
+    }
+
     /// A server of an emulated function whose own file is handed out for BAR 0, and that file.
     pub(crate) fn with_own_file() -> (Self, Arc<EmulatedCdev>) {
         let machine = Machine::new(Options { size: 1 << 20, ..Options::default() }).unwrap();
@@ -74,12 +88,16 @@ impl Rig {
     }
 
     fn serve(machine: Machine, device: Passthrough, vmm: Vmm) -> Self {
+        Self::start(machine, device, |endpoint, device| Server::new(endpoint, device, vmm))
+    }
+
+    fn start(machine: Machine, device: Passthrough, server: impl FnOnce(Endpoint, Passthrough) -> Server) -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().join("s");
         let endpoint = Listen::Path(path.clone()).open().unwrap();
         let stop = event();
         let server_stop = stop.try_clone().unwrap();
-        let server = Server::new(endpoint, device, vmm);
+        let server = server(endpoint, device);
         let thread = Some(std::thread::spawn(move || server.run(&server_stop).unwrap()));
         Self { machine, path, stop, thread, _directory: directory }
     }

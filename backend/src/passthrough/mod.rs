@@ -36,7 +36,7 @@ pub use replaceable_function::{ReacquireError, ReacquireFn, Reacquired};
 
 use crate::coherency::{Coherent, Facts, Verdict, decide};
 use crate::hardware::{AddressSpace, Function};
-use crate::whole_function::{REQUEST_IRQ, WholeFunction};
+use crate::whole_function::{MSIX_IRQ, REQUEST_IRQ, WholeFunction};
 pub(crate) use config_space::ConfigSpace;
 pub(crate) use dma_maps::{DmaMap, DmaMaps};
 pub(crate) use interrupts::Interrupts;
@@ -122,6 +122,12 @@ impl Passthrough {
     #[must_use]
     pub fn resettable(&self) -> bool {
         self.function.resettable()
+    }
+
+    /// True if the function has MSI-X.
+    #[must_use]
+    pub fn has_msix(&self) -> bool {
+        self.function.irq(MSIX_IRQ).count != 0
     }
 
     /// Assigns the function to a virtual machine. It is reset first, so no state of the previous user is left. If it cannot be

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use vhost_device_vfio::coherency::decide;
 use vhost_device_vfio::config::Config;
 use vhost_device_vfio::passthrough::Passthrough;
+use vhost_device_vfio::qmp::Monitor;
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::vfio_user::{EndReason, Server};
 
@@ -29,7 +30,10 @@ pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, 
         device = device.with_reacquire(reacquire);
     }
 
-    let server = Server::new(endpoint, device, vmm);
+    let mut server = Server::new(endpoint, device, vmm);
+    if let Some(path) = &config.qmp_socket {
+        server = server.with_monitor(Monitor::new(path.clone(), config.qmp_device.clone()));
+    }
     log::info!("serving {name}, the whole function, over vfio-user");
     let ended = server.run(stop);
     let (space, verdict) = (server.device().space().statistics(), decide(&facts).word());

@@ -12,8 +12,11 @@
 //!     └──────────── stop ──────────────────┴──▶ end
 //! ```
 
+mod host_request;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::connection::{Connection, Received};
@@ -21,6 +24,7 @@ use super::error::Error;
 use super::session::{Response, Session};
 use crate::kvm::Vmm;
 use crate::passthrough::{Passthrough, PassthroughError};
+use crate::qmp::Monitor;
 use crate::rate_limited_log::{RateLimitedLog, SharedLog};
 use crate::socket::{Endpoint, Listener, Peer, Socket};
 use crate::sys::{Event, Poller};
@@ -57,6 +61,8 @@ pub struct Server {
     endpoint: Endpoint,
     device: Passthrough,
     vmm: Vmm,
+    /// Asked to unplug the function when the host requests it, if the front-end has set no eventfd for that.
+    monitor: Option<Arc<Monitor>>,
     /// Messages that were refused.
     refusals: SharedLog,
 }
@@ -65,7 +71,13 @@ impl Server {
     /// Serves `device` to front-ends that connect to `endpoint`, and registers it with `vmm`.
     #[must_use]
     pub fn new(endpoint: Endpoint, device: Passthrough, vmm: Vmm) -> Self {
-        Self { endpoint, device, vmm, refusals: SharedLog::new(module_path!()) }
+        Self { endpoint, device, vmm, monitor: None, refusals: SharedLog::new(module_path!()) }
+    }
+
+    /// Has this monitor asked to unplug the function when the host requests it, of a front-end that cannot be asked itself.
+    #[must_use]
+    pub fn with_monitor(self, monitor: Monitor) -> Self {
+        Self { monitor: Some(Arc::new(monitor)), ..self }
     }
 
     /// The function.
@@ -285,17 +297,9 @@ impl EventLoop<'_> {
         let request = self.server.device.request();
         rustix::io::read(request, &mut [0; 8]).map_err(Error::system("read the request event"))?;
         if self.unplug_since.is_none() {
-            let requested = self.current.as_ref().is_some_and(|current| current.session.request_unplug());
-            let name = self.server.device.name();
-            log::warn!(
-                "{name}: the host wants the device back; {}",
-                match (&self.current, requested) {
-                    (None, _) => "it is not in use",
-                    (_, true) => "the virtual machine is asked to unplug it within 10 s",
-                    (_, false) =>
-                        "the virtual machine has set no eventfd to be asked by; the device is taken away after 10 s",
-                }
-            );
+            let Server { device, monitor, .. } = self.server;
+            let current = self.current.as_ref().map(|current| (&current.session, &current.connection));
+            host_request::ask(device, monitor.as_ref(), current);
         }
         self.unplug_since.get_or_insert_with(Instant::now);
         Ok(())
