@@ -71,8 +71,14 @@ impl Vring {
         Ok(())
     }
 
+    /// Replaces the call eventfd, and signals the new one if the ring has run. The process before this one may have died after it
+    /// published used entries and before it called, and QEMU sends the guest's own eventfd only after the ring has started.
+    /// Drivers accept a call without a used entry (virtio 1.2 §2.3).
     pub(super) fn set_call(&mut self, call: Option<OwnedFd>) {
         call.as_ref().inspect(|fd| make_nonblocking(fd));
+        if let Some(call) = call.as_ref().filter(|_| self.queue.has_run()) {
+            signal(call);
+        }
         self.call = call;
     }
 

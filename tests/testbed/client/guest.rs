@@ -118,8 +118,8 @@ impl Guest {
         poll(&mut found, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 
-    /// Sleeps until a ring is called, the server dies, or `limit` is over; false in the last case. Call [`Ring::expect_call`] and
-    /// reap all rings before.
+    /// Sleeps until a ring is called, the server dies, or `limit` is over; false in the last case. Before,
+    /// [`Ring::try_reap`] must find nothing after [`Ring::expect_call`], on each ring.
     ///
     /// # Errors
     /// Those of `epoll_wait`.

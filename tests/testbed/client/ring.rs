@@ -291,7 +291,7 @@ impl Ring {
         Some(Ok(Completion { slot, status: self.ram.load(self.header(slot) + STATUS), written }))
     }
 
-    /// Requests a call for the next completion. Reap once more before sleeping on [`Self::call`].
+    /// Requests a call for the next completion. It may be there already, so reap once more before sleeping on [`Self::call`].
     pub fn expect_call(&mut self) {
         either!(self, ring => ring.request_call(true));
     }

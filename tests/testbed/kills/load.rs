@@ -96,6 +96,7 @@ impl<'a> Load<'a> {
     pub(super) fn reap(&mut self) -> Result<usize, Error> {
         let mut count = 0;
         for (queue, ring) in (0_u16..).zip(&mut self.guest.rings) {
+            // The call is for the entry after those that have been taken, so it is requested again after each of them.
             ring.expect_call();
             while let Some(done) = ring.try_reap() {
                 let done = done.map_err(|slot| Wrong::Doubled(Tag { queue, slot }))?;
@@ -104,6 +105,7 @@ impl<'a> Load<'a> {
                 ring.data(done.slot, &mut data);
                 self.oracle.completed(queue, done, &data)?;
                 count += 1;
+                ring.expect_call();
             }
         }
         if count != 0 {

@@ -69,6 +69,13 @@ impl Virtqueue {
         either!(self, ring => ring.base())
     }
 
+    /// False if it is where a ring starts that has never run.
+    #[must_use]
+    pub fn has_run(&self) -> bool {
+        let layout = if matches!(self, Self::Split(_)) { Layout::Split } else { Layout::Packed };
+        self.base() != layout.first_base()
+    }
+
     /// Upper bound of the number of available chains; 0 if there is none. An acquire load: all that the driver wrote before it
     /// made them available is visible afterwards.
     ///
