@@ -55,6 +55,11 @@ impl Vring {
         Ok(ring)
     }
 
+    /// True if nothing is in flight, nor waits to be submitted again.
+    pub(super) fn is_drained(&self) -> bool {
+        self.in_flight == 0 && !self.queue.has_recovered()
+    }
+
     /// True if the ring has no kick eventfd. The worker must then poll it.
     pub(super) fn is_polled(&self) -> bool {
         self.kick.is_none()
@@ -117,6 +122,7 @@ impl Vring {
         if self.state == State::Serving {
             self.state = State::Broken;
         }
+        self.queue.forget_recovered();
         if let Some(err) = &self.err {
             signal(err);
         }

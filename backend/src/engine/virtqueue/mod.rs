@@ -16,6 +16,7 @@ pub use layout::{Area, Layout, MAX_SIZE, RingFault};
 
 use super::error::EngineError;
 use super::guest_memory::GuestMemoryView;
+use super::inflight_region::{Contradiction, InflightRegion, Tracking};
 use super::setup::VringSetup;
 use crate::memory::MemTable;
 use chain::{Chain, Head};
@@ -54,6 +55,32 @@ impl Virtqueue {
             Layout::Split => SplitRing::new(setup, table).map(Self::Split),
             Layout::Packed => PackedRing::new(setup, table).map(Self::Packed),
         }
+    }
+
+    /// Records the requests in flight in `region` from now on, and finds those of the process before. The queue has just been
+    /// created.
+    ///
+    /// # Errors
+    /// The record is not believed. Nothing has changed.
+    pub fn track(&mut self, region: &InflightRegion) -> Result<Tracking, Contradiction> {
+        either!(self, ring => ring.track(region))
+    }
+
+    /// True if requests that [`Self::track`] has found remain to be submitted again. They come before all others.
+    #[inline]
+    #[must_use]
+    pub fn has_recovered(&self) -> bool {
+        either!(self, ring => ring.has_recovered())
+    }
+
+    /// Reads the next of them, as [`Self::take`] does. Returns false if there is none.
+    pub fn take_recovered(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> bool {
+        either!(self, ring => ring.take_recovered(guest, chain))
+    }
+
+    /// Leaves them to the process that serves the ring next.
+    pub fn forget_recovered(&mut self) {
+        either!(self, ring => ring.forget_recovered());
     }
 
     /// Number of descriptors.
@@ -111,7 +138,7 @@ impl Virtqueue {
     #[inline]
     pub fn take_fast(&mut self, fast: &FastRequest) {
         match self {
-            Self::Split(ring) => ring.take_fast(),
+            Self::Split(ring) => ring.take_fast(fast.head()),
             Self::Packed(ring) => ring.take_fast(fast.head().entries()),
         }
     }
