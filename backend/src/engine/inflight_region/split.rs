@@ -134,7 +134,14 @@ fn read(region: &InflightRegion) -> SplitRecord {
         let Entry { inflight, next, counter, .. } = region.memory.read(at(head));
         SplitEntry { inflight, next, counter }
     };
-    SplitRecord { features, version, desc_num, last_batch_head, used_idx, entries: (0..region.entries).map(entry).collect() }
+    SplitRecord {
+        features,
+        version,
+        desc_num,
+        last_batch_head,
+        used_idx,
+        entries: (0..region.entries).map(entry).collect(),
+    }
 }
 
 /// Makes a record without marks. It counts once its version is written.
