@@ -229,10 +229,8 @@ impl Remains {
 
 /// Rings that are shorter than the requests need, so that their indices wrap around, or the wrap counters change.
 const SPLIT: World = World { layout: Layout::Split, size: 4, requests: 4 };
-const PACKED: [World; 2] = [
-    World { layout: Layout::Packed, size: 4, requests: 4 },
-    World { layout: Layout::Packed, size: 3, requests: 4 },
-];
+const PACKED: [World; 2] =
+    [World { layout: Layout::Packed, size: 4, requests: 4 }, World { layout: Layout::Packed, size: 3, requests: 4 }];
 
 /// Runs `check` with each sequence of steps in `world`, and what a process leaves that is killed at each store of the last.
 fn each_kill(world: World, memory: &Memory, check: &mut dyn FnMut(Guest)) -> usize {
