@@ -8,6 +8,7 @@ mod disk;
 mod fast_path;
 mod faults;
 mod hostile;
+mod kill;
 mod lifecycle;
 mod matrix;
 mod notify;

@@ -95,6 +95,8 @@ impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
     pub fn write(&self, index: usize, words: [W; N]) {
         let entry = self.entry(index);
         for (i, word) in words.into_iter().enumerate() {
+            #[cfg(test)]
+            super::kill::before_store();
             // SAFETY: as for `read`.
             unsafe { entry.add(i).write_volatile(word.swap()) };
         }
