@@ -9,7 +9,8 @@ cd "$(dirname "$0")/../.."
 target=${CARGO_TARGET_DIR:-target}
 kills=${1:-1000}
 seed=${2:-$(date +%s)}
-cargo build --release --locked --package vhost-device-vfio --package testbed --bins --example kills
+cargo build --release --locked --workspace
+cargo build --release --locked --package testbed --example kills
 
 # Four kinds of rings of each layout, because each has its own way to take requests and to call.
 for layout in '' --packed; do

@@ -187,6 +187,20 @@ fn the_next_process_submits_what_was_in_flight_in_its_order_and_nothing_that_was
 }
 
 #[test]
+fn a_recovered_ring_calls_even_if_its_base_is_the_first_one() {
+    for layout in BOTH {
+        let (process, mut guest, _) = with_four_in_flight(layout);
+        let (process, setup) = process.successor(64, &mut guest);
+        count(&guest.driver().call);
+
+        process.start(setup);
+
+        process.held(4);
+        assert_ne!(count(&guest.driver().call), 0, "{layout:?}");
+    }
+}
+
+#[test]
 fn a_device_queue_that_is_too_short_delays_what_was_in_flight() {
     for layout in BOTH {
         let (process, mut guest, _) = with_four_in_flight(layout);
