@@ -1,109 +1,139 @@
-//! Records that a front-end has filled with anything. Recovery ends without a panic, and what it resumes is consistent.
+//! Records in which a front-end has changed some bytes, or all. Recovery ends without a panic, and what it resumes is consistent.
+
+use std::cell::Cell;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
 
-use super::super::{packed_recovery, split_recovery};
+use super::super::packed::PackedMarks;
+use super::super::packed_recovery::PackedState;
+use super::super::split::SplitMarks;
+use super::super::split_recovery::SplitState;
+use super::super::{Contradiction, InflightRegion};
+use super::memory;
+use crate::engine::Layout;
 use crate::engine::virtqueue::position::Position;
-use packed_recovery::{PackedEntry, PackedRecord, PackedRecovery, PackedState};
-use split_recovery::{SplitEntry, SplitRecord, SplitRecovery, SplitState};
+use crate::sys::SharedMemory;
 
-/// Mostly small numbers, so that many records are nearly right.
-fn small() -> impl Strategy<Value = u16> {
-    prop_oneof![8 => 0_u16..6, 1 => any::<u16>()]
+const SIZE: u16 = 4;
+const BASE: Position = Position { slot: 0, wrap: true };
+
+/// Offsets and values that are written over a record. Mostly small values, so that many records are nearly right.
+fn changes(bytes: usize) -> impl Strategy<Value = Vec<(usize, u16)>> {
+    let value = || prop_oneof![4 => 0_u16..6, 1 => any::<u16>()];
+    let change = move || (0..bytes / 2, value()).prop_map(|(at, value)| (2 * at, value));
+    prop_oneof![8 => vec(change(), 0..4), 1 => vec(change(), bytes)]
 }
 
-fn flag() -> impl Strategy<Value = u8> {
-    prop_oneof![4 => 0_u8..2, 1 => any::<u8>()]
+/// A region with `changes` to the record that `write` makes.
+fn region(layout: Layout, write: impl FnOnce(&InflightRegion), changes: &[(usize, u16)]) -> InflightRegion {
+    let memory: SharedMemory = memory(&[]);
+    let region = InflightRegion::new(memory.clone(), layout, SIZE).unwrap();
+    write(&region);
+    changes.iter().for_each(|&(at, value)| memory.write_u16(at, value));
+    region
 }
 
-fn version() -> impl Strategy<Value = u16> {
-    prop_oneof![8 => Just(1_u16), 1 => 0_u16..3]
+/// Takes entries 0 to 3, and publishes 1 and 3.
+fn write_split(region: &InflightRegion) {
+    let ring = SplitState { size: SIZE, used_idx: 0, avail_idx: 0, base: 0 };
+    let (mut marks, _) = SplitMarks::start(region, &ring).unwrap().unwrap();
+    (0..4).for_each(|head| marks.take(head));
+    [1, 3].iter().for_each(|&head| marks.push(head));
+    marks.before_publish();
+    marks.after_publish(2);
 }
 
-fn counter() -> impl Strategy<Value = u64> {
-    prop_oneof![8 => 0_u64..16, 1 => any::<u64>()]
+/// Takes chains of 1, 1 and 2 descriptors, and publishes the second.
+fn write_packed(region: &InflightRegion) {
+    let ring = |_| PackedState { size: SIZE, old_used_flags: 0, base: Some(BASE) };
+    let (mut marks, _) = PackedMarks::start(region, ring).unwrap().unwrap();
+    for descriptors in [&[0_u64][..], &[0], &[1, 0]] {
+        let len = u16::try_from(descriptors.len()).unwrap();
+        (0..).zip(descriptors).for_each(|(n, flags)| marks.note(n, [0, flags << 48]));
+        marks.take(len);
+    }
+    marks.push(1);
+    marks.before_publish(Position { slot: 1, wrap: true });
+    marks.after_publish();
 }
 
-prop_compose! {
-    fn split_record()(
-        version in version(),
-        (desc_num, last_batch_head, used_idx) in (Just(4_u16), small(), small()),
-        entries in vec((flag(), small(), counter()), 4),
-    ) -> SplitRecord {
-        let entry = |(inflight, next, counter)| SplitEntry { inflight, next, counter };
-        let entries = entries.into_iter().map(entry).collect();
-        SplitRecord { features: 0, version, desc_num, last_batch_head, used_idx, entries }
+/// Counts what happens, so that the test notices if nothing is ever resumed, or ever refused.
+#[derive(Default)]
+struct Outcomes {
+    resumed: Cell<u32>,
+    refused: Cell<u32>,
+}
+
+impl Outcomes {
+    fn of<T>(&self, result: Result<Option<T>, Contradiction>) -> Option<T> {
+        let counter = if result.is_ok() { &self.resumed } else { &self.refused };
+        counter.set(counter.get() + 1);
+        result.ok().flatten()
+    }
+
+    fn check(&self) {
+        assert!(self.resumed.get() > 100 && self.refused.get() > 100);
     }
 }
 
-prop_compose! {
-    fn packed_record()(
-        version in version(),
-        heads in (small(), small()),
-        used in (small(), small(), flag(), flag()),
-        entries in vec((flag(), (small(), small(), small()), counter(), small()), 4),
-    ) -> PackedRecord {
-        let entry = |(inflight, (next, last, num), counter, flags)| {
-            PackedEntry { inflight, next, last, num, counter, flags, ..PackedEntry::default() }
-        };
-        PackedRecord {
-            features: 0,
-            version,
-            desc_num: 4,
-            free_head: heads.0,
-            old_free_head: heads.1,
-            used_idx: used.0,
-            old_used_idx: used.1,
-            used_wrap_counter: used.2,
-            old_used_wrap_counter: used.3,
-            entries: entries.into_iter().map(entry).collect(),
-        }
-    }
+fn runner() -> TestRunner {
+    TestRunner::new(Config { cases: 5000, failure_persistence: None, ..Config::default() })
 }
 
 /// True if no two are equal.
 fn distinct(mut values: Vec<u16>) -> bool {
-    let len = values.len();
     values.sort_unstable();
-    values.dedup();
-    values.len() == len
+    values.is_sorted_by(|one, next| one < next)
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(20_000))]
-
-    #[test]
-    fn a_hostile_split_record_is_refused_or_resumed_consistently(
-        record in split_record(),
-        (size, used_idx, offered, base) in (prop_oneof![Just(4_u16), Just(2_u16)], small(), 0_u16..6, small()),
-    ) {
-        let avail_idx = used_idx.wrapping_add(offered);
-        let ring = SplitState { size, used_idx, avail_idx, base };
-        if let Ok(SplitRecovery::Resume(plan)) = split_recovery::recover(&record, 4, &ring) {
-            let counters: Vec<_> = plan.requests.iter().map(|&head| record.entries[usize::from(head)].counter).collect();
-            prop_assert!(counters.is_sorted_by(|one, next| one < next));
-            prop_assert!(plan.requests.iter().all(|&head| head < size && !plan.published.contains(&head)));
-            prop_assert_eq!(plan.next_avail.wrapping_sub(used_idx), plan.requests.len() as u16);
-            prop_assert!(plan.requests.len() <= offered.into() && plan.published.len() <= size.into());
+#[test]
+fn a_hostile_split_record_is_refused_or_resumed_consistently() {
+    let outcomes = Outcomes::default();
+    let ring = (prop_oneof![4 => Just(2_u16), 1 => 0_u16..6, 1 => any::<u16>()], 2_u16..5, 0_u16..4);
+    let test = |(changes, (used_idx, offered, ahead)): (Vec<_>, (u16, u16, u16))| {
+        let region = region(Layout::Split, write_split, &changes);
+        let [avail_idx, base] = [offered, ahead].map(|count| used_idx.wrapping_add(count));
+        let state = SplitState { size: SIZE, used_idx, avail_idx, base };
+        if let Some((mut marks, plan)) = outcomes.of(SplitMarks::start(&region, &state)) {
+            prop_assert!(plan.requests.iter().all(|&head| head < SIZE));
+            prop_assert!(plan.requests.len() <= offered.into());
+            prop_assert_eq!(usize::from(plan.next_avail.wrapping_sub(used_idx)), plan.requests.len());
             prop_assert!(distinct([plan.requests, plan.published].concat()));
+            (0..SIZE).for_each(|head| marks.take(head));
         }
-    }
+        Ok(())
+    };
+    runner().run(&(changes(80), ring), test).unwrap();
+    outcomes.check();
+}
 
-    #[test]
-    fn a_hostile_packed_record_is_refused_or_resumed_consistently(
-        record in packed_record(),
-        (size, old_used_flags) in (prop_oneof![Just(4_u16), Just(3_u16)], any::<u16>()),
-    ) {
-        let base = Some(Position { slot: 0, wrap: true });
-        let ring = PackedState { size, old_used_flags, base };
-        if let Ok(PackedRecovery::Resume(plan)) = packed_recovery::recover(&record, 4, &ring) {
-            let heads: Vec<_> = plan.requests.iter().map(|request| request.entry).collect();
-            let counters: Vec<_> = heads.iter().map(|&head| record.entries[usize::from(head)].counter).collect();
-            prop_assert!(counters.is_sorted_by(|one, next| one < next));
+#[test]
+fn a_hostile_packed_record_is_refused_or_resumed_consistently() {
+    let outcomes = Outcomes::default();
+    let flags = prop_oneof![Just(0x80_u16), Just(0x8080), any::<u16>()];
+    let test = |(changes, old_used_flags): (Vec<_>, u16)| {
+        let region = region(Layout::Packed, write_packed, &changes);
+        let ring = |_| PackedState { size: SIZE, old_used_flags, base: Some(BASE) };
+        if let Some((mut marks, plan)) = outcomes.of(PackedMarks::start(&region, ring)) {
             let descriptors: usize = plan.requests.iter().map(|request| request.descriptors.len()).sum();
-            prop_assert!(descriptors == usize::from(plan.taken) && plan.taken <= size && plan.used.slot < size);
-            prop_assert!(distinct([heads, plan.stale].concat()));
+            prop_assert!(descriptors == usize::from(plan.taken) && plan.taken <= SIZE && plan.used.slot < SIZE);
+            prop_assert!(distinct(plan.requests.iter().map(|request| request.entry).collect()));
+            // As many as are free can be taken, and all can be returned.
+            let mut heads: Vec<_> = plan.requests.iter().map(|request| request.entry).collect();
+            for _ in plan.taken..SIZE {
+                heads.push(marks.next_entry());
+                marks.note(0, [0; 2]);
+                marks.take(1);
+            }
+            prop_assert!(distinct(heads.clone()));
+            heads.into_iter().for_each(|head| marks.push(head));
+            marks.before_publish(BASE);
+            marks.after_publish();
         }
-    }
+        Ok(())
+    };
+    runner().run(&(changes(160), flags), test).unwrap();
+    outcomes.check();
 }
