@@ -51,19 +51,20 @@ fn memory(guest: &Guest) -> Vec<Vec<u8>> {
 }
 
 /// Fails if anything completes that this guest has not submitted, or if its memory changes.
-fn assert_untouched(guest: &mut Guest, before: &[Vec<u8>]) {
+fn assert_untouched(process: &Process, guest: &mut Guest, before: &[Vec<u8>]) {
     std::thread::sleep(ALL_COMPLETED);
     for ring in &mut guest.rings {
-        assert!(ring.try_reap().is_none(), "a request completed that was never submitted");
+        assert!(ring.try_reap().is_none(), "a request completed that was never submitted; its log:\n{}", process.log());
     }
-    assert!(memory(guest) == before, "the memory of the guest has been written to");
+    assert!(memory(guest) == before, "the memory of the guest has been written to; its log:\n{}", process.log());
 }
 
-fn assert_served(guest: &mut Guest) {
+fn assert_served(process: &Process, guest: &mut Guest) {
     for ring in &mut guest.rings {
         let slot = ring.submit(Request::Read { sector: 8, bytes: 4096 });
         ring.publish();
-        let done = ring.wait(LIMIT).unwrap().expect("in time");
+        let done = ring.wait(LIMIT).unwrap();
+        let done = done.unwrap_or_else(|| panic!("a request does not complete; its log:\n{}", process.log()));
         assert_eq!((done.slot, done.status), (slot, 0));
         assert!(ring.is_idle() && ring.try_reap().is_none());
     }
@@ -81,8 +82,8 @@ fn a_new_guest_gets_nothing_of_the_requests_that_a_dead_one_had_in_flight() {
 
             connect(&process, &mut new);
 
-            assert_untouched(&mut new, &before);
-            assert_served(&mut new);
+            assert_untouched(&process, &mut new, &before);
+            assert_served(&process, &mut new);
         }
     }
 }
@@ -101,8 +102,8 @@ fn a_new_guest_gets_nothing_of_the_requests_of_one_that_died_with_the_program() 
 
         connect(&second, &mut new);
 
-        assert_untouched(&mut new, &before);
-        assert_served(&mut new);
+        assert_untouched(&second, &mut new, &before);
+        assert_served(&second, &mut new);
     }
 }
 
@@ -115,9 +116,9 @@ fn nothing_old_comes_back_after_a_guest_resets_the_device_and_the_region_is_kept
         guest.reset_and_start().unwrap();
         let before = vec![vec![0; memory(&guest)[0].len()]; shape.queues];
 
-        assert_untouched(&mut guest, &before);
+        assert_untouched(&process, &mut guest, &before);
 
-        assert_served(&mut guest);
+        assert_served(&process, &mut guest);
     }
 }
 
@@ -139,9 +140,9 @@ fn nothing_old_comes_back_if_the_guest_resets_the_device_while_the_program_is_de
 
             connect(&second, &mut guest);
 
-            assert_untouched(&mut guest, &before);
+            assert_untouched(&second, &mut guest, &before);
             if dropped {
-                assert_served(&mut guest);
+                assert_served(&second, &mut guest);
             }
         }
     }
