@@ -3,12 +3,14 @@
 //! Each group of fields that belongs together is written by one store: both free heads, and both used positions. So a crash never
 //! leaves a position with the wrap counter of another.
 
+use std::mem::offset_of;
+
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::packed_recovery::{PackedEntry, PackedPlan, PackedRecord, PackedRecovery, PackedState, recover};
 use super::{Contradiction, InflightRegion, VERSION};
 use crate::engine::virtqueue::position::Position;
-use crate::sys::SharedMemory;
+use crate::sys::{SharedArray, SharedMemory};
 
 /// vhost-user: `QueueRegionPacked`, without its array.
 #[derive(FromBytes, IntoBytes)]
@@ -50,26 +52,31 @@ pub(super) const HEADER: usize = size_of::<Header>();
 pub(super) const ENTRY: usize = size_of::<Entry>();
 const _: () = assert!(HEADER == 32 && ENTRY == 32);
 
-/// The word with version, number of entries and both free heads.
-const FREE: usize = std::mem::offset_of!(Header, version);
-/// The word with both used positions.
-const USED: usize = std::mem::offset_of!(Header, used_idx);
-const _: () = assert!(FREE == 8 && USED == 16);
-const _: () = assert!(std::mem::offset_of!(Header, free_head) == FREE + 4);
-const _: () = assert!(std::mem::offset_of!(Header, old_free_head) == FREE + 6);
-const _: () = assert!(std::mem::offset_of!(Header, old_used_idx) == USED + 2);
-const _: () = assert!(std::mem::offset_of!(Header, used_wrap_counter) == USED + 4);
-const _: () = assert!(std::mem::offset_of!(Header, old_used_wrap_counter) == USED + 5);
+/// Both are four words.
+type Words<O> = SharedArray<O, u64, 4>;
 
-const INFLIGHT: usize = std::mem::offset_of!(Entry, inflight);
-const NEXT: usize = std::mem::offset_of!(Entry, next);
-const COUNTER: usize = std::mem::offset_of!(Entry, counter);
-/// The word with ID, flags and length: the second word of a ring's descriptor, with its halves exchanged.
-const REST: usize = std::mem::offset_of!(Entry, id);
-const ADDR: usize = std::mem::offset_of!(Entry, addr);
-const _: () = assert!(INFLIGHT == 0 && NEXT == 2 && COUNTER == 8 && REST == 16 && ADDR == 24);
-const _: () = assert!(std::mem::offset_of!(Entry, last) == 4 && std::mem::offset_of!(Entry, num) == 6);
-const _: () = assert!(std::mem::offset_of!(Entry, flags) == 18 && std::mem::offset_of!(Entry, len) == 20);
+// Words of the header.
+/// Version, number of entries and both free heads.
+const FREE: usize = 1;
+/// Both used positions.
+const USED: usize = 2;
+const _: () = assert!(offset_of!(Header, version) == 8 && offset_of!(Header, desc_num) == 10);
+const _: () = assert!(offset_of!(Header, free_head) == 12 && offset_of!(Header, old_free_head) == 14);
+const _: () = assert!(offset_of!(Header, used_idx) == 16 && offset_of!(Header, old_used_idx) == 18);
+const _: () = assert!(offset_of!(Header, used_wrap_counter) == 20 && offset_of!(Header, old_used_wrap_counter) == 21);
+
+// Words of an entry.
+/// `inflight`, `next`, `last` and `num`.
+const MARK: usize = 0;
+const COUNTER: usize = 1;
+/// ID, flags and length: the second word of a ring's descriptor, with its halves exchanged.
+const REST: usize = 2;
+const ADDR: usize = 3;
+const INFLIGHT: usize = offset_of!(Entry, inflight);
+const NEXT: usize = offset_of!(Entry, next);
+const _: () = assert!(INFLIGHT == 0 && NEXT == 2 && offset_of!(Entry, last) == 4 && offset_of!(Entry, num) == 6);
+const _: () = assert!(offset_of!(Entry, counter) == 8 && offset_of!(Entry, id) == 16 && offset_of!(Entry, flags) == 18);
+const _: () = assert!(offset_of!(Entry, len) == 20 && offset_of!(Entry, addr) == 24);
 
 /// A descriptor as in the ring: address; length, ID and flags.
 pub(in crate::engine) type Descriptor = [u64; 2];
@@ -83,6 +90,8 @@ fn at(entry: u16) -> usize {
 /// Marks the requests that a packed ring takes and publishes. It never reads the record: the list of free entries is kept here.
 pub(in crate::engine) struct PackedMarks {
     memory: SharedMemory,
+    header: Words<SharedMemory>,
+    entries: Words<SharedMemory>,
     /// The text's global counter.
     counter: u64,
     free_head: u16,
@@ -94,8 +103,8 @@ pub(in crate::engine) struct PackedMarks {
     last: Vec<u16>,
     /// The chains pushed and not yet published. Its capacity is the ring's size.
     batch: Vec<u16>,
-    /// The descriptors of the chain that is being read.
-    chain: Vec<Descriptor>,
+    /// The entry of the descriptor noted last.
+    noted: u16,
 }
 
 impl PackedMarks {
@@ -118,13 +127,15 @@ impl PackedMarks {
         };
         let mut marks = Self {
             memory: region.memory.clone(),
+            header: header(region).into_owned(),
+            entries: entries(region).into_owned(),
             counter: plan.next_counter,
             free_head: plan.free_head,
             used: plan.used,
             next: record.entries.iter().map(|entry| entry.next).collect(),
             last: record.entries.iter().map(|entry| entry.last).collect(),
             batch: Vec::with_capacity(state.size.into()),
-            chain: Vec::with_capacity(state.size.into()),
+            noted: plan.free_head,
         };
         marks.settle(&plan);
         Ok(Some((marks, plan)))
@@ -150,36 +161,27 @@ impl PackedMarks {
         self.free_head
     }
 
-    /// The `n`th descriptor of the next chain, as it was read from the ring.
+    /// The `n`th descriptor of the next chain, as it was read from the ring. It is written to an entry that is still free.
     #[inline]
-    pub(in crate::engine) fn note(&mut self, n: u16, descriptor: Descriptor) {
-        if n == 0 {
-            self.chain.clear();
-        }
-        self.chain.push(descriptor);
+    pub(in crate::engine) fn note(&mut self, n: u16, [addr, rest]: Descriptor) {
+        self.noted = if n == 0 { self.free_head } else { self.next[usize::from(self.noted)] };
+        let entry = usize::from(self.noted);
+        self.entries.write_word(entry, REST, rest.rotate_left(32));
+        self.entries.write_word(entry, ADDR, addr);
     }
 
     /// The chain noted, of `entries` descriptors, has been taken. It is marked before anything is done for it.
     #[inline]
     pub(in crate::engine) fn take(&mut self, entries: u16) {
-        let head = self.free_head;
-        let (mut entry, mut last) = (head, head);
-        for &[addr, rest] in self.chain.iter().take(entries.into()) {
-            self.memory.write_u64(at(entry) + REST, rest.rotate_left(32));
-            self.memory.write_u64(at(entry) + ADDR, addr);
-            last = entry;
-            entry = self.next[usize::from(entry)];
-        }
-        self.last[usize::from(head)] = last;
-        self.memory.write_u64(at(head) + COUNTER, self.counter);
+        let (head, last) = (usize::from(self.free_head), self.noted);
+        self.last[head] = last;
+        let mark = 1 | u64::from(self.next[head]) << 16 | u64::from(last) << 32 | u64::from(entries) << 48;
+        self.entries.write_word(head, COUNTER, self.counter);
+        self.entries.write_word(head, MARK, mark);
         self.counter = self.counter.wrapping_add(1);
-        let next = u64::from(self.next[usize::from(head)]);
-        // `inflight`, `next`, `last` and `num`.
-        let mark = 1 | next << 16 | u64::from(last) << 32 | u64::from(entries) << 48;
-        self.memory.write_u64(at(head), mark);
         // The chain counts as taken when its entries have left the list.
-        self.free_head = entry;
-        self.set_free(entry, entry);
+        self.free_head = self.next[usize::from(last)];
+        self.set_free(self.free_head, self.free_head);
     }
 
     /// The chain that starts at `entry` is in the ring as used, and not yet published. Nothing is written: a chain may be taken
@@ -222,20 +224,33 @@ impl PackedMarks {
 
     #[inline]
     fn set_free(&self, head: u16, old: u16) {
-        set_free(&self.memory, (VERSION, self.next.len()), (head, old));
+        self.header.write_word(0, FREE, free_word(VERSION, self.next.len(), head, old));
     }
 
     #[inline]
     fn set_used(&self, new: Position, old: Position) {
-        let slots = u64::from(new.slot) | u64::from(old.slot) << 16;
-        self.memory.write_u64(USED, slots | u64::from(new.wrap) << 32 | u64::from(old.wrap) << 40);
+        self.header.write_word(0, USED, used_word(new, old));
     }
 }
 
 #[inline]
-fn set_free(memory: &SharedMemory, (version, entries): (u16, usize), (head, old): (u16, u16)) {
-    let fixed = u64::from(version) | (entries as u64) << 16;
-    memory.write_u64(FREE, fixed | u64::from(head) << 32 | u64::from(old) << 48);
+fn free_word(version: u16, entries: usize, head: u16, old: u16) -> u64 {
+    u64::from(version) | (entries as u64) << 16 | u64::from(head) << 32 | u64::from(old) << 48
+}
+
+#[inline]
+fn used_word(new: Position, old: Position) -> u64 {
+    let slots = u64::from(new.slot) | u64::from(old.slot) << 16;
+    slots | u64::from(new.wrap) << 32 | u64::from(old.wrap) << 40
+}
+
+fn header(region: &InflightRegion) -> Words<&SharedMemory> {
+    region.memory.array(0, 1).expect("`InflightRegion::new` has checked size and alignment")
+}
+
+fn entries(region: &InflightRegion) -> Words<&SharedMemory> {
+    let entries = region.memory.array(HEADER, region.entries.into());
+    entries.expect("`InflightRegion::new` has checked size and alignment")
 }
 
 /// Reads the whole record, each value once.
@@ -264,15 +279,12 @@ fn read(region: &InflightRegion) -> PackedRecord {
 
 /// Makes a record without marks, whose entries are all free. It counts once its version is written.
 fn initialize(region: &InflightRegion, used: Position) {
-    let InflightRegion { memory, entries } = region;
-    set_free(memory, (0, 0), (0, 0));
-    memory.write_u64(0, 0);
-    memory.write_u64(USED, u64::from(used.slot) * 0x1_0001 | u64::from(used.wrap) * 0x101 << 32);
-    memory.write_u64(USED + 8, 0);
-    for entry in 0..*entries {
+    let (header, entries, count) = (header(region), entries(region), usize::from(region.entries));
+    header.write_word(0, FREE, 0);
+    header.write(0, [0, 0, used_word(used, used), 0]);
+    for entry in 0..count {
         // The last one's successor does not exist, which ends the list.
-        memory.write_u64(at(entry), u64::from(entry + 1) << 16);
-        [COUNTER, REST, ADDR].iter().for_each(|field| memory.write_u64(at(entry) + field, 0));
+        entries.write(entry, [(entry as u64 + 1) << 16, 0, 0, 0]);
     }
-    set_free(memory, (VERSION, usize::from(*entries)), (0, 0));
+    header.write_word(0, FREE, free_word(VERSION, count, 0, 0));
 }

@@ -103,6 +103,20 @@ impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
     }
 }
 
+impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
+    /// Writes one word of an entry without ordering.
+    #[inline]
+    pub fn write_word(&self, index: usize, word: usize, value: W) {
+        if word >= N {
+            outside(word, N);
+        }
+        #[cfg(test)]
+        super::kill::before_store();
+        // SAFETY: as for `read`; `word` is below N.
+        unsafe { self.entry(index).add(word).write_volatile(value.swap()) };
+    }
+}
+
 impl<O> SharedArray<O, u64, 2> {
     /// Reads an entry: the second word first, with acquire ordering. The first word and all later reads of this thread are
     /// then at least as new as the writer's stores before the second word.
