@@ -29,13 +29,16 @@ fn connect(process: &Process, guest: &mut Guest) {
     panic!("no session; its log:\n{}", process.log());
 }
 
-/// Fills both rings with reads that take a while.
+/// Fills both rings with reads that take a while, and waits until one of each has completed: the others are in flight.
 fn submit(guest: &mut Guest) {
     for ring in &mut guest.rings {
         while ring.has_room() {
             ring.submit(Request::Read { sector: 0, bytes: 4096 });
         }
         ring.publish();
+    }
+    for ring in &mut guest.rings {
+        ring.wait(LIMIT).unwrap().expect("in time");
     }
 }
 

@@ -287,6 +287,21 @@ fn a_record_that_contradicts_the_ring_fails_the_ring() {
 }
 
 #[test]
+fn a_packed_ring_that_has_started_anew_fails_with_the_record_of_the_former_one() {
+    let (process, mut guest, _) = with_four_in_flight(Layout::Packed);
+    let (next, setup) = process.successor(64, &mut guest);
+    for n in 0..usize::from(SIZE) {
+        next.rig.region.memory().write_u64(16 * n + 8, 0);
+    }
+
+    next.start(setup);
+
+    assert!(wait_readable(&guest.driver().err, Duration::from_secs(20)), "err was not signalled");
+    assert!(next.rig.disk.held().is_empty());
+    assert!(guest.used().is_empty());
+}
+
+#[test]
 fn a_chain_that_has_become_nonsense_completes_with_an_error() {
     let (process, mut guest, sent) = with_four_in_flight(Layout::Split);
     let (next, setup) = process.successor(64, &mut guest);
