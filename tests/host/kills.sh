@@ -1,6 +1,6 @@
 #!/bin/sh
 # profiles: vtd
-# minutes: 1.5
+# minutes: 2
 # boot: life
 # options: --iops 800
 # The backend is killed again and again under a guest whose load checks itself, and QEMU reconnects to the next one. The drive is

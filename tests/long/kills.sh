@@ -1,6 +1,6 @@
 #!/bin/sh
 # Kills the backend a thousand times under load and restarts it, half of the times with split rings and half with packed ones.
-# Run it by hand: tests/long/kills.sh [KILLS [SEED]]. It takes about MINUTES minutes on an idle machine; the disk is in /dev/shm.
+# Run it by hand: tests/long/kills.sh [KILLS [SEED]]. It takes one to three minutes after the build; the disk is in /dev/shm.
 # scripts/test runs a short form (tests/program/kills.rs). Each line that it prints is a run without anything lost, doubled or
 # reordered; it ends at the first error, which names the seed.
 set -eu
