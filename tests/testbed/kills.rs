@@ -14,6 +14,8 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::process::{WaitId, WaitIdOptions, waitid};
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::client::{Error, Guest, Region, Shape};
@@ -95,7 +97,7 @@ impl Moment {
     }
 }
 
-/// Runs it. An error is what went wrong, with the end of the program's log.
+/// Runs it, in a process without other children. An error is what went wrong, with the end of the program's log.
 ///
 /// # Errors
 /// What the oracle found, or anything that the program did not do as it must.
@@ -104,6 +106,10 @@ pub fn run(options: &Options) -> Result<Report, Error> {
     let report = Run::new(options)?.all()?;
     if open_descriptors()? > descriptors {
         return Err(format!("{} descriptors open, {descriptors} before", open_descriptors()?).into());
+    }
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    if !matches!(waitid(WaitId::All, options), Err(Errno::CHILD)) {
+        return Err("a process is left".into());
     }
     Ok(report)
 }
