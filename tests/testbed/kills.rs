@@ -180,7 +180,8 @@ impl<'a> Run<'a> {
             life.kill_at(Instant::now() + after);
         }
         if let Err(error) = self.guest.connect(socket) {
-            return if life.dies() { Ok(()) } else { Err(error) };
+            let why = || format!("no session, in a life that ends at {moment:?}: {error}");
+            return if life.dies() { Ok(()) } else { Err(why().into()) };
         }
         if let Moment::Running(after) = moment {
             life.kill_at(Instant::now() + after);
