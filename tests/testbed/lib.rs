@@ -3,6 +3,9 @@
 pub mod client;
 pub mod holder;
 pub mod iommu;
+pub mod kills;
 pub mod monitor;
+pub mod oracle;
 pub mod own_process;
+pub mod random;
 pub mod rights;

@@ -55,6 +55,11 @@ impl Vring {
         Ok(ring)
     }
 
+    /// True if nothing is in flight, nor waits to be submitted again.
+    pub(super) fn is_drained(&self) -> bool {
+        self.in_flight == 0 && !self.queue.has_recovered()
+    }
+
     /// True if the ring has no kick eventfd. The worker must then poll it.
     pub(super) fn is_polled(&self) -> bool {
         self.kick.is_none()
@@ -71,9 +76,19 @@ impl Vring {
         Ok(())
     }
 
+    /// Replaces the call eventfd. QEMU sends the guest's own one only after the ring has started.
     pub(super) fn set_call(&mut self, call: Option<OwnedFd>) {
         call.as_ref().inspect(|fd| make_nonblocking(fd));
         self.call = call;
+        self.call_if_run();
+    }
+
+    /// Notifies the driver if the ring has run: the process before this one may have died after it published used entries and
+    /// before it called. Drivers accept a call without a used entry (virtio 1.2 §2.3).
+    pub(super) fn call_if_run(&self) {
+        if let Some(call) = self.call.as_ref().filter(|_| self.queue.has_run()) {
+            signal(call);
+        }
     }
 
     pub(super) fn set_err(&mut self, err: Option<OwnedFd>) {
@@ -111,6 +126,7 @@ impl Vring {
         if self.state == State::Serving {
             self.state = State::Broken;
         }
+        self.queue.forget_recovered();
         if let Some(err) = &self.err {
             signal(err);
         }

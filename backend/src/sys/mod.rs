@@ -21,6 +21,8 @@ pub use inherited_fds::{Credentials, inherit, peer_credentials, take_variable};
 pub use iommufd::{DeviceId, HwInfo, HwptId, Ioas, Iommufd};
 pub use mmio::Mmio;
 pub use poller::{Event, Poller};
+#[cfg(test)]
+pub(crate) use shared_memory::kill::killed_after;
 pub use shared_memory::{SharedArray, SharedMemory, Word};
 pub use sigbus::{LostPages, MAX_WATCHED};
 pub use signals::signal_fd;

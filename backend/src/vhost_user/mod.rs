@@ -15,6 +15,7 @@ mod connection;
 mod error;
 mod features;
 mod guest_memory;
+mod inflight;
 mod logs;
 mod server;
 mod session;

@@ -20,6 +20,7 @@ use std::os::fd::OwnedFd;
 
 use super::Error;
 use super::features::VirtioFeatures;
+use super::inflight::InflightRegions;
 use crate::addr::{Address, Gpa, Qva, Span};
 use crate::engine::virtqueue::Area;
 use crate::engine::{Engine, Layout, VringSetup};
@@ -126,6 +127,8 @@ impl Complete {
 pub(super) struct VringContext<'a> {
     pub(super) engine: &'a Engine,
     pub(super) table: &'a MemTable,
+    /// `None` if the front-end does not keep requests in flight over a crash.
+    pub(super) inflight: Option<&'a InflightRegions<'a>>,
     /// `None` until SET_FEATURES, and again after a reset.
     pub(super) features: Option<VirtioFeatures>,
 }
@@ -135,13 +138,16 @@ pub(super) struct Vring {
     index: usize,
     state: State,
     enabled: bool,
+    /// The vring has been drained and its base returned, since it ran last. So the base of the next start is right, also of a
+    /// packed ring that the guest has reset, and the record of its requests says nothing more.
+    drained: bool,
     call: Option<OwnedFd>,
     err: Option<OwnedFd>,
 }
 
 impl Vring {
     pub(super) fn new(index: usize) -> Self {
-        Self { index, state: State::default(), enabled: false, call: None, err: None }
+        Self { index, state: State::default(), enabled: false, drained: false, call: None, err: None }
     }
 
     pub(super) fn is_running(&self) -> bool {
@@ -250,6 +256,8 @@ impl Vring {
         let layout = features.layout();
         let areas = complete.areas(self.index, layout, context.table)?;
         let [desc, avail, used] = areas;
+        let inflight = context.inflight.and_then(|regions| regions.of(self.index, complete.size, layout));
+        inflight.as_ref().filter(|_| self.drained).inspect(|record| record.retire());
         context.engine.start_ring(VringSetup {
             index: self.index,
             layout,
@@ -263,10 +271,12 @@ impl Vring {
             kick: complete.kick.duplicate().map_err(Error::system("duplicate a kick descriptor"))?,
             call: duplicate(self.call.as_ref())?,
             err: duplicate(self.err.as_ref())?,
+            inflight,
         })?;
         context.engine.set_enabled(self.index, true);
         if let State::Complete(complete) = std::mem::take(&mut self.state) {
             self.state = State::Running(Running { complete, areas });
+            self.drained = false;
         }
         Ok(true)
     }
@@ -297,6 +307,7 @@ impl Vring {
         setup.kick = None;
         if let Ok(Some(next)) = stopped {
             setup.base = Some(next);
+            self.drained = true;
         }
         let base = setup.base;
         self.state = State::Setup(setup);

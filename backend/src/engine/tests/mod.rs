@@ -3,10 +3,12 @@
 
 mod bare;
 mod coherent;
+mod crash;
 mod disk;
 mod fast_path;
 mod faults;
 mod hostile;
+mod kill;
 mod lifecycle;
 mod matrix;
 mod notify;

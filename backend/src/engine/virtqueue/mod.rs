@@ -5,10 +5,11 @@
 
 mod areas;
 pub mod chain;
-mod descriptor;
+pub(super) mod descriptor;
 mod fast_path;
 pub(super) mod layout;
 pub mod packed;
+pub mod position;
 pub mod split;
 
 pub use fast_path::{FastDescriptor, FastRequest};
@@ -16,6 +17,7 @@ pub use layout::{Area, Layout, MAX_SIZE, RingFault};
 
 use super::error::EngineError;
 use super::guest_memory::GuestMemoryView;
+use super::inflight_region::{Contradiction, InflightRegion, Tracking};
 use super::setup::VringSetup;
 use crate::memory::MemTable;
 use chain::{Chain, Head};
@@ -56,6 +58,32 @@ impl Virtqueue {
         }
     }
 
+    /// Records the requests in flight in `region` from now on, and finds those of the process before. The queue has just been
+    /// created.
+    ///
+    /// # Errors
+    /// The record is not believed. Nothing has changed.
+    pub fn track(&mut self, region: &InflightRegion) -> Result<Tracking, Contradiction> {
+        either!(self, ring => ring.track(region))
+    }
+
+    /// True if requests that [`Self::track`] has found remain to be submitted again. They come before all others.
+    #[inline]
+    #[must_use]
+    pub fn has_recovered(&self) -> bool {
+        either!(self, ring => ring.has_recovered())
+    }
+
+    /// Reads the next of them, as [`Self::take`] does. Returns false if there is none.
+    pub fn take_recovered(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> bool {
+        either!(self, ring => ring.take_recovered(guest, chain))
+    }
+
+    /// Leaves them to the process that serves the ring next.
+    pub fn forget_recovered(&mut self) {
+        either!(self, ring => ring.forget_recovered());
+    }
+
     /// Number of descriptors.
     #[inline]
     #[must_use]
@@ -67,6 +95,13 @@ impl Virtqueue {
     #[must_use]
     pub fn base(&self) -> u32 {
         either!(self, ring => ring.base())
+    }
+
+    /// False if it is where a ring starts that has never run.
+    #[must_use]
+    pub fn has_run(&self) -> bool {
+        let layout = if matches!(self, Self::Split(_)) { Layout::Split } else { Layout::Packed };
+        self.base() != layout.first_base()
     }
 
     /// Upper bound of the number of available chains; 0 if there is none. An acquire load: all that the driver wrote before it
@@ -96,17 +131,14 @@ impl Virtqueue {
 
     /// Reads the next chain, without taking it. `None` if it does not have the fast shape. [`Self::available`] must not be 0.
     #[inline]
-    pub fn peek_fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
+    pub fn peek_fast(&mut self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         either!(self, ring => ring.peek_fast(guest))
     }
 
     /// Takes the chain that [`Self::peek_fast`] returned last.
     #[inline]
     pub fn take_fast(&mut self, fast: &FastRequest) {
-        match self {
-            Self::Split(ring) => ring.take_fast(),
-            Self::Packed(ring) => ring.take_fast(fast.head().entries()),
-        }
+        either!(self, ring => ring.take_fast(fast.head()));
     }
 
     /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`].
