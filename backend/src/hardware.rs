@@ -88,6 +88,14 @@ pub trait AddressSpace: Send + Sync {
     /// # Errors
     /// See [`MapError`].
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError>;
+    /// Takes over the mapping of `region` from a process that has handed this address space over. By default nothing was handed
+    /// over, and this is [`Self::add`].
+    ///
+    /// # Errors
+    /// See [`MapError`].
+    fn inherit(&self, region: &Arc<Region>) -> Result<(), MapError> {
+        self.add(region)
+    }
     /// Unmaps `region`. No DMA to it may be in flight.
     ///
     /// # Errors

@@ -24,6 +24,7 @@ pub mod emulated;
 pub mod engine;
 mod eventfd;
 pub mod foreign_fd;
+pub mod handover;
 pub mod hardware;
 pub mod inspect;
 pub mod iommu;

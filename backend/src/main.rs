@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
 
 use program::origin::DeviceSpec;
-use program::{block, limits, whole};
+use program::{Signals, block, limits, takeover, whole};
 use vhost_device_vfio::config::{Command, Config};
 use vhost_device_vfio::emulated::EmulatedError;
 use vhost_device_vfio::inspect::{Report, list, list_json};
@@ -43,7 +43,12 @@ fn main() -> ExitCode {
 fn run(config: &Config) -> Result<()> {
     // Before any thread is started, so that all threads inherit the blocked signals.
     let stop = signal_fd(&[libc::SIGTERM, libc::SIGINT]).context("catch SIGTERM and SIGINT")?;
+    let upgrade = signal_fd(&[libc::SIGUSR2]).context("catch SIGUSR2")?;
+    let signals = Signals { stop, upgrade };
     limits::raise_open_files();
+    if let Some(link) = takeover::link(config)? {
+        return takeover::serve(config, link, signals);
+    }
     let listen = listen(config)?;
     let Some(device) = &config.device else { bail!("no device; give --device DOMAIN:BUS:DEVICE.FUNCTION") };
     let spec = DeviceSpec::new(device)?;
@@ -52,9 +57,9 @@ fn run(config: &Config) -> Result<()> {
     let source = spec.open()?;
     log::info!("{endpoint}");
     if config.vfio_user {
-        whole::serve(config, &source, endpoint, &stop)
+        whole::serve(config, &source, endpoint, &signals.stop)
     } else {
-        block::serve(config, &source, endpoint, stop)
+        block::serve(config, &source, endpoint, signals)
     }
 }
 

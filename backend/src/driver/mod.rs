@@ -252,6 +252,12 @@ pub trait Driver: Send {
     /// # Errors
     /// The device refuses, or does not respond.
     fn set_write_cache(&mut self, on: bool) -> anyhow::Result<()>;
+    /// Stops the device for another process, which will start it: no DMA, no interrupts, nothing of this driver mapped. The
+    /// volatile cache keeps its contents. [`Self::recover`] starts it for this process again. All queues must have been dropped.
+    ///
+    /// # Errors
+    /// The device does not stop.
+    fn quiesce(&mut self) -> anyhow::Result<()>;
     /// Makes the data durable and stops the device, as before a power-off. All queues must have been dropped.
     fn shut_down(&mut self);
 }

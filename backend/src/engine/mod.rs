@@ -21,6 +21,7 @@
 mod data_path;
 mod error;
 pub mod guest_memory;
+mod hand_over;
 mod inflight_policy;
 mod live_geometry;
 mod recovery;
@@ -44,6 +45,7 @@ use std::thread::JoinHandle;
 use rustix::event::{EventfdFlags, eventfd};
 
 pub use error::EngineError;
+pub use hand_over::{Held, Quiesced};
 pub use live_geometry::LiveGeometry;
 pub use recovery::WatchdogOptions;
 pub use setup::{Options, VringSetup};

@@ -11,10 +11,12 @@ use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
 use vhost_device_vfio::config::DeviceArg;
 use vhost_device_vfio::driver::nvme::ReacquireFn;
 use vhost_device_vfio::emulated::{Machine, Options};
+use vhost_device_vfio::handover::{FunctionState, Incoming};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::iommu::LiveSpace;
 use vhost_device_vfio::passthrough::{self, ReacquireError, Reacquired};
 use vhost_device_vfio::vfio::{PciAddress, VfioError, no_snoop};
+use vhost_device_vfio::vhost_user::ExportFn;
 use vhost_device_vfio::whole_function::WholeFunction;
 
 use super::OwnedFunction;
@@ -51,9 +53,45 @@ impl DeviceSpec {
             Self::Emulated(options) => DeviceSource::Emulated(Box::new(Machine::new(*options)?)),
         })
     }
+
+    /// As [`Self::open`], with what another process has handed over.
+    ///
+    /// # Errors
+    /// It is not of this kind of function, or cannot be used.
+    pub(crate) fn inherit(self, state: FunctionState, descriptors: &mut Incoming) -> Result<DeviceSource> {
+        match (self, state) {
+            (Self::Emulated(mut options), FunctionState::Emulated { medium }) => {
+                options.adopted = descriptors.take_some(medium)?.map(|file| Arc::new(file.into()));
+                Self::Emulated(options).open()
+            }
+            (spec, FunctionState::Reopened) => spec.open(),
+            (Self::Vfio(address), FunctionState::Emulated { .. }) => {
+                bail!("{address}: an emulated drive was handed over")
+            }
+        }
+    }
 }
 
 impl DeviceSource {
+    /// What moves of the function when another process takes it over.
+    pub(crate) fn export(&self) -> ExportFn {
+        match self {
+            Self::Emulated(machine) => match (machine.medium_file(), machine.stores_data()) {
+                (None, true) => {
+                    Box::new(|_| Err("the disk is memory of this process; give the emulated drive file=".into()))
+                }
+                (file, _) => Box::new(move |outgoing| {
+                    let medium = outgoing.push_some(file.as_deref()).map_err(|error| error.to_string())?;
+                    Ok(FunctionState::Emulated { medium })
+                }),
+            },
+            Self::Vfio(address) => {
+                let refusal = format!("{address} cannot be handed over");
+                Box::new(move |_| Err(refusal.clone()))
+            }
+        }
+    }
+
     /// Acquires the function for a driver in this process. The second value reacquires it after the host has had it back.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ mod signals;
 mod vfio;
 
 pub use cache::{CacheLines, Instruction};
-pub use inherited_fds::{Credentials, inherit, peer_credentials, take_variable};
+pub use inherited_fds::{Credentials, inherit, peer_credentials, redirect, take_variable};
 pub use iommufd::{DeviceId, HwInfo, HwptId, Ioas, Iommufd};
 pub use mmio::Mmio;
 pub use poller::{Event, Poller};

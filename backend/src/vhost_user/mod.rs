@@ -15,6 +15,7 @@ mod connection;
 mod error;
 mod features;
 mod guest_memory;
+mod hand_over;
 mod logs;
 mod server;
 mod session;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 
 pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
+pub use hand_over::{ExportFn, HandOver, Inheritance, SettleFn, monotonic_ns};
 pub use server::{ConfigNotifier, Server};
 
 use crate::engine::Engine;

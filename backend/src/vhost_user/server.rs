@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::connection::{Connection, Progress};
+use super::hand_over::{HandOver, Inheritance};
 use super::logs::Logs;
 use super::{Device, Error};
 use crate::socket::{Endpoint, Listener, Peer, Socket};
@@ -23,10 +24,11 @@ use crate::sys::Poller;
 
 const STOP: u64 = 0;
 const LISTENER: u64 = 1;
-const FRONT_END: u64 = 2;
+pub(super) const FRONT_END: u64 = 2;
 const CONFIG_CHANGE: u64 = 3;
 const SHIM: u64 = 4;
 const RELEASED: u64 = 5;
+const SUCCESSOR: u64 = 6;
 
 /// Pause after a failed `accept`. The listening socket stays readable, and the lack of descriptors or memory may persist.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -38,6 +40,9 @@ pub struct Server {
     /// Eventfd, signalled by a [`ConfigNotifier`].
     config_change: Arc<OwnedFd>,
     logs: Logs,
+    hand_over: Option<HandOver>,
+    /// The process that has taken the session.
+    successor: Option<u32>,
 }
 
 /// Reports a change of the configuration space to a server's control thread, from any thread.
@@ -63,6 +68,7 @@ struct Ready {
     config_change: bool,
     shim: bool,
     released: bool,
+    successor: bool,
 }
 
 impl Server {
@@ -72,13 +78,32 @@ impl Server {
     /// The errno of `eventfd`.
     pub fn new(endpoint: Endpoint, device: Device) -> Result<Self, Error> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::system("eventfd"))?;
-        Ok(Self { endpoint, device, config_change: Arc::new(event), logs: Logs::new() })
+        Ok(Self {
+            endpoint,
+            device,
+            config_change: Arc::new(event),
+            logs: Logs::new(),
+            hand_over: None,
+            successor: None,
+        })
     }
 
     /// Makes the engine notify front-ends of changes of the disk's size.
     pub fn notify_config_changes(&self) {
         let notifier = self.config_notifier();
         self.device.engine.on_change(move || notifier.config_changed());
+    }
+
+    /// Lets another process take the session. [`Self::successor`] tells whether one has.
+    pub fn allow_hand_over(&mut self, hand_over: HandOver) {
+        self.hand_over = Some(hand_over);
+    }
+
+    /// The process that has taken the session. Nothing of it may be touched any more: this process must end without dropping the
+    /// server.
+    #[must_use]
+    pub fn successor(&self) -> Option<u32> {
+        self.successor
     }
 
     /// A handle for reporting changes of the configuration space.
@@ -93,24 +118,47 @@ impl Server {
     /// # Errors
     /// The control loop or the engine has failed. An error caused by a front-end ends only its connection.
     pub fn run(&mut self, stop: OwnedFd) -> Result<(), Error> {
+        self.run_with(stop, None)
+    }
+
+    /// As [`Self::run`], and first goes on with the session of another process.
+    ///
+    /// # Errors
+    /// As for [`Self::run`], or the session cannot be restored.
+    pub fn run_with(&mut self, stop: OwnedFd, inheritance: Option<Inheritance>) -> Result<(), Error> {
         let poller = Poller::new().map_err(Error::system("epoll_create1"))?;
         poller.add(&stop, STOP).map_err(Error::system("epoll_ctl"))?;
         poller.add(&*self.config_change, CONFIG_CHANGE).map_err(Error::system("epoll_ctl"))?;
         poller.add(self.device.engine.released(), RELEASED).map_err(Error::system("epoll_ctl"))?;
-        let (device, config_change) = (&self.device, &*self.config_change);
+        if let Some(hand_over) = &self.hand_over {
+            poller.add(hand_over.applicants.event(), SUCCESSOR).map_err(Error::system("epoll_ctl"))?;
+        }
+        let Self { endpoint, device, config_change, logs, hand_over, successor } = self;
+        let (connection, pending, hand_over) = (None, false, hand_over.take());
         let mut control =
-            ControlLoop { device, config_change, poller, connection: None, pending: false, logs: &self.logs };
-        match &self.endpoint.0 {
+            ControlLoop { endpoint, device, config_change, poller, connection, pending, logs, hand_over, successor };
+        if let Some(inheritance) = inheritance {
+            control.inherit(inheritance)?;
+        }
+        match &control.endpoint.0 {
             Socket::Listening(listener) => {
                 control.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
                 control.serve_all(listener)
             }
             Socket::Connected(socket) => {
-                let socket = socket.try_clone().map_err(Error::system("duplicate the socket"))?;
-                control.adopt(socket)?;
+                if control.connection.is_none() {
+                    let socket = socket.try_clone().map_err(Error::system("duplicate the socket"))?;
+                    control.adopt(socket)?;
+                }
                 control.serve_one()
             }
         }
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// Returns the device, for its shutdown. The socket is closed; a socket file that was created here is removed.
@@ -121,14 +169,18 @@ impl Server {
 }
 
 /// The state of [`Server::run`].
-struct ControlLoop<'d> {
-    device: &'d Device,
+pub(super) struct ControlLoop<'d> {
+    pub(super) endpoint: &'d Endpoint,
+    pub(super) device: &'d Device,
     config_change: &'d OwnedFd,
-    poller: Poller,
-    connection: Option<Connection<'d>>,
+    pub(super) poller: Poller,
+    pub(super) connection: Option<Connection<'d>>,
     /// The front-end's socket may hold a whole message. Its event is edge-triggered and has been consumed.
-    pending: bool,
-    logs: &'d Logs,
+    pub(super) pending: bool,
+    pub(super) logs: &'d Logs,
+    pub(super) hand_over: Option<HandOver>,
+    /// See [`Server::successor`].
+    successor: &'d mut Option<u32>,
 }
 
 impl ControlLoop<'_> {
@@ -137,6 +189,9 @@ impl ControlLoop<'_> {
             let ready = self.wait()?;
             if ready.stop {
                 return self.disconnect("stopping");
+            }
+            if self.is_handed_over(&ready) {
+                return Ok(());
             }
             self.step(&ready)?;
             // Many front-ends close and connect again. The old connection must end before the new one is accepted, or the
@@ -156,9 +211,20 @@ impl ControlLoop<'_> {
             if ready.stop {
                 return self.disconnect("stopping");
             }
+            if self.is_handed_over(&ready) {
+                return Ok(());
+            }
             self.step(&ready)?;
         }
         Ok(())
+    }
+
+    /// Hears successors. True if one has taken the session.
+    fn is_handed_over(&mut self, ready: &Ready) -> bool {
+        if ready.successor {
+            *self.successor = self.hear_successors();
+        }
+        self.successor.is_some()
     }
 
     fn wait(&mut self) -> Result<Ready, Error> {
@@ -170,6 +236,7 @@ impl ControlLoop<'_> {
             CONFIG_CHANGE => ready.config_change = true,
             SHIM => ready.shim = true,
             RELEASED => ready.released = true,
+            SUCCESSOR => ready.successor = true,
             _ => ready.front_end = true,
         };
         self.poller.wait(timeout, mark).map_err(Error::system("epoll_wait"))?;

@@ -4,6 +4,7 @@
 //! The reason of a refusal is logged here, because the protocol cannot carry it.
 
 mod descriptor;
+mod handed_over;
 mod memory;
 mod vmm;
 
@@ -27,7 +28,7 @@ use crate::addr::Qva;
 use crate::engine::Layout;
 use crate::kvm::{DiscardMonitor, ShimLink};
 use crate::socket::Peer;
-use descriptor::event_fd;
+pub(super) use descriptor::event_fd;
 
 /// The codec's result. Its error says only that the message failed; the reason is in [`Session::refusal`].
 type HandlerResult<T> = vhost::vhost_user::Result<T>;
@@ -42,6 +43,8 @@ pub(super) struct Session<'d> {
     peer: Peer,
     offered: VirtioFeatures,
     features: Option<VirtioFeatures>,
+    /// GET_FEATURES came; the last SET_FEATURES, even before a reset: the codec keeps both.
+    negotiation: (bool, Option<u64>),
     protocol: ProtocolFeatures,
     status: u64,
     memory: GuestMemory<'d>,
@@ -65,6 +68,7 @@ impl<'d> Session<'d> {
             peer,
             offered: VirtioFeatures::offered(&device.engine.geometry()),
             features: None,
+            negotiation: (false, None),
             protocol: ProtocolFeatures::empty(),
             status: 0,
             memory: GuestMemory::new(&device.engine, &*device.space, &logs.memory),
@@ -191,7 +195,7 @@ impl<'d> Session<'d> {
         if !unknown.is_empty() {
             return Err(Error::NotOffered { request: "SET_FEATURES", names: Names(unknown).to_string() });
         }
-        self.features = Some(acked);
+        (self.features, self.negotiation.1) = (Some(acked), Some(raw));
         config::apply_features(&self.device.engine, acked);
         self.start_rings();
         Ok(())
@@ -232,6 +236,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     }
 
     fn get_features(&mut self) -> HandlerResult<u64> {
+        self.negotiation.0 = true;
         Ok(self.offered.bits())
     }
 

@@ -361,6 +361,13 @@ impl Driver for Nvme {
         Ok(())
     }
 
+    fn quiesce(&mut self) -> anyhow::Result<()> {
+        self.queues.clear();
+        self.admin = None;
+        let stopped = self.controller.as_mut().ok_or(NvmeErrorKind::Stopped).and_then(Controller::stop);
+        stopped.map_err(|kind| self.error(kind))
+    }
+
     fn shut_down(&mut self) {
         self.queues.clear();
         if let (Some(admin), Some(controller)) = (self.admin.take(), &self.controller) {

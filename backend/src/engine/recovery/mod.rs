@@ -6,6 +6,6 @@ mod supervisor;
 mod watchdog;
 
 pub(super) use overdue_reports::OverdueReports;
-pub(super) use supervisor::DeviceSupervisor;
+pub(super) use supervisor::{DeviceSupervisor, SupervisedDevice};
 pub use watchdog::WatchdogOptions;
 pub(super) use watchdog::{CommandClock, Watchdog};

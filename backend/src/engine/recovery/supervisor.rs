@@ -155,6 +155,17 @@ impl DeviceSupervisor {
         }
     }
 
+    /// Stops the device for another process. [`Self::reset`] starts it again.
+    ///
+    /// # Errors
+    /// The device is away, or does not stop.
+    pub(in crate::engine) fn quiesce(&self, device: &mut SupervisedDevice) -> anyhow::Result<()> {
+        anyhow::ensure!(device.state == State::Up, "the drive is away");
+        self.command_all(|_, answer| WorkerCommand::DropQueue(answer));
+        self.reports.clear();
+        device.driver.quiesce()
+    }
+
     /// Tries to recover a device that is down. Requests fail meanwhile. Returns true if the device may be retried at equal
     /// intervals: it is up again, or merely released.
     pub(in crate::engine) fn recover(&self) -> bool {

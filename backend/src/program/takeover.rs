@@ -1,0 +1,167 @@
+//! Goes on where another process of this program stops. Until the session is taken, everything belongs to that process: on any
+//! error this one ends at once, and nothing that it was given is dropped.
+
+use std::cell::RefCell;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use vhost_device_vfio::config::Config;
+use vhost_device_vfio::handover::{Description, DiskIdentity, Incoming, Link, ListenerState, Restored, apply};
+use vhost_device_vfio::hardware::Function;
+use vhost_device_vfio::socket::Endpoint;
+use vhost_device_vfio::sys::inherit;
+use vhost_device_vfio::vhost_user::{HandOver, Inheritance, SettleFn, monotonic_ns};
+
+use super::block::{Disk, applicants};
+use super::origin::DeviceSpec;
+use super::{OwnedFunction, Signals};
+
+/// The connection to the running process, if this one is to take over.
+///
+/// # Errors
+/// Nobody listens there, or the descriptor is no such connection.
+pub(crate) fn link(config: &Config) -> Result<Option<Link>> {
+    if let Some(path) = &config.takeover {
+        let link = Link::connect(path).with_context(|| format!("--takeover {}: connect", path.display()))?;
+        return Ok(Some(link));
+    }
+    let Some(number) = config.takeover_fd else { return Ok(None) };
+    let failed = || format!("--takeover-fd {number}");
+    Ok(Some(Link::adopt(inherited(number).with_context(failed)?).with_context(failed)?))
+}
+
+/// An inherited descriptor. Standard input is replaced by /dev/null, so that no other file gets its number.
+fn inherited(number: i32) -> std::io::Result<OwnedFd> {
+    if number != 0 {
+        return inherit(number);
+    }
+    let socket = std::io::stdin().as_fd().try_clone_to_owned()?;
+    let null = std::fs::File::open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    Ok(socket)
+}
+
+/// What is kept until the session is taken or refused.
+struct Attempt {
+    /// Held so that no error drops, and thereby detaches, the function.
+    function: Option<Arc<dyn Function>>,
+    restored: Option<Restored>,
+}
+
+impl Attempt {
+    /// Tells the predecessor, and ends.
+    fn give_up(&mut self, error: &anyhow::Error) -> ! {
+        if let Some(restored) = self.restored.take() {
+            restored.fail(&format!("{error:#}"));
+        }
+        log::error!("take over: {error:#}");
+        // The function is not dropped.
+        std::process::exit(1);
+    }
+}
+
+/// Takes over from the process at the other end of `link`, and serves.
+///
+/// # Errors
+/// The running process refuses, or the drive can no longer be served.
+pub(crate) fn serve(config: &Config, link: Link, signals: Signals) -> Result<()> {
+    let spec = DeviceSpec::new(config.device.as_ref().context("no device")?)?;
+    let offered = apply(link, config.terms().context("no device")?)?;
+    let (description, descriptors, restored) = offered.split();
+    let attempt = Rc::new(RefCell::new(Attempt { function: None, restored: Some(restored) }));
+    match prepare(config, spec, description, descriptors, signals.upgrade, &attempt) {
+        Ok((disk, inheritance)) => disk.run(signals.stop, Some(inheritance)),
+        Err(error) => attempt.borrow_mut().give_up(&error),
+    }
+}
+
+/// Restores everything but the front-end's session, which the server restores.
+fn prepare(
+    config: &Config,
+    spec: DeviceSpec,
+    description: Description,
+    mut descriptors: Incoming,
+    upgrade: OwnedFd,
+    attempt: &Rc<RefCell<Attempt>>,
+) -> Result<(Disk, Inheritance)> {
+    let Description { paused_at, device, listener, successors, front_end, .. } = description;
+    let start = Instant::now();
+    let source = spec.inherit(device.function, &mut descriptors)?;
+    let (owned, reacquire) = source.acquire_for_driver(config.no_snoop.into())?;
+    let OwnedFunction { function, .. } = &owned;
+    attempt.borrow_mut().function = Some(Arc::clone(function));
+    let endpoint = match (listener, &front_end) {
+        (Some(listener), _) => listening(listener, &mut descriptors)?,
+        (None, Some(front_end)) => Endpoint::connected(descriptors.duplicate(front_end.connection)?.into()),
+        (None, None) => bail!("the description has neither a listening socket nor a front-end"),
+    };
+    let mut disk = Disk::bring_up(config, owned, reacquire, endpoint)?;
+    let controller_ms = start.elapsed().as_millis();
+    check_disk(&disk, &device.disk)?;
+    let mut applicants = applicants(config, upgrade)?;
+    listen(config, &mut applicants, successors, &mut descriptors)?;
+    disk.server.allow_hand_over(HandOver { applicants, export: source.export() });
+    let settle = settle(Rc::clone(attempt), paused_at, controller_ms);
+    let write_cache = device.write_cache;
+    Ok((disk, Inheritance { front_end, write_cache, descriptors, settle }))
+}
+
+fn listening(state: ListenerState, descriptors: &mut Incoming) -> Result<Endpoint> {
+    Ok(Endpoint::inherit(descriptors.take(state.socket)?, state.name, state.file)?)
+}
+
+/// Listens for the next successor: with the predecessor's socket if it is at the same path.
+fn listen(
+    config: &Config,
+    applicants: &mut vhost_device_vfio::handover::Applicants,
+    state: Option<ListenerState>,
+    descriptors: &mut Incoming,
+) -> Result<()> {
+    let Some(path) = &config.handover_socket else { return Ok(()) };
+    let failed = || format!("--handover-socket {}", path.display());
+    if let Some(state) = state
+        && applicants.inherit(path, state, descriptors).with_context(failed)?
+    {
+        return Ok(());
+    }
+    applicants.listen(path).with_context(failed)
+}
+
+/// The guest keeps the disk that it has.
+fn check_disk(disk: &Disk, before: &DiskIdentity) -> Result<()> {
+    let now = disk.server.device().engine.geometry();
+    ensure!(now.serial == before.serial, "serial {} instead of {}", now.serial, before.serial);
+    ensure!(now.block_size == before.block_size, "blocks of {} instead of {}", now.block_size, before.block_size);
+    ensure!(
+        now.read_only == before.read_only,
+        "the disk is {} now",
+        if now.read_only { "read-only" } else { "writable" }
+    );
+    if now.blocks != before.blocks {
+        log::warn!("the disk has {} blocks now, {} before", now.blocks, before.blocks);
+        disk.server.config_notifier().config_changed();
+    }
+    Ok(())
+}
+
+/// Takes the session once everything is restored, or ends this process.
+fn settle(attempt: Rc<RefCell<Attempt>>, paused_at: u64, controller_ms: u128) -> SettleFn {
+    Box::new(move |restored| {
+        let mut attempt = attempt.borrow_mut();
+        if let Err(error) = restored {
+            attempt.give_up(&anyhow::Error::msg(error.to_string()));
+        }
+        if let Some(restored) = attempt.restored.take()
+            && let Err(error) = restored.take()
+        {
+            attempt.give_up(&error.into());
+        }
+        attempt.function = None;
+        let ms = monotonic_ns().saturating_sub(paused_at) / 1_000_000;
+        log::info!("taken over; requests waited {ms} ms, of which the controller took {controller_ms} ms");
+    })
+}

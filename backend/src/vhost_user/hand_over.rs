@@ -1,0 +1,196 @@
+//! The control loop as the owner of a session that is handed over, and as its next owner.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+
+use super::server::{ControlLoop, FRONT_END};
+use super::{Error, connection::Connection};
+use crate::engine::{Held, Quiesced};
+use crate::handover::{
+    Applicants, Description, DeviceState, DiskIdentity, FrontEnd, FunctionState, Incoming, ListenerState, Outcome,
+    Outgoing, Owner, hand_over,
+};
+use crate::socket::Socket;
+
+/// How long requests in flight may take to complete. A drive that is slower is not handed over.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+
+/// Adds what moves of the function to the descriptors.
+pub type ExportFn = Box<dyn Fn(&mut Outgoing) -> Result<FunctionState, String> + Send>;
+
+/// See [`Inheritance::settle`].
+pub type SettleFn = Box<dyn FnOnce(Result<(), &Error>)>;
+
+/// What makes a server hand its session over.
+pub struct HandOver {
+    /// Who asks for it.
+    pub applicants: Applicants,
+    /// What moves of the function.
+    pub export: ExportFn,
+}
+
+/// A session to go on with.
+pub struct Inheritance {
+    /// The front-end's.
+    pub front_end: Option<FrontEnd>,
+    /// The write cache was on.
+    pub write_cache: bool,
+    /// The descriptors.
+    pub descriptors: Incoming,
+    /// Called once: when everything is restored and no vring runs, to take the session, or with the reason why it cannot be
+    /// restored. It must end the process if the session belongs to another process.
+    pub settle: SettleFn,
+}
+
+/// CLOCK_MONOTONIC in ns, which all processes of a host share.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or_default() * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or_default()
+}
+
+/// The session while it changes hands.
+struct Session<'a, 'd> {
+    control: &'a ControlLoop<'d>,
+    export: &'a ExportFn,
+    successors: &'a Applicants,
+    paused_at: u64,
+    held: Option<Held<'d>>,
+    quiesced: Option<Quiesced<'d>>,
+}
+
+impl Owner for Session<'_, '_> {
+    type Session = (Description, Outgoing);
+
+    fn drain(&mut self) -> Result<(), String> {
+        self.paused_at = monotonic_ns();
+        let held = self.control.device.engine.hold(DRAIN_LIMIT).map_err(|error| error.to_string())?;
+        self.held = Some(held);
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), String> {
+        if let Some(connection) = &self.control.connection {
+            connection.session().pause().map_err(|error| error.to_string())?;
+        }
+        let quiesced = self.control.device.engine.quiesce().map_err(|error| error.to_string())?;
+        self.quiesced = Some(quiesced);
+        Ok(())
+    }
+
+    fn describe(&mut self) -> Result<Self::Session, String> {
+        let mut outgoing = Outgoing::default();
+        let text = |error: std::io::Error| error.to_string();
+        let engine = &self.control.device.engine;
+        let geometry = engine.geometry();
+        let disk = DiskIdentity {
+            serial: geometry.serial,
+            block_size: geometry.block_size,
+            blocks: geometry.blocks,
+            read_only: geometry.read_only,
+        };
+        let function = (self.export)(&mut outgoing)?;
+        let listener = match &self.control.endpoint.0 {
+            Socket::Listening(listener) => Some(ListenerState {
+                socket: outgoing.push(&listener.socket).map_err(text)?,
+                name: listener.name().to_owned(),
+                file: listener.file(),
+            }),
+            Socket::Connected(_) => None,
+        };
+        let front_end = self.control.connection.as_ref().map(|connection| connection.describe(&mut outgoing));
+        let description = Description {
+            version: Description::VERSION,
+            paused_at: self.paused_at,
+            device: DeviceState { disk, write_cache: engine.write_cache(), function },
+            listener,
+            successors: self.successors.describe(&mut outgoing).map_err(text)?,
+            front_end: front_end.transpose().map_err(text)?,
+        };
+        Ok((description, outgoing))
+    }
+
+    fn resume(&mut self) {
+        // Starts the controller.
+        self.quiesced = None;
+        if let Some(connection) = &self.control.connection {
+            connection.session().resume();
+        }
+        self.held = None;
+    }
+
+    fn leave(&mut self) {
+        if let Some(quiesced) = self.quiesced.take() {
+            quiesced.leave();
+        }
+        if let Some(held) = self.held.take() {
+            held.leave();
+        }
+    }
+}
+
+impl ControlLoop<'_> {
+    /// Hears successors. Returns the process that has taken the session, if one has.
+    pub(super) fn hear_successors(&mut self) -> Option<u32> {
+        let mut hand = self.hand_over.take()?;
+        let mut taken = None;
+        if let Some(mut successor) = hand.applicants.step() {
+            let mut session = Session {
+                control: self,
+                export: &hand.export,
+                successors: &hand.applicants,
+                paused_at: 0,
+                held: None,
+                quiesced: None,
+            };
+            let pid = successor.successor();
+            match hand_over(&mut session, &mut successor) {
+                Outcome::Taken => {
+                    let ms = (monotonic_ns() - session.paused_at) / 1_000_000;
+                    log::info!("handed over to process {pid}, in {ms} ms");
+                    taken = Some(pid);
+                }
+                Outcome::Kept(reason) => log::warn!("not handed over to process {pid}: {reason}; going on"),
+            }
+        }
+        self.hand_over = Some(hand);
+        taken
+    }
+
+    /// Goes on with a session that another process has served.
+    ///
+    /// # Errors
+    /// It cannot be restored. `settle` has been told.
+    pub(super) fn inherit(&mut self, inheritance: Inheritance) -> Result<(), Error> {
+        let Inheritance { front_end, write_cache, mut descriptors, settle } = inheritance;
+        match self.restore(front_end.as_ref(), write_cache, &mut descriptors) {
+            Ok(()) => settle(Ok(())),
+            Err(error) => {
+                settle(Err(&error));
+                return Err(error);
+            }
+        }
+        let Some(connection) = &self.connection else { return Ok(()) };
+        connection.session().resume();
+        self.poller.add_edge(connection.socket().as_fd(), FRONT_END).map_err(Error::system("epoll_ctl"))?;
+        self.pending = true;
+        Ok(())
+    }
+
+    fn restore(
+        &mut self,
+        front_end: Option<&FrontEnd>,
+        write_cache: bool,
+        descriptors: &mut Incoming,
+    ) -> Result<(), Error> {
+        if let Some(front_end) = front_end {
+            self.connection = Some(Connection::inherit(front_end, descriptors, self.device, self.logs)?);
+        }
+        if self.device.engine.geometry().volatile_cache {
+            self.device.engine.set_write_cache(write_cache)?;
+        }
+        Ok(())
+    }
+}
