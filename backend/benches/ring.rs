@@ -194,6 +194,7 @@ fn setup() -> VringSetup {
         kick: None,
         call: None,
         err: None,
+        inflight: None,
     }
 }
 

@@ -51,7 +51,7 @@ fn closing_messages() -> Vec<(&'static str, Vec<u8>)> {
         ),
         ("a region without a descriptor", message(ADD_MEM_REG, NEED_REPLY, &[0; 40])),
         ("a log that was not offered", message(SET_LOG_BASE, NEED_REPLY, &words(&[4096, 0]))),
-        ("an inflight buffer that was not offered", message(GET_INFLIGHT_FD, 0, &[0; 24])),
+        ("an inflight buffer that was not negotiated", message(GET_INFLIGHT_FD, 0, &[0; 24])),
         ("a message for network devices", message(SEND_RARP, NEED_REPLY, &words(&[0]))),
         ("a status of another size", message(SET_STATUS, NEED_REPLY, &[0; 4])),
         ("GET_STATUS with a payload", message(GET_STATUS, 0, &words(&[0]))),
@@ -62,7 +62,7 @@ fn closing_messages() -> Vec<(&'static str, Vec<u8>)> {
 fn refused_messages() -> Vec<(&'static str, Vec<u8>)> {
     vec![
         ("a feature not offered", message(SET_FEATURES, NEED_REPLY, &words(&[FEATURES | 1 << 33]))),
-        ("a protocol feature not offered", message(SET_PROTOCOL_FEATURES, NEED_REPLY, &words(&[PROTOCOL | 1 << 12]))),
+        ("a protocol feature not offered", message(SET_PROTOCOL_FEATURES, NEED_REPLY, &words(&[PROTOCOL | 1 << 4]))),
         ("a ring that does not exist", message(SET_VRING_NUM, NEED_REPLY, &state(99, 8))),
         ("the highest ring index", message(SET_VRING_BASE, NEED_REPLY, &state(u32::MAX, 0))),
         ("a size that is not a power of two", message(SET_VRING_NUM, NEED_REPLY, &state(0, 100))),

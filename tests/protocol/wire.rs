@@ -50,8 +50,9 @@ pub(crate) const FEATURES: u64 = 1 << 32 | 7 << 28;
 pub(crate) const PROTOCOL: u64 = 0x1_a209;
 pub(crate) const BACKEND_REQ: u64 = 1 << 5;
 pub(crate) const GPA_ADDRESSES: u64 = 1 << 21;
+pub(crate) const INFLIGHT_SHMFD: u64 = 1 << 12;
 /// All protocol features that the server offers.
-pub(crate) const OFFERED: u64 = PROTOCOL | BACKEND_REQ | GPA_ADDRESSES;
+pub(crate) const OFFERED: u64 = PROTOCOL | BACKEND_REQ | GPA_ADDRESSES | INFLIGHT_SHMFD;
 pub(crate) const RING_PACKED: u64 = 1 << 34;
 
 /// The server's reaction to a message.

@@ -4,27 +4,25 @@
 //! All rings are in one memory file. Each request has a slot with fixed addresses for its header, data and status. So a connected
 //! client allocates nothing, and a load measures the server with little overhead by the client.
 
+mod guest;
 mod packed;
 mod ram;
 mod ring;
 mod split;
 
-use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vhost::VhostBackend;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
-use vm_memory::{FileOffset, MmapRegion};
 
 use ram::Ram;
 
+pub use guest::{Guest, Region};
 pub use ram::Buffer;
 pub use ring::{Completion, Request, Ring};
 
@@ -62,6 +60,13 @@ impl Shape {
     pub fn kinds(self) -> [Self; 8] {
         std::array::from_fn(|n| Self { packed: n & 1 != 0, indirect: n & 2 != 0, event_idx: n & 4 != 0, ..self })
     }
+
+    /// The virtio features that it needs.
+    fn features(self) -> u64 {
+        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let kinds = [(self.indirect, INDIRECT), (self.event_idx, EVENT_IDX), (self.packed, PACKED)];
+        kinds.iter().filter(|(wanted, _)| *wanted).fold(VERSION_1 | protocol, |sum, (_, bit)| sum | bit)
+    }
 }
 
 impl Default for Shape {
@@ -98,8 +103,9 @@ impl Client {
         socket.set_read_timeout(Some(ANSWER_LIMIT))?;
         let mut frontend = Frontend::from_stream(socket, shape.queues as u64);
         frontend.set_owner()?;
-        let features = negotiate(&mut frontend, shape)?;
-        let ram = share_memory(&frontend, shape.queues * ring::bytes_needed(shape))?;
+        let features = negotiate(&mut frontend, shape, VhostUserProtocolFeatures::empty())?;
+        let ram = Ram::new(shape.queues * ring::bytes_needed(shape))?;
+        frontend.set_mem_table(&[ram.region()])?;
         let mut rings = Vec::new();
         for index in 0..shape.queues {
             let ring = Ring::new(&ram, index, shape, features)?;
@@ -170,19 +176,20 @@ impl Client {
     }
 }
 
-/// Negotiates virtio and protocol features; returns the virtio features.
-fn negotiate(frontend: &mut Frontend, shape: Shape) -> Result<u64, Error> {
+/// Negotiates virtio and protocol features, `more` among them; returns the virtio features.
+fn negotiate(frontend: &mut Frontend, shape: Shape, more: VhostUserProtocolFeatures) -> Result<u64, Error> {
     let offered = frontend.get_features()?;
-    let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-    let kinds = [(shape.indirect, INDIRECT), (shape.event_idx, EVENT_IDX), (shape.packed, PACKED)];
-    let needed = kinds.iter().filter(|(wanted, _)| *wanted).fold(VERSION_1 | protocol, |sum, (_, bit)| sum | bit);
+    let needed = shape.features();
     if offered & needed != needed {
         return Err(format!("features {offered:#x} lack {:#x}", needed & !offered).into());
     }
     let features = needed | offered & FLUSH;
     let known =
         VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK;
-    let common = frontend.get_protocol_features()? & known;
+    let common = frontend.get_protocol_features()? & (known | more);
+    if !common.contains(more) {
+        return Err(format!("the protocol features lack {:?}", more - common).into());
+    }
     frontend.set_protocol_features(common)?;
     if common.contains(VhostUserProtocolFeatures::REPLY_ACK) {
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -193,21 +200,6 @@ fn negotiate(frontend: &mut Frontend, shape: Shape) -> Result<u64, Error> {
         return Err(format!("{queues} virtqueues offered, {} wanted", shape.queues).into());
     }
     Ok(features)
-}
-
-fn share_memory(frontend: &Frontend, bytes: usize) -> Result<Ram, Error> {
-    let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC)?);
-    ftruncate(&file, bytes as u64)?;
-    let handle = file.as_raw_fd();
-    let memory = Ram::new(MmapRegion::from_file(FileOffset::new(file, 0), bytes)?);
-    frontend.set_mem_table(&[VhostUserMemoryRegionInfo {
-        guest_phys_addr: Ram::BASE,
-        memory_size: bytes as u64,
-        userspace_addr: memory.address(0),
-        mmap_offset: 0,
-        mmap_handle: handle,
-    }])?;
-    Ok(memory)
 }
 
 /// `capacity`, the first field of the configuration space (virtio 1.2 §5.2.4).

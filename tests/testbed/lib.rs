@@ -3,5 +3,8 @@
 pub mod client;
 pub mod holder;
 pub mod iommu;
+pub mod kills;
+pub mod oracle;
 pub mod own_process;
+pub mod random;
 pub mod rights;

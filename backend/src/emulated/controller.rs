@@ -23,6 +23,7 @@ use super::admin_state::Admin;
 use super::fault::Faults;
 use super::iommu::SoftIommu;
 use super::medium::Store;
+use super::order::Latency;
 use super::queue::{Cq, CqSlot, Sq, SqSlot};
 use super::register_file::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN_DONE, CSTS_SHUTDOWN_MASK, RegisterFile};
 use super::traffic::Traffic;
@@ -56,6 +57,7 @@ pub(super) struct Controller {
     /// True if an event may be pending for which no Asynchronous Event Request has been completed.
     pub(super) event_pending: AtomicBool,
     pub(super) faults: Faults,
+    pub(super) latency: Latency,
     start: Instant,
     /// Nanoseconds that [`Self::advance`] has added to the clock.
     advanced: AtomicU64,
@@ -96,6 +98,7 @@ impl Controller {
             bad_doorbells: AtomicU32::new(0),
             event_pending: AtomicBool::new(false),
             faults: Faults::default(),
+            latency: Latency::new(options.latency, options.order),
             start: Instant::now(),
             advanced: AtomicU64::new(0),
             thread: OnceLock::new(),

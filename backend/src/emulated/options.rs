@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::addr::{Iova, Span};
 
-use super::{EmulatedError, Fault, Medium, fault_file, units};
+use super::{EmulatedError, Fault, Medium, Order, fault_file, units};
 
 /// When commands run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +48,8 @@ pub struct Options {
     /// Duration of each I/O command. In inline mode only [`Machine::advance`](super::Machine::advance) moves the clock, so
     /// commands stay in flight until then.
     pub latency: Duration,
+    /// The order in which I/O commands complete. A random one needs a latency.
+    pub order: Order,
     /// False suppresses all interrupts, for measurements of a driver that only polls.
     pub interrupts: bool,
     /// Address width of the IOMMU in bits. Five-level page tables give 57.
@@ -80,6 +82,7 @@ impl Default for Options {
             volatile_cache: true,
             mode: Mode::Inline,
             latency: Duration::ZERO,
+            order: Order::Fetched,
             interrupts: true,
             address_width: 48,
             // The MSI window of x86 (Intel SDM vol. 3 §11.11.1).
@@ -106,6 +109,8 @@ impl Options {
         check(self.queue_entries >= 2, "queue entries", "at least 2", self.queue_entries.into())?;
         check(self.mdts <= 15, "mdts", "0 to 15", self.mdts.into())?;
         check(self.doorbell_stride <= 8, "doorbell stride", "0 to 8", self.doorbell_stride.into())?;
+        let latency_fits = self.order == Order::Fetched || !self.latency.is_zero();
+        check(latency_fits, "latency", "more than 0 with order=random", 0)?;
         check((16..=57).contains(&self.address_width), "address width", "16 to 57", self.address_width.into())?;
         let serial_fits = self.serial.len() <= 20 && self.serial.is_ascii();
         check(serial_fits, "serial", "at most 20 ASCII characters", self.serial.len() as u64)
@@ -114,7 +119,7 @@ impl Options {
 
 /// The option names of [`Options::from_str`].
 const NAMES: &str = "size, lba, queues, entries, mdts, sgl, stride, medium, file, create, sparse, wcache, mode, latency, \
-                     interrupts, width, no-snoop, snoop-enforced, faults, serial";
+                     order, seed, interrupts, width, no-snoop, snoop-enforced, faults, serial";
 
 impl FromStr for Options {
     type Err = EmulatedError;
@@ -122,10 +127,11 @@ impl FromStr for Options {
     /// Parses comma-separated `name=value` pairs. Options that are not given have the value of [`Options::default`], except
     /// that the mode is [`Mode::Threaded`]. Sizes take the suffixes K, M, G and T; times need the unit ns, us, ms or s. With
     /// `file=` the size may be omitted. `create=on` creates a missing file, sparse unless `sparse=off`. `faults=` gives the
-    /// path of a fault file; see `faults.toml` in this directory.
+    /// path of a fault file; see `faults.toml` in this directory. `order=random` takes its times from `seed=` (default 1).
     fn from_str(text: &str) -> Result<Self, EmulatedError> {
         let mut options = Self { size: 0, mode: Mode::Threaded, ..Self::default() };
         let (mut file, mut create, mut sparse) = (None, false, true);
+        let (mut random, mut seed) = (false, 1);
         for pair in text.split(',').filter(|pair| !pair.is_empty()) {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             match name {
@@ -143,6 +149,8 @@ impl FromStr for Options {
                 "wcache" => options.volatile_cache = switch("wcache", value)?,
                 "mode" => options.mode = mode(value)?,
                 "latency" => options.latency = time("latency", value)?,
+                "order" => random = order(value)?,
+                "seed" => seed = number("seed", value)?,
                 "interrupts" => options.interrupts = switch("interrupts", value)?,
                 "width" => options.address_width = number("width", value)?,
                 "no-snoop" => options.no_snoop = no_snoop(value)?,
@@ -156,6 +164,9 @@ impl FromStr for Options {
             Some(path) => options.medium = Medium::File { path, create, sparse },
             None if options.size == 0 => options.size = Self::default().size,
             None => {}
+        }
+        if random {
+            options.order = Order::Random { seed };
         }
         options.check()?;
         Ok(options)
@@ -202,6 +213,15 @@ fn mode(text: &str) -> Result<Mode, EmulatedError> {
     }
 }
 
+/// True if the order is random.
+fn order(text: &str) -> Result<bool, EmulatedError> {
+    match text {
+        "fetched" => Ok(false),
+        "random" => Ok(true),
+        _ => Err(value_error("order", "fetched or random", text)),
+    }
+}
+
 fn size(option: &'static str, text: &str) -> Result<u64, EmulatedError> {
     units::size(text).ok_or_else(|| value_error(option, "bytes, optionally with suffix K, M, G or T", text))
 }
@@ -232,6 +252,15 @@ mod tests {
     }
 
     #[test]
+    fn a_random_order_has_a_seed_and_needs_a_latency() {
+        let order = |text: &str| text.parse::<Options>().map(|options| options.order);
+        assert_eq!(order("order=random,latency=1us").unwrap(), Order::Random { seed: 1 });
+        assert_eq!(order("seed=9,order=random,latency=1us").unwrap(), Order::Random { seed: 9 });
+        assert_eq!(order("order=fetched,seed=9").unwrap(), Order::Fetched);
+        assert!(order("order=random").unwrap_err().to_string().contains("latency: wanted more than 0"));
+    }
+
+    #[test]
     fn an_empty_line_gives_the_defaults() {
         let options: Options = "".parse().unwrap();
         assert_eq!((options.size, options.medium, options.mode), (1 << 30, Medium::Memory, Mode::Threaded));
@@ -256,6 +285,7 @@ mod tests {
             ("wcache", "wcache=: wanted on or off"),
             ("queues=70000", "queues=70000"),
             ("latency=5", "latency=5: wanted a number with unit ns"),
+            ("order=any", "order=any: wanted fetched or random"),
             ("medium=disk", "medium=disk: wanted memory or null"),
             ("no-snoop=off", "no-snoop=off: wanted never or controllable"),
         ] {

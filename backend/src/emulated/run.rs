@@ -176,7 +176,7 @@ impl Controller {
             return None;
         }
         let effect = self.faults.effect_on(id, entry.opcode());
-        let latency = if id == 0 { Duration::ZERO } else { self.options.latency };
+        let latency = if id == 0 { Duration::ZERO } else { self.latency.next() };
         let (wait, effect) = match effect {
             Some(Effect::Fatal) => {
                 self.fatal();

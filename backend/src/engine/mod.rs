@@ -16,6 +16,7 @@
 //! | [`request`] | from a chain to a checked block request |
 //! | `data_path/` | one worker's requests in flight, bounce buffers and cache maintenance |
 //! | `worker/` | the thread, and the commands it takes |
+//! | [`inflight_region`] | the record of requests in flight that outlives this process |
 //! | `recovery/` | command time-outs, reset and recovery of the device |
 
 mod data_path;
@@ -23,6 +24,7 @@ mod error;
 pub mod guest_memory;
 mod hand_over;
 mod inflight_policy;
+pub mod inflight_region;
 mod live_geometry;
 mod recovery;
 pub mod request;
@@ -46,6 +48,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 pub use error::EngineError;
 pub use hand_over::{Held, Quiesced};
+pub use inflight_region::InflightRegion;
 pub use live_geometry::LiveGeometry;
 pub use recovery::WatchdogOptions;
 pub use setup::{Options, VringSetup};

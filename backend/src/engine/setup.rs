@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use super::inflight_region::InflightRegion;
 use super::recovery::WatchdogOptions;
 use super::virtqueue::layout::Layout;
 use crate::addr::{Gpa, Span};
@@ -35,6 +36,8 @@ pub struct VringSetup {
     pub call: Option<OwnedFd>,
     /// Signalled when the ring fails.
     pub err: Option<OwnedFd>,
+    /// Where the ring's requests in flight are recorded, and have been by the process that served it before.
+    pub inflight: Option<InflightRegion>,
 }
 
 /// Options of the engine.

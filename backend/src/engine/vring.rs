@@ -55,6 +55,11 @@ impl Vring {
         Ok(ring)
     }
 
+    /// True if nothing is in flight, nor waits to be submitted again.
+    pub(super) fn is_drained(&self) -> bool {
+        self.in_flight == 0 && !self.queue.has_recovered()
+    }
+
     /// True if the ring has no kick eventfd. The worker must then poll it.
     pub(super) fn is_polled(&self) -> bool {
         self.kick.is_none()
@@ -71,8 +76,14 @@ impl Vring {
         Ok(())
     }
 
+    /// Replaces the call eventfd, and signals the new one if the ring has run. The process before this one may have died after it
+    /// published used entries and before it called, and QEMU sends the guest's own eventfd only after the ring has started.
+    /// Drivers accept a call without a used entry (virtio 1.2 §2.3).
     pub(super) fn set_call(&mut self, call: Option<OwnedFd>) {
         call.as_ref().inspect(|fd| make_nonblocking(fd));
+        if let Some(call) = call.as_ref().filter(|_| self.queue.has_run()) {
+            signal(call);
+        }
         self.call = call;
     }
 
@@ -111,6 +122,7 @@ impl Vring {
         if self.state == State::Serving {
             self.state = State::Broken;
         }
+        self.queue.forget_recovered();
         if let Some(err) = &self.err {
             signal(err);
         }

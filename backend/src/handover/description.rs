@@ -111,6 +111,8 @@ pub struct FrontEnd {
     pub files: Vec<FdNumber>,
     /// Guest memory.
     pub regions: Vec<RegionState>,
+    /// Where requests in flight are recorded. None are: the rings were drained, unless the process before crashed.
+    pub inflight: Option<InflightState>,
     /// The virtqueues, from 0 on.
     pub rings: Vec<RingState>,
     /// The registration with the VM's shim, which lasts as long as this socket.
@@ -133,6 +135,22 @@ pub struct RegionState {
     pub file: usize,
     /// Inode of the file.
     pub inode: u64,
+}
+
+/// SET_INFLIGHT_FD.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InflightState {
+    /// The file.
+    pub file: FdNumber,
+    /// Size of all regions, bytes.
+    pub size: u64,
+    /// Offset in the file, bytes.
+    pub offset: u64,
+    /// Virtqueues that have a region.
+    pub queues: u16,
+    /// Descriptors of each.
+    pub entries: u16,
 }
 
 /// A virtqueue. It does not run.

@@ -60,9 +60,13 @@ impl Backing {
         if !is_memory(file) {
             return Err(RegionError::NotMemory { gpa, found: name(file) });
         }
-        let failed = |call| move |errno: rustix::io::Errno| RegionError::Kernel { gpa, call, source: errno.into() };
-        let stat = fstat(file).map_err(failed("fstat"))?;
-        let filesystem = fstatfs(file).map_err(failed("fstatfs"))?;
+        Self::of_memory(file).map_err(|(call, errno)| RegionError::Kernel { gpa, call, source: errno.into() })
+    }
+
+    /// For a file that is known to be in memory. The error names the call.
+    pub(super) fn of_memory(file: &File) -> Result<Self, (&'static str, rustix::io::Errno)> {
+        let stat = fstat(file).map_err(|errno| ("fstat", errno))?;
+        let filesystem = fstatfs(file).map_err(|errno| ("fstatfs", errno))?;
         let hugetlb = filesystem.f_type == HUGETLBFS_MAGIC;
         Ok(Self {
             id: FileId { device: stat.st_dev, inode: stat.st_ino },

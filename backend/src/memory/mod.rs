@@ -8,6 +8,7 @@ mod error;
 mod file;
 mod plan;
 mod region;
+mod shared_file;
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ pub use error::RegionError;
 pub use file::FileId;
 pub use plan::Plan;
 pub use region::{Region, RegionSpec};
+pub use shared_file::{SharedFileError, map_shared_file};
 
 use crate::addr::{Address, Gpa, Iova, Qva, Span};
 use crate::sys::SharedMemory;

@@ -223,7 +223,7 @@ fn map_file(spec: &RegionSpec, len: usize, page_size: u64, writable: bool) -> io
 }
 
 /// The errno inside an error of `vm-memory`, whose own text hides it.
-fn mmap_errno(error: MmapRegionError) -> io::Error {
+pub(super) fn mmap_errno(error: MmapRegionError) -> io::Error {
     match error {
         MmapRegionError::Mmap(source) => source,
         other => io::Error::other(other),

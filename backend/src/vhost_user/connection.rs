@@ -352,10 +352,16 @@ impl<'d> Connection<'d> {
 }
 
 /// True if the connection can continue after this request was refused. It cannot if the front-end waits for a reply, which
-/// the codec does not send after a failure, or if the front-end would take a refused change of memory for done.
+/// the codec does not send after a failure, or if the front-end would take a refused change of memory for done, or its
+/// requests in flight for recorded.
 fn can_be_refused(request: u32, acknowledged: bool) -> bool {
     match FrontendReq::try_from(request) {
-        Ok(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG | FrontendReq::REM_MEM_REG) => acknowledged,
+        Ok(
+            FrontendReq::SET_MEM_TABLE
+            | FrontendReq::ADD_MEM_REG
+            | FrontendReq::REM_MEM_REG
+            | FrontendReq::SET_INFLIGHT_FD,
+        ) => acknowledged,
         Ok(
             FrontendReq::SET_FEATURES
             | FrontendReq::SET_PROTOCOL_FEATURES

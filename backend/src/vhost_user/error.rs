@@ -9,7 +9,7 @@ use crate::foreign_fd::{NotAnEventfd, UnusableFds};
 use crate::handover::DescriptorError;
 use crate::hardware::MapError;
 use crate::kvm::RegistrationError;
-use crate::memory::{FileId, RegionError};
+use crate::memory::{FileId, RegionError, SharedFileError};
 
 /// QEMU's options for guest memory that is shared with this process.
 const SHARE: &str =
@@ -197,6 +197,41 @@ pub enum Error {
     /// There would be more regions than GET_MAX_MEM_SLOTS reports.
     #[error("{0} memory regions, at most {MAX_SLOTS} are supported")]
     TooManyRegions(usize),
+    /// GET_INFLIGHT_FD or SET_INFLIGHT_FD for virtqueues that do not exist.
+    #[error("{request}: {found} virtqueues, there are {queues}; give the device num-queues={queues} or fewer")]
+    InflightQueues {
+        /// The name of the request.
+        request: &'static str,
+        /// Number in the message.
+        found: u16,
+        /// Number of virtqueues offered.
+        queues: u16,
+    },
+    /// GET_INFLIGHT_FD or SET_INFLIGHT_FD with a size that no ring can have.
+    #[error("{request}: the size of a {layout} ring is {}, not {size}; change queue-size", layout.sizes())]
+    InflightSize {
+        /// The name of the request.
+        request: &'static str,
+        /// Size in the message, descriptors.
+        size: u16,
+        /// Split or packed.
+        layout: Layout,
+    },
+    /// The region of SET_INFLIGHT_FD is too small for its virtqueues.
+    #[error("SET_INFLIGHT_FD: {queues} virtqueues of {entries} descriptors need {needed} bytes, mmap_size is {found}")]
+    InflightBytes {
+        /// Number of virtqueues.
+        queues: u16,
+        /// Descriptors of each.
+        entries: u16,
+        /// Bytes they need.
+        needed: u64,
+        /// Bytes in the message.
+        found: u64,
+    },
+    /// The file of SET_INFLIGHT_FD cannot be used.
+    #[error("SET_INFLIGHT_FD: {0}")]
+    InflightFile(#[from] SharedFileError),
     /// The region is invalid, or cannot be mapped in this process.
     #[error(transparent)]
     Region(#[from] RegionError),

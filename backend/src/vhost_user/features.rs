@@ -24,6 +24,7 @@
 //! | `MQ` | without it, a front-end uses a single virtqueue |
 //! | `REPLY_ACK` | the only way to report that memory could not be mapped |
 //! | `CONFIG` | QEMU's vhost-user-blk requires it |
+//! | `INFLIGHT_SHMFD` | the requests in flight when this process ends are submitted again by the next |
 //! | `CONFIGURE_MEM_SLOTS` | memory is added and removed one region at a time |
 //! | `RESET_DEVICE`, `STATUS` | a reset by the guest stops the vrings |
 //! | `BACKEND_REQ` | a new size of the disk is reported while the guest runs |
@@ -92,6 +93,8 @@ bitflags! {
         const BACKEND_REQ = 1 << 5;
         /// `GET_CONFIG` and `SET_CONFIG`.
         const CONFIG = 1 << 9;
+        /// `GET_INFLIGHT_FD` and `SET_INFLIGHT_FD`.
+        const INFLIGHT_SHMFD = 1 << 12;
         /// `RESET_DEVICE`.
         const RESET_DEVICE = 1 << 13;
         /// `ADD_MEM_REG` and `REM_MEM_REG`.
@@ -169,7 +172,7 @@ mod tests {
         // SIZE_MAX SEG_MAX BLK_SIZE FLUSH TOPOLOGY CONFIG_WCE MQ DISCARD WRITE_ZEROES, INDIRECT EVENT_IDX PROTOCOL_FEATURES,
         // VERSION_1, PACKED.
         assert_eq!(offered.bits(), 0x7e46 | 7 << 28 | 1 << 32 | 1 << 34);
-        assert_eq!(ProtocolFeatures::all().bits(), 0x21_a229);
+        assert_eq!(ProtocolFeatures::all().bits(), 0x21_b229);
         // The codec once had another feature at this bit (rust-vmm/vhost#367).
         assert_eq!(VhostUserProtocolFeatures::GPA_ADDRESSES.bits(), ProtocolFeatures::GPA_ADDRESSES.bits());
     }

@@ -16,6 +16,7 @@ mod error;
 mod features;
 mod guest_memory;
 mod hand_over;
+mod inflight;
 mod logs;
 mod server;
 mod session;

@@ -5,7 +5,9 @@
 
 mod descriptor;
 mod handed_over;
+mod inflight;
 mod memory;
+mod negotiation;
 mod vmm;
 
 use std::fs::File;
@@ -19,8 +21,9 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{GpuBackend, VhostUserBackendReqHandlerMut};
 
 use super::backend_channel::BackendChannel;
-use super::features::{ACCESS_PLATFORM, Names, ProtocolFeatures, VirtioFeatures};
+use super::features::{Names, ProtocolFeatures, VirtioFeatures};
 use super::guest_memory::GuestMemory;
+use super::inflight::InflightRegions;
 use super::logs::Logs;
 use super::vring::{Addresses, Vring, VringContext};
 use super::{Device, Error, config};
@@ -48,6 +51,8 @@ pub(super) struct Session<'d> {
     protocol: ProtocolFeatures,
     status: u64,
     memory: GuestMemory<'d>,
+    /// For the rings that start from now on.
+    inflight: Option<InflightRegions<'d>>,
     rings: Vec<Vring>,
     /// The negotiated features have been logged.
     features_logged: bool,
@@ -72,6 +77,7 @@ impl<'d> Session<'d> {
             protocol: ProtocolFeatures::empty(),
             status: 0,
             memory: GuestMemory::new(&device.engine, &*device.space, &logs.memory),
+            inflight: None,
             rings: (0..usize::from(device.queues)).map(Vring::new).collect(),
             features_logged: false,
             channel: None,
@@ -138,6 +144,7 @@ impl<'d> Session<'d> {
     fn reset(&mut self) -> Result<(), Error> {
         self.status = 0;
         self.features = None;
+        self.inflight = None;
         let engine = &self.device.engine;
         self.rings.iter_mut().map(|ring| ring.reset(engine)).fold(Ok(()), Result::and)
     }
@@ -166,7 +173,8 @@ impl<'d> Session<'d> {
     /// Applies a message to a vring, and starts the vring if it can run now.
     fn set_up_ring(&mut self, index: u32, change: impl FnOnce(&mut Vring) -> Result<(), Error>) -> Result<(), Error> {
         change(self.ring(index)?)?;
-        let context = VringContext { engine: &self.device.engine, table: self.memory.table(), features: self.features };
+        let (engine, table, inflight) = (&self.device.engine, self.memory.table(), self.inflight.as_ref());
+        let context = VringContext { engine, table, inflight, features: self.features };
         let position = usize::try_from(index).expect("`ring` has checked the index");
         if self.rings[position].start(context)? && !std::mem::replace(&mut self.features_logged, true) {
             let (virtio, protocol) = (Names(self.features.unwrap_or_default()), Names(self.protocol));
@@ -177,42 +185,14 @@ impl<'d> Session<'d> {
 
     /// Starts every vring that can run now.
     fn start_rings(&mut self) {
-        let context = VringContext { engine: &self.device.engine, table: self.memory.table(), features: self.features };
+        let (engine, table, inflight) = (&self.device.engine, self.memory.table(), self.inflight.as_ref());
+        let context = VringContext { engine, table, inflight, features: self.features };
         for ring in &mut self.rings {
             // Not an error of this message. The next message about the vring reports it.
             if let Err(error) = ring.start(context) {
                 log::debug!("{error}");
             }
         }
-    }
-
-    fn accept_features(&mut self, raw: u64) -> Result<(), Error> {
-        let acked = VirtioFeatures::from_bits_retain(raw);
-        if raw & ACCESS_PLATFORM != 0 {
-            return Err(Error::AccessPlatform);
-        }
-        let unknown = VirtioFeatures::from_bits_retain(raw & !self.offered.bits());
-        if !unknown.is_empty() {
-            return Err(Error::NotOffered { request: "SET_FEATURES", names: Names(unknown).to_string() });
-        }
-        (self.features, self.negotiation.1) = (Some(acked), Some(raw));
-        config::apply_features(&self.device.engine, acked);
-        self.start_rings();
-        Ok(())
-    }
-
-    fn accept_protocol(&mut self, raw: u64) -> Result<(), Error> {
-        let unknown = ProtocolFeatures::from_bits_retain(raw & !ProtocolFeatures::all().bits());
-        if !unknown.is_empty() {
-            return Err(Error::NotOffered { request: "SET_PROTOCOL_FEATURES", names: Names(unknown).to_string() });
-        }
-        self.protocol = ProtocolFeatures::from_bits_retain(raw);
-        Ok(())
-    }
-
-    /// The virtqueue layout; `None` until features have been negotiated.
-    fn layout(&self) -> Option<Layout> {
-        self.features.map(VirtioFeatures::layout)
     }
 
     fn not_implemented<T>(&mut self, message: &'static str) -> HandlerResult<T> {
@@ -366,12 +346,14 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         self.not_implemented("GET_SHARED_OBJECT")
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> HandlerResult<(VhostUserInflight, File)> {
-        self.not_implemented("GET_INFLIGHT_FD")
+    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> HandlerResult<(VhostUserInflight, File)> {
+        let result = self.make_inflight(inflight);
+        self.answer(result)
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> HandlerResult<()> {
-        self.not_implemented("SET_INFLIGHT_FD")
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> HandlerResult<()> {
+        let result = self.accept_inflight(inflight, file);
+        self.answer(result)
     }
 
     fn set_device_state_fd(

@@ -22,6 +22,7 @@ use std::os::fd::OwnedFd;
 
 use super::Error;
 use super::features::VirtioFeatures;
+use super::inflight::InflightRegions;
 use crate::addr::{Address, Gpa, Qva, Span};
 use crate::engine::virtqueue::Area;
 use crate::engine::{Engine, Layout, VringSetup};
@@ -128,6 +129,8 @@ impl Complete {
 pub(super) struct VringContext<'a> {
     pub(super) engine: &'a Engine,
     pub(super) table: &'a MemTable,
+    /// `None` if the front-end does not keep requests in flight over a crash.
+    pub(super) inflight: Option<&'a InflightRegions<'a>>,
     /// `None` until SET_FEATURES, and again after a reset.
     pub(super) features: Option<VirtioFeatures>,
 }
@@ -265,6 +268,7 @@ impl Vring {
             kick: complete.kick.duplicate().map_err(Error::system("duplicate a kick descriptor"))?,
             call: duplicate(self.call.as_ref())?,
             err: duplicate(self.err.as_ref())?,
+            inflight: context.inflight.and_then(|regions| regions.of(self.index, complete.size, layout)),
         })?;
         context.engine.set_enabled(self.index, true);
         if let State::Complete(complete) = std::mem::take(&mut self.state) {

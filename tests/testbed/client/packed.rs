@@ -144,7 +144,7 @@ impl Packed {
         }
     }
 
-    /// The slot of a used chain, and the bytes written to it.
+    /// The slot of a used chain, and the bytes written to it. `u16::MAX` if no chain has the buffer ID.
     #[inline]
     pub(super) fn take(&mut self) -> Option<(u16, u32)> {
         let at = self.desc(self.seen);
@@ -154,7 +154,7 @@ impl Packed {
             return None;
         }
         let (len, slot): (u32, u16) = (self.ram.load(at + 8), self.ram.load(at + 12));
-        let entries = self.lengths.get(usize::from(slot)).copied().expect("a buffer ID that was offered");
+        let Some(entries) = self.lengths.get(usize::from(slot)).copied() else { return Some((u16::MAX, len)) };
         self.seen.advance(entries, self.size);
         Some((slot, len))
     }

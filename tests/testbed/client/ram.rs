@@ -1,9 +1,15 @@
 //! Guest memory, accessed by offset into one file.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use vm_memory::{AtomicAccess, Bytes, MmapRegion, VolatileMemory, VolatileSlice};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vhost::VhostUserMemoryRegionInfo;
+use vm_memory::{AtomicAccess, Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+
+use super::Error;
 
 /// Guest address at which memory starts.
 const GUEST_BASE: u64 = 1 << 20;
@@ -35,8 +41,22 @@ pub(super) struct Ram(Arc<MmapRegion>);
 impl Ram {
     pub(super) const BASE: u64 = GUEST_BASE;
 
-    pub(super) fn new(memory: MmapRegion) -> Self {
-        Self(Arc::new(memory))
+    /// New memory, all zeroes.
+    pub(super) fn new(bytes: usize) -> Result<Self, Error> {
+        let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC)?);
+        ftruncate(&file, bytes as u64)?;
+        Ok(Self(Arc::new(MmapRegion::from_file(FileOffset::new(file, 0), bytes)?)))
+    }
+
+    /// What the front-end tells the server of it.
+    pub(super) fn region(&self) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: GUEST_BASE,
+            memory_size: self.0.size() as u64,
+            userspace_addr: self.address(0),
+            mmap_offset: 0,
+            mmap_handle: self.0.file_offset().expect("a file").file().as_raw_fd(),
+        }
     }
 
     #[inline]
@@ -65,6 +85,12 @@ impl Ram {
     #[inline]
     pub(super) fn store<T: AtomicAccess>(&self, offset: usize, value: T) {
         self.slice().store(value, offset, Ordering::Release).expect(INSIDE);
+    }
+
+    /// Zeroes all of it.
+    pub(super) fn clear(&self) {
+        let zeroes = vec![0; self.0.size()];
+        self.write(0, &zeroes);
     }
 
     pub(super) fn write(&self, offset: usize, bytes: &[u8]) {

@@ -7,8 +7,6 @@
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VringConfigData};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -16,6 +14,8 @@ use super::packed::Packed;
 use super::ram::{Buffer, Ram};
 use super::split::Split;
 use super::{EVENT_IDX, Error, INDIRECT, PACKED, Shape};
+
+mod session;
 
 const PAGE: usize = 4096;
 /// Bytes of a descriptor, and of an indirect table of [`CHAIN`] padded to a power of two.
@@ -168,30 +168,6 @@ impl Ring {
         })
     }
 
-    /// Sets the ring up on the server's side and enables it.
-    pub(super) fn start(&self, frontend: &mut Frontend, index: usize) -> Result<(), Error> {
-        frontend.set_vring_num(index, self.size)?;
-        frontend.set_vring_addr(
-            index,
-            &VringConfigData {
-                queue_max_size: self.size,
-                queue_size: self.size,
-                flags: 0,
-                desc_table_addr: self.ram.address(self.offsets.ring.desc),
-                used_ring_addr: self.ram.address(self.offsets.ring.device),
-                avail_ring_addr: self.ram.address(self.offsets.ring.driver),
-                log_addr: None,
-            },
-        )?;
-        // Both wrap counters of a packed ring start at 1. Like DPDK, this sends only the available one.
-        frontend.set_vring_base(index, if matches!(self.layout, Layout::Packed(_)) { 0x8000 } else { 0 })?;
-        frontend.set_vring_call(index, &self.call)?;
-        frontend.set_vring_err(index, &self.err)?;
-        frontend.set_vring_kick(index, &self.kick)?;
-        frontend.set_vring_enable(index, true)?;
-        Ok(())
-    }
-
     /// True if another request can be submitted.
     #[must_use]
     pub fn has_room(&self) -> bool {
@@ -301,11 +277,43 @@ impl Ring {
     /// If the device completes a request that is not in flight.
     #[inline]
     pub fn reap(&mut self) -> Option<Completion> {
+        self.try_reap().map(|done| done.unwrap_or_else(|slot| panic!("slot {slot} was completed twice")))
+    }
+
+    /// The same; an error with the slot (`u16::MAX` for none) if that is not in flight.
+    #[inline]
+    pub fn try_reap(&mut self) -> Option<Result<Completion, u16>> {
         let (slot, written) = either!(self, ring => ring.take())?;
-        let in_flight = self.in_flight.get_mut(usize::from(slot)).expect("a slot that exists");
-        assert!(std::mem::replace(in_flight, false), "slot {slot} was completed twice");
+        if !self.in_flight.get_mut(usize::from(slot)).is_some_and(std::mem::take) {
+            return Some(Err(slot));
+        }
         self.free.push(slot);
-        Some(Completion { slot, status: self.ram.load(self.header(slot) + STATUS), written })
+        Some(Ok(Completion { slot, status: self.ram.load(self.header(slot) + STATUS), written }))
+    }
+
+    /// Requests a call for the next completion. It may be there already, so reap once more before sleeping on [`Self::call`].
+    pub fn expect_call(&mut self) {
+        either!(self, ring => ring.request_call(true));
+    }
+
+    /// The eventfd that the device signals.
+    #[must_use]
+    pub fn call(&self) -> &EventFd {
+        &self.call
+    }
+
+    /// The eventfd that reports an invalid ring.
+    #[must_use]
+    pub fn err(&self) -> &EventFd {
+        &self.err
+    }
+
+    /// Headers, status bytes and data of all slots.
+    #[must_use]
+    pub fn requests_memory(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.offsets.end - self.offsets.headers];
+        self.ram.read(self.offsets.headers, &mut bytes);
+        bytes
     }
 
     /// Disables calls, for a client that polls.

@@ -85,7 +85,7 @@ impl Split {
         self.next.wrapping_sub(event).wrapping_sub(1) < self.next.wrapping_sub(published)
     }
 
-    /// The slot of a used chain, and the bytes written to it.
+    /// The slot of a used chain, and the bytes written to it. `u16::MAX` if the entry names no head.
     #[inline]
     pub(super) fn take(&mut self) -> Option<(u16, u32)> {
         if self.ram.load::<u16>(self.areas.device + INDEX) == self.seen {
@@ -94,8 +94,13 @@ impl Split {
         let entry = self.used(self.seen);
         self.seen = self.seen.wrapping_add(1);
         let head: u32 = self.ram.load(entry);
-        assert!(head.is_multiple_of(CHAIN.into()), "descriptor {head} is not a head");
-        Some((u16::try_from(head / u32::from(CHAIN)).expect("a head"), self.ram.load(entry + 4)))
+        let slot = if head.is_multiple_of(CHAIN.into()) { head / u32::from(CHAIN) } else { u32::MAX };
+        Some((u16::try_from(slot).unwrap_or(u16::MAX), self.ram.load(entry + 4)))
+    }
+
+    /// The published index of the used ring.
+    pub(super) fn used_index(&self) -> u16 {
+        self.ram.load(self.areas.device + INDEX)
     }
 
     /// Enables the call for the next used chain, or disables calls for a long time.

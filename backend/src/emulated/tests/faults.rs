@@ -7,7 +7,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::host::{CC, CC_ON, CSTS, Host, Pair, Sqe, small, threaded};
 use crate::addr::Iova;
-use crate::emulated::{Commands, Effect, Fault, Options, Status};
+use crate::emulated::{Commands, Effect, Fault, Options, Order, Status};
 use crate::hardware::DmaBuffer;
 
 const READ: u8 = 2;
@@ -129,6 +129,24 @@ fn abort_and_queue_deletion_abort_commands_in_flight() {
     assert_eq!(aborted, [(1, 0x007)]);
     assert_eq!(fixture.reap(), [(0, 0x008), (2, 0x008)]);
     assert_eq!(fixture.host.machine.traffic().reads, 0);
+}
+
+#[test]
+fn in_random_order_all_commands_complete_within_twice_the_latency_but_not_as_fetched() {
+    let latency = Duration::from_millis(1);
+    let order = Order::Random { seed: 1 };
+    let mut fixture = Fixture::new(Options { latency, order, ..small() });
+    let fetched: Vec<_> = (0..12).map(|_| (fixture.read(), 0)).collect();
+    fixture.host.machine.advance(latency);
+    let early = fixture.reap();
+
+    fixture.host.machine.advance(latency);
+
+    let mut completed = [early.clone(), fixture.reap()].concat();
+    assert!(!early.is_empty() && early.len() < 12, "{early:?}");
+    assert_ne!(completed, fetched);
+    completed.sort_unstable();
+    assert_eq!(completed, fetched);
 }
 
 #[test]

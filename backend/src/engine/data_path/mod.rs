@@ -22,6 +22,7 @@ pub(super) use layout::{VringSlot, WorkerLayout};
 
 use super::guest_memory::GuestMemoryView;
 use super::inflight_policy::InflightPolicy;
+use super::inflight_region::{InflightRegion, Tracking};
 use super::request::pending_used::PendingUsed;
 use super::request::{Disk, Operation, RequestFault, Status};
 use super::statistics::Counters;
@@ -335,6 +336,25 @@ impl DataPath {
         self.ring_fault_log.error(line);
         if let Some(ring) = &mut self.slots[slot].ring {
             ring.fail();
+        }
+    }
+
+    /// Records the requests of a ring that has just been started in `region`, and finds those of the process before. The ring
+    /// fails if the record cannot be believed.
+    pub(in crate::engine) fn track(&mut self, slot: usize, region: &InflightRegion) {
+        let virtqueue = self.virtqueue(slot);
+        let Some(ring) = &mut self.slots[slot].ring else { return };
+        match ring.queue.track(region) {
+            Err(contradiction) => self.fail_ring(slot, &contradiction),
+            Ok(Tracking::On { recovered: 0 }) => {}
+            Ok(Tracking::On { recovered }) => self.ring_fault_log.warn(|| {
+                format!("virtqueue {virtqueue}: {recovered} requests of the process before are submitted again")
+            }),
+            Ok(Tracking::Off) => self.ring_fault_log.warn(|| {
+                format!(
+                    "virtqueue {virtqueue}: its inflight region is new and the ring is not; a crash may lose its requests"
+                )
+            }),
         }
     }
 

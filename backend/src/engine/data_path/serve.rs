@@ -10,6 +10,13 @@ impl DataPath {
     /// Takes requests from one ring until it is empty or the device queue is full.
     #[inline]
     pub(super) fn serve(&mut self, mut queue: Option<&mut dyn Queue>, slot: usize) -> Capacity {
+        if self.slots[slot].ring.as_ref().is_some_and(|ring| ring.queue.has_recovered()) {
+            // `Option::as_deref_mut` would borrow `queue` for longer than the call.
+            let device = queue.as_mut().map(|queue| &mut **queue as &mut dyn Queue);
+            if self.serve_recovered(device, slot) == Capacity::Exhausted {
+                return Capacity::Exhausted;
+            }
+        }
         let VringSlot { enabled: true, ring: Some(ring) } = &mut self.slots[slot] else { return Capacity::Available };
         if ring.state != State::Serving {
             return Capacity::Available;
@@ -49,6 +56,25 @@ impl DataPath {
             }
         }
         Capacity::Available
+    }
+
+    /// Submits requests again that were in flight when the process before ended. A ring that stops waits for them.
+    #[cold]
+    fn serve_recovered(&mut self, mut queue: Option<&mut dyn Queue>, slot: usize) -> Capacity {
+        loop {
+            let VringSlot { enabled, ring: Some(ring) } = &mut self.slots[slot] else { return Capacity::Available };
+            if !(*enabled && ring.state == State::Serving || ring.state == State::Draining)
+                || !ring.queue.take_recovered(&mut self.guest, &mut self.chain)
+            {
+                return Capacity::Available;
+            }
+            ring.in_flight += 1;
+            self.counters.resubmitted.add(1);
+            let device = queue.as_mut().map(|queue| &mut **queue as &mut dyn Queue);
+            if self.begin(device, slot) == Capacity::Exhausted {
+                return Capacity::Exhausted;
+            }
+        }
     }
 
     /// Takes and starts the next request of a ring if it has the fast shape.

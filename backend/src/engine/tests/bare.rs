@@ -34,5 +34,6 @@ pub(super) fn setup(layout: Layout, size: u16, areas: [u64; 3]) -> VringSetup {
         kick: None,
         call: None,
         err: None,
+        inflight: None,
     }
 }

@@ -3,6 +3,7 @@
 
 mod bare;
 mod coherent;
+mod crash;
 mod disk;
 mod fast_path;
 mod faults;

@@ -205,6 +205,20 @@ fn eventfds_can_be_changed_while_the_ring_runs() {
 }
 
 #[test]
+fn a_ring_that_has_run_calls_when_it_starts_and_at_each_new_call_eventfd() {
+    for (base, calls) in [(0, 0), (7, 1)] {
+        let rig = Rig::new(DiskOptions::default());
+        let driver = rig.driver(0, RingOptions { base, ..RingOptions::default() });
+        let call = event();
+
+        rig.engine.set_call(0, Some(call.try_clone().unwrap()));
+        wait_for_pass(&rig);
+
+        assert_eq!((count(&driver.call), count(&call)), (calls, calls), "base {base}");
+    }
+}
+
+#[test]
 fn a_full_call_eventfd_does_not_stop_the_worker() {
     let rig = Rig::new(DiskOptions::default());
     let mut driver = rig.driver(0, RingOptions::default());

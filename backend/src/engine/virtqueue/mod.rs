@@ -16,6 +16,7 @@ pub use layout::{Area, Layout, MAX_SIZE, RingFault};
 
 use super::error::EngineError;
 use super::guest_memory::GuestMemoryView;
+use super::inflight_region::{Contradiction, InflightRegion, Tracking};
 use super::setup::VringSetup;
 use crate::memory::MemTable;
 use chain::{Chain, Head};
@@ -56,6 +57,32 @@ impl Virtqueue {
         }
     }
 
+    /// Records the requests in flight in `region` from now on, and finds those of the process before. The queue has just been
+    /// created.
+    ///
+    /// # Errors
+    /// The record is not believed. Nothing has changed.
+    pub fn track(&mut self, region: &InflightRegion) -> Result<Tracking, Contradiction> {
+        either!(self, ring => ring.track(region))
+    }
+
+    /// True if requests that [`Self::track`] has found remain to be submitted again. They come before all others.
+    #[inline]
+    #[must_use]
+    pub fn has_recovered(&self) -> bool {
+        either!(self, ring => ring.has_recovered())
+    }
+
+    /// Reads the next of them, as [`Self::take`] does. Returns false if there is none.
+    pub fn take_recovered(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> bool {
+        either!(self, ring => ring.take_recovered(guest, chain))
+    }
+
+    /// Leaves them to the process that serves the ring next.
+    pub fn forget_recovered(&mut self) {
+        either!(self, ring => ring.forget_recovered());
+    }
+
     /// Number of descriptors.
     #[inline]
     #[must_use]
@@ -67,6 +94,13 @@ impl Virtqueue {
     #[must_use]
     pub fn base(&self) -> u32 {
         either!(self, ring => ring.base())
+    }
+
+    /// False if it is where a ring starts that has never run.
+    #[must_use]
+    pub fn has_run(&self) -> bool {
+        let layout = if matches!(self, Self::Split(_)) { Layout::Split } else { Layout::Packed };
+        self.base() != layout.first_base()
     }
 
     /// Upper bound of the number of available chains; 0 if there is none. An acquire load: all that the driver wrote before it
@@ -104,7 +138,7 @@ impl Virtqueue {
     #[inline]
     pub fn take_fast(&mut self, fast: &FastRequest) {
         match self {
-            Self::Split(ring) => ring.take_fast(),
+            Self::Split(ring) => ring.take_fast(fast.head()),
             Self::Packed(ring) => ring.take_fast(fast.head().entries()),
         }
     }

@@ -19,6 +19,7 @@ use super::fast_path::{FastDescriptor, FastRequest};
 use super::layout::{MAX_SIZE, RingFault};
 use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::inflight_region::{Contradiction, InflightRegion, Tracking};
 use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
 use crate::sys::{SharedArray, SharedMemory};
@@ -140,6 +141,20 @@ impl PackedRing {
             signalled_used: None,
         })
     }
+
+    pub fn track(&mut self, _region: &InflightRegion) -> Result<Tracking, Contradiction> {
+        Ok(Tracking::Off)
+    }
+
+    pub fn has_recovered(&self) -> bool {
+        false
+    }
+
+    pub fn take_recovered(&mut self, _guest: &mut GuestMemoryView, _chain: &mut Chain) -> bool {
+        false
+    }
+
+    pub fn forget_recovered(&mut self) {}
 
     /// Number of descriptors.
     #[inline]

@@ -15,6 +15,9 @@ use super::fast_path::{FastDescriptor, FastRequest};
 use super::layout::{MAX_SIZE, RingFault};
 use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::inflight_region::split::SplitMarks;
+use crate::engine::inflight_region::split_recovery::SplitState;
+use crate::engine::inflight_region::{Contradiction, InflightRegion, Tracking};
 use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
 use crate::sys::{SharedArray, SharedMemory};
@@ -43,6 +46,9 @@ pub struct SplitRing {
     published: u16,
     /// used.idx at the last decision about a notification. `None` until the first.
     signalled_used: Option<u16>,
+    marks: Option<SplitMarks>,
+    /// The heads of requests to submit again, the first one last.
+    recovered: Vec<u16>,
 }
 
 impl SplitRing {
@@ -70,7 +76,43 @@ impl SplitRing {
             next_used,
             published: next_used,
             signalled_used: None,
+            marks: None,
+            recovered: Vec::new(),
         })
+    }
+
+    /// Records the requests in flight in `region` from now on, and finds those of the process before. The ring has just been
+    /// created.
+    ///
+    /// # Errors
+    /// The record is not believed. Nothing has changed.
+    pub fn track(&mut self, region: &InflightRegion) -> Result<Tracking, Contradiction> {
+        let avail_idx = self.avail.load_acquire_u16(IDX);
+        let state = SplitState { size: self.size, used_idx: self.next_used, avail_idx, base: self.next_avail };
+        let Some((marks, plan)) = SplitMarks::start(region, &state)? else { return Ok(Tracking::Off) };
+        self.next_avail = plan.next_avail;
+        self.marks = Some(marks);
+        self.recovered = plan.requests.into_iter().rev().collect();
+        Ok(Tracking::On { recovered: self.recovered.len() })
+    }
+
+    /// True if there are requests to submit again.
+    #[inline]
+    #[must_use]
+    pub fn has_recovered(&self) -> bool {
+        !self.recovered.is_empty()
+    }
+
+    /// Reads the next of them. It is marked already. Returns false if there is none.
+    pub fn take_recovered(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> bool {
+        let Some(head) = self.recovered.pop() else { return false };
+        self.read_chain(head, guest, chain);
+        true
+    }
+
+    /// Leaves them to the process that serves the ring next.
+    pub fn forget_recovered(&mut self) {
+        self.recovered.clear();
     }
 
     /// Number of descriptors.
@@ -110,11 +152,25 @@ impl SplitRing {
         if head >= self.size {
             return Err(RingFault::Head { head, size: self.size });
         }
-        self.next_avail = self.next_avail.wrapping_add(1);
-        let limits = WalkLimits { size: self.size, indirect: self.indirect, longest_table: MAX_SIZE };
-        let desc = &self.desc;
-        chain.fill(head, &limits, |index| Descriptor::from_words(desc.read(usize::from(index))), guest);
+        self.advance(head);
+        self.read_chain(head, guest, chain);
         Ok(())
+    }
+
+    /// Reads the chain at `head`, which is below `size`.
+    #[inline]
+    fn read_chain(&self, head: u16, guest: &mut GuestMemoryView, chain: &mut Chain) {
+        let limits = WalkLimits { size: self.size, indirect: self.indirect, longest_table: MAX_SIZE };
+        chain.fill(head, &limits, |index| Descriptor::from_words(self.desc.read(usize::from(index))), guest);
+    }
+
+    /// The chain at `head` has been taken.
+    #[inline]
+    fn advance(&mut self, head: u16) {
+        self.next_avail = self.next_avail.wrapping_add(1);
+        if let Some(marks) = &mut self.marks {
+            marks.take(head);
+        }
     }
 
     /// Reads the next chain, without taking it. `None` if it does not have the fast shape. [`Self::available`] must not be 0.
@@ -141,8 +197,8 @@ impl SplitRing {
 
     /// Takes the chain that [`Self::peek_fast`] returned.
     #[inline]
-    pub fn take_fast(&mut self) {
-        self.next_avail = self.next_avail.wrapping_add(1);
+    pub fn take_fast(&mut self, head: Head) {
+        self.advance(head.id());
     }
 
     /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`].
@@ -150,6 +206,9 @@ impl SplitRing {
     pub fn push_used(&mut self, head: Head, len: u32) {
         self.used_ring.write(self.slot(self.next_used), [u32::from(head.id()), len]);
         self.next_used = self.next_used.wrapping_add(1);
+        if let Some(marks) = &mut self.marks {
+            marks.push(head.id());
+        }
     }
 
     /// True if there are unpublished used entries.
@@ -162,11 +221,17 @@ impl SplitRing {
     /// Publishes all used entries. Returns true if the driver must be notified.
     #[inline]
     pub fn publish(&mut self) -> bool {
+        if let Some(marks) = &self.marks {
+            marks.before_publish();
+        }
         self.used.store_release_u16(IDX, self.next_used);
         self.published = self.next_used;
         // The driver writes used_event or its flags, then reads used.idx; we write used.idx, then read those. Without a full
         // fence on both sides, each could miss the other's write (virtio 1.2 §2.7.7.1).
         fence(Ordering::SeqCst);
+        if let Some(marks) = &mut self.marks {
+            marks.after_publish(self.next_used);
+        }
         if !self.event_idx {
             return self.avail.read_u16(0) & AVAIL_F_NO_INTERRUPT == 0;
         }

@@ -4,6 +4,7 @@
 use std::sync::mpsc::Sender;
 
 use super::{Device, PendingReply, Worker};
+use crate::engine::vring::Vring;
 
 impl Worker {
     /// Takes no more requests until a release. Replies when every request taken has a used entry.
@@ -36,7 +37,7 @@ impl Worker {
     /// True if the device works and is idle, and no request is between its available and its used entry.
     pub(super) fn is_drained(&self) -> bool {
         let live = matches!(self.device, Device::Live(_));
-        let requests = self.path.slots.iter().filter_map(|slot| slot.ring.as_ref()).any(|ring| ring.in_flight != 0);
-        live && self.device_is_idle() && !requests
+        live && self.device_is_idle()
+            && self.path.slots.iter().filter_map(|slot| slot.ring.as_ref()).all(Vring::is_drained)
     }
 }

@@ -286,14 +286,17 @@ impl Worker {
         }
     }
 
-    fn start(&mut self, slot: usize, setup: VringSetup) -> Result<(), EngineError> {
+    fn start(&mut self, slot: usize, mut setup: VringSetup) -> Result<(), EngineError> {
         if self.path.slots[slot].ring.is_some() {
             return Err(EngineError::RingRunning(setup.index));
         }
-        let size = setup.size;
+        let (size, region) = (setup.size, setup.inflight.take());
         let ring = Vring::start(setup, self.path.guest.table(), &self.poller, slot as u64)?;
         self.path.inflight.reserve(size);
         self.path.slots[slot].ring = Some(ring);
+        if let Some(region) = region {
+            self.path.track(slot, &region);
+        }
         Ok(())
     }
 
@@ -327,7 +330,7 @@ impl Worker {
         for reply_to in std::mem::take(&mut self.pending) {
             match reply_to {
                 PendingReply::Stop(slot, answer) => {
-                    match self.path.slots[slot].ring.take_if(|ring| ring.in_flight == 0) {
+                    match self.path.slots[slot].ring.take_if(|ring| ring.is_drained()) {
                         Some(mut ring) => {
                             ring.unwatch(&self.poller);
                             ring.queue.arm(); // the next device on the ring expects kicks

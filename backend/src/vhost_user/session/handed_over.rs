@@ -4,12 +4,14 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserMemoryRegion};
+
 use super::Session;
 use crate::addr::Address;
-use crate::handover::{FrontEnd, Incoming, Outgoing, RegionState};
+use crate::handover::{FrontEnd, Incoming, InflightState, Outgoing, RegionState};
 use crate::memory::RegionSpec;
 use crate::vhost_user::Error;
-use vhost::vhost_user::message::VhostUserMemoryRegion;
+use crate::vhost_user::inflight::InflightRegions;
 
 impl Session<'_> {
     /// Stops every running vring. [`Self::resume`] lets them go on where they stopped.
@@ -60,6 +62,7 @@ impl Session<'_> {
             channel,
             files,
             regions,
+            inflight: self.inflight.as_ref().map(|regions| describe_inflight(regions, outgoing)).transpose()?,
             rings: self.rings.iter().map(|ring| ring.describe(outgoing)).collect::<io::Result<_>>()?,
             shim: self.shim.describe(outgoing)?,
         })
@@ -79,6 +82,12 @@ impl Session<'_> {
             self.set_channel(channel)?;
         }
         self.restore_memory(state, descriptors)?;
+        if let Some(inflight) = &state.inflight {
+            let InflightState { size: mmap_size, offset: mmap_offset, queues: num_queues, entries: queue_size, .. } =
+                *inflight;
+            let message = VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size };
+            self.accept_inflight(&message, descriptors.take(inflight.file)?.into())?;
+        }
         let found = state.rings.len();
         if found != self.rings.len() {
             return Err(Error::RingCount { found, queues: self.device.queues });
@@ -117,4 +126,10 @@ impl Session<'_> {
         }
         self.memory.inherit(specs, state.regions.iter().map(|region| region.inode))
     }
+}
+
+fn describe_inflight(regions: &InflightRegions<'_>, outgoing: &mut Outgoing) -> io::Result<InflightState> {
+    let (file, message) = regions.announced();
+    let VhostUserInflight { mmap_size: size, mmap_offset: offset, num_queues: queues, queue_size: entries } = message;
+    Ok(InflightState { file: outgoing.push(file)?, size, offset, queues, entries })
 }
