@@ -7,6 +7,7 @@ mod arguments;
 mod disk;
 mod ending;
 mod faults;
+mod hand_over;
 mod hostile;
 mod limits;
 mod process;

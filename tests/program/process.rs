@@ -104,6 +104,11 @@ impl Process {
         std::fs::read_to_string(self.path("log")).unwrap()
     }
 
+    /// The number of its descriptors and of its threads.
+    pub(crate) fn usage(&self) -> [usize; 2] {
+        ["fd", "task"].map(|kind| std::fs::read_dir(format!("/proc/{}/{kind}", self.child.id())).unwrap().count())
+    }
+
     /// Its limits, as in proc(5).
     pub(crate) fn limits(&self) -> String {
         std::fs::read_to_string(format!("/proc/{}/limits", self.child.id())).unwrap()

@@ -137,22 +137,10 @@ impl Server {
         let (connection, pending, hand_over) = (None, false, hand_over.take());
         let mut control =
             ControlLoop { endpoint, device, config_change, poller, connection, pending, logs, hand_over, successor };
-        if let Some(inheritance) = inheritance {
-            control.inherit(inheritance)?;
-        }
-        match &control.endpoint.0 {
-            Socket::Listening(listener) => {
-                control.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
-                control.serve_all(listener)
-            }
-            Socket::Connected(socket) => {
-                if control.connection.is_none() {
-                    let socket = socket.try_clone().map_err(Error::system("duplicate the socket"))?;
-                    control.adopt(socket)?;
-                }
-                control.serve_one()
-            }
-        }
+        let served = control.serve(inheritance);
+        // Its socket file is not removed before the server is dropped, which it is not if the session was handed over.
+        self.hand_over = control.hand_over.take();
+        served
     }
 
     /// The device.
@@ -184,6 +172,25 @@ pub(super) struct ControlLoop<'d> {
 }
 
 impl ControlLoop<'_> {
+    fn serve(&mut self, inheritance: Option<Inheritance>) -> Result<(), Error> {
+        if let Some(inheritance) = inheritance {
+            self.inherit(inheritance)?;
+        }
+        match &self.endpoint.0 {
+            Socket::Listening(listener) => {
+                self.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
+                self.serve_all(listener)
+            }
+            Socket::Connected(socket) => {
+                if self.connection.is_none() {
+                    let socket = socket.try_clone().map_err(Error::system("duplicate the socket"))?;
+                    self.adopt(socket)?;
+                }
+                self.serve_one()
+            }
+        }
+    }
+
     fn serve_all(&mut self, listener: &Listener) -> Result<(), Error> {
         loop {
             let ready = self.wait()?;
