@@ -1,9 +1,9 @@
 //! The order of the predecessor's steps. Nothing here does I/O, so the order is tested as it is.
 //!
 //! ```text
-//!  drain ─▶ stop ─▶ describe, send ─▶ READY ─▶ GO ─▶ TAKEN ─▶ leave
-//!    │        │            └─────────────┴───────┴─ no ──▶ close ─ TAKEN was there ──▶ leave
-//!    │        └─ no ─▶ resume                                └─ no ─▶ end the successor ─▶ resume
+//!  drain ─▶ stop ─▶ describe ─▶ send ─▶ READY ─▶ GO ─▶ TAKEN ─▶ leave
+//!    │        │         │         └────────┴───────┴──────┴─ no ─▶ close ─ TAKEN was there ─▶ leave
+//!    │        └─────────┴─ no ─▶ resume                              └─ no ─▶ end the successor ─▶ resume
 //!    └─ no ─▶ (nothing has changed)
 //! ```
 
@@ -77,13 +77,15 @@ pub fn hand_over<O: Owner>(owner: &mut O, successor: &mut impl Successor<O::Sess
         successor.refuse(&reason);
         return Outcome::Kept(reason);
     }
-    if let Err(reason) = owner.stop() {
-        owner.resume();
-        successor.refuse(&reason);
-        return Outcome::Kept(reason);
-    }
-    let offered = owner.describe().and_then(|session| offer(session, successor));
-    let Err(reason) = offered else {
+    let session = match owner.stop().and_then(|()| owner.describe()) {
+        Ok(session) => session,
+        Err(reason) => {
+            owner.resume();
+            successor.refuse(&reason);
+            return Outcome::Kept(reason);
+        }
+    };
+    let Err(reason) = offer(session, successor) else {
         owner.leave();
         return Outcome::Taken;
     };
@@ -191,13 +193,14 @@ mod tests {
     }
 
     #[test]
-    fn rings_go_on_if_the_controller_does_not_stop() {
+    fn rings_go_on_if_the_controller_does_not_stop_or_the_session_cannot_be_described() {
         assert_eq!(run("stop", false).1, ["drain", "stop", "resume", "refuse"]);
+        assert_eq!(run("describe", false).1, ["drain", "stop", "describe", "resume", "refuse"]);
     }
 
     #[test]
     fn whichever_step_the_successor_fails_at_it_is_cut_off_and_ended_before_the_owner_goes_on() {
-        for (at, step) in ALL.iter().enumerate().skip(2) {
+        for (at, step) in ALL.iter().enumerate().skip(3) {
             let (outcome, steps) = run(step, false);
             assert_eq!(outcome, Outcome::Kept((*step).to_owned()));
             assert_eq!(steps, [&ALL[..=at], &["close", "end", "resume"]].concat(), "{step}");
