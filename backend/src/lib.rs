@@ -32,6 +32,7 @@ pub mod kvm;
 pub mod memory;
 pub mod passthrough;
 mod rate_limited_log;
+pub mod service_manager;
 pub mod socket;
 pub mod sys;
 pub mod vfio;

@@ -46,7 +46,7 @@ pub use description::{
     Description, DeviceState, DiskIdentity, FdNumber, FrontEnd, FunctionState, InflightState, Kick, ListenerState,
     RegionState, RingState, ShimState,
 };
-pub use descriptors::{DescriptorError, Incoming, Outgoing};
+pub use descriptors::{DescriptorError, FdKey, Incoming, Outgoing};
 pub use link::{Link, LinkError};
 pub use predecessor::{Outcome, Owner, Successor, hand_over};
 pub use process::SuccessorProcess;

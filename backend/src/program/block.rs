@@ -10,10 +10,11 @@ use vhost_device_vfio::coherency::{Facts, decide};
 use vhost_device_vfio::config::Config;
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions, ReacquireFn};
 use vhost_device_vfio::engine::{Engine, Options};
-use vhost_device_vfio::handover::Applicants;
+use vhost_device_vfio::handover::{Applicants, Terms};
 use vhost_device_vfio::hardware::Function;
+use vhost_device_vfio::service_manager::{self, FdStore, SavedSession, Stored};
 use vhost_device_vfio::socket::Endpoint;
-use vhost_device_vfio::vhost_user::{Device, HandOver, Inheritance, Server};
+use vhost_device_vfio::vhost_user::{Device, Error, HandOver, Inheritance, Server};
 
 use super::origin::DeviceSource;
 use super::{OwnedFunction, Signals};
@@ -32,7 +33,13 @@ pub(crate) struct Disk {
 ///
 /// # Errors
 /// Why it cannot be served, or can no longer be served.
-pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, signals: Signals) -> Result<()> {
+pub(crate) fn serve(
+    config: &Config,
+    source: &DeviceSource,
+    endpoint: Endpoint,
+    mut stored: Option<Stored>,
+    signals: Signals,
+) -> Result<()> {
     let (owned, reacquire) = source.acquire_for_driver(config.no_snoop.into())?;
     let mut disk = Disk::bring_up(config, owned, reacquire, endpoint)?;
     let mut applicants = applicants(config, signals.upgrade)?;
@@ -40,7 +47,35 @@ pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, 
         applicants.listen(path).with_context(|| format!("--handover-socket {}", path.display()))?;
     }
     disk.server.allow_hand_over(HandOver { applicants, export: source.export() });
-    disk.run(signals.stop, None)
+    let terms = config.terms().context("no device")?;
+    let inheritance = stored.as_mut().and_then(|stored| inherit_stored(stored, &terms));
+    if let Some(store) = FdStore::open(terms, stored.as_ref()) {
+        disk.server.keep_in(store);
+    }
+    disk.run(signals.stop, inheritance)
+}
+
+/// The session that the process before has left with the service manager.
+fn inherit_stored(stored: &mut Stored, terms: &Terms) -> Option<Inheritance> {
+    match stored.session(terms) {
+        Ok(Some((SavedSession { live: crashed, write_cache, front_end, .. }, descriptors))) => {
+            log::info!(
+                "going on with the front-end of the process before, which has {}",
+                if crashed { "crashed" } else { "stopped" }
+            );
+            let settle = Box::new(|restored: Result<(), &Error>| {
+                if let Err(error) = restored {
+                    log::error!("the session of the process before: {error}; the front-end is disconnected");
+                }
+            });
+            Some(Inheritance { front_end: Some(front_end), write_cache, crashed, descriptors, settle })
+        }
+        Ok(None) => None,
+        Err(reason) => {
+            log::warn!("{reason}; its front-end is disconnected");
+            None
+        }
+    }
 }
 
 /// Who may take the drive over.
@@ -89,14 +124,17 @@ impl Disk {
     /// # Errors
     /// Why the drive can no longer be served.
     pub(crate) fn run(mut self, stop: OwnedFd, inheritance: Option<Inheritance>) -> Result<()> {
+        service_manager::ready();
         let served = self.server.run_with(stop, inheritance);
         self.log_statistics();
         if let Some(successor) = self.server.successor() {
+            service_manager::main_pid(successor);
             log::info!("{}: process {successor} serves it now", self.name);
             // Whatever would be dropped here is the successor's: it must be neither unmapped, nor reset, nor removed. The kernel
             // closes this process's descriptors, of which the successor has duplicates.
             std::process::exit(0);
         }
+        service_manager::stopping();
         self.server.into_device().engine.shut_down();
         Ok(served?)
     }

@@ -107,7 +107,7 @@ fn prepare(
     disk.server.allow_hand_over(HandOver { applicants, export: source.export() });
     let settle = settle(Rc::clone(attempt), paused_at, controller_ms);
     let write_cache = device.write_cache;
-    Ok((disk, Inheritance { front_end, write_cache, descriptors, settle }))
+    Ok((disk, Inheritance { front_end, write_cache, crashed: false, descriptors, settle }))
 }
 
 fn listening(state: ListenerState, descriptors: &mut Incoming) -> Result<Endpoint> {

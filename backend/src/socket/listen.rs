@@ -16,10 +16,7 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 use super::error::{MAX_SOCKET_PATH, SocketError};
 use super::file::{SocketFile, SocketFileState};
 use super::peer::Peer;
-use crate::sys::{inherit, take_variable};
-
-/// The first descriptor that systemd passes (sd_listen_fds(3)).
-const LISTEN_FDS_START: i32 = 3;
+use crate::sys::inherit;
 
 /// The socket to open.
 pub enum Listen {
@@ -45,20 +42,16 @@ pub(crate) struct Listener {
 }
 
 impl Listen {
-    /// The socket that the service manager has passed to this process, if any (sd_listen_fds(3)).
+    /// The socket that the service manager has passed to this process (sd_listen_fds(3)); there must be one. `count` is what the
+    /// manager says how many there are.
     ///
     /// # Errors
     /// [`SocketError::ActivationCount`], [`SocketError::NotASocket`].
-    pub fn activated() -> Result<Option<Self>, SocketError> {
-        let (count, pid) = (take_variable("LISTEN_FDS"), take_variable("LISTEN_PID"));
-        let (Some(count), Some(pid)) = (count, pid) else { return Ok(None) };
-        if pid.parse() != Ok(std::process::id()) {
-            return Ok(None);
+    pub fn activated(sockets: &[i32], count: &str) -> Result<Self, SocketError> {
+        match sockets {
+            [socket] => Self::inherited(*socket),
+            _ => Err(SocketError::ActivationCount(count.to_owned())),
         }
-        if count != "1" {
-            return Err(SocketError::ActivationCount(count));
-        }
-        Self::inherited(LISTEN_FDS_START).map(Some)
     }
 
     /// The socket with this descriptor, inherited from the parent process.

@@ -37,6 +37,8 @@ pub struct Inheritance {
     pub front_end: Option<FrontEnd>,
     /// The write cache was on.
     pub write_cache: bool,
+    /// The rings ran when the process before ended: it has crashed.
+    pub crashed: bool,
     /// The descriptors.
     pub descriptors: Incoming,
     /// Called once: when everything is restored and no vring runs, to take the session, or with the reason why it cannot be
@@ -162,31 +164,40 @@ impl ControlLoop<'_> {
     /// Goes on with a session that another process has served.
     ///
     /// # Errors
-    /// It cannot be restored. `settle` has been told.
+    /// It cannot be restored, and `settle` has been told; or it could not be ended after that.
     pub(super) fn inherit(&mut self, inheritance: Inheritance) -> Result<(), Error> {
-        let Inheritance { front_end, write_cache, mut descriptors, settle } = inheritance;
-        match self.restore(front_end.as_ref(), write_cache, &mut descriptors) {
-            Ok(()) => settle(Ok(())),
-            Err(error) => {
-                settle(Err(&error));
-                return Err(error);
-            }
+        let Inheritance { front_end, write_cache, crashed, mut descriptors, settle } = inheritance;
+        let restored = self.restore(front_end.as_ref(), &mut descriptors, (write_cache, crashed));
+        settle(restored.as_ref().copied());
+        drop(descriptors);
+        if let Some(connection) = &self.connection {
+            self.poller.add_edge(connection.socket().as_fd(), FRONT_END).map_err(Error::system("epoll_ctl"))?;
         }
-        let Some(connection) = &self.connection else { return Ok(()) };
-        connection.session().resume();
-        self.poller.add_edge(connection.socket().as_fd(), FRONT_END).map_err(Error::system("epoll_ctl"))?;
+        match (restored, &self.connection) {
+            (Err(error), _) => return self.disconnect(&error.to_string()),
+            (Ok(()), Some(connection)) => connection.session().resume(),
+            (Ok(()), None) => {}
+        }
         self.pending = true;
+        if let Some(store) = self.store {
+            store.begin();
+        }
         Ok(())
     }
 
     fn restore(
         &mut self,
         front_end: Option<&FrontEnd>,
-        write_cache: bool,
         descriptors: &mut Incoming,
+        (write_cache, crashed): (bool, bool),
     ) -> Result<(), Error> {
         if let Some(front_end) = front_end {
-            self.connection = Some(Connection::inherit(front_end, descriptors, self.device, self.logs)?);
+            let connection = Connection::inherit(front_end, descriptors, self.device, self.logs)?;
+            let connection = self.connection.insert(connection);
+            connection.session().restore(front_end, descriptors)?;
+            if crashed {
+                connection.session().rebase_after_crash();
+            }
         }
         if self.device.engine.geometry().volatile_cache {
             self.device.engine.set_write_cache(write_cache)?;

@@ -20,6 +20,7 @@ mod inflight;
 mod logs;
 mod server;
 mod session;
+mod stored;
 mod vring;
 
 use std::sync::Arc;

@@ -19,6 +19,7 @@ use super::connection::{Connection, Progress};
 use super::hand_over::{HandOver, Inheritance};
 use super::logs::Logs;
 use super::{Device, Error};
+use crate::service_manager::FdStore;
 use crate::socket::{Endpoint, Listener, Peer, Socket};
 use crate::sys::Poller;
 
@@ -43,6 +44,7 @@ pub struct Server {
     hand_over: Option<HandOver>,
     /// The process that has taken the session.
     successor: Option<u32>,
+    store: Option<FdStore>,
 }
 
 /// Reports a change of the configuration space to a server's control thread, from any thread.
@@ -85,6 +87,7 @@ impl Server {
             logs: Logs::new(),
             hand_over: None,
             successor: None,
+            store: None,
         })
     }
 
@@ -97,6 +100,11 @@ impl Server {
     /// Lets another process take the session. [`Self::successor`] tells whether one has.
     pub fn allow_hand_over(&mut self, hand_over: HandOver) {
         self.hand_over = Some(hand_over);
+    }
+
+    /// Keeps the session in the service manager's store, so that a restart does not disconnect the front-end.
+    pub fn keep_in(&mut self, store: FdStore) {
+        self.store = Some(store);
     }
 
     /// The process that has taken the session. Nothing of it may be touched any more: this process must end without dropping the
@@ -133,10 +141,20 @@ impl Server {
         if let Some(hand_over) = &self.hand_over {
             poller.add(hand_over.applicants.event(), SUCCESSOR).map_err(Error::system("epoll_ctl"))?;
         }
-        let Self { endpoint, device, config_change, logs, hand_over, successor } = self;
+        let Self { endpoint, device, config_change, logs, hand_over, successor, store } = self;
         let (connection, pending, hand_over) = (None, false, hand_over.take());
-        let mut control =
-            ControlLoop { endpoint, device, config_change, poller, connection, pending, logs, hand_over, successor };
+        let mut control = ControlLoop {
+            endpoint,
+            device,
+            config_change,
+            poller,
+            connection,
+            pending,
+            logs,
+            hand_over,
+            successor,
+            store,
+        };
         let served = control.serve(inheritance);
         // Its socket file is not removed before the server is dropped, which it is not if the session was handed over.
         self.hand_over = control.hand_over.take();
@@ -169,6 +187,7 @@ pub(super) struct ControlLoop<'d> {
     pub(super) hand_over: Option<HandOver>,
     /// See [`Server::successor`].
     successor: &'d mut Option<u32>,
+    pub(super) store: &'d mut Option<FdStore>,
 }
 
 impl ControlLoop<'_> {
@@ -195,7 +214,7 @@ impl ControlLoop<'_> {
         loop {
             let ready = self.wait()?;
             if ready.stop {
-                return self.disconnect("stopping");
+                return self.stop();
             }
             if self.is_handed_over(&ready) {
                 return Ok(());
@@ -216,7 +235,7 @@ impl ControlLoop<'_> {
         while self.connection.is_some() {
             let ready = self.wait()?;
             if ready.stop {
-                return self.disconnect("stopping");
+                return self.stop();
             }
             if self.is_handed_over(&ready) {
                 return Ok(());
@@ -224,6 +243,11 @@ impl ControlLoop<'_> {
             self.step(&ready)?;
         }
         Ok(())
+    }
+
+    /// Leaves the session to the next process if the service manager keeps it, else ends it.
+    fn stop(&mut self) -> Result<(), Error> {
+        if self.leave_stored()? { Ok(()) } else { self.disconnect("stopping") }
     }
 
     /// Hears successors. True if one has taken the session.
@@ -295,9 +319,15 @@ impl ControlLoop<'_> {
         if !self.pending && !ready.front_end {
             return Ok(());
         }
+        if let Some(store) = self.store {
+            store.begin();
+        }
         match connection.serve() {
             Ok(Progress::Served) => self.pending = true,
-            Ok(Progress::Idle) => self.pending = false,
+            Ok(Progress::Idle) => {
+                self.pending = false;
+                self.save();
+            }
             Ok(Progress::Disconnected) => self.disconnect("it has left")?,
             Err(error) => self.disconnect(&error.to_string())?,
         }
@@ -334,7 +364,7 @@ impl ControlLoop<'_> {
     }
 
     /// Drains the vrings, unmaps guest memory and closes the socket.
-    fn disconnect(&mut self, reason: &str) -> Result<(), Error> {
+    pub(super) fn disconnect(&mut self, reason: &str) -> Result<(), Error> {
         let Some(connection) = self.connection.take() else { return Ok(()) };
         self.pending = false;
         let start = Instant::now();
@@ -346,6 +376,9 @@ impl ControlLoop<'_> {
             let peer = session.peer();
             format!("front-end disconnected: {peer}: {reason}; rings stopped, memory unmapped in {took} ms")
         });
+        if let Some(store) = self.store {
+            store.clear();
+        }
         closed
     }
 }

@@ -24,7 +24,7 @@ impl<'d> Connection<'d> {
         self.session().describe(&self.socket, outgoing)
     }
 
-    /// Restores a connection and its session, up to the start of its vrings.
+    /// Restores a connection, and of its session what was negotiated.
     ///
     /// # Errors
     /// The description cannot be followed.
@@ -50,7 +50,6 @@ impl<'d> Connection<'d> {
         let mut connection = Self { socket, session, codec };
         connection.replay(&ours, state)?;
         redirect(&mut connection.codec, &connection.socket).map_err(Error::system("dup3"))?;
-        connection.session().restore(state, descriptors)?;
         Ok(connection)
     }
 

@@ -8,6 +8,7 @@ use vhost::vhost_user::message::{VhostUserInflight, VhostUserMemoryRegion};
 
 use super::Session;
 use crate::addr::Address;
+use crate::engine::Layout;
 use crate::handover::{FrontEnd, Incoming, InflightState, Outgoing, RegionState};
 use crate::memory::RegionSpec;
 use crate::vhost_user::Error;
@@ -24,6 +25,11 @@ impl Session<'_> {
     pub(in super::super) fn resume(&mut self) {
         self.start_rings();
         self.monitor_discards();
+    }
+
+    /// Unmaps all memory, and keeps the registration with the shim.
+    pub(in super::super) fn release_memory(&mut self) -> Result<(), Error> {
+        self.memory.release()
     }
 
     /// Describes the session. Its vrings do not run, and no message has been read and not answered.
@@ -97,6 +103,15 @@ impl Session<'_> {
             ring.restore(state, descriptors, layout)?;
         }
         Ok(())
+    }
+
+    /// The process before has crashed while the rings ran: a split ring goes on at its used index, from where the inflight region
+    /// says what was in flight. For a packed ring the region says everything.
+    pub(in super::super) fn rebase_after_crash(&mut self) {
+        let (layout, table) = (self.layout(), self.memory.table());
+        if layout == Some(Layout::Split) {
+            self.rings.iter_mut().for_each(|ring| ring.rebase(table));
+        }
     }
 
     fn restore_memory(&mut self, state: &FrontEnd, descriptors: &mut Incoming) -> Result<(), Error> {

@@ -3,9 +3,10 @@
 use std::io;
 
 use super::{Addresses, Complete, Kick, Running, Setup, State, Vring};
-use crate::addr::Qva;
+use crate::addr::{Address, Qva};
 use crate::engine::{Engine, Layout};
 use crate::handover::{self, Incoming, Outgoing, RingState};
+use crate::memory::MemTable;
 use crate::vhost_user::Error;
 use crate::vhost_user::session::event_fd;
 
@@ -80,5 +81,20 @@ impl Vring {
         }
         self.enabled = state.enabled;
         Ok(())
+    }
+
+    /// Sets the base of a split ring to the used index in its memory. It stays as it is if that is not in memory, where the ring
+    /// cannot start either.
+    pub(in super::super) fn rebase(&mut self, table: &MemTable) {
+        // virtio 1.2 §2.7.8: flags, then idx.
+        const IDX: u64 = 2;
+        let State::Complete(complete) = &mut self.state else { return };
+        let Some(index) = complete.addresses.used.0.checked_add(IDX).and_then(|at| table.gpa(Qva(at), 2)) else {
+            return;
+        };
+        let region = table.regions().iter().find(|region| region.gpa().contains(index.start()));
+        let Some(region) = region.filter(|_| index.start().is_aligned(2)) else { return };
+        let offset = usize::try_from(index.start().raw() - region.gpa().start().raw()).expect("mapped");
+        complete.base = Some(region.memory().load_acquire_u16(offset).into());
     }
 }
