@@ -11,6 +11,7 @@ mod hand_over;
 mod hostile;
 mod limits;
 mod process;
+mod service_manager;
 mod sockets;
 mod vmm;
 mod whole;

@@ -45,7 +45,8 @@ impl Process {
         Self::spawn(shell, arguments)
     }
 
-    fn spawn(mut command: Command, arguments: &[&str]) -> Self {
+    /// Runs `command`, which executes the program.
+    pub(crate) fn spawn(mut command: Command, arguments: &[&str]) -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().to_str().unwrap();
         command.args(arguments.iter().map(|argument| argument.replace("DIR", path)));

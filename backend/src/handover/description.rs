@@ -27,6 +27,8 @@ pub struct Description {
     pub listener: Option<ListenerState>,
     /// The socket at which successors connect.
     pub successors: Option<ListenerState>,
+    /// Numbers of what the service manager keeps of the session; see [`crate::service_manager`].
+    pub stored: Vec<u32>,
     /// The front-end that is connected.
     pub front_end: Option<FrontEnd>,
 }

@@ -93,6 +93,7 @@ pub(super) mod tests {
             device: DeviceState { disk, write_cache: true, function: FunctionState::Reopened },
             listener: None,
             successors: None,
+            stored: Vec::new(),
             front_end: None,
         }
     }

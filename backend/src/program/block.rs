@@ -10,11 +10,11 @@ use vhost_device_vfio::coherency::{Facts, decide};
 use vhost_device_vfio::config::Config;
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions, ReacquireFn};
 use vhost_device_vfio::engine::{Engine, Options};
-use vhost_device_vfio::handover::{Applicants, Terms};
+use vhost_device_vfio::handover::{Applicants, Incoming, Terms};
 use vhost_device_vfio::hardware::Function;
 use vhost_device_vfio::service_manager::{self, FdStore, SavedSession, Stored};
 use vhost_device_vfio::socket::Endpoint;
-use vhost_device_vfio::vhost_user::{Device, Error, HandOver, Inheritance, Server};
+use vhost_device_vfio::vhost_user::{Device, HandOver, Inheritance, OpenStoreFn, Server, SettleFn};
 
 use super::origin::DeviceSource;
 use super::{OwnedFunction, Signals};
@@ -48,34 +48,34 @@ pub(crate) fn serve(
     }
     disk.server.allow_hand_over(HandOver { applicants, export: source.export() });
     let terms = config.terms().context("no device")?;
-    let inheritance = stored.as_mut().and_then(|stored| inherit_stored(stored, &terms));
-    if let Some(store) = FdStore::open(terms, stored.as_ref()) {
-        disk.server.keep_in(store);
-    }
-    disk.run(signals.stop, inheritance)
+    let saved = stored.as_mut().and_then(|stored| find_saved(stored, &terms));
+    let open_store = Box::new(move || FdStore::open(terms, stored.as_ref()));
+    disk.run(signals.stop, Some(inheritance(saved, open_store)))
 }
 
 /// The session that the process before has left with the service manager.
-fn inherit_stored(stored: &mut Stored, terms: &Terms) -> Option<Inheritance> {
-    match stored.session(terms) {
-        Ok(Some((SavedSession { live: crashed, write_cache, front_end, .. }, descriptors))) => {
-            log::info!(
-                "going on with the front-end of the process before, which has {}",
-                if crashed { "crashed" } else { "stopped" }
-            );
-            let settle = Box::new(|restored: Result<(), &Error>| {
-                if let Err(error) = restored {
-                    log::error!("the session of the process before: {error}; the front-end is disconnected");
-                }
-            });
-            Some(Inheritance { front_end: Some(front_end), write_cache, crashed, descriptors, settle })
+fn find_saved(stored: &mut Stored, terms: &Terms) -> Option<(SavedSession, Incoming)> {
+    stored.session(terms).unwrap_or_else(|reason| {
+        log::warn!("{reason}; its front-end is disconnected");
+        None
+    })
+}
+
+/// Goes on with a saved session, if there is one.
+fn inheritance(saved: Option<(SavedSession, Incoming)>, open_store: OpenStoreFn) -> Inheritance {
+    let settle: SettleFn = Box::new(|restored| {
+        if let Err(error) = restored {
+            log::error!("the session of the process before: {error}; its front-end is disconnected");
         }
-        Ok(None) => None,
-        Err(reason) => {
-            log::warn!("{reason}; its front-end is disconnected");
-            None
-        }
-    }
+    });
+    let Some((SavedSession { live: crashed, write_cache, front_end, .. }, descriptors)) = saved else {
+        let descriptors = Incoming::default();
+        return Inheritance { front_end: None, write_cache: None, crashed: false, descriptors, settle, open_store };
+    };
+    let how = if crashed { "crashed" } else { "stopped" };
+    log::info!("going on with the front-end of the process before, which has {how}");
+    let write_cache = Some(write_cache);
+    Inheritance { front_end: Some(front_end), write_cache, crashed, descriptors, settle, open_store }
 }
 
 /// Who may take the drive over.

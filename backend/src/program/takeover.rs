@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use vhost_device_vfio::config::Config;
 use vhost_device_vfio::handover::{Description, DiskIdentity, Incoming, Link, ListenerState, Restored, apply};
 use vhost_device_vfio::hardware::Function;
+use vhost_device_vfio::service_manager::{FdStore, Stored};
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::sys::inherit;
 use vhost_device_vfio::vhost_user::{HandOver, Inheritance, SettleFn, monotonic_ns};
@@ -88,7 +89,7 @@ fn prepare(
     upgrade: OwnedFd,
     attempt: &Rc<RefCell<Attempt>>,
 ) -> Result<(Disk, Inheritance)> {
-    let Description { paused_at, device, listener, successors, front_end, .. } = description;
+    let Description { paused_at, device, listener, successors, stored, front_end, .. } = description;
     let start = Instant::now();
     let source = spec.inherit(device.function, &mut descriptors)?;
     let (owned, reacquire) = source.acquire_for_driver(config.no_snoop.into())?;
@@ -106,8 +107,10 @@ fn prepare(
     listen(config, &mut applicants, successors, &mut descriptors)?;
     disk.server.allow_hand_over(HandOver { applicants, export: source.export() });
     let settle = settle(Rc::clone(attempt), paused_at, controller_ms);
-    let write_cache = device.write_cache;
-    Ok((disk, Inheritance { front_end, write_cache, crashed: false, descriptors, settle }))
+    let write_cache = Some(device.write_cache);
+    let terms = config.terms().context("no device")?;
+    let open_store = Box::new(move || FdStore::open(terms, Some(&Stored::of_predecessor(&stored))));
+    Ok((disk, Inheritance { front_end, write_cache, crashed: false, descriptors, settle, open_store }))
 }
 
 fn listening(state: ListenerState, descriptors: &mut Incoming) -> Result<Endpoint> {

@@ -1,5 +1,6 @@
 //! The service manager's store of descriptors, kept equal to the session. A descriptor is stored once, under its number; the text
-//! that names it is saved after it has been stored, and it is removed after a text has been saved that does not name it.
+//! that names it is saved after it has been stored, and it is removed after a text has been saved that does not name it. What the
+//! process before has stored is removed after this one has saved its session, so a crash in between loses nothing.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,8 +15,8 @@ use crate::rate_limited_log::SharedLog;
 
 /// Stored names begin with this.
 pub(super) const PREFIX: &str = "vdv.";
-/// The name of the text's file.
-pub(super) const TEXT: &str = "vdv.session";
+/// The names of texts begin with this; a number follows.
+pub(super) const TEXT: &str = "vdv.session.";
 
 /// A front-end can change its session again and again.
 static LOG: SharedLog = SharedLog::new(module_path!());
@@ -24,6 +25,10 @@ static LOG: SharedLog = SharedLog::new(module_path!());
 #[derive(Debug)]
 pub struct FdStore {
     text: StateFile,
+    /// The name of the text, while it is not stored yet.
+    unstored: Option<String>,
+    /// What the process before has stored, while it is still there.
+    former: Vec<String>,
     terms: Terms,
     known: HashMap<FdKey, u32>,
     next: u32,
@@ -36,23 +41,20 @@ pub struct FdStore {
 
 impl FdStore {
     /// The store, if the service manager offers one (`FileDescriptorStoreMax=`, which it tells by `$FDSTORE`). `stored` is what was
-    /// in it at the start: its descriptors have been taken, and are not in the store any more afterwards.
+    /// in it at the start.
     #[must_use]
     pub fn open(terms: Terms, stored: Option<&Stored>) -> Option<Self> {
         std::env::var_os("NOTIFY_SOCKET")?;
         let limit: usize = std::env::var("FDSTORE").ok()?.parse().ok().filter(|limit| *limit > 0)?;
-        let opened = || -> io::Result<Self> {
-            stored.map_or(Ok(()), Stored::remove)?;
-            let text = StateFile::create()?;
-            notify::store(TEXT, &text.as_fd().try_clone_to_owned()?)?;
-            // Numbers of this process begin where those of the process before end, so that no name has two meanings.
-            let next = stored.map_or(0, Stored::next_number);
-            Ok(Self { text, terms, known: HashMap::new(), next, limit, busy: false, failed: false })
-        };
-        match opened() {
-            Ok(store) => {
+        match StateFile::create() {
+            Ok(text) => {
                 log::info!("the service manager keeps the session over a restart ({limit} descriptors)");
-                Some(store)
+                // Numbers of this process begin where those of the process before end, so that no name has two meanings.
+                let number = stored.map_or(0, Stored::next_number);
+                let (unstored, former) =
+                    (Some(format!("{TEXT}{number}")), stored.map(Stored::names).unwrap_or_default());
+                let (known, next) = (HashMap::new(), number + 1);
+                Some(Self { text, unstored, former, terms, known, next, limit, busy: false, failed: false })
             }
             Err(error) => {
                 log::warn!("the service manager's store: {error}; a restart disconnects the front-end");
@@ -117,6 +119,10 @@ impl FdStore {
         self.next = outgoing.next_number();
         let text = session.map_or(Ok(Vec::new()), serde_json::to_vec)?;
         self.text.replace(&text)?;
+        if let Some(name) = self.unstored.take() {
+            notify::store(&name, &self.text.as_fd().try_clone_to_owned()?)?;
+        }
+        std::mem::take(&mut self.former).iter().try_for_each(|name| notify::remove(name))?;
         let used = outgoing.into_used();
         let former = std::mem::replace(&mut self.known, used);
         for number in former.values().filter(|number| !self.known.values().any(|kept| kept == *number)) {
@@ -138,6 +144,12 @@ impl FdStore {
         LOG.error(|| {
             format!("save the session with the service manager: {error}; a restart disconnects the front-end")
         });
+    }
+
+    /// The numbers of what is stored, for a process that takes the session over.
+    #[must_use]
+    pub fn numbers(&self) -> Vec<u32> {
+        self.known.values().copied().collect()
     }
 
     /// True if what is stored is of use to the next process.

@@ -7,7 +7,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use super::notify;
 use super::saved::SavedSession;
 use super::state_file::{Left, StateFile};
-use super::store::{PREFIX, TEXT};
+use super::store::{PREFIX, TEXT, name};
 use crate::handover::{Incoming, Terms};
 use crate::sys::{inherit, take_variable};
 
@@ -29,7 +29,8 @@ pub struct Passed {
 #[derive(Debug)]
 pub struct Stored {
     names: Vec<String>,
-    text: Option<OwnedFd>,
+    /// Their numbers tell which is newer.
+    texts: BTreeMap<u32, OwnedFd>,
     fds: HashMap<u32, OwnedFd>,
 }
 
@@ -63,18 +64,26 @@ fn split(count: u16, names: &str) -> (Vec<RawFd>, Vec<(RawFd, String)>) {
 }
 
 impl Stored {
+    /// What a process has stored that has handed its session over: names only, because this process has the session.
+    #[must_use]
+    pub fn of_predecessor(numbers: &[u32]) -> Self {
+        let names = numbers.iter().flat_map(|number| [name(*number), format!("{TEXT}{number}")]).collect();
+        Self { names, texts: BTreeMap::new(), fds: HashMap::new() }
+    }
+
     fn inherit(passed: &[(RawFd, String)]) -> io::Result<Self> {
-        let (mut names, mut text, mut fds) = (Vec::new(), None, HashMap::new());
+        let (mut names, mut texts, mut fds) = (Vec::new(), BTreeMap::new(), HashMap::new());
         for (fd, name) in passed {
             let fd = inherit(*fd)?;
             names.push(name.clone());
-            match name.strip_prefix(PREFIX).map(str::parse) {
-                Some(Ok(number)) => drop(fds.insert(number, fd)),
-                _ if name == TEXT => text = Some(fd),
-                _ => {}
+            let number = |prefix| name.strip_prefix(prefix).and_then(|number| number.parse::<u32>().ok());
+            if let Some(number) = number(TEXT) {
+                texts.insert(number, fd);
+            } else if let Some(number) = number(PREFIX) {
+                fds.insert(number, fd);
             }
         }
-        Ok(Self { names, text, fds })
+        Ok(Self { names, texts, fds })
     }
 
     /// The session that was saved, with its descriptors, if this process can go on with it. `Err` says why it cannot; then the

@@ -12,6 +12,7 @@ use crate::handover::{
     Applicants, Description, DeviceState, DiskIdentity, FrontEnd, FunctionState, Incoming, ListenerState, Outcome,
     Outgoing, Owner, hand_over,
 };
+use crate::service_manager::FdStore;
 use crate::socket::Socket;
 
 /// How long requests in flight may take to complete. A drive that is slower is not handed over.
@@ -19,6 +20,9 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
 /// Adds what moves of the function to the descriptors.
 pub type ExportFn = Box<dyn Fn(&mut Outgoing) -> Result<FunctionState, String> + Send>;
+
+/// See [`Inheritance::open_store`].
+pub type OpenStoreFn = Box<dyn FnOnce() -> Option<FdStore>>;
 
 /// See [`Inheritance::settle`].
 pub type SettleFn = Box<dyn FnOnce(Result<(), &Error>)>;
@@ -35,8 +39,8 @@ pub struct HandOver {
 pub struct Inheritance {
     /// The front-end's.
     pub front_end: Option<FrontEnd>,
-    /// The write cache was on.
-    pub write_cache: bool,
+    /// The write cache was on; `None` if that is not known.
+    pub write_cache: Option<bool>,
     /// The rings ran when the process before ended: it has crashed.
     pub crashed: bool,
     /// The descriptors.
@@ -44,6 +48,8 @@ pub struct Inheritance {
     /// Called once: when everything is restored and no vring runs, to take the session, or with the reason why it cannot be
     /// restored. It must end the process if the session belongs to another process.
     pub settle: SettleFn,
+    /// Called once after that, to keep the session with the service manager.
+    pub open_store: OpenStoreFn,
 }
 
 /// CLOCK_MONOTONIC in ns, which all processes of a host share.
@@ -108,6 +114,7 @@ impl Owner for Session<'_, '_> {
             paused_at: self.paused_at,
             device: DeviceState { disk, write_cache: engine.write_cache(), function },
             listener,
+            stored: self.control.store.as_ref().map(FdStore::numbers).unwrap_or_default(),
             successors: self.successors.describe(&mut outgoing).map_err(text)?,
             front_end: front_end.transpose().map_err(text)?,
         };
@@ -166,10 +173,11 @@ impl ControlLoop<'_> {
     /// # Errors
     /// It cannot be restored, and `settle` has been told; or it could not be ended after that.
     pub(super) fn inherit(&mut self, inheritance: Inheritance) -> Result<(), Error> {
-        let Inheritance { front_end, write_cache, crashed, mut descriptors, settle } = inheritance;
+        let Inheritance { front_end, write_cache, crashed, mut descriptors, settle, open_store } = inheritance;
         let restored = self.restore(front_end.as_ref(), &mut descriptors, (write_cache, crashed));
         settle(restored.as_ref().copied());
         drop(descriptors);
+        *self.store = open_store();
         if let Some(connection) = &self.connection {
             self.poller.add_edge(connection.socket().as_fd(), FRONT_END).map_err(Error::system("epoll_ctl"))?;
         }
@@ -189,7 +197,7 @@ impl ControlLoop<'_> {
         &mut self,
         front_end: Option<&FrontEnd>,
         descriptors: &mut Incoming,
-        (write_cache, crashed): (bool, bool),
+        (write_cache, crashed): (Option<bool>, bool),
     ) -> Result<(), Error> {
         if let Some(front_end) = front_end {
             let connection = Connection::inherit(front_end, descriptors, self.device, self.logs)?;
@@ -199,8 +207,8 @@ impl ControlLoop<'_> {
                 connection.session().rebase_after_crash();
             }
         }
-        if self.device.engine.geometry().volatile_cache {
-            self.device.engine.set_write_cache(write_cache)?;
+        if let Some(on) = write_cache.filter(|_| self.device.engine.geometry().volatile_cache) {
+            self.device.engine.set_write_cache(on)?;
         }
         Ok(())
     }

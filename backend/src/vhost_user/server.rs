@@ -102,11 +102,6 @@ impl Server {
         self.hand_over = Some(hand_over);
     }
 
-    /// Keeps the session in the service manager's store, so that a restart does not disconnect the front-end.
-    pub fn keep_in(&mut self, store: FdStore) {
-        self.store = Some(store);
-    }
-
     /// The process that has taken the session. Nothing of it may be touched any more: this process must end without dropping the
     /// server.
     #[must_use]
