@@ -80,6 +80,22 @@ impl MappedMemory {
         }
     }
 
+    /// Enters one piece that another process has mapped.
+    ///
+    /// # Errors
+    /// The entry that it overlaps.
+    pub(super) fn inherit(&self, piece: Span<Iova>) -> Result<(), Span<Iova>> {
+        let mut ledger = self.ledger();
+        ledger.conflict(piece).map_or(Ok(()), Err)?;
+        ledger.insert(piece);
+        Ok(())
+    }
+
+    /// Removes the entry of one piece that [`Self::inherit`] has entered.
+    pub(super) fn forget(&self, piece: Span<Iova>) {
+        self.ledger().remove(piece);
+    }
+
     fn mapped_pieces(&self, whole: Span<Iova>) -> Vec<Span<Iova>> {
         let ledger = self.ledger();
         whole.chunks(self.chunk).filter(|span| ledger.contains(*span)).collect()

@@ -8,8 +8,10 @@
 
 mod cache;
 mod inherited_fds;
+mod ioas;
 mod iommufd;
 mod mmio;
+mod ownership;
 mod poller;
 mod shared_memory;
 mod sigbus;
@@ -18,8 +20,10 @@ mod vfio;
 
 pub use cache::{CacheLines, Instruction};
 pub use inherited_fds::{Credentials, inherit, peer_credentials, take_variable};
-pub use iommufd::{DeviceId, HwInfo, HwptId, Ioas, Iommufd};
+pub use ioas::Ioas;
+pub use iommufd::{DeviceId, HwInfo, HwptId, Iommufd, device_number};
 pub use mmio::Mmio;
+pub use ownership::{Owner, Ownership};
 pub use poller::{Event, Poller};
 pub use shared_memory::{SharedArray, SharedMemory, Word};
 pub use sigbus::{LostPages, MAX_WATCHED};
