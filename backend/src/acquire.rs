@@ -5,13 +5,11 @@
 //!                             └ the kernel's answer on snooping    └ probe of the No Snoop bit
 //! ```
 
-mod hand_over;
+pub mod hand_over;
 
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-
-pub use hand_over::{Accepted, Exported, FunctionDescription, Served, TakeOver, accept};
 
 use crate::coherency::{CacheOps, Facts, NoSnoop, Personality, Policy, Refusal, Verdict, decide};
 use crate::iommu::{HandOverError, LiveSpace, PageTable, Snoop};
@@ -68,7 +66,9 @@ pub enum AcquireError {
         source: HandOverError,
     },
     /// The successor of a hand-over would treat the caches in another way.
-    #[error("{address}: its DMA was {before} and would now be {now}; give the same --no-snoop, or restart instead of handing over")]
+    #[error(
+        "{address}: its DMA was {before} and would now be {now}; give the same --no-snoop, or restart instead of handing over"
+    )]
     AnotherVerdict {
         /// The function.
         address: PciAddress,

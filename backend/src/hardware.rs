@@ -222,7 +222,9 @@ pub enum MapError {
         source: io::Error,
     },
     /// Another process is taking the address space over, or has done so.
-    #[error("map {span} for DMA: the address space is being handed over to another process; what it has mapped cannot change now")]
+    #[error(
+        "map {span} for DMA: the address space is being handed over to another process; what it has mapped cannot change now"
+    )]
     HandOver {
         /// The range to map.
         span: Span<Iova>,

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::{AcquireError, Evidence};
 use crate::coherency::{Facts, Personality, Policy, Refusal, Verdict, decide};
 use crate::hardware::LeftToSuccessor;
-use crate::iommu::{HandOverError, LiveSpace, SpaceDescription, existing_page_table};
+use crate::iommu::{HandOverError, LiveSpace, PageTable, SpaceDescription};
 use crate::sys::{CacheLines, Iommufd, Owner, Ownership};
 use crate::vfio::{Attached, PciAddress, no_snoop};
 
@@ -186,7 +186,7 @@ pub fn accept(
     let failed = |source| AcquireError::HandOver { address, source };
     let kernel = |what| move |source| failed(HandOverError::Kernel { what, source });
     let iommufd = Arc::new(Iommufd::handed_over(iommufd).map_err(kernel("check the iommufd that was handed over"))?);
-    let table = Arc::new(existing_page_table(&iommufd, &description.space).map_err(failed)?);
+    let table = Arc::new(PageTable::handed_over(&iommufd, &description.space).map_err(failed)?);
     let function = Attached::handed_over(address, device, Arc::clone(&table))?;
     let no_snoop = no_snoop::probe(&function, address.is_virtual_function());
     let no_snoop = no_snoop.map_err(kernel("probe the Enable No Snoop bit"))?;
@@ -195,7 +195,9 @@ pub fn accept(
     let (before, now) = (decide(&description.facts), decide(&facts));
     match now {
         Verdict::Refuse(refusal) => return Err(AcquireError::Refused(address, refusal)),
-        Verdict::Flush(_) if evidence.lines.is_none() => return Err(AcquireError::Refused(address, Refusal::NoCacheOps)),
+        Verdict::Flush(_) if evidence.lines.is_none() => {
+            return Err(AcquireError::Refused(address, Refusal::NoCacheOps));
+        }
         _ if now != before => return Err(AcquireError::AnotherVerdict { address, before, now }),
         Verdict::Flush(_) if description.space.staging.is_none() => {
             let why = "the verdict is to flush, and it has no staging space".to_owned();

@@ -12,6 +12,9 @@ use crate::addr::{Address, Bytes, Iova, Span};
 use crate::hardware::{MapError, SpaceStatistics};
 use crate::rate_limited_log::SharedLog;
 
+/// The largest piece mapped in the kernel's address space by one call, in bytes.
+pub(super) const CHUNK: u64 = 1 << 30;
+
 /// See the top of this file.
 pub struct MappedMemory {
     sequence: Sequence,
@@ -80,15 +83,9 @@ impl MappedMemory {
         }
     }
 
-    /// Enters one piece that another process has mapped.
-    ///
-    /// # Errors
-    /// The entry that it overlaps.
-    pub(super) fn inherit(&self, piece: Span<Iova>) -> Result<(), Span<Iova>> {
-        let mut ledger = self.ledger();
-        ledger.conflict(piece).map_or(Ok(()), Err)?;
-        ledger.insert(piece);
-        Ok(())
+    /// Enters one piece that another process has mapped. It overlaps no other.
+    pub(super) fn inherit(&self, piece: Span<Iova>) {
+        self.ledger().insert(piece);
     }
 
     /// Removes the entry of one piece that [`Self::inherit`] has entered.

@@ -14,10 +14,13 @@
 
 mod flusher;
 mod hand_over;
+mod hand_over_state;
+mod handed_over;
 mod ledger;
 mod mapped_memory;
 mod page_table;
 mod sequence;
+mod space_description;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -29,24 +32,19 @@ use rustix::process::{Resource, getrlimit};
 use vm_memory::{FileOffset, MmapRegion};
 
 pub use flusher::flush;
-pub(crate) use hand_over::existing_page_table;
-pub use hand_over::{HandOverError, MappedRange, MappedRegion, SpaceDescription, StagingDescription};
 pub use mapped_memory::MappedMemory;
 pub use page_table::{PageTable, Snoop};
 pub use sequence::{Piece, Space, Steps};
+pub use space_description::{HandOverError, MappedRange, MappedRegion, SpaceDescription, StagingDescription};
 
 use crate::addr::{Iova, Span};
 use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError, SpaceStatistics};
 use crate::memory::Region;
 use crate::sys::{CacheLines, Cdev, HwptId, Ioas, Iommufd, SharedMemory};
-use hand_over::HandOver;
+use hand_over_state::HandOver;
+use ledger::list;
+use mapped_memory::CHUNK;
 use sequence::Failed;
-
-/// The largest piece mapped by one call, in bytes.
-const CHUNK: u64 = 1 << 30;
-/// The last IOVA of the driver's own buffers. AMD-Vi reports 64 bits of addresses but cannot map the highest. Every IOMMU page
-/// table of the kernel covers 47 bits.
-const LAST_BUFFER_IOVA: Iova = Iova((1 << 47) - 1);
 
 /// The address space of one device. Its buffers keep it alive.
 #[derive(Clone)]
@@ -381,9 +379,4 @@ impl Drop for BufferMapping {
             log::error!("{error}");
         }
     }
-}
-
-fn list(spans: &[Span<Iova>]) -> String {
-    let words: Vec<_> = spans.iter().map(|span| format!("{}-{}", span.start(), span.last())).collect();
-    words.join(", ")
 }

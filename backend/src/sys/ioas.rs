@@ -4,10 +4,9 @@ use std::io;
 use std::mem;
 use std::sync::Arc;
 
-use iommufd_ioctls::{IommuFd, IommufdIoas};
+use iommufd_ioctls::{IommuFd, IommufdError, IommufdIoas};
 
 use super::Ownership;
-use super::iommufd::errno;
 
 /// An I/O address space (IOAS) of one iommufd. It is destroyed when the last clone is dropped, unless another process owns it
 /// by then.
@@ -59,5 +58,21 @@ impl Drop for IoasObject {
                 }
             }
         }
+    }
+}
+
+/// The errno inside an error of `iommufd-ioctls`.
+pub(super) fn errno(error: IommufdError) -> io::Error {
+    use IommufdError as E;
+    match error {
+        E::OpenIommufd(error) => error,
+        E::IommuDestroy(e)
+        | E::IommuIoasAlloc(e)
+        | E::IommuIoasMap(e)
+        | E::IommuIoasMapFile(e)
+        | E::IommuIoasUnmap(e)
+        | E::IommuHwptAlloc(e)
+        | E::IommuGetHwInfo(e) => io::Error::from_raw_os_error(e.errno()),
+        other => io::Error::other(other),
     }
 }

@@ -14,21 +14,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use iommufd_bindings::iommufd::{
     IOMMUFD_CMD_IOAS_COPY, IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_CMD_VFIO_IOAS, IOMMUFD_TYPE, iommu_hw_info,
     iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD as HW_INFO_INTEL_VTD, iommu_hw_info_vtd, iommu_hwpt_alloc,
-    iommu_ioas_copy, iommu_ioas_iova_ranges, iommu_ioas_map, iommu_ioas_map_file, iommu_ioas_unmap, iommu_iova_range, iommu_vfio_ioas,
-    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA as MAP_FIXED_IOVA,
+    iommu_ioas_copy, iommu_ioas_iova_ranges, iommu_ioas_map, iommu_ioas_map_file, iommu_ioas_unmap, iommu_iova_range,
+    iommu_vfio_ioas, iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA as MAP_FIXED_IOVA,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE as MAP_READABLE,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE as MAP_WRITEABLE,
     iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_CLEAR as VFIO_IOAS_CLEAR,
     iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_SET as VFIO_IOAS_SET,
 };
-use iommufd_ioctls::{IommuFd, IommufdError};
+use iommufd_ioctls::IommuFd;
 use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_DMA_CC_IOMMU, VFIO_TYPE};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_io_nr;
 
-pub use handed_over::device_number;
-
-use super::{Ioas, Owner, Ownership, SharedMemory};
+use super::ioas::{Ioas, errno};
+use super::{Owner, Ownership, SharedMemory};
 use crate::addr::{Address, Iova, Span};
 
 ioctl_io_nr!(IOMMU_IOAS_COPY, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_COPY);
@@ -293,20 +292,4 @@ fn size_u32<T>() -> u32 {
 
 fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
-}
-
-/// The errno inside an error of `iommufd-ioctls`.
-pub(super) fn errno(error: IommufdError) -> io::Error {
-    use IommufdError as E;
-    match error {
-        E::OpenIommufd(error) => error,
-        E::IommuDestroy(e)
-        | E::IommuIoasAlloc(e)
-        | E::IommuIoasMap(e)
-        | E::IommuIoasMapFile(e)
-        | E::IommuIoasUnmap(e)
-        | E::IommuHwptAlloc(e)
-        | E::IommuGetHwInfo(e) => io::Error::from_raw_os_error(e.errno()),
-        other => io::Error::other(other),
-    }
 }

@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "the only module where it is allowed")]
 
 mod cache;
+mod device_number;
 mod inherited_fds;
 mod ioas;
 mod iommufd;
@@ -19,9 +20,10 @@ mod signals;
 mod vfio;
 
 pub use cache::{CacheLines, Instruction};
+pub use device_number::device_number;
 pub use inherited_fds::{Credentials, inherit, peer_credentials, take_variable};
 pub use ioas::Ioas;
-pub use iommufd::{DeviceId, HwInfo, HwptId, Iommufd, device_number};
+pub use iommufd::{DeviceId, HwInfo, HwptId, Iommufd};
 pub use mmio::Mmio;
 pub use ownership::{Owner, Ownership};
 pub use poller::{Event, Poller};

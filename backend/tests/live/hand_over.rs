@@ -12,12 +12,13 @@ use std::sync::Arc;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
-    sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
 };
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
-use vhost_device_vfio::acquire::{Accepted, AcquiredFunction, Exported, FunctionDescription, Served, accept};
+use vhost_device_vfio::acquire::AcquiredFunction;
+use vhost_device_vfio::acquire::hand_over::{Accepted, Exported, FunctionDescription, Served, accept};
 use vhost_device_vfio::addr::{Gpa, Iova, Qva, Span};
 use vhost_device_vfio::coherency::{Facts, Personality, Policy, decide};
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
@@ -36,6 +37,9 @@ const SOURCE: u64 = 3 * MIB;
 const TARGET: u64 = 5 * MIB;
 /// Where the guest's memory is mapped.
 const BASE: u64 = 0x1_0000_0000;
+
+/// What the predecessor writes to the disk.
+const PREDECESSOR: u8 = 0x11;
 
 /// The case that the test runs, in the environment of both processes.
 const CASE: &str = "VDV_HAND_OVER";
@@ -208,7 +212,7 @@ fn predecessor() {
     let file = new_file(bytes);
     let region = guest_memory(Arc::clone(&file), bytes);
     space.add(&region).unwrap();
-    drive.verify(&region, 0x11);
+    drive.verify(&region, PREDECESSOR);
     say(&format!("verdict {}", decide(&facts).word()));
 
     // A case of several words has the successor fail at each step in turn.
@@ -265,7 +269,7 @@ fn hand_over_in_vain(drive: &mut Drive, served: &Served, file: &Arc<File>, regio
     exported.take_back().unwrap();
     drive.queues = drive.nvme.recover().unwrap();
 
-    drive.verify(region, 0x22);
+    drive.verify(region, PREDECESSOR);
     assert_eq!(drive.space.statistics().mapped, mapped, "bytes mapped, after {step}");
     assert_eq!(pinned_pages(), before, "pages pinned, after {step}");
     let released = pins().1 - released;
@@ -299,7 +303,7 @@ fn successor() {
     die_if("mapped");
     let mut drive = Drive::bring_up(Arc::new(function), &space, &facts);
     drive.nvme.continue_from(&disk).unwrap();
-    drive.check(&region, 0x11);
+    drive.check(&region, PREDECESSOR);
     drive.verify(&region, 0x33);
     die_if("up");
     take_over.ready().unwrap();

@@ -4,7 +4,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use iommufd_bindings::iommufd::{
@@ -15,9 +14,11 @@ use iommufd_ioctls::IommuFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_io_nr;
 
-use super::{DeviceId, HwptId, Iommufd, checked, errno, size_u32};
+use super::{DeviceId, HwptId, Iommufd, checked, size_u32};
 use crate::addr::{Address, Iova, Span};
-use crate::sys::{Ioas, Owner, Ownership};
+use crate::sys::device_number::device_number;
+use crate::sys::ioas::{Ioas, errno};
+use crate::sys::{Owner, Ownership};
 
 ioctl_io_nr!(IOMMU_HWPT_SET_DIRTY_TRACKING, IOMMUFD_TYPE as u32, IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING);
 ioctl_io_nr!(IOMMU_IOAS_CHANGE_PROCESS, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_CHANGE_PROCESS);
@@ -132,8 +133,7 @@ impl Iommufd {
     }
 
     fn unmap_whole(&self, ioas: &Ioas, iova: u64, length: u64) -> io::Result<u64> {
-        let mut unmap =
-            iommu_ioas_unmap { size: size_u32::<iommu_ioas_unmap>(), ioas_id: ioas.number(), iova, length };
+        let mut unmap = iommu_ioas_unmap { size: size_u32::<iommu_ioas_unmap>(), ioas_id: ioas.number(), iova, length };
         match self.fd.unmap_iommu_ioas(&mut unmap).map_err(errno) {
             Ok(()) => Ok(unmap.length),
             // Nothing is mapped there.
@@ -153,16 +153,4 @@ impl Iommufd {
         // SAFETY: the kernel reads only the structure, whose size field is correct.
         checked(unsafe { ioctl_with_ref(&*self.fd, IOMMU_IOAS_CHANGE_PROCESS(), &change) }).map(drop)
     }
-}
-
-/// The number of the character device that the attribute at `path` names as `MAJOR:MINOR`.
-///
-/// # Errors
-/// The errno of the read; [`io::ErrorKind::InvalidData`] if it is no such number.
-pub fn device_number(path: impl AsRef<Path>) -> io::Result<u64> {
-    let text = std::fs::read_to_string(path)?;
-    let number = text.trim().split_once(':').and_then(|(major, minor)| {
-        Some(rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?))
-    });
-    number.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }

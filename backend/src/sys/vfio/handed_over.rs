@@ -9,8 +9,8 @@ use std::sync::Arc;
 use vfio_ioctls::{VfioDevice, VfioIommufd};
 
 use super::{Cdev, errno};
-use crate::sys::iommufd::{DeviceId, Iommufd};
 use crate::sys::Ownership;
+use crate::sys::iommufd::{DeviceId, Iommufd};
 
 impl Cdev {
     /// Takes the file of a device that is bound to `iommufd` as its object `id`. The binding belongs to the open file, so it
