@@ -15,7 +15,6 @@
 use rustix::thread::{CapabilitySet, capabilities};
 use std::collections::BTreeMap;
 
-use super::flusher::flush;
 use super::hand_over_state::State;
 use super::ledger::list;
 use super::mapped_memory::CHUNK;
@@ -23,7 +22,7 @@ use super::page_table::PageTable;
 use super::space_description::{
     HandOverError, MappedRange, MappedRegion, PAGE, SpaceDescription, StagingDescription, WINDOW,
 };
-use super::{Live, LiveSpace};
+use super::{Live, LiveSpace, whole};
 use crate::addr::{Bytes, Iova, Span};
 use crate::hardware::MapError;
 use crate::memory::Region;
@@ -70,7 +69,8 @@ impl Live {
         if let Some(staging) = &self.staging {
             let mut flushable = staging.flushable();
             if !state.flushed {
-                flush(&staging.lines, region.memory(), 0, region.memory().len());
+                let flushed = self.mapped.flush_inherited(self, whole(region));
+                flushed.map_err(|(step, source)| MapError::Kernel { step, span, source })?;
             }
             flushable.insert(span.start(), (span, region.memory().clone()));
         }

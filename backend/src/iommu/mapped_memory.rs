@@ -88,6 +88,14 @@ impl MappedMemory {
         self.ledger().insert(piece);
     }
 
+    /// Flushes memory that another process has mapped, and of which the caches may hold something.
+    ///
+    /// # Errors
+    /// The view has other pages than those pinned.
+    pub(super) fn flush_inherited(&self, steps: &dyn Steps, whole: Piece<'_>) -> Result<(), Failed> {
+        self.sequence.flush_mapped(steps, whole)
+    }
+
     /// Removes the entry of one piece that [`Self::inherit`] has entered.
     pub(super) fn forget(&self, piece: Span<Iova>) {
         self.ledger().remove(piece);

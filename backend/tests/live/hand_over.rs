@@ -43,6 +43,8 @@ const PREDECESSOR: u8 = 0x11;
 
 /// The case that the test runs, in the environment of both processes.
 const CASE: &str = "VDV_HAND_OVER";
+/// Set in the environment of a successor's successor.
+const GENERATION: &str = "VDV_HAND_OVER_GENERATION";
 /// The step at which the successor dies, in its environment.
 const DIES: &str = "VDV_HAND_OVER_DIES";
 
@@ -216,36 +218,45 @@ fn predecessor() {
     say(&format!("verdict {}", decide(&facts).word()));
 
     // A case of several words has the successor fail at each step in turn.
-    let steps = ["accepted", "mapped", "up"];
+    let steps = ["accepted", "mapped", "up", "fails"];
     for step in steps.iter().filter(|step| case_is(step)) {
         hand_over_in_vain(&mut drive, &served, &file, &region, step);
     }
     if !case_is("success") {
         return drive.end(&region);
     }
+    hand_over(drive, served, &file, region);
+}
+
+/// Hands over to a successor, and ends.
+fn hand_over(mut drive: Drive, served: Served, file: &File, region: Arc<Region>) -> ! {
     let released = pins().1;
     let disk = drive.nvme.disk_state().unwrap();
     drive.queues.clear();
     drive.nvme.quiesce().unwrap();
-    let exported = served.export(true).unwrap();
+    let exported = served.export(!case_is("unflushed")).unwrap();
     let (mut socket, _child) = start_successor("never");
-    send(&socket, &exported, &disk, &file);
+    send(&socket, &exported, &disk, file);
     assert_eq!(line(&mut socket), b'u', "the successor is up");
     let left = exported.leave();
     drive.nvme.leave(&left);
     say(&format!("unpinned until the predecessor's end {}", pins().1 - released));
-    say(&format!("locked by the predecessor {}", locked()));
+    say(&format!("locked by the predecessor {}", pinned()));
     socket.write_all(b"y").unwrap();
-    // Everything that a teardown would do is a no-op now.
-    space.remove(&region).unwrap();
-    drop((drive.space, space, served, region));
+    // All that a teardown does has no effect now.
+    drive.space.remove(&region).unwrap();
+    drop((drive.space, served, region));
     std::process::exit(0);
 }
 
 /// The successor's end of the socket is its standard input.
 fn start_successor(dies: &str) -> (UnixStream, std::process::Child) {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let child = role("successor").env(DIES, dies).stdin(OwnedFd::from(theirs)).spawn().unwrap();
+    let mut command = role("successor");
+    if std::env::var(DIES).is_ok() {
+        command.env(GENERATION, "2");
+    }
+    let child = command.env(DIES, dies).stdin(OwnedFd::from(theirs)).spawn().unwrap();
     (ours, child)
 }
 
@@ -295,17 +306,23 @@ fn successor() {
         accept(&description, descriptors, (Personality::Mediated, policy(), false)).unwrap();
     die_if("accepted");
     let bytes = if case_is("by-address") { GUEST - 100 } else { GUEST };
-    let region = guest_memory(Arc::new(guest), bytes);
+    let guest = Arc::new(guest);
+    let region = guest_memory(Arc::clone(&guest), bytes);
     let maps = space.statistics().maps;
+    assert!(take_over.ready().is_err(), "not all memory is adopted");
     space.add(&region).unwrap();
     assert_eq!(space.statistics().maps, maps, "pieces that were mapped");
+    say(&format!("flushed again {}", space.statistics().flushed_at_map));
     let buffer = space.buffer(MIB as usize).unwrap();
     die_if("mapped");
-    let mut drive = Drive::bring_up(Arc::new(function), &space, &facts);
+    let function = Arc::new(function);
+    let served = Served::new(device(), &function, &space, &facts);
+    let mut drive = Drive::bring_up(function, &space, &facts);
     drive.nvme.continue_from(&disk).unwrap();
     drive.check(&region, PREDECESSOR);
     drive.verify(&region, 0x33);
     die_if("up");
+    assert!(dies != "fails", "this successor unwinds");
     take_over.ready().unwrap();
     socket.write_all(b"u").unwrap();
 
@@ -314,7 +331,7 @@ fn successor() {
     drive.verify(&region, 0x44);
     take_over.complete().unwrap();
     drive.verify(&region, 0x55);
-    say(&format!("locked by the successor {}", locked()));
+    say(&format!("locked by the successor {}", pinned()));
     drop(buffer);
     // New memory can be added again, and what came from the predecessor can be removed.
     let more = new_file(MIB);
@@ -322,15 +339,33 @@ fn successor() {
     let more = Arc::new(Region::map(spec).unwrap());
     space.add(&more).unwrap();
     space.remove(&more).unwrap();
+    if case_is("released") {
+        drive = lose_and_find(drive, facts);
+        drive.verify(&region, 0x66);
+    }
+    if case_is("twice") && std::env::var(GENERATION).is_err() {
+        drive.verify(&region, PREDECESSOR);
+        hand_over(drive, served, &guest, region);
+    }
     drive.end(&region);
-    say(&format!("locked in the end {}", locked()));
+    say(&format!("locked in the end {}", pinned()));
     assert_eq!(space.statistics().mapped, 0);
     say("ended");
 }
 
-/// Pinned memory of this process, bytes, as the kernel shows it.
-fn locked() -> u64 {
-    pinned()
+/// The host takes the device and gives it back: its memory is unpinned, and pinned again.
+fn lose_and_find(mut drive: Drive, facts: Facts) -> Drive {
+    let former = drive.space.clone();
+    let reacquire = move || -> anyhow::Result<Arc<dyn Function>> {
+        let acquired = AcquiredFunction::reacquire(device(), &former)?;
+        no_snoop::apply(Arc::new(acquired.into_former_address_space(&former)?), decide(&facts)).map_err(Into::into)
+    };
+    drive.queues.clear();
+    drive.nvme = Box::new(drive.nvme.with_reacquire(Box::new(reacquire)));
+    drive.nvme.release();
+    say(&format!("locked while released {}", pinned()));
+    drive.queues = drive.nvme.recover().unwrap();
+    drive
 }
 
 fn prepare_process() {
@@ -392,10 +427,32 @@ fn memory_mapped_by_its_address_outlives_the_process_that_mapped_it() {
 }
 
 #[test]
-fn a_successor_that_dies_at_any_step_leaves_nothing_behind() {
-    let text = run("accepted mapped up success");
-    for step in ["accepted", "mapped", "up"] {
+fn a_successor_that_dies_or_fails_at_any_step_leaves_nothing_behind() {
+    let text = run("accepted mapped up fails success");
+    for step in ["accepted", "mapped", "up", "fails"] {
         assert!(text.contains(&format!("said: went on after {step}")), "{step}");
     }
     assert!(text.contains("said: ended"));
+}
+
+#[test]
+fn a_successor_hands_over_to_its_own_successor() {
+    let text = run("success twice accounted");
+    assert_eq!(text.matches("said: unpinned until the predecessor's end").count(), 2);
+    assert!(text.contains("said: ended"));
+}
+
+#[test]
+fn the_host_can_have_the_device_back_from_a_successor() {
+    let text = run("success released accounted");
+    assert_eq!(said(&text, "locked while released"), 0);
+    assert!(text.contains("said: ended"));
+}
+
+#[test]
+fn where_the_caches_may_hold_something_the_successor_flushes_all_guest_memory() {
+    let flushes = |text: &str| if text.contains("said: verdict flush") { GUEST } else { 0 };
+    let text = run("success unflushed");
+    assert_eq!(said(&text, "flushed again"), flushes(&text));
+    assert_eq!(said(&run("success"), "flushed again"), 0);
 }
