@@ -12,7 +12,7 @@ export VDV_DEVICE="$FUNCTION"
 for regime in coherent flushing; do
     live --list hand_over:: 2>/dev/null | sed -n '/::\(predecessor\|successor\):/d; s/: test$//p' >/run/names
     while read -r test; do
-        claim "$(echo "${test#hand_over::}" | tr _ ' '), $regime regime" env VDV_REGIME="$regime" live --exact "$test"
+        claim "$(echo "${test##*::}" | tr _ ' '), $regime regime" env VDV_REGIME="$regime" live --exact "$test"
     done </run/names
 done
 [ -s /run/names ] || claim "there are tests" false

@@ -6,7 +6,7 @@ mod whole;
 
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -171,8 +171,10 @@ impl Cdev {
 
 impl Drop for Cdev {
     fn drop(&mut self) {
-        // The other process goes on using the device. Dropping it here would detach it; its file closes when this process ends.
+        // The other process goes on using the device, which `VfioDevice::drop` would detach. So only the descriptor is closed.
         if !self.ownership.is_ours() {
+            // SAFETY: `device` owns the descriptor, and is neither used nor dropped after this.
+            drop(unsafe { OwnedFd::from_raw_fd(self.device.as_raw_fd()) });
             return;
         }
         // `VfioDevice::drop` panics if it cannot detach, for example after the device was unplugged. Detaching twice is
