@@ -56,7 +56,7 @@ impl DeviceSupervisor {
     pub(in crate::engine) fn leave(&self, left: &LeftToSuccessor) {
         let mut device = self.lock();
         let geometry = device.driver.geometry().clone();
-        device.state = State::Lent;
+        device.state = State::Left;
         std::mem::replace(&mut device.driver, Box::new(LeftDriver(geometry))).leave(left);
     }
 }

@@ -31,8 +31,10 @@ const MAX_ABORTS: usize = 4;
 pub(super) enum State {
     Up,
     Down,
-    /// Another process drives the device; see `hand_over`.
+    /// Another process drives the device, which may come back; see `hand_over`.
     Lent,
+    /// Another process owns the device.
+    Left,
 }
 
 /// The driver, and the state that its lock protects.
@@ -182,7 +184,7 @@ impl DeviceSupervisor {
     /// Releases the device to the host. Every request fails until the device can be reacquired.
     pub(in crate::engine) fn release(&self) {
         let mut device = self.lock();
-        if device.driver.is_released() || device.state == State::Lent {
+        if device.driver.is_released() || matches!(device.state, State::Lent | State::Left) {
             return;
         }
         log::error!("the host wants the device back; it is released, and every request fails until it returns");

@@ -6,6 +6,7 @@ mod coherent;
 mod disk;
 mod fast_path;
 mod faults;
+mod hand_over;
 mod hostile;
 mod lifecycle;
 mod matrix;
