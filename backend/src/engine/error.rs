@@ -99,9 +99,6 @@ pub enum EngineError {
     /// Requests in flight did not complete in time.
     #[error("requests in flight have not completed within {0:?}: the drive is slow, is being reset, or is away")]
     Busy(std::time::Duration),
-    /// The device could not be stopped.
-    #[error("stop the drive: {0:#}")]
-    Quiesce(anyhow::Error),
     /// A worker thread has panicked; the panic message is in the log.
     #[error("worker {0} has ended")]
     WorkerGone(usize),

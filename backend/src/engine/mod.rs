@@ -22,7 +22,7 @@
 mod data_path;
 mod error;
 pub mod guest_memory;
-mod hand_over;
+mod hold;
 mod inflight_policy;
 pub mod inflight_region;
 mod live_geometry;
@@ -47,7 +47,7 @@ use std::thread::JoinHandle;
 use rustix::event::{EventfdFlags, eventfd};
 
 pub use error::EngineError;
-pub use hand_over::{Held, Quiesced};
+pub use hold::Held;
 pub use inflight_region::InflightRegion;
 pub use live_geometry::LiveGeometry;
 pub use recovery::WatchdogOptions;

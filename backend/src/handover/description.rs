@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::acquire::hand_over::FunctionDescription;
+use crate::driver::DiskState;
 use crate::socket::SocketFileState;
 
 /// Version of the description and of the messages. Both processes must have the same.
@@ -43,25 +45,15 @@ impl Description {
 #[serde(deny_unknown_fields)]
 pub struct DeviceState {
     /// What must be found again.
-    pub disk: DiskIdentity,
-    /// The write cache is on.
-    pub write_cache: bool,
-    /// Where the function comes from.
-    pub function: FunctionState,
-}
-
-/// What the next owner must find at the device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskIdentity {
-    /// Serial number.
-    pub serial: String,
-    /// Size of a logical block, bytes.
-    pub block_size: u32,
+    pub disk: DiskState,
     /// Size of the disk, logical blocks. It may have changed meanwhile.
     pub blocks: u64,
     /// Writes are refused.
     pub read_only: bool,
+    /// The write cache is on.
+    pub write_cache: bool,
+    /// Where the function comes from.
+    pub function: FunctionState,
 }
 
 /// What moves of the function.
@@ -73,8 +65,15 @@ pub enum FunctionState {
         /// `None` if it stores nothing.
         medium: Option<FdNumber>,
     },
-    /// Nothing: the function is opened anew, as after a restart.
-    Reopened,
+    /// A VFIO function with its address space, in which guest memory stays pinned.
+    Vfio {
+        /// The function.
+        function: Box<FunctionDescription>,
+        /// Its file, bound and attached.
+        device: FdNumber,
+        /// The iommufd.
+        iommufd: FdNumber,
+    },
 }
 
 /// A listening socket.

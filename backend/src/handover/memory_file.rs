@@ -83,14 +83,22 @@ pub(super) fn read(file: OwnedFd) -> Result<Description, DescriptionError> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::handover::description::{DeviceState, DiskIdentity, FunctionState};
+    use crate::driver::DiskState;
+    use crate::handover::description::{DeviceState, FunctionState};
 
     pub(in super::super) fn description() -> Description {
-        let disk = DiskIdentity { serial: "S".into(), block_size: 512, blocks: 1, read_only: false };
+        let identifiers = ([0; 16], [0; 8]);
+        let disk = DiskState { serial: "S".into(), namespace: 1, identifiers, block_size: 512, write_cache: None };
         Description {
             version: VERSION,
             paused_at: 0,
-            device: DeviceState { disk, write_cache: true, function: FunctionState::Reopened },
+            device: DeviceState {
+                disk,
+                blocks: 1,
+                read_only: false,
+                write_cache: true,
+                function: FunctionState::Emulated { medium: None },
+            },
             listener: None,
             successors: None,
             stored: Vec::new(),

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 
 use vhost_device_vfio::coherency::{Facts, decide};
 use vhost_device_vfio::config::Config;
+use vhost_device_vfio::driver::DiskState;
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions, ReacquireFn};
 use vhost_device_vfio::engine::{Engine, Options};
 use vhost_device_vfio::handover::{Applicants, Incoming, Terms};
@@ -16,7 +17,7 @@ use vhost_device_vfio::service_manager::{self, FdStore, SavedSession, Stored};
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::vhost_user::{Device, HandOver, Inheritance, OpenStoreFn, Server, SettleFn};
 
-use super::origin::DeviceSource;
+use super::origin::{Acquired, DeviceSource};
 use super::{OwnedFunction, Signals};
 
 /// Time-out for commands in flight when a ring is stopped or memory is removed. The device is reset after it.
@@ -40,13 +41,13 @@ pub(crate) fn serve(
     mut stored: Option<Stored>,
     signals: Signals,
 ) -> Result<()> {
-    let (owned, reacquire) = source.acquire_for_driver(config.no_snoop.into())?;
-    let mut disk = Disk::bring_up(config, owned, reacquire, endpoint)?;
+    let Acquired { owned, reacquire, movable } = source.acquire_for_driver(config.no_snoop.into())?;
+    let mut disk = Disk::bring_up(config, owned, reacquire, endpoint, None)?;
     let mut applicants = applicants(config, signals.upgrade)?;
     if let Some(path) = &config.handover_socket {
         applicants.listen(path).with_context(|| format!("--handover-socket {}", path.display()))?;
     }
-    disk.server.allow_hand_over(HandOver { applicants, export: source.export() });
+    disk.server.allow_hand_over(HandOver { applicants, function: movable });
     let terms = config.terms().context("no device")?;
     let saved = stored.as_mut().and_then(|stored| find_saved(stored, &terms));
     let open_store = Box::new(move || FdStore::open(terms, stored.as_ref()));
@@ -85,7 +86,7 @@ pub(crate) fn applicants(config: &Config, upgrade: OwnedFd) -> Result<Applicants
 }
 
 impl Disk {
-    /// Brings the drive up and starts the engine.
+    /// Brings the drive up and starts the engine. It must be the disk that `before` describes.
     ///
     /// # Errors
     /// Why it cannot be served.
@@ -94,6 +95,7 @@ impl Disk {
         owned: OwnedFunction<dyn Function>,
         reacquire: Option<ReacquireFn>,
         endpoint: Endpoint,
+        before: Option<&DiskState>,
     ) -> Result<Self> {
         let (space, facts) = (Arc::clone(&owned.space), owned.facts);
         let name = owned.function.name().to_owned();
@@ -101,6 +103,7 @@ impl Disk {
         let queues = config.queue_count();
         let options = NvmeOptions { namespace: config.namespace, queues, read_only: config.read_only };
         let mut nvme = Nvme::bring_up(owned.function, Arc::clone(&space), options)?;
+        before.map_or(Ok(()), |before| nvme.continue_from(before))?;
         // Not with a shim: KVM would have to be told of the new device file before any memory is mapped.
         if let (Some(reacquire), None) = (reacquire, &config.kvm_socket) {
             nvme = nvme.with_reacquire(reacquire);

@@ -3,6 +3,7 @@
 
 pub(crate) mod block;
 pub(crate) mod limits;
+pub(crate) mod movable;
 pub(crate) mod origin;
 pub(crate) mod takeover;
 pub(crate) mod whole;

@@ -9,8 +9,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use vhost_device_vfio::acquire::hand_over::TakeOver;
 use vhost_device_vfio::config::Config;
-use vhost_device_vfio::handover::{Description, DiskIdentity, Incoming, Link, ListenerState, Restored, apply};
+use vhost_device_vfio::handover::{Description, Incoming, Link, ListenerState, Restored, apply};
 use vhost_device_vfio::hardware::Function;
 use vhost_device_vfio::service_manager::{FdStore, Stored};
 use vhost_device_vfio::socket::Endpoint;
@@ -18,7 +19,8 @@ use vhost_device_vfio::sys::inherit;
 use vhost_device_vfio::vhost_user::{HandOver, Inheritance, SettleFn, monotonic_ns};
 
 use super::block::{Disk, applicants};
-use super::origin::DeviceSpec;
+use super::movable::take;
+use super::origin::{Acquired, DeviceSpec};
 use super::{OwnedFunction, Signals};
 
 /// The connection to the running process, if this one is to take over.
@@ -91,8 +93,8 @@ fn prepare(
 ) -> Result<(Disk, Inheritance)> {
     let Description { paused_at, device, listener, successors, stored, front_end, .. } = description;
     let start = Instant::now();
-    let source = spec.inherit(device.function, &mut descriptors)?;
-    let (owned, reacquire) = source.acquire_for_driver(config.no_snoop.into())?;
+    let (acquired, take_over) = take(spec, device.function, &mut descriptors, config.no_snoop.into())?;
+    let Acquired { owned, reacquire, movable } = acquired;
     let OwnedFunction { function, .. } = &owned;
     attempt.borrow_mut().function = Some(Arc::clone(function));
     let endpoint = match (listener, &front_end) {
@@ -100,13 +102,13 @@ fn prepare(
         (None, Some(front_end)) => Endpoint::connected(descriptors.duplicate(front_end.connection)?.into()),
         (None, None) => bail!("the description has neither a listening socket nor a front-end"),
     };
-    let mut disk = Disk::bring_up(config, owned, reacquire, endpoint)?;
+    let mut disk = Disk::bring_up(config, owned, reacquire, endpoint, Some(&device.disk))?;
     let controller_ms = start.elapsed().as_millis();
-    check_disk(&disk, &device.disk)?;
+    check_geometry(&disk, device.blocks, device.read_only)?;
     let mut applicants = applicants(config, upgrade)?;
     listen(config, &mut applicants, successors, &mut descriptors)?;
-    disk.server.allow_hand_over(HandOver { applicants, export: source.export() });
-    let settle = settle(Rc::clone(attempt), paused_at, controller_ms);
+    disk.server.allow_hand_over(HandOver { applicants, function: movable });
+    let settle = settle(Rc::clone(attempt), take_over, paused_at, controller_ms);
     let write_cache = Some(device.write_cache);
     let terms = config.terms().context("no device")?;
     let open_store = Box::new(move || FdStore::open(terms, Some(&Stored::of_predecessor(&stored))));
@@ -134,36 +136,35 @@ fn listen(
     applicants.listen(path).with_context(failed)
 }
 
-/// The guest keeps the disk that it has.
-fn check_disk(disk: &Disk, before: &DiskIdentity) -> Result<()> {
+/// What the driver does not check: the guest keeps the size that it knows, or is told of another.
+fn check_geometry(disk: &Disk, blocks: u64, read_only: bool) -> Result<()> {
     let now = disk.server.device().engine.geometry();
-    ensure!(now.serial == before.serial, "serial {} instead of {}", now.serial, before.serial);
-    ensure!(now.block_size == before.block_size, "blocks of {} instead of {}", now.block_size, before.block_size);
-    ensure!(
-        now.read_only == before.read_only,
-        "the disk is {} now",
-        if now.read_only { "read-only" } else { "writable" }
-    );
-    if now.blocks != before.blocks {
-        log::warn!("the disk has {} blocks now, {} before", now.blocks, before.blocks);
+    ensure!(now.read_only == read_only, "the disk is {} now", if now.read_only { "read-only" } else { "writable" });
+    if now.blocks != blocks {
+        log::warn!("the disk has {} blocks now, {blocks} before", now.blocks);
         disk.server.config_notifier().config_changed();
     }
     Ok(())
 }
 
 /// Takes the session once everything is restored, or ends this process.
-fn settle(attempt: Rc<RefCell<Attempt>>, paused_at: u64, controller_ms: u128) -> SettleFn {
+fn settle(attempt: Rc<RefCell<Attempt>>, take_over: Option<TakeOver>, paused_at: u64, controller_ms: u128) -> SettleFn {
     Box::new(move |restored| {
         let mut attempt = attempt.borrow_mut();
-        if let Err(error) = restored {
-            attempt.give_up(&anyhow::Error::msg(error.to_string()));
+        let ready = take_over.as_ref().map_or(Ok(()), TakeOver::ready).map_err(anyhow::Error::from);
+        if let Err(error) = restored.map_err(|error| anyhow::Error::msg(error.to_string())).and(ready) {
+            attempt.give_up(&error);
         }
         if let Some(restored) = attempt.restored.take()
             && let Err(error) = restored.take()
         {
             attempt.give_up(&error.into());
         }
+        // From here on everything is this process's.
         attempt.function = None;
+        if let Some(Err(error)) = take_over.map(TakeOver::complete) {
+            log::error!("complete the take-over of the address space: {error}");
+        }
         let ms = monotonic_ns().saturating_sub(paused_at) / 1_000_000;
         log::info!("taken over; requests waited {ms} ms, of which the controller took {controller_ms} ms");
     })

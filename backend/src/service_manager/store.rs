@@ -27,6 +27,8 @@ pub struct FdStore {
     text: StateFile,
     /// The name of the text, while it is not stored yet.
     unstored: Option<String>,
+    /// The text's number.
+    first: u32,
     /// What the process before has stored, while it is still there.
     former: Vec<String>,
     terms: Terms,
@@ -54,7 +56,18 @@ impl FdStore {
                 let (unstored, former) =
                     (Some(format!("{TEXT}{number}")), stored.map(Stored::names).unwrap_or_default());
                 let (known, next) = (HashMap::new(), number + 1);
-                Some(Self { text, unstored, former, terms, known, next, limit, busy: false, failed: false })
+                Some(Self {
+                    text,
+                    unstored,
+                    first: number,
+                    former,
+                    terms,
+                    known,
+                    next,
+                    limit,
+                    busy: false,
+                    failed: false,
+                })
             }
             Err(error) => {
                 log::warn!("the service manager's store: {error}; a restart disconnects the front-end");
@@ -149,7 +162,7 @@ impl FdStore {
     /// The numbers of what is stored, for a process that takes the session over.
     #[must_use]
     pub fn numbers(&self) -> Vec<u32> {
-        self.known.values().copied().collect()
+        self.known.values().copied().chain([self.first]).collect()
     }
 
     /// True if what is stored is of use to the next process.

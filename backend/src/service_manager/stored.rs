@@ -1,10 +1,9 @@
 //! What the service manager passes at the start: sockets to listen on, and what the process before has stored.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 
-use super::notify;
 use super::saved::SavedSession;
 use super::state_file::{Left, StateFile};
 use super::store::{PREFIX, TEXT, name};
@@ -92,7 +91,7 @@ impl Stored {
     /// # Errors
     /// The reason.
     pub fn session(&mut self, terms: &Terms) -> Result<Option<(SavedSession, Incoming)>, String> {
-        let text = self.text.take().ok_or("the saved session is missing")?;
+        let (_, text) = self.texts.pop_last().ok_or("the saved session is missing")?;
         let left = StateFile::open(text)
             .and_then(|text| text.left())
             .map_err(|error| format!("the saved session: {error}"))?;
@@ -108,15 +107,15 @@ impl Stored {
         Ok(Some((session, Incoming::numbered(std::mem::take(&mut self.fds)))))
     }
 
-    /// Removes everything from the store. This process has it.
-    pub(super) fn remove(&self) -> io::Result<()> {
-        self.names.iter().try_for_each(|name| notify::remove(name))
+    /// The names of everything.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.names.clone()
     }
 
     /// A number that none of them has.
     pub(super) fn next_number(&self) -> u32 {
-        let numbers = self.names.iter().filter_map(|name| name.strip_prefix(PREFIX)?.parse::<u32>().ok());
-        numbers.max().map_or(0, |last| last.wrapping_add(1))
+        let number = |name: &String| name.rsplit('.').next()?.parse::<u32>().ok();
+        self.names.iter().filter_map(number).max().map_or(0, |last| last.wrapping_add(1))
     }
 }
 
@@ -127,16 +126,26 @@ mod tests {
 
     fn stored(file: &StateFile) -> Stored {
         use std::os::fd::AsFd;
-        let text = Some(file.as_fd().try_clone_to_owned().unwrap());
-        Stored { names: vec!["vdv.session".into(), "vdv.7".into(), "vdv.40".into()], text, fds: HashMap::new() }
+        let texts = BTreeMap::from([(8, file.as_fd().try_clone_to_owned().unwrap())]);
+        let names = ["vdv.session.8", "vdv.7", "vdv.40"].map(str::to_owned).to_vec();
+        Stored { names, texts, fds: HashMap::new() }
     }
 
     #[test]
     fn sockets_and_stored_descriptors_are_told_apart_by_their_names() {
-        let (sockets, stored) = split(4, "disk.socket:vdv.session:vdv.3");
+        let (sockets, stored) = split(4, "disk.socket:vdv.session.0:vdv.3");
         assert_eq!(sockets, [3, 6], "one has no name");
-        assert_eq!(stored, [(4, "vdv.session".to_owned()), (5, "vdv.3".to_owned())]);
+        assert_eq!(stored, [(4, "vdv.session.0".to_owned()), (5, "vdv.3".to_owned())]);
         assert_eq!(split(1, ""), (vec![3], Vec::new()));
+    }
+
+    #[test]
+    fn the_newer_of_two_texts_counts() {
+        let (mut older, newer) = (StateFile::create().unwrap(), StateFile::create().unwrap());
+        older.replace(&serde_json::to_vec(&saved(true, true)).unwrap()).unwrap();
+        let mut both = stored(&older);
+        both.texts.extend(stored(&newer).texts.into_values().map(|text| (9, text)));
+        assert!(both.session(&terms()).unwrap().is_none());
     }
 
     #[test]
@@ -161,6 +170,6 @@ mod tests {
         assert!(stored(&file).session(&terms()).unwrap_err().contains("has crashed"));
         file.replace(b"no JSON").unwrap();
         assert!(stored(&file).session(&terms()).is_err());
-        assert!(Stored { text: None, ..stored(&file) }.session(&terms()).is_err());
+        assert!(Stored { texts: BTreeMap::new(), ..stored(&file) }.session(&terms()).is_err());
     }
 }

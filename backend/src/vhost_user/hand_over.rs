@@ -7,10 +7,11 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::server::{ControlLoop, FRONT_END};
 use super::{Error, connection::Connection};
-use crate::engine::{Held, Quiesced};
+use crate::driver::DiskState;
+use crate::engine::Held;
 use crate::handover::{
-    Applicants, Description, DeviceState, DiskIdentity, FrontEnd, FunctionState, Incoming, ListenerState, Outcome,
-    Outgoing, Owner, hand_over,
+    Applicants, Description, DeviceState, FrontEnd, FunctionState, Incoming, ListenerState, Outcome, Outgoing, Owner,
+    hand_over,
 };
 use crate::service_manager::FdStore;
 use crate::socket::Socket;
@@ -18,8 +19,16 @@ use crate::socket::Socket;
 /// How long requests in flight may take to complete. A drive that is slower is not handed over.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
-/// Adds what moves of the function to the descriptors.
-pub type ExportFn = Box<dyn Fn(&mut Outgoing) -> Result<FunctionState, String> + Send>;
+/// The function, as it changes hands.
+pub trait MovableFunction: Send {
+    /// Adds what moves to the descriptors. The device is stopped.
+    ///
+    /// # Errors
+    /// Why it cannot move.
+    fn export(&mut self, outgoing: &mut Outgoing) -> Result<FunctionState, String>;
+    /// Takes everything back from a successor that has ended. The device is stopped.
+    fn take_back(&mut self);
+}
 
 /// See [`Inheritance::open_store`].
 pub type OpenStoreFn = Box<dyn FnOnce() -> Option<FdStore>>;
@@ -31,8 +40,8 @@ pub type SettleFn = Box<dyn FnOnce(Result<(), &Error>)>;
 pub struct HandOver {
     /// Who asks for it.
     pub applicants: Applicants,
-    /// What moves of the function.
-    pub export: ExportFn,
+    /// The function that moves.
+    pub function: Box<dyn MovableFunction>,
 }
 
 /// A session to go on with.
@@ -62,11 +71,11 @@ pub fn monotonic_ns() -> u64 {
 /// The session while it changes hands.
 struct Session<'a, 'd> {
     control: &'a ControlLoop<'d>,
-    export: &'a ExportFn,
+    function: &'a mut dyn MovableFunction,
     successors: &'a Applicants,
     paused_at: u64,
     held: Option<Held<'d>>,
-    quiesced: Option<Quiesced<'d>>,
+    lent: Option<DiskState>,
 }
 
 impl Owner for Session<'_, '_> {
@@ -83,8 +92,8 @@ impl Owner for Session<'_, '_> {
         if let Some(connection) = &self.control.connection {
             connection.session().pause().map_err(|error| error.to_string())?;
         }
-        let quiesced = self.control.device.engine.quiesce().map_err(|error| error.to_string())?;
-        self.quiesced = Some(quiesced);
+        let disk = self.control.device.engine.lend_device().map_err(|error| format!("{error:#}"))?;
+        self.lent = Some(disk);
         Ok(())
     }
 
@@ -93,13 +102,9 @@ impl Owner for Session<'_, '_> {
         let text = |error: std::io::Error| error.to_string();
         let engine = &self.control.device.engine;
         let geometry = engine.geometry();
-        let disk = DiskIdentity {
-            serial: geometry.serial,
-            block_size: geometry.block_size,
-            blocks: geometry.blocks,
-            read_only: geometry.read_only,
-        };
-        let function = (self.export)(&mut outgoing)?;
+        let disk = self.lent.clone().ok_or("the device has not been stopped")?;
+        let function = self.function.export(&mut outgoing)?;
+        let (blocks, read_only, write_cache) = (geometry.blocks, geometry.read_only, engine.write_cache());
         let listener = match &self.control.endpoint.0 {
             Socket::Listening(listener) => Some(ListenerState {
                 socket: outgoing.push(&listener.socket).map_err(text)?,
@@ -112,7 +117,7 @@ impl Owner for Session<'_, '_> {
         let description = Description {
             version: Description::VERSION,
             paused_at: self.paused_at,
-            device: DeviceState { disk, write_cache: engine.write_cache(), function },
+            device: DeviceState { disk, blocks, read_only, write_cache, function },
             listener,
             stored: self.control.store.as_ref().map(FdStore::numbers).unwrap_or_default(),
             successors: self.successors.describe(&mut outgoing).map_err(text)?,
@@ -122,8 +127,9 @@ impl Owner for Session<'_, '_> {
     }
 
     fn resume(&mut self) {
-        // Starts the controller.
-        self.quiesced = None;
+        if self.lent.take().is_some() {
+            self.control.device.engine.take_device_back(|| self.function.take_back());
+        }
         if let Some(connection) = &self.control.connection {
             connection.session().resume();
         }
@@ -131,9 +137,6 @@ impl Owner for Session<'_, '_> {
     }
 
     fn leave(&mut self) {
-        if let Some(quiesced) = self.quiesced.take() {
-            quiesced.leave();
-        }
         if let Some(held) = self.held.take() {
             held.leave();
         }
@@ -148,11 +151,11 @@ impl ControlLoop<'_> {
         if let Some(mut successor) = hand.applicants.step() {
             let mut session = Session {
                 control: self,
-                export: &hand.export,
+                function: &mut *hand.function,
                 successors: &hand.applicants,
                 paused_at: 0,
                 held: None,
-                quiesced: None,
+                lent: None,
             };
             let pid = successor.successor();
             match hand_over(&mut session, &mut successor) {
@@ -181,14 +184,17 @@ impl ControlLoop<'_> {
         if let Some(connection) = &self.connection {
             self.poller.add_edge(connection.socket().as_fd(), FRONT_END).map_err(Error::system("epoll_ctl"))?;
         }
-        match (restored, &self.connection) {
-            (Err(error), _) => return self.disconnect(&error.to_string()),
-            (Ok(()), Some(connection)) => connection.session().resume(),
-            (Ok(()), None) => {}
+        if let Err(error) = restored {
+            return self.disconnect(&error.to_string());
         }
-        self.pending = true;
+        // Before a ring runs: a crash finds the session of this process in the store, or that of the process before.
         if let Some(store) = self.store {
             store.begin();
+        }
+        self.save();
+        if let Some(connection) = &self.connection {
+            connection.session().resume();
+            self.pending = true;
         }
         Ok(())
     }

@@ -27,7 +27,7 @@ use std::sync::Arc;
 
 pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
-pub use hand_over::{ExportFn, HandOver, Inheritance, OpenStoreFn, SettleFn, monotonic_ns};
+pub use hand_over::{HandOver, Inheritance, MovableFunction, OpenStoreFn, SettleFn, monotonic_ns};
 pub use server::{ConfigNotifier, Server};
 
 use crate::engine::Engine;

@@ -1,11 +1,12 @@
 //! Time-out and recovery of commands that do not complete: the watchdog detects them, and the supervisor aborts them or resets
 //! the device for all workers.
 
+mod hand_over;
 mod overdue_reports;
 mod supervisor;
 mod watchdog;
 
 pub(super) use overdue_reports::OverdueReports;
-pub(super) use supervisor::{DeviceSupervisor, SupervisedDevice};
+pub(super) use supervisor::DeviceSupervisor;
 pub use watchdog::WatchdogOptions;
 pub(super) use watchdog::{CommandClock, Watchdog};

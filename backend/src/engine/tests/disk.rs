@@ -10,8 +10,8 @@ use vm_memory::MmapRegion;
 
 use crate::addr::{Address, Iova, Span};
 use crate::driver::{
-    Blocks, Command, CommandId, Completion, DiscardLimits, Driver, Extent, Full, Geometry, Outcome, OverdueCommands,
-    Queue, ZeroesLimits,
+    Blocks, Command, CommandId, Completion, DiscardLimits, DiskState, Driver, Extent, Full, Geometry, Outcome,
+    OverdueCommands, Queue, ZeroesLimits,
 };
 use crate::hardware::{AddressSpace, DmaBuffer, MapError};
 use crate::memory::Region;
@@ -283,6 +283,11 @@ impl Driver for FakeDisk {
 
     fn release(&mut self) {
         self.shut_down();
+    }
+
+    fn disk_state(&self) -> Option<DiskState> {
+        let Geometry { serial, block_size, .. } = self.options.geometry.clone();
+        Some(DiskState { serial, namespace: 1, identifiers: ([0; 16], [0; 8]), block_size, write_cache: None })
     }
 
     fn quiesce(&mut self) -> anyhow::Result<()> {

@@ -1,88 +1,63 @@
-//! Requests wait while the device changes hands, and go on if it does not.
+//! The device is lent to another driver while requests are in flight, as to one in another process.
 
 use std::time::Duration;
 
-use super::disk::DiskOptions;
+use super::nvme::{Drive, NVM_WRITE};
 use super::rig::*;
+use crate::driver::Driver;
+use crate::driver::nvme::{Nvme, NvmeOptions};
+use crate::emulated::{Commands, Effect, Fault, Mode, Options};
+use crate::engine::WatchdogOptions;
+use crate::hardware::LeftToSuccessor;
 
-const SHORT: Duration = Duration::from_millis(20);
-const LONG: Duration = Duration::from_secs(20);
+fn drive() -> Drive {
+    let options = Options { size: 16 << 20, queues: 2, mode: Mode::Threaded, ..Options::default() };
+    Drive::with_watchdog(options, Duration::ZERO, Duration::from_secs(20), WatchdogOptions::default())
+}
 
-#[test]
-fn a_request_offered_during_a_hold_is_taken_after_it() {
-    let rig = Rig::new(DiskOptions::default());
-    let mut driver = rig.driver(0, RingOptions::default());
-
-    let held = rig.engine.hold(LONG).unwrap();
-    driver.send(IN, 0, &[(DATA, 512)]);
-    std::thread::sleep(SHORT);
-    assert_eq!(driver.used().len(), 0);
-    drop(held);
-
-    driver.wait(1);
+fn successor(drive: &Drive) -> Nvme {
+    let wanted = NvmeOptions { namespace: None, queues: 1, read_only: false };
+    Nvme::bring_up(drive.machine.function(), drive.machine.staged_space(), wanted).unwrap()
 }
 
 #[test]
-fn a_hold_waits_for_the_requests_taken() {
-    let rig = Rig::new(DiskOptions::default());
-    let mut driver = rig.driver(0, RingOptions::default());
-    rig.disk.hold();
-    driver.send(IN, 0, &[(DATA, 512)]);
-    wait_until("it is taken", || rig.disk.held().len() == 1);
+fn requests_in_flight_wait_while_the_device_is_lent_and_complete_when_it_is_back() {
+    let drive = drive();
+    let mut driver = drive.driver(0, RingOptions::default());
+    driver.fill(DATA, &[0x5a; 512]);
+    drive.machine.inject(Fault::once(Commands { queue: Some(1), opcode: Some(NVM_WRITE) }, Effect::Lose));
+    let sent = driver.send(OUT, 5, &[(DATA, 512)]);
+    let traffic = || drive.machine.traffic().writes;
+    while traffic() == 0 {
+        std::thread::yield_now();
+    }
 
-    assert!(rig.engine.hold(SHORT).is_err(), "it does not complete");
-    rig.disk.resume();
-    let _held = rig.engine.hold(LONG).unwrap();
+    drive.engine.lend_device().unwrap();
+    assert!(drive.engine.lend_device().is_err(), "it is lent already");
+    let other = successor(&drive);
+    let unmapped = std::cell::Cell::new(0);
+    drive.engine.take_device_back(|| {
+        std::mem::forget(other);
+        unmapped.set(unmapped.get() + 1);
+    });
+    drive.engine.take_device_back(|| unmapped.set(unmapped.get() + 1));
 
-    assert_eq!(driver.used().len(), 1);
-    assert_eq!(rig.disk.recoveries(), 0, "the device is not reset for a hand-over");
+    assert_eq!(driver.wait(1), [(u32::from(sent.head), 1)]);
+    assert_eq!((driver.status(sent), unmapped.get()), (0, 1));
+    let statistics = drive.engine.statistics();
+    assert_eq!((statistics.resubmitted, statistics.errors), (1, 0), "{statistics}");
 }
 
 #[test]
-fn after_a_hold_that_failed_requests_are_taken() {
-    let rig = Rig::new(DiskOptions::default());
-    let mut driver = rig.driver(0, RingOptions::default());
-    rig.disk.hold();
-    driver.send(IN, 0, &[(DATA, 512)]);
-    wait_until("it is taken", || rig.disk.held().len() == 1);
-    assert!(rig.engine.hold(SHORT).is_err());
+fn an_engine_that_has_left_its_device_does_not_touch_it() {
+    let drive = drive();
+    drive.engine.lend_device().unwrap();
+    let mut other = successor(&drive);
 
-    driver.send(IN, 1, &[(DATA, 512)]);
-    wait_until("the next is taken", || rig.disk.held().len() == 2);
-    rig.disk.resume();
+    drive.engine.leave_device(&LeftToSuccessor::new());
+    drive.engine.take_device_back(|| panic!("it does not come back"));
+    drop(drive.engine);
 
-    driver.wait(2);
-}
-
-#[test]
-fn a_ring_goes_on_at_its_base_after_the_device_was_stopped_and_started() {
-    let rig = Rig::new(DiskOptions::default());
-    let (mut driver, setup) = rig.stopped_driver(0, RingOptions::default());
-    rig.engine.start_ring(setup).unwrap();
-    rig.engine.set_enabled(0, true);
-    driver.send(IN, 0, &[(DATA, 512)]);
-    driver.wait(1);
-
-    let held = rig.engine.hold(LONG).unwrap();
-    let base = rig.engine.stop_ring(0).unwrap();
-    let quiesced = rig.engine.quiesce().unwrap();
-    assert_eq!((rig.disk.quiesced(), rig.disk.recoveries()), (1, 0));
-    driver.send(IN, 1, &[(DATA, 512)]);
-    drop(quiesced);
-    assert_eq!(rig.disk.recoveries(), 1, "it is started again");
-    rig.engine.start_ring(driver.setup(base.unwrap() as u16)).unwrap();
-    drop(held);
-
-    driver.wait(1);
-}
-
-#[test]
-fn a_device_that_is_away_is_not_handed_over() {
-    let rig = Rig::new(DiskOptions::default());
-    rig.disk.fail_recovery();
-
-    assert!(rig.engine.quiesce().is_err(), "it does not stop");
-    assert!(rig.engine.quiesce().is_err(), "it is down");
-    assert!(rig.engine.hold(SHORT).is_err());
-    assert_eq!(rig.disk.quiesced(), 0);
+    other.check().unwrap();
+    other.set_write_cache(false).unwrap();
 }
