@@ -1,7 +1,7 @@
 //! Cost of one request in the ring loop: take the chain, read the header, translate the data addresses, write the status, and
 //! push a used entry. Used entries are published, and the notification decided, once per batch of 32. Our split and packed
 //! rings are compared with `virtio-queue`, which has no packed ring, on the same bytes in the same run. Only the ratio is
-//! comparable between machines.
+//! comparable between machines. "recorded" is the same with the requests in flight recorded for the next process.
 
 #![allow(missing_docs, reason = "criterion's macros make public functions")]
 #![allow(clippy::unwrap_used, reason = "a benchmark may stop")]
@@ -17,12 +17,13 @@ use vhost_device_vfio::addr::{Gpa, Qva, Span};
 use vhost_device_vfio::driver::Geometry;
 use vhost_device_vfio::engine::LiveGeometry;
 use vhost_device_vfio::engine::guest_memory::GuestMemoryView;
+use vhost_device_vfio::engine::inflight_region::Tracking;
 use vhost_device_vfio::engine::request::pending_used::PendingUsed;
 use vhost_device_vfio::engine::request::{Data, Disk, Job, Status, Transfer, parse};
 use vhost_device_vfio::engine::virtqueue::Virtqueue;
 use vhost_device_vfio::engine::virtqueue::chain::Chain;
-use vhost_device_vfio::engine::{Layout, VringSetup};
-use vhost_device_vfio::memory::{MemTable, Region, RegionSpec};
+use vhost_device_vfio::engine::{InflightRegion, Layout, VringSetup};
+use vhost_device_vfio::memory::{MemTable, Region, RegionSpec, map_shared_file};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -149,7 +150,7 @@ impl PackedDriver {
     }
 }
 
-fn packed(memory: &Memory, regions: u64, indirect: bool) -> impl FnMut(u64) -> Duration {
+fn packed(memory: &Memory, regions: u64, indirect: bool, recorded: bool) -> impl FnMut(u64) -> Duration {
     let span = |start, len| Span::new(Gpa(start), len).unwrap();
     let mut driver = PackedDriver::new(&memory.theirs, regions, indirect);
     memory.theirs.write_obj(2_u32 << 16, GuestAddress(AVAIL)).unwrap(); // RING_EVENT_FLAGS_DESC, as with EVENT_IDX
@@ -158,6 +159,7 @@ fn packed(memory: &Memory, regions: u64, indirect: bool) -> impl FnMut(u64) -> D
         size: driver.size(),
         desc: span(PACKED, 0x4000),
         base: Layout::Packed.first_base(),
+        inflight: recorded.then(|| record(Layout::Packed, driver.size())),
         ..setup()
     };
     let mut serve = serve(memory, &setup);
@@ -198,9 +200,20 @@ fn setup() -> VringSetup {
     }
 }
 
-fn split(memory: &Memory) -> impl FnMut() {
-    memory.theirs.write_obj(0_u32, GuestAddress(AVAIL)).unwrap();
-    let mut serve = serve(memory, &setup());
+/// Memory for the record of a ring's requests in flight.
+fn record(layout: Layout, size: u16) -> InflightRegion {
+    let len = InflightRegion::bytes(layout, size) as u64;
+    let file = File::from(memfd_create("record", MemfdFlags::CLOEXEC).unwrap());
+    ftruncate(&file, len).unwrap();
+    InflightRegion::new(map_shared_file(file, 0, len).unwrap(), layout, size).unwrap()
+}
+
+fn split(memory: &Memory, recorded: bool) -> impl FnMut() {
+    for ring in [AVAIL, USED] {
+        memory.theirs.write_obj(0_u32, GuestAddress(ring)).unwrap();
+    }
+    let inflight = recorded.then(|| record(Layout::Split, SIZE));
+    let mut serve = serve(memory, &VringSetup { inflight, ..setup() });
     let (theirs, mut index) = (memory.theirs.clone(), 0);
     move || {
         offer(&theirs, &mut index);
@@ -238,6 +251,9 @@ fn serve(memory: &Memory, setup: &VringSetup) -> impl FnMut() + use<> {
     let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 512, ..Geometry::default() };
     let disk = Disk::new(&geometry, Arc::new(LiveGeometry::of(&geometry)));
     let mut ring = Virtqueue::new(setup, &memory.ours).unwrap();
+    if let Some(record) = &setup.inflight {
+        assert_eq!(ring.track(record), Ok(Tracking::On { recovered: 0 }));
+    }
     let mut guest = GuestMemoryView::default();
     guest.publish(Arc::clone(&memory.ours));
     let mut buffers = (Chain::default(), Data::default());
@@ -292,10 +308,14 @@ fn ring_loop(criterion: &mut Criterion) {
             let memory = memory(regions);
             fill(&memory.theirs, regions, indirect);
             let name = format!("{chains}, {regions} regions");
-            group.bench_function(BenchmarkId::new("split", &name), |bench| bench.iter(split(&memory)));
-            group.bench_function(BenchmarkId::new("packed", &name), |bench| {
-                bench.iter_custom(packed(&memory, regions, indirect));
-            });
+            for (suffix, recorded) in [("", false), (", recorded", true)] {
+                let id = |layout| BenchmarkId::new(format!("{layout}{suffix}"), &name);
+                fill(&memory.theirs, regions, indirect);
+                group.bench_function(id("split"), |bench| bench.iter(split(&memory, recorded)));
+                group.bench_function(id("packed"), |bench| {
+                    bench.iter_custom(packed(&memory, regions, indirect, recorded));
+                });
+            }
             fill(&memory.theirs, regions, indirect);
             group.bench_function(BenchmarkId::new("virtio-queue", &name), |bench| bench.iter(virtio_queue(&memory)));
         }

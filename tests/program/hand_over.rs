@@ -178,12 +178,10 @@ fn a_disk_without_a_front_end_is_handed_over_and_serves_the_next_one() {
 fn a_successor_that_dies_at_any_step_changes_nothing() {
     let relay = Relay::start();
     let load = relay.load(false);
-    let mut kept = 0;
-    for step in FakeSuccessor::STEPS {
+    for (step, kept) in FakeSuccessor::STEPS.into_iter().zip(1..) {
         load.progresses(100);
         let mut fake = FakeSuccessor::start(step, &relay.handover(), &relay.device);
         fake.wait_for_end();
-        kept += 1;
         let going_on = "; going on";
         let log = || relay.running.log();
         if !["hello", "before-hello", "garbage"].contains(&step) {

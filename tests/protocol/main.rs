@@ -9,6 +9,7 @@ mod conversation;
 mod descriptors;
 mod disorder;
 mod gpa_addresses;
+mod inflight;
 mod lifecycle;
 mod memory;
 mod mistakes;

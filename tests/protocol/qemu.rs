@@ -1,17 +1,19 @@
 //! The messages of stock front-ends: QEMU 10.0 and 11.1, and libblkio.
 
+use std::cell::RefCell;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
+use crate::inflight::get_inflight;
 use crate::requests::{BLK_IN, STATUS, put, read, wait_for};
 use crate::rig::{QUEUES, Rig, copies_of, event, memory};
 use crate::rings::{AVAIL, DESC, RAM, RingEvents, USED, addresses, ring_events};
 use crate::wire::{
-    BACKEND_REQ, FEATURES, GPA_ADDRESSES, MemoryRegion, NEED_REPLY, PROTOCOL, RING_PACKED, Reply, Wire, message,
-    request::*, state, words,
+    BACKEND_REQ, FEATURES, GPA_ADDRESSES, INFLIGHT_SHMFD, MemoryRegion, NEED_REPLY, PROTOCOL, RING_PACKED, Reply, Wire,
+    message, request::*, state, words,
 };
 
 /// The differences between versions of QEMU.
@@ -22,8 +24,9 @@ struct Version {
     acks_for_events: bool,
 }
 
-const QEMU_10_0: Version = Version { protocol: PROTOCOL | BACKEND_REQ, acks_for_events: false };
-const QEMU_11_1: Version = Version { protocol: PROTOCOL | BACKEND_REQ | GPA_ADDRESSES, acks_for_events: true };
+const QEMU_10_0: Version = Version { protocol: PROTOCOL | BACKEND_REQ | INFLIGHT_SHMFD, acks_for_events: false };
+const QEMU_11_1: Version =
+    Version { protocol: PROTOCOL | BACKEND_REQ | INFLIGHT_SHMFD | GPA_ADDRESSES, acks_for_events: true };
 
 /// RAM above 4 GiB, in the same file.
 const HIGH: MemoryRegion = MemoryRegion { gpa: 4 << 30, len: 1 << 20, qva: RAM.qva + RAM.len, offset: RAM.len };
@@ -34,6 +37,8 @@ struct Qemu {
     wire: Wire,
     events: RingEvents,
     ram: File,
+    /// Payload and descriptor of SET_INFLIGHT_FD. Kept over stops and connections, and dropped at a reset.
+    inflight: RefCell<Option<(Vec<u8>, OwnedFd)>>,
     _channel: (UnixStream, UnixStream),
 }
 
@@ -50,7 +55,8 @@ impl Qemu {
         assert_eq!(wire.call(SET_BACKEND_REQ_FD, &[], &[channel.1.as_fd()]), 0);
         wire.send(SET_OWNER, &[], &[]);
         wire.get(GET_FEATURES);
-        let qemu = Self { version, wire, events: ring_events(), ram: memory("ram", 2 * RAM.len), _channel: channel };
+        let (events, ram, inflight) = (ring_events(), memory("ram", 2 * RAM.len), RefCell::default());
+        let qemu = Self { version, wire, events, ram, inflight, _channel: channel };
         for index in 0..u64::from(QUEUES) {
             qemu.event(SET_VRING_CALL, index, qemu.events.call.as_fd());
             qemu.event(SET_VRING_ERR, index, qemu.events.err.as_fd());
@@ -72,6 +78,7 @@ impl Qemu {
     fn reset(&self) {
         self.wire.send(RESET_DEVICE, &[], &[]);
         self.wire.send(RESET_DEVICE, &[], &[]);
+        self.inflight.take();
     }
 
     fn event(&self, request: u32, index: u64, fd: BorrowedFd<'_>) {
@@ -93,6 +100,9 @@ impl Qemu {
     fn driver_ok(&self) {
         self.wire.send(SET_FEATURES, &words(&[FEATURES]), &[]);
         self.wire.send(SET_STATUS, &words(&[0xb]), &[]);
+        let mut inflight = self.inflight.borrow_mut();
+        let (payload, fd) = inflight.get_or_insert_with(|| get_inflight(&self.wire, QUEUES, 8));
+        self.wire.send(SET_INFLIGHT_FD, payload, &[fd.as_fd()]);
         self.wire.send(SET_FEATURES, &words(&[FEATURES]), &[]);
     }
 
@@ -198,17 +208,44 @@ fn a_reconnecting_front_end_continues() {
     let rig = Rig::new();
     let first = Qemu::realize(&rig, QEMU_11_1);
     first.boot();
-    let Qemu { ram, wire, .. } = first;
+    let Qemu { ram, wire, inflight, .. } = first;
     drop(wire);
 
     // The same guest memory and the ring's base. The configuration space is not read again.
-    let again = Qemu { ram, ..Qemu::connect(&rig, QEMU_11_1) };
+    let again = Qemu { ram, inflight, ..Qemu::connect(&rig, QEMU_11_1) };
     again.driver_ok();
     again.add(RAM, again.ram.as_fd());
     again.add(HIGH, again.ram.as_fd());
     again.start_rings(1);
 
     again.read(1);
+}
+
+#[test]
+fn what_was_in_flight_at_a_disconnect_is_done_after_the_reconnection() {
+    let rig = Rig::new();
+    let first = Qemu::realize(&rig, QEMU_11_1);
+    first.boot();
+    let Qemu { ram, wire, inflight, .. } = first;
+    drop(wire);
+    // A back-end that ended in between has taken the second request: entry 0 is marked.
+    put(&ram, BLK_IN, 1);
+    let region = File::from(inflight.borrow().as_ref().unwrap().1.try_clone().unwrap());
+    for (at, byte) in [(24, 1), (16, 1)] {
+        std::os::unix::fs::FileExt::write_all_at(&region, &[byte], at).unwrap();
+    }
+
+    let again = Qemu { ram, inflight, ..Qemu::connect(&rig, QEMU_11_1) };
+    again.driver_ok();
+    again.add(RAM, again.ram.as_fd());
+    again.add(HIGH, again.ram.as_fd());
+    // The base is the used index. The guest does not kick again.
+    again.start_rings(1);
+
+    wait_for(&again.events.call);
+    assert_eq!((read::<1>(&again.ram, STATUS), read::<2>(&again.ram, USED + 2)), ([0], [2, 0]));
+    again.read(2);
+    assert_eq!(again.stop_rings(), 3);
 }
 
 #[test]

@@ -1,13 +1,16 @@
 //! A front-end that sends raw bytes, including messages that no library would send.
 
-use std::io::IoSlice;
+use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv,
+    recvmsg, sendmsg,
+};
 
 /// Requests by name (vhost-user: "Front-end message types").
 pub(crate) mod request {
@@ -33,6 +36,7 @@ pub(crate) mod request {
     pub(crate) const GET_CONFIG: u32 = 24;
     pub(crate) const SET_CONFIG: u32 = 25;
     pub(crate) const GET_INFLIGHT_FD: u32 = 31;
+    pub(crate) const SET_INFLIGHT_FD: u32 = 32;
     pub(crate) const RESET_DEVICE: u32 = 34;
     pub(crate) const GET_MAX_MEM_SLOTS: u32 = 36;
     pub(crate) const ADD_MEM_REG: u32 = 37;
@@ -150,6 +154,21 @@ impl Wire {
         assert_eq!(word(4), 1 | 4, "version 1, reply");
         let payload = self.receive(word(8) as usize).expect("a whole reply");
         Reply::Message(word(0), payload)
+    }
+
+    /// The next reply, and the descriptor that came with it.
+    pub(crate) fn reply_with_descriptor(&self) -> (Reply, Option<OwnedFd>) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        // Descriptors come with the first byte. It stays, for `reply`; the descriptor received is a copy.
+        let mut byte = [0];
+        let flags = RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC;
+        recvmsg(&self.socket, &mut [IoSliceMut::new(&mut byte)], &mut control, flags).expect("no reply");
+        let descriptor = control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+            _ => None,
+        });
+        (self.reply(), descriptor)
     }
 
     fn receive(&self, len: usize) -> Option<Vec<u8>> {

@@ -27,6 +27,8 @@ pub use iommufd::{DeviceId, HwInfo, HwptId, Iommufd};
 pub use mmio::Mmio;
 pub use ownership::{Owner, Ownership};
 pub use poller::{Event, Poller};
+#[cfg(test)]
+pub(crate) use shared_memory::kill::killed_after;
 pub use shared_memory::{SharedArray, SharedMemory, Word};
 pub use sigbus::{LostPages, MAX_WATCHED};
 pub use signals::signal_fd;

@@ -16,6 +16,8 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::sigbus::{Watch, lost_pages_at};
 
 mod array;
+#[cfg(test)]
+pub(crate) mod kill;
 
 pub use array::{SharedArray, Word};
 
@@ -156,6 +158,8 @@ impl SharedMemory {
     /// Writes one byte.
     #[inline]
     pub fn write_u8(&self, offset: usize, value: u8) {
+        #[cfg(test)]
+        kill::before_store();
         // SAFETY: `word` checked bounds and alignment.
         unsafe { self.word::<u8>(offset).write_volatile(value) }
     }
@@ -171,6 +175,8 @@ impl SharedMemory {
     /// Writes a little-endian 16-bit word without ordering.
     #[inline]
     pub fn write_u16(&self, offset: usize, value: u16) {
+        #[cfg(test)]
+        kill::before_store();
         // SAFETY: `word` checked bounds and alignment.
         unsafe { self.word::<u16>(offset).write_volatile(value.to_le()) }
     }
@@ -186,6 +192,8 @@ impl SharedMemory {
     /// Writes a little-endian 32-bit word without ordering.
     #[inline]
     pub fn write_u32(&self, offset: usize, value: u32) {
+        #[cfg(test)]
+        kill::before_store();
         // SAFETY: `word` checked bounds and alignment.
         unsafe { self.word::<u32>(offset).write_volatile(value.to_le()) }
     }
@@ -201,6 +209,8 @@ impl SharedMemory {
     /// Writes a little-endian 64-bit word without ordering.
     #[inline]
     pub fn write_u64(&self, offset: usize, value: u64) {
+        #[cfg(test)]
+        kill::before_store();
         // SAFETY: `word` checked bounds and alignment.
         unsafe { self.word::<u64>(offset).write_volatile(value.to_le()) }
     }
@@ -217,6 +227,8 @@ impl SharedMemory {
     /// Writes a little-endian 16-bit word with release ordering: after all earlier writes of this thread.
     #[inline]
     pub fn store_release_u16(&self, offset: usize, value: u16) {
+        #[cfg(test)]
+        kill::before_store();
         // SAFETY: as for `load_acquire_u16`.
         unsafe { AtomicU16::from_ptr(self.word::<u16>(offset).as_ptr()) }.store(value.to_le(), Ordering::Release);
     }
@@ -224,6 +236,8 @@ impl SharedMemory {
     /// Writes a little-endian 64-bit word with release ordering: after all earlier writes of this thread.
     #[inline]
     pub fn store_release_u64(&self, offset: usize, value: u64) {
+        #[cfg(test)]
+        kill::before_store();
         // SAFETY: as for `load_acquire_u16`.
         unsafe { AtomicU64::from_ptr(self.word::<u64>(offset).as_ptr()) }.store(value.to_le(), Ordering::Release);
     }

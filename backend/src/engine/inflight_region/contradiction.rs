@@ -72,6 +72,52 @@ pub enum Claim {
         /// Requests from used.idx to avail.idx.
         available: u16,
     },
+    /// A used position is not in the ring.
+    #[error("a used position is {slot} with wrap counter {wrap} in a ring of {size}")]
+    Position {
+        /// The field.
+        slot: u16,
+        /// The field.
+        wrap: u8,
+        /// Descriptors of the ring.
+        size: u16,
+    },
+    /// The list of free entries returns to an entry.
+    #[error("the list of free entries returns to entry {0}")]
+    Free(
+        /// The entry.
+        u16,
+    ),
+    /// The last publication does not fit the list of free entries.
+    #[error("the used position has advanced by {advanced}, which is not the way from free entry {free_head} to {old}")]
+    Freed {
+        /// Descriptors.
+        advanced: u16,
+        /// The field.
+        free_head: u16,
+        /// The field `old_free_head`.
+        old: u16,
+    },
+    /// A chain is not one.
+    #[error("the chain at entry {head} breaks at entry {entry}")]
+    Chain {
+        /// Its first entry.
+        head: u16,
+        /// Where it leaves the array, crosses another list, or ends too early or too late.
+        entry: u16,
+    },
+    /// An entry is neither free nor part of a chain.
+    #[error("entry {0} is neither free nor in flight")]
+    Leaked(
+        /// The entry.
+        u16,
+    ),
+    /// More descriptors than the ring has.
+    #[error("the requests in flight have more descriptors than the ring, {size}")]
+    Descriptors {
+        /// Descriptors of the ring.
+        size: u16,
+    },
     /// The base is before the used index, or after the available one.
     #[error("SET_VRING_BASE is {base}, which is not from used.idx {used} to avail.idx {avail}")]
     Base {

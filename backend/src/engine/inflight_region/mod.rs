@@ -11,12 +11,14 @@
 //! front-end may write the record at any time: recovery reads each value once and checks it, and nothing else reads it.
 
 mod contradiction;
+pub(in crate::engine) mod packed;
+pub mod packed_recovery;
 pub(in crate::engine) mod split;
 pub mod split_recovery;
 
-pub use contradiction::Contradiction;
+pub use contradiction::{Claim, Contradiction};
 
-use super::virtqueue::Layout;
+use super::virtqueue::layout::Layout;
 use crate::sys::SharedMemory;
 
 /// The version of an initialized record; 0 is one that has never been used.
@@ -50,7 +52,7 @@ impl InflightRegion {
     pub fn bytes(layout: Layout, entries: u16) -> usize {
         match layout {
             Layout::Split => split::HEADER + split::ENTRY * usize::from(entries),
-            Layout::Packed => 32 + 32 * usize::from(entries),
+            Layout::Packed => packed::HEADER + packed::ENTRY * usize::from(entries),
         }
     }
 
@@ -67,6 +69,19 @@ impl InflightRegion {
     pub fn entries(&self) -> u16 {
         self.entries
     }
+}
+
+/// Sorts requests by their counters. Returns them and the next counter.
+fn in_order<R>(mut requests: Vec<(u64, R)>, entry: impl Fn(&R) -> u16) -> Result<(Vec<R>, u64), Contradiction> {
+    requests.sort_unstable_by_key(|(counter, _)| *counter);
+    let mut next_counter = 0;
+    for (counter, request) in &requests {
+        if *counter < next_counter || *counter > MAX_COUNTER {
+            return Err(Claim::Counter { entry: entry(request), counter: *counter }.into());
+        }
+        next_counter = counter + 1;
+    }
+    Ok((requests.into_iter().map(|(_, request)| request).collect(), next_counter))
 }
 
 #[cfg(test)]

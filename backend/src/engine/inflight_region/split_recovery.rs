@@ -1,7 +1,7 @@
 //! What a new process does with the record of a split ring. A pure function of values that have been read once.
 
 use super::contradiction::{Claim, Contradiction};
-use super::{MAX_COUNTER, VERSION};
+use super::{VERSION, in_order};
 
 /// `DescStateSplit`, as read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -136,16 +136,10 @@ fn marked(record: &SplitRecord, published: &[u16], size: u16) -> Result<(Vec<u16
         match *inflight {
             0 => continue,
             1 if entry >= size => return Err(Claim::Head { entry, size }.into()),
-            1 if *counter > MAX_COUNTER => return Err(Claim::Counter { entry, counter: *counter }.into()),
             1 => heads.push((*counter, entry)),
             mark => return Err(Claim::Mark { entry, mark }.into()),
         }
     }
     heads.retain(|(_, entry)| !published.contains(entry));
-    heads.sort_unstable();
-    if let Some(pair) = heads.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-        return Err(Claim::Counter { entry: pair[1].1, counter: pair[1].0 }.into());
-    }
-    let next_counter = heads.last().map_or(0, |(counter, _)| counter + 1);
-    Ok((heads.into_iter().map(|(_, entry)| entry).collect(), next_counter))
+    in_order(heads, |&entry| entry)
 }

@@ -2,11 +2,13 @@
 //! end is a copy of both, made while the device holds its commands.
 
 use std::fs::File;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
-use super::disk::{DiskOptions, FakeDisk};
+use super::disk::DiskOptions;
+use super::packed_driver::PackedDriver;
 use super::rig::*;
 use crate::driver::Command;
 use crate::engine::{InflightRegion, Layout, VringSetup};
@@ -14,6 +16,8 @@ use crate::memory::map_shared_file;
 use crate::sys::SharedMemory;
 
 const SIZE: u16 = 64;
+
+const BOTH: [Layout; 2] = [Layout::Split, Layout::Packed];
 
 /// A new inflight region, and its memory.
 fn inflight(layout: Layout) -> (InflightRegion, SharedMemory) {
@@ -28,6 +32,72 @@ fn copy(from: &SharedMemory, to: &SharedMemory) {
     from.copy_to_shared(0, to, 0, from.len());
 }
 
+/// A guest with one ring.
+enum Guest {
+    Split(SplitDriver),
+    Packed(PackedDriver),
+}
+
+impl Guest {
+    fn new(rig: &Rig, layout: Layout) -> (Self, VringSetup) {
+        let memory = rig.region.memory().clone();
+        match layout {
+            Layout::Split => {
+                let (driver, setup) = SplitDriver::new(memory, 0, RingOptions::default());
+                (Self::Split(driver), setup)
+            }
+            Layout::Packed => {
+                let (driver, setup) = PackedDriver::new(memory, 0, RingOptions::default());
+                (Self::Packed(driver), setup)
+            }
+        }
+    }
+
+    fn layout(&self) -> Layout {
+        if matches!(self, Self::Split(_)) { Layout::Split } else { Layout::Packed }
+    }
+
+    /// The driver of the split ring, or what both drivers have in common.
+    fn driver(&mut self) -> &mut SplitDriver {
+        match self {
+            Self::Split(driver) => driver,
+            Self::Packed(driver) => &mut driver.guest,
+        }
+    }
+
+    /// The parameters for the next process, as QEMU sets them after a disconnect: the base is the used index, or for a packed
+    /// ring that of the last start.
+    fn setup(&mut self) -> VringSetup {
+        let layout = self.layout();
+        let used = if layout == Layout::Split { self.driver().used_idx() } else { 0 };
+        let setup = self.driver().setup(used);
+        let base = if layout == Layout::Split { setup.base } else { layout.first_base() };
+        VringSetup { layout, base, ..setup }
+    }
+
+    fn request(&mut self, kind: u32, sector: u64) -> SentRequest {
+        let data = [(DATA + 512 * sector, 512)];
+        match self {
+            Self::Split(driver) => driver.request(kind, sector, &data),
+            Self::Packed(driver) => driver.request(kind, sector, &data),
+        }
+    }
+
+    fn wait(&mut self, count: usize) -> Vec<(u32, u32)> {
+        match self {
+            Self::Split(driver) => driver.wait(count),
+            Self::Packed(driver) => driver.wait(count),
+        }
+    }
+
+    fn used(&mut self) -> Vec<(u32, u32)> {
+        match self {
+            Self::Split(driver) => driver.used(),
+            Self::Packed(driver) => driver.used(),
+        }
+    }
+}
+
 /// A process that serves one ring.
 struct Process {
     rig: Rig,
@@ -35,14 +105,15 @@ struct Process {
 }
 
 impl Process {
-    /// The first process, and its guest.
-    fn first(disk: DiskOptions) -> (Self, SplitDriver) {
-        let rig = Rig::new(disk);
-        let (driver, setup) = rig.stopped_driver(0, RingOptions::default());
-        let (region, record) = inflight(Layout::Split);
+    /// The first process, and its guest. Its device holds commands.
+    fn first(layout: Layout) -> (Self, Guest) {
+        let rig = Rig::new(DiskOptions::default());
+        rig.disk.hold();
+        let (guest, setup) = Guest::new(&rig, layout);
+        let (region, record) = inflight(layout);
         let process = Self { rig, record };
         process.start(VringSetup { inflight: Some(region), ..setup });
-        (process, driver)
+        (process, guest)
     }
 
     fn start(&self, setup: VringSetup) {
@@ -51,154 +122,195 @@ impl Process {
     }
 
     /// The next process, with the guest's memory and the record as they are now. Its device holds commands.
-    fn successor(&self, disk: DiskOptions, driver: &mut SplitDriver) -> (Self, VringSetup) {
-        let rig = Rig::new(disk);
+    fn successor(&self, depth: usize, guest: &mut Guest) -> (Self, VringSetup) {
+        let rig = Rig::new(DiskOptions { depth, ..DiskOptions::default() });
         rig.disk.hold();
         copy(self.rig.region.memory(), rig.region.memory());
-        let (region, record) = inflight(Layout::Split);
+        let (region, record) = inflight(guest.layout());
         copy(&self.record, &record);
-        // It ends here. Its guest memory is no longer looked at, and it must not take the guest's kicks.
+        // The former process ends here. Its guest memory is no longer looked at, and it must not take the guest's kicks.
         self.rig.disk.resume();
         self.rig.engine.stop_ring(0).unwrap();
-        driver.memory = rig.region.memory().clone();
-        // As QEMU sets it after a disconnect.
-        let setup = VringSetup { inflight: Some(region), ..driver.setup(driver.used_idx()) };
+        guest.driver().memory = rig.region.memory().clone();
+        let setup = VringSetup { inflight: Some(region), ..guest.setup() };
         (Self { rig, record }, setup)
     }
-}
 
-/// The first blocks of the commands that the disk holds.
-fn held(disk: &FakeDisk) -> Vec<u64> {
-    let block = |command: &Command| match command {
-        Command::Read { block, .. } | Command::Write { block, .. } => *block,
-        other => panic!("{other:?}"),
-    };
-    disk.held().iter().map(|held| block(&held.command)).collect()
-}
-
-/// A process with requests for sectors 0 to 5, of which 3 and 1 have been completed in this order, and its guest.
-fn with_four_in_flight() -> (Process, SplitDriver) {
-    let (process, mut driver) = Process::first(DiskOptions::default());
-    process.rig.disk.hold();
-    for sector in 0..6 {
-        driver.request(OUT, sector, &[(DATA + 512 * sector, 512)]);
+    /// Waits until the device holds `count` commands. Returns their first blocks.
+    fn held(&self, count: usize) -> Vec<u64> {
+        wait_until("commands", || self.rig.disk.held().len() >= count);
+        let block = |command: &Command| match command {
+            Command::Read { block, .. } | Command::Write { block, .. } => *block,
+            other => panic!("{other:?}"),
+        };
+        self.rig.disk.held().iter().map(|held| block(&held.command)).collect()
     }
-    driver.kick();
-    wait_until("six commands", || process.rig.disk.held().len() == 6);
+}
+
+/// A process with requests for sectors 0 to 5, of which 3 and 1 have been completed in this order. Also its guest, and the
+/// requests in flight.
+fn with_four_in_flight(layout: Layout) -> (Process, Guest, Vec<SentRequest>) {
+    let (process, mut guest) = Process::first(layout);
+    let sent: Vec<_> = (0..6).map(|sector| guest.request(OUT, sector)).collect();
+    guest.driver().kick();
+    process.held(6);
     for index in [3, 1] {
         process.rig.disk.complete(index);
-        driver.wait(1);
+        guest.wait(1);
     }
-    assert_eq!(held(&process.rig.disk), [0, 2, 4, 5]);
-    (process, driver)
+    assert_eq!(process.held(4), [0, 2, 4, 5]);
+    (process, guest, [0, 2, 4, 5].map(|n| sent[n]).to_vec())
+}
+
+fn sorted(heads: impl Iterator<Item = u32>) -> Vec<u32> {
+    let mut heads: Vec<_> = heads.collect();
+    heads.sort_unstable();
+    heads
 }
 
 #[test]
 fn the_next_process_submits_what_was_in_flight_in_its_order_and_nothing_that_was_published() {
-    let (process, mut driver) = with_four_in_flight();
+    for layout in BOTH {
+        let (process, mut guest, mut sent) = with_four_in_flight(layout);
 
-    let (next, setup) = process.successor(DiskOptions::default(), &mut driver);
-    let sent = driver.request(IN, 9, &[(DATA, 512)]);
-    next.start(setup);
-    wait_until("five commands", || next.rig.disk.held().len() >= 5);
+        let (next, setup) = process.successor(64, &mut guest);
+        sent.push(guest.request(IN, 9));
+        next.start(setup);
 
-    assert_eq!(held(&next.rig.disk), [0, 2, 4, 5, 9]);
-    next.rig.disk.resume();
-    let used = driver.wait(5);
-    assert_eq!(driver.status(sent), 0);
-    let mut heads: Vec<_> = used.iter().map(|&(head, _)| head).collect();
-    heads.sort_unstable();
-    assert_eq!(heads, [0, 6, 12, 15, 18]);
-    assert_eq!(next.rig.engine.statistics().resubmitted, 4);
+        assert_eq!(next.held(5), [0, 2, 4, 5, 9]);
+        next.rig.disk.resume();
+        let used = guest.wait(5);
+        assert_eq!(sorted(used.iter().map(|used| used.0)), sorted(sent.iter().map(|sent| sent.head.into())));
+        assert!(sent.iter().all(|sent| guest.driver().status(*sent) == 0));
+        assert_eq!(next.rig.engine.statistics().resubmitted, 4);
+    }
 }
 
 #[test]
 fn a_device_queue_that_is_too_short_delays_what_was_in_flight() {
-    let (process, mut driver) = with_four_in_flight();
+    for layout in BOTH {
+        let (process, mut guest, _) = with_four_in_flight(layout);
 
-    let (next, setup) = process.successor(DiskOptions { depth: 2, ..DiskOptions::default() }, &mut driver);
-    driver.request(IN, 9, &[(DATA, 512)]);
-    next.start(setup);
+        let (next, setup) = process.successor(2, &mut guest);
+        guest.request(IN, 9);
+        next.start(setup);
 
-    let mut order = Vec::new();
-    while order.len() < 5 {
-        wait_until("a command", || !next.rig.disk.held().is_empty());
-        order.push(held(&next.rig.disk)[0]);
-        next.rig.disk.complete(0);
+        let mut order = Vec::new();
+        while order.len() < 5 {
+            order.push(next.held(1)[0]);
+            next.rig.disk.complete(0);
+        }
+        assert_eq!(order, [0, 2, 4, 5, 9]);
+        guest.wait(5);
     }
-    assert_eq!(order, [0, 2, 4, 5, 9]);
-    driver.wait(5);
 }
 
 #[test]
 fn a_process_that_ends_during_the_recovery_loses_nothing() {
-    let (process, mut driver) = with_four_in_flight();
-    let shallow = DiskOptions { depth: 2, ..DiskOptions::default() };
-    let (second, setup) = process.successor(shallow, &mut driver);
-    second.start(setup);
-    wait_until("two commands", || second.rig.disk.held().len() == 2);
-    second.rig.disk.complete(1);
-    driver.wait(1);
-    wait_until("two commands", || second.rig.disk.held().len() == 2);
+    for layout in BOTH {
+        let (process, mut guest, _) = with_four_in_flight(layout);
+        let (second, setup) = process.successor(2, &mut guest);
+        second.start(setup);
+        second.held(2);
+        second.rig.disk.complete(1);
+        guest.wait(1);
+        second.held(2);
 
-    let (third, setup) = second.successor(DiskOptions::default(), &mut driver);
-    third.start(setup);
-    wait_until("three commands", || third.rig.disk.held().len() >= 3);
+        let (third, setup) = second.successor(64, &mut guest);
+        third.start(setup);
 
-    assert_eq!(held(&third.rig.disk), [0, 4, 5]);
-    third.rig.disk.resume();
-    driver.wait(3);
+        assert_eq!(third.held(3), [0, 4, 5]);
+        third.rig.disk.resume();
+        guest.wait(3);
+    }
 }
 
 #[test]
 fn a_stop_during_the_recovery_waits_for_all_of_it_and_leaves_no_mark() {
-    let (process, mut driver) = with_four_in_flight();
-    let (next, setup) = process.successor(DiskOptions { depth: 1, ..DiskOptions::default() }, &mut driver);
-    next.start(setup);
-    wait_until("a command", || !next.rig.disk.held().is_empty());
+    for layout in BOTH {
+        let (process, mut guest, _) = with_four_in_flight(layout);
+        let (next, setup) = process.successor(1, &mut guest);
+        next.start(setup);
+        next.held(1);
 
-    next.rig.disk.resume();
-    let base = next.rig.engine.stop_ring(0).unwrap();
+        next.rig.disk.resume();
+        let base = next.rig.engine.stop_ring(0).unwrap();
 
-    assert_eq!(base, Some(6));
-    assert_eq!(driver.wait(4).len(), 4);
-    let (last, setup) = next.successor(DiskOptions::default(), &mut driver);
-    last.start(setup);
-    driver.send(IN, 9, &[(DATA, 512)]);
-    wait_until("a command", || !last.rig.disk.held().is_empty());
-    assert_eq!(held(&last.rig.disk), [9]);
-    last.rig.disk.resume();
-    driver.wait(1);
+        assert_eq!(base, Some(if layout == Layout::Split { 6 } else { 0x8012_8012 }));
+        assert_eq!(guest.wait(4).len(), 4);
+        let (last, setup) = next.successor(64, &mut guest);
+        last.start(setup);
+        guest.request(IN, 9);
+        guest.driver().kick();
+        assert_eq!(last.held(1), [9]);
+        last.rig.disk.resume();
+        guest.wait(1);
+    }
 }
 
 #[test]
 fn a_record_that_contradicts_the_ring_fails_the_ring() {
-    let (process, mut driver) = with_four_in_flight();
-    let (next, setup) = process.successor(DiskOptions::default(), &mut driver);
-    // used_idx, after 16-bit version, number of entries and head of the last batch.
-    next.record.write_u16(14, driver.used_idx().wrapping_add(1));
+    for layout in BOTH {
+        let (process, mut guest, _) = with_four_in_flight(layout);
+        let (next, setup) = process.successor(64, &mut guest);
+        let base = setup.base;
+        match layout {
+            // used_idx, one more than the ring's.
+            Layout::Split => next.record.write_u16(14, 3),
+            // `num` of the first entry.
+            Layout::Packed => next.record.write_u16(32 + 6, 2),
+        }
 
-    next.start(setup);
+        next.start(setup);
 
-    assert!(wait_readable(&driver.err, Duration::from_secs(20)), "err was not signalled");
-    driver.send(IN, 9, &[(DATA, 512)]);
-    assert_eq!(next.rig.engine.stop_ring(0).unwrap(), Some(2));
-    assert!(next.rig.disk.held().is_empty());
-    assert!(driver.used().is_empty());
+        assert!(wait_readable(&guest.driver().err, Duration::from_secs(20)), "err was not signalled");
+        guest.request(IN, 9);
+        guest.driver().kick();
+        assert_eq!(next.rig.engine.stop_ring(0).unwrap(), Some(base));
+        assert!(next.rig.disk.held().is_empty());
+        assert!(guest.used().is_empty());
+    }
 }
 
 #[test]
 fn a_chain_that_has_become_nonsense_completes_with_an_error() {
-    let (process, mut driver) = with_four_in_flight();
-    let (next, setup) = process.successor(DiskOptions::default(), &mut driver);
+    let (process, mut guest, sent) = with_four_in_flight(Layout::Split);
+    let (next, setup) = process.successor(64, &mut guest);
     // The head of sector 2's chain now links to a descriptor that does not exist.
-    let table = setup.desc.start().0;
-    driver.write_desc(table, 6, Desc { addr: DATA, len: 16, flags: NEXT, next: SIZE });
+    let head = sent[1].head;
+    let broken = Desc { addr: DATA, len: 16, flags: NEXT, next: SIZE };
+    guest.driver().write_desc(setup.desc.start().0, head, broken);
 
     next.start(setup);
-    wait_until("three commands", || next.rig.disk.held().len() == 3);
+    next.held(3);
     next.rig.disk.resume();
 
-    let used = driver.wait(4);
-    assert!(used.contains(&(6, 0)), "{used:?}");
+    let used = guest.wait(4);
+    assert!(used.contains(&(head.into(), 0)), "{used:?}");
+}
+
+#[test]
+fn a_ring_that_fails_during_the_recovery_leaves_its_marks_to_the_next_process() {
+    for layout in BOTH {
+        let (process, mut guest, _) = with_four_in_flight(layout);
+        let (second, setup) = process.successor(1, &mut guest);
+        second.start(setup);
+        second.held(1);
+        // Its memory is removed: the ring fails. One request is submitted and one waits for the device; they complete.
+        let removed = [second.rig.region.gpa()];
+        std::thread::scope(|scope| {
+            let removal = scope.spawn(|| second.rig.engine.remove_memory(Arc::default(), &removed));
+            assert!(wait_readable(&guest.driver().err, Duration::from_secs(20)));
+            second.rig.disk.resume();
+            removal.join().unwrap().unwrap();
+        });
+        guest.wait(2);
+
+        let (third, setup) = second.successor(64, &mut guest);
+        third.start(setup);
+
+        assert_eq!(third.held(2), [4, 5]);
+        third.rig.disk.resume();
+        guest.wait(2);
+    }
 }

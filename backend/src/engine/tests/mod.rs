@@ -10,6 +10,7 @@ mod faults;
 mod hand_over;
 mod hold;
 mod hostile;
+mod kill;
 mod lifecycle;
 mod matrix;
 mod notify;

@@ -15,6 +15,7 @@ use crate::engine::guest_memory::GuestMemoryView;
 pub struct Head {
     id: u16,
     entries: u16,
+    record: u16,
 }
 
 impl Head {
@@ -22,7 +23,21 @@ impl Head {
     #[inline]
     #[must_use]
     pub fn new(id: u16, entries: u16) -> Self {
-        Self { id, entries }
+        Self { id, entries, record: 0 }
+    }
+
+    /// The same, of a chain whose record in the inflight region starts at this entry.
+    #[inline]
+    #[must_use]
+    pub fn recorded_at(self, record: u16) -> Self {
+        Self { record, ..self }
+    }
+
+    /// The first entry of its record. 0 if it has none, and for a split ring.
+    #[inline]
+    #[must_use]
+    pub fn record(self) -> u16 {
+        self.record
     }
 
     /// Split: index of the first descriptor. Packed: the buffer ID.
@@ -119,6 +134,12 @@ impl Chain {
         self.head
     }
 
+    /// The chain's record in the inflight region starts at this entry.
+    #[inline]
+    pub(super) fn set_record(&mut self, record: u16) {
+        self.head.record = record;
+    }
+
     /// Device-readable buffers, in order. Empty ones are left out, because framing carries no meaning (virtio 1.2 §2.7.4.1).
     #[inline]
     #[must_use]
@@ -168,7 +189,7 @@ impl Chain {
     pub fn fill_packed(
         &mut self,
         limits: &WalkLimits,
-        entry: impl Fn(u16) -> PackedDescriptor,
+        mut entry: impl FnMut(u16) -> PackedDescriptor,
         guest: &mut GuestMemoryView,
     ) -> bool {
         self.clear();

@@ -5,10 +5,11 @@
 
 mod areas;
 pub mod chain;
-mod descriptor;
+pub(super) mod descriptor;
 mod fast_path;
 pub(super) mod layout;
 pub mod packed;
+pub mod position;
 pub mod split;
 
 pub use fast_path::{FastDescriptor, FastRequest};
@@ -130,17 +131,14 @@ impl Virtqueue {
 
     /// Reads the next chain, without taking it. `None` if it does not have the fast shape. [`Self::available`] must not be 0.
     #[inline]
-    pub fn peek_fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
+    pub fn peek_fast(&mut self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         either!(self, ring => ring.peek_fast(guest))
     }
 
     /// Takes the chain that [`Self::peek_fast`] returned last.
     #[inline]
     pub fn take_fast(&mut self, fast: &FastRequest) {
-        match self {
-            Self::Split(ring) => ring.take_fast(fast.head()),
-            Self::Packed(ring) => ring.take_fast(fast.head().entries()),
-        }
+        either!(self, ring => ring.take_fast(fast.head()));
     }
 
     /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`].

@@ -17,8 +17,11 @@ use super::chain::{Chain, Head, WalkLimits};
 use super::descriptor::PackedDescriptor;
 use super::fast_path::{FastDescriptor, FastRequest};
 use super::layout::{MAX_SIZE, RingFault};
+use super::position::{Position, positions};
 use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::inflight_region::packed::PackedMarks;
+use crate::engine::inflight_region::packed_recovery::{PackedRequest, PackedState};
 use crate::engine::inflight_region::{Contradiction, InflightRegion, Tracking};
 use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
@@ -30,9 +33,6 @@ const WRITE: u16 = 1 << 1;
 const AVAIL: u16 = 1 << 7;
 /// VIRTQ_DESC_F_USED, virtio 1.2 §2.8.1.
 const USED: u16 = 1 << 15;
-/// The wrap counter in a `desc_event_off_wrap` (virtio 1.2 §2.8.14), and in each half of a base (vhost-user: "Vring
-/// descriptor indices for packed virtqueues").
-const WRAP: u16 = 1 << 15;
 
 /// Size of a descriptor, and offsets of its fields (virtio 1.2 §2.8.13).
 const DESCRIPTOR: usize = 16;
@@ -44,49 +44,6 @@ const FLAGS: usize = 14;
 const EVENT_FLAGS_DISABLE: u16 = 1;
 const EVENT_FLAGS_DESC: u16 = 2;
 const EVENT_FLAGS_MASK: u16 = 3;
-
-/// A position in the ring, with its wrap counter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Position {
-    slot: u16,
-    wrap: bool,
-}
-
-impl Position {
-    /// Decodes `desc_event_off_wrap` or half of a base. `None` if the ring is too short.
-    #[inline]
-    fn from_raw(raw: u16, size: u16) -> Option<Self> {
-        let slot = raw & !WRAP;
-        (slot < size).then_some(Self { slot, wrap: raw & WRAP != 0 })
-    }
-
-    #[inline]
-    fn raw(self) -> u16 {
-        self.slot | if self.wrap { WRAP } else { 0 }
-    }
-
-    #[inline]
-    fn offset(self) -> usize {
-        DESCRIPTOR * usize::from(self.slot)
-    }
-
-    /// The position `by` descriptors later; `by` ≤ `size`.
-    #[inline]
-    fn advance(self, by: u16, size: u16) -> Self {
-        let slot = self.slot + by;
-        if slot < size { Self { slot, ..self } } else { Self { slot: slot - size, wrap: !self.wrap } }
-    }
-
-    /// How many descriptors `later` is ahead, modulo two rounds.
-    #[inline]
-    fn distance(self, later: Self, size: u16) -> u16 {
-        match (self.wrap == later.wrap, later.slot >= self.slot) {
-            (true, true) => later.slot - self.slot,
-            (true, false) => 2 * size - (self.slot - later.slot),
-            (false, _) => size + later.slot - self.slot,
-        }
-    }
-}
 
 /// Used descriptors that are completely written except for the first one's flags, which publish them all.
 #[derive(Clone, Copy)]
@@ -114,6 +71,9 @@ pub struct PackedRing {
     unpublished: Option<Unpublished>,
     /// `next_used` at the last decision about a notification. `None` until the first.
     signalled_used: Option<Position>,
+    marks: Option<PackedMarks>,
+    /// Requests to submit again, the first one last.
+    recovered: Vec<PackedRequest>,
 }
 
 impl PackedRing {
@@ -139,22 +99,68 @@ impl PackedRing {
             taken: next_used.distance(next_avail, size),
             unpublished: None,
             signalled_used: None,
+            marks: None,
+            recovered: Vec::new(),
         })
     }
 
-    pub fn track(&mut self, _region: &InflightRegion) -> Result<Tracking, Contradiction> {
-        Ok(Tracking::Off)
+    /// As [`super::Virtqueue::track`].
+    ///
+    /// # Errors
+    /// The record is not believed. Nothing has changed.
+    pub fn track(&mut self, region: &InflightRegion) -> Result<Tracking, Contradiction> {
+        let Self { next_used, size, .. } = *self;
+        let state = |old_used: u16| PackedState {
+            size,
+            old_used_flags: if old_used < size { self.flags(old_used) } else { 0 },
+            base: (self.taken == 0).then_some(next_used),
+        };
+        let Some((marks, plan)) = PackedMarks::start(region, state)? else { return Ok(Tracking::Off) };
+        self.next_used = plan.used;
+        self.next_avail = self.next_used.advance(plan.taken, size);
+        self.taken = plan.taken;
+        self.marks = Some(marks);
+        self.retract_unpublished();
+        self.recovered = plan.requests.into_iter().rev().collect();
+        Ok(Tracking::On { recovered: self.recovered.len() })
     }
 
+    /// Makes the descriptors after `next_used` look available again, up to `next_avail`. The process before may have written
+    /// used descriptors there and not published them. Once the one at `next_used` is published, the driver looks at the next.
+    fn retract_unpublished(&self) {
+        for n in 1..self.taken {
+            let Position { slot, wrap } = self.next_used.advance(n, self.size);
+            self.desc.write_u16(DESCRIPTOR * usize::from(slot) + FLAGS, if wrap { AVAIL } else { USED });
+        }
+    }
+
+    fn flags(&self, slot: u16) -> u16 {
+        self.desc.load_acquire_u16(DESCRIPTOR * usize::from(slot) + FLAGS)
+    }
+
+    /// True if there are requests to submit again.
+    #[inline]
+    #[must_use]
     pub fn has_recovered(&self) -> bool {
-        false
+        !self.recovered.is_empty()
     }
 
-    pub fn take_recovered(&mut self, _guest: &mut GuestMemoryView, _chain: &mut Chain) -> bool {
-        false
+    /// Reads the next of them, from its record: the driver's descriptors may have been overwritten by used ones. Returns false if
+    /// there is none.
+    pub fn take_recovered(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> bool {
+        let Some(PackedRequest { entry, descriptors }) = self.recovered.pop() else { return false };
+        let size = u16::try_from(descriptors.len()).expect("no more than the ring has");
+        let limits = WalkLimits { size, indirect: self.indirect, longest_table: MAX_SIZE };
+        let ends = chain.fill_packed(&limits, |n| PackedDescriptor::from_words(descriptors[usize::from(n)]), guest);
+        debug_assert!(ends, "the recovery has checked where it ends");
+        chain.set_record(entry);
+        true
     }
 
-    pub fn forget_recovered(&mut self) {}
+    /// Leaves them to the process that serves the ring next.
+    pub fn forget_recovered(&mut self) {
+        self.recovered.clear();
+    }
 
     /// Number of descriptors.
     #[inline]
@@ -182,7 +188,7 @@ impl PackedRing {
         if self.taken == self.size {
             return None; // the next descriptor is one that we have taken
         }
-        let flags = self.desc.load_acquire_u16(self.next_avail.offset() + FLAGS);
+        let flags = self.desc.load_acquire_u16(offset(self.next_avail) + FLAGS);
         let wrap = self.next_avail.wrap;
         ((flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap).then_some(flags)
     }
@@ -198,41 +204,63 @@ impl PackedRing {
         let limits = WalkLimits { size: size - self.taken, indirect: self.indirect, longest_table: MAX_SIZE };
         // Only the first descriptor's flags tell availability, because the driver writes them last (virtio 1.2 §2.8.21). They
         // are not read again.
+        let mut marks = self.marks.as_mut();
         let entry = |n| {
-            let descriptor = PackedDescriptor::from_words(descriptors.read(start.advance(n, size).slot.into()));
-            if n == 0 { descriptor.with_flags(flags) } else { descriptor }
+            let mut words = descriptors.read(start.advance(n, size).slot.into());
+            if n == 0 {
+                words = with_flags(words, flags);
+            }
+            if let Some(marks) = &mut marks {
+                marks.note(n, words);
+            }
+            PackedDescriptor::from_words(words)
         };
         if !chain.fill_packed(&limits, entry, guest) {
             return Err(RingFault::Endless { slot: start.slot, room: limits.size });
         }
-        let entries = chain.head().entries();
-        self.next_avail = start.advance(entries, size);
-        self.taken += entries;
+        if let Some(marks) = &self.marks {
+            chain.set_record(marks.next_entry());
+        }
+        self.take_fast(chain.head());
         Ok(true)
     }
 
     /// Reads the next chain, without taking it. `None` if it does not have the fast shape.
     #[inline]
-    pub fn peek_fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
+    pub fn peek_fast(&mut self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         let flags = self.offered()?;
         let entry = |n| self.descriptors.read(self.next_avail.advance(n, self.size).slot.into());
         // As in `take`, use the flags read by `offered`.
-        let [addr, rest] = entry(0);
-        let (first, id) = FastDescriptor::packed([addr, rest & !(0xffff << 48) | u64::from(flags) << 48]);
+        let front = with_flags(entry(0), flags);
+        let (first, id) = FastDescriptor::packed(front);
         if first.is_linked() && self.size - self.taken >= 3 {
-            let [(data, _), (status, id)] = [1, 2].map(|n| FastDescriptor::packed(entry(n)));
+            let back = [1, 2].map(entry);
+            let [(data, _), (status, id)] = back.map(FastDescriptor::packed);
             let linked = data.is_linked() && !status.is_linked();
-            return if linked { FastRequest::new(Head::new(id, 3), [first, data, status]) } else { None };
+            let head = self.note(Head::new(id, 3), [front, back[0], back[1]]);
+            return if linked { FastRequest::new(head, [first, data, status]) } else { None };
         }
         let table = guest.descriptors(first.table().filter(|_| self.indirect)?, 3)?;
-        FastRequest::new(Head::new(id, 1), [0, 1, 2].map(|n| FastDescriptor::packed(table.read(n)).0))
+        let request = [0, 1, 2].map(|n| FastDescriptor::packed(table.read(n)).0);
+        FastRequest::new(self.note(Head::new(id, 1), [front]), request)
     }
 
-    /// Takes the chain that [`Self::peek_fast`] returned, of `entries` descriptors.
+    /// Keeps the descriptors of the next chain for its record.
     #[inline]
-    pub fn take_fast(&mut self, entries: u16) {
-        self.next_avail = self.next_avail.advance(entries, self.size);
-        self.taken += entries;
+    fn note<const N: usize>(&mut self, head: Head, descriptors: [[u64; 2]; N]) -> Head {
+        let Some(marks) = &mut self.marks else { return head };
+        (0..).zip(descriptors).for_each(|(n, descriptor)| marks.note(n, descriptor));
+        head.recorded_at(marks.next_entry())
+    }
+
+    /// Takes the chain that [`Self::peek_fast`] returned.
+    #[inline]
+    pub fn take_fast(&mut self, head: Head) {
+        if let Some(marks) = &mut self.marks {
+            marks.take(head.entries());
+        }
+        self.next_avail = self.next_avail.advance(head.entries(), self.size);
+        self.taken += head.entries();
     }
 
     /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`], which writes the first used
@@ -240,7 +268,7 @@ impl PackedRing {
     #[inline]
     pub fn push_used(&mut self, head: Head, len: u32) {
         let Position { wrap, .. } = self.next_used;
-        let offset = self.next_used.offset();
+        let offset = offset(self.next_used);
         self.desc.write_u32(offset + LEN, len);
         self.desc.write_u16(offset + ID, head.id());
         let flags = if wrap { AVAIL | USED } else { 0 } | if len == 0 { 0 } else { WRITE };
@@ -254,6 +282,9 @@ impl PackedRing {
             }
         }
         self.next_used = self.next_used.advance(head.entries(), self.size);
+        if let Some(marks) = &mut self.marks {
+            marks.push(head.record());
+        }
     }
 
     /// True if there are unpublished used descriptors.
@@ -267,12 +298,18 @@ impl PackedRing {
     #[inline]
     pub fn publish(&mut self) -> bool {
         if let Some(Unpublished { offset, flags, entries }) = self.unpublished.take() {
+            if let Some(marks) = &mut self.marks {
+                marks.before_publish(self.next_used);
+            }
             self.desc.store_release_u16(offset, flags);
             self.taken -= entries;
         }
         // The driver writes its event suppression structure, then reads used descriptors; we write those, then read the
         // structure. Without a full fence on both sides, each could miss the other's write (virtio 1.2 §2.8.22).
         fence(Ordering::SeqCst);
+        if let Some(marks) = &mut self.marks {
+            marks.after_publish();
+        }
         let [low, high, flags, _] = self.driver_event.read_u32(0).to_le_bytes();
         let before = self.signalled_used.replace(self.next_used);
         match u16::from(flags) & EVENT_FLAGS_MASK {
@@ -301,51 +338,14 @@ impl PackedRing {
     }
 }
 
-/// Decodes a base: next available and next used (vhost-user: "Vring descriptor indices for packed virtqueues"). DPDK leaves the
-/// upper half zero. Both positions are then equal, because a stopped ring has returned all its chains.
-fn positions(base: u32, size: u16) -> Option<(Position, Position)> {
-    let [a, b, c, d] = base.to_le_bytes();
-    let (avail, used) = (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]));
-    let next_avail = Position::from_raw(avail, size)?;
-    let next_used = if used == 0 { next_avail } else { Position::from_raw(used, size)? };
-    (next_used.distance(next_avail, size) <= size).then_some((next_avail, next_used))
+/// Replaces the flags of a descriptor by those read before.
+#[inline]
+fn with_flags([addr, rest]: [u64; 2], flags: u16) -> [u64; 2] {
+    [addr, rest & !(0xffff << 48) | u64::from(flags) << 48]
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn positions_repeat_after_two_rounds() {
-        for size in [1, 2, 3, 7, 1024] {
-            let start = Position { slot: 0, wrap: true };
-            let mut at = start;
-            for step in 0..2 * size {
-                assert_eq!(start.distance(at, size), step, "size {size}");
-                assert_eq!(Position::from_raw(at.raw(), size), Some(at));
-                for by in [0, 1, size / 2, size] {
-                    assert_eq!(at.distance(at.advance(by, size), size), by, "size {size} at {at:?}");
-                }
-                at = at.advance(1, size);
-            }
-            assert_eq!(at, start);
-        }
-    }
-
-    #[test]
-    fn a_base_has_both_positions_or_only_the_first() {
-        let at = |slot, wrap| Position { slot, wrap };
-        for (base, expected) in [
-            (0x8000_8000, Some((at(0, true), at(0, true)))),
-            (0x8003_0001, Some((at(1, false), at(3, true)))),
-            (0x0000_8000, Some((at(0, true), at(0, true)))), // DPDK at the start
-            (0x0000_0004, Some((at(4, false), at(4, false)))),
-            (0x8001_8001, Some((at(1, true), at(1, true)))),
-            (0x8000_8005, None), // no such descriptor
-            (0x8005_8000, None),
-            (0x8001_8000, None), // used overtakes available
-        ] {
-            assert_eq!(positions(base, 5), expected, "{base:#x}");
-        }
-    }
+/// Offset of the descriptor at `position`.
+#[inline]
+fn offset(position: Position) -> usize {
+    DESCRIPTOR * usize::from(position.slot)
 }

@@ -95,9 +95,25 @@ impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
     pub fn write(&self, index: usize, words: [W; N]) {
         let entry = self.entry(index);
         for (i, word) in words.into_iter().enumerate() {
+            #[cfg(test)]
+            super::kill::before_store();
             // SAFETY: as for `read`.
             unsafe { entry.add(i).write_volatile(word.swap()) };
         }
+    }
+}
+
+impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
+    /// Writes one word of an entry without ordering.
+    #[inline]
+    pub fn write_word(&self, index: usize, word: usize, value: W) {
+        if word >= N {
+            outside(word, N);
+        }
+        #[cfg(test)]
+        super::kill::before_store();
+        // SAFETY: as for `read`; `word` is below N.
+        unsafe { self.entry(index).add(word).write_volatile(value.swap()) };
     }
 }
 
