@@ -109,25 +109,29 @@ fn a_successor_goes_on_under_load_and_nothing_is_lost() {
     }
 }
 
+/// Twenty, or as many as `HAND_OVERS` says.
 #[test]
 fn twenty_hand_overs_in_a_row_leave_nothing_behind() {
-    let mut relay = Relay::start();
-    let load = relay.load(false);
-    // Its directory holds the sockets and the disk.
-    let mut first = None;
-    let mut usage = Vec::new();
-    for _ in 0..20 {
-        load.progresses(100);
-        let (_, former) = relay.hand_over();
-        first.get_or_insert(former);
-        load.progresses(100);
-        usage.push(relay.running.usage());
+    let count = std::env::var("HAND_OVERS").map_or(20, |count| count.parse().unwrap());
+    for packed in [false, true] {
+        let mut relay = Relay::start();
+        let load = relay.load(packed);
+        // Its directory holds the sockets and the disk.
+        let mut first = None;
+        let mut usage = Vec::new();
+        for _ in 0..count {
+            load.progresses(100);
+            let (_, former) = relay.hand_over();
+            first.get_or_insert(former);
+            load.progresses(100);
+            usage.push(relay.running.usage());
+        }
+        let gap = load.finish().unwrap_or_else(|error| panic!("{error}; its log:\n{}", relay.running.log()));
+        println!("{count} hand-overs, packed {packed}: longest time between two completions: {gap:?}; {:?}", usage[0]);
+        assert!(usage.iter().all(|each| *each == usage[0]), "descriptors and threads: {usage:?}");
+        assert!(relay.running.stop().status.success());
+        assert!(!relay.directory.join("socket").exists() && !relay.handover().exists(), "the last one removes them");
     }
-    let gap = load.finish().unwrap_or_else(|error| panic!("{error}; its log:\n{}", relay.running.log()));
-    println!("longest time between two completions: {gap:?}; descriptors and threads: {usage:?}");
-    assert!(usage.iter().all(|each| *each == usage[0]), "{usage:?}");
-    assert!(relay.running.stop().status.success());
-    assert!(!relay.directory.join("socket").exists() && !relay.handover().exists(), "the last one removes the sockets");
 }
 
 #[test]

@@ -161,6 +161,28 @@ fn a_crash_keeps_a_front_end_that_records_its_requests_and_loses_nothing() {
 }
 
 #[test]
+fn a_successor_keeps_the_session_in_the_store_and_a_crash_of_it_loses_nothing() {
+    let manager = Manager::new();
+    let mut process = manager.start();
+    let load = manager.load(false, Region::Kept);
+    load.progresses(200);
+    process.signal(Signal::USR2);
+    let log = process.wait_for_exit().log;
+    let pid = log.split_once("handed over to process ").unwrap().1.split(',').next().unwrap().to_owned();
+    load.progresses(200);
+    let main_pid = format!("MAINPID={pid}");
+    assert!(manager.kept.lock().unwrap().lines.contains(&main_pid), "{log}");
+
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap(), Signal::KILL).unwrap();
+    let mut next = manager.start();
+
+    next.wait_until("it goes on", |next| next.log().contains("which has crashed"));
+    load.progresses(200);
+    explain(load.finish(), &next);
+    next.wait_until("nothing but the text is stored", |_| manager.stored() == 1);
+}
+
+#[test]
 fn a_crash_disconnects_a_front_end_without_a_record() {
     let manager = Manager::new();
     let mut process = manager.start();
