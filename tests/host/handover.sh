@@ -25,9 +25,11 @@ successor_start() {
     ) </dev/null >>"/run/$name.log" 2>&1 &
 }
 
-# became NAME: the backend is that process now.
-became() {
-    BACKEND_LOG=/run/$1.log BACKEND_PID=/run/$1.pid BACKEND_STATUS=/run/$1.status
+# became NAME: the backend is that process now. now: selects its files; each claim runs in a shell of its own.
+became() { echo "$1" >/run/now && now; }
+now() {
+    name=$(cat /run/now)
+    BACKEND_LOG=/run/$name.log BACKEND_PID=/run/$name.pid BACKEND_STATUS=/run/$name.status
 }
 
 # pages_released: pages unpinned in the whole machine since it started.
@@ -67,6 +69,7 @@ qemu_saw_nothing() {
     equal 0 "$(grep -ciE 'vhost|disconnect|fail' /run/guest-guest/qemu.log)" "lines about it in QEMU's log"
 }
 other_queues_refused() {
+    now
     successor_start refused --queues 3
     within 20 test -s /run/refused.status
     equal 1 "$(cat /run/refused.status)" "exit status"
@@ -74,27 +77,26 @@ other_queues_refused() {
     logged 'may not take over: this process has --queues 2, the successor 3'
     stress_progresses
 }
-# A successor that is killed while it starts the controller leaves it in any state.
-killed_successors() {
-    for delay in 0.05 0.15 0.3 0.6; do
-        successor_start killed --queues 2
-        sleep "$delay"
-        kill -KILL "$(cat /run/killed.pid)"
-        within 20 test -s /run/killed.status
-        if grep -q 'taken over; requests waited' /run/killed.log; then
-            echo "# it had taken over after $delay s"
-            return 1
-        fi
-        stress_progresses || return
-    done
-    echo "# times that the predecessor went on: $(times_logged '; going on')"
+# A successor that is stopped while it starts the controller leaves it in any state.
+stopped_successor() {
+    now
+    asked=$(times_logged 'asks to take over' || true)
+    successor_start stopped --queues 2
+    until logged_more_than "$asked" 'asks to take over'; do sleep 0.01; done
+    kill "-$1" "$(cat /run/stopped.pid)"
+    within 30 test -s /run/stopped.status
+    grep 'taken over; requests waited' /run/stopped.log && return 1
+    within 30 logged "not handed over to process .*$2.*; going on"
+    stress_progresses
 }
 by_signal() {
+    now
     kill -USR2 "$(cat "$BACKEND_PID")"
     within 30 test -s "$BACKEND_STATUS"
     equal 0 "$(cat "$BACKEND_STATUS")" "exit status of the predecessor"
     sed -n 's/.*handed over to process \([0-9]*\),.*/\1/p' "$BACKEND_LOG" >/run/by-signal.pid
-    BACKEND_PID=/run/by-signal.pid
+    cp "$BACKEND_LOG" /run/by-signal.log
+    became by-signal
     stress_progresses
 }
 data_verify() {
@@ -102,6 +104,7 @@ data_verify() {
     stress_result
 }
 nothing_left() {
+    now
     guest stop
     kill -TERM "$(cat "$BACKEND_PID")"
     within 20 gone
@@ -111,14 +114,17 @@ nothing_left() {
 gone() { [ ! -e "/proc/$(cat "$BACKEND_PID")" ]; }
 
 pages_pinned >/run/pinned-before
+echo backend >/run/now
 backend_start --queues 2 --handover-socket "$HANDOVER" || exit
 guest_start --queues 2 --smp 2 --mem 160M --hugepages --add stress || exit
 stress_start 600
 claim "three successors in a row take over under load, and guest memory stays pinned" three_times
 claim "QEMU has seen no disconnect" qemu_saw_nothing
 claim "a successor with other queues is refused, and the load goes on" other_queues_refused
-claim "the load goes on when a successor is killed while it takes over" killed_successors
+claim "the load goes on when a successor is killed while it takes over" stopped_successor KILL gone
+claim "the load goes on when a successor is stopped while it takes over" stopped_successor STOP silent
 claim "SIGUSR2 starts the installed program, which takes over" by_signal
 claim "the guest's data verify" data_verify
 claim "at the end nothing is pinned, and no socket is left" nothing_left
+sed -n 's/.*taken over; /# taken over; /p' /run/successor-*.log /run/by-signal.log
 finished

@@ -3,5 +3,5 @@
 #   tests/long/hand_overs.sh [COUNT]
 set -eu
 cd "$(dirname "$0")/../.."
-HAND_OVERS=${1:-200} exec cargo test --release -p vhost-device-vfio --test program -- --nocapture \
+HAND_OVERS=${1:-200} exec cargo test -p vhost-device-vfio --test program -- --nocapture \
     hand_over::twenty_hand_overs_in_a_row_leave_nothing_behind

@@ -128,7 +128,8 @@ fn twenty_hand_overs_in_a_row_leave_nothing_behind() {
         }
         let gap = load.finish().unwrap_or_else(|error| panic!("{error}; its log:\n{}", relay.running.log()));
         println!("{count} hand-overs, packed {packed}: longest time between two completions: {gap:?}; {:?}", usage[0]);
-        assert!(usage.iter().all(|each| *each == usage[0]), "descriptors and threads: {usage:?}");
+        let (earlier, later) = usage.split_at(count / 2);
+        assert!(later.iter().max() <= earlier.iter().max(), "descriptors and threads: {usage:?}");
         assert!(relay.running.stop().status.success());
         assert!(!relay.directory.join("socket").exists() && !relay.handover().exists(), "the last one removes them");
     }
