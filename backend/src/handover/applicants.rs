@@ -160,7 +160,7 @@ impl Applicants {
         };
         match started() {
             Ok(predecessor) => {
-                log::info!("SIGUSR2: started the successor, process {}", predecessor.process.pid());
+                LOG.info(|| format!("SIGUSR2: started the successor, process {}", predecessor.process.pid()));
                 self.start_hearing(predecessor);
             }
             Err(error) => LOG.error(|| format!("SIGUSR2: {error}")),
@@ -189,7 +189,9 @@ impl Applicants {
         match heard.link.receive().map_err(|error| error.to_string()).and_then(|message| judge(&self.terms, message)) {
             Ok(hello) => {
                 let pid = heard.process.pid();
-                log::info!("process {pid} (version {}) asks to take over", hello.program);
+                // What the other process says of itself is escaped and cut.
+                let program: String = hello.program.escape_debug().take(20).collect();
+                LOG.info(|| format!("process {pid} (version {program}) asks to take over"));
                 self.forget()
             }
             Err(reason) => {

@@ -67,6 +67,19 @@ impl SuccessorProcess {
     }
 }
 
+/// A child that has not been ended ends by itself, and is reaped then.
+impl Drop for SuccessorProcess {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take()
+            && !matches!(child.try_wait(), Ok(Some(_)))
+        {
+            let reaper = std::thread::Builder::new().name("reaper".to_owned());
+            // Without the thread the child stays a zombie until this process ends.
+            drop(reaper.spawn(move || child.wait()));
+        }
+    }
+}
+
 fn open(pid: u32) -> io::Result<OwnedFd> {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
     Ok(pidfd_open(pid, PidfdFlags::empty())?)

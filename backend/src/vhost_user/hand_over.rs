@@ -148,6 +148,7 @@ impl ControlLoop<'_> {
     pub(super) fn hear_successors(&mut self) -> Option<u32> {
         let mut hand = self.hand_over.take()?;
         let mut taken = None;
+        let log_of_connections = &self.logs.connections;
         if let Some(mut successor) = hand.applicants.step() {
             let mut session = Session {
                 control: self,
@@ -164,7 +165,12 @@ impl ControlLoop<'_> {
                     log::info!("handed over to process {pid}, in {ms} ms");
                     taken = Some(pid);
                 }
-                Outcome::Kept(reason) => log::warn!("not handed over to process {pid}: {reason}; going on"),
+                Outcome::Kept(reason) => {
+                    log_of_connections.warn(|| {
+                        let reason: String = reason.escape_debug().take(500).collect();
+                        format!("not handed over to process {pid}: {reason}; going on")
+                    });
+                }
             }
         }
         self.hand_over = Some(hand);
