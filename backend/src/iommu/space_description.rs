@@ -204,7 +204,8 @@ mod tests {
     }
 
     fn refused(description: &SpaceDescription, why: &str) {
-        let error = description.check(&allowed()).unwrap_err().to_string();
+        // A failure would print all ranges.
+        let error = description.check(&allowed()).map(drop).unwrap_err().to_string();
         assert!(error.contains(why), "{error}");
     }
 
