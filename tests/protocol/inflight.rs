@@ -136,7 +136,7 @@ fn regions_that_cannot_be_used_are_refused() {
         ("no bytes", inflight(0, 0, 2, 8), file.as_fd()),
         ("an offset inside a page", inflight(SPLIT, 64, 2, 8), file.as_fd()),
         ("an offset at the end", inflight(SPLIT, 0x3000, 2, 8), file.as_fd()),
-        ("an offset past the end of the address space", inflight(SPLIT, u64::MAX & !0xfff, 2, 8), file.as_fd()),
+        ("an offset past the end of the address space", inflight(SPLIT, 0xffff_ffff_ffff_f000, 2, 8), file.as_fd()),
         ("more bytes than the file has", inflight(0x3001, 0, 4, 1024), file.as_fd()),
         ("all bytes of the address space", inflight(u64::MAX, 0, 4, 1024), file.as_fd()),
         ("a file that cannot be written", good.clone(), read_only.as_fd()),

@@ -53,9 +53,9 @@ fn serve(setup: &VringSetup, table: &Arc<MemTable>, record: &InflightRegion) -> 
     while ring.take_recovered(&mut guest, &mut chain) {
         heads.push(chain.head());
     }
-    assert!(heads.len() <= SIZE.into());
+    assert!(heads.len() <= usize::from(SIZE));
     for _ in 0..ring.available().unwrap_or(0) {
-        if heads.len() == SIZE.into() || !ring.take(&mut guest, &mut chain).unwrap_or(false) {
+        if heads.len() == usize::from(SIZE) || !ring.take(&mut guest, &mut chain).unwrap_or(false) {
             break;
         }
         heads.push(chain.head());

@@ -39,7 +39,7 @@ pub struct Statistics {
     pub flush_nanoseconds: u64,
     /// Commands that were aborted because they took too long.
     pub aborts: u64,
-    /// Requests submitted again after a device reset.
+    /// Requests submitted again after a device reset, or for the process before this one.
     pub resubmitted: u64,
     /// Device resets because of overdue commands or a failed device.
     pub recoveries: u64,

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!  take ───▶ marked ───▶ (device) ───▶ pushed ───▶ published ───▶ unmarked
-//!            └────────── after a crash: submitted again ┘└ never again ┘
+//!            └─ after a crash: submitted again ─┘└──── never again ────┘
 //! ```
 //! The order of the stores is all that a crash of the process needs, because its stores remain. So no step needs a fence. The
 //! front-end may write the record at any time: recovery reads each value once and checks it, and nothing else reads it.

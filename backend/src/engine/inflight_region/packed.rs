@@ -161,13 +161,15 @@ impl PackedMarks {
         self.free_head
     }
 
-    /// The `n`th descriptor of the next chain, as it was read from the ring. It is written to an entry that is still free.
+    /// Copies the next descriptor of a chain, as it was read from the ring, to `entry`, which is still free. Returns the entry of
+    /// the one after it. The first is at [`Self::next_entry`].
     #[inline]
-    pub(in crate::engine) fn note(&mut self, n: u16, [addr, rest]: Descriptor) {
-        self.noted = if n == 0 { self.free_head } else { self.next[usize::from(self.noted)] };
-        let entry = usize::from(self.noted);
-        self.entries.write_word(entry, REST, rest.rotate_left(32));
-        self.entries.write_word(entry, ADDR, addr);
+    pub(in crate::engine) fn note(&mut self, entry: u16, [addr, rest]: Descriptor) -> u16 {
+        let index = usize::from(entry);
+        self.entries.write_word(index, REST, rest.rotate_left(32));
+        self.entries.write_word(index, ADDR, addr);
+        self.noted = entry;
+        self.next[index]
     }
 
     /// The chain noted, of `entries` descriptors, has been taken. It is marked before anything is done for it.
@@ -194,14 +196,15 @@ impl PackedMarks {
     /// The flags that publish the batch will be written next. The ring's used position is `used` afterwards.
     #[inline]
     pub(in crate::engine) fn before_publish(&mut self, used: Position) {
-        let before = self.free_head;
+        let mut free = self.free_head;
         for &entry in &self.batch {
             let last = self.last[usize::from(entry)];
-            self.next[usize::from(last)] = self.free_head;
-            self.memory.write_u16(at(last) + NEXT, self.free_head);
-            self.free_head = entry;
+            self.next[usize::from(last)] = free;
+            self.memory.write_u16(at(last) + NEXT, free);
+            free = entry;
         }
-        self.set_free(self.free_head, before);
+        let before = std::mem::replace(&mut self.free_head, free);
+        self.set_free(free, before);
         self.set_used(used, self.used);
         self.used = used;
     }

@@ -249,6 +249,22 @@ fn a_stop_during_the_recovery_waits_for_all_of_it_and_leaves_no_mark() {
 }
 
 #[test]
+fn a_stop_before_the_ring_is_enabled_does_what_was_in_flight_and_nothing_else() {
+    for layout in BOTH {
+        let (process, mut guest, _) = with_four_in_flight(layout);
+        let (next, setup) = process.successor(64, &mut guest);
+        next.rig.engine.start_ring(setup).unwrap();
+        guest.request(IN, 9);
+
+        next.rig.disk.resume();
+        let base = next.rig.engine.stop_ring(0).unwrap();
+
+        assert_eq!(base, Some(if layout == Layout::Split { 6 } else { 0x8012_8012 }));
+        assert_eq!(guest.used().len(), 4);
+    }
+}
+
+#[test]
 fn a_record_that_contradicts_the_ring_fails_the_ring() {
     for layout in BOTH {
         let (process, mut guest, _) = with_four_in_flight(layout);

@@ -205,13 +205,14 @@ impl PackedRing {
         // Only the first descriptor's flags tell availability, because the driver writes them last (virtio 1.2 §2.8.21). They
         // are not read again.
         let mut marks = self.marks.as_mut();
+        let mut free = marks.as_ref().map_or(0, |marks| marks.next_entry());
         let entry = |n| {
             let mut words = descriptors.read(start.advance(n, size).slot.into());
             if n == 0 {
                 words = with_flags(words, flags);
             }
             if let Some(marks) = &mut marks {
-                marks.note(n, words);
+                free = marks.note(free, words);
             }
             PackedDescriptor::from_words(words)
         };
@@ -249,7 +250,11 @@ impl PackedRing {
     #[inline]
     fn note<const N: usize>(&mut self, head: Head, descriptors: [[u64; 2]; N]) -> Head {
         let Some(marks) = &mut self.marks else { return head };
-        (0..).zip(descriptors).for_each(|(n, descriptor)| marks.note(n, descriptor));
+        // By reference and index: the compiler unrolls it, and keeps the descriptors in registers.
+        let mut entry = marks.next_entry();
+        for descriptor in &descriptors {
+            entry = marks.note(entry, *descriptor);
+        }
         head.recorded_at(marks.next_entry())
     }
 

@@ -51,7 +51,7 @@ fn write_packed(region: &InflightRegion) {
     let (mut marks, _) = PackedMarks::start(region, ring).unwrap().unwrap();
     for descriptors in [&[0_u64][..], &[0], &[1, 0]] {
         let len = u16::try_from(descriptors.len()).unwrap();
-        (0..).zip(descriptors).for_each(|(n, flags)| marks.note(n, [0, flags << 48]));
+        descriptors.iter().fold(marks.next_entry(), |entry, flags| marks.note(entry, [0, flags << 48]));
         marks.take(len);
     }
     marks.push(1);
@@ -124,7 +124,7 @@ fn a_hostile_packed_record_is_refused_or_resumed_consistently() {
             let mut heads: Vec<_> = plan.requests.iter().map(|request| request.entry).collect();
             for _ in plan.taken..SIZE {
                 heads.push(marks.next_entry());
-                marks.note(0, [0; 2]);
+                marks.note(marks.next_entry(), [0; 2]);
                 marks.take(1);
             }
             prop_assert!(distinct(heads.clone()));

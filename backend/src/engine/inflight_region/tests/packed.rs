@@ -191,8 +191,8 @@ fn the_bytes_of_another_writer_are_understood_and_continued() {
 
     let (mut marks, plan) = PackedMarks::start(&region, ring).unwrap().unwrap();
     assert_eq!(plan.requests, [PackedRequest { entry: 0, descriptors: vec![[0x100_0000, 0x80_1234 << 32 | 0x200]] }]);
-    marks.note(0, [0x200_0000, 0x80_5678 << 32 | 0x400]);
     let taken = marks.next_entry();
+    marks.note(taken, [0x200_0000, 0x80_5678 << 32 | 0x400]);
     marks.take(1);
     marks.push(0);
     marks.before_publish(Position { slot: 0, wrap: false });
