@@ -19,7 +19,7 @@ pub struct FdNumber(pub u32);
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Description {
-    /// [`VERSION`].
+    /// [`Self::VERSION`].
     pub version: u32,
     /// When requests began to wait, in ns of CLOCK_MONOTONIC.
     pub paused_at: u64,
