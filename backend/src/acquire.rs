@@ -5,14 +5,16 @@
 //!                             └ the kernel's answer on snooping    └ probe of the No Snoop bit
 //! ```
 
+pub mod hand_over;
+
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::coherency::{CacheOps, Facts, NoSnoop, Personality, Policy, Refusal, Verdict, decide};
-use crate::iommu::{LiveSpace, PageTable, Snoop};
+use crate::iommu::{HandOverError, LiveSpace, PageTable, Snoop};
 use crate::sys::{CacheLines, Instruction, Ioas, Iommufd};
-use crate::vfio::{Attached, Opened, PciAddress, VfioError, no_snoop, open_iommufd};
+use crate::vfio::{Attached, NotAnAddress, Opened, PciAddress, VfioError, no_snoop, open_iommufd};
 
 /// A function that this process owns, attached to an empty address space.
 pub struct AcquiredFunction {
@@ -52,6 +54,29 @@ pub enum AcquireError {
     /// The verdict is a refusal.
     #[error("{0}: {1}")]
     Refused(PciAddress, Refusal),
+    /// The description of a function that is handed over does not name one.
+    #[error(transparent)]
+    Address(NotAnAddress),
+    /// The address space cannot be handed over, or not be accepted.
+    #[error("{address}: hand over the address space: {source}")]
+    HandOver {
+        /// The function.
+        address: PciAddress,
+        /// Why not.
+        source: HandOverError,
+    },
+    /// The successor of a hand-over would treat the caches in another way.
+    #[error(
+        "{address}: its DMA was {before} and would now be {now}; give the same --no-snoop, or restart instead of handing over"
+    )]
+    AnotherVerdict {
+        /// The function.
+        address: PciAddress,
+        /// The predecessor's verdict.
+        before: Verdict,
+        /// The successor's.
+        now: Verdict,
+    },
 }
 
 impl AcquiredFunction {

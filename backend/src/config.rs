@@ -1,6 +1,7 @@
 //! The command line. It follows QEMU's conventions for vhost-user programs (docs/interop/vhost-user.rst, "Backend program
 //! conventions").
 
+use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -12,6 +13,7 @@ use rustix::net::SocketAddrUnix;
 
 use crate::coherency::Policy;
 use crate::engine::WatchdogOptions;
+use crate::handover::Terms;
 use crate::passthrough::BarAccess;
 use crate::vfio::{NotAnAddress, PciAddress};
 
@@ -66,6 +68,15 @@ pub struct Config {
     /// ID of the function's device in QEMU [default: the vfio-user-pci that uses the socket, or the only one]
     #[arg(long, value_name = "ID", requires = "qmp_socket")]
     pub qmp_device: Option<String>,
+    /// Listen for a successor on this UNIX socket, which goes on where this process stops (see README)
+    #[arg(long, value_name = "PATH", conflicts_with = "vfio_user")]
+    pub handover_socket: Option<PathBuf>,
+    /// Go on where the process stops that listens on this socket; its front-end notices nothing
+    #[arg(long, value_name = "PATH", conflicts_with = "vfio_user")]
+    pub takeover: Option<PathBuf>,
+    /// The same, with an inherited connection to it; used by a process that starts its successor on SIGUSR2
+    #[arg(long, value_name = "FDNUM", conflicts_with_all = ["vfio_user", "takeover"], hide = true)]
+    pub takeover_fd: Option<RawFd>,
     /// How long an idle worker polls before it sleeps, in microseconds
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub poll_us: u32,
@@ -90,6 +101,15 @@ pub enum DeviceArg {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}; or emulated[:NAME=VALUE,…]")]
 pub struct NotADevice(NotAnAddress);
+
+impl fmt::Display for DeviceArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pci(address) => write!(f, "{address}"),
+            Self::Emulated(options) => write!(f, "emulated:{options}"),
+        }
+    }
+}
 
 impl FromStr for DeviceArg {
     type Err = NotADevice;
@@ -194,6 +214,20 @@ QEMU:
   -device vhost-user-blk-pci,chardev=c0,num-queues=N";
 
 impl Config {
+    /// What a successor must have in common with this process; `None` without a device.
+    #[must_use]
+    pub fn terms(&self) -> Option<Terms> {
+        let value = self.no_snoop.to_possible_value()?;
+        Some(Terms {
+            device: self.device.as_ref()?.to_string(),
+            queues: self.queue_count(),
+            namespace: self.namespace,
+            read_only: self.read_only,
+            no_snoop: value.get_name().to_owned(),
+            kvm_socket: self.kvm_socket.clone(),
+        })
+    }
+
     /// How long an idle worker polls before it sleeps.
     #[must_use]
     pub fn spin(&self) -> Duration {

@@ -88,6 +88,14 @@ pub trait AddressSpace: Send + Sync {
     /// # Errors
     /// See [`MapError`].
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError>;
+    /// Takes over the mapping of `region` from a process that has handed this address space over. By default nothing was handed
+    /// over, and this is [`Self::add`].
+    ///
+    /// # Errors
+    /// See [`MapError`].
+    fn inherit(&self, region: &Arc<Region>) -> Result<(), MapError> {
+        self.add(region)
+    }
     /// Unmaps `region`. No DMA to it may be in flight.
     ///
     /// # Errors
@@ -221,6 +229,14 @@ pub enum MapError {
         /// The errno.
         source: io::Error,
     },
+    /// Another process is taking the address space over, or has done so.
+    #[error(
+        "map {span} for DMA: the address space is being handed over to another process; what it has mapped cannot change now"
+    )]
+    HandOver {
+        /// The range to map.
+        span: Span<Iova>,
+    },
     /// Memory for the driver cannot be allocated.
     #[error("allocate {bytes} bytes of DMA memory: {source}")]
     Allocate {
@@ -229,6 +245,15 @@ pub enum MapError {
         /// The errno.
         source: io::Error,
     },
+}
+
+/// Proof that another process owns the device and its address space now.
+pub struct LeftToSuccessor(());
+
+impl LeftToSuccessor {
+    pub(crate) fn new() -> Self {
+        Self(())
+    }
 }
 
 /// Memory of this process that is mapped for the device. Dropping it unmaps it, so the device must not use it any more (queue

@@ -9,10 +9,11 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
 
 use program::origin::DeviceSpec;
-use program::{block, limits, whole};
+use program::{Signals, block, limits, takeover, whole};
 use vhost_device_vfio::config::{Command, Config};
 use vhost_device_vfio::emulated::EmulatedError;
 use vhost_device_vfio::inspect::{Report, list, list_json};
+use vhost_device_vfio::service_manager::Passed;
 use vhost_device_vfio::socket::Listen;
 use vhost_device_vfio::sys::signal_fd;
 use vhost_device_vfio::vhost_user::capabilities;
@@ -43,8 +44,14 @@ fn main() -> ExitCode {
 fn run(config: &Config) -> Result<()> {
     // Before any thread is started, so that all threads inherit the blocked signals.
     let stop = signal_fd(&[libc::SIGTERM, libc::SIGINT]).context("catch SIGTERM and SIGINT")?;
+    let upgrade = signal_fd(&[libc::SIGUSR2]).context("catch SIGUSR2")?;
+    let signals = Signals { stop, upgrade };
     limits::raise_open_files();
-    let listen = listen(config)?;
+    if let Some(link) = takeover::link(config)? {
+        return takeover::serve(config, link, signals);
+    }
+    let passed = Passed::take().context("take what the service manager has stored")?;
+    let listen = listen(config, passed.as_ref())?;
     let Some(device) = &config.device else { bail!("no device; give --device DOMAIN:BUS:DEVICE.FUNCTION") };
     let spec = DeviceSpec::new(device)?;
     // Before the device is opened or a backing file is created: a wrong path must not cost a controller reset.
@@ -52,19 +59,23 @@ fn run(config: &Config) -> Result<()> {
     let source = spec.open()?;
     log::info!("{endpoint}");
     if config.vfio_user {
-        whole::serve(config, &source, endpoint, &stop)
+        whole::serve(config, &source, endpoint, &signals.stop)
     } else {
-        block::serve(config, &source, endpoint, stop)
+        let stored = passed.and_then(|passed| passed.stored);
+        block::serve(config, &source, endpoint, stored, signals)
     }
 }
 
 /// The socket to serve: a path, a descriptor, or the one passed by systemd.
-fn listen(config: &Config) -> Result<Listen> {
+fn listen(config: &Config, passed: Option<&Passed>) -> Result<Listen> {
     match (&config.socket_path, config.fd) {
         (Some(path), _) => Ok(Listen::Path(path.clone())),
         (None, Some(number)) => Ok(Listen::inherited(number)?),
-        (None, None) => Listen::activated()?
-            .ok_or_else(|| anyhow!("no socket; give --socket-path or --fd, or start it by a systemd socket unit")),
+        (None, None) => {
+            let none = || anyhow!("no socket; give --socket-path or --fd, or start it by a systemd socket unit");
+            let passed = passed.ok_or_else(none)?;
+            Ok(Listen::activated(&passed.sockets, &passed.count)?)
+        }
     }
 }
 

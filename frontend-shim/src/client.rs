@@ -150,6 +150,19 @@ impl Client {
         Ok((client, reply.status))
     }
 
+    /// Number of the last request, for [`Self::resume`].
+    #[must_use]
+    pub fn serial(&self) -> u32 {
+        self.serial
+    }
+
+    /// Goes on with a connection that another process has handed over, after its request number `serial`. Registrations on it
+    /// last, because the connection never ends.
+    #[must_use]
+    pub fn resume(path: &Path, timeout: Duration, socket: OwnedFd, serial: u32) -> Self {
+        Self { path: path.into(), timeout, serial, socket: Some(socket) }
+    }
+
     /// Registers a device whose DMA always snoops the caches, before it can access guest memory. When this returns, discards
     /// of guest memory have no effect.
     ///

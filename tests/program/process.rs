@@ -45,7 +45,8 @@ impl Process {
         Self::spawn(shell, arguments)
     }
 
-    fn spawn(mut command: Command, arguments: &[&str]) -> Self {
+    /// Runs `command`, which executes the program.
+    pub(crate) fn spawn(mut command: Command, arguments: &[&str]) -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().to_str().unwrap();
         command.args(arguments.iter().map(|argument| argument.replace("DIR", path)));
@@ -102,6 +103,11 @@ impl Process {
 
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.path("log")).unwrap()
+    }
+
+    /// The number of its descriptors and of its threads.
+    pub(crate) fn usage(&self) -> [usize; 2] {
+        ["fd", "task"].map(|kind| std::fs::read_dir(format!("/proc/{}/{kind}", self.child.id())).unwrap().count())
     }
 
     /// Its limits, as in proc(5).

@@ -132,6 +132,32 @@ fn a_backend_registers_again_with_a_running_vm_after_it_was_killed() {
 }
 
 #[test]
+fn a_registration_outlives_the_backend_that_hands_over() {
+    let mut vmm = TestVmm::start();
+    let socket = vmm.socket();
+    let start = |process: &[&str]| Process::start(&[process, &["--kvm-socket", &socket, "--queues", "2"]].concat());
+    let device = "emulated:file=DIR/disk,create=on,size=1M";
+    let mut first = start(&["--socket-path", "DIR/socket", "--handover-socket", "DIR/handover", "--device", device]);
+    first.wait_until("a successor can connect", |first| first.log().contains("successors may connect"));
+    let mut client = first.client();
+    client.write(0, &[1; 512]).unwrap();
+    assert_eq!(vmm.status().registered, 1);
+
+    let handover = first.path("handover").display().to_string();
+    let same = device.replace("DIR/disk", first.path("disk").to_str().unwrap());
+    let mut second = start(&["--takeover", &handover, "--device", &same]);
+    let output = first.wait_for_exit();
+
+    assert!(output.status.success() && !output.log.contains("unregistered"), "{}", output.log);
+    assert_eq!(vmm.status().registered, 1, "{}", second.log());
+    assert!(!vmm.can_discard_memory());
+    client.write(8, &[1; 512]).unwrap();
+    drop(client);
+    second.wait_until("it is unregistered", |second| second.log().contains("unregistered"));
+    assert_eq!(vmm.status().registered, 0);
+}
+
+#[test]
 fn a_backend_survives_the_death_of_the_vm() {
     let mut vmm = TestVmm::start();
     let mut process = serve(&vmm);

@@ -6,6 +6,7 @@
 //!   └──────────┴─────────┴── SIGKILL at a random time ──────┘     then the disk is inspected, and the next life begins
 //! ```
 
+mod background;
 mod life;
 mod load;
 mod report;
@@ -25,6 +26,7 @@ use crate::random::Random;
 use life::Life;
 use load::Load;
 
+pub use background::Background;
 pub use report::Report;
 
 /// What to do.

@@ -23,8 +23,10 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// What the probe of the Enable No Snoop bit has found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NoSnoop {
     /// Enable No Snoop is hardwired to zero: the function never sets the attribute (PCIe 6.0 §7.5.3.4).
     NeverSet,
@@ -35,7 +37,7 @@ pub enum NoSnoop {
 }
 
 /// Why the bit cannot be relied on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NotOurs {
     /// A virtual function: its bit is reserved, and the physical function's bit applies (PCIe 6.0 §9.3.5.4).
     VirtualFunction,
@@ -48,7 +50,7 @@ pub enum NotOurs {
 }
 
 /// `--no-snoop`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Policy {
     /// Keep the bit clear if possible, else flush.
     #[default]
@@ -62,7 +64,7 @@ pub enum Policy {
 }
 
 /// How the device is given to the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Personality {
     /// A: this process drives the device.
     Mediated,
@@ -73,7 +75,7 @@ pub enum Personality {
 }
 
 /// The CPU's instruction for user space to write back and invalidate a cache line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CacheOps {
     /// x86 CLFLUSHOPT.
     ClflushOpt,
@@ -86,7 +88,7 @@ pub enum CacheOps {
 }
 
 /// The input of the decision.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
     /// The IOMMU forces every transaction of the device to snoop.
     pub snoop_enforced: bool,

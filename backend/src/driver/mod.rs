@@ -8,7 +8,10 @@ pub mod nvme;
 
 use std::os::fd::BorrowedFd;
 
+use serde::{Deserialize, Serialize};
+
 use crate::addr::{Iova, Span};
+use crate::hardware::LeftToSuccessor;
 
 /// The properties of the disk that its user can see.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -114,6 +117,21 @@ pub struct Completion {
     pub tag: u32,
     /// How it ended.
     pub outcome: Outcome,
+}
+
+/// The disk as its user has come to know it: what a successor that takes the device over must find and keep.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskState {
+    /// Serial number, ASCII without padding.
+    pub serial: String,
+    /// Namespace identifier.
+    pub namespace: u32,
+    /// NGUID and EUI64, each zero if the namespace has none.
+    pub identifiers: ([u8; 16], [u8; 8]),
+    /// Size of a logical block, bytes.
+    pub block_size: u32,
+    /// The last setting made by [`Driver::set_write_cache`], if any.
+    pub write_cache: Option<bool>,
 }
 
 /// How many bytes of a buffer list one command can transfer, and by which method.
@@ -246,6 +264,28 @@ pub trait Driver: Send {
     fn removal_request(&self) -> Option<BorrowedFd<'_>>;
     /// Stops the device and closes it, so that the host can unbind it. All queues must have been dropped.
     fn release(&mut self);
+    /// What a successor must find and keep; `None` if there is no device that could be handed over.
+    fn disk_state(&self) -> Option<DiskState> {
+        None
+    }
+    /// Stops all DMA and all interrupts, so that another process can drive the device, and frees the queues' memory. The device
+    /// stays acquired. All queues must have been dropped. [`Self::recover`] brings it up again.
+    ///
+    /// # Errors
+    /// The device cannot be stopped; the caller should [`Self::recover`].
+    fn quiesce(&mut self) -> anyhow::Result<()> {
+        anyhow::bail!("this driver cannot hand its device over")
+    }
+    /// After [`Self::quiesce`], and after another process has driven the device and ended: stops the device, in whatever state
+    /// it is. The caller then has that process's memory unmapped, and calls [`Self::recover`].
+    ///
+    /// # Errors
+    /// The device cannot be stopped.
+    fn resume(&mut self) -> anyhow::Result<()> {
+        Ok(())
+    }
+    /// Ends the driver after [`Self::quiesce`], without any access to the device: another process drives it.
+    fn leave(self: Box<Self>, _left: &LeftToSuccessor) {}
     /// Turns the volatile write cache on or off; [`Self::recover`] keeps the setting. Turning it off does not make
     /// earlier writes durable.
     ///

@@ -67,7 +67,10 @@ pub(super) struct Controller {
 
 impl Controller {
     pub(super) fn new(options: Options, iommu: SoftIommu) -> Result<Self, EmulatedError> {
-        let (store, size) = Store::open(&options.medium, options.size)?;
+        let (store, size) = match &options.adopted {
+            Some(file) => Store::adopt(Arc::clone(file), options.size)?,
+            None => Store::open(&options.medium, options.size)?,
+        };
         let blocks = size / u64::from(options.lba);
         if blocks == 0 || !size.is_multiple_of(options.lba.into()) {
             let wanted = "a file of whole logical blocks, at least one";

@@ -1,5 +1,6 @@
 //! The PCI side: configuration space, BAR 0, vectors, bus master and reset, as `vfio-pci` presents them.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -12,6 +13,7 @@ use super::config::{BUS_MASTER, Config, MEMORY_SPACE};
 use super::controller::Controller;
 use super::fault::Fault;
 use super::iommu::SoftIommu;
+use super::medium::Store;
 use super::register_file::Layout;
 use super::registers::Bar;
 use super::traffic::Traffic;
@@ -43,6 +45,14 @@ impl EmulatedFunction {
         let config = Config::new(layout.size, layout.table, vectors, no_snoop);
         controller.iommu.set_no_snoop(config.no_snoop());
         Ok(Self { controller, layout, vectors, config: Mutex::new(config), worker, removal: Mutex::default() })
+    }
+
+    pub(super) fn medium_file(&self) -> Option<Arc<File>> {
+        self.controller.store.file()
+    }
+
+    pub(super) fn stores_data(&self) -> bool {
+        !matches!(self.controller.store, Store::Null)
     }
 
     pub(super) fn traffic(&self) -> Traffic {

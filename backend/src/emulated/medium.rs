@@ -36,7 +36,7 @@ pub enum Medium {
 pub(super) enum Store {
     Memory(SharedMemory),
     Null,
-    File(File),
+    File(Arc<File>),
 }
 
 const CHUNK: usize = 4096;
@@ -69,9 +69,25 @@ impl Store {
                 }
                 flock(&file, FlockOperation::NonBlockingLockExclusive)
                     .map_err(|errno| failed("lock (is another process using it?)")(errno.into()))?;
-                Ok((Self::File(file), found))
+                Ok((Self::File(Arc::new(file)), found))
             }
         }
+    }
+
+    /// The medium in a file that another process has opened and locked. Returns its size in bytes.
+    pub(super) fn adopt(file: Arc<File>, size: u64) -> Result<(Self, u64), EmulatedError> {
+        let path = PathBuf::from("(handed over)");
+        let found = match file.metadata() {
+            Ok(metadata) => metadata.len(),
+            Err(source) => return Err(EmulatedError::File { path, operation: "stat", source }),
+        };
+        let fits = size == 0 || size == found;
+        if fits { Ok((Self::File(file), found)) } else { Err(EmulatedError::FileSize { path, wanted: size, found }) }
+    }
+
+    /// The open file, for another process.
+    pub(super) fn file(&self) -> Option<Arc<File>> {
+        if let Self::File(file) = self { Some(Arc::clone(file)) } else { None }
     }
 
     fn create(path: &Path, size: u64, sparse: bool) -> io::Result<File> {

@@ -47,6 +47,7 @@ mod whole;
 mod wire;
 mod worker;
 
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -190,6 +191,18 @@ impl Machine {
     #[must_use]
     pub fn whole_function(&self) -> Arc<dyn WholeFunction> {
         Arc::clone(&self.function) as Arc<dyn WholeFunction>
+    }
+
+    /// The open file of the medium, for a process that takes the drive over; see [`Options::adopted`]. `None` if there is none.
+    #[must_use]
+    pub fn medium_file(&self) -> Option<Arc<File>> {
+        self.function.medium_file()
+    }
+
+    /// True if the medium keeps what is written to it.
+    #[must_use]
+    pub fn stores_data(&self) -> bool {
+        self.function.stores_data()
     }
 
     /// The function's DMA address space.

@@ -1,8 +1,10 @@
 //! Options of the emulated function, set from Rust or parsed from text such as
 //! `size=4G,lba=4096,queues=2,medium=null,mode=threaded`.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::addr::{Iova, Span};
@@ -37,6 +39,8 @@ pub struct Options {
     pub doorbell_stride: u8,
     /// Storage of the disk's blocks.
     pub medium: Medium,
+    /// The open file of the medium, which another process hands over; it is locked, so it is not opened again.
+    pub adopted: Option<Arc<File>>,
     /// True if the controller has a volatile write cache, which is then enabled by default.
     pub volatile_cache: bool,
     /// When commands run.
@@ -74,6 +78,7 @@ impl Default for Options {
             sgl: false,
             doorbell_stride: 0,
             medium: Medium::Memory,
+            adopted: None,
             volatile_cache: true,
             mode: Mode::Inline,
             latency: Duration::ZERO,

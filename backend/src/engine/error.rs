@@ -96,6 +96,9 @@ pub enum EngineError {
         /// The cause.
         source: anyhow::Error,
     },
+    /// Requests in flight did not complete in time.
+    #[error("requests in flight have not completed within {0:?}: the drive is slow, is being reset, or is away")]
+    Busy(std::time::Duration),
     /// A worker thread has panicked; the panic message is in the log.
     #[error("worker {0} has ended")]
     WorkerGone(usize),

@@ -22,6 +22,7 @@
 mod data_path;
 mod error;
 pub mod guest_memory;
+mod hold;
 mod inflight_policy;
 pub mod inflight_region;
 mod live_geometry;
@@ -45,6 +46,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::event::{EventfdFlags, eventfd};
 
 pub use error::EngineError;
+pub use hold::Held;
 pub use inflight_region::InflightRegion;
 pub use live_geometry::LiveGeometry;
 pub use recovery::WatchdogOptions;

@@ -65,6 +65,12 @@ impl Ledger {
     }
 }
 
+/// The spans as text.
+pub(super) fn list(spans: &[Span<Iova>]) -> String {
+    let words: Vec<_> = spans.iter().map(|span| format!("{}-{}", span.start(), span.last())).collect();
+    words.join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

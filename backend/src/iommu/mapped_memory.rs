@@ -12,6 +12,9 @@ use crate::addr::{Address, Bytes, Iova, Span};
 use crate::hardware::{MapError, SpaceStatistics};
 use crate::rate_limited_log::SharedLog;
 
+/// The largest piece mapped in the kernel's address space by one call, in bytes.
+pub(super) const CHUNK: u64 = 1 << 30;
+
 /// See the top of this file.
 pub struct MappedMemory {
     sequence: Sequence,
@@ -78,6 +81,24 @@ impl MappedMemory {
                 Err(error) => self.problems.error(|| format!("unmap {span}: {error}; it stays mapped")),
             }
         }
+    }
+
+    /// Enters one piece that another process has mapped. It overlaps no other.
+    pub(super) fn inherit(&self, piece: Span<Iova>) {
+        self.ledger().insert(piece);
+    }
+
+    /// Flushes memory that another process has mapped, and of which the caches may hold something.
+    ///
+    /// # Errors
+    /// The view has other pages than those pinned.
+    pub(super) fn flush_inherited(&self, steps: &dyn Steps, whole: Piece<'_>) -> Result<(), Failed> {
+        self.sequence.flush_mapped(steps, whole)
+    }
+
+    /// Removes the entry of one piece that [`Self::inherit`] has entered.
+    pub(super) fn forget(&self, piece: Span<Iova>) {
+        self.ledger().remove(piece);
     }
 
     fn mapped_pieces(&self, whole: Span<Iova>) -> Vec<Span<Iova>> {

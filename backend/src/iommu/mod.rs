@@ -13,10 +13,14 @@
 //! A region is mapped in pieces because the kernel cannot split a mapping. A piece has at most 1 GiB, the largest IOMMU page.
 
 mod flusher;
+mod hand_over;
+mod hand_over_state;
+mod handed_over;
 mod ledger;
 mod mapped_memory;
 mod page_table;
 mod sequence;
+mod space_description;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -31,18 +35,16 @@ pub use flusher::flush;
 pub use mapped_memory::MappedMemory;
 pub use page_table::{PageTable, Snoop};
 pub use sequence::{Piece, Space, Steps};
+pub use space_description::{HandOverError, MappedRange, MappedRegion, SpaceDescription, StagingDescription};
 
 use crate::addr::{Iova, Span};
 use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError, SpaceStatistics};
 use crate::memory::Region;
 use crate::sys::{CacheLines, Cdev, HwptId, Ioas, Iommufd, SharedMemory};
+use hand_over_state::HandOver;
+use ledger::list;
+use mapped_memory::CHUNK;
 use sequence::Failed;
-
-/// The largest piece mapped by one call, in bytes.
-const CHUNK: u64 = 1 << 30;
-/// The last IOVA of the driver's own buffers. AMD-Vi reports 64 bits of addresses but cannot map the highest. Every IOMMU page
-/// table of the kernel covers 47 bits.
-const LAST_BUFFER_IOVA: Iova = Iova((1 << 47) - 1);
 
 /// The address space of one device. Its buffers keep it alive.
 #[derive(Clone)]
@@ -57,6 +59,7 @@ struct Live {
     mapped: MappedMemory,
     /// While the device is released: the ranges it allowed. The kernel allows any range then.
     released_ranges: Mutex<Option<Vec<Span<Iova>>>>,
+    hand_over: HandOver,
 }
 
 /// What flushing needs.
@@ -102,9 +105,11 @@ impl LiveSpace {
     }
 
     fn with(table: &PageTable, staging: Option<Staging>) -> Self {
-        let (iommufd, ioas) = (Arc::clone(&table.iommufd), table.ioas.clone());
+        let (iommufd, ioas) = (Arc::clone(table.iommufd()), table.ioas.clone());
         let mapped = MappedMemory::new(staging.is_some(), CHUNK);
-        Self(Arc::new(Live { iommufd, ioas, staging, mapped, released_ranges: Mutex::default() }))
+        let hand_over = HandOver::default();
+        hand_over.attached_to(Some((table.device(), table.id())));
+        Self(Arc::new(Live { iommufd, ioas, staging, mapped, released_ranges: Mutex::default(), hand_over }))
     }
 
     /// For `device`, whose DMA may bypass the CPU caches. Memory is flushed with `lines` before the device can reach it, and
@@ -113,7 +118,7 @@ impl LiveSpace {
     /// # Errors
     /// The errno of allocating the staging page table.
     pub fn flushing(table: &PageTable, lines: CacheLines, device: Weak<Cdev>) -> io::Result<Self> {
-        let ioas = table.iommufd.alloc_ioas()?;
+        let ioas = table.iommufd().alloc_ioas()?;
         let device = Device { file: device, hwpt: table.id(), staging_table: Some(table.for_staging(&ioas)?) };
         let staging = Staging { lines, ioas, device: Mutex::new(device), flushable: Mutex::default() };
         Ok(Self::with(table, Some(staging)))
@@ -140,6 +145,7 @@ impl LiveSpace {
                 return Err(io::Error::other("the front-end has truncated its memory, so it cannot be flushed"));
             }
         }
+        self.0.hand_over.attached_to(Some((table.device(), table.id())));
         *self.0.released_ranges() = None;
         Ok(())
     }
@@ -221,6 +227,21 @@ impl Live {
         Ok(())
     }
 
+    /// Unmaps `region` by `unmap`, unless another process keeps it mapped.
+    fn remove_region(
+        &self,
+        region: &Region,
+        unmap: impl FnOnce(&Self, Piece<'_>) -> Result<(), MapError>,
+    ) -> Result<(), MapError> {
+        if self.keeps_mapped(region) {
+            return Ok(());
+        }
+        let whole = whole(region);
+        self.remove_mapping(whole, || unmap(self, whole))?;
+        self.hand_over.unmapped(whole.span);
+        Ok(())
+    }
+
     /// The ranges that this address space allows now. Queried each time, because attaching a device narrows them.
     fn allowed(&self, about: Span<Iova>) -> Result<Vec<Span<Iova>>, MapError> {
         if let Some(ranges) = &*self.released_ranges() {
@@ -253,6 +274,9 @@ fn whole(region: &Region) -> Piece<'_> {
 impl AddressSpace for LiveSpace {
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
         let live = &*self.0;
+        if live.adopt(region)? {
+            return Ok(());
+        }
         let whole = whole(region);
         let allowed = live.allowed(whole.span)?;
         if !allowed.iter().any(|range| range.covers(&whole.span)) {
@@ -262,17 +286,17 @@ impl AddressSpace for LiveSpace {
         if let Some(taken) = taken {
             return Err(MapError::Overlap { span: whole.span, taken });
         }
-        live.add_mapping(whole)
+        live.add_mapping(whole)?;
+        live.hand_over.mapped(region);
+        Ok(())
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
-        let (live, whole) = (&*self.0, whole(region));
-        live.remove_mapping(whole, || live.mapped.remove(live, whole))
+        self.0.remove_region(region, |live, whole| live.mapped.remove(live, whole))
     }
 
     fn remove_while_idle(&self, region: &Region) -> Result<(), MapError> {
-        let (live, whole) = (&*self.0, whole(region));
-        live.remove_mapping(whole, || live.mapped.remove_while_idle(live, whole))
+        self.0.remove_region(region, |live, whole| live.mapped.remove_while_idle(live, whole))
     }
 
     fn require_flush_before_map(&self) {
@@ -285,6 +309,7 @@ impl AddressSpace for LiveSpace {
             Vec::new()
         });
         *self.0.released_ranges() = Some(ranges);
+        self.0.hand_over.attached_to(None);
         if let Some(staging) = &self.0.staging {
             let flushable = staging.flushable();
             staging.flush_all(&flushable);
@@ -321,8 +346,7 @@ impl AddressSpace for LiveSpace {
 
         let zero = Span::new(Iova(0), len as u64).ok_or(MapError::NoIova(bytes))?;
         let allowed = live.allowed(zero)?;
-        let below = |range: &Span<Iova>| Span::inclusive(range.start(), range.last().min(LAST_BUFFER_IOVA));
-        let allowed: Vec<_> = allowed.iter().filter_map(below).collect();
+        let allowed = live.room_for_buffers(&allowed, zero)?;
         let gap = live.mapped.ledger().highest_gap(&allowed, len as u64, page as u64);
         let span = gap.ok_or(MapError::NoIova(bytes))?;
         let whole = Piece { span, shared: &shared, offset: 0, file: Some((file.file().as_fd(), 0)), writable: true };
@@ -342,6 +366,9 @@ struct BufferMapping {
 impl Drop for BufferMapping {
     fn drop(&mut self) {
         let live = &*self.space;
+        if !live.unmaps_buffers() {
+            return;
+        }
         let whole = Piece { span: self.span, shared: &self.shared, offset: 0, file: None, writable: true };
         let removed = live.remove_mapping(whole, || match live.mapped.remove(live, whole) {
             // The driver frees its memory only when nothing is in flight.
@@ -352,9 +379,4 @@ impl Drop for BufferMapping {
             log::error!("{error}");
         }
     }
-}
-
-fn list(spans: &[Span<Iova>]) -> String {
-    let words: Vec<_> = spans.iter().map(|span| format!("{}-{}", span.start(), span.last())).collect();
-    words.join(", ")
 }

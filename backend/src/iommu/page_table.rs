@@ -15,9 +15,9 @@ const ECAP_SC: u64 = 1 << 7;
 
 /// One address space and its page table for one device. Destroyed on drop; the device must be detached by then.
 pub struct PageTable {
-    pub(super) iommufd: Arc<Iommufd>,
+    iommufd: Arc<Iommufd>,
     pub(super) ioas: Ioas,
-    pub(super) device: DeviceId,
+    device: DeviceId,
     hwpt: HwptId,
     snoop: Snoop,
 }
@@ -45,6 +45,19 @@ impl PageTable {
     /// The errno of the call that failed.
     pub fn new(iommufd: Arc<Iommufd>, ioas: Ioas, device: DeviceId) -> io::Result<Self> {
         let hwpt = iommufd.alloc_hwpt(device, &ioas)?;
+        Self::with(iommufd, ioas, device, hwpt)
+    }
+
+    /// The page table numbered `hwpt`, which another process has allocated for `ioas` and `device`.
+    ///
+    /// # Errors
+    /// The errno of the call that failed; ENOENT if there is no such page table.
+    pub(super) fn existing(iommufd: &Arc<Iommufd>, ioas: &Ioas, device: DeviceId, hwpt: u32) -> io::Result<Self> {
+        let hwpt = iommufd.existing_page_table(hwpt)?;
+        Self::with(Arc::clone(iommufd), ioas.clone(), device, hwpt)
+    }
+
+    fn with(iommufd: Arc<Iommufd>, ioas: Ioas, device: DeviceId, hwpt: HwptId) -> io::Result<Self> {
         let hardware = match iommufd.hw_info(device) {
             Ok(HwInfo::IntelVtd { ecap, .. }) => format!("Intel VT-d, ECAP.SC={}", u8::from(ecap & ECAP_SC != 0)),
             Ok(HwInfo::Other(kind)) => format!("IOMMU hardware type {kind}"),
@@ -59,6 +72,18 @@ impl PageTable {
     #[must_use]
     pub fn id(&self) -> HwptId {
         self.hwpt
+    }
+
+    /// The device for which it was allocated.
+    #[must_use]
+    pub fn device(&self) -> DeviceId {
+        self.device
+    }
+
+    /// The iommufd that it belongs to.
+    #[must_use]
+    pub fn iommufd(&self) -> &Arc<Iommufd> {
+        &self.iommufd
     }
 
     /// See [`Snoop`].
@@ -79,6 +104,9 @@ impl PageTable {
 
 impl Drop for PageTable {
     fn drop(&mut self) {
+        if !self.iommufd.ownership().is_ours() {
+            return;
+        }
         if let Err(error) = self.iommufd.destroy_hwpt(self.hwpt) {
             log::error!("destroy the page table: {error}; the next one that is allocated tries again");
         }

@@ -145,12 +145,20 @@ impl Sequence {
             }
         }
         steps.map(Space::Live, piece).map_err(|e| ("pin and map for DMA", e))?;
-        self.flush(steps, &self.map_bytes, piece);
-        let flushed = all_flushed(piece);
+        let flushed = self.flush_mapped(steps, piece);
         if flushed.is_err() {
             undo(steps.unmap(Space::Live, piece.span), piece.span);
         }
         flushed
+    }
+
+    /// Flushes `piece`, which is mapped already.
+    ///
+    /// # Errors
+    /// The view has other pages than those pinned.
+    pub(super) fn flush_mapped(&self, steps: &dyn Steps, piece: Piece<'_>) -> Result<(), Failed> {
+        self.flush(steps, &self.map_bytes, piece);
+        all_flushed(piece)
     }
 
     fn map_staged(&self, steps: &dyn Steps, piece: Piece<'_>) -> Result<(), Failed> {

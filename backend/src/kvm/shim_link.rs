@@ -9,6 +9,7 @@
 //! ```
 
 use std::fs::File;
+use std::io;
 use std::mem::replace;
 use std::os::fd::BorrowedFd;
 
@@ -16,6 +17,7 @@ use kvm_vfio_shim::{Client, ClientError, Reason, Registration};
 
 use super::{RegistrationError, Shim, Vmm, describe};
 use crate::coherency::Verdict;
+use crate::handover::{DescriptorError, Incoming, Outgoing, ShimState};
 use crate::rate_limited_log::SharedLog;
 use crate::sys::peer_credentials;
 
@@ -142,6 +144,26 @@ impl<'d> ShimLink<'d> {
         if let State::Waiting(Some(error)) = &self.state {
             self.state = serve_unregistered(shim, error, &self.vmm.log);
         }
+    }
+
+    /// Describes the registration, if there is a connection.
+    pub(crate) fn describe(&self, outgoing: &mut Outgoing) -> io::Result<Option<ShimState>> {
+        let State::Connected(client, handle) = &self.state else { return Ok(None) };
+        let Some(socket) = client.socket() else { return Ok(None) };
+        Ok(Some(ShimState { socket: outgoing.push(socket)?, serial: client.serial(), handle: *handle }))
+    }
+
+    /// Goes on with a registration that was handed over. Nothing is sent: the registration may still be another process's.
+    pub(crate) fn restore(
+        &mut self,
+        state: Option<&ShimState>,
+        descriptors: &mut Incoming,
+    ) -> Result<(), DescriptorError> {
+        let (Some(state), Some(shim)) = (state, &self.vmm.shim) else { return Ok(()) };
+        let socket = descriptors.take(state.socket)?;
+        let client = Client::resume(&shim.socket, Client::DEFAULT_TIMEOUT, socket, state.serial);
+        (self.state, self.new_socket) = (State::Connected(client, state.handle), true);
+        Ok(())
     }
 
     /// Unregisters the device, which must no longer reach any memory of the front-end.

@@ -5,6 +5,7 @@ use std::fmt;
 use std::fs::File;
 
 use rustix::fs::{fstat, fstatfs};
+use serde::{Deserialize, Serialize};
 
 use super::error::RegionError;
 use crate::addr::{Gpa, Span};
@@ -14,7 +15,7 @@ use crate::foreign_fd::{is_memory, name};
 const HUGETLBFS_MAGIC: i64 = 0x958458f6;
 
 /// Identity of a file. The descriptor number is no identity: QEMU sends the same memfd under several numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileId {
     device: u64,
     inode: u64,

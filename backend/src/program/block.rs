@@ -4,53 +4,152 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
-use vhost_device_vfio::coherency::decide;
+use vhost_device_vfio::coherency::{Facts, decide};
 use vhost_device_vfio::config::Config;
-use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
+use vhost_device_vfio::driver::DiskState;
+use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions, ReacquireFn};
 use vhost_device_vfio::engine::{Engine, Options};
+use vhost_device_vfio::handover::{Applicants, Incoming, Terms};
+use vhost_device_vfio::hardware::Function;
+use vhost_device_vfio::service_manager::{self, FdStore, SavedSession, Stored};
 use vhost_device_vfio::socket::Endpoint;
-use vhost_device_vfio::vhost_user::{Device, Server};
+use vhost_device_vfio::vhost_user::{Device, HandOver, Inheritance, OpenStoreFn, Server, SettleFn};
 
-use super::origin::DeviceSource;
+use super::origin::{Acquired, DeviceSource};
+use super::{OwnedFunction, Signals};
 
 /// Time-out for commands in flight when a ring is stopped or memory is removed. The device is reset after it.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Serves the drive until `stop` is readable.
+/// A drive that has been brought up, with its server.
+pub(crate) struct Disk {
+    pub(crate) server: Server,
+    name: String,
+    facts: Facts,
+}
+
+/// Serves the drive until `stop` is readable, or another process has taken it over.
 ///
 /// # Errors
 /// Why it cannot be served, or can no longer be served.
-pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, stop: OwnedFd) -> Result<()> {
-    let (owned, reacquire) = source.acquire_for_driver(config.no_snoop.into())?;
-    let (space, facts) = (Arc::clone(&owned.space), owned.facts);
-    let name = owned.function.name().to_owned();
-    let vmm = owned.vmm(config, &name);
-
-    let queues = config.queue_count();
-    let options = NvmeOptions { namespace: config.namespace, queues, read_only: config.read_only };
-    let mut nvme = Nvme::bring_up(owned.function, Arc::clone(&space), options)?;
-    // Not with a shim: KVM would have to be told of the new device file before any memory is mapped.
-    if let (Some(reacquire), None) = (reacquire, &config.kvm_socket) {
-        nvme = nvme.with_reacquire(reacquire);
+pub(crate) fn serve(
+    config: &Config,
+    source: &DeviceSource,
+    endpoint: Endpoint,
+    mut stored: Option<Stored>,
+    signals: Signals,
+) -> Result<()> {
+    let Acquired { owned, reacquire, movable } = source.acquire_for_driver(config.no_snoop.into())?;
+    let mut disk = Disk::bring_up(config, owned, reacquire, endpoint, None)?;
+    let mut applicants = applicants(config, signals.upgrade)?;
+    if let Some(path) = &config.handover_socket {
+        applicants.listen(path).with_context(|| format!("--handover-socket {}", path.display()))?;
     }
-    let options = Options {
-        rings: usize::from(queues),
-        spin: config.spin(),
-        drain_timeout: DRAIN_TIMEOUT,
-        watch: config.watchdog(),
-    };
-    let engine = Engine::start(Box::new(nvme), &space, options)?;
+    disk.server.allow_hand_over(HandOver { applicants, function: movable });
+    let terms = config.terms().context("no device")?;
+    let saved = stored.as_mut().and_then(|stored| find_saved(stored, &terms));
+    let open_store = Box::new(move || FdStore::open(terms, stored.as_ref()));
+    disk.run(signals.stop, Some(inheritance(saved, open_store)))
+}
 
-    let kib = space.statistics().mapped / 1024;
-    let mut server = Server::new(endpoint, Device { engine, space, queues, vmm })?;
-    server.notify_config_changes();
-    log::info!("serving {name} on {queues} virtqueues; {kib} KiB mapped");
-    let served = server.run(stop);
-    let Device { engine, space, vmm, .. } = server.into_device();
-    let verdict = decide(&facts).word();
-    log::info!("statistics: {} {} verdict={verdict} {}", engine.statistics(), space.statistics(), vmm.registrations());
-    engine.shut_down();
-    Ok(served?)
+/// The session that the process before has left with the service manager.
+fn find_saved(stored: &mut Stored, terms: &Terms) -> Option<(SavedSession, Incoming)> {
+    stored.session(terms).unwrap_or_else(|reason| {
+        log::warn!("{reason}; its front-end is disconnected");
+        None
+    })
+}
+
+/// Goes on with a saved session, if there is one.
+fn inheritance(saved: Option<(SavedSession, Incoming)>, open_store: OpenStoreFn) -> Inheritance {
+    let settle: SettleFn = Box::new(|restored| {
+        if let Err(error) = restored {
+            log::error!("the session of the process before: {error}; its front-end is disconnected");
+        }
+    });
+    let Some((SavedSession { live: crashed, write_cache, front_end, .. }, descriptors)) = saved else {
+        let descriptors = Incoming::default();
+        return Inheritance { front_end: None, write_cache: None, crashed: false, descriptors, settle, open_store };
+    };
+    let how = if crashed { "crashed" } else { "stopped" };
+    log::info!("going on with the front-end of the process before, which has {how}");
+    let write_cache = Some(write_cache);
+    Inheritance { front_end: Some(front_end), write_cache, crashed, descriptors, settle, open_store }
+}
+
+/// Who may take the drive over.
+pub(crate) fn applicants(config: &Config, upgrade: OwnedFd) -> Result<Applicants> {
+    let terms = config.terms().context("no device")?;
+    Applicants::new(terms, upgrade).context("prepare for a successor")
+}
+
+impl Disk {
+    /// Brings the drive up and starts the engine. It must be the disk that `before` describes.
+    ///
+    /// # Errors
+    /// Why it cannot be served.
+    pub(crate) fn bring_up(
+        config: &Config,
+        owned: OwnedFunction<dyn Function>,
+        reacquire: Option<ReacquireFn>,
+        endpoint: Endpoint,
+        before: Option<&DiskState>,
+    ) -> Result<Self> {
+        let (space, facts) = (Arc::clone(&owned.space), owned.facts);
+        let name = owned.function.name().to_owned();
+        let vmm = owned.vmm(config, &name);
+        let queues = config.queue_count();
+        let options = NvmeOptions { namespace: config.namespace, queues, read_only: config.read_only };
+        let mut nvme = Nvme::bring_up(owned.function, Arc::clone(&space), options)?;
+        before.map_or(Ok(()), |before| nvme.continue_from(before))?;
+        // Not with a shim: KVM would have to be told of the new device file before any memory is mapped.
+        if let (Some(reacquire), None) = (reacquire, &config.kvm_socket) {
+            nvme = nvme.with_reacquire(reacquire);
+        }
+        let options = Options {
+            rings: usize::from(queues),
+            spin: config.spin(),
+            drain_timeout: DRAIN_TIMEOUT,
+            watch: config.watchdog(),
+        };
+        let engine = Engine::start(Box::new(nvme), &space, options)?;
+        let kib = space.statistics().mapped / 1024;
+        let server = Server::new(endpoint, Device { engine, space, queues, vmm })?;
+        server.notify_config_changes();
+        log::info!("serving {name} on {queues} virtqueues; {kib} KiB mapped");
+        Ok(Self { server, name, facts })
+    }
+
+    /// Serves front-ends, beginning with the one that is inherited, if there is one.
+    ///
+    /// # Errors
+    /// Why the drive can no longer be served.
+    pub(crate) fn run(mut self, stop: OwnedFd, inheritance: Option<Inheritance>) -> Result<()> {
+        service_manager::ready();
+        let served = self.server.run_with(stop, inheritance);
+        self.log_statistics();
+        if let Some(successor) = self.server.successor() {
+            service_manager::main_pid(successor);
+            log::info!("{}: process {successor} serves it now", self.name);
+            // Whatever would be dropped here is the successor's: it must be neither unmapped, nor reset, nor removed. The kernel
+            // closes this process's descriptors, of which the successor has duplicates.
+            std::process::exit(0);
+        }
+        service_manager::stopping();
+        self.server.into_device().engine.shut_down();
+        Ok(served?)
+    }
+
+    fn log_statistics(&self) {
+        let Device { engine, space, vmm, .. } = self.server.device();
+        let verdict = decide(&self.facts).word();
+        log::info!(
+            "statistics: {} {} verdict={verdict} {}",
+            engine.statistics(),
+            space.statistics(),
+            vmm.registrations()
+        );
+    }
 }

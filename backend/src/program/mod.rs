@@ -3,9 +3,12 @@
 
 pub(crate) mod block;
 pub(crate) mod limits;
+pub(crate) mod movable;
 pub(crate) mod origin;
+pub(crate) mod takeover;
 pub(crate) mod whole;
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -13,6 +16,14 @@ use vhost_device_vfio::coherency::Facts;
 use vhost_device_vfio::config::Config;
 use vhost_device_vfio::hardware::AddressSpace;
 use vhost_device_vfio::kvm::{Shim, Vmm};
+
+/// The signals that this process handles, as descriptors.
+pub(crate) struct Signals {
+    /// SIGTERM and SIGINT.
+    pub(crate) stop: OwnedFd,
+    /// SIGUSR2: start the installed program, and hand over to it.
+    pub(crate) upgrade: OwnedFd,
+}
 
 /// A function that this process owns, with its address space.
 pub(crate) struct OwnedFunction<F: ?Sized> {

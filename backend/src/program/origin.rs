@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
+use vhost_device_vfio::acquire::hand_over::Served;
 use vhost_device_vfio::acquire::{AcquireError, AcquiredFunction};
 use vhost_device_vfio::coherency::{Facts, Personality, Policy, Verdict, decide};
 use vhost_device_vfio::config::DeviceArg;
@@ -14,10 +15,21 @@ use vhost_device_vfio::emulated::{Machine, Options};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::iommu::LiveSpace;
 use vhost_device_vfio::passthrough::{self, ReacquireError, Reacquired};
-use vhost_device_vfio::vfio::{PciAddress, VfioError, no_snoop};
+use vhost_device_vfio::vfio::{Attached, PciAddress, VfioError, no_snoop};
+use vhost_device_vfio::vhost_user::MovableFunction;
 use vhost_device_vfio::whole_function::WholeFunction;
 
 use super::OwnedFunction;
+use super::movable::{EmulatedDrive, VfioFunction};
+
+/// A function for a driver in this process.
+pub(crate) struct Acquired {
+    pub(crate) owned: OwnedFunction<dyn Function>,
+    /// Reacquires it after the host has had it back.
+    pub(crate) reacquire: Option<ReacquireFn>,
+    /// The same function, for a process that takes it over.
+    pub(crate) movable: Box<dyn MovableFunction>,
+}
 
 /// `--device`, parsed. Nothing has been opened.
 pub(crate) enum DeviceSpec {
@@ -54,30 +66,25 @@ impl DeviceSpec {
 }
 
 impl DeviceSource {
-    /// Acquires the function for a driver in this process. The second value reacquires it after the host has had it back.
+    /// Acquires the function for a driver in this process.
     ///
     /// # Errors
     /// Why it cannot be acquired, or cannot be served coherently.
-    pub(crate) fn acquire_for_driver(
-        &self,
-        policy: Policy,
-    ) -> Result<(OwnedFunction<dyn Function>, Option<ReacquireFn>)> {
+    pub(crate) fn acquire_for_driver(&self, policy: Policy) -> Result<Acquired> {
         match self {
             Self::Vfio(address) => {
                 let acquired = AcquiredFunction::acquire(*address)?;
                 let facts = acquired.evidence().facts(Personality::Mediated, policy, false);
                 log_verdict(address, &acquired.evidence().snoop, &facts);
                 let (function, space) = acquired.into_address_space(&facts)?;
-                let (address, former) = (*address, space.clone());
-                let function = disable_no_snoop(Arc::new(function), decide(&facts))?;
-                let reacquire: ReacquireFn = Box::new(move || reacquire(address, &former, &facts));
-                Ok((OwnedFunction { function, space: Arc::new(space), facts, file: address.cdev() }, Some(reacquire)))
+                of_attached(*address, function, space, facts)
             }
             Self::Emulated(machine) => {
                 let facts = machine.facts(policy)?;
                 let space = emulated_space(machine, &facts)?;
                 let function = disable_no_snoop(machine.function(), decide(&facts))?;
-                Ok((OwnedFunction { function, space, facts, file: None }, None))
+                let owned = OwnedFunction { function, space, facts, file: None };
+                Ok(Acquired { owned, reacquire: None, movable: Box::new(EmulatedDrive::new(machine)) })
             }
         }
     }
@@ -114,15 +121,31 @@ impl DeviceSource {
     }
 }
 
+/// What a driver in this process needs of an attached function.
+///
+/// # Errors
+/// The Enable No Snoop bit cannot be cleared.
+pub(crate) fn of_attached(address: PciAddress, function: Attached, space: LiveSpace, facts: Facts) -> Result<Acquired> {
+    let attached = Arc::new(function);
+    let served = Arc::new(Served::new(address, &attached, &space, &facts));
+    let (former, again) = (space.clone(), Arc::clone(&served));
+    let function = disable_no_snoop(attached, decide(&facts))?;
+    let reacquire: ReacquireFn = Box::new(move || reacquire(address, &former, &facts, &again));
+    let owned = OwnedFunction { function, space: Arc::new(space), facts, file: address.cdev() };
+    Ok(Acquired { owned, reacquire: Some(reacquire), movable: Box::new(VfioFunction::new(served)) })
+}
+
 /// Reacquires a function that the host has had back. The verdict must be the same as before.
-fn reacquire(address: PciAddress, space: &LiveSpace, before: &Facts) -> Result<Arc<dyn Function>> {
+fn reacquire(address: PciAddress, space: &LiveSpace, before: &Facts, served: &Served) -> Result<Arc<dyn Function>> {
     let acquired = AcquiredFunction::reacquire(address, space)?;
     let facts = acquired.evidence().facts(before.personality, before.policy, before.shim);
     let (was, verdict) = (decide(before), decide(&facts));
     if verdict != was {
         bail!("{address}: its DMA was {was} and would now be {verdict}; restart this program to serve it");
     }
-    let function: Arc<dyn Function> = Arc::new(acquired.into_former_address_space(space)?);
+    let attached = Arc::new(acquired.into_former_address_space(space)?);
+    served.replace(&attached);
+    let function: Arc<dyn Function> = attached;
     disable_no_snoop(Arc::clone(&function), verdict).inspect_err(|_| space.release())
 }
 

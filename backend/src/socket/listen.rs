@@ -3,7 +3,6 @@
 //! A stale socket file is removed only after a `connect` to it was refused. At the end, only the file that this process has
 //! created is removed.
 
-use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -15,11 +14,9 @@ use std::path::{Path, PathBuf};
 use rustix::net::{AddressFamily, SocketType, sockopt};
 
 use super::error::{MAX_SOCKET_PATH, SocketError};
+use super::file::{SocketFile, SocketFileState};
 use super::peer::Peer;
-use crate::sys::{inherit, take_variable};
-
-/// The first descriptor that systemd passes (sd_listen_fds(3)).
-const LISTEN_FDS_START: i32 = 3;
+use crate::sys::inherit;
 
 /// The socket to open.
 pub enum Listen {
@@ -41,29 +38,20 @@ pub(crate) enum Socket {
 pub(crate) struct Listener {
     pub(crate) socket: UnixListener,
     name: String,
-    _file: Option<SocketFile>,
-}
-
-struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
+    file: Option<SocketFile>,
 }
 
 impl Listen {
-    /// The socket that the service manager has passed to this process, if any (sd_listen_fds(3)).
+    /// The socket that the service manager has passed to this process (sd_listen_fds(3)); there must be one. `count` is what the
+    /// manager says how many there are.
     ///
     /// # Errors
     /// [`SocketError::ActivationCount`], [`SocketError::NotASocket`].
-    pub fn activated() -> Result<Option<Self>, SocketError> {
-        let (count, pid) = (take_variable("LISTEN_FDS"), take_variable("LISTEN_PID"));
-        let (Some(count), Some(pid)) = (count, pid) else { return Ok(None) };
-        if pid.parse() != Ok(std::process::id()) {
-            return Ok(None);
+    pub fn activated(sockets: &[i32], count: &str) -> Result<Self, SocketError> {
+        match sockets {
+            [socket] => Self::inherited(*socket),
+            _ => Err(SocketError::ActivationCount(count.to_owned())),
         }
-        if count != "1" {
-            return Err(SocketError::ActivationCount(count));
-        }
-        Self::inherited(LISTEN_FDS_START).map(Some)
     }
 
     /// The socket with this descriptor, inherited from the parent process.
@@ -87,6 +75,31 @@ impl Listen {
             Self::Path(path) => Listener::bind(path).map(Socket::Listening).map(Endpoint),
             Self::Fd(fd) => adopt(fd),
         }
+    }
+}
+
+impl Endpoint {
+    /// A listening socket that another process has handed over, with the file to remove at the end.
+    ///
+    /// # Errors
+    /// [`SocketError::NotASocket`] if it is not a listening UNIX stream socket.
+    pub fn inherit(socket: OwnedFd, name: String, file: Option<SocketFileState>) -> Result<Self, SocketError> {
+        match adopt(socket)?.0 {
+            Socket::Listening(Listener { socket, .. }) => {
+                let file = file.map(SocketFile::inherit);
+                Ok(Self(Socket::Listening(Listener { socket, name, file })))
+            }
+            Socket::Connected(socket) => {
+                let number = socket.as_raw_fd();
+                Err(SocketError::NotASocket { number, found: "a socket that does not listen".into() })
+            }
+        }
+    }
+
+    /// The front-end's connection, if there will never be another.
+    #[must_use]
+    pub fn connected(socket: UnixStream) -> Self {
+        Self(Socket::Connected(socket))
     }
 }
 
@@ -116,7 +129,7 @@ fn adopt(fd: OwnedFd) -> Result<Endpoint, SocketError> {
     Ok(Endpoint(Socket::Listening(Listener {
         socket,
         name: format!("listening on inherited socket {number}"),
-        _file: None,
+        file: None,
     })))
 }
 
@@ -136,7 +149,18 @@ impl Listener {
         let file = fs::symlink_metadata(&path).map_err(path_error(&path, "stat"))?;
         let (mode, uid) = (file.permissions().mode() & 0o777, file.uid());
         let name = format!("listening on {} (mode {mode:03o}, uid {uid})", path.display());
-        Ok(Self { socket, name, _file: Some(SocketFile { path, identity: (file.dev(), file.ino()) }) })
+        let file = SocketFile::at(path.clone()).map_err(path_error(&path, "stat"))?;
+        Ok(Self { socket, name, file: Some(file) })
+    }
+
+    /// Its name, for the log.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The file to be removed at the end.
+    pub(crate) fn file(&self) -> Option<SocketFileState> {
+        self.file.as_ref().map(SocketFile::state)
     }
 
     /// Accepts the next front-end, if one is waiting.
@@ -171,15 +195,5 @@ fn remove_if_stale(path: &Path) -> Result<(), SocketError> {
             fs::remove_file(path).map_err(path_error(path, "remove the stale socket"))
         }
         Err(error) => Err(path_error(path, "check whether a process listens there")(error)),
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let unchanged = fs::symlink_metadata(&self.path).is_ok_and(|file| (file.dev(), file.ino()) == self.identity);
-        if unchanged && let Err(error) = fs::remove_file(&self.path) {
-            let path: &OsStr = self.path.as_os_str();
-            log::warn!("removing {path:?}: {error}");
-        }
     }
 }

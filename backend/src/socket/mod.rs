@@ -2,10 +2,13 @@
 //! systemd; and the process at its other end.
 
 mod error;
+mod file;
 mod listen;
 mod peer;
 
 pub use error::SocketError;
+pub(crate) use file::SocketFile;
+pub use file::SocketFileState;
 pub use listen::{Endpoint, Listen};
 pub(crate) use listen::{Listener, Socket};
 pub(crate) use peer::Peer;

@@ -26,6 +26,17 @@ pub fn inherit(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
+/// Makes the descriptor of `owner` one of the file of `source`, close-on-exec. What it was of before is closed.
+///
+/// # Errors
+/// The errno of `dup3`.
+pub fn redirect(owner: &mut impl AsRawFd, source: impl AsFd) -> io::Result<()> {
+    // SAFETY: the number belongs to `owner`, which is borrowed exclusively, so nobody uses it meanwhile and it stays open. `dup3`
+    // replaces the file behind it and leaves the number, and its owner, as they are.
+    let result = unsafe { libc::dup3(source.as_fd().as_raw_fd(), owner.as_raw_fd(), libc::O_CLOEXEC) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Reads an environment variable. Also removes it if this is the only thread, so that no child process inherits it.
 #[must_use]
 pub fn take_variable(name: &str) -> Option<String> {

@@ -3,6 +3,8 @@
 //! Each kind of object ID has its own type, so an IOAS cannot be passed where a page table is expected. A call either takes
 //! effect or returns the errno. The only state is the list of page tables that could not be destroyed yet.
 
+mod handed_over;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -12,19 +14,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use iommufd_bindings::iommufd::{
     IOMMUFD_CMD_IOAS_COPY, IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_CMD_VFIO_IOAS, IOMMUFD_TYPE, iommu_hw_info,
     iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD as HW_INFO_INTEL_VTD, iommu_hw_info_vtd, iommu_hwpt_alloc,
-    iommu_ioas_copy, iommu_ioas_iova_ranges, iommu_ioas_map, iommu_ioas_unmap, iommu_iova_range, iommu_vfio_ioas,
-    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA as MAP_FIXED_IOVA,
+    iommu_ioas_copy, iommu_ioas_iova_ranges, iommu_ioas_map, iommu_ioas_map_file, iommu_ioas_unmap, iommu_iova_range,
+    iommu_vfio_ioas, iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA as MAP_FIXED_IOVA,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE as MAP_READABLE,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE as MAP_WRITEABLE,
     iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_CLEAR as VFIO_IOAS_CLEAR,
     iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_SET as VFIO_IOAS_SET,
 };
-use iommufd_ioctls::{IommuFd, IommufdError, IommufdIoas};
+use iommufd_ioctls::IommuFd;
 use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_DMA_CC_IOMMU, VFIO_TYPE};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_io_nr;
 
-use super::SharedMemory;
+use super::ioas::{Ioas, errno};
+use super::{Owner, Ownership, SharedMemory};
 use crate::addr::{Address, Iova, Span};
 
 ioctl_io_nr!(IOMMU_IOAS_COPY, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_COPY);
@@ -37,11 +40,8 @@ pub struct Iommufd {
     fd: Arc<IommuFd>,
     /// Page tables to which a device was attached when they were to be destroyed. Whoever has a device's file can attach it.
     busy: Mutex<Vec<HwptId>>,
+    ownership: Ownership,
 }
-
-/// An I/O address space (IOAS) of one [`Iommufd`]. It is destroyed when the last clone is dropped.
-#[derive(Clone)]
-pub struct Ioas(pub(super) Arc<IommufdIoas>);
 
 /// A hardware page table (HWPT), to which devices are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +77,8 @@ impl Iommufd {
     /// The errno of `open`.
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = File::options().read(true).write(true).open(path)?;
-        Ok(Self { fd: Arc::new(IommuFd::new_from_fd(file)), busy: Mutex::default() })
+        let (fd, busy) = (Arc::new(IommuFd::new_from_fd(file)), Mutex::default());
+        Ok(Self { fd, busy, ownership: Ownership::new(Owner::ThisProcess) })
     }
 
     pub(super) fn inner(&self) -> &Arc<IommuFd> {
@@ -89,7 +90,7 @@ impl Iommufd {
     /// # Errors
     /// The errno of the call.
     pub fn alloc_ioas(&self) -> io::Result<Ioas> {
-        Ok(Ioas(Arc::new(IommufdIoas::new(Arc::clone(&self.fd)).map_err(errno)?)))
+        Ioas::allocate(&self.fd, self.ownership.clone())
     }
 
     /// Pins `span.len()` bytes of `file` at `offset` and maps them at `span` (`IOMMU_IOAS_MAP_FILE`). The device may read
@@ -106,7 +107,16 @@ impl Iommufd {
         span: Span<Iova>,
         writable: bool,
     ) -> io::Result<()> {
-        ioas.0.map_file(file.as_raw_fd(), offset, span.len(), span.start().raw(), writable).map_err(errno)
+        let map = iommu_ioas_map_file {
+            size: size_u32::<iommu_ioas_map_file>(),
+            flags: map_flags(writable),
+            ioas_id: ioas.number(),
+            fd: file.as_raw_fd(),
+            start: offset,
+            length: span.len(),
+            iova: span.start().raw(),
+        };
+        self.fd.map_iommu_ioas_file(&map).map_err(errno)
     }
 
     /// Pins the pages behind `shared`, starting at `offset`, and maps them at `span` (`IOMMU_IOAS_MAP`).
@@ -125,7 +135,7 @@ impl Iommufd {
         let map = iommu_ioas_map {
             size: size_u32::<iommu_ioas_map>(),
             flags: map_flags(writable),
-            ioas_id: ioas.0.id(),
+            ioas_id: ioas.number(),
             __reserved: 0,
             user_va: part.host_address(),
             length: span.len(),
@@ -142,7 +152,7 @@ impl Iommufd {
     pub fn unmap(&self, ioas: &Ioas, span: Span<Iova>) -> io::Result<()> {
         let mut unmap = iommu_ioas_unmap {
             size: size_u32::<iommu_ioas_unmap>(),
-            ioas_id: ioas.0.id(),
+            ioas_id: ioas.number(),
             iova: span.start().raw(),
             length: span.len(),
         };
@@ -157,8 +167,8 @@ impl Iommufd {
         let copy = iommu_ioas_copy {
             size: size_u32::<iommu_ioas_copy>(),
             flags: map_flags(writable),
-            dst_ioas_id: to.0.id(),
-            src_ioas_id: from.0.id(),
+            dst_ioas_id: to.number(),
+            src_ioas_id: from.number(),
             length: span.len(),
             dst_iova: span.start().raw(),
             src_iova: span.start().raw(),
@@ -177,7 +187,7 @@ impl Iommufd {
         loop {
             let mut query = iommu_ioas_iova_ranges {
                 size: size_u32::<iommu_ioas_iova_ranges>(),
-                ioas_id: ioas.0.id(),
+                ioas_id: ioas.number(),
                 num_iovas: u32::try_from(ranges.len()).map_err(io::Error::other)?,
                 allowed_iovas: ranges.as_mut_ptr() as u64,
                 ..Default::default()
@@ -209,7 +219,7 @@ impl Iommufd {
         let mut alloc = iommu_hwpt_alloc {
             size: size_u32::<iommu_hwpt_alloc>(),
             dev_id: device.0,
-            pt_id: ioas.0.id(),
+            pt_id: ioas.number(),
             ..Default::default()
         };
         self.fd.alloc_iommu_hwpt(&mut alloc).map_err(errno)?;
@@ -238,7 +248,7 @@ impl Iommufd {
     pub fn snoop_enforced(&self, ioas: &Ioas, _page_table: HwptId) -> io::Result<bool> {
         let mut select = iommu_vfio_ioas {
             size: size_u32::<iommu_vfio_ioas>(),
-            ioas_id: ioas.0.id(),
+            ioas_id: ioas.number(),
             op: u16::try_from(VFIO_IOAS_SET).map_err(io::Error::other)?,
             __reserved: 0,
         };
@@ -282,20 +292,4 @@ fn size_u32<T>() -> u32 {
 
 fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
-}
-
-/// The errno inside an error of `iommufd-ioctls`.
-fn errno(error: IommufdError) -> io::Error {
-    use IommufdError as E;
-    match error {
-        E::OpenIommufd(error) => error,
-        E::IommuDestroy(e)
-        | E::IommuIoasAlloc(e)
-        | E::IommuIoasMap(e)
-        | E::IommuIoasMapFile(e)
-        | E::IommuIoasUnmap(e)
-        | E::IommuHwptAlloc(e)
-        | E::IommuGetHwInfo(e) => io::Error::from_raw_os_error(e.errno()),
-        other => io::Error::other(other),
-    }
 }

@@ -7,9 +7,12 @@
 #![expect(unsafe_code, reason = "the only module where it is allowed")]
 
 mod cache;
+mod device_number;
 mod inherited_fds;
+mod ioas;
 mod iommufd;
 mod mmio;
+mod ownership;
 mod poller;
 mod shared_memory;
 mod sigbus;
@@ -17,9 +20,12 @@ mod signals;
 mod vfio;
 
 pub use cache::{CacheLines, Instruction};
-pub use inherited_fds::{Credentials, inherit, peer_credentials, take_variable};
-pub use iommufd::{DeviceId, HwInfo, HwptId, Ioas, Iommufd};
+pub use device_number::device_number;
+pub use inherited_fds::{Credentials, inherit, peer_credentials, redirect, take_variable};
+pub use ioas::Ioas;
+pub use iommufd::{DeviceId, HwInfo, HwptId, Iommufd};
 pub use mmio::Mmio;
+pub use ownership::{Owner, Ownership};
 pub use poller::{Event, Poller};
 #[cfg(test)]
 pub(crate) use shared_memory::kill::killed_after;

@@ -1,7 +1,7 @@
 //! An owned epoll instance on top of the `epoll` crate. A signal ends a wait early instead of failing it.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use epoll::{ControlOptions, Events};
@@ -19,6 +19,13 @@ pub struct Event {
 pub struct Poller {
     fd: OwnedFd,
     ready: Vec<epoll::Event>,
+}
+
+/// Readable while one of the level-triggered descriptors is.
+impl AsFd for Poller {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
 }
 
 impl Poller {

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 
-use vmm_sys_util::signal::block_signal;
+use vmm_sys_util::signal::{Error, block_signal};
 
 /// Blocks `signals` for this thread and for all threads that it starts later. Returns a descriptor that becomes readable
 /// when one of them arrives.
@@ -12,7 +12,11 @@ use vmm_sys_util::signal::block_signal;
 /// The errno of `signalfd`; [`io::ErrorKind::Other`] if a signal cannot be blocked.
 pub fn signal_fd(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
     for signal in signals {
-        block_signal(*signal).map_err(|error| io::Error::other(format!("block signal {signal}: {error:?}")))?;
+        match block_signal(*signal) {
+            // A process that starts its successor passes its blocked signals on.
+            Ok(()) | Err(Error::SignalAlreadyBlocked(_)) => {}
+            Err(error) => return Err(io::Error::other(format!("block signal {signal}: {error:?}"))),
+        }
     }
     // SAFETY: `sigset_t` is plain data, and `sigemptyset` initialises it before it is read.
     let set = unsafe {

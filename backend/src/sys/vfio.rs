@@ -1,11 +1,12 @@
 //! A VFIO device cdev. `vfio-ioctls` opens, binds and attaches it. Configuration space, interrupts and reset use ioctls of
 //! this module, because that crate discards their errors.
 
+mod handed_over;
 mod whole;
 
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,8 +18,10 @@ use vfio_ioctls::{VfioDevice, VfioError, VfioIommufd};
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_ref};
 use vmm_sys_util::ioctl_io_nr;
 
-use super::iommufd::{DeviceId, HwptId, Ioas, Iommufd};
+use super::ioas::Ioas;
+use super::iommufd::{DeviceId, HwptId, Iommufd};
 use super::mmio::Mmio;
+use super::ownership::Ownership;
 
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
@@ -30,6 +33,7 @@ const MAX_VECTORS: usize = 256;
 pub struct Cdev {
     device: ManuallyDrop<VfioDevice>,
     id: DeviceId,
+    ownership: Ownership,
 }
 
 /// `struct vfio_irq_set` followed by space for the eventfds.
@@ -46,10 +50,11 @@ impl Cdev {
     /// # Errors
     /// The errno of the failed step: EPERM, EBUSY, EINVAL or ENODEV. The meaning depends on the device's state.
     pub fn bind(sysfs: &Path, iommufd: &Iommufd, ioas: &Ioas) -> io::Result<Self> {
-        let context = VfioIommufd::new(Arc::clone(iommufd.inner()), Some(Arc::clone(&ioas.0)), None).map_err(errno)?;
+        let context = VfioIommufd::new(Arc::clone(iommufd.inner()), ioas.for_bind(), None).map_err(errno)?;
         let device = VfioDevice::new(sysfs, Arc::new(context), false).map_err(errno)?;
         let id = device.iommufd_dev_id().ok_or_else(|| io::Error::other("bound, but without an iommufd device id"))?;
-        Ok(Self { device: ManuallyDrop::new(device), id: DeviceId(id) })
+        let ownership = iommufd.ownership().clone();
+        Ok(Self { device: ManuallyDrop::new(device), id: DeviceId(id), ownership })
     }
 
     /// The device's iommufd object ID.
@@ -166,6 +171,12 @@ impl Cdev {
 
 impl Drop for Cdev {
     fn drop(&mut self) {
+        // The other process goes on using the device, which `VfioDevice::drop` would detach. So only the descriptor is closed.
+        if !self.ownership.is_ours() {
+            // SAFETY: `device` owns the descriptor, and is neither used nor dropped after this.
+            drop(unsafe { OwnedFd::from_raw_fd(self.device.as_raw_fd()) });
+            return;
+        }
         // `VfioDevice::drop` panics if it cannot detach, for example after the device was unplugged. Detaching twice is
         // harmless, so if it succeeds here it also succeeds there.
         match self.detach() {

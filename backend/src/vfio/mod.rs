@@ -9,6 +9,7 @@
 
 mod address;
 mod error;
+mod hand_over;
 pub mod no_snoop;
 mod whole;
 
@@ -26,7 +27,7 @@ pub use error::VfioError;
 
 use crate::hardware::{Function, Registers};
 use crate::iommu::PageTable;
-use crate::sys::{Cdev, DeviceId, Ioas, Iommufd};
+use crate::sys::{Cdev, DeviceId, Ioas, Iommufd, Owner};
 
 /// Command register @ 0x04 : u16 (PCI Local Bus 3.0 §6.2.2).
 const COMMAND: u64 = 0x04;
@@ -151,6 +152,7 @@ impl Function for Attached {
     }
 
     fn config_write(&self, offset: u16, bytes: &[u8]) -> io::Result<()> {
+        self.check_ours()?;
         self.cdev.write_region(VFIO_PCI_CONFIG_REGION_INDEX, offset.into(), bytes)
     }
 
@@ -168,18 +170,22 @@ impl Function for Attached {
     }
 
     fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.check_ours()?;
         self.cdev.route_vectors(VFIO_PCI_MSIX_IRQ_INDEX, events)
     }
 
     fn route_removal(&self, event: BorrowedFd<'_>) -> io::Result<()> {
+        self.check_ours()?;
         self.cdev.route_vectors(VFIO_PCI_REQ_IRQ_INDEX, &[event])
     }
 
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
+        self.check_ours()?;
         if on { self.set_command(COMMAND_BUS_MASTER, 0) } else { self.set_command(0, COMMAND_BUS_MASTER) }
     }
 
     fn reset(&self) -> io::Result<()> {
+        self.check_ours()?;
         self.cdev.reset()?;
         self.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER)
     }
@@ -189,6 +195,17 @@ impl Drop for Attached {
     /// Stops DMA before the page table is destroyed. Every step is tried even if an earlier one fails: all steps fail for a
     /// function that has been unplugged, and such a function does no DMA.
     fn drop(&mut self) {
+        match self.cdev.ownership().owner() {
+            Owner::ThisProcess => {}
+            // The predecessor goes on from here.
+            Owner::Predecessor => {
+                if let Err(error) = self.set_bus_master(false) {
+                    log::warn!("{}: bus master off: {error}", self.name);
+                }
+                return;
+            }
+            Owner::Successor => return,
+        }
         let reset = if self.cdev.resettable() { self.cdev.reset() } else { Ok(()) };
         let steps: [(&str, io::Result<()>); 3] =
             [("bus master off", self.set_bus_master(false)), ("reset", reset), ("detach", self.cdev.detach())];

@@ -1,7 +1,7 @@
 //! The socket for messages of the back-end (vhost-user: "Back-end communication"). None of them requests an
 //! acknowledgement: the front-end may itself be waiting for a reply, and waiting for it would be a deadlock.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::sockopt::{socket_domain, socket_type};
@@ -15,6 +15,12 @@ const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 /// The socket that the front-end passed with `SET_BACKEND_REQ_FD`.
 pub(super) struct BackendChannel {
     socket: OwnedFd,
+}
+
+impl AsFd for BackendChannel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
 }
 
 impl BackendChannel {

@@ -12,6 +12,8 @@
 //!            └─ any other ─────────────▶ codec ─▶ Session
 //! ```
 
+mod handed_over;
+
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;

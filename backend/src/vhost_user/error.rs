@@ -6,9 +6,10 @@ use std::io;
 use crate::addr::{Bytes, Gpa, Qva, Span};
 use crate::engine::{EngineError, Layout};
 use crate::foreign_fd::{NotAnEventfd, UnusableFds};
+use crate::handover::DescriptorError;
 use crate::hardware::MapError;
 use crate::kvm::RegistrationError;
-use crate::memory::{RegionError, SharedFileError};
+use crate::memory::{FileId, RegionError, SharedFileError};
 
 /// QEMU's options for guest memory that is shared with this process.
 const SHARE: &str =
@@ -237,6 +238,30 @@ pub enum Error {
     /// The region cannot be mapped for, or unmapped from, the device.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// The description of a session that was handed over names a descriptor that did not come.
+    #[error(transparent)]
+    HandedOver(#[from] DescriptorError),
+    /// It has a region in a memory file that it does not have.
+    #[error("the description has no memory file {0}")]
+    NoSuchFile(usize),
+    /// The file of a region is another one.
+    #[error("memory region {gpa}: handed over with file {found}, but it was in inode {inode}")]
+    OtherFile {
+        /// Guest-physical range of the region.
+        gpa: Span<Gpa>,
+        /// The file that came.
+        found: FileId,
+        /// The file that it was.
+        inode: u64,
+    },
+    /// It has another number of virtqueues.
+    #[error("the description has {found} virtqueues, this process {queues}")]
+    RingCount {
+        /// In the description.
+        found: usize,
+        /// Offered here.
+        queues: u16,
+    },
     /// The device is not registered with KVM.
     #[error(transparent)]
     Registration(#[from] RegistrationError),

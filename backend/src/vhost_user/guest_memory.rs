@@ -65,6 +65,27 @@ impl<'d> GuestMemory<'d> {
         Ok(())
     }
 
+    /// Takes the memory over of a process that has handed its session over. `inodes` are those of the files it had.
+    ///
+    /// # Errors
+    /// The memory is not what that process had, or is not mapped for the device.
+    pub(super) fn inherit(&mut self, specs: Vec<RegionSpec>, inodes: impl Iterator<Item = u64>) -> Result<(), Error> {
+        let regions = specs.into_iter().map(map).collect::<Result<Vec<_>, _>>()?;
+        for (region, inode) in regions.iter().zip(inodes) {
+            if region.id().inode() != inode {
+                return Err(Error::OtherFile { gpa: region.gpa(), found: region.id(), inode });
+            }
+            self.space.inherit(region)?;
+        }
+        let table = Arc::new(MemTable::new(regions)?);
+        if table.regions().len() > MAX_SLOTS {
+            return Err(Error::TooManyRegions(table.regions().len()));
+        }
+        self.log.info(|| format!("{} regions taken over; {} KiB in all", table.regions().len(), self.kib()));
+        self.publish(table);
+        Ok(())
+    }
+
     fn publish(&mut self, table: Arc<MemTable>) {
         self.engine.publish(Arc::clone(&table));
         self.table = table;

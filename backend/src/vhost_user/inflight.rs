@@ -73,14 +73,18 @@ impl Request {
         }
         // More than the larger layout needs is never used.
         let len = found.min(u64::from(queues) * stride(Layout::Packed, entries));
+        let kept = file.try_clone().map_err(Error::system("duplicate the file of the inflight regions"))?;
         let memory = map_shared_file(file, mmap_offset, len)?;
-        Ok(InflightRegions { memory, bytes: found, queues, entries, layout: self.layout, log })
+        let source = (kept, mmap_offset);
+        Ok(InflightRegions { memory, source, bytes: found, queues, entries, layout: self.layout, log })
     }
 }
 
 /// The regions of all virtqueues.
 pub(super) struct InflightRegions<'d> {
     memory: SharedMemory,
+    /// The file, and the offset in the message.
+    source: (File, u64),
     /// Size in the message.
     bytes: u64,
     queues: u16,
@@ -106,6 +110,13 @@ impl InflightRegions<'_> {
             });
         }
         region
+    }
+
+    /// The regions as the front-end announced them, and their file.
+    pub(super) fn announced(&self) -> (&File, VhostUserInflight) {
+        let (file, mmap_offset) = &self.source;
+        let Self { bytes: mmap_size, queues: num_queues, entries: queue_size, .. } = *self;
+        (file, VhostUserInflight { mmap_size, mmap_offset: *mmap_offset, num_queues, queue_size })
     }
 
     fn find(&self, index: usize, layout: Layout) -> Option<InflightRegion> {

@@ -15,16 +15,19 @@ mod connection;
 mod error;
 mod features;
 mod guest_memory;
+mod hand_over;
 mod inflight;
 mod logs;
 mod server;
 mod session;
+mod stored;
 mod vring;
 
 use std::sync::Arc;
 
 pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
+pub use hand_over::{HandOver, Inheritance, MovableFunction, OpenStoreFn, SettleFn, monotonic_ns};
 pub use server::{ConfigNotifier, Server};
 
 use crate::engine::Engine;

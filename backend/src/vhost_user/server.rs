@@ -16,17 +16,20 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::connection::{Connection, Progress};
+use super::hand_over::{HandOver, Inheritance};
 use super::logs::Logs;
 use super::{Device, Error};
+use crate::service_manager::FdStore;
 use crate::socket::{Endpoint, Listener, Peer, Socket};
 use crate::sys::Poller;
 
 const STOP: u64 = 0;
 const LISTENER: u64 = 1;
-const FRONT_END: u64 = 2;
+pub(super) const FRONT_END: u64 = 2;
 const CONFIG_CHANGE: u64 = 3;
 const SHIM: u64 = 4;
 const RELEASED: u64 = 5;
+const SUCCESSOR: u64 = 6;
 
 /// Pause after a failed `accept`. The listening socket stays readable, and the lack of descriptors or memory may persist.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -38,6 +41,10 @@ pub struct Server {
     /// Eventfd, signalled by a [`ConfigNotifier`].
     config_change: Arc<OwnedFd>,
     logs: Logs,
+    hand_over: Option<HandOver>,
+    /// The process that has taken the session.
+    successor: Option<u32>,
+    store: Option<FdStore>,
 }
 
 /// Reports a change of the configuration space to a server's control thread, from any thread.
@@ -63,6 +70,7 @@ struct Ready {
     config_change: bool,
     shim: bool,
     released: bool,
+    successor: bool,
 }
 
 impl Server {
@@ -72,13 +80,33 @@ impl Server {
     /// The errno of `eventfd`.
     pub fn new(endpoint: Endpoint, device: Device) -> Result<Self, Error> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::system("eventfd"))?;
-        Ok(Self { endpoint, device, config_change: Arc::new(event), logs: Logs::new() })
+        Ok(Self {
+            endpoint,
+            device,
+            config_change: Arc::new(event),
+            logs: Logs::new(),
+            hand_over: None,
+            successor: None,
+            store: None,
+        })
     }
 
     /// Makes the engine notify front-ends of changes of the disk's size.
     pub fn notify_config_changes(&self) {
         let notifier = self.config_notifier();
         self.device.engine.on_change(move || notifier.config_changed());
+    }
+
+    /// Lets another process take the session. [`Self::successor`] tells whether one has.
+    pub fn allow_hand_over(&mut self, hand_over: HandOver) {
+        self.hand_over = Some(hand_over);
+    }
+
+    /// The process that has taken the session. Nothing of it may be touched any more: this process must end without dropping the
+    /// server.
+    #[must_use]
+    pub fn successor(&self) -> Option<u32> {
+        self.successor
     }
 
     /// A handle for reporting changes of the configuration space.
@@ -93,24 +121,45 @@ impl Server {
     /// # Errors
     /// The control loop or the engine has failed. An error caused by a front-end ends only its connection.
     pub fn run(&mut self, stop: OwnedFd) -> Result<(), Error> {
+        self.run_with(stop, None)
+    }
+
+    /// As [`Self::run`], and first goes on with the session of another process.
+    ///
+    /// # Errors
+    /// As for [`Self::run`], or the session cannot be restored.
+    pub fn run_with(&mut self, stop: OwnedFd, inheritance: Option<Inheritance>) -> Result<(), Error> {
         let poller = Poller::new().map_err(Error::system("epoll_create1"))?;
         poller.add(&stop, STOP).map_err(Error::system("epoll_ctl"))?;
         poller.add(&*self.config_change, CONFIG_CHANGE).map_err(Error::system("epoll_ctl"))?;
         poller.add(self.device.engine.released(), RELEASED).map_err(Error::system("epoll_ctl"))?;
-        let (device, config_change) = (&self.device, &*self.config_change);
-        let mut control =
-            ControlLoop { device, config_change, poller, connection: None, pending: false, logs: &self.logs };
-        match &self.endpoint.0 {
-            Socket::Listening(listener) => {
-                control.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
-                control.serve_all(listener)
-            }
-            Socket::Connected(socket) => {
-                let socket = socket.try_clone().map_err(Error::system("duplicate the socket"))?;
-                control.adopt(socket)?;
-                control.serve_one()
-            }
+        if let Some(hand_over) = &self.hand_over {
+            poller.add(hand_over.applicants.event(), SUCCESSOR).map_err(Error::system("epoll_ctl"))?;
         }
+        let Self { endpoint, device, config_change, logs, hand_over, successor, store } = self;
+        let (connection, pending, hand_over) = (None, false, hand_over.take());
+        let mut control = ControlLoop {
+            endpoint,
+            device,
+            config_change,
+            poller,
+            connection,
+            pending,
+            logs,
+            hand_over,
+            successor,
+            store,
+        };
+        let served = control.serve(inheritance);
+        // Its socket file is not removed before the server is dropped, which it is not if the session was handed over.
+        self.hand_over = control.hand_over.take();
+        served
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// Returns the device, for its shutdown. The socket is closed; a socket file that was created here is removed.
@@ -121,22 +170,49 @@ impl Server {
 }
 
 /// The state of [`Server::run`].
-struct ControlLoop<'d> {
-    device: &'d Device,
+pub(super) struct ControlLoop<'d> {
+    pub(super) endpoint: &'d Endpoint,
+    pub(super) device: &'d Device,
     config_change: &'d OwnedFd,
-    poller: Poller,
-    connection: Option<Connection<'d>>,
+    pub(super) poller: Poller,
+    pub(super) connection: Option<Connection<'d>>,
     /// The front-end's socket may hold a whole message. Its event is edge-triggered and has been consumed.
-    pending: bool,
-    logs: &'d Logs,
+    pub(super) pending: bool,
+    pub(super) logs: &'d Logs,
+    pub(super) hand_over: Option<HandOver>,
+    /// See [`Server::successor`].
+    successor: &'d mut Option<u32>,
+    pub(super) store: &'d mut Option<FdStore>,
 }
 
 impl ControlLoop<'_> {
+    fn serve(&mut self, inheritance: Option<Inheritance>) -> Result<(), Error> {
+        if let Some(inheritance) = inheritance {
+            self.inherit(inheritance)?;
+        }
+        match &self.endpoint.0 {
+            Socket::Listening(listener) => {
+                self.poller.add(&listener.socket, LISTENER).map_err(Error::system("epoll_ctl"))?;
+                self.serve_all(listener)
+            }
+            Socket::Connected(socket) => {
+                if self.connection.is_none() {
+                    let socket = socket.try_clone().map_err(Error::system("duplicate the socket"))?;
+                    self.adopt(socket)?;
+                }
+                self.serve_one()
+            }
+        }
+    }
+
     fn serve_all(&mut self, listener: &Listener) -> Result<(), Error> {
         loop {
             let ready = self.wait()?;
             if ready.stop {
-                return self.disconnect("stopping");
+                return self.stop();
+            }
+            if self.is_handed_over(&ready) {
+                return Ok(());
             }
             self.step(&ready)?;
             // Many front-ends close and connect again. The old connection must end before the new one is accepted, or the
@@ -154,11 +230,27 @@ impl ControlLoop<'_> {
         while self.connection.is_some() {
             let ready = self.wait()?;
             if ready.stop {
-                return self.disconnect("stopping");
+                return self.stop();
+            }
+            if self.is_handed_over(&ready) {
+                return Ok(());
             }
             self.step(&ready)?;
         }
         Ok(())
+    }
+
+    /// Leaves the session to the next process if the service manager keeps it, else ends it.
+    fn stop(&mut self) -> Result<(), Error> {
+        if self.leave_stored()? { Ok(()) } else { self.disconnect("stopping") }
+    }
+
+    /// Hears successors. True if one has taken the session.
+    fn is_handed_over(&mut self, ready: &Ready) -> bool {
+        if ready.successor {
+            *self.successor = self.hear_successors();
+        }
+        self.successor.is_some()
     }
 
     fn wait(&mut self) -> Result<Ready, Error> {
@@ -170,6 +262,7 @@ impl ControlLoop<'_> {
             CONFIG_CHANGE => ready.config_change = true,
             SHIM => ready.shim = true,
             RELEASED => ready.released = true,
+            SUCCESSOR => ready.successor = true,
             _ => ready.front_end = true,
         };
         self.poller.wait(timeout, mark).map_err(Error::system("epoll_wait"))?;
@@ -221,9 +314,15 @@ impl ControlLoop<'_> {
         if !self.pending && !ready.front_end {
             return Ok(());
         }
+        if let Some(store) = self.store {
+            store.begin();
+        }
         match connection.serve() {
             Ok(Progress::Served) => self.pending = true,
-            Ok(Progress::Idle) => self.pending = false,
+            Ok(Progress::Idle) => {
+                self.pending = false;
+                self.save();
+            }
             Ok(Progress::Disconnected) => self.disconnect("it has left")?,
             Err(error) => self.disconnect(&error.to_string())?,
         }
@@ -260,7 +359,7 @@ impl ControlLoop<'_> {
     }
 
     /// Drains the vrings, unmaps guest memory and closes the socket.
-    fn disconnect(&mut self, reason: &str) -> Result<(), Error> {
+    pub(super) fn disconnect(&mut self, reason: &str) -> Result<(), Error> {
         let Some(connection) = self.connection.take() else { return Ok(()) };
         self.pending = false;
         let start = Instant::now();
@@ -272,6 +371,9 @@ impl ControlLoop<'_> {
             let peer = session.peer();
             format!("front-end disconnected: {peer}: {reason}; rings stopped, memory unmapped in {took} ms")
         });
+        if let Some(store) = self.store {
+            store.clear();
+        }
         closed
     }
 }

@@ -4,8 +4,10 @@
 //! The reason of a refusal is logged here, because the protocol cannot carry it.
 
 mod descriptor;
+mod handed_over;
 mod inflight;
 mod memory;
+mod negotiation;
 mod vmm;
 
 use std::fs::File;
@@ -19,7 +21,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{GpuBackend, VhostUserBackendReqHandlerMut};
 
 use super::backend_channel::BackendChannel;
-use super::features::{ACCESS_PLATFORM, Names, ProtocolFeatures, VirtioFeatures};
+use super::features::{Names, ProtocolFeatures, VirtioFeatures};
 use super::guest_memory::GuestMemory;
 use super::inflight::InflightRegions;
 use super::logs::Logs;
@@ -29,7 +31,7 @@ use crate::addr::Qva;
 use crate::engine::Layout;
 use crate::kvm::{DiscardMonitor, ShimLink};
 use crate::socket::Peer;
-use descriptor::event_fd;
+pub(super) use descriptor::event_fd;
 
 /// The codec's result. Its error says only that the message failed; the reason is in [`Session::refusal`].
 type HandlerResult<T> = vhost::vhost_user::Result<T>;
@@ -44,6 +46,8 @@ pub(super) struct Session<'d> {
     peer: Peer,
     offered: VirtioFeatures,
     features: Option<VirtioFeatures>,
+    /// GET_FEATURES came; the last SET_FEATURES, even before a reset: the codec keeps both.
+    negotiation: (bool, Option<u64>),
     protocol: ProtocolFeatures,
     status: u64,
     memory: GuestMemory<'d>,
@@ -69,6 +73,7 @@ impl<'d> Session<'d> {
             peer,
             offered: VirtioFeatures::offered(&device.engine.geometry()),
             features: None,
+            negotiation: (false, None),
             protocol: ProtocolFeatures::empty(),
             status: 0,
             memory: GuestMemory::new(&device.engine, &*device.space, &logs.memory),
@@ -190,35 +195,6 @@ impl<'d> Session<'d> {
         }
     }
 
-    fn accept_features(&mut self, raw: u64) -> Result<(), Error> {
-        let acked = VirtioFeatures::from_bits_retain(raw);
-        if raw & ACCESS_PLATFORM != 0 {
-            return Err(Error::AccessPlatform);
-        }
-        let unknown = VirtioFeatures::from_bits_retain(raw & !self.offered.bits());
-        if !unknown.is_empty() {
-            return Err(Error::NotOffered { request: "SET_FEATURES", names: Names(unknown).to_string() });
-        }
-        self.features = Some(acked);
-        config::apply_features(&self.device.engine, acked);
-        self.start_rings();
-        Ok(())
-    }
-
-    fn accept_protocol(&mut self, raw: u64) -> Result<(), Error> {
-        let unknown = ProtocolFeatures::from_bits_retain(raw & !ProtocolFeatures::all().bits());
-        if !unknown.is_empty() {
-            return Err(Error::NotOffered { request: "SET_PROTOCOL_FEATURES", names: Names(unknown).to_string() });
-        }
-        self.protocol = ProtocolFeatures::from_bits_retain(raw);
-        Ok(())
-    }
-
-    /// The virtqueue layout; `None` until features have been negotiated.
-    fn layout(&self) -> Option<Layout> {
-        self.features.map(VirtioFeatures::layout)
-    }
-
     fn not_implemented<T>(&mut self, message: &'static str) -> HandlerResult<T> {
         self.answer(Err(Error::NotImplemented(message)))
     }
@@ -240,6 +216,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     }
 
     fn get_features(&mut self) -> HandlerResult<u64> {
+        self.negotiation.0 = true;
         Ok(self.offered.bits())
     }
 

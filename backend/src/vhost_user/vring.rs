@@ -15,6 +15,8 @@
 //! running vring pauses it; it stays in `Running`. The call and error descriptors are kept in every state, because QEMU
 //! sends them before the first reset and does not send the error descriptor again at a restart.
 
+mod handed_over;
+
 use std::io;
 use std::os::fd::OwnedFd;
 
@@ -284,16 +286,12 @@ impl Vring {
     /// Drains and stops the vring if any part of it lies in `removed`. It stays complete, and starts again once its memory
     /// is back.
     pub(super) fn suspend(&mut self, engine: &Engine, removed: &[Span<Gpa>], log: &SharedLog) -> Result<(), Error> {
-        let State::Running(Running { complete, areas }) = &mut self.state else { return Ok(()) };
+        let State::Running(Running { areas, .. }) = &self.state else { return Ok(()) };
         if !areas.iter().any(|area| removed.iter().any(|span| span.overlaps(area))) {
             return Ok(());
         }
         log.warn(|| format!("virtqueue {} is suspended: its memory is being removed", self.index));
-        complete.base = engine.stop_ring(self.index)?.or(complete.base);
-        if let State::Running(Running { complete, .. }) = std::mem::take(&mut self.state) {
-            self.state = State::Complete(complete);
-        }
-        Ok(())
+        self.pause(engine)
     }
 
     /// GET_VRING_BASE: drains and stops the vring, and returns its base. `None` if it has never run and no base was set.

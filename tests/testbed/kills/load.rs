@@ -1,5 +1,6 @@
 //! The load: keeps all rings full of the oracle's requests, and sleeps on the calls as a guest does.
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use crate::client::{Error, Guest, Ring};
@@ -15,11 +16,13 @@ pub(super) struct Load<'a> {
     first: Option<Instant>,
     /// Time of the last completion.
     last: Instant,
+    /// Longest time between two completions.
+    longest: Duration,
 }
 
 impl<'a> Load<'a> {
     pub(super) fn new(guest: &'a mut Guest, oracle: &'a mut Oracle, patience: Duration) -> Self {
-        Self { guest, oracle, patience, first: None, last: Instant::now() }
+        Self { guest, oracle, patience, first: None, last: Instant::now(), longest: Duration::ZERO }
     }
 
     pub(super) fn old_in_flight(&self) -> usize {
@@ -44,6 +47,22 @@ impl<'a> Load<'a> {
             }
         }
         Ok(true)
+    }
+
+    /// Runs until `stop` is set. An error if the program dies before.
+    pub(super) fn run_until_stopped(&mut self, stop: &AtomicBool, completions: &AtomicU64) -> Result<(), Error> {
+        while !stop.load(Relaxed) {
+            if !self.step(true)? {
+                return Err("the server has disconnected".into());
+            }
+            completions.store(self.oracle.completions(), Relaxed);
+        }
+        Ok(())
+    }
+
+    /// The longest time between two completions.
+    pub(super) fn longest_gap(&self) -> Duration {
+        self.longest
     }
 
     /// Runs until the program dies.
@@ -109,7 +128,11 @@ impl<'a> Load<'a> {
             }
         }
         if count != 0 {
-            self.last = Instant::now();
+            let now = Instant::now();
+            if self.first.is_some() {
+                self.longest = self.longest.max(now - self.last);
+            }
+            self.last = now;
             self.first.get_or_insert(self.last);
         }
         Ok(count)

@@ -208,6 +208,18 @@ impl Controller {
         self.wait("CSTS.SHST = 10b (shutdown complete)", limit, ControllerStatus::shutdown_complete)
     }
 
+    /// Another process has driven the controller since it was stopped: whatever it does now, [`Self::stop`] must end it.
+    pub(super) fn assume_running(&mut self) {
+        self.running = true;
+    }
+
+    /// Another process drives the controller: from now on this one does not access it.
+    pub(super) fn leave(mut self) {
+        self.running = false;
+        // A buffer of a stopped controller has been freed already.
+        debug_assert!(self.memory.is_empty());
+    }
+
     /// Ends all DMA and frees the memory. On error DMA cannot be ruled out, and the memory stays mapped.
     pub(super) fn stop(&mut self) -> Result<(), NvmeErrorKind> {
         if !self.running {

@@ -13,6 +13,7 @@ mod admin;
 mod bring_up;
 mod controller;
 mod error;
+mod hand_over;
 mod identify;
 mod options;
 pub mod prp;
@@ -36,8 +37,8 @@ pub use self::error::{NvmeError, NvmeErrorKind};
 use self::identify::{Identity, Namespace};
 pub use self::options::NvmeOptions;
 pub use self::status::Status;
-use super::{CommandId, Driver, Geometry, Queue};
-use crate::hardware::{AddressSpace, Function};
+use super::{CommandId, DiskState, Driver, Geometry, Queue};
+use crate::hardware::{AddressSpace, Function, LeftToSuccessor};
 use crate::rate_limited_log::RateLimitedLog;
 
 /// Time-out of each admin command during a shutdown. A healthy controller completes a queue deletion at once; an unhealthy
@@ -276,10 +277,14 @@ fn open(
     space: &Arc<dyn AddressSpace>,
     removal: &OwnedFd,
 ) -> Result<Controller, NvmeErrorKind> {
+    route_removal(&*function, removal);
+    Controller::open(function, Arc::clone(space))
+}
+
+fn route_removal(function: &dyn Function, removal: &OwnedFd) {
     if let Err(error) = function.route_removal(removal.as_fd()) {
         log::warn!("{}: removal requests of the host will not be seen: {error}", function.name());
     }
-    Controller::open(function, Arc::clone(space))
 }
 
 impl Driver for Nvme {
@@ -353,6 +358,22 @@ impl Driver for Nvme {
         self.shut_down();
         self.space.release();
         self.controller = None;
+    }
+
+    fn disk_state(&self) -> Option<DiskState> {
+        self.state_for_successor()
+    }
+
+    fn quiesce(&mut self) -> anyhow::Result<()> {
+        self.stop_for_successor().map_err(|kind| self.error(kind))
+    }
+
+    fn resume(&mut self) -> anyhow::Result<()> {
+        self.stop_after_successor().map_err(|kind| self.error(kind))
+    }
+
+    fn leave(self: Box<Self>, _left: &LeftToSuccessor) {
+        self.leave_to_successor();
     }
 
     fn set_write_cache(&mut self, on: bool) -> anyhow::Result<()> {

@@ -53,6 +53,8 @@ pub(in crate::engine) struct DataPath {
     pub(in crate::engine) guest: GuestMemoryView,
     pub(in crate::engine) inflight: InflightTable,
     pub(in crate::engine) counters: Arc<Counters>,
+    /// True while no request is taken.
+    pub(in crate::engine) held: bool,
     bounce: Bounce,
     caches: CacheMaintenance,
     disk: Disk,
@@ -91,6 +93,7 @@ impl DataPath {
             guest: GuestMemoryView::default(),
             inflight: InflightTable::default(),
             counters,
+            held: false,
             bounce,
             caches,
             disk,
@@ -137,7 +140,7 @@ impl DataPath {
                 return queue.in_flight() != before;
             }
         }
-        let (slots, mut slot) = (self.slots.len(), self.next_slot);
+        let (slots, mut slot) = (if self.held { 0 } else { self.slots.len() }, self.next_slot);
         for _ in 0..slots {
             let capacity = self.serve(Some(&mut *queue), slot);
             slot = if slot + 1 < slots { slot + 1 } else { 0 };
@@ -173,7 +176,7 @@ impl DataPath {
     /// Fails every available request, because there is no device. Returns true if a flush has failed as well, whose reply is now
     /// due.
     pub(in crate::engine) fn fail_all(&mut self) -> bool {
-        for slot in 0..self.slots.len() {
+        for slot in 0..if self.held { 0 } else { self.slots.len() } {
             self.serve(None, slot);
         }
         self.fail_internal_flush()

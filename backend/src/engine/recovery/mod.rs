@@ -1,6 +1,7 @@
 //! Time-out and recovery of commands that do not complete: the watchdog detects them, and the supervisor aborts them or resets
 //! the device for all workers.
 
+mod hand_over;
 mod overdue_reports;
 mod supervisor;
 mod watchdog;

@@ -29,15 +29,19 @@ const MAX_ABORTS: usize = 4;
 
 /// See the diagram above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+pub(super) enum State {
     Up,
     Down,
+    /// Another process drives the device, which may come back; see `hand_over`.
+    Lent,
+    /// Another process owns the device.
+    Left,
 }
 
 /// The driver, and the state that its lock protects.
 pub(in crate::engine) struct SupervisedDevice {
     pub(in crate::engine) driver: Box<dyn Driver>,
-    state: State,
+    pub(super) state: State,
     /// The error of the last failed recovery, to log a repeated one at debug level.
     last_error: String,
 }
@@ -139,9 +143,7 @@ impl DeviceSupervisor {
         if device.state != State::Up {
             return;
         }
-        self.command_all(|_, answer| WorkerCommand::DropQueue(answer));
-        // The reset makes reports about the former queues obsolete. One that was taken already fails the check of `recoveries`.
-        self.reports.clear();
+        self.drop_queues();
         self.recoveries.fetch_add(1, Ordering::SeqCst);
         match device.driver.recover() {
             Ok(queues) => {
@@ -183,12 +185,11 @@ impl DeviceSupervisor {
     /// Releases the device to the host. Every request fails until the device can be reacquired.
     pub(in crate::engine) fn release(&self) {
         let mut device = self.lock();
-        if device.driver.is_released() {
+        if device.driver.is_released() || matches!(device.state, State::Lent | State::Left) {
             return;
         }
         log::error!("the host wants the device back; it is released, and every request fails until it returns");
-        self.command_all(|_, answer| WorkerCommand::DropQueue(answer));
-        self.reports.clear();
+        self.drop_queues();
         device.driver.release();
         device.state = State::Down;
         self.adopt_queues(Vec::new(), InflightPolicy::Fail);
@@ -230,6 +231,13 @@ impl DeviceSupervisor {
         let Some(mut device) = self.lock_if_current(recoveries) else { return };
         log::error!("aborted commands have not completed; resetting the device");
         self.reset(&mut device, InflightPolicy::Resubmit);
+    }
+
+    /// Takes the queues from the workers. Reports about them are obsolete then. One that was taken already fails the check of
+    /// `recoveries`.
+    pub(super) fn drop_queues(&self) {
+        self.command_all(|_, answer| WorkerCommand::DropQueue(answer));
+        self.reports.clear();
     }
 
     fn adopt_queues(&self, queues: Vec<Box<dyn Queue>>, policy: InflightPolicy) {

@@ -10,8 +10,8 @@ use vm_memory::MmapRegion;
 
 use crate::addr::{Address, Iova, Span};
 use crate::driver::{
-    Blocks, Command, CommandId, Completion, DiscardLimits, Driver, Extent, Full, Geometry, Outcome, OverdueCommands,
-    Queue, ZeroesLimits,
+    Blocks, Command, CommandId, Completion, DiscardLimits, DiskState, Driver, Extent, Full, Geometry, Outcome,
+    OverdueCommands, Queue, ZeroesLimits,
 };
 use crate::hardware::{AddressSpace, DmaBuffer, MapError};
 use crate::memory::Region;
@@ -72,6 +72,7 @@ struct State {
     recovery_fails: bool,
     cache_switches: Vec<bool>,
     recoveries: usize,
+    quiesced: usize,
     shut_down: bool,
     most_in_flight: usize,
     doorbells: usize,
@@ -133,6 +134,10 @@ impl FakeDisk {
 
     pub(super) fn recoveries(&self) -> usize {
         self.state().recoveries
+    }
+
+    pub(super) fn quiesced(&self) -> usize {
+        self.state().quiesced
     }
 
     pub(super) fn is_shut_down(&self) -> bool {
@@ -278,6 +283,19 @@ impl Driver for FakeDisk {
 
     fn release(&mut self) {
         self.shut_down();
+    }
+
+    fn disk_state(&self) -> Option<DiskState> {
+        let Geometry { serial, block_size, .. } = self.options.geometry.clone();
+        Some(DiskState { serial, namespace: 1, identifiers: ([0; 16], [0; 8]), block_size, write_cache: None })
+    }
+
+    fn quiesce(&mut self) -> anyhow::Result<()> {
+        let mut state = self.state();
+        assert_eq!(state.live_queues, 0, "all queues have been dropped");
+        anyhow::ensure!(!state.recovery_fails, "the controller does not stop");
+        state.quiesced += 1;
+        Ok(())
     }
 
     fn set_write_cache(&mut self, on: bool) -> anyhow::Result<()> {

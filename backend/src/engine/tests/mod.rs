@@ -7,6 +7,8 @@ mod crash;
 mod disk;
 mod fast_path;
 mod faults;
+mod hand_over;
+mod hold;
 mod hostile;
 mod kill;
 mod lifecycle;

@@ -36,6 +36,10 @@ pub(in crate::engine) enum WorkerCommand {
     Pause(Sender<()>),
     /// Submit again.
     Resume,
+    /// Take no request until `Release`. The reply comes when every request taken has a used entry.
+    Hold(Sender<()>),
+    /// Take requests again.
+    Release,
     /// Drop the device queue; the device is about to be reset.
     DropQueue(Sender<()>),
     /// The device has been reset: continue with this queue, or without a device.

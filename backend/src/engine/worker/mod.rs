@@ -13,6 +13,7 @@
 //! ```
 
 mod command_queue;
+mod hold;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -66,6 +67,7 @@ enum PendingReply {
     RemoveMemory(Arc<[Span<Gpa>]>, Sender<()>),
     Flush(Sender<bool>),
     Pause(Sender<()>),
+    Hold(Sender<()>),
 }
 
 /// The state of one worker thread.
@@ -265,6 +267,8 @@ impl Worker {
                 self.poll_pending();
             }
             WorkerCommand::Resume => self.paused = false,
+            WorkerCommand::Hold(answer) => self.hold(answer),
+            WorkerCommand::Release => self.release(),
             WorkerCommand::DropQueue(answer) => {
                 self.drop_queue();
                 reply(&answer, ());
@@ -340,14 +344,9 @@ impl Worker {
                     Some(done) => reply(&answer, done),
                     None => self.pending.push(PendingReply::Flush(answer)),
                 },
-                PendingReply::Pause(answer) => {
-                    let idle = match &self.device {
-                        Device::Live(queue) => queue.in_flight() == 0,
-                        Device::Resetting => false,
-                        Device::Failed => true,
-                    };
-                    if idle { reply(&answer, ()) } else { self.pending.push(PendingReply::Pause(answer)) }
-                }
+                PendingReply::Pause(answer) if self.device_is_idle() => reply(&answer, ()),
+                PendingReply::Hold(answer) if self.is_drained() => reply(&answer, ()),
+                waiting @ (PendingReply::Pause(_) | PendingReply::Hold(_)) => self.pending.push(waiting),
                 PendingReply::RemoveMemory(removed, answer) => {
                     if self.path.inflight.uses(&removed) {
                         self.pending.push(PendingReply::RemoveMemory(removed, answer));
@@ -370,7 +369,7 @@ impl Worker {
 
     fn adopt_queue(&mut self, queue: Option<Box<dyn Queue>>, policy: InflightPolicy) {
         // A stop or a memory removal is waiting for these requests: fail them instead of submitting them again.
-        let wanted = queue.is_some() && self.pending.is_empty();
+        let wanted = queue.is_some() && self.nobody_waits_for_failure();
         self.path.handle_reset(if wanted { policy } else { InflightPolicy::Fail });
         self.device = match queue {
             None => Device::Failed,

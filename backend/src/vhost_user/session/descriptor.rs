@@ -15,7 +15,7 @@ pub(super) fn set_cloexec(file: File) -> Result<File, Error> {
 }
 
 /// The descriptor of `request`: the kick, call or error descriptor of a virtqueue.
-pub(super) fn event_fd(request: &'static str, file: Option<File>) -> Result<Option<OwnedFd>, Error> {
+pub(in super::super) fn event_fd(request: &'static str, file: Option<File>) -> Result<Option<OwnedFd>, Error> {
     let Some(file) = file else { return Ok(None) };
     check_eventfd(&file).map_err(|source| Error::NotAnEventfd { request, source })?;
     set_cloexec(file).map(OwnedFd::from).map(Some)

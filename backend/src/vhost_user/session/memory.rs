@@ -26,7 +26,7 @@ impl Session<'_> {
     }
 
     /// Checks a region. Memory that the front-end maps privately is refused.
-    fn spec(&self, region: &VhostUserMemoryRegion, file: File) -> Result<RegionSpec, Error> {
+    pub(super) fn spec(&self, region: &VhostUserMemoryRegion, file: File) -> Result<RegionSpec, Error> {
         let gpa = guest_range(region)?;
         let qva = self.user_address(region);
         let id = FileId::of(&file, gpa)?;

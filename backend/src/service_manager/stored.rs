@@ -1,0 +1,175 @@
+//! What the service manager passes at the start: sockets to listen on, and what the process before has stored.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+
+use super::saved::SavedSession;
+use super::state_file::{Left, StateFile};
+use super::store::{PREFIX, TEXT, name};
+use crate::handover::{Incoming, Terms};
+use crate::sys::{inherit, take_variable};
+
+/// The first descriptor that is passed (sd_listen_fds(3)).
+const LISTEN_FDS_START: RawFd = 3;
+
+/// The descriptors that the service manager has passed to this process.
+#[derive(Debug)]
+pub struct Passed {
+    /// `$LISTEN_FDS`, without what was stored.
+    pub count: String,
+    /// Those to listen on.
+    pub sockets: Vec<RawFd>,
+    /// What was stored.
+    pub stored: Option<Stored>,
+}
+
+/// What the process before has stored.
+#[derive(Debug)]
+pub struct Stored {
+    names: Vec<String>,
+    /// Their numbers tell which is newer.
+    texts: BTreeMap<u32, OwnedFd>,
+    fds: HashMap<u32, OwnedFd>,
+}
+
+impl Passed {
+    /// Takes what was passed; `None` if nothing was.
+    ///
+    /// # Errors
+    /// A stored descriptor cannot be taken.
+    pub fn take() -> io::Result<Option<Self>> {
+        let [count, pid, names] = ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"].map(take_variable);
+        let (Some(count), Some(pid)) = (count, pid) else { return Ok(None) };
+        if pid.parse() != Ok(std::process::id()) {
+            return Ok(None);
+        }
+        let Ok(number) = count.parse::<u16>() else {
+            return Ok(Some(Self { count, sockets: Vec::new(), stored: None }));
+        };
+        let names = names.unwrap_or_default();
+        let (sockets, stored) = split(number, &names);
+        let stored = if stored.is_empty() { None } else { Some(Stored::inherit(&stored)?) };
+        Ok(Some(Self { count: sockets.len().to_string(), sockets, stored }))
+    }
+}
+
+/// The sockets, and the stored descriptors with their names.
+fn split(count: u16, names: &str) -> (Vec<RawFd>, Vec<(RawFd, String)>) {
+    let names = names.split(':').map(str::to_owned).chain(std::iter::repeat(String::new()));
+    let all = (LISTEN_FDS_START..).zip(names).take(count.into());
+    let (stored, sockets): (Vec<_>, Vec<_>) = all.partition(|(_, name)| name.starts_with(PREFIX));
+    (sockets.into_iter().map(|(number, _)| number).collect(), stored)
+}
+
+impl Stored {
+    /// What a process has stored that has handed its session over: names only, because this process has the session.
+    #[must_use]
+    pub fn of_predecessor(numbers: &[u32]) -> Self {
+        let names = numbers.iter().flat_map(|number| [name(*number), format!("{TEXT}{number}")]).collect();
+        Self { names, texts: BTreeMap::new(), fds: HashMap::new() }
+    }
+
+    fn inherit(passed: &[(RawFd, String)]) -> io::Result<Self> {
+        let (mut names, mut texts, mut fds) = (Vec::new(), BTreeMap::new(), HashMap::new());
+        for (fd, name) in passed {
+            let fd = inherit(*fd)?;
+            names.push(name.clone());
+            let number = |prefix| name.strip_prefix(prefix).and_then(|number| number.parse::<u32>().ok());
+            if let Some(number) = number(TEXT) {
+                texts.insert(number, fd);
+            } else if let Some(number) = number(PREFIX) {
+                fds.insert(number, fd);
+            }
+        }
+        Ok(Self { names, texts, fds })
+    }
+
+    /// The session that was saved, with its descriptors, if this process can go on with it. `Err` says why it cannot; then the
+    /// front-end is disconnected as soon as the store and this value are gone.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn session(&mut self, terms: &Terms) -> Result<Option<(SavedSession, Incoming)>, String> {
+        let (_, text) = self.texts.pop_last().ok_or("the saved session is missing")?;
+        let left = StateFile::open(text)
+            .and_then(|text| text.left())
+            .map_err(|error| format!("the saved session: {error}"))?;
+        let text = match left {
+            Left::InAMessage => return Err("the process before has ended in the midst of a message".into()),
+            Left::Text(text) if text.is_empty() => return Ok(None),
+            Left::Text(text) => text,
+        };
+        let session = SavedSession::parse(&text)?;
+        if let Some(obstacle) = session.obstacle(terms) {
+            return Err(obstacle);
+        }
+        Ok(Some((session, Incoming::numbered(std::mem::take(&mut self.fds)))))
+    }
+
+    /// The names of everything.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.names.clone()
+    }
+
+    /// A number that none of them has.
+    pub(super) fn next_number(&self) -> u32 {
+        let number = |name: &String| name.rsplit('.').next()?.parse::<u32>().ok();
+        self.names.iter().filter_map(number).max().map_or(0, |last| last.wrapping_add(1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service_manager::saved::tests::{saved, terms};
+
+    fn stored(file: &StateFile) -> Stored {
+        use std::os::fd::AsFd;
+        let texts = BTreeMap::from([(8, file.as_fd().try_clone_to_owned().unwrap())]);
+        let names = ["vdv.session.8", "vdv.7", "vdv.40"].map(str::to_owned).to_vec();
+        Stored { names, texts, fds: HashMap::new() }
+    }
+
+    #[test]
+    fn sockets_and_stored_descriptors_are_told_apart_by_their_names() {
+        let (sockets, stored) = split(4, "disk.socket:vdv.session.0:vdv.3");
+        assert_eq!(sockets, [3, 6], "one has no name");
+        assert_eq!(stored, [(4, "vdv.session.0".to_owned()), (5, "vdv.3".to_owned())]);
+        assert_eq!(split(1, ""), (vec![3], Vec::new()));
+    }
+
+    #[test]
+    fn the_newer_of_two_texts_counts() {
+        let (mut older, newer) = (StateFile::create().unwrap(), StateFile::create().unwrap());
+        older.replace(&serde_json::to_vec(&saved(true, true)).unwrap()).unwrap();
+        let mut both = stored(&older);
+        both.texts.extend(stored(&newer).texts.into_values().map(|text| (9, text)));
+        assert!(both.session(&terms()).unwrap().is_none());
+    }
+
+    #[test]
+    fn names_are_not_used_again() {
+        assert_eq!(stored(&StateFile::create().unwrap()).next_number(), 41);
+    }
+
+    #[test]
+    fn a_session_saved_between_messages_is_found_and_none_after_a_message() {
+        let mut file = StateFile::create().unwrap();
+        assert!(stored(&file).session(&terms()).unwrap().is_none(), "no session");
+        file.replace(&serde_json::to_vec(&saved(true, true)).unwrap()).unwrap();
+        assert_eq!(stored(&file).session(&terms()).unwrap().unwrap().0, saved(true, true));
+        file.set_busy().unwrap();
+        assert!(stored(&file).session(&terms()).unwrap_err().contains("in the midst of a message"));
+    }
+
+    #[test]
+    fn a_session_that_cannot_go_on_is_refused_with_the_reason() {
+        let mut file = StateFile::create().unwrap();
+        file.replace(&serde_json::to_vec(&saved(true, false)).unwrap()).unwrap();
+        assert!(stored(&file).session(&terms()).unwrap_err().contains("has crashed"));
+        file.replace(b"no JSON").unwrap();
+        assert!(stored(&file).session(&terms()).is_err());
+        assert!(Stored { texts: BTreeMap::new(), ..stored(&file) }.session(&terms()).is_err());
+    }
+}

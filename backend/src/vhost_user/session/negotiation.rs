@@ -1,0 +1,37 @@
+//! The features that the front-end acknowledges.
+
+use super::Session;
+use crate::engine::Layout;
+use crate::vhost_user::features::{ACCESS_PLATFORM, Names, ProtocolFeatures, VirtioFeatures};
+use crate::vhost_user::{Error, config};
+
+impl Session<'_> {
+    pub(super) fn accept_features(&mut self, raw: u64) -> Result<(), Error> {
+        let acked = VirtioFeatures::from_bits_retain(raw);
+        if raw & ACCESS_PLATFORM != 0 {
+            return Err(Error::AccessPlatform);
+        }
+        let unknown = VirtioFeatures::from_bits_retain(raw & !self.offered.bits());
+        if !unknown.is_empty() {
+            return Err(Error::NotOffered { request: "SET_FEATURES", names: Names(unknown).to_string() });
+        }
+        (self.features, self.negotiation.1) = (Some(acked), Some(raw));
+        config::apply_features(&self.device.engine, acked);
+        self.start_rings();
+        Ok(())
+    }
+
+    pub(super) fn accept_protocol(&mut self, raw: u64) -> Result<(), Error> {
+        let unknown = ProtocolFeatures::from_bits_retain(raw & !ProtocolFeatures::all().bits());
+        if !unknown.is_empty() {
+            return Err(Error::NotOffered { request: "SET_PROTOCOL_FEATURES", names: Names(unknown).to_string() });
+        }
+        self.protocol = ProtocolFeatures::from_bits_retain(raw);
+        Ok(())
+    }
+
+    /// The virtqueue layout; `None` until features have been negotiated.
+    pub(super) fn layout(&self) -> Option<Layout> {
+        self.features.map(VirtioFeatures::layout)
+    }
+}

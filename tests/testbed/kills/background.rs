@@ -1,0 +1,66 @@
+//! The load of a virtual machine that must not notice anything, on a thread of its own.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::client::{Error, Guest, Region, Shape};
+use crate::oracle::Oracle;
+
+use super::BLOCKS;
+use super::load::Load;
+
+/// Time without any completion after which a request counts as lost.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running load. The disk must have been empty at its start.
+pub struct Background {
+    stop: Arc<AtomicBool>,
+    completions: Arc<AtomicU64>,
+    thread: JoinHandle<Result<Duration, Error>>,
+}
+
+impl Background {
+    /// Bytes of the disk that it needs.
+    pub const DISK: u64 = BLOCKS * crate::oracle::BLOCK as u64;
+
+    /// Starts it over a connected socket.
+    ///
+    /// # Errors
+    /// The session cannot be set up.
+    pub fn start(socket: UnixStream, shape: Shape, region: Region, seed: u64) -> Result<Self, Error> {
+        let mut guest = Guest::new(shape, region)?;
+        guest.connect(socket)?;
+        let (stop, completions) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stopped, counted) = (Arc::clone(&stop), Arc::clone(&completions));
+        let thread = std::thread::spawn(move || {
+            let mut oracle = Oracle::new(BLOCKS, seed);
+            let mut load = Load::new(&mut guest, &mut oracle, PATIENCE);
+            load.run_until_stopped(&stopped, &counted)?;
+            let gap = load.longest_gap();
+            load.finish()?;
+            Ok(gap)
+        });
+        Ok(Self { stop, completions, thread })
+    }
+
+    /// Waits until `count` more requests have completed, or the load has failed.
+    pub fn progresses(&self, count: u64) {
+        let (from, start) = (self.completions.load(Relaxed), Instant::now());
+        while self.completions.load(Relaxed) < from + count && !self.thread.is_finished() && start.elapsed() < PATIENCE
+        {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+
+    /// Ends it, waits for the requests in flight, and reads the whole disk. Returns the longest time between two completions.
+    ///
+    /// # Errors
+    /// What was lost, doubled or reordered, or that the server has disconnected.
+    pub fn finish(self) -> Result<Duration, Error> {
+        self.stop.store(true, Relaxed);
+        self.thread.join().map_err(|_| "the load panicked")?
+    }
+}
