@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::{SealFlags, fcntl_get_seals, ftruncate};
 
-use crate::requests::{BLK_IN, STATUS, put, read, wait_for};
+use crate::requests::{BLK_IN, STATUS, put, read, wait_for, wait_for_used};
 use crate::rig::{QUEUES, Rig, copies_of, event, memory};
 use crate::rings::{RAM, RingEvents, USED, ring_events, send_all, setup_messages};
 use crate::wire::{
@@ -200,12 +200,12 @@ fn a_request_that_another_back_end_has_left_is_done_once() {
     let (wire, ram, events, file) = front_end(&rig, &with_mark(region(1, 0, 0)));
 
     start(&wire, &events);
-    wait_for(&events.call);
+    wait_for_used(&ram, 1, &events.call);
 
     assert_eq!((read::<1>(&ram, STATUS), read::<2>(&ram, USED + 2)), ([0], [1, 0]));
     put(&ram, BLK_IN, 1);
     rustix::io::write(&events.kick, &1_u64.to_ne_bytes()).unwrap();
-    wait_for(&events.call);
+    wait_for_used(&ram, 2, &events.call);
     assert_eq!(wire.stop_ring(0), 2);
     assert_eq!((read::<1>(&file, 16), read::<2>(&file, 14)), ([0], [2, 0]));
 }

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
 use crate::inflight::get_inflight;
-use crate::requests::{BLK_IN, STATUS, put, read, wait_for};
+use crate::requests::{BLK_IN, STATUS, put, read, wait_for, wait_for_used};
 use crate::rig::{QUEUES, Rig, copies_of, event, memory};
 use crate::rings::{AVAIL, DESC, RAM, RingEvents, USED, addresses, ring_events};
 use crate::wire::{
@@ -242,7 +242,7 @@ fn what_was_in_flight_at_a_disconnect_is_done_after_the_reconnection() {
     // The base is the used index. The guest does not kick again.
     again.start_rings(1);
 
-    wait_for(&again.events.call);
+    wait_for_used(&again.ram, 2, &again.events.call);
     assert_eq!((read::<1>(&again.ram, STATUS), read::<2>(&again.ram, USED + 2)), ([0], [2, 0]));
     again.read(2);
     assert_eq!(again.stop_rings(), 3);

@@ -27,6 +27,13 @@ pub(crate) fn wait_for(event: &OwnedFd) {
     rustix::io::read(event, &mut [0; 8]).unwrap();
 }
 
+/// Waits until used.idx is `index`. A ring that has run begins with a call.
+pub(crate) fn wait_for_used(ram: &std::fs::File, index: u16, call: &OwnedFd) {
+    while read::<2>(ram, USED + 2) != index.to_le_bytes() {
+        wait_for(call);
+    }
+}
+
 /// Puts one request of 512 bytes at sector 3 into ring 0, as the `number`th since the start of the ring.
 pub(crate) fn put(ram: &std::fs::File, kind: u32, number: u16) {
     let write = |offset: u64, bytes: &[u8]| ram.write_all_at(bytes, offset).unwrap();

@@ -12,9 +12,11 @@ mod load;
 mod report;
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::process::{WaitId, WaitIdOptions, waitid};
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::client::{Error, Guest, Region, Shape};
@@ -97,7 +99,7 @@ impl Moment {
     }
 }
 
-/// Runs it. An error is what went wrong, with the end of the program's log.
+/// Runs it, in a process without other children. An error is what went wrong, with the end of the program's log.
 ///
 /// # Errors
 /// What the oracle found, or anything that the program did not do as it must.
@@ -106,6 +108,10 @@ pub fn run(options: &Options) -> Result<Report, Error> {
     let report = Run::new(options)?.all()?;
     if open_descriptors()? > descriptors {
         return Err(format!("{} descriptors open, {descriptors} before", open_descriptors()?).into());
+    }
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    if !matches!(waitid(WaitId::All, options), Err(Errno::CHILD)) {
+        return Err("a process is left".into());
     }
     Ok(report)
 }
@@ -125,7 +131,9 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(options: &'a Options) -> Result<Self, Error> {
-        let directory = TempDir::new()?;
+        // On a file system in memory, a flush takes the drive no time in which it would do nothing else.
+        let memory = Path::new("/dev/shm");
+        let directory = if memory.is_dir() { TempDir::new_in(memory)? } else { TempDir::new()? };
         File::create_new(directory.as_path().join("disk"))?.set_len(BLOCKS * BLOCK as u64)?;
         Ok(Self {
             options,
@@ -174,7 +182,8 @@ impl<'a> Run<'a> {
             life.kill_at(Instant::now() + after);
         }
         if let Err(error) = self.guest.connect(socket) {
-            return if life.dies() { Ok(()) } else { Err(error) };
+            let why = || format!("no session, in a life that ends at {moment:?}: {error}");
+            return if life.dies() { Ok(()) } else { Err(why().into()) };
         }
         if let Moment::Running(after) = moment {
             life.kill_at(Instant::now() + after);

@@ -76,15 +76,19 @@ impl Vring {
         Ok(())
     }
 
-    /// Replaces the call eventfd, and signals the new one if the ring has run. The process before this one may have died after it
-    /// published used entries and before it called, and QEMU sends the guest's own eventfd only after the ring has started.
-    /// Drivers accept a call without a used entry (virtio 1.2 §2.3).
+    /// Replaces the call eventfd. QEMU sends the guest's own one only after the ring has started.
     pub(super) fn set_call(&mut self, call: Option<OwnedFd>) {
         call.as_ref().inspect(|fd| make_nonblocking(fd));
-        if let Some(call) = call.as_ref().filter(|_| self.queue.has_run()) {
+        self.call = call;
+        self.call_if_run();
+    }
+
+    /// Notifies the driver if the ring has run: the process before this one may have died after it published used entries and
+    /// before it called. Drivers accept a call without a used entry (virtio 1.2 §2.3).
+    pub(super) fn call_if_run(&self) {
+        if let Some(call) = self.call.as_ref().filter(|_| self.queue.has_run()) {
             signal(call);
         }
-        self.call = call;
     }
 
     pub(super) fn set_err(&mut self, err: Option<OwnedFd>) {

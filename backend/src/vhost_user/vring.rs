@@ -140,13 +140,16 @@ pub(super) struct Vring {
     index: usize,
     state: State,
     enabled: bool,
+    /// The vring has been drained and its base returned, since it ran last. So the base of the next start is right, also of a
+    /// packed ring that the guest has reset, and the record of its requests says nothing more.
+    drained: bool,
     call: Option<OwnedFd>,
     err: Option<OwnedFd>,
 }
 
 impl Vring {
     pub(super) fn new(index: usize) -> Self {
-        Self { index, state: State::default(), enabled: false, call: None, err: None }
+        Self { index, state: State::default(), enabled: false, drained: false, call: None, err: None }
     }
 
     pub(super) fn is_running(&self) -> bool {
@@ -255,6 +258,8 @@ impl Vring {
         let layout = features.layout();
         let areas = complete.areas(self.index, layout, context.table)?;
         let [desc, avail, used] = areas;
+        let inflight = context.inflight.and_then(|regions| regions.of(self.index, complete.size, layout));
+        inflight.as_ref().filter(|_| self.drained).inspect(|record| record.retire());
         context.engine.start_ring(VringSetup {
             index: self.index,
             layout,
@@ -268,11 +273,12 @@ impl Vring {
             kick: complete.kick.duplicate().map_err(Error::system("duplicate a kick descriptor"))?,
             call: duplicate(self.call.as_ref())?,
             err: duplicate(self.err.as_ref())?,
-            inflight: context.inflight.and_then(|regions| regions.of(self.index, complete.size, layout)),
+            inflight,
         })?;
         context.engine.set_enabled(self.index, true);
         if let State::Complete(complete) = std::mem::take(&mut self.state) {
             self.state = State::Running(Running { complete, areas });
+            self.drained = false;
         }
         Ok(true)
     }
@@ -299,6 +305,7 @@ impl Vring {
         setup.kick = None;
         if let Ok(Some(next)) = stopped {
             setup.base = Some(next);
+            self.drained = true;
         }
         let base = setup.base;
         self.state = State::Setup(setup);

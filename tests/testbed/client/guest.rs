@@ -40,6 +40,8 @@ pub struct Guest {
     ram: Ram,
     shape: Shape,
     policy: Region,
+    /// The virtio features of the last session.
+    features: u64,
     inflight: Option<Inflight>,
     link: Option<(Frontend, UnixStream)>,
     /// The rings' calls and the end of the connection.
@@ -55,7 +57,7 @@ impl Guest {
         let ram = Ram::new(shape.queues * ring::bytes_needed(shape))?;
         let rings = Self::rings(&ram, shape)?;
         let wake = wake(&rings)?;
-        Ok(Self { rings, ram, shape, policy, inflight: None, link: None, wake })
+        Ok(Self { rings, ram, shape, policy, features: 0, inflight: None, link: None, wake })
     }
 
     fn rings(ram: &Ram, shape: Shape) -> Result<Vec<Ring>, Error> {
@@ -71,16 +73,25 @@ impl Guest {
         socket.set_read_timeout(Some(ANSWER_LIMIT))?;
         let mut frontend = Frontend::from_stream(socket.try_clone()?, self.shape.queues as u64);
         frontend.set_owner()?;
-        let more = match self.policy {
-            Region::Kept => VhostUserProtocolFeatures::INFLIGHT_SHMFD,
-            Region::None => VhostUserProtocolFeatures::empty(),
-        };
-        let features = negotiate(&mut frontend, self.shape, more)?;
+        self.features = negotiate(&mut frontend, self.shape, self.protocol_features())?;
+        self.start(frontend, socket)
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        match self.policy {
+            Region::Kept => VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::RESET_DEVICE,
+            Region::None => VhostUserProtocolFeatures::RESET_DEVICE,
+        }
+    }
+
+    /// Hands in region and memory, and starts the rings where they are.
+    fn start(&mut self, mut frontend: Frontend, socket: UnixStream) -> Result<(), Error> {
         if self.policy == Region::Kept {
+            // It depends on them. QEMU sets them once more when it starts the device.
+            frontend.set_features(self.features)?;
             self.hand_in(&mut frontend)?;
         }
-        // QEMU has set them before the region, which depends on them, and sets them again when it starts the device.
-        frontend.set_features(features)?;
+        frontend.set_features(self.features)?;
         frontend.set_mem_table(&[self.ram.region()])?;
         for (index, ring) in self.rings.iter().enumerate() {
             ring.describe(&frontend, index)?;
@@ -144,8 +155,19 @@ impl Guest {
         Ok(())
     }
 
-    /// The guest resets the device: all of its memory is zero, its rings are empty and new. Its front-end keeps the region, unlike
-    /// QEMU, which drops it.
+    /// The guest resets the device over the connection that it has, and starts it again. Its rings are empty and all of its memory
+    /// is zero. Call [`Self::stop`] before.
+    ///
+    /// # Errors
+    /// What the server refused, or that there is none.
+    pub fn reset_and_start(&mut self) -> Result<(), Error> {
+        let (mut frontend, socket) = self.link.take().ok_or("not connected")?;
+        frontend.reset_device()?;
+        self.reset()?;
+        self.start(frontend, socket)
+    }
+
+    /// The guest resets the device while no server is there. Its front-end keeps the region, which QEMU does not.
     ///
     /// # Errors
     /// The rings' eventfds cannot be created.
@@ -154,6 +176,11 @@ impl Guest {
         self.rings = Self::rings(&self.ram, self.shape)?;
         self.wake = wake(&self.rings)?;
         Ok(())
+    }
+
+    /// The front-end drops the region, as QEMU does when the guest resets the device.
+    pub fn drop_region(&mut self) {
+        self.inflight = None;
     }
 }
 

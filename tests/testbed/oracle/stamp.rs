@@ -37,8 +37,10 @@ fn words(block: u64, sector: usize, stamp: Stamp) -> [u64; WORDS] {
         return words;
     }
     words[..4].copy_from_slice(&[MAGIC, block, stamp.sequence, u64::from(stamp.writer) << 32 | sector as u64]);
-    let mut random = Random::new(block << 40 ^ (sector as u64) << 32 ^ stamp.sequence);
-    words[4..WORDS - 1].fill_with(|| random.draw());
+    let seed = Random::new(block << 40 ^ (sector as u64) << 32 ^ stamp.sequence).draw();
+    for (word, rotation) in words[4..WORDS - 1].iter_mut().zip(0..) {
+        *word = seed.rotate_left(rotation);
+    }
     words[WORDS - 1] = checksum(&words);
     words
 }

@@ -344,7 +344,10 @@ impl DataPath {
     pub(in crate::engine) fn track(&mut self, slot: usize, region: &InflightRegion) {
         let virtqueue = self.virtqueue(slot);
         let Some(ring) = &mut self.slots[slot].ring else { return };
-        match ring.queue.track(region) {
+        let tracking = ring.queue.track(region);
+        // The recovery may have moved a ring that started at its first position.
+        ring.call_if_run();
+        match tracking {
             Err(contradiction) => self.fail_ring(slot, &contradiction),
             Ok(Tracking::On { recovered: 0 }) => {}
             Ok(Tracking::On { recovered }) => self.ring_fault_log.warn(|| {

@@ -118,6 +118,12 @@ pub enum Claim {
         /// Descriptors of the ring.
         size: u16,
     },
+    /// Requests are marked, and the ring has none at the used position.
+    #[error("requests are marked, and no descriptor is available at the used position, {slot}")]
+    NotAvailable {
+        /// The used position.
+        slot: u16,
+    },
     /// The base is before the used index, or after the available one.
     #[error("SET_VRING_BASE is {base}, which is not from used.idx {used} to avail.idx {avail}")]
     Base {

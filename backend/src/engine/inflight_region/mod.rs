@@ -24,6 +24,9 @@ use crate::sys::SharedMemory;
 /// The version of an initialized record; 0 is one that has never been used.
 const VERSION: u16 = 1;
 
+/// Offset of the version, with either layout.
+const VERSION_AT: usize = 8;
+
 /// A counter above this cannot have been reached by counting.
 const MAX_COUNTER: u64 = 1 << 62;
 
@@ -62,6 +65,12 @@ impl InflightRegion {
         let memory = memory.slice(0, Self::bytes(layout, entries))?;
         memory.array::<u64, 1>(0, 1)?;
         Some(Self { memory, entries })
+    }
+
+    /// Makes the record one that has never been used, for a ring that starts at a base which is known to be right. Nothing may be
+    /// in flight.
+    pub fn retire(&self) {
+        self.memory.write_u16(VERSION_AT, 0);
     }
 
     /// Longest ring, descriptors.

@@ -187,6 +187,20 @@ fn the_next_process_submits_what_was_in_flight_in_its_order_and_nothing_that_was
 }
 
 #[test]
+fn a_recovered_ring_calls_even_if_its_base_is_the_first_one() {
+    for layout in BOTH {
+        let (process, mut guest, _) = with_four_in_flight(layout);
+        let (process, setup) = process.successor(64, &mut guest);
+        count(&guest.driver().call);
+
+        process.start(setup);
+
+        process.held(4);
+        assert_ne!(count(&guest.driver().call), 0, "{layout:?}");
+    }
+}
+
+#[test]
 fn a_device_queue_that_is_too_short_delays_what_was_in_flight() {
     for layout in BOTH {
         let (process, mut guest, _) = with_four_in_flight(layout);
@@ -286,6 +300,21 @@ fn a_record_that_contradicts_the_ring_fails_the_ring() {
         assert!(next.rig.disk.held().is_empty());
         assert!(guest.used().is_empty());
     }
+}
+
+#[test]
+fn a_packed_ring_that_has_started_anew_fails_with_the_record_of_the_former_one() {
+    let (process, mut guest, _) = with_four_in_flight(Layout::Packed);
+    let (next, setup) = process.successor(64, &mut guest);
+    for n in 0..usize::from(SIZE) {
+        next.rig.region.memory().write_u64(16 * n + 8, 0);
+    }
+
+    next.start(setup);
+
+    assert!(wait_readable(&guest.driver().err, Duration::from_secs(20)), "err was not signalled");
+    assert!(next.rig.disk.held().is_empty());
+    assert!(guest.used().is_empty());
 }
 
 #[test]

@@ -22,7 +22,7 @@ use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::inflight_region::packed::PackedMarks;
 use crate::engine::inflight_region::packed_recovery::{PackedRequest, PackedState};
-use crate::engine::inflight_region::{Contradiction, InflightRegion, Tracking};
+use crate::engine::inflight_region::{Claim, Contradiction, InflightRegion, Tracking};
 use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
 use crate::sys::{SharedArray, SharedMemory};
@@ -116,6 +116,12 @@ impl PackedRing {
             base: (self.taken == 0).then_some(next_used),
         };
         let Some((marks, plan)) = PackedMarks::start(region, state)? else { return Ok(Tracking::Off) };
+        // Nothing is written at or after the used position before it is published, so the driver's descriptor is still there. In a
+        // ring that has started anew it is not (virtio 1.2 §2.8.1).
+        let available = if plan.used.wrap { AVAIL } else { USED };
+        if plan.taken != 0 && self.flags(plan.used.slot) & (AVAIL | USED) != available {
+            return Err(Claim::NotAvailable { slot: plan.used.slot }.into());
+        }
         self.next_used = plan.used;
         self.next_avail = self.next_used.advance(plan.taken, size);
         self.taken = plan.taken;
