@@ -302,4 +302,22 @@ mod tests {
         assert!(parse(&["--device", "00:04.0", "--queues", "0"]).is_err());
         assert_eq!(parse(&["--device", "00:04.0", "--queues", "64"]).unwrap().queue_count(), 64);
     }
+
+    #[test]
+    fn only_a_disk_is_handed_over() {
+        for option in ["--handover-socket", "--takeover"] {
+            let error = parse(&["--device", "00:04.0", "--vfio-user", option, "/run/h"]).unwrap_err();
+            assert!(error.contains("cannot be used with"), "{error}");
+            assert!(parse(&["--device", "00:04.0", option, "/run/h"]).is_ok());
+        }
+    }
+
+    #[test]
+    fn the_terms_of_a_hand_over_are_written_like_the_options() {
+        let words = ["--device", "emulated:size=1M", "--queues", "3", "--no-snoop", "allow", "--read-only"];
+        let terms = parse(&words).unwrap().terms().unwrap();
+        assert_eq!((terms.device.as_str(), terms.queues, terms.no_snoop.as_str()), ("emulated:size=1M", 3, "allow"));
+        assert!(terms.read_only);
+        assert_eq!(parse(&["--device", "00:04.0"]).unwrap().terms().unwrap().device, "0000:00:04.0");
+    }
 }
