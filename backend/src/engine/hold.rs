@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::worker::WorkerCommand;
 use super::{Engine, EngineError, WorkerHandle};
+use crate::sync::recv_until;
 
 /// Requests wait in their rings until this is dropped.
 #[must_use]
@@ -22,8 +23,7 @@ impl Engine {
         let answers: Vec<_> = self.workers.iter().map(post).collect();
         let deadline = Instant::now() + limit;
         for answer in &answers {
-            let left = deadline.saturating_duration_since(Instant::now());
-            answer.recv_timeout(left).map_err(|_| EngineError::Busy(limit))?;
+            recv_until(answer, deadline).map_err(|_| EngineError::Busy(limit))?;
         }
         Ok(held)
     }

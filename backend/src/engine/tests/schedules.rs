@@ -4,7 +4,7 @@
 //!
 //! Bugs that it finds, each tried: `while_idle` without the driver's lock (the watchdog resets the device that the control thread
 //! takes for idle); a paused worker that submits; a removal of memory answered before the last command that uses it; a ring
-//! stopped with a request still in flight.
+//! stopped with a request still in flight; a reset that fails requests because a hand-over waits for them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +28,8 @@ const QUEUES: usize = 2;
 const REQUESTS: usize = 3;
 /// Where the requests' buffers are.
 const BUFFERS: u64 = 0x100_0000;
+/// See [`watchdog`].
+const RELEASE: u32 = 2;
 
 /// Runs `scenario` in many orders.
 fn in_many_orders(scenario: impl Fn() + Send + Sync + 'static) {
@@ -119,14 +121,14 @@ fn complete_one(rig: &Rig, statuses: &[u64]) {
     rig.disk.complete(index);
 }
 
-/// The watchdog's decisions, at a time of the schedule's choice.
-fn watchdog(engine: &Engine) {
+/// One of the watchdog's decisions, at a time of the schedule's choice. Only [`RELEASE`] fails requests.
+fn watchdog(engine: &Engine, decision: u32) {
     let supervisor = Arc::clone(&engine.supervisor);
     let recoveries = supervisor.recoveries.load(Ordering::SeqCst);
     thread::yield_now();
-    match thread_rng().gen_range(0..3) {
+    match decision {
         0 => supervisor.reset_after_abort(recoveries),
-        1 => supervisor.abort(&[], recoveries),
+        1 => supervisor.check(recoveries),
         _ => {
             supervisor.release();
             thread::yield_now();
@@ -146,7 +148,7 @@ fn a_ring_stop_and_the_watchdog_leave_each_request_answered_once() {
             rig.engine.start_ring(setup).unwrap();
         });
 
-        watchdog(&scene.rig.engine);
+        watchdog(&scene.rig.engine, thread_rng().gen_range(0..=RELEASE));
         control.join().unwrap();
 
         scene.finish(device).shut_down();
@@ -166,7 +168,7 @@ fn removed_memory_is_used_by_no_command_whatever_the_watchdog_does() {
             rig.disk.remove(&buffers).unwrap();
         });
 
-        watchdog(&scene.rig.engine);
+        watchdog(&scene.rig.engine, thread_rng().gen_range(0..=RELEASE));
         control.join().unwrap();
 
         scene.finish(device).shut_down();
@@ -190,9 +192,41 @@ fn an_idle_device_stays_idle_while_the_control_thread_acts_on_it() {
             assert_eq!((before.0, before), (0, after), "commands in flight, or a reset");
         });
 
-        watchdog(&scene.rig.engine);
+        watchdog(&scene.rig.engine, thread_rng().gen_range(0..=RELEASE));
         control.join().unwrap();
 
         scene.finish(device).shut_down();
+    });
+}
+
+#[test]
+fn a_hand_over_that_fails_leaves_each_request_answered_once_and_without_an_error() {
+    in_many_orders(|| {
+        let scene = scene();
+        let device = scene.device();
+        let (rig, mut setup) = (Arc::clone(&scene.rig), scene.drivers[0].setup(0));
+        let memory = scene.rig.region.memory().clone();
+        let statuses = Arc::clone(&scene.statuses);
+        let control = thread::spawn(move || {
+            // It is busy if the device does not complete everything in time; nothing has changed then.
+            let Ok(held) = rig.engine.hold(Duration::ZERO) else { return };
+            setup.base = rig.engine.stop_ring(0).unwrap().expect("it was started");
+            rig.engine.lend_device().unwrap();
+            let state = || (rig.disk.held().len(), rig.disk.recoveries());
+            let lent = state();
+            (0..20).for_each(|_| thread::yield_now());
+            assert_eq!((lent.0, lent), (0, state()), "somebody used the device while it was lent");
+            rig.engine.take_device_back(|| ());
+            rig.engine.start_ring(setup).unwrap();
+            drop(held);
+        });
+
+        watchdog(&scene.rig.engine, thread_rng().gen_range(0..RELEASE));
+        control.join().unwrap();
+
+        scene.finish(device).shut_down();
+        for &status in &*statuses {
+            assert_eq!(memory.read_u8((status - BASE) as usize), 0, "no request has failed");
+        }
     });
 }

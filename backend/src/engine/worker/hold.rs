@@ -1,10 +1,9 @@
 //! Takes no more requests, and tells when those taken are complete. Unlike a pause of the device, this lets a request that is
 //! partly submitted go on, so that it ends.
 
-use std::sync::mpsc::Sender;
-
 use super::{Device, PendingReply, Worker};
 use crate::engine::vring::Vring;
+use crate::sync::mpsc::Sender;
 
 impl Worker {
     /// Takes no more requests until a release. Replies when every request taken has a used entry.
