@@ -127,14 +127,20 @@ mod tests {
 
     #[test]
     fn it_does_not_own_the_session_if_the_predecessor_closes_after_go() {
-        let taken = run(|mut link| {
-            offer(&mut link);
-            link.send(&Message::Go).unwrap();
-            link.shut();
-            assert!(!link.drain_taken(), "nothing came before");
+        let (ours, mut theirs) = Link::pair().unwrap();
+        let predecessor = thread::spawn(move || {
+            offer(&mut theirs);
+            theirs.send(&Message::Go).unwrap();
+            theirs.shut();
+            theirs
         });
-        // READY was refused by the kernel.
+        let (_, _, restored) = apply(ours, terms()).unwrap().split();
+        let mut theirs = predecessor.join().unwrap();
+
+        let taken = restored.take();
+
         assert!(matches!(taken, Err(NotTaken::Link(LinkError::Closed))), "{taken:?}");
+        assert!(!theirs.drain_taken(), "the kernel has refused READY, and nothing came before");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::packed_recovery::{PackedEntry, PackedPlan, PackedRecord, PackedRecovery, PackedState, recover};
 use super::{Contradiction, InflightRegion, VERSION};
+use crate::engine::virtqueue::layout::MAX_SIZE;
 use crate::engine::virtqueue::position::Position;
 use crate::sys::{SharedArray, SharedMemory};
 
@@ -69,17 +70,26 @@ const _: () = assert!(offset_of!(Header, used_wrap_counter) == 20 && offset_of!(
 /// `inflight`, `next`, `last` and `num`.
 const MARK: usize = 0;
 const COUNTER: usize = 1;
-/// ID, flags and length: the second word of a ring's descriptor, with its halves exchanged.
+/// ID, flags and length: the second word of a ring's descriptor, with its halves exchanged. The address follows.
 const REST: usize = 2;
-const ADDR: usize = 3;
 const INFLIGHT: usize = offset_of!(Entry, inflight);
 const NEXT: usize = offset_of!(Entry, next);
 const _: () = assert!(INFLIGHT == 0 && NEXT == 2 && offset_of!(Entry, last) == 4 && offset_of!(Entry, num) == 6);
 const _: () = assert!(offset_of!(Entry, counter) == 8 && offset_of!(Entry, id) == 16 && offset_of!(Entry, flags) == 18);
 const _: () = assert!(offset_of!(Entry, len) == 20 && offset_of!(Entry, addr) == 24);
 
+/// One number for each entry. The length is a constant, and a power of two, so that an index needs no comparison.
+type PerEntry = Box<[u16; MAX_SIZE as usize]>;
+const _: () = assert!(MAX_SIZE.is_power_of_two());
+
 /// A descriptor as in the ring: address; length, ID and flags.
 pub(in crate::engine) type Descriptor = [u64; 2];
+
+/// Index of an entry in [`PerEntry`].
+#[inline]
+fn slot(entry: u16) -> usize {
+    usize::from(entry & (MAX_SIZE - 1))
+}
 
 /// Offset of an entry.
 #[inline]
@@ -98,11 +108,14 @@ pub(in crate::engine) struct PackedMarks {
     /// The position before the next publication.
     used: Position,
     /// For each entry its successor, in the list of free entries or in its chain.
-    next: Vec<u16>,
+    next: PerEntry,
     /// For the first entry of each chain, the last.
-    last: Vec<u16>,
-    /// The chains pushed and not yet published. Its capacity is the ring's size.
-    batch: Vec<u16>,
+    last: PerEntry,
+    /// The chains pushed and not yet published, and how many.
+    batch: PerEntry,
+    pushed: u16,
+    /// Number of entries.
+    count: u16,
     /// The entry of the descriptor noted last.
     noted: u16,
 }
@@ -132,9 +145,11 @@ impl PackedMarks {
             counter: plan.next_counter,
             free_head: plan.free_head,
             used: plan.used,
-            next: record.entries.iter().map(|entry| entry.next).collect(),
-            last: record.entries.iter().map(|entry| entry.last).collect(),
-            batch: Vec::with_capacity(state.size.into()),
+            next: per_entry(&record, |entry| entry.next),
+            last: per_entry(&record, |entry| entry.last),
+            batch: Box::new([0; MAX_SIZE as usize]),
+            pushed: 0,
+            count: region.entries,
             noted: plan.free_head,
         };
         marks.settle(&plan);
@@ -165,24 +180,22 @@ impl PackedMarks {
     /// the one after it. The first is at [`Self::next_entry`].
     #[inline]
     pub(in crate::engine) fn note(&mut self, entry: u16, [addr, rest]: Descriptor) -> u16 {
-        let index = usize::from(entry);
-        self.entries.write_word(index, REST, rest.rotate_left(32));
-        self.entries.write_word(index, ADDR, addr);
+        self.entries.write_words(entry.into(), REST, [rest.rotate_left(32), addr]);
         self.noted = entry;
-        self.next[index]
+        self.next[slot(entry)]
     }
 
     /// The chain noted, of `entries` descriptors, has been taken. It is marked before anything is done for it.
     #[inline]
     pub(in crate::engine) fn take(&mut self, entries: u16) {
-        let (head, last) = (usize::from(self.free_head), self.noted);
-        self.last[head] = last;
-        let mark = 1 | u64::from(self.next[head]) << 16 | u64::from(last) << 32 | u64::from(entries) << 48;
-        self.entries.write_word(head, COUNTER, self.counter);
-        self.entries.write_word(head, MARK, mark);
+        let (head, last) = (self.free_head, self.noted);
+        self.last[slot(head)] = last;
+        let mark = 1 | u64::from(self.next[slot(head)]) << 16 | u64::from(last) << 32 | u64::from(entries) << 48;
+        self.entries.write_word(head.into(), COUNTER, self.counter);
+        self.entries.write_word(head.into(), MARK, mark);
         self.counter = self.counter.wrapping_add(1);
         // The chain counts as taken when its entries have left the list.
-        self.free_head = self.next[usize::from(last)];
+        self.free_head = self.next[slot(last)];
         self.set_free(self.free_head, self.free_head);
     }
 
@@ -190,16 +203,18 @@ impl PackedMarks {
     /// before the publication, and the list must not have grown then.
     #[inline]
     pub(in crate::engine) fn push(&mut self, entry: u16) {
-        self.batch.push(entry);
+        self.batch[slot(self.pushed)] = entry;
+        self.pushed += 1;
     }
 
     /// The flags that publish the batch will be written next. The ring's used position is `used` afterwards.
     #[inline]
     pub(in crate::engine) fn before_publish(&mut self, used: Position) {
         let mut free = self.free_head;
-        for &entry in &self.batch {
-            let last = self.last[usize::from(entry)];
-            self.next[usize::from(last)] = free;
+        for n in 0..self.pushed {
+            let entry = self.batch[slot(n)];
+            let last = self.last[slot(entry)];
+            self.next[slot(last)] = free;
             self.memory.write_u16(at(last) + NEXT, free);
             free = entry;
         }
@@ -212,10 +227,10 @@ impl PackedMarks {
     /// The batch has been published. There must be a full fence between that and this.
     #[inline]
     pub(in crate::engine) fn after_publish(&mut self) {
-        for &entry in &self.batch {
-            self.clear(entry);
+        for n in 0..self.pushed {
+            self.clear(self.batch[slot(n)]);
         }
-        self.batch.clear();
+        self.pushed = 0;
         self.set_free(self.free_head, self.free_head);
         self.set_used(self.used, self.used);
     }
@@ -227,7 +242,7 @@ impl PackedMarks {
 
     #[inline]
     fn set_free(&self, head: u16, old: u16) {
-        self.header.write_word(0, FREE, free_word(VERSION, self.next.len(), head, old));
+        self.header.write_word(0, FREE, free_word(VERSION, self.count, head, old));
     }
 
     #[inline]
@@ -237,14 +252,20 @@ impl PackedMarks {
 }
 
 #[inline]
-fn free_word(version: u16, entries: usize, head: u16, old: u16) -> u64 {
-    u64::from(version) | (entries as u64) << 16 | u64::from(head) << 32 | u64::from(old) << 48
+fn free_word(version: u16, entries: u16, head: u16, old: u16) -> u64 {
+    u64::from(version) | u64::from(entries) << 16 | u64::from(head) << 32 | u64::from(old) << 48
 }
 
 #[inline]
 fn used_word(new: Position, old: Position) -> u64 {
     let slots = u64::from(new.slot) | u64::from(old.slot) << 16;
     slots | u64::from(new.wrap) << 32 | u64::from(old.wrap) << 40
+}
+
+fn per_entry(record: &PackedRecord, number: impl Fn(&PackedEntry) -> u16) -> PerEntry {
+    let mut numbers = Box::new([0; MAX_SIZE as usize]);
+    numbers.iter_mut().zip(&record.entries).for_each(|(slot, entry)| *slot = number(entry));
+    numbers
 }
 
 fn header(region: &InflightRegion) -> Words<&SharedMemory> {
@@ -282,12 +303,12 @@ fn read(region: &InflightRegion) -> PackedRecord {
 
 /// Makes a record without marks, whose entries are all free. It counts once its version is written.
 fn initialize(region: &InflightRegion, used: Position) {
-    let (header, entries, count) = (header(region), entries(region), usize::from(region.entries));
+    let (header, entries, count) = (header(region), entries(region), region.entries);
     header.write_word(0, FREE, 0);
     header.write(0, [0, 0, used_word(used, used), 0]);
     for entry in 0..count {
         // The last one's successor does not exist, which ends the list.
-        entries.write(entry, [(entry as u64 + 1) << 16, 0, 0, 0]);
+        entries.write(entry.into(), [(u64::from(entry) + 1) << 16, 0, 0, 0]);
     }
     header.write_word(0, FREE, free_word(VERSION, count, 0, 0));
 }

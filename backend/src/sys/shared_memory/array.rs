@@ -107,13 +107,22 @@ impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
     /// Writes one word of an entry without ordering.
     #[inline]
     pub fn write_word(&self, index: usize, word: usize, value: W) {
-        if word >= N {
-            outside(word, N);
+        self.write_words(index, word, [value]);
+    }
+
+    /// Writes some words of an entry, from `first` on, without ordering, each once.
+    #[inline]
+    pub fn write_words<const K: usize>(&self, index: usize, first: usize, values: [W; K]) {
+        if first > N || K > N - first {
+            outside(first, N);
         }
-        #[cfg(test)]
-        super::kill::before_store();
-        // SAFETY: as for `read`; `word` is below N.
-        unsafe { self.entry(index).add(word).write_volatile(value.swap()) };
+        let entry = self.entry(index);
+        for (i, value) in values.into_iter().enumerate() {
+            #[cfg(test)]
+            super::kill::before_store();
+            // SAFETY: as for `read`; the words from `first` on are inside the entry.
+            unsafe { entry.add(first + i).write_volatile(value.swap()) };
+        }
     }
 }
 
