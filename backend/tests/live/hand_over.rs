@@ -193,14 +193,6 @@ fn hand_over_in_vain(drive: &mut Drive, served: &Served, file: &Arc<File>, regio
 #[ignore = "started by the other tests of this file"]
 fn successor() {
     prepare_process();
-    let dies = std::env::var(DIES).expect("started by a predecessor");
-    let die_if = |step: &str| {
-        if dies == step {
-            say(&format!("dies {step}"));
-            // No destructor runs, as with a signal.
-            std::process::abort();
-        }
-    };
     let mut socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
     let (description, disk, descriptors, guest) = receive(&mut socket);
     let Accepted { function, space, facts, take_over } =
@@ -223,7 +215,7 @@ fn successor() {
     drive.check(&region, PREDECESSOR);
     drive.verify(&region, 0x33);
     die_if("up");
-    assert!(dies != "fails", "this successor unwinds");
+    assert!(!dies_at("fails"), "this successor unwinds");
     take_over.ready().unwrap();
     socket.write_all(b"u").unwrap();
 
@@ -234,12 +226,7 @@ fn successor() {
     drive.verify(&region, 0x55);
     say(&format!("locked by the successor {}", pinned()));
     drop(buffer);
-    // New memory can be added again, and what came from the predecessor can be removed.
-    let more = new_file(MIB);
-    let spec = RegionSpec { gpa: Span::new(Gpa(0), MIB).unwrap(), qva: Qva(0x6f00_0000_0000), offset: 0, file: more };
-    let more = Arc::new(Region::map(spec).unwrap());
-    space.add(&more).unwrap();
-    space.remove(&more).unwrap();
+    add_and_remove_memory(&space);
     if case_is("released") {
         drive = lose_and_find(drive, facts);
         drive.verify(&region, 0x66);
@@ -252,6 +239,28 @@ fn successor() {
     say(&format!("locked in the end {}", pinned()));
     assert_eq!(space.statistics().mapped, 0);
     say("ended");
+}
+
+/// True if this successor ends at `step`.
+fn dies_at(step: &str) -> bool {
+    std::env::var(DIES).expect("started by a predecessor") == step
+}
+
+fn die_if(step: &str) {
+    if dies_at(step) {
+        say(&format!("dies {step}"));
+        // No destructor runs, as with a signal.
+        std::process::abort();
+    }
+}
+
+/// New memory can be added again.
+fn add_and_remove_memory(space: &dyn AddressSpace) {
+    let file = new_file(MIB);
+    let spec = RegionSpec { gpa: Span::new(Gpa(0), MIB).unwrap(), qva: Qva(0x6f00_0000_0000), offset: 0, file };
+    let region = Arc::new(Region::map(spec).unwrap());
+    space.add(&region).unwrap();
+    space.remove(&region).unwrap();
 }
 
 /// The host takes the device and gives it back: its memory is unpinned, and pinned again.

@@ -1,6 +1,8 @@
 //! A fake device: a disk in memory that implements the engine's traits. It moves data between a `Vec` and the mapped memory.
 //! The test decides when and in which order commands complete, and can lose commands or make recovery fail.
 
+mod options;
+
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -10,42 +12,12 @@ use vm_memory::MmapRegion;
 
 use crate::addr::{Address, Iova, Span};
 use crate::driver::{
-    Blocks, Command, CommandId, Completion, DiscardLimits, DiskState, Driver, Extent, Full, Geometry, Outcome,
-    OverdueCommands, Queue, ZeroesLimits,
+    Blocks, Command, CommandId, Completion, DiskState, Driver, Extent, Full, Geometry, Outcome, OverdueCommands, Queue,
 };
 use crate::hardware::{AddressSpace, DmaBuffer, MapError};
 use crate::memory::Region;
 use crate::sys::SharedMemory;
-
-/// Options of the fake disk.
-#[derive(Clone)]
-pub(super) struct DiskOptions {
-    pub(super) queues: usize,
-    pub(super) depth: usize,
-    pub(super) max_transfer: u32,
-    /// Alignment of addresses and lengths that need no bouncing, bytes.
-    pub(super) alignment: u64,
-    pub(super) geometry: Geometry,
-}
-
-impl Default for DiskOptions {
-    fn default() -> Self {
-        let geometry = Geometry {
-            blocks: 2048,
-            block_size: 512,
-            physical_block_size: 512,
-            read_only: false,
-            volatile_cache: true,
-            cache_on: true,
-            serial: "SERIAL".into(),
-            model: "MODEL".into(),
-            max_transfer: 128 << 10,
-            discard: Some(DiscardLimits { ranges: 4, range_blocks: 64, blocks: 100 }),
-            zeroes: Some(ZeroesLimits { blocks: 16, deallocates: true }),
-        };
-        Self { queues: 1, depth: 64, max_transfer: 128 << 10, alignment: 4, geometry }
-    }
-}
+pub(super) use options::DiskOptions;
 
 /// A command as the device received it.
 #[derive(Clone, Debug)]

@@ -6,6 +6,13 @@ use crate::engine::vring::Vring;
 use crate::sync::mpsc::Sender;
 
 impl Worker {
+    /// Submits nothing until it may go on. Replies when the device has no command of this worker.
+    pub(super) fn pause(&mut self, answer: Sender<()>) {
+        self.paused = true;
+        self.pending.push(PendingReply::Pause(answer));
+        self.poll_pending();
+    }
+
     /// Takes no more requests until a release. Replies when every request taken has a used entry.
     pub(super) fn hold(&mut self, answer: Sender<()>) {
         self.path.held = true;

@@ -261,11 +261,7 @@ impl Worker {
                 self.path.request_flush();
                 self.pending.push(PendingReply::Flush(answer));
             }
-            WorkerCommand::Pause(answer) => {
-                self.paused = true;
-                self.pending.push(PendingReply::Pause(answer));
-                self.poll_pending();
-            }
+            WorkerCommand::Pause(answer) => self.pause(answer),
             WorkerCommand::Resume => self.paused = false,
             WorkerCommand::Hold(answer) => self.hold(answer),
             WorkerCommand::Release => self.release(),

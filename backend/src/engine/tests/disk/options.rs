@@ -1,0 +1,33 @@
+//! What the fake disk is like.
+
+use crate::driver::{DiscardLimits, Geometry, ZeroesLimits};
+
+/// Options of the fake disk.
+#[derive(Clone)]
+pub(in crate::engine::tests) struct DiskOptions {
+    pub(in crate::engine::tests) queues: usize,
+    pub(in crate::engine::tests) depth: usize,
+    pub(in crate::engine::tests) max_transfer: u32,
+    /// Alignment of addresses and lengths that need no bouncing, bytes.
+    pub(in crate::engine::tests) alignment: u64,
+    pub(in crate::engine::tests) geometry: Geometry,
+}
+
+impl Default for DiskOptions {
+    fn default() -> Self {
+        let geometry = Geometry {
+            blocks: 2048,
+            block_size: 512,
+            physical_block_size: 512,
+            read_only: false,
+            volatile_cache: true,
+            cache_on: true,
+            serial: "SERIAL".into(),
+            model: "MODEL".into(),
+            max_transfer: 128 << 10,
+            discard: Some(DiscardLimits { ranges: 4, range_blocks: 64, blocks: 100 }),
+            zeroes: Some(ZeroesLimits { blocks: 16, deallocates: true }),
+        };
+        Self { queues: 1, depth: 64, max_transfer: 128 << 10, alignment: 4, geometry }
+    }
+}
