@@ -14,6 +14,7 @@ mod poller;
 mod shared_memory;
 mod sigbus;
 mod signals;
+mod type1;
 mod vfio;
 
 pub use cache::{CacheLines, Instruction};
@@ -24,4 +25,5 @@ pub use poller::{Event, Poller};
 pub use shared_memory::{SharedArray, SharedMemory, Word};
 pub use sigbus::{LostPages, MAX_WATCHED};
 pub use signals::signal_fd;
+pub use type1::{Container, ContainerInfo, Group};
 pub use vfio::Cdev;
