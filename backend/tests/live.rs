@@ -3,6 +3,9 @@
 //! They need a machine with an IOMMU and a function bound to vfio-pci, named in `VDV_DEVICE`. So `cargo test` leaves them out,
 //! and `scripts/test` runs them in the testbed, one at a time, because a function has one owner.
 
+#[path = "live/type1.rs"]
+mod type1;
+
 use std::fs::File;
 use std::io;
 use std::path::Path;
