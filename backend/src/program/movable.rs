@@ -9,6 +9,7 @@ use vhost_device_vfio::acquire::hand_over::{Accepted, Exported, Served, TakeOver
 use vhost_device_vfio::coherency::{Personality, Policy, decide};
 use vhost_device_vfio::emulated::Machine;
 use vhost_device_vfio::handover::{FunctionState, Incoming, Outgoing};
+use vhost_device_vfio::iommu::KernelSpace;
 use vhost_device_vfio::vhost_user::MovableFunction;
 
 use super::origin::{Acquired, DeviceSource, DeviceSpec, of_attached};
@@ -92,7 +93,7 @@ pub(crate) fn take(
             let accepted = accept(&description, fds, (Personality::Mediated, policy, false))?;
             let Accepted { function, space, facts, take_over } = accepted;
             log::info!("{address}: taken over with its address space; DMA is {}", decide(&facts));
-            Ok((of_attached(address, function, space, facts)?, Some(take_over)))
+            Ok((of_attached(address, function, KernelSpace::Iommufd(space), facts)?, Some(take_over)))
         }
         _ => bail!("what was handed over is another kind of function"),
     }
