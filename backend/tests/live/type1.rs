@@ -2,13 +2,17 @@
 
 use std::fs;
 use std::io;
+use std::sync::Arc;
 
+use vhost_device_vfio::acquire::AcquiredFunction;
+use vhost_device_vfio::acquire::hand_over::Served;
 use vhost_device_vfio::addr::{Iova, Span};
+use vhost_device_vfio::coherency::{Personality, Policy};
 use vhost_device_vfio::hardware::{AddressSpace, Function, MapError, SpaceStatistics};
 use vhost_device_vfio::iommu::Type1Space;
 use vhost_device_vfio::memory::{Region, RegionSpec};
 use vhost_device_vfio::sys::{CacheLines, Container};
-use vhost_device_vfio::vfio::{Attached, Opened, VfioError};
+use vhost_device_vfio::vfio::{Attached, InterfaceChoice, Opened, VfioError};
 
 use super::{MIB, device, memory};
 
@@ -183,6 +187,19 @@ fn the_function_is_accessible_and_has_bus_master_off() {
     function.reset().unwrap();
     function.config_read(0x04, &mut command).unwrap();
     assert_eq!(u16::from_le_bytes(command) & 0b110, 0b010, "after a reset");
+}
+
+#[test]
+fn a_function_in_a_container_is_not_handed_over_and_can_be_used_afterwards() {
+    let acquired = AcquiredFunction::acquire(device(), InterfaceChoice::Type1).unwrap();
+    let facts = acquired.evidence().facts(Personality::Mediated, Policy::Suppress, false);
+    let (function, space) = acquired.into_address_space(&facts).unwrap();
+    let served = Served::new(device(), &Arc::new(function), &space, &facts);
+
+    let error = served.export(true).map(drop).unwrap_err().to_string();
+
+    assert!(error.contains("through VFIO type1 the mapped memory is this process's"), "{error}");
+    drop(space.address_space().buffer(4096).unwrap());
 }
 
 #[test]
