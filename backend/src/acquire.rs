@@ -3,25 +3,32 @@
 //! ```text
 //! /dev/iommu ─ IOAS ─ bind ─ page table ─ attach, bus master off ─ evidence ─ (verdict) ─ address space
 //!                             └ the kernel's answer on snooping    └ probe of the No Snoop bit
+//! /dev/vfio/vfio ─ group ─ IOMMU type 1 ─ open, bus master off ─ the same
 //! ```
 
 pub mod hand_over;
 
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 
 use crate::coherency::{CacheOps, Facts, NoSnoop, Personality, Policy, Refusal, Verdict, decide};
-use crate::iommu::{HandOverError, LiveSpace, PageTable, Snoop};
-use crate::sys::{CacheLines, Instruction, Ioas, Iommufd};
-use crate::vfio::{Attached, NotAnAddress, Opened, PciAddress, VfioError, no_snoop, open_iommufd};
+use crate::iommu::{HandOverError, Interface, KernelSpace, LiveSpace, PageTable, Snoop, Type1Space};
+use crate::sys::{CacheLines, Container, Instruction, Ioas, Iommufd};
+use crate::vfio::{Attached, FoundInterface, InterfaceChoice, NotAnAddress, Opened, PciAddress, VfioError, no_snoop};
 
 /// A function that this process owns, attached to an empty address space.
 pub struct AcquiredFunction {
     address: PciAddress,
     function: Attached,
-    table: Arc<PageTable>,
+    mappings: Mappings,
     evidence: Evidence,
+    why: String,
+}
+
+/// Where memory is mapped for the function.
+enum Mappings {
+    PageTable(Arc<PageTable>),
+    Container(Container),
 }
 
 /// The facts about the caches that hardware and kernel report.
@@ -80,26 +87,42 @@ pub enum AcquireError {
 }
 
 impl AcquiredFunction {
-    /// Acquires the function at `address`.
+    /// Acquires the function at `address` through the interface of `choice`.
     ///
     /// # Errors
     /// See [`AcquireError`]; the function is closed.
-    pub fn acquire(address: PciAddress) -> Result<Self, AcquireError> {
+    pub fn acquire(address: PciAddress, choice: InterfaceChoice) -> Result<Self, AcquireError> {
         let opened = Opened::open(address)?;
-        let iommufd = Arc::new(open_iommufd(Path::new("/dev/iommu"))?);
-        let ioas = iommufd.alloc_ioas();
-        let step = "allocate an address space (IOMMU_IOAS_ALLOC)";
-        let ioas = ioas.map_err(|source| AcquireError::Kernel { address, step, source })?;
-        Self::attach(address, opened, iommufd, ioas)
+        let found = opened.find_interface(choice)?;
+        let why = found.to_string();
+        let acquired = match found {
+            FoundInterface::Iommufd(iommufd) => {
+                let iommufd = Arc::new(iommufd);
+                let step = "allocate an address space (IOMMU_IOAS_ALLOC)";
+                let ioas = iommufd.alloc_ioas().map_err(|source| AcquireError::Kernel { address, step, source })?;
+                Self::attach(address, opened, iommufd, ioas)
+            }
+            FoundInterface::Type1(container, _) => Self::attach_by_group(address, opened, container),
+        };
+        acquired.map(|acquired| Self { why, ..acquired })
     }
 
     /// Reacquires a released function into its former address space: what is mapped there is pinned again.
     ///
     /// # Errors
     /// See [`AcquireError`]; the function is closed.
-    pub fn reacquire(address: PciAddress, space: &LiveSpace) -> Result<Self, AcquireError> {
-        let (iommufd, ioas) = space.iommufd_and_ioas();
-        Self::attach(address, Opened::open(address)?, iommufd, ioas)
+    pub fn reacquire(address: PciAddress, space: &KernelSpace) -> Result<Self, AcquireError> {
+        let opened = Opened::open(address)?;
+        match space {
+            KernelSpace::Iommufd(space) => {
+                let (iommufd, ioas) = space.iommufd_and_ioas();
+                Self::attach(address, opened, iommufd, ioas)
+            }
+            KernelSpace::Type1(_) => {
+                let container = opened.open_container()?;
+                Self::attach_by_group(address, opened, container)
+            }
+        }
     }
 
     fn attach(address: PciAddress, opened: Opened, iommufd: Arc<Iommufd>, ioas: Ioas) -> Result<Self, AcquireError> {
@@ -108,10 +131,33 @@ impl AcquiredFunction {
         let table = PageTable::new(iommufd, ioas, bound.device_id());
         let table = Arc::new(table.map_err(error("allocate a page table (IOMMU_HWPT_ALLOC)"))?);
         let function = bound.attach(Arc::clone(&table))?;
+        let snoop = table.snoop().clone();
+        Self::with_evidence(address, function, Mappings::PageTable(table), snoop)
+    }
+
+    fn attach_by_group(address: PciAddress, opened: Opened, container: Container) -> Result<Self, AcquireError> {
+        let function = opened.attach_by_group(&container)?;
+        let snoop = Snoop::of_container(&container, address.iommu_hardware());
+        Self::with_evidence(address, function, Mappings::Container(container), snoop)
+    }
+
+    fn with_evidence(
+        address: PciAddress,
+        function: Attached,
+        mappings: Mappings,
+        snoop: Snoop,
+    ) -> Result<Self, AcquireError> {
         let no_snoop = no_snoop::probe(&function, address.is_virtual_function());
-        let no_snoop = no_snoop.map_err(error("probe the Enable No Snoop bit"))?;
-        let evidence = Evidence { snoop: table.snoop().clone(), no_snoop, lines: CacheLines::detect() };
-        Ok(Self { address, function, table, evidence })
+        let step = "probe the Enable No Snoop bit";
+        let no_snoop = no_snoop.map_err(|source| AcquireError::Kernel { address, step, source })?;
+        let evidence = Evidence { snoop, no_snoop, lines: CacheLines::detect() };
+        Ok(Self { address, function, mappings, evidence, why: String::new() })
+    }
+
+    /// The interface, and why it is used, as text.
+    #[must_use]
+    pub fn why(&self) -> &str {
+        &self.why
     }
 
     /// See [`Evidence`].
@@ -125,17 +171,25 @@ impl AcquiredFunction {
     ///
     /// # Errors
     /// See [`AcquireError`]; the function is closed.
-    pub fn into_address_space(self, facts: &Facts) -> Result<(Attached, LiveSpace), AcquireError> {
-        let Self { address, function, table, evidence } = self;
-        let error = |step| move |source| AcquireError::Kernel { address, step, source };
-        let space = match (decide(facts), evidence.lines) {
-            (Verdict::Coherent(_), _) => LiveSpace::coherent(&table),
-            (Verdict::Flush(_), Some(lines)) => {
-                let space = LiveSpace::flushing(&table, lines, function.device_file());
-                space.map_err(error("allocate a staging page table"))?
-            }
+    pub fn into_address_space(self, facts: &Facts) -> Result<(Attached, KernelSpace), AcquireError> {
+        let Self { address, function, mappings, evidence, .. } = self;
+        let lines = match (decide(facts), evidence.lines) {
+            (Verdict::Coherent(_), _) => None,
+            (Verdict::Flush(_), Some(lines)) => Some(lines),
             (Verdict::Flush(_), None) => return Err(AcquireError::Refused(address, Refusal::NoCacheOps)),
             (Verdict::Refuse(refusal), _) => return Err(AcquireError::Refused(address, refusal)),
+        };
+        let error = |step| move |source| AcquireError::Kernel { address, step, source };
+        let space = match (mappings, lines) {
+            (Mappings::PageTable(table), None) => KernelSpace::Iommufd(LiveSpace::coherent(&table)),
+            (Mappings::PageTable(table), Some(lines)) => {
+                let space = LiveSpace::flushing(&table, lines, function.device_file());
+                KernelSpace::Iommufd(space.map_err(error("allocate a staging page table"))?)
+            }
+            (Mappings::Container(container), lines) => {
+                let space = Type1Space::new(container, lines);
+                KernelSpace::Type1(space.map_err(error("read the allowed IOVA ranges (VFIO_IOMMU_GET_INFO)"))?)
+            }
         };
         Ok((function, space))
     }
@@ -144,14 +198,18 @@ impl AcquiredFunction {
     ///
     /// # Errors
     /// See [`AcquireError`]; the function is closed.
-    pub fn into_former_address_space(self, space: &LiveSpace) -> Result<Attached, AcquireError> {
-        let Self { address, function, table, .. } = self;
-        let step = "allocate a staging page table";
-        space.rejoin(&table, function.device_file()).map_err(|source| AcquireError::Kernel {
-            address,
-            step,
-            source,
-        })?;
+    pub fn into_former_address_space(self, space: &KernelSpace) -> Result<Attached, AcquireError> {
+        let Self { address, function, mappings, .. } = self;
+        let (step, joined) = match (mappings, space) {
+            (Mappings::PageTable(table), KernelSpace::Iommufd(space)) => {
+                ("allocate a staging page table", space.rejoin(&table, function.device_file()))
+            }
+            (Mappings::Container(container), KernelSpace::Type1(space)) => {
+                ("map its former memory", space.rejoin(container))
+            }
+            _ => ("map its former memory", Err(io::Error::other("acquired through the other interface"))),
+        };
+        joined.map_err(|source| AcquireError::Kernel { address, step, source })?;
         Ok(function)
     }
 }
@@ -166,6 +224,7 @@ impl Evidence {
             Instruction::DcCivac => CacheOps::DcCivac,
         });
         let (snoop_enforced, no_snoop) = (self.snoop.enforced, self.no_snoop);
-        Facts { snoop_enforced, no_snoop, policy, personality, cache_ops, shim }
+        let staging = self.snoop.interface == Interface::Iommufd;
+        Facts { snoop_enforced, no_snoop, policy, personality, cache_ops, shim, staging }
     }
 }

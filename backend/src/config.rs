@@ -15,7 +15,7 @@ use crate::coherency::Policy;
 use crate::engine::WatchdogOptions;
 use crate::handover::Terms;
 use crate::passthrough::BarAccess;
-use crate::vfio::{NotAnAddress, PciAddress};
+use crate::vfio::{InterfaceChoice, NotAnAddress, PciAddress};
 
 /// The parsed command line.
 #[derive(Debug, Parser)]
@@ -59,6 +59,9 @@ pub struct Config {
     /// What to do about a device that can bypass the CPU caches
     #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
     pub no_snoop: NoSnoopPolicy,
+    /// The kernel's interface for the device and its memory
+    #[arg(long, value_name = "INTERFACE", value_enum, default_value_t)]
+    pub iommu: Iommu,
     /// Register the device with the shim in the VM's process, which listens on this socket (see README)
     #[arg(long, value_name = "PATH")]
     pub kvm_socket: Option<PathBuf>,
@@ -136,6 +139,9 @@ pub enum Command {
         /// Show the verdicts with this policy
         #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
         no_snoop: NoSnoopPolicy,
+        /// The kernel's interface for the device
+        #[arg(long, value_name = "INTERFACE", value_enum, default_value_t)]
+        iommu: Iommu,
         /// Query the shim in a VM's process as well: what KVM knows, and whether a device can still be registered
         #[arg(long, value_name = "PATH")]
         kvm_socket: Option<PathBuf>,
@@ -171,6 +177,28 @@ impl From<Bars> for BarAccess {
         match bars {
             Bars::Direct => Self::Direct,
             Bars::Trapped => Self::Trapped,
+        }
+    }
+}
+
+/// `--iommu`: the kernel's interface for the device and its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Iommu {
+    /// iommufd if it can be used, else VFIO type1
+    #[default]
+    Auto,
+    /// iommufd and character devices (Linux 6.6 or newer, if it was built with them)
+    Iommufd,
+    /// VFIO's groups and containers
+    Type1,
+}
+
+impl From<Iommu> for InterfaceChoice {
+    fn from(iommu: Iommu) -> Self {
+        match iommu {
+            Iommu::Auto => Self::Auto,
+            Iommu::Iommufd => Self::Iommufd,
+            Iommu::Type1 => Self::Type1,
         }
     }
 }

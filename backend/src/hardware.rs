@@ -199,8 +199,8 @@ pub enum MapError {
     },
     /// The pages would exceed RLIMIT_MEMLOCK.
     #[error(
-        "map {span} for DMA: {needed_kib} KiB must be locked, RLIMIT_MEMLOCK allows {allowed_kib} KiB for all processes of \
-         this user; raise it (ulimit -l unlimited; LimitMEMLOCK=infinity; --ulimit memlock=-1:-1) or grant CAP_IPC_LOCK"
+        "map {span} for DMA: {needed_kib} KiB must be locked, RLIMIT_MEMLOCK allows {allowed_kib} KiB for {whose}; \
+         raise it (ulimit -l unlimited; LimitMEMLOCK=infinity; --ulimit memlock=-1:-1) or grant CAP_IPC_LOCK"
     )]
     MemLock {
         /// The range to map.
@@ -209,6 +209,21 @@ pub enum MapError {
         needed_kib: u64,
         /// The soft limit, in KiB.
         allowed_kib: u64,
+        /// Whose locked memory the kernel counts.
+        whose: &'static str,
+    },
+    /// The kernel allows fewer mappings.
+    #[error(
+        "map {span} for DMA: needs {needed} mappings, the kernel allows {left} more for a device; raise \
+         vfio_iommu_type1.dma_entry_limit (in /sys/module/vfio_iommu_type1/parameters, for programs that start after that)"
+    )]
+    TooManyMappings {
+        /// The range to map.
+        span: Span<Iova>,
+        /// Mappings that it needs.
+        needed: u64,
+        /// Mappings that are left.
+        left: u32,
     },
     /// The kernel has no memory to keep the pages pinned during the flush. [`AddressSpace::remove_while_idle`] needs none.
     #[error("unmap {span}: no memory to keep it pinned while it is flushed; possible only while the device is idle")]

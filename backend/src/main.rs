@@ -56,7 +56,7 @@ fn run(config: &Config) -> Result<()> {
     let spec = DeviceSpec::new(device)?;
     // Before the device is opened or a backing file is created: a wrong path must not cost a controller reset.
     let endpoint = listen.open()?;
-    let source = spec.open()?;
+    let source = spec.open(config.iommu.into())?;
     log::info!("{endpoint}");
     if config.vfio_user {
         whole::serve(config, &source, endpoint, &signals.stop)
@@ -83,8 +83,8 @@ fn execute(command: &Command) {
     match command {
         Command::List { json: true } => println!("{}", list_json(&list())),
         Command::List { json: false } => list().iter().for_each(|line| println!("{line}")),
-        Command::Inspect { address, json, no_snoop, kvm_socket } => {
-            let report = Report::new(*address, (*no_snoop).into(), kvm_socket.as_deref());
+        Command::Inspect { address, json, no_snoop, iommu, kvm_socket } => {
+            let report = Report::new(*address, (*iommu).into(), (*no_snoop).into(), kvm_socket.as_deref());
             if *json { println!("{}", report.json()) } else { print!("{report}") }
         }
     }

@@ -105,6 +105,32 @@ copy from=live to=staging,unmap ioas=live,flush,flushed,unmap ioas=staging"
     fi
 }
 
+# Through type1 the kernel gives the same answers. There memory is not staged.
+served_through_type1() {
+    backend_start --no-snoop assume --iommu type1
+    logged "$FUNCTION: through VFIO type1, as --iommu=type1 says"
+    logged "DMA is $(expected assume)$"
+    agree
+    client_start
+    agree
+    sleep 0.3
+    client_stop
+    agree
+    backend_stop
+    [ "$(statistic reads)" -gt 0 ]
+    equal 0 "$(statistic staged)" staged
+    ! flushes assume || [ "$(statistic map_flushed_bytes)" -gt 0 ]
+}
+# The platforms that do not isolate interrupts are those whose kernel is told to accept that.
+unsafe_interrupts() {
+    grep -q vfio_iommu_type1.allow_unsafe_interrupts /testbed/profile || return 0
+    echo N >/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts
+    timeout 30 vhost-device-vfio --socket-path "$SOCKET" --device "$FUNCTION" --iommu type1 2>/run/answer || true
+    echo Y >/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts
+    contains 'does not isolate interrupts (no interrupt remapping). If every guest is trusted, boot with vfio_iommu_type1.allow' \
+        /run/answer
+}
+
 inspected() {
     vhost-device-vfio inspect "$FUNCTION" >/run/report
     word=no
@@ -126,7 +152,7 @@ listed() {
     vhost-device-vfio list --json >/run/report
     grep -q "{\"function\":\"$FUNCTION\",\"class\":\"0x010802\",\"driver\":\"vfio-pci\",\"iommu_group\":[0-9]*,.*\"verdict\":\"coherent\"}" /run/report
     vhost-device-vfio list >/run/report
-    grep -q "^$FUNCTION  0x010802  vfio-pci *group [0-9]* *[^ -][^ ]* *coherent\$" /run/report
+    grep -q "^$FUNCTION  0x010802  vfio-pci *group [0-9]* *[^ -][^ ]* *coherent (iommufd)\$" /run/report
 }
 
 for policy in suppress allow refuse assume; do
@@ -134,6 +160,8 @@ for policy in suppress allow refuse assume; do
 done
 claim "killed with memory mapped, it leaves nothing pinned; inspect names the next one" killed
 claim "calls to the kernel and cache flushes are in the designed order" ordered
+claim "through type1 the verdict is the same, and nothing is staged" served_through_type1
+claim "through type1, interrupts that are not isolated: the parameter" unsafe_interrupts
 claim "inspect shows the facts with their sources, and the verdict" inspected
 claim "inspect --json shows the same under every policy" inspected_as_json
 claim "list shows the verdict in one word" listed

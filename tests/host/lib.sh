@@ -10,15 +10,16 @@ BACKEND_LOG=/run/backend.log
 BACKEND_PID=/run/backend.pid
 BACKEND_STATUS=/run/backend.status
 
-# backend_start [ARGUMENT…]: serves $FUNCTION on $SOCKET; returns when the drive is up.
+# backend_start [ARGUMENT…]: serves $FUNCTION on $SOCKET; returns when the drive is up. UNDER is a program that runs the backend.
 backend_start() {
     rm -f "$BACKEND_STATUS"
     # Truncate it here, not in the process below: until that runs, "logged" would read the log of the previous backend.
     : >"$BACKEND_LOG"
     (
         status=0
+        # shellcheck disable=SC2086 # nothing, or a program
         sh -c "echo \$\$ >$BACKEND_PID; exec \"\$@\"" - \
-            vhost-device-vfio --socket-path "$SOCKET" --device "$FUNCTION" "$@" || status=$?
+            ${UNDER:-} vhost-device-vfio --socket-path "$SOCKET" --device "$FUNCTION" "$@" || status=$?
         echo $status >"$BACKEND_STATUS"
     ) </dev/null >>"$BACKEND_LOG" 2>&1 &
     # This includes a controller reset, on emulated processors.
@@ -35,8 +36,8 @@ backend_stop() {
     return "$(cat "$BACKEND_STATUS")"
 }
 
-# pinned: kB of memory the backend has pinned for DMA.
-pinned() { awk '/^VmPin:/ { print $2 }' "/proc/$(cat "$BACKEND_PID")/status"; }
+# pinned: kB of memory the backend has pinned for DMA. IOMMU type 1 counts them as locked.
+pinned() { awk '/^Vm(Pin|Lck):/ { sum += $2 } END { print sum }' "/proc/$(cat "$BACKEND_PID")/status"; }
 
 nothing_pinned() { equal 0 "$(pinned)" "kB pinned by the backend"; }
 

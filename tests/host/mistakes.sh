@@ -26,7 +26,18 @@ serve() { timeout 30 vhost-device-vfio --socket-path "${2:-/run/other.sock}" --d
 no_iommufd() {
     mv /dev/iommu /dev/iommu.away
     status=0
-    answers '/dev/iommu: No such file.*not passed in here' serve "$FUNCTION" || status=$?
+    answers '/dev/iommu: No such file.*not passed in here' \
+        timeout 30 vhost-device-vfio --socket-path /run/other.sock --device "$FUNCTION" --iommu iommufd || status=$?
+    mv /dev/iommu.away /dev/iommu
+    return "$status"
+}
+no_interface() {
+    mv /dev/iommu /dev/iommu.away
+    mv /dev/vfio/vfio /dev/vfio/vfio.away
+    status=0
+    answers '/dev/iommu: No such file.*; nor can it be used by VFIO type1: /dev/vfio/vfio: No such file.*--device /dev/vfio/vfio' \
+        serve "$FUNCTION" || status=$?
+    mv /dev/vfio/vfio.away /dev/vfio/vfio
     mv /dev/iommu.away /dev/iommu
     return "$status"
 }
@@ -72,6 +83,7 @@ claim "a function without a driver: the command that binds it" answers 'bound to
 claim "an address without a function: the address" answers '0000:1f:00.0: no such PCI function' serve 1f:00.0
 claim "a word that is not an address: an example" answers 'not a PCI address.*0000:00:04.0' serve nvme0
 claim "no /dev/iommu: what is missing" no_iommufd
+claim "neither /dev/iommu nor /dev/vfio/vfio: what is missing of each" no_interface
 claim "a function that is not an NVMe controller: its class" not_nvme
 claim "a group that is not viable: the other function, with its driver" group_not_viable
 claim "a namespace that does not exist: those that do" answers 'namespace 9.*it has: 1' \

@@ -61,6 +61,14 @@ every_policy() {
     done
 }
 
+# A function that is used through its group has a character device, too, and KVM takes that.
+through_type1() {
+    backend_start --no-snoop assume --iommu type1 --kvm-socket "$SHIM"
+    vm_lifetime "$(wanted assume)" LD_PRELOAD=/usr/local/lib/libkvm_vfio_shim.so "KVM_VFIO_SHIM_SOCKET=$SHIM"
+    backend_stop
+    equal "$(wanted assume)" "$(statistic told)" "registrations that told KVM"
+}
+
 # own_tests PROGRAM: runs tests of frontend-shim. None may skip for lack of KVM.
 own_tests() {
     SHIM_LIBRARY=/usr/local/shim/libkvm_vfio_shim.so "/usr/local/shim/deps/$1" --nocapture --test-threads 1 >/run/said 2>&1 || {
@@ -193,6 +201,7 @@ if [ "$PROFILE" = vtd ]; then
     done
 fi
 claim "KVM is told as the profile says for each policy, with the shim and without" every_policy
+claim "the same through type1, by a character device that is never bound" through_type1
 # The rest runs on one profile where KVM is told and on one where it is not. The shim and KVM depend on nothing else of the
 # IOMMU, and amd-iommu has the same answer as vtd-snoop, as the claim above has shown.
 [ "$PROFILE" != amd-iommu ] || finished

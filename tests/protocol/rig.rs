@@ -86,7 +86,11 @@ impl FailingSpace {
         if left > 0 || left == 0 && !self.plan.persistent.load(Ordering::SeqCst) {
             self.plan.successes.store(left - 1, Ordering::SeqCst);
         }
-        if left == 0 { Err(MapError::MemLock { span, needed_kib: 2048, allowed_kib: 64 }) } else { Ok(()) }
+        if left == 0 {
+            Err(MapError::MemLock { span, needed_kib: 2048, allowed_kib: 64, whose: "this process" })
+        } else {
+            Ok(())
+        }
     }
 }
 

@@ -29,6 +29,7 @@ const COHERENT: Facts = Facts {
     personality: Personality::Mediated,
     cache_ops: CacheOps::Clflush,
     shim: false,
+    staging: true,
 };
 /// DMA may bypass the caches.
 const FLUSHED: Facts = Facts { snoop_enforced: false, policy: coherency::Policy::Assume, ..COHERENT };

@@ -1,23 +1,26 @@
 # shellcheck shell=bash
 # The emulated host: builds a QEMU command line from a profile and the options.
 
-# read_profile NAME: sets PROFILE_MACHINE, PROFILE_KERNEL, PROFILE_DEVICES and PROFILE_ANSWERS from "key = value" lines; "device"
-# and "answer" may occur more than once. Tests in the emulated host read "kvm": how often non-coherent DMA is registered with KVM
-# there, by the backend under each policy and by QEMU for a device that it owns.
+# read_profile NAME: sets PROFILE_MACHINE, PROFILE_KERNEL, PROFILE_DEBIAN, PROFILE_DEVICES and PROFILE_ANSWERS from "key = value"
+# lines; "device" and "answer" may occur more than once. "debian" names the suite whose own kernel the host runs. Tests in the
+# emulated host read "kvm": how often non-coherent DMA is registered with KVM there, by the backend under each policy and by QEMU
+# for a device that it owns.
 read_profile() {
     local file=$TESTBED_DIR/profiles/$1.profile line key value
     [[ -r $file ]] || die "no profile named $1; known profiles: $(profile_names)"
-    PROFILE_MACHINE='' PROFILE_KERNEL='' PROFILE_DEVICES=() PROFILE_ANSWERS=()
+    PROFILE_MACHINE='' PROFILE_KERNEL='' PROFILE_DEBIAN='' PROFILE_DEVICES=() PROFILE_ANSWERS=()
     while read -r line; do
         [[ $line != '' && $line != \#* ]] || continue
         key=${line%% *} value=${line#* = }
+        # shellcheck disable=SC2034 # scripts/testbed reads PROFILE_DEBIAN
         case $key in
         machine) PROFILE_MACHINE=$value ;;
         kernel) PROFILE_KERNEL=$value ;;
+        debian) PROFILE_DEBIAN=$value ;;
         device) PROFILE_DEVICES+=(-device "$value") ;;
         answer) PROFILE_ANSWERS+=("$value") ;;
         verdict | kvm) ;; # for tests/host/coherency.sh and shim.sh
-        *) die "$file: unknown key '$key' (known: machine, kernel, device, answer, verdict, kvm)" ;;
+        *) die "$file: unknown key '$key' (known: machine, kernel, debian, device, answer, verdict, kvm)" ;;
         esac
     done <"$file"
     if [[ $* == *scalable* ]] && ! qemu-system-x86_64 -device intel-iommu,help | grep -q x-scalable-mode; then
@@ -47,6 +50,7 @@ stage_checkout() {
     place "$root" /testbed/claims.sh "$TESTBED_DIR/claims.sh"
     place "$root" /testbed/profile "$TESTBED_DIR/profiles/$OPT_PROFILE.profile"
     for file in "$TESTBED_DIR"/host/bin/*; do place "$root" "/usr/local/bin/${file##*/}" "$file"; done
+    [[ -z $HOST_KERNEL ]] || cp -r "$HOST_KERNEL/modules" "$root/testbed/modules"
     [[ -z ${TESTBED_QEMU:-} ]] || { mkdir -p "$root/opt" && cp -rL "$TESTBED_QEMU" "$root/opt/qemu"; }
     for file in "$TESTBED_ROOT"/tests/host/*; do place "$root" "/testbed/tests/${file##*/}" "$file"; done
     if [[ -d $target ]]; then
@@ -87,11 +91,13 @@ stage_program() {
 # machine_arguments WORK: sets QEMU_ARGUMENTS. The IOMMU must come before the functions that it translates. Virtio devices are at
 # address 10 and above, so the addresses below are free for the functions under test.
 machine_arguments() {
-    local work=$1
+    local work=$1 kernel
+    kernel=$(kernel_image)
+    [[ -z $HOST_KERNEL ]] || kernel=$HOST_KERNEL/vmlinuz
     QEMU_ARGUMENTS=(
         -name testbed -machine "$PROFILE_MACHINE" -accel tcg,thread=multi -cpu max,erms=off,fsrm=off,la57=off
         -smp "$OPT_SMP" -m "$OPT_MEM" -nodefaults -no-user-config -display none -no-reboot
-        -kernel "$(kernel_image)" -initrd "$work/initrd"
+        -kernel "$kernel" -initrd "$work/initrd"
         -append "console=ttyS0 panic=-1 oops=panic no_timer_check random.trust_cpu=on $PROFILE_KERNEL $OPT_KERNEL"
         -serial "file:$work/console.log"
         "${PROFILE_DEVICES[@]}"

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::{AcquireError, Evidence};
 use crate::coherency::{Facts, Personality, Policy, Refusal, Verdict, decide};
 use crate::hardware::LeftToSuccessor;
-use crate::iommu::{HandOverError, LiveSpace, PageTable, SpaceDescription};
+use crate::iommu::{HandOverError, KernelSpace, LiveSpace, PageTable, SpaceDescription};
 use crate::sys::{CacheLines, Iommufd, Owner, Ownership};
 use crate::vfio::{Attached, PciAddress, no_snoop};
 
@@ -34,7 +34,7 @@ use crate::vfio::{Attached, PciAddress, no_snoop};
 pub struct Served {
     address: PciAddress,
     function: Mutex<Weak<Attached>>,
-    space: LiveSpace,
+    space: KernelSpace,
     facts: Facts,
 }
 
@@ -75,9 +75,9 @@ pub struct Accepted {
 pub struct TakeOver(LiveSpace);
 
 impl Served {
-    /// `function` is attached to the page table of `space`; `facts` are those of its verdict.
+    /// `function` is attached to the page table or container of `space`; `facts` are those of its verdict.
     #[must_use]
-    pub fn new(address: PciAddress, function: &Arc<Attached>, space: &LiveSpace, facts: &Facts) -> Self {
+    pub fn new(address: PciAddress, function: &Arc<Attached>, space: &KernelSpace, facts: &Facts) -> Self {
         let function = Mutex::new(Arc::downgrade(function));
         Self { address, function, space: space.clone(), facts: *facts }
     }
@@ -97,14 +97,15 @@ impl Served {
         let address = self.address;
         let failed = |source| AcquireError::HandOver { address, source };
         let kernel = |what| move |source| failed(HandOverError::Kernel { what, source });
+        let KernelSpace::Iommufd(live) = &self.space else { return Err(failed(HandOverError::Type1)) };
         let function = self.function.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
         let function = function.ok_or_else(|| failed(HandOverError::Released))?;
-        let (iommufd, _) = self.space.iommufd_and_ioas();
+        let (iommufd, _) = live.iommufd_and_ioas();
         let device = function.duplicate_file().map_err(kernel("duplicate the device's file"))?;
         let descriptors = [device, iommufd.duplicate().map_err(kernel("duplicate the iommufd"))?];
-        let space = self.space.describe(flushed).map_err(failed)?;
+        let space = live.describe(flushed).map_err(failed)?;
         let description = FunctionDescription { address: address.to_string(), space, facts: self.facts };
-        Ok(Exported { description, descriptors, space: self.space.clone(), ownership: iommufd.ownership().clone() })
+        Ok(Exported { description, descriptors, space: live.clone(), ownership: iommufd.ownership().clone() })
     }
 }
 

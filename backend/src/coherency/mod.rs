@@ -14,8 +14,9 @@
 //! | no             | any           | assume   | flush, tell    | refuse         | flush, tell; refuse without a shim   |
 //! | no             | controllable, not ours | refuse | refuse  | refuse         | refuse                               |
 //!
-//! A cell that flushes becomes a refusal if this CPU has no cache-line operations for user space. *Tell*: KVM is told through the
-//! shim in the VM's process, if there is one; see `kvm`.
+//! A cell that flushes becomes a refusal if this CPU has no cache-line operations for user space. In column C it also does if
+//! memory cannot be flushed before the device can reach it, as with VFIO type1: a guest that drives the device could aim it at
+//! that memory. *Tell*: KVM is told through the shim in the VM's process, if there is one; see `kvm`.
 //!
 //! Why the columns differ: in A the guest's virtio driver assumes coherent DMA and never flushes, but every request passes
 //! through this process, which flushes. In B the device reads the guest's rings directly, and nothing flushes. In C the guest
@@ -102,6 +103,8 @@ pub struct Facts {
     pub cache_ops: CacheOps,
     /// A shim inside the VMM can tell KVM.
     pub shim: bool,
+    /// Memory can be flushed before the device can reach it.
+    pub staging: bool,
 }
 
 /// The decision.
@@ -149,6 +152,8 @@ pub enum Refusal {
     NoShim,
     /// The CPU has no instruction to flush with.
     NoCacheOps,
+    /// Memory cannot be flushed before the guest's driver could use it.
+    NoStaging,
 }
 
 /// Decides, by the table above.
@@ -177,6 +182,7 @@ fn flush(facts: &Facts) -> Verdict {
         _ => Verdict::Flush(Flush { requests, tell_kvm }),
     };
     match (facts.personality, facts.shim) {
+        (Personality::WholeFunction, _) if !facts.staging => Verdict::Refuse(Refusal::NoStaging),
         (Personality::Mediated, shim) => with(true, shim),
         (Personality::DirectRings, _) => Verdict::Refuse(Refusal::DirectRings),
         (Personality::WholeFunction, true) => with(false, true),
@@ -243,6 +249,10 @@ impl fmt::Display for Refusal {
             Self::NoCacheOps => {
                 "refused: the device can bypass the CPU caches, and this CPU has no cache-line operations for user space; \
                  use an IOMMU that enforces snooping"
+            }
+            Self::NoStaging => {
+                "refused: the device can bypass the CPU caches, and with VFIO type1 memory cannot be flushed before the guest \
+                 could aim the device at it; use a kernel with iommufd, or an IOMMU that enforces snooping"
             }
         })
     }

@@ -21,7 +21,18 @@ fn every_combination() -> impl Iterator<Item = Facts> {
             POLICIES.into_iter().flat_map(move |policy| {
                 PERSONALITIES.into_iter().flat_map(move |personality| {
                     CACHE_OPS.into_iter().flat_map(move |cache_ops| {
-                        bits().map(move |shim| Facts { snoop_enforced, no_snoop, policy, personality, cache_ops, shim })
+                        bits().flat_map(move |shim| {
+                            let facts = move |staging| Facts {
+                                snoop_enforced,
+                                no_snoop,
+                                policy,
+                                personality,
+                                cache_ops,
+                                shim,
+                                staging,
+                            };
+                            bits().map(facts)
+                        })
                     })
                 })
             })
@@ -44,6 +55,7 @@ fn cell(verdict: Verdict) -> &'static str {
         Verdict::Refuse(Refusal::DirectRings) => "refuse-rings",
         Verdict::Refuse(Refusal::NoShim) => "refuse-shim",
         Verdict::Refuse(Refusal::NoCacheOps) => "refuse-ops",
+        Verdict::Refuse(Refusal::NoStaging) => "refuse-staging",
     }
 }
 
@@ -70,6 +82,7 @@ fn every_combination_of_facts_gets_the_cell_of_the_table() {
             Personality::WholeFunction => row(facts.no_snoop, facts.policy)[2],
         };
         expected = match (expected, facts.shim) {
+            ("flush+kvm", _) if !facts.staging => "refuse-staging",
             ("flush+kvm", false) => "refuse-shim",
             ("flush-io+kvm", false) => "flush-io",
             (cell, _) => cell,
@@ -80,7 +93,7 @@ fn every_combination_of_facts_gets_the_cell_of_the_table() {
         assert_eq!(cell(decide(&facts)), expected, "{facts:?}");
         combinations += 1;
     }
-    assert_eq!(combinations, 2 * 6 * 4 * 3 * 4 * 2);
+    assert_eq!(combinations, 2 * 6 * 4 * 3 * 4 * 2 * 2);
 }
 
 #[test]
@@ -90,6 +103,7 @@ fn every_refusal_says_what_is_wrong_and_what_to_do() {
         (Refusal::DirectRings, "nothing flushes the guest's rings", "serve the device as vhost-user-blk"),
         (Refusal::NoShim, "KVM cannot be told", "--kvm-socket"),
         (Refusal::NoCacheOps, "no cache-line operations", "an IOMMU that enforces snooping"),
+        (Refusal::NoStaging, "before the guest could aim the device at it", "a kernel with iommufd"),
     ];
     for (refusal, wrong, fix) in refusals {
         let text = Verdict::Refuse(refusal).to_string();

@@ -255,6 +255,7 @@ impl Machine {
             personality: Personality::Mediated,
             cache_ops: CacheOps::ClflushOpt,
             shim: false,
+            staging: true,
         })
     }
 

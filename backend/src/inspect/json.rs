@@ -14,15 +14,16 @@
 //! | `virtual_function` | boolean | |
 //! | `cache_line_bytes` | number or null | cache line size of this CPU; null if it has no instruction to flush with |
 //! | `cache_instruction` | `clflushopt`, `clflush`, `dc-civac` or null | |
-//! | `snoop_enforced` | boolean or null | VFIO_DMA_CC_IOMMU on a page table made for this function |
-//! | `iommu` | text or null | the answer of IOMMU_GET_HW_INFO; no verdict depends on it |
+//! | `interface` | `iommufd`, `type1` or null | the kernel's interface that `--iommu` has chosen |
+//! | `snoop_enforced` | boolean or null | VFIO_DMA_CC_IOMMU on a page table or container made for this function |
+//! | `iommu` | text or null | the answer of IOMMU_GET_HW_INFO, or of sysfs with type1; no verdict depends on it |
 //! | `no_snoop` | `never-set`, `controllable`, `not-ours` or null | the probe of Enable No Snoop with bus master off |
 //! | `kvm` | object or null | the shim's answer: `vmm_pid`, `vms`, `registered`, `told` (numbers), `kept` (boolean) |
 //! | `verdicts` | object or null | by personality, `vhost_user_blk`, `direct_rings`, `whole_function`: `serves` (boolean), `verdict` (`coherent`, `flush`, `refuse`), `reason` (text) |
 //! | `advice` | list of text | how to get a better verdict |
 //!
 //! `list --json`: `schema`, and `functions`, a list of objects with `function`, `class`, `driver`, `iommu_group` as above,
-//! `iommu` (its name in sysfs), and `verdict` (the word for `vhost_user_blk`, or null).
+//! `iommu` (its name in sysfs), `interface` as above, and `verdict` (the word for `vhost_user_blk`, or null).
 
 use serde::Serialize;
 
@@ -43,6 +44,7 @@ struct ReportJson {
     virtual_function: bool,
     cache_line_bytes: Option<usize>,
     cache_instruction: Option<&'static str>,
+    interface: Option<&'static str>,
     snoop_enforced: Option<bool>,
     iommu: Option<String>,
     no_snoop: Option<&'static str>,
@@ -87,6 +89,7 @@ struct ListEntryJson<'a> {
     driver: Option<&'a str>,
     iommu_group: Option<u32>,
     iommu: Option<&'a str>,
+    interface: Option<&'static str>,
     verdict: Option<&'static str>,
 }
 
@@ -116,6 +119,7 @@ impl Report {
                 Instruction::Clflush => "clflush",
                 Instruction::DcCivac => "dc-civac",
             }),
+            interface: evidence.map(|evidence| evidence.snoop.interface.word()),
             snoop_enforced: evidence.map(|evidence| evidence.snoop.enforced),
             iommu: evidence.map(|evidence| evidence.snoop.hardware.clone()),
             no_snoop: evidence.map(|evidence| match evidence.no_snoop {
@@ -156,7 +160,8 @@ pub fn list_json(functions: &[ListEntry]) -> String {
         driver: entry.driver.as_deref(),
         iommu_group: entry.group.parse().ok(),
         iommu: entry.iommu.as_deref(),
-        verdict: entry.verdict.as_ref().and_then(|verdict| verdict.as_ref().ok().copied()),
+        interface: entry.verdict().map(|(_, interface)| interface.word()),
+        verdict: entry.verdict().map(|(word, _)| word),
     });
     text(&ListJson { schema: SCHEMA, functions: functions.collect() })
 }
@@ -171,7 +176,7 @@ mod tests {
     use super::*;
     use crate::acquire::Evidence;
     use crate::coherency::{Coherent, Flush, Refusal};
-    use crate::iommu::Snoop;
+    use crate::iommu::{Interface, Snoop};
 
     fn fact(name: &'static str, value: &str) -> Fact {
         Fact { name, value: value.to_owned(), source: String::new() }
@@ -187,7 +192,11 @@ mod tests {
                 fact("virtual", "no"),
             ],
             evidence: Some(Evidence {
-                snoop: Snoop { enforced: false, hardware: "Intel VT-d, ECAP.SC=0".into() },
+                snoop: Snoop {
+                    interface: Interface::Iommufd,
+                    enforced: false,
+                    hardware: "Intel VT-d, ECAP.SC=0".into(),
+                },
                 no_snoop: NoSnoop::Controllable,
                 lines: None,
             }),
@@ -207,8 +216,8 @@ mod tests {
 
         let expected = concat!(
             r#"{"schema":1,"function":"0000:00:04.0","class":"0x010802","driver":"vfio-pci","iommu_group":5,"#,
-            r#""virtual_function":false,"cache_line_bytes":null,"cache_instruction":null,"snoop_enforced":false,"#,
-            r#""iommu":"Intel VT-d, ECAP.SC=0","no_snoop":"controllable","kvm":null,"verdicts":{"#,
+            r#""virtual_function":false,"cache_line_bytes":null,"cache_instruction":null,"interface":"iommufd","#,
+            r#""snoop_enforced":false,"iommu":"Intel VT-d, ECAP.SC=0","no_snoop":"controllable","kvm":null,"verdicts":{"#,
             r#""vhost_user_blk":{"serves":true,"verdict":"coherent","reason":"coherent: the device never sets No Snoop"},"#,
             r#""direct_rings":{"serves":true,"verdict":"flush","reason":"not coherent: flushed at map, at unmap and around "#,
             r#"each request; KVM is not told"},"#,
@@ -226,7 +235,9 @@ mod tests {
 
         let json = text(&report.to_json(None));
 
-        for name in ["class", "driver", "iommu_group", "snoop_enforced", "iommu", "no_snoop", "verdicts", "kvm"] {
+        for name in
+            ["class", "driver", "iommu_group", "interface", "snoop_enforced", "iommu", "no_snoop", "verdicts", "kvm"]
+        {
             assert!(json.contains(&format!("\"{name}\":null")), "{name}: {json}");
         }
     }
@@ -242,12 +253,12 @@ mod tests {
             verdict,
         };
 
-        let json = list_json(&[entry(Some("vfio-pci"), Some(Ok("coherent"))), entry(None, None)]);
+        let json = list_json(&[entry(Some("vfio-pci"), Some(Ok(("coherent", Interface::Type1)))), entry(None, None)]);
 
         let expected = concat!(
             r#"{"schema":1,"functions":[{"function":"0000:00:04.0","class":"0x010802","driver":"vfio-pci","#,
-            r#""iommu_group":5,"iommu":"dmar0","verdict":"coherent"},{"function":"0000:00:04.0","class":"0x010802","#,
-            r#""driver":null,"iommu_group":5,"iommu":"dmar0","verdict":null}]}"#,
+            r#""iommu_group":5,"iommu":"dmar0","interface":"type1","verdict":"coherent"},"#,
+            r#"{"function":"0000:00:04.0","class":"0x010802","driver":null,"iommu_group":5,"iommu":"dmar0","interface":null,"verdict":null}]}"#,
         );
         assert_eq!(json, expected);
     }

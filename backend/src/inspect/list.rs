@@ -5,7 +5,8 @@ use std::fs;
 
 use crate::acquire::AcquiredFunction;
 use crate::coherency::{Personality, Policy, decide};
-use crate::vfio::PciAddress;
+use crate::iommu::Interface;
+use crate::vfio::{InterfaceChoice, PciAddress};
 
 /// One function behind an IOMMU. It displays as one line.
 #[derive(Clone, Debug)]
@@ -17,8 +18,15 @@ pub struct ListEntry {
     pub(super) group: String,
     /// Name of the IOMMU as in sysfs: `dmar0`.
     pub(super) iommu: Option<String>,
-    /// The verdict in one word, or why there is none; `None` if the function is not bound to vfio-pci.
-    pub(super) verdict: Option<Result<&'static str, String>>,
+    /// The verdict in one word and the interface used, or why there is none; `None` if the function is not bound to vfio-pci.
+    pub(super) verdict: Option<Result<(&'static str, Interface), String>>,
+}
+
+impl ListEntry {
+    /// The verdict in one word, and the interface used.
+    pub(super) fn verdict(&self) -> Option<(&'static str, Interface)> {
+        self.verdict.as_ref()?.as_ref().ok().copied()
+    }
 }
 
 /// Every function that has an IOMMU group, sorted by address. A function bound to vfio-pci is acquired for a moment.
@@ -40,9 +48,11 @@ fn entry(address: PciAddress) -> Option<ListEntry> {
     Some(ListEntry { address, class, driver, group, iommu, verdict })
 }
 
-fn verdict(address: PciAddress) -> Result<&'static str, String> {
-    let acquired = AcquiredFunction::acquire(address).map_err(|error| error.to_string())?;
-    Ok(decide(&acquired.evidence().facts(Personality::Mediated, Policy::default(), false)).word())
+fn verdict(address: PciAddress) -> Result<(&'static str, Interface), String> {
+    let acquired = AcquiredFunction::acquire(address, InterfaceChoice::Auto).map_err(|error| error.to_string())?;
+    let evidence = acquired.evidence();
+    let verdict = decide(&evidence.facts(Personality::Mediated, Policy::default(), false));
+    Ok((verdict.word(), evidence.snoop.interface))
 }
 
 impl fmt::Display for ListEntry {
@@ -52,7 +62,7 @@ impl fmt::Display for ListEntry {
         write!(f, "{address}  {class}  {driver:<12} group {group:<4} {iommu:<8} ")?;
         match &self.verdict {
             None => f.write_str("?"),
-            Some(Ok(word)) => f.write_str(word),
+            Some(Ok((word, interface))) => write!(f, "{word} ({interface})"),
             Some(Err(error)) => write!(f, "? ({error})"),
         }
     }

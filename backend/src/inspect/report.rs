@@ -9,9 +9,10 @@ use kvm_vfio_shim::{Client, Status};
 
 use crate::acquire::{AcquiredFunction, Evidence};
 use crate::coherency::{CacheOps, Facts, NoSnoop, Personality, Policy, Verdict, decide};
+use crate::iommu::Interface;
 use crate::kvm;
 use crate::sys::CacheLines;
-use crate::vfio::PciAddress;
+use crate::vfio::{InterfaceChoice, PciAddress};
 
 /// One fact as text, with its source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +49,7 @@ impl Report {
     /// Reads sysfs, queries the shim at `kvm_socket`, and acquires the function for a moment if it is bound to vfio-pci and not
     /// in use.
     #[must_use]
-    pub fn new(address: PciAddress, policy: Policy, kvm_socket: Option<&Path>) -> Self {
+    pub fn new(address: PciAddress, choice: InterfaceChoice, policy: Policy, kvm_socket: Option<&Path>) -> Self {
         let mut report = Self {
             address,
             facts: sysfs_facts(address),
@@ -58,8 +59,13 @@ impl Report {
             advice: Vec::new(),
         };
         let shim = kvm_socket.is_some_and(|socket| report.query_shim(socket));
-        match AcquiredFunction::acquire(address) {
-            Ok(acquired) => report.add_evidence(acquired.evidence(), policy, shim),
+        match AcquiredFunction::acquire(address, choice) {
+            Ok(acquired) => {
+                let source = acquired.why().to_owned();
+                let interface = acquired.evidence().snoop.interface;
+                report.facts.push(Fact { name: "interface", value: interface.to_string(), source });
+                report.add_evidence(acquired.evidence(), policy, shim);
+            }
             Err(error) => {
                 report.advice.push(format!("the function could not be acquired, so there is no verdict: {error}"));
             }
@@ -81,9 +87,18 @@ impl Report {
         self.facts.push(fact(
             "snoop-enforced",
             yes_no(evidence.snoop.enforced).to_owned(),
-            "VFIO_CHECK_EXTENSION(VFIO_DMA_CC_IOMMU) on the page table made for this function",
+            match evidence.snoop.interface {
+                Interface::Iommufd => {
+                    "VFIO_CHECK_EXTENSION(VFIO_DMA_CC_IOMMU) on the page table made for this function"
+                }
+                Interface::Type1 => "VFIO_CHECK_EXTENSION(VFIO_DMA_CC_IOMMU) on the container of this function's group",
+            },
         ));
-        self.facts.push(fact("iommu", evidence.snoop.hardware.clone(), "IOMMU_GET_HW_INFO; evidence only"));
+        let source = match evidence.snoop.interface {
+            Interface::Iommufd => "IOMMU_GET_HW_INFO; evidence only",
+            Interface::Type1 => "sysfs; evidence only",
+        };
+        self.facts.push(fact("iommu", evidence.snoop.hardware.clone(), source));
         self.facts.push(fact(
             "no-snoop",
             evidence.no_snoop.to_string(),
@@ -160,8 +175,8 @@ mod tests {
     use crate::coherency::NotOurs;
 
     fn facts(no_snoop: NoSnoop, policy: Policy) -> Facts {
-        let (snoop_enforced, personality, shim) = (false, Personality::Mediated, false);
-        Facts { snoop_enforced, no_snoop, policy, personality, cache_ops: CacheOps::ClflushOpt, shim }
+        let (snoop_enforced, personality, shim, staging) = (false, Personality::Mediated, false, true);
+        Facts { snoop_enforced, no_snoop, policy, personality, cache_ops: CacheOps::ClflushOpt, shim, staging }
     }
 
     #[test]

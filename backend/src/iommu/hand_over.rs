@@ -22,15 +22,11 @@ use super::page_table::PageTable;
 use super::space_description::{
     HandOverError, MappedRange, MappedRegion, PAGE, SpaceDescription, StagingDescription, WINDOW,
 };
-use super::{Live, LiveSpace, whole};
+use super::{Live, LiveSpace, buffer, whole};
 use crate::addr::{Bytes, Iova, Span};
 use crate::hardware::MapError;
 use crate::memory::Region;
 use crate::sys::Owner;
-
-/// The last IOVA of the driver's own buffers. AMD-Vi reports 64 bits of addresses but cannot map the highest. Every IOMMU page
-/// table of the kernel covers 47 bits.
-const LAST_BUFFER_IOVA: Iova = Iova((1 << 47) - 1);
 
 impl Live {
     fn owner(&self) -> Owner {
@@ -86,11 +82,9 @@ impl Live {
     /// [`MapError::HandOver`] if there is none.
     pub(super) fn room_for_buffers(
         &self,
-        allowed: &[Span<Iova>],
+        allowed: Vec<Span<Iova>>,
         about: Span<Iova>,
     ) -> Result<Vec<Span<Iova>>, MapError> {
-        let below = |range: &Span<Iova>| Span::inclusive(range.start(), range.last().min(LAST_BUFFER_IOVA));
-        let allowed: Vec<_> = allowed.iter().filter_map(below).collect();
         match (self.hand_over.state().window, self.owner()) {
             (None, Owner::ThisProcess) => Ok(allowed),
             (Some(window), Owner::Predecessor) => Ok(vec![window]),
@@ -212,8 +206,7 @@ impl Live {
     fn window(&self) -> Result<Span<Iova>, HandOverError> {
         let what = "IOMMU_IOAS_IOVA_RANGES";
         let allowed = self.iommufd.iova_ranges(&self.ioas).map_err(|source| HandOverError::Kernel { what, source })?;
-        let below = |range: &Span<Iova>| Span::inclusive(range.start(), range.last().min(LAST_BUFFER_IOVA));
-        let allowed: Vec<_> = allowed.iter().filter_map(below).collect();
+        let allowed = buffer::ranges(&allowed);
         let ledger = self.mapped.ledger();
         let sizes = std::iter::successors(Some(WINDOW.0), |size| Some(size / 2)).take_while(|size| *size >= WINDOW.1);
         let found = sizes.into_iter().find_map(|size| ledger.highest_gap(&allowed, size, PAGE));

@@ -31,9 +31,19 @@ impl MappedMemory {
     /// With nothing mapped. `flushing` if DMA may bypass the CPU caches; `chunk` is a power of two, in bytes.
     #[must_use]
     pub fn new(flushing: bool, chunk: u64) -> Self {
+        Self::with(Sequence::new(flushing), chunk)
+    }
+
+    /// As [`Self::new`], where there is no staging space.
+    #[must_use]
+    pub fn without_staging(flushing: bool, chunk: u64) -> Self {
+        Self::with(Sequence::without_staging(flushing), chunk)
+    }
+
+    fn with(sequence: Sequence, chunk: u64) -> Self {
         let ledger = Mutex::default();
         let problems = SharedLog::new(module_path!());
-        Self { sequence: Sequence::new(flushing), chunk, ledger, maps: AtomicU64::new(0), problems }
+        Self { sequence, chunk, ledger, maps: AtomicU64::new(0), problems }
     }
 
     /// See [`AddressSpace::require_flush_before_map`](crate::hardware::AddressSpace::require_flush_before_map).

@@ -9,33 +9,38 @@
 //! release  (the host wants the device) as stop, but the mappings stay in the IOAS, unpinned, until the device is back
 //! ```
 //!
+//! That is `LiveSpace`, on iommufd. `type1.rs` is the same on a container of VFIO, without a page table of its own.
+//!
 //! `sequence.rs` defines map and unmap, with and without flushing. `mapped_memory.rs` walks the pieces and keeps the ledger.
 //! A region is mapped in pieces because the kernel cannot split a mapping. A piece has at most 1 GiB, the largest IOMMU page.
 
+mod buffer;
 mod flusher;
 mod hand_over;
 mod hand_over_state;
 mod handed_over;
+mod kernel_space;
 mod ledger;
 mod mapped_memory;
 mod page_table;
 mod sequence;
 mod space_description;
+mod type1;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::process::{Resource, getrlimit};
-use vm_memory::{FileOffset, MmapRegion};
 
 pub use flusher::flush;
+pub use kernel_space::{Interface, KernelSpace};
 pub use mapped_memory::MappedMemory;
 pub use page_table::{PageTable, Snoop};
 pub use sequence::{Piece, Space, Steps};
 pub use space_description::{HandOverError, MappedRange, MappedRegion, SpaceDescription, StagingDescription};
+pub use type1::Type1Space;
 
 use crate::addr::{Iova, Span};
 use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError, SpaceStatistics};
@@ -210,7 +215,8 @@ impl Live {
     /// Maps `whole`, and records it if it must be flushed later.
     fn add_mapping(&self, whole: Piece<'_>) -> Result<(), MapError> {
         let mut flushable = self.staging.as_ref().map(Staging::flushable);
-        self.mapped.add(self, whole).map_err(|(span, failed)| self.explain(span, failed))?;
+        let whose = "all processes of this user";
+        self.mapped.add(self, whole).map_err(|(span, failed)| explain(&self.mapped, whose, span, failed))?;
         if let Some(flushable) = &mut flushable {
             flushable.insert(whole.span.start(), (whole.span, whole.shared.clone()));
         }
@@ -250,18 +256,17 @@ impl Live {
         let kernel = |source| MapError::Kernel { step: "IOMMU_IOAS_IOVA_RANGES for", span: about, source };
         self.iommufd.iova_ranges(&self.ioas).map_err(kernel)
     }
+}
 
-    /// Turns ENOMEM into an error that names RLIMIT_MEMLOCK, if that limit is the cause.
-    fn explain(&self, span: Span<Iova>, (step, source): Failed) -> MapError {
-        let limit = getrlimit(Resource::Memlock).current;
-        let pinned = self.mapped.statistics().mapped;
-        let needed = pinned.saturating_add(span.len());
-        match limit {
-            Some(limit) if source.raw_os_error() == Some(libc::ENOMEM) && needed > limit => {
-                MapError::MemLock { span, needed_kib: needed / 1024, allowed_kib: limit / 1024 }
-            }
-            _ => MapError::Kernel { step, span, source },
+/// Turns ENOMEM into an error that names RLIMIT_MEMLOCK, if that limit is the cause. `whose` memory the kernel counts.
+fn explain(mapped: &MappedMemory, whose: &'static str, span: Span<Iova>, (step, source): Failed) -> MapError {
+    let limit = getrlimit(Resource::Memlock).current;
+    let needed = mapped.statistics().mapped.saturating_add(span.len());
+    match limit {
+        Some(limit) if source.raw_os_error() == Some(libc::ENOMEM) && needed > limit => {
+            MapError::MemLock { span, needed_kib: needed / 1024, allowed_kib: limit / 1024, whose }
         }
+        _ => MapError::Kernel { step, span, source },
     }
 }
 
@@ -278,14 +283,7 @@ impl AddressSpace for LiveSpace {
             return Ok(());
         }
         let whole = whole(region);
-        let allowed = live.allowed(whole.span)?;
-        if !allowed.iter().any(|range| range.covers(&whole.span)) {
-            return Err(MapError::NotAllowed { span: whole.span, allowed: list(&allowed) });
-        }
-        let taken = live.mapped.ledger().conflict(whole.span);
-        if let Some(taken) = taken {
-            return Err(MapError::Overlap { span: whole.span, taken });
-        }
+        check_free(&live.mapped, &live.allowed(whole.span)?, whole.span)?;
         live.add_mapping(whole)?;
         live.hand_over.mapped(region);
         Ok(())
@@ -335,21 +333,12 @@ impl AddressSpace for LiveSpace {
 
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
         let live = &*self.0;
-        let failed = |source| MapError::Allocate { bytes, source };
-        let page = rustix::param::page_size();
-        let len = bytes.checked_next_multiple_of(page).ok_or(MapError::NoIova(bytes))?;
-        let file = memfd_create("vhost-device-vfio-dma", MemfdFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
-        ftruncate(&file, len as u64).map_err(|e| failed(e.into()))?;
-        let file = FileOffset::new(file.into(), 0);
-        let mapping = MmapRegion::from_file(file.clone(), len).map_err(|e| failed(io::Error::other(e)))?;
-        let shared = SharedMemory::of(Arc::new(mapping));
-
-        let zero = Span::new(Iova(0), len as u64).ok_or(MapError::NoIova(bytes))?;
-        let allowed = live.allowed(zero)?;
-        let allowed = live.room_for_buffers(&allowed, zero)?;
-        let gap = live.mapped.ledger().highest_gap(&allowed, len as u64, page as u64);
-        let span = gap.ok_or(MapError::NoIova(bytes))?;
-        let whole = Piece { span, shared: &shared, offset: 0, file: Some((file.file().as_fd(), 0)), writable: true };
+        let (file, shared) = buffer::memory(bytes)?;
+        let len = shared.len() as u64;
+        let zero = Span::new(Iova(0), len).ok_or(MapError::NoIova(bytes))?;
+        let allowed = live.room_for_buffers(live.allowed(zero)?, zero)?;
+        let span = buffer::gap(&live.mapped, &allowed, len).ok_or(MapError::NoIova(bytes))?;
+        let whole = Piece { span, shared: &shared, offset: 0, file: Some((file.as_fd(), 0)), writable: true };
         live.add_mapping(whole)?;
         let mapping = BufferMapping { space: Arc::clone(&self.0), span, shared: shared.clone() };
         Ok(DmaBuffer::new(shared, span, Box::new(mapping)))
@@ -379,4 +368,13 @@ impl Drop for BufferMapping {
             log::error!("{error}");
         }
     }
+}
+
+/// Fails unless `span` is inside one of `allowed`, and nothing is mapped there.
+fn check_free(mapped: &MappedMemory, allowed: &[Span<Iova>], span: Span<Iova>) -> Result<(), MapError> {
+    if !allowed.iter().any(|range| range.covers(&span)) {
+        return Err(MapError::NotAllowed { span, allowed: list(allowed) });
+    }
+    let taken = mapped.ledger().conflict(span);
+    taken.map_or(Ok(()), |taken| Err(MapError::Overlap { span, taken }))
 }

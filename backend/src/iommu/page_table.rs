@@ -8,7 +8,8 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use crate::sys::{DeviceId, HwInfo, HwptId, Ioas, Iommufd};
+use super::Interface;
+use crate::sys::{Container, DeviceId, HwInfo, HwptId, Ioas, Iommufd};
 
 /// `ECAP.SC`: the IOMMU can force snooping (VT-d 4.1 §11.4.3).
 const ECAP_SC: u64 = 1 << 7;
@@ -25,16 +26,26 @@ pub struct PageTable {
 /// Whether the IOMMU forces the device's DMA to snoop the CPU caches, and the evidence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snoop {
-    /// The kernel's answer for the page table in use (`VFIO_DMA_CC_IOMMU`).
+    /// The interface that was asked.
+    pub interface: Interface,
+    /// The kernel's answer for the page table or container in use (`VFIO_DMA_CC_IOMMU`).
     pub enforced: bool,
-    /// What the IOMMU hardware reports (`IOMMU_GET_HW_INFO`), as text. Shown as evidence; nothing depends on it.
+    /// What the IOMMU hardware reports (`IOMMU_GET_HW_INFO`, or sysfs), as text. Shown as evidence; nothing depends on it.
     pub hardware: String,
 }
 
 impl fmt::Display for Snoop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = if self.enforced { "enforced" } else { "not enforced" };
-        write!(f, "snooping {word} (VFIO_DMA_CC_IOMMU; {})", self.hardware)
+        write!(f, "snooping {word} ({}, VFIO_DMA_CC_IOMMU; {})", self.interface, self.hardware)
+    }
+}
+
+impl Snoop {
+    /// The answer of a container that is enabled. `hardware` as in the field.
+    #[must_use]
+    pub fn of_container(container: &Container, hardware: String) -> Self {
+        Self { interface: Interface::Type1, enforced: container.snoop_enforced(), hardware }
     }
 }
 
@@ -63,7 +74,8 @@ impl PageTable {
             Ok(HwInfo::Other(kind)) => format!("IOMMU hardware type {kind}"),
             Err(error) => format!("IOMMU hardware unknown ({error})"),
         };
-        let mut made = Self { iommufd, ioas, device, hwpt, snoop: Snoop { enforced: false, hardware } };
+        let snoop = Snoop { interface: Interface::Iommufd, enforced: false, hardware };
+        let mut made = Self { iommufd, ioas, device, hwpt, snoop };
         made.snoop.enforced = made.iommufd.snoop_enforced(&made.ioas, hwpt)?;
         Ok(made)
     }

@@ -11,8 +11,8 @@
 //! Staged         map    MAP(S) pins ── flush ── COPY(S→V) reachable ── UNMAP(S)
 //!                unmap  COPY(V→S) ── UNMAP(V) unreachable, still pinned ── flush ── UNMAP(S) unpins
 //! Detached       unmap  DETACH ── flush ── UNMAP(V) ── ATTACH      if COPY(V→S) fails for lack of memory (ENOMEM)
-//! FlushAfterMap  map    MAP(V) ── flush                            if nothing can be mapped before an attach (ENODEV)
-//!                unmap  flush ── UNMAP(V)
+//! FlushAfterMap  map    MAP(V) ── flush                            if nothing can be mapped before an attach (ENODEV),
+//!                unmap  flush ── UNMAP(V)                         and with type1, which has one address space only
 //! ```
 //!
 //! A flush works on this process's view of the file. If the front-end truncates the file after the pin, the view has other pages
@@ -87,9 +87,12 @@ pub trait Steps {
     fn attach(&self) -> io::Result<()>;
 }
 
-/// The step that fails if the IOMMU driver maps nothing before a device is attached.
+/// The step that fails if there is no staging space.
 const FLUSH_BEFORE_MAP: &str =
-    "flush before the device can reach it (this IOMMU driver maps memory only for an attached device)";
+    "flush before the device can reach it (memory can only be mapped here for a device that reaches it at once)";
+
+/// The step that fails if the kernel does not unmap.
+const UNMAP: &str = "unmap";
 
 /// The step that fails if the view has other pages than those that are pinned.
 const FLUSH_THE_PINNED: &str = "flush (the front-end has truncated the file, so the pinned pages cannot be reached)";
@@ -120,6 +123,12 @@ impl Sequence {
         Self { flushing, flush_after_map, flush_before_map, staged, map_bytes, unmap_bytes, nanoseconds }
     }
 
+    /// As [`Self::new`], where there is no staging space.
+    #[must_use]
+    pub(super) fn without_staging(flushing: bool) -> Self {
+        Self { flush_after_map: AtomicBool::new(flushing), ..Self::new(flushing) }
+    }
+
     /// See [`AddressSpace::require_flush_before_map`](crate::hardware::AddressSpace::require_flush_before_map).
     pub(super) fn require_flush_before_map(&self) {
         self.flush_before_map.store(true, Relaxed);
@@ -135,15 +144,14 @@ impl Sequence {
         }
         if !self.flush_after_map.load(Relaxed) {
             match self.map_staged(steps, piece) {
-                Err((_, error)) if error.raw_os_error() == Some(libc::ENODEV) => {
-                    if self.flush_before_map.load(Relaxed) {
-                        return Err((FLUSH_BEFORE_MAP, error));
-                    }
-                    self.switch_to_flush_after_map();
-                }
+                Err((_, error)) if error.raw_os_error() == Some(libc::ENODEV) => {}
                 other => return other,
             }
         }
+        if self.flush_before_map.load(Relaxed) {
+            return Err((FLUSH_BEFORE_MAP, io::Error::from_raw_os_error(libc::ENODEV)));
+        }
+        self.switch_to_flush_after_map();
         steps.map(Space::Live, piece).map_err(|e| ("pin and map for DMA", e))?;
         let flushed = self.flush_mapped(steps, piece);
         if flushed.is_err() {
@@ -186,13 +194,13 @@ impl Sequence {
             if self.flushing {
                 self.flush(steps, &self.unmap_bytes, piece);
             }
-            return steps.unmap(Space::Live, span).map_err(|e| ("IOMMU_IOAS_UNMAP", e));
+            return steps.unmap(Space::Live, span).map_err(|e| (UNMAP, e));
         }
         self.staged.fetch_add(1, Relaxed);
         steps.copy(Space::Live, Space::Staging, piece).map_err(|e| ("keep pinned while flushing", e))?;
         if let Err(error) = steps.unmap(Space::Live, span) {
             undo(steps.unmap(Space::Staging, span), span);
-            return Err(("IOMMU_IOAS_UNMAP", error));
+            return Err((UNMAP, error));
         }
         self.flush(steps, &self.unmap_bytes, piece);
         // The piece is unreachable and flushed, so the unmap has succeeded even if it stays pinned.
@@ -207,7 +215,7 @@ impl Sequence {
     pub(super) fn unmap_detached(&self, steps: &dyn Steps, piece: Piece<'_>) -> Result<(), Failed> {
         steps.detach().map_err(|e| ("out of memory; detach the device to unmap", e))?;
         self.flush(steps, &self.unmap_bytes, piece);
-        let unmapped = steps.unmap(Space::Live, piece.span).map_err(|e| ("IOMMU_IOAS_UNMAP", e));
+        let unmapped = steps.unmap(Space::Live, piece.span).map_err(|e| (UNMAP, e));
         steps.attach().map_err(|e| ("attach the device again after unmapping", e)).and(unmapped)
     }
 
@@ -278,3 +286,6 @@ fn undo(result: io::Result<()>, span: Span<Iova>) {
         log::error!("unpin {span}: {error}; it stays pinned until this process ends");
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -251,6 +251,7 @@ fn map_errno(error: &MapError) -> i32 {
         MapError::Overlap { .. } => libc::EEXIST,
         MapError::NotMapped { .. } => libc::ENOENT,
         MapError::HandOver { .. } => libc::EBUSY,
+        MapError::TooManyMappings { .. } => libc::ENOSPC,
         MapError::MemLock { .. } | MapError::DeviceMustBeIdle { .. } | MapError::NoIova(_) => libc::ENOMEM,
         MapError::Kernel { source, .. } | MapError::Allocate { source, .. } => {
             source.raw_os_error().unwrap_or(libc::EIO)

@@ -9,6 +9,8 @@ use vhost_device_vfio::acquire::hand_over::{Accepted, Exported, Served, TakeOver
 use vhost_device_vfio::coherency::{Personality, Policy, decide};
 use vhost_device_vfio::emulated::Machine;
 use vhost_device_vfio::handover::{FunctionState, Incoming, Outgoing};
+use vhost_device_vfio::iommu::KernelSpace;
+use vhost_device_vfio::vfio::InterfaceChoice;
 use vhost_device_vfio::vhost_user::MovableFunction;
 
 use super::origin::{Acquired, DeviceSource, DeviceSpec, of_attached};
@@ -68,12 +70,12 @@ impl MovableFunction for VfioFunction {
     }
 }
 
-/// Takes the function that `spec` names from another process. The second value completes that.
+/// Takes the function that `spec` names from another process, if `choice` admits iommufd. The second value completes that.
 ///
 /// # Errors
 /// It is of another kind, or cannot be used.
 pub(crate) fn take(
-    spec: DeviceSpec,
+    (spec, choice): (DeviceSpec, InterfaceChoice),
     state: FunctionState,
     descriptors: &mut Incoming,
     policy: Policy,
@@ -88,11 +90,16 @@ pub(crate) fn take(
             if description.address != address.to_string() {
                 bail!("{} was handed over, not {address}", description.address);
             }
+            if choice == InterfaceChoice::Type1 {
+                bail!(
+                    "{address}: it is handed over through iommufd, which --iommu=type1 excludes; leave that argument out"
+                );
+            }
             let fds = [descriptors.take(device)?, descriptors.take(iommufd)?];
             let accepted = accept(&description, fds, (Personality::Mediated, policy, false))?;
             let Accepted { function, space, facts, take_over } = accepted;
             log::info!("{address}: taken over with its address space; DMA is {}", decide(&facts));
-            Ok((of_attached(address, function, space, facts)?, Some(take_over)))
+            Ok((of_attached(address, function, KernelSpace::Iommufd(space), facts)?, Some(take_over)))
         }
         _ => bail!("what was handed over is another kind of function"),
     }

@@ -13,9 +13,9 @@ use vhost_device_vfio::config::DeviceArg;
 use vhost_device_vfio::driver::nvme::ReacquireFn;
 use vhost_device_vfio::emulated::{Machine, Options};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
-use vhost_device_vfio::iommu::LiveSpace;
+use vhost_device_vfio::iommu::KernelSpace;
 use vhost_device_vfio::passthrough::{self, ReacquireError, Reacquired};
-use vhost_device_vfio::vfio::{Attached, PciAddress, VfioError, no_snoop};
+use vhost_device_vfio::vfio::{Attached, InterfaceChoice, PciAddress, VfioError, no_snoop};
 use vhost_device_vfio::vhost_user::MovableFunction;
 use vhost_device_vfio::whole_function::WholeFunction;
 
@@ -31,6 +31,11 @@ pub(crate) struct Acquired {
     pub(crate) movable: Box<dyn MovableFunction>,
 }
 
+/// Why KVM is not told. Whoever has a group's file can open the device with it, and keeps this process's memory pinned after its
+/// death (tests/host/type1.sh). A character device that was never bound allows neither.
+const NO_FILE_FOR_KVM: &str = "KVM cannot be told of its DMA, also with --kvm-socket: this kernel has no character device for \
+                               it, and the file of its group would give QEMU the device";
+
 /// `--device`, parsed. Nothing has been opened.
 pub(crate) enum DeviceSpec {
     Vfio(PciAddress),
@@ -39,7 +44,7 @@ pub(crate) enum DeviceSpec {
 
 /// Where the function comes from.
 pub(crate) enum DeviceSource {
-    Vfio(PciAddress),
+    Vfio(PciAddress, InterfaceChoice),
     Emulated(Box<Machine>),
 }
 
@@ -57,9 +62,9 @@ impl DeviceSpec {
     ///
     /// # Errors
     /// Why the emulated function cannot be created.
-    pub(crate) fn open(self) -> Result<DeviceSource> {
+    pub(crate) fn open(self, choice: InterfaceChoice) -> Result<DeviceSource> {
         Ok(match self {
-            Self::Vfio(address) => DeviceSource::Vfio(address),
+            Self::Vfio(address) => DeviceSource::Vfio(address, choice),
             Self::Emulated(options) => DeviceSource::Emulated(Box::new(Machine::new(*options)?)),
         })
     }
@@ -72,11 +77,15 @@ impl DeviceSource {
     /// Why it cannot be acquired, or cannot be served coherently.
     pub(crate) fn acquire_for_driver(&self, policy: Policy) -> Result<Acquired> {
         match self {
-            Self::Vfio(address) => {
-                let acquired = AcquiredFunction::acquire(*address)?;
+            Self::Vfio(address, choice) => {
+                let acquired = AcquiredFunction::acquire(*address, *choice)?;
                 let facts = acquired.evidence().facts(Personality::Mediated, policy, false);
+                log::info!("{address}: {}", acquired.why());
                 log_verdict(address, &acquired.evidence().snoop, &facts);
                 let (function, space) = acquired.into_address_space(&facts)?;
+                if address.cdev().is_none() && matches!(decide(&facts), Verdict::Flush(_)) {
+                    log::warn!("{address}: {NO_FILE_FOR_KVM}");
+                }
                 of_attached(*address, function, space, facts)
             }
             Self::Emulated(machine) => {
@@ -100,15 +109,16 @@ impl DeviceSource {
         shim: bool,
     ) -> Result<(OwnedFunction<dyn WholeFunction>, Option<passthrough::ReacquireFn>)> {
         match self {
-            Self::Vfio(address) => {
-                let acquired = AcquiredFunction::acquire(*address)?;
+            Self::Vfio(address, choice) => {
+                let acquired = AcquiredFunction::acquire(*address, *choice)?;
                 let facts = acquired.evidence().facts(Personality::WholeFunction, policy, shim);
+                log::info!("{address}: {}", acquired.why());
                 log_verdict(address, &acquired.evidence().snoop, &facts);
                 let (function, space) = acquired.into_address_space(&facts)?;
                 let (address, former) = (*address, space.clone());
                 let function: Arc<dyn WholeFunction> = Arc::new(function);
                 let reacquire: passthrough::ReacquireFn = Box::new(move || reacquire_whole(address, &former, &facts));
-                let owned = OwnedFunction { function, space: Arc::new(space), facts, file: address.cdev() };
+                let owned = OwnedFunction { function, space: space.address_space(), facts, file: address.cdev() };
                 Ok((owned, Some(reacquire)))
             }
             Self::Emulated(machine) => {
@@ -125,18 +135,23 @@ impl DeviceSource {
 ///
 /// # Errors
 /// The Enable No Snoop bit cannot be cleared.
-pub(crate) fn of_attached(address: PciAddress, function: Attached, space: LiveSpace, facts: Facts) -> Result<Acquired> {
+pub(crate) fn of_attached(
+    address: PciAddress,
+    function: Attached,
+    space: KernelSpace,
+    facts: Facts,
+) -> Result<Acquired> {
     let attached = Arc::new(function);
     let served = Arc::new(Served::new(address, &attached, &space, &facts));
     let (former, again) = (space.clone(), Arc::clone(&served));
     let function = disable_no_snoop(attached, decide(&facts))?;
     let reacquire: ReacquireFn = Box::new(move || reacquire(address, &former, &facts, &again));
-    let owned = OwnedFunction { function, space: Arc::new(space), facts, file: address.cdev() };
+    let owned = OwnedFunction { function, space: space.address_space(), facts, file: address.cdev() };
     Ok(Acquired { owned, reacquire: Some(reacquire), movable: Box::new(VfioFunction::new(served)) })
 }
 
 /// Reacquires a function that the host has had back. The verdict must be the same as before.
-fn reacquire(address: PciAddress, space: &LiveSpace, before: &Facts, served: &Served) -> Result<Arc<dyn Function>> {
+fn reacquire(address: PciAddress, space: &KernelSpace, before: &Facts, served: &Served) -> Result<Arc<dyn Function>> {
     let acquired = AcquiredFunction::reacquire(address, space)?;
     let facts = acquired.evidence().facts(before.personality, before.policy, before.shim);
     let (was, verdict) = (decide(before), decide(&facts));
@@ -146,11 +161,11 @@ fn reacquire(address: PciAddress, space: &LiveSpace, before: &Facts, served: &Se
     let attached = Arc::new(acquired.into_former_address_space(space)?);
     served.replace(&attached);
     let function: Arc<dyn Function> = attached;
-    disable_no_snoop(Arc::clone(&function), verdict).inspect_err(|_| space.release())
+    disable_no_snoop(Arc::clone(&function), verdict).inspect_err(|_| space.address_space().release())
 }
 
 /// Acquires a whole function anew, after its own file has been handed out.
-fn reacquire_whole(address: PciAddress, space: &LiveSpace, before: &Facts) -> Result<Reacquired, ReacquireError> {
+fn reacquire_whole(address: PciAddress, space: &KernelSpace, before: &Facts) -> Result<Reacquired, ReacquireError> {
     let acquired = AcquiredFunction::reacquire(address, space).map_err(explain)?;
     let facts = acquired.evidence().facts(before.personality, before.policy, before.shim);
     let function = acquired.into_former_address_space(space).map_err(explain)?;

@@ -93,7 +93,8 @@ fn prepare(
 ) -> Result<(Disk, Inheritance)> {
     let Description { paused_at, device, listener, successors, stored, front_end, .. } = description;
     let start = Instant::now();
-    let (acquired, take_over) = take(spec, device.function, &mut descriptors, config.no_snoop.into())?;
+    let (acquired, take_over) =
+        take((spec, config.iommu.into()), device.function, &mut descriptors, config.no_snoop.into())?;
     let Acquired { owned, reacquire, movable } = acquired;
     let OwnedFunction { function, .. } = &owned;
     attempt.borrow_mut().function = Some(Arc::clone(function));

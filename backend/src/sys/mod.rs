@@ -17,6 +17,7 @@ mod poller;
 mod shared_memory;
 mod sigbus;
 mod signals;
+mod type1;
 mod vfio;
 
 pub use cache::{CacheLines, Instruction};
@@ -32,4 +33,5 @@ pub(crate) use shared_memory::kill::killed_after;
 pub use shared_memory::{SharedArray, SharedMemory, Word};
 pub use sigbus::{LostPages, MAX_WATCHED};
 pub use signals::signal_fd;
+pub use type1::{Container, ContainerInfo, Group};
 pub use vfio::Cdev;

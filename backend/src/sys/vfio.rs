@@ -1,9 +1,11 @@
-//! A VFIO device cdev. `vfio-ioctls` opens, binds and attaches it. Configuration space, interrupts and reset use ioctls of
-//! this module, because that crate discards their errors.
+//! A VFIO device file: a cdev, which `vfio-ioctls` opens, binds and attaches, or one of a group. Configuration space, interrupts
+//! and reset use ioctls of this module, because that crate discards their errors.
 
 mod handed_over;
+mod handle;
 mod whole;
 
+use std::ffi::CStr;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -21,7 +23,9 @@ use vmm_sys_util::ioctl_io_nr;
 use super::ioas::Ioas;
 use super::iommufd::{DeviceId, HwptId, Iommufd};
 use super::mmio::Mmio;
-use super::ownership::Ownership;
+use super::ownership::{Owner, Ownership};
+use super::type1::Group;
+use handle::{GroupDevice, Handle};
 
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
@@ -29,10 +33,9 @@ ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
 /// Most vectors that [`Cdev::route_vectors`] can route.
 const MAX_VECTORS: usize = 256;
 
-/// A device cdev that is bound to an [`Iommufd`].
+/// A device file with which the device can be used: a cdev that is bound to an [`Iommufd`], or a file from a [`Group`].
 pub struct Cdev {
-    device: ManuallyDrop<VfioDevice>,
-    id: DeviceId,
+    device: Handle,
     ownership: Ownership,
 }
 
@@ -54,35 +57,55 @@ impl Cdev {
         let device = VfioDevice::new(sysfs, Arc::new(context), false).map_err(errno)?;
         let id = device.iommufd_dev_id().ok_or_else(|| io::Error::other("bound, but without an iommufd device id"))?;
         let ownership = iommufd.ownership().clone();
-        Ok(Self { device: ManuallyDrop::new(device), id: DeviceId(id), ownership })
+        Ok(Self { device: Handle::Cdev(ManuallyDrop::new(device), DeviceId(id)), ownership })
     }
 
-    /// The device's iommufd object ID.
+    /// Opens the device `name` of `group`, which has joined a container. When the file is closed, the group leaves it.
+    ///
+    /// # Errors
+    /// The errno of the failed step.
+    pub fn of_group(group: Group, name: &CStr) -> io::Result<Self> {
+        let file = group.device(name)?;
+        let ownership = Ownership::new(Owner::ThisProcess);
+        Ok(Self { device: Handle::Group(GroupDevice::new(file, group)?), ownership })
+    }
+
+    /// The device's iommufd object ID; `None` for a device of a group.
     #[must_use]
-    pub fn id(&self) -> DeviceId {
-        self.id
+    pub fn id(&self) -> Option<DeviceId> {
+        match &self.device {
+            Handle::Cdev(_, id) => Some(*id),
+            Handle::Group(_) => None,
+        }
     }
 
     /// Attaches the device to `page_table`, so that it can access what is mapped there.
     ///
     /// # Errors
-    /// The errno of the call.
+    /// The errno of the call; [`io::ErrorKind::Unsupported`] for a device of a group, which uses its container.
     pub fn attach(&self, page_table: HwptId) -> io::Result<()> {
-        self.device.attach_hwpt(page_table.0).map_err(errno)
+        match &self.device {
+            Handle::Cdev(device, _) => device.attach_hwpt(page_table.0).map_err(errno),
+            Handle::Group(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
-    /// Detaches the device, which blocks all its DMA. The mappings of its page table stay pinned.
+    /// Detaches the device, which blocks all its DMA. The mappings of its page table stay pinned. A device of a group is detached
+    /// by closing its file.
     ///
     /// # Errors
     /// The errno of the call.
     pub fn detach(&self) -> io::Result<()> {
-        self.device.detach_hwpt().map_err(errno)
+        match &self.device {
+            Handle::Cdev(device, _) => device.detach_hwpt().map_err(errno),
+            Handle::Group(_) => Ok(()),
+        }
     }
 
     /// Size of a region in bytes; 0 if the device has no such region.
     #[must_use]
     pub fn region_size(&self, index: u32) -> u64 {
-        self.device.get_region_size(index)
+        self.device.region(index).size
     }
 
     /// Maps a whole region.
@@ -90,11 +113,12 @@ impl Cdev {
     /// # Errors
     /// [`io::ErrorKind::Unsupported`] if the kernel does not allow the region to be mapped; else the errno of `mmap`.
     pub fn map_region(&self, index: u32) -> io::Result<Mmio> {
-        if self.device.get_region_flags(index) & VFIO_REGION_INFO_FLAG_MMAP == 0 {
+        let region = self.device.region(index);
+        if region.flags & VFIO_REGION_INFO_FLAG_MMAP == 0 {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        let len = usize::try_from(self.region_size(index)).map_err(io::Error::other)?;
-        Mmio::map(self.as_fd(), self.device.get_region_offset(index), len)
+        let len = usize::try_from(region.size).map_err(io::Error::other)?;
+        Mmio::map(self.as_fd(), region.offset, len)
     }
 
     /// Reads `bytes.len()` bytes of a region at `offset`.
@@ -102,7 +126,7 @@ impl Cdev {
     /// # Errors
     /// The errno of `pread`; [`io::ErrorKind::UnexpectedEof`] for a short read.
     pub fn read_region(&self, index: u32, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let position = self.device.get_region_offset(index) + offset;
+        let position = self.device.offset(index) + offset;
         let wanted = bytes.len();
         let read = rustix::io::pread(self.as_fd(), bytes, position)?;
         if read == wanted { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
@@ -113,7 +137,7 @@ impl Cdev {
     /// # Errors
     /// The errno of `pwrite`; [`io::ErrorKind::WriteZero`] for a short write.
     pub fn write_region(&self, index: u32, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let position = self.device.get_region_offset(index) + offset;
+        let position = self.device.offset(index) + offset;
         let written = rustix::io::pwrite(self.as_fd(), bytes, position)?;
         if written == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
@@ -121,7 +145,7 @@ impl Cdev {
     /// Number of vectors of IRQ index `index` (INTx, MSI, MSI-X, ...).
     #[must_use]
     pub fn vectors(&self, index: u32) -> u32 {
-        self.device.get_irq_info(index).map_or(0, |irq| irq.count)
+        self.device.irq(index).count
     }
 
     /// Routes vectors 0, 1, ... of IRQ index `index` to `events`. An empty slice disables the interrupt.
@@ -148,7 +172,7 @@ impl Cdev {
             *slot = event.as_raw_fd();
         }
         // SAFETY: the kernel reads `argsz` bytes, all of them inside `set`.
-        irqs_set(unsafe { ioctl_with_ref(&*self.device, VFIO_DEVICE_SET_IRQS(), &set) })
+        irqs_set(unsafe { ioctl_with_ref(&self.device, VFIO_DEVICE_SET_IRQS(), &set) })
     }
 
     /// Resets the device.
@@ -157,32 +181,34 @@ impl Cdev {
     /// The errno of the call.
     pub fn reset(&self) -> io::Result<()> {
         // SAFETY: the ioctl takes no argument and accesses no memory of this process.
-        if unsafe { ioctl(&*self.device, VFIO_DEVICE_RESET()) } < 0 {
+        if unsafe { ioctl(&self.device, VFIO_DEVICE_RESET()) } < 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(())
     }
 
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: `self.device` owns the descriptor, which stays open as long as `self` is borrowed.
-        unsafe { BorrowedFd::borrow_raw(self.device.as_raw_fd()) }
+        self.device.as_fd()
     }
 }
 
 impl Drop for Cdev {
     fn drop(&mut self) {
         // The other process goes on using the device, which `VfioDevice::drop` would detach. So only the descriptor is closed.
-        if !self.ownership.is_ours() {
+        if let (false, Handle::Cdev(device, _)) = (self.ownership.is_ours(), &self.device) {
             // SAFETY: `device` owns the descriptor, and is neither used nor dropped after this.
-            drop(unsafe { OwnedFd::from_raw_fd(self.device.as_raw_fd()) });
+            drop(unsafe { OwnedFd::from_raw_fd(device.as_raw_fd()) });
             return;
         }
         // `VfioDevice::drop` panics if it cannot detach, for example after the device was unplugged. Detaching twice is
         // harmless, so if it succeeds here it also succeeds there.
-        match self.detach() {
+        match (self.detach(), &mut self.device) {
             // SAFETY: `device` is dropped only here, and not used afterwards.
-            Ok(()) => unsafe { ManuallyDrop::drop(&mut self.device) },
-            Err(error) => log::error!("detach the device from its page table: {error}; its file stays open until exit"),
+            (Ok(()), Handle::Cdev(device, _)) => unsafe { ManuallyDrop::drop(device) },
+            (Ok(()), Handle::Group(_)) => {}
+            (Err(error), _) => {
+                log::error!("detach the device from its page table: {error}; its file stays open until exit");
+            }
         }
     }
 }

@@ -83,12 +83,31 @@ impl PciAddress {
         self.sysfs().join("physfn").exists()
     }
 
-    /// Its VFIO character device, if the kernel has one for it.
+    /// What sysfs says about its IOMMU, as text: Intel VT-d's snoop control (VT-d 4.1 §11.4.3, ECAP.SC), else its name.
+    #[must_use]
+    pub fn iommu_hardware(&self) -> String {
+        let iommu = self.sysfs().join("iommu");
+        let ecap = fs::read_to_string(iommu.join("intel-iommu/ecap")).ok();
+        match (ecap.and_then(|text| u64::from_str_radix(text.trim(), 16).ok()), link_name(&iommu)) {
+            (Some(ecap), _) => format!("Intel VT-d, ECAP.SC={}", ecap >> 7 & 1),
+            (None, Some(name)) => format!("IOMMU {name}"),
+            (None, None) => "IOMMU hardware unknown".to_owned(),
+        }
+    }
+
+    /// Its VFIO character device, if the kernel has one for it. A kernel without character devices has the directory in sysfs, too,
+    /// but no device number in it.
     #[must_use]
     pub fn cdev(&self) -> Option<PathBuf> {
         let mut entries = fs::read_dir(self.sysfs().join("vfio-dev")).ok()?;
-        let name = entries.next()?.ok()?.file_name();
-        Some(Path::new("/dev/vfio/devices").join(name))
+        let entry = entries.next()?.ok()?;
+        entry.path().join("dev").exists().then(|| Path::new("/dev/vfio/devices").join(entry.file_name()))
+    }
+
+    /// The file of its IOMMU group, if it has a group. The kernel may have no such file.
+    #[must_use]
+    pub fn group_file(&self) -> Option<PathBuf> {
+        Some(Path::new("/dev/vfio").join(self.group()?))
     }
 
     /// The other functions of its IOMMU group that are bound to a host driver, as `ADDRESS (DRIVER)`. Bridges are left out: they

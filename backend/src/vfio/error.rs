@@ -47,14 +47,43 @@ pub enum VfioError {
         /// The errno of `open`.
         source: io::Error,
     },
-    /// The character device cannot be opened.
+    /// The container of IOMMU type 1 cannot be used.
+    #[error("/dev/vfio/vfio: {source}; {advice}")]
+    NoContainer {
+        /// What is missing, and the fix.
+        advice: &'static str,
+        /// The errno of `open`, or that there is no IOMMU type 1.
+        source: io::Error,
+    },
+    /// The group has no file.
+    #[error(
+        "{}: {source}; this kernel was built without CONFIG_VFIO_GROUP, or the device node was not passed in here; a container \
+             needs --device {} --device /dev/vfio/vfio", path.display(), path.display()
+    )]
+    NoGroup {
+        /// The file.
+        path: PathBuf,
+        /// The errno of `open`.
+        source: io::Error,
+    },
+    /// The function can be used through neither interface.
+    #[error("{iommufd}; nor can it be used by VFIO type1: {type1}")]
+    NoInterface {
+        /// Why not by iommufd.
+        iommufd: Box<Self>,
+        /// Why not by IOMMU type 1.
+        type1: Box<Self>,
+    },
+    /// The device's file, its character device or the file of its group, cannot be opened.
     #[error(
         "{path}: {source}; give this user read and write access, for example with a udev rule \
-             SUBSYSTEM==\"vfio-dev\", GROUP=\"vfio\", MODE=\"0660\""
+             SUBSYSTEM==\"{subsystem}\", GROUP=\"vfio\", MODE=\"0660\""
     )]
     NoAccess {
-        /// The character device.
+        /// The file.
         path: PathBuf,
+        /// Its subsystem, for the rule.
+        subsystem: &'static str,
         /// The errno of `open`.
         source: io::Error,
     },
@@ -84,12 +113,16 @@ pub enum VfioError {
     },
     /// The platform cannot isolate interrupts.
     #[error(
-        "{address}: bind to iommufd: {source}; its group is viable, so the cause is that this platform does not isolate \
-             interrupts (no interrupt remapping). If every guest is trusted, boot with iommufd.allow_unsafe_interrupts=1"
+        "{address}: {step}: {source}; its group is viable, so the cause is that this platform does not isolate \
+             interrupts (no interrupt remapping). If every guest is trusted, boot with {module}.allow_unsafe_interrupts=1"
     )]
     UnsafeInterrupts {
         /// The function.
         address: PciAddress,
+        /// The step.
+        step: &'static str,
+        /// The module whose parameter allows it.
+        module: &'static str,
         /// The errno of the bind.
         source: io::Error,
     },
@@ -125,29 +158,66 @@ impl VfioError {
 
     /// Explains why binding the function to iommufd failed (`vfio_df_ioctl_bind_iommufd`, `iommufd_device_bind`).
     pub(super) fn bind(address: PciAddress, source: io::Error) -> Self {
-        let siblings = address.host_owned_siblings();
+        let step = "bind to iommufd";
         match source.raw_os_error() {
-            Some(libc::EPERM) if !siblings.is_empty() => {
-                let group = address.group().unwrap_or_default();
-                Self::NotViable { address, group, siblings: siblings.join(", "), source }
-            }
+            Some(libc::EPERM) if !address.host_owned_siblings().is_empty() => Self::not_viable(address, source),
             Some(libc::EPERM) => match holder(address) {
                 Some(holder) => Self::InUse { address, holder, source },
-                None => Self::UnsafeInterrupts { address, source },
+                None => Self::UnsafeInterrupts { address, step, module: "iommufd", source },
             },
-            Some(libc::EBUSY | libc::EINVAL) => {
-                let holder = holder(address).unwrap_or_else(|| "another process".to_owned());
-                Self::InUse { address, holder, source }
+            Some(libc::EBUSY | libc::EINVAL) => Self::in_use(address, source),
+            _ => Self::Kernel { address, step, source },
+        }
+    }
+
+    pub(super) fn not_viable(address: PciAddress, source: io::Error) -> Self {
+        let group = address.group().unwrap_or_default();
+        Self::NotViable { address, group, siblings: address.host_owned_siblings().join(", "), source }
+    }
+
+    fn in_use(address: PciAddress, source: io::Error) -> Self {
+        let holder = holder(address).unwrap_or_else(|| "another process".to_owned());
+        Self::InUse { address, holder, source }
+    }
+
+    /// Explains why `/dev/vfio/vfio` cannot be used.
+    pub(super) fn no_container(source: io::Error) -> Self {
+        let advice = match source.kind() {
+            io::ErrorKind::PermissionDenied => {
+                "give this user read and write access, for example with a udev rule KERNEL==\"vfio\", MODE=\"0666\""
             }
-            _ => Self::Kernel { address, step: "bind to iommufd", source },
+            io::ErrorKind::NotFound => {
+                "the module `vfio` is not loaded (modprobe vfio_iommu_type1), or the device node was not passed in here; a \
+                 container needs --device /dev/vfio/vfio"
+            }
+            _ => "this kernel offers no IOMMU type 1; load its module: modprobe vfio_iommu_type1",
+        };
+        Self::NoContainer { advice, source }
+    }
+
+    /// Explains why the file of the function's group cannot be opened (`vfio_group_fops_open`).
+    pub(super) fn group(address: PciAddress, path: PathBuf, source: io::Error) -> Self {
+        match source.raw_os_error() {
+            Some(libc::EBUSY) => Self::in_use(address, source),
+            Some(libc::EACCES | libc::EPERM) => Self::NoAccess { path, subsystem: "vfio", source },
+            _ => Self::NoGroup { path, source },
+        }
+    }
+
+    /// Explains why IOMMU type 1 cannot be turned on for the function's group (`vfio_iommu_type1_attach_group`).
+    pub(super) fn enable(address: PciAddress, source: io::Error) -> Self {
+        let step = "turn IOMMU type 1 on (VFIO_SET_IOMMU)";
+        match source.raw_os_error() {
+            Some(libc::EPERM) => Self::UnsafeInterrupts { address, step, module: "vfio_iommu_type1", source },
+            _ => Self::Kernel { address, step, source },
         }
     }
 }
 
-/// Another process that has the function's character device or its group open, as far as this user can see in `/proc`.
+/// Another process that has the function's character device, its group or a file from the group open, as far as this user can see
+/// in `/proc`.
 fn holder(address: PciAddress) -> Option<String> {
-    let group = address.group().map(|group| Path::new("/dev/vfio").join(group));
-    let files: Vec<_> = address.cdev().into_iter().chain(group).collect();
+    let files: Vec<_> = address.cdev().into_iter().chain(address.group_file()).collect();
     let own = std::process::id().to_string();
     for process in std::fs::read_dir("/proc").ok()?.flatten() {
         let name = process.file_name().into_string().unwrap_or_default();
@@ -155,13 +225,28 @@ fn holder(address: PciAddress) -> Option<String> {
             continue;
         }
         let Ok(descriptors) = std::fs::read_dir(process.path().join("fd")) else { continue };
-        let mut targets = descriptors.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok());
-        if targets.any(|target| files.contains(&target)) {
+        let is_of_device = |fd: &Path| match std::fs::read_link(fd) {
+            Ok(target) if target == Path::new(DEVICE_OF_GROUP) => is_named(fd, address),
+            Ok(target) => files.contains(&target),
+            Err(_) => false,
+        };
+        if descriptors.flatten().any(|fd| is_of_device(&fd.path())) {
             let command = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
             return Some(format!("process {name} ({})", command.trim()));
         }
     }
     None
+}
+
+/// What the kernel calls every file from `VFIO_GROUP_GET_DEVICE_FD`.
+const DEVICE_OF_GROUP: &str = "anon_inode:[vfio-device]";
+
+/// True if the kernel says that `fd`, in `/proc/PID/fd`, is a file of the device. Older kernels do not name the device.
+fn is_named(fd: &Path, address: PciAddress) -> bool {
+    let process = fd.parent().and_then(Path::parent);
+    let info = process.zip(fd.file_name()).map(|(process, number)| process.join("fdinfo").join(number));
+    let info = info.and_then(|path| std::fs::read_to_string(path).ok()).unwrap_or_default();
+    info.lines().any(|line| line.starts_with("vfio-device-syspath:") && line.ends_with(&address.to_string()))
 }
 
 #[cfg(test)]
@@ -174,6 +259,26 @@ mod tests {
         let kernel_has_it = Path::new("/sys/class/misc/iommu").exists();
         let expected = if kernel_has_it { "--device /dev/iommu" } else { "built without CONFIG_IOMMUFD" };
         assert!(error.contains(expected), "{error}");
+    }
+
+    #[test]
+    fn each_error_of_a_group_has_the_fix_of_its_cause() {
+        let (address, path) = ("0000:00:04.0".parse().unwrap(), || PathBuf::from("/dev/vfio/7"));
+        let errno = io::Error::from_raw_os_error;
+        let group = |number| VfioError::group(address, path(), errno(number)).to_string();
+        let texts = [
+            (group(libc::EACCES), "SUBSYSTEM==\"vfio\""),
+            (group(libc::ENOENT), "--device /dev/vfio/7 --device /dev/vfio/vfio"),
+            (group(libc::EBUSY), "in use by another process"),
+            (VfioError::enable(address, errno(libc::EPERM)).to_string(), "vfio_iommu_type1.allow_unsafe_interrupts=1"),
+            (VfioError::enable(address, errno(libc::ENOMEM)).to_string(), "VFIO_SET_IOMMU"),
+            (VfioError::no_container(errno(libc::EACCES)).to_string(), "KERNEL==\"vfio\""),
+            (VfioError::no_container(errno(libc::ENOENT)).to_string(), "module `vfio` is not loaded"),
+            (VfioError::no_container(io::ErrorKind::Unsupported.into()).to_string(), "modprobe vfio_iommu_type1"),
+        ];
+        for (text, part) in texts {
+            assert!(text.contains(part), "{part} in: {text}");
+        }
     }
 
     #[test]

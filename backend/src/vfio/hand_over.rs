@@ -25,12 +25,13 @@ impl Attached {
         check_file(address, &file).map_err(error(ANOTHER_DEVICE))?;
         let cdev = Cdev::handed_over(file, table.iommufd(), table.device());
         let cdev = Arc::new(cdev.map_err(error("look at the device that was handed over"))?);
-        let attached = Self { name: address.to_string(), table, cdev };
+        let page_table = table.id();
+        let attached = Self { name: address.to_string(), table: Some(table), cdev };
         attached.check_stopped().map_err(error("read the command register"))?;
         attached.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER).map_err(error("write the command register"))?;
         // It is attached to this page table already: then the kernel changes nothing. It refuses the page table of another
         // iommufd than the one to which the device is bound.
-        attached.cdev.attach(attached.table.id()).map_err(error("attach to the page table that was handed over"))?;
+        attached.cdev.attach(page_table).map_err(error("attach to the page table that was handed over"))?;
         Ok(attached)
     }
 

@@ -3,13 +3,16 @@
 //!
 //! ```text
 //!   Opened ── bind(iommufd) ──► Bound ── attach(table) ──► Attached : Function
-//!     │ checked in sysfs          │ owned, DMA blocked          │ DMA reaches what `table` maps
-//!     └ not opened yet            └ drop: close                 └ drop: bus master off, reset, detach, close
+//!     │ checked in sysfs          │ owned, DMA blocked          │ DMA reaches what `table` or the container maps
+//!     │ not opened yet            └ drop: close                 └ drop: bus master off, reset, detach, close
+//!     └──── attach_by_group(container) ────────────────────────►
 //! ```
 
 mod address;
 mod error;
+mod group;
 mod hand_over;
+mod interface;
 pub mod no_snoop;
 mod whole;
 
@@ -24,6 +27,7 @@ use vfio_bindings::bindings::vfio::{
 
 pub use address::{NotAnAddress, PciAddress};
 pub use error::VfioError;
+pub use interface::{FoundInterface, InterfaceChoice};
 
 use crate::hardware::{Function, Registers};
 use crate::iommu::PageTable;
@@ -50,7 +54,7 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Finds the function, and checks its driver, its IOMMU group and the access to its character device.
+    /// Finds the function, and checks its driver and its IOMMU group.
     ///
     /// # Errors
     /// What is wrong, and how to fix it.
@@ -72,11 +76,17 @@ impl Opened {
         if address.group().is_none() {
             return Err(VfioError::NoIommu(address));
         }
-        let cdev = address.cdev().ok_or(VfioError::NoCdev(address))?;
-        match rustix::fs::access(&cdev, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK) {
-            Ok(()) => Ok(Self { address }),
-            Err(errno) => Err(VfioError::NoAccess { path: cdev, source: errno.into() }),
-        }
+        Ok(Self { address })
+    }
+
+    /// Checks the access to its character device.
+    ///
+    /// # Errors
+    /// [`VfioError::NoCdev`] or [`VfioError::NoAccess`].
+    fn check_cdev(&self) -> Result<(), VfioError> {
+        let path = self.address.cdev().ok_or(VfioError::NoCdev(self.address))?;
+        let access = rustix::fs::access(&path, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK);
+        access.map_err(|errno| VfioError::NoAccess { path, subsystem: "vfio-dev", source: errno.into() })
     }
 
     /// Opens the device and binds it to iommufd. Its DMA is blocked until it is attached.
@@ -84,8 +94,12 @@ impl Opened {
     /// # Errors
     /// Why it cannot be bound, such as the process that uses it.
     pub fn bind(self, iommufd: &Iommufd, ioas: &Ioas) -> Result<Bound, VfioError> {
-        let cdev = Cdev::bind(&self.address.sysfs(), iommufd, ioas);
-        cdev.map(|cdev| Bound { address: self.address, cdev }).map_err(|e| VfioError::bind(self.address, e))
+        self.check_cdev()?;
+        let address = self.address;
+        let cdev = Cdev::bind(&address.sysfs(), iommufd, ioas).map_err(|source| VfioError::bind(address, source))?;
+        let no_id = || VfioError::bind(address, io::Error::other("a cdev without an iommufd id"));
+        let id = cdev.id().ok_or_else(no_id)?;
+        Ok(Bound { address, cdev, id })
     }
 }
 
@@ -93,13 +107,14 @@ impl Opened {
 pub struct Bound {
     address: PciAddress,
     cdev: Cdev,
+    id: DeviceId,
 }
 
 impl Bound {
     /// Its iommufd id, for the allocation of a page table.
     #[must_use]
     pub fn device_id(&self) -> DeviceId {
-        self.cdev.id()
+        self.id
     }
 
     /// Attaches it to `table`. Bus master is off afterwards, so it does no DMA yet.
@@ -107,30 +122,41 @@ impl Bound {
     /// # Errors
     /// The errno of the step that failed.
     pub fn attach(self, table: Arc<PageTable>) -> Result<Attached, VfioError> {
-        let address = self.address;
-        let name = address.to_string();
-        let attached = Attached { name, table, cdev: Arc::new(self.cdev) };
-        let error = |step| move |source| VfioError::Kernel { address, step, source };
-        attached.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER).map_err(error("write the command register"))?;
-        attached.cdev.attach(attached.table.id()).map_err(error("attach to its page table"))?;
+        let (address, id) = (self.address, table.id());
+        let attached = Attached::new(address, Some(table), self.cdev)?;
+        let error = |source| VfioError::Kernel { address, step: "attach to its page table", source };
+        attached.cdev.attach(id).map_err(error)?;
         Ok(attached)
     }
 }
 
-/// A function whose DMA goes through `table`.
+/// A function whose DMA goes through its page table, or through the container of its group.
 pub struct Attached {
     name: String,
     // Before `cdev`, because the page table must be destroyed while its device is still open. `drop` has detached the device
-    // before that.
-    table: Arc<PageTable>,
+    // before that. `None` with a container.
+    table: Option<Arc<PageTable>>,
     cdev: Arc<Cdev>,
 }
 
 impl Attached {
+    /// Turns bus master off, so that the function does no DMA yet.
+    fn new(address: PciAddress, table: Option<Arc<PageTable>>, cdev: Cdev) -> Result<Self, VfioError> {
+        let attached = Self { name: address.to_string(), table, cdev: Arc::new(cdev) };
+        let off = attached.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER);
+        off.map_err(|source| VfioError::Kernel { address, step: "write the command register", source })?;
+        Ok(attached)
+    }
+
     /// The device's file, to detach the device and attach it again. It is closed when the function is dropped.
     #[must_use]
     pub fn device_file(&self) -> Weak<Cdev> {
         Arc::downgrade(&self.cdev)
+    }
+
+    /// True if it was opened through its group.
+    fn is_of_group(&self) -> bool {
+        self.table.is_none()
     }
 
     /// Sets and clears bits of the command register.

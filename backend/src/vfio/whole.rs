@@ -8,6 +8,9 @@ use crate::whole_function::{IrqInfo, IrqSet, MmapArea, RegionInfo, RegionMmap, W
 /// What the bound device file allows its holder. It cannot map memory for DMA, which needs the iommufd.
 const CDEV_RIGHTS: &str = "the device's own file, which also allows reset, interrupts, configuration space, attach and detach, as with \
                            plain vfio-pci";
+/// What a device file from a group allows its holder. It cannot map memory for DMA either, which needs the container.
+const GROUP_DEVICE_RIGHTS: &str =
+    "the device's own file, which also allows reset, interrupts and configuration space, as with plain vfio-pci";
 const DMA_BUF_RIGHTS: &str = "a dma-buf of this BAR, which allows mapping only";
 
 impl WholeFunction for Attached {
@@ -23,7 +26,8 @@ impl WholeFunction for Attached {
             return Ok(Some(RegionMmap { file, offset: 0, areas, own_file: false, rights: DMA_BUF_RIGHTS }));
         }
         let (file, offset) = (cdev.duplicate()?, cdev.region_offset(index));
-        Ok(Some(RegionMmap { file, offset, areas, own_file: true, rights: CDEV_RIGHTS }))
+        let rights = if self.is_of_group() { GROUP_DEVICE_RIGHTS } else { CDEV_RIGHTS };
+        Ok(Some(RegionMmap { file, offset, areas, own_file: true, rights }))
     }
 
     fn region_read(&self, index: u32, offset: u64, bytes: &mut [u8]) -> io::Result<()> {

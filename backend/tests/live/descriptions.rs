@@ -1,14 +1,11 @@
 //! What a successor refuses, and what a predecessor cannot do meanwhile. Both are this process.
 
-use std::sync::Arc;
-
-use vhost_device_vfio::acquire::AcquiredFunction;
-use vhost_device_vfio::acquire::hand_over::{FunctionDescription, Served, accept};
+use vhost_device_vfio::acquire::hand_over::{FunctionDescription, accept};
 use vhost_device_vfio::coherency::{Personality, Policy};
 use vhost_device_vfio::hardware::{AddressSpace, Function, MapError};
 
-use super::super::{MIB, device};
-use super::{guest_memory, new_file, pinned_pages, policy};
+use super::super::MIB;
+use super::{acquire, guest_memory, new_file, pinned_pages, policy, served};
 
 /// What is wrong in a description, and what the error says. The device is attached and has memory mapped.
 type Lie = (fn(&mut FunctionDescription), &'static str);
@@ -29,16 +26,12 @@ const LIES: [Lie; 9] = [
 
 #[test]
 fn a_description_that_the_kernel_does_not_confirm_is_refused_and_changes_nothing() {
-    let address = device();
-    let acquired = AcquiredFunction::acquire(address).unwrap();
-    let facts = acquired.evidence().facts(Personality::Mediated, policy(), false);
+    let (function, space, facts) = acquire();
     let enforced = facts.snoop_enforced;
-    let (function, space) = acquired.into_address_space(&facts).unwrap();
-    let function = Arc::new(function);
     let region = guest_memory(new_file(4 * MIB), 4 * MIB);
     space.add(&region).unwrap();
     let buffer = space.buffer(4096).unwrap();
-    let served = Served::new(address, &function, &space, &facts);
+    let served = served(&function, &space, &facts);
     let exported = served.export(true).unwrap();
     let before = pinned_pages();
     let ours = || exported.descriptors().map(|fd| fd.try_clone_to_owned().unwrap());
@@ -76,12 +69,8 @@ fn a_description_that_the_kernel_does_not_confirm_is_refused_and_changes_nothing
 
 #[test]
 fn nothing_can_be_mapped_while_a_space_is_handed_over() {
-    let address = device();
-    let acquired = AcquiredFunction::acquire(address).unwrap();
-    let facts = acquired.evidence().facts(Personality::Mediated, policy(), false);
-    let (function, space) = acquired.into_address_space(&facts).unwrap();
-    let function = Arc::new(function);
-    let served = Served::new(address, &function, &space, &facts);
+    let (function, space, facts) = acquire();
+    let served = served(&function, &space, &facts);
     let region = guest_memory(new_file(4 * MIB), 4 * MIB);
     let exported = served.export(true).unwrap();
 

@@ -20,8 +20,9 @@ use vhost_device_vfio::addr::{Gpa, Qva, Span};
 use vhost_device_vfio::coherency::{Facts, Personality, Policy, decide};
 use vhost_device_vfio::driver::Driver;
 use vhost_device_vfio::hardware::{AddressSpace, Function};
+use vhost_device_vfio::iommu::{KernelSpace, LiveSpace};
 use vhost_device_vfio::memory::{Region, RegionSpec};
-use vhost_device_vfio::vfio::no_snoop;
+use vhost_device_vfio::vfio::{Attached, InterfaceChoice, no_snoop};
 
 use self::drive::{BASE, Drive, receive, send};
 use super::{MIB, device, pinned};
@@ -84,6 +85,20 @@ fn new_file(bytes: u64) -> Arc<File> {
     Arc::new(file)
 }
 
+/// Acquires the function through iommufd.
+fn acquire() -> (Arc<Attached>, LiveSpace, Facts) {
+    let acquired = AcquiredFunction::acquire(device(), InterfaceChoice::Iommufd).unwrap();
+    let facts = acquired.evidence().facts(Personality::Mediated, policy(), false);
+    match acquired.into_address_space(&facts).unwrap() {
+        (function, KernelSpace::Iommufd(space)) => (Arc::new(function), space, facts),
+        _ => panic!("acquired through the other interface"),
+    }
+}
+
+fn served(function: &Arc<Attached>, space: &LiveSpace, facts: &Facts) -> Served {
+    Served::new(device(), function, &KernelSpace::Iommufd(space.clone()), facts)
+}
+
 /// The name of a test of this file.
 fn role(name: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
@@ -104,12 +119,8 @@ fn case_is(word: &str) -> bool {
 #[ignore = "started by the other tests of this file"]
 fn predecessor() {
     prepare_process();
-    let address = device();
-    let acquired = AcquiredFunction::acquire(address).unwrap();
-    let facts = acquired.evidence().facts(Personality::Mediated, policy(), false);
-    let (function, space) = acquired.into_address_space(&facts).unwrap();
-    let function = Arc::new(function);
-    let served = Served::new(address, &function, &space, &facts);
+    let (function, space, facts) = acquire();
+    let served = served(&function, &space, &facts);
     let mut drive = Drive::bring_up(function, &space, &facts);
     let bytes = if case_is("by-address") { GUEST - 100 } else { GUEST };
     let file = new_file(bytes);
@@ -209,7 +220,7 @@ fn successor() {
     let buffer = space.buffer(MIB as usize).unwrap();
     die_if("mapped");
     let function = Arc::new(function);
-    let served = Served::new(device(), &function, &space, &facts);
+    let served = served(&function, &space, &facts);
     let mut drive = Drive::bring_up(function, &space, &facts);
     drive.nvme.continue_from(&disk).unwrap();
     drive.check(&region, PREDECESSOR);
@@ -267,6 +278,7 @@ fn add_and_remove_memory(space: &dyn AddressSpace) {
 fn lose_and_find(mut drive: Drive, facts: Facts) -> Drive {
     let former = drive.space.clone();
     let reacquire = move || -> anyhow::Result<Arc<dyn Function>> {
+        let former = KernelSpace::Iommufd(former.clone());
         let acquired = AcquiredFunction::reacquire(device(), &former)?;
         no_snoop::apply(Arc::new(acquired.into_former_address_space(&former)?), decide(&facts)).map_err(Into::into)
     };

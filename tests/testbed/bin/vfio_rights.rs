@@ -1,6 +1,6 @@
-//! `vfio-rights PID`: which access to their devices a process has through the VFIO device files that it holds, one line per
-//! file. `vfio-rights PID hold`: duplicates these files, changes what they allow to change, prints "held" and keeps them until
-//! it is killed.
+//! `vfio-rights PID`: which access to their devices a process has through the VFIO device files and group files that it holds,
+//! one line per file. `vfio-rights PID hold`: duplicates the device files, changes what they allow to change, prints "held" and
+//! keeps them until it is killed. `vfio-rights PID hold-group`: keeps the group files, and the device files from groups.
 
 use std::io;
 use std::process::ExitCode;
@@ -14,8 +14,9 @@ fn main() -> ExitCode {
     let done = match (process, arguments.get(1).map(String::as_str)) {
         (Some(process), None) => show(process),
         (Some(process), Some("hold")) => hold(process),
+        (Some(process), Some("hold-group")) => hold_group(process),
         _ => {
-            eprintln!("usage: vfio-rights PID [hold]");
+            eprintln!("usage: vfio-rights PID [hold|hold-group]");
             return ExitCode::from(2);
         }
     };
@@ -42,6 +43,16 @@ fn show(process: Pid) -> io::Result<()> {
 fn hold(process: Pid) -> io::Result<()> {
     let held = Held::take_from(process)?;
     println!("held {} file(s)", held.count());
+    keep(held)
+}
+
+fn hold_group(process: Pid) -> io::Result<()> {
+    let held = testbed::rights::group_files_of(process)?;
+    println!("held {} file(s)", held.len());
+    keep(held)
+}
+
+fn keep<T>(_held: T) -> ! {
     loop {
         std::thread::park();
     }

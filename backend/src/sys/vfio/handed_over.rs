@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use vfio_ioctls::{VfioDevice, VfioIommufd};
 
+use super::handle::Handle;
 use super::{Cdev, errno};
 use crate::sys::Ownership;
 use crate::sys::iommufd::{DeviceId, Iommufd};
@@ -26,7 +27,8 @@ impl Cdev {
         mem::forget(Arc::clone(context.ioas()));
         iommufd.destroy_unused(context.ioas().id())?;
         let device = VfioDevice::new_from_bound_fd(File::from(file), Arc::new(context), false).map_err(errno)?;
-        Ok(Self { device: ManuallyDrop::new(device), id, ownership: iommufd.ownership().clone() })
+        let device = Handle::Cdev(ManuallyDrop::new(device), id);
+        Ok(Self { device, ownership: iommufd.ownership().clone() })
     }
 
     /// Who owns the device.

@@ -5,20 +5,17 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER,
-    VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_BOOL, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
-    VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, VFIO_TYPE, vfio_device_info,
-    vfio_irq_set,
+    VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK,
+    VFIO_IRQ_SET_DATA_BOOL, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_REGION_INFO_FLAG_MMAP,
+    VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, vfio_irq_set,
 };
-use vfio_ioctls::{VfioRegionDmaRange, VfioRegionInfoCap};
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
-use vmm_sys_util::ioctl_io_nr;
+use vfio_ioctls::VfioRegionDmaRange;
+use vmm_sys_util::ioctl::ioctl_with_ref;
 
+use super::handle::{Handle, Region, device_info};
 use super::{Cdev, VFIO_DEVICE_SET_IRQS, irqs_set};
 use crate::sys::Mmio;
 use crate::whole_function::{IrqAction, IrqData, IrqInfo, IrqSet, RegionInfo};
-
-ioctl_io_nr!(VFIO_DEVICE_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 7);
 
 /// Most vectors of one IRQ index (MSI-X: PCI Local Bus 3.0 §6.8.2.3).
 const MAX_VECTORS: usize = 2048;
@@ -34,9 +31,9 @@ impl Cdev {
     /// Size and access rights of a region; all zero if the device has no such region.
     #[must_use]
     pub fn region_info(&self, index: u32) -> RegionInfo {
-        let flags = self.device.get_region_flags(index);
+        let Region { size, flags, .. } = self.device.region(index);
         RegionInfo {
-            size: self.region_size(index),
+            size,
             readable: flags & VFIO_REGION_INFO_FLAG_READ != 0,
             writable: flags & VFIO_REGION_INFO_FLAG_WRITE != 0,
         }
@@ -45,34 +42,29 @@ impl Cdev {
     /// Offset of a region in the device file, in bytes.
     #[must_use]
     pub fn region_offset(&self, index: u32) -> u64 {
-        self.device.get_region_offset(index)
+        self.device.offset(index)
     }
 
     /// The areas of a region that can be mapped, as offset and size in bytes. An empty list means the whole region; `None`
     /// means that nothing can be mapped.
     #[must_use]
     pub fn mmap_areas(&self, index: u32) -> Option<Vec<(u64, u64)>> {
-        if self.device.get_region_flags(index) & VFIO_REGION_INFO_FLAG_MMAP == 0 {
-            return None;
-        }
-        let areas = self.device.get_region_caps(index).into_iter().find_map(|capability| match capability {
-            VfioRegionInfoCap::SparseMmap(sparse) => Some(sparse.areas.iter().map(|a| (a.offset, a.size)).collect()),
-            _ => None,
-        });
-        Some(areas.unwrap_or_default())
+        let Region { flags, areas, .. } = self.device.region(index);
+        (flags & VFIO_REGION_INFO_FLAG_MMAP != 0).then(|| areas.unwrap_or_default())
     }
 
     /// A dma-buf of the whole region, if the kernel exports one that can be mapped (`VFIO_DEVICE_FEATURE_DMA_BUF`). Whoever
     /// holds it can only map this region. Linux 7.2 exports a dma-buf but does not allow it to be mapped.
     #[must_use]
     pub fn mappable_dma_buf(&self, index: u32) -> Option<OwnedFd> {
+        let Handle::Cdev(device, _) = &self.device else { return None };
         if !self.mmap_areas(index)?.is_empty() {
             return None; // An area of the region would start at offset 0 of the dma-buf instead of its own offset.
         }
         let length = self.region_size(index);
         let ranges = [VfioRegionDmaRange { offset: 0, length }];
         let flags = u32::try_from(libc::O_RDWR | libc::O_CLOEXEC).ok()?;
-        let file = self.device.export_dma_buf(index, &ranges, flags).ok()??;
+        let file = device.export_dma_buf(index, &ranges, flags).ok()??;
         Mmio::map(file.as_fd(), 0, usize::try_from(length).ok()?).ok()?;
         Some(file.into())
     }
@@ -80,11 +72,7 @@ impl Cdev {
     /// True if the kernel can reset this device alone (`VFIO_DEVICE_FLAGS_RESET`).
     #[must_use]
     pub fn resettable(&self) -> bool {
-        let argsz = u32::try_from(size_of::<vfio_device_info>()).expect("a few words");
-        let mut info = vfio_device_info { argsz, ..Default::default() };
-        // SAFETY: the kernel writes at most `argsz` bytes, all of them inside `info`.
-        let result = unsafe { ioctl_with_mut_ref(&*self.device, VFIO_DEVICE_GET_INFO(), &mut info) };
-        result >= 0 && info.flags & VFIO_DEVICE_FLAGS_RESET != 0
+        device_info(&self.device).is_ok_and(|info| info.flags & VFIO_DEVICE_FLAGS_RESET != 0)
     }
 
     /// Duplicates the descriptor, for another process. The duplicate grants the same access.
@@ -98,8 +86,7 @@ impl Cdev {
     /// Flags and number of vectors of an IRQ index; all zero if the device has no such index.
     #[must_use]
     pub fn irq_info(&self, index: u32) -> IrqInfo {
-        let irq = self.device.get_irq_info(index);
-        irq.map_or_else(IrqInfo::default, |irq| IrqInfo { flags: irq.flags, count: irq.count })
+        self.device.irq(index)
     }
 
     /// `VFIO_DEVICE_SET_IRQS`.
@@ -110,7 +97,7 @@ impl Cdev {
     pub fn set_irqs(&self, set: &IrqSet<'_>) -> io::Result<()> {
         let buffer = encode(set).ok_or(io::Error::from_raw_os_error(libc::EINVAL))?;
         // SAFETY: the kernel reads `argsz` bytes, all of them inside `buffer`; see `encode`.
-        irqs_set(unsafe { ioctl_with_ref(&*self.device, VFIO_DEVICE_SET_IRQS(), &*buffer) })
+        irqs_set(unsafe { ioctl_with_ref(&self.device, VFIO_DEVICE_SET_IRQS(), &*buffer) })
     }
 }
 

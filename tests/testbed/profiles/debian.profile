@@ -1,0 +1,5 @@
+# Debian's own kernel from backports, which has no iommufd, on Intel VT-d that does not enforce snooping.
+machine = q35,kernel-irqchip=split
+device = intel-iommu,intremap=on,aw-bits=48,snoop-control=off
+kernel = intel_iommu=on
+debian = trixie-backports
