@@ -9,7 +9,9 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::coherency::Policy;
+use crate::driver::nvme::InterruptPolicy;
 use crate::engine::WatchdogOptions;
+use crate::hardware::InterruptKind;
 use crate::passthrough::BarAccess;
 use crate::vfio::{NotAnAddress, PciAddress};
 
@@ -52,6 +54,9 @@ pub struct Config {
     /// Refuse all writes of the guest
     #[arg(long)]
     pub read_only: bool,
+    /// How the drive tells of finished commands; without such interrupts it is polled while commands are in flight
+    #[arg(long, value_name = "KIND", value_enum, default_value_t)]
+    pub interrupts: Interrupts,
     /// What to do about a device that can bypass the CPU caches
     #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
     pub no_snoop: NoSnoopPolicy,
@@ -139,6 +144,34 @@ impl From<Bars> for BarAccess {
     }
 }
 
+/// `--interrupts`: how the drive tells of finished commands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Interrupts {
+    /// By the best that it has: MSI-X, MSI, INTx
+    #[default]
+    Auto,
+    /// By MSI-X
+    Msix,
+    /// By MSI
+    Msi,
+    /// By INTx
+    Intx,
+    /// Not at all
+    Poll,
+}
+
+impl From<Interrupts> for InterruptPolicy {
+    fn from(interrupts: Interrupts) -> Self {
+        match interrupts {
+            Interrupts::Auto => Self::Auto,
+            Interrupts::Msix => Self::Only(InterruptKind::MsiX),
+            Interrupts::Msi => Self::Only(InterruptKind::Msi),
+            Interrupts::Intx => Self::Only(InterruptKind::Intx),
+            Interrupts::Poll => Self::Poll,
+        }
+    }
+}
+
 /// `--no-snoop`: what to do about a device that can bypass the CPU caches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum NoSnoopPolicy {
@@ -170,6 +203,7 @@ Without --socket-path and --fd, a socket passed by systemd (LISTEN_FDS) is used.
 --device emulated needs no hardware and no privilege: a disk of 1 GiB in memory. Options:
   size=4G  file=PATH,create=on  lba=512|4096  queues=N  medium=memory|null  latency=80us  wcache=on|off
   mdts=N  sgl=on|off  serial=TEXT  mode=threaded|inline  no-snoop=never|controllable  snoop-enforced=on|off
+  vectors=N (MSI-X)  msi=N  intx=on|off
   faults=FILE (faults to inject, see backend/src/emulated/faults.toml)
 
 QEMU:

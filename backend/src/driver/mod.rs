@@ -199,6 +199,10 @@ pub trait Queue: Send {
     fn in_flight(&self) -> usize;
     /// The eventfd that the device signals when a command has finished.
     fn event(&self) -> BorrowedFd<'_>;
+    /// True if the device never signals [`Self::event`]: while commands are in flight, the worker has to reap at intervals.
+    fn is_polled(&self) -> bool {
+        false
+    }
     /// Sets whether the worker waits for [`Self::event`] or polls. The device may skip the signal for a command that
     /// finishes while this is false, so after setting it to true the worker must reap once more before it waits.
     fn set_interrupt_wanted(&self, interrupt_wanted: bool);
@@ -234,6 +238,10 @@ pub trait Driver: Send {
     /// Readable when the device may have an asynchronous event; the caller then calls [`Self::handle_events`].
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+    /// True if [`Self::event_fd`] is never signalled, so that [`Self::handle_events`] has to be called at intervals.
+    fn is_polled(&self) -> bool {
+        false
     }
     /// Handles the device's asynchronous events and updates [`Self::geometry`].
     ///

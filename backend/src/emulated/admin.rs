@@ -121,7 +121,7 @@ impl Controller {
         let granted = lock(&self.admin).features.granted_cqs();
         let NewQueue { id, entries, base } = self.new_queue(entry, granted, self.cq_exists(low16(entry.cdw(10))))?;
         let vector = high16(entry.cdw(11));
-        if vector > self.options.queues {
+        if vector >= self.usable_vectors() {
             return Err(Status::INVALID_VECTOR);
         }
         let enabled = entry.cdw(11) & 0b10 != 0;

@@ -11,16 +11,14 @@
 //! Commands run only in Ready and with bus master on. Lock order: registers, submission queue, completion queue, IOMMU, admin
 //! state. To stop the controller, a thread clears `ready` and then takes each queue's lock once. No DMA is running afterwards.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Mutex, OnceLock};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
-use crate::eventfd::make_nonblocking;
-
 use super::admin_state::Admin;
 use super::fault::Faults;
+use super::interrupts::Interrupts;
 use super::iommu::SoftIommu;
 use super::medium::Store;
 use super::queue::{Cq, CqSlot, Sq, SqSlot};
@@ -48,10 +46,7 @@ pub(super) struct Controller {
     pub(super) sqs: Box<[SqSlot]>,
     pub(super) cqs: Box<[CqSlot]>,
     pub(super) admin: Mutex<Admin>,
-    pub(super) vectors: RwLock<Vec<Option<OwnedFd>>>,
-    /// For each vector, whether the driver waits for it.
-    pub(super) interrupt_wanted: Box<[Arc<AtomicBool>]>,
-    pub(super) interrupts: AtomicU32,
+    pub(super) interrupts: Interrupts,
     pub(super) bad_doorbells: AtomicU32,
     /// True if an event may be pending for which no Asynchronous Event Request has been completed.
     pub(super) event_pending: AtomicBool,
@@ -87,9 +82,7 @@ impl Controller {
             sqs: (0..pairs).map(|_| SqSlot::default()).collect(),
             cqs: (0..pairs).map(|_| CqSlot::default()).collect(),
             admin: Mutex::new(Admin::new(&options)),
-            vectors: RwLock::default(),
-            interrupt_wanted: (0..pairs).map(|_| Arc::new(AtomicBool::new(true))).collect(),
-            interrupts: AtomicU32::new(0),
+            interrupts: Interrupts::new(&options),
             bad_doorbells: AtomicU32::new(0),
             event_pending: AtomicBool::new(false),
             faults: Faults::default(),
@@ -130,6 +123,7 @@ impl Controller {
             self.close_cq(id);
         }
         *lock(&self.admin) = Admin::new(&self.options);
+        self.interrupts.reset();
         self.write_cache.store(self.options.volatile_cache, SeqCst);
     }
 
@@ -228,38 +222,9 @@ impl Controller {
         self.ready.store(false, SeqCst);
     }
 
-    /// Routes vectors 0, 1, ... to duplicates of `events`.
-    pub(super) fn route(&self, events: &[BorrowedFd<'_>]) -> std::io::Result<()> {
-        let owned: Result<Vec<_>, _> = events.iter().map(|event| event.try_clone_to_owned().map(Some)).collect();
-        *self.vectors.write().unwrap_or_else(PoisonError::into_inner) = owned?;
-        Ok(())
-    }
-
-    /// Routes vectors `start`, `start + 1`, ... and leaves the others unchanged.
-    ///
-    /// The eventfds are a virtual machine's, and the thread that completes commands signals them, so a full one must not block
-    /// it. What remains: the virtual machine shares the mode of its eventfds and can make a full one block again, as it can stop
-    /// this emulated function in other ways. Under VFIO the kernel signals, and never waits.
-    pub(super) fn route_from(&self, start: usize, events: &[Option<BorrowedFd<'_>>]) -> std::io::Result<()> {
-        let owned = events.iter().map(|event| event.map(|event| event.try_clone_to_owned()).transpose());
-        let owned = owned.collect::<Result<Vec<_>, _>>()?;
-        owned.iter().flatten().for_each(make_nonblocking);
-        let vectors = &mut *self.vectors.write().unwrap_or_else(PoisonError::into_inner);
-        let end = start + owned.len();
-        vectors.resize_with(vectors.len().max(end), || None);
-        for (slot, event) in vectors[start..end].iter_mut().zip(owned) {
-            *slot = event;
-        }
-        Ok(())
-    }
-
-    pub(super) fn unroute(&self) {
-        self.vectors.write().unwrap_or_else(PoisonError::into_inner).clear();
-    }
-
     pub(super) fn traffic(&self) -> Traffic {
         let mut sum = Traffic {
-            interrupts: self.interrupts.load(SeqCst).into(),
+            interrupts: self.interrupts.count.load(SeqCst).into(),
             bad_doorbells: self.bad_doorbells.load(SeqCst).into(),
             ..self.io_traffic()
         };

@@ -25,6 +25,7 @@ mod fault_file;
 mod features;
 mod function;
 mod identify;
+mod interrupts;
 mod iommu;
 mod logs;
 mod mapping;

@@ -44,6 +44,12 @@ pub struct Options {
     /// Duration of each I/O command. In inline mode only [`Machine::advance`](super::Machine::advance) moves the clock, so
     /// commands stay in flight until then.
     pub latency: Duration,
+    /// Number of MSI-X vectors, 0 for none; by default one more than `queues`.
+    pub vectors: Option<u16>,
+    /// Number of MSI vectors: 0 for none, or a power of two up to 32.
+    pub msi: u16,
+    /// True if the function has INTA#.
+    pub intx: bool,
     /// False suppresses all interrupts, for measurements of a driver that only polls.
     pub interrupts: bool,
     /// Address width of the IOMMU in bits. Five-level page tables give 57.
@@ -75,6 +81,9 @@ impl Default for Options {
             volatile_cache: true,
             mode: Mode::Inline,
             latency: Duration::ZERO,
+            vectors: None,
+            msi: 0,
+            intx: false,
             interrupts: true,
             address_width: 48,
             // The MSI window of x86 (Intel SDM vol. 3 §11.11.1).
@@ -102,6 +111,9 @@ impl Options {
         check(self.mdts <= 15, "mdts", "0 to 15", self.mdts.into())?;
         check(self.doorbell_stride <= 8, "doorbell stride", "0 to 8", self.doorbell_stride.into())?;
         check((16..=57).contains(&self.address_width), "address width", "16 to 57", self.address_width.into())?;
+        check(self.vectors() <= 2048, "vectors", "0 to 2048", self.vectors().into())?;
+        let msi = self.msi == 0 || (self.msi.is_power_of_two() && self.msi <= 32);
+        check(msi, "msi", "0, 1, 2, 4, 8, 16 or 32", self.msi.into())?;
         let serial_fits = self.serial.len() <= 20 && self.serial.is_ascii();
         check(serial_fits, "serial", "at most 20 ASCII characters", self.serial.len() as u64)
     }
@@ -109,7 +121,7 @@ impl Options {
 
 /// The option names of [`Options::from_str`].
 const NAMES: &str = "size, lba, queues, entries, mdts, sgl, stride, medium, file, create, sparse, wcache, mode, latency, \
-                     interrupts, width, no-snoop, snoop-enforced, faults, serial";
+                     vectors, msi, intx, interrupts, width, no-snoop, snoop-enforced, faults, serial";
 
 impl FromStr for Options {
     type Err = EmulatedError;
@@ -138,6 +150,9 @@ impl FromStr for Options {
                 "wcache" => options.volatile_cache = switch("wcache", value)?,
                 "mode" => options.mode = mode(value)?,
                 "latency" => options.latency = time("latency", value)?,
+                "vectors" => options.vectors = Some(number("vectors", value)?),
+                "msi" => options.msi = number("msi", value)?,
+                "intx" => options.intx = switch("intx", value)?,
                 "interrupts" => options.interrupts = switch("interrupts", value)?,
                 "width" => options.address_width = number("width", value)?,
                 "no-snoop" => options.no_snoop = no_snoop(value)?,

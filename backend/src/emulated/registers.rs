@@ -4,7 +4,7 @@
 //! |---|---|
 //! | 0x00 | CAP, 64 bits |
 //! | 0x08 | VS |
-//! | 0x0c, 0x10 | INTMS, INTMC: not used with MSI-X |
+//! | 0x0c, 0x10 | INTMS, INTMC: mask INTx; not used with MSI-X |
 //! | 0x14 | CC |
 //! | 0x1c | CSTS |
 //! | 0x24 | AQA |
@@ -46,6 +46,7 @@ impl Controller {
             0x00 => halves(self.capabilities()).0,
             0x04 => halves(self.capabilities()).1,
             0x08 => VERSION,
+            0x0c | 0x10 => self.interrupts.mask(),
             0x14 => registers.cc,
             0x1c => self.csts.load(SeqCst),
             0x24 => registers.aqa,
@@ -62,6 +63,11 @@ impl Controller {
         let high = |old: u64| old & 0xffff_ffff | u64::from(value) << 32;
         let mut registers = lock(&self.registers);
         match offset {
+            0x0c => self.interrupts.set_mask(value),
+            0x10 => {
+                drop(registers);
+                self.clear_mask(value);
+            }
             0x14 => {
                 registers.cc = value;
                 self.entry_sizes_set.store(registers.entry_sizes_are_set(), SeqCst);

@@ -8,11 +8,8 @@
 //!
 //! A pass holds the queue's lock. After a thread has stopped the controller and taken that lock, no command is running.
 
-use std::sync::PoisonError;
-use std::sync::atomic::{Ordering::SeqCst, fence};
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
-
-use crate::eventfd::signal;
 
 use super::controller::Controller;
 use super::event_state::BadDoorbell;
@@ -249,23 +246,5 @@ impl Controller {
             slot.starved.store(true, SeqCst);
         }
         false
-    }
-
-    fn interrupt(&self, vector: u16) {
-        if !self.options.interrupts || !self.bus_master.load(SeqCst) {
-            return;
-        }
-        // The completion is written before the flag is read. A driver that starts to wait sets the flag before it reads the
-        // completion queue, so one of the two sees the other.
-        fence(SeqCst);
-        if self.interrupt_wanted.get(usize::from(vector)).is_some_and(|interrupt_wanted| !interrupt_wanted.load(SeqCst))
-        {
-            return;
-        }
-        let vectors = self.vectors.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Some(event)) = vectors.get(usize::from(vector)) {
-            self.interrupts.fetch_add(1, SeqCst);
-            signal(event);
-        }
     }
 }

@@ -29,7 +29,8 @@ pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, 
     let vmm = owned.vmm(config, &name);
 
     let queues = config.queue_count();
-    let options = NvmeOptions { namespace: config.namespace, queues, read_only: config.read_only };
+    let (read_only, interrupts) = (config.read_only, config.interrupts.into());
+    let options = NvmeOptions { namespace: config.namespace, queues, read_only, interrupts };
     let mut nvme = Nvme::bring_up(owned.function, Arc::clone(&space), options)?;
     // Not with a shim: KVM would have to be told of the new device file before any memory is mapped.
     if let (Some(reacquire), None) = (reacquire, &config.kvm_socket) {

@@ -1,10 +1,11 @@
-//! An owned epoll instance on top of the `epoll` crate. A signal ends a wait early instead of failing it.
+//! An owned epoll instance. A signal ends a wait early instead of failing it.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use epoll::{ControlOptions, Events};
+use rustix::event::{Timespec, epoll};
 
 /// An event on the descriptor that was added with `token`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,8 +19,11 @@ pub struct Event {
 /// Waits for many descriptors: level-triggered if added with [`Self::add`], else edge-triggered.
 pub struct Poller {
     fd: OwnedFd,
-    ready: Vec<epoll::Event>,
+    ready: Vec<Event>,
 }
+
+/// Most events of one wait.
+const MOST: usize = 64;
 
 impl Poller {
     /// Creates a poller without descriptors.
@@ -27,10 +31,7 @@ impl Poller {
     /// # Errors
     /// The errno of `epoll_create1`.
     pub fn new() -> io::Result<Self> {
-        let raw = epoll::create(true)?;
-        // SAFETY: `epoll::create` has just returned this descriptor, and it has no other owner.
-        let fd = unsafe { OwnedFd::from_raw_fd(raw) };
-        Ok(Self { fd, ready: vec![epoll::Event::new(Events::empty(), 0); 64] })
+        Ok(Self { fd: epoll::create(epoll::CreateFlags::CLOEXEC)?, ready: Vec::with_capacity(MOST) })
     }
 
     /// Reports `token` while `source` is readable. A descriptor that has duplicates must be removed before it is closed.
@@ -38,7 +39,7 @@ impl Poller {
     /// # Errors
     /// The errno of `epoll_ctl`.
     pub fn add(&self, source: impl AsFd, token: u64) -> io::Result<()> {
-        self.control(ControlOptions::EPOLL_CTL_ADD, source, epoll::Event::new(Events::EPOLLIN, token))
+        self.watch(source, token, epoll::EventFlags::IN)
     }
 
     /// Reports `token` once each time data arrives at `source` or its peer hangs up (EPOLLET). Data that has been reported
@@ -47,8 +48,7 @@ impl Poller {
     /// # Errors
     /// The errno of `epoll_ctl`.
     pub fn add_edge(&self, source: impl AsFd, token: u64) -> io::Result<()> {
-        let interest = Events::EPOLLIN | Events::EPOLLRDHUP | Events::EPOLLET;
-        self.control(ControlOptions::EPOLL_CTL_ADD, source, epoll::Event::new(interest, token))
+        self.watch(source, token, epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ET)
     }
 
     /// Like [`Self::add_edge`], and also reports `token` each time `source` becomes writable again.
@@ -56,8 +56,8 @@ impl Poller {
     /// # Errors
     /// The errno of `epoll_ctl`.
     pub fn add_duplex(&self, source: impl AsFd, token: u64) -> io::Result<()> {
-        let interest = Events::EPOLLIN | Events::EPOLLOUT | Events::EPOLLRDHUP | Events::EPOLLET;
-        self.control(ControlOptions::EPOLL_CTL_ADD, source, epoll::Event::new(interest, token))
+        let both = epoll::EventFlags::IN | epoll::EventFlags::OUT;
+        self.watch(source, token, both | epoll::EventFlags::RDHUP | epoll::EventFlags::ET)
     }
 
     /// Stops watching `source`.
@@ -65,52 +65,60 @@ impl Poller {
     /// # Errors
     /// The errno of `epoll_ctl`.
     pub fn remove(&self, source: impl AsFd) -> io::Result<()> {
-        self.control(ControlOptions::EPOLL_CTL_DEL, source, epoll::Event::new(Events::empty(), 0))
+        Ok(epoll::delete(&self.fd, source)?)
     }
 
-    fn control(&self, option: ControlOptions, source: impl AsFd, interest: epoll::Event) -> io::Result<()> {
-        epoll::ctl(self.fd.as_raw_fd(), option, source.as_fd().as_raw_fd(), interest)
+    fn watch(&self, source: impl AsFd, token: u64, flags: epoll::EventFlags) -> io::Result<()> {
+        Ok(epoll::add(&self.fd, source, epoll::EventData::new_u64(token), flags)?)
     }
 
-    /// Waits for events until `timeout` has passed, and calls `ready` for each. `None` waits forever; a timeout is rounded up
-    /// to milliseconds. Returns the number of events. A signal ends the wait early with none.
+    /// Waits for events until `timeout` has passed, and calls `ready` for each. `None` waits forever. Returns the number of
+    /// events. A signal ends the wait early with none.
     ///
     /// # Errors
-    /// The errno of `epoll_wait`, except EINTR.
+    /// The errno of `epoll_pwait2`, except EINTR.
     pub fn wait(&mut self, timeout: Option<Duration>, mut ready: impl FnMut(Event)) -> io::Result<usize> {
-        let milliseconds = match timeout {
-            None => -1,
-            Some(time) => i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX),
-        };
-        let count = self.wait_milliseconds(milliseconds)?;
-        for event in &self.ready[..count] {
-            let events = Events::from_bits_truncate(event.events);
-            ready(Event {
-                token: event.data,
-                hang_up: events.intersects(Events::EPOLLHUP | Events::EPOLLRDHUP | Events::EPOLLERR),
-            });
-        }
-        Ok(count)
+        // A time-out that no timespec can hold is as good as none.
+        let timeout = timeout.and_then(|time| Timespec::try_from(time).ok());
+        self.wait_until(timeout)?;
+        self.ready.iter().copied().for_each(&mut ready);
+        Ok(self.ready.len())
+    }
+
+    /// One `epoll_pwait2`.
+    fn look(&mut self, timeout: Option<&Timespec>) -> rustix::io::Result<()> {
+        // Not kept in `self`, because the kernel's events may not be sent to another thread.
+        let mut events = [MaybeUninit::uninit(); MOST];
+        self.ready.clear();
+        let (events, _) = epoll::wait(&self.fd, &mut events[..], timeout)?;
+        let broken = epoll::EventFlags::HUP | epoll::EventFlags::RDHUP | epoll::EventFlags::ERR;
+        self.ready.extend(events.iter().map(|event| {
+            let (flags, data) = (event.flags, event.data);
+            Event { token: data.u64(), hang_up: flags.intersects(broken) }
+        }));
+        Ok(())
     }
 }
 
 impl Poller {
     #[cfg(not(feature = "shuttle"))]
-    fn wait_milliseconds(&mut self, milliseconds: i32) -> io::Result<usize> {
-        match epoll::wait(self.fd.as_raw_fd(), milliseconds, &mut self.ready) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(0),
-            other => other,
+    fn wait_until(&mut self, timeout: Option<Timespec>) -> io::Result<()> {
+        match self.look(timeout.as_ref()) {
+            Err(rustix::io::Errno::INTR) => Ok(()),
+            other => Ok(other?),
         }
     }
 
     /// All threads of such a test share one of the kernel's, so none may wait there. A time-out may pass at any time.
     #[cfg(feature = "shuttle")]
-    fn wait_milliseconds(&mut self, milliseconds: i32) -> io::Result<usize> {
+    fn wait_until(&mut self, timeout: Option<Timespec>) -> io::Result<()> {
         use shuttle::rand::{Rng, thread_rng};
+        let now = Timespec::default();
         loop {
-            let count = epoll::wait(self.fd.as_raw_fd(), 0, &mut self.ready)?;
-            if count != 0 || milliseconds == 0 || (milliseconds > 0 && thread_rng().gen_ratio(1, 16)) {
-                return Ok(count);
+            self.look(Some(&now))?;
+            let passed = timeout == Some(now) || (timeout.is_some() && thread_rng().gen_ratio(1, 16));
+            if passed || !self.ready.is_empty() {
+                return Ok(());
             }
             shuttle::thread::yield_now();
         }

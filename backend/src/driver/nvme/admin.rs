@@ -3,6 +3,8 @@
 //! Admin commands are issued during initialization and shutdown, and rarely in between. More than one in flight, or an
 //! interrupt per command, would gain nothing. The exception is the Asynchronous Event Request, which stays outstanding.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use zerocopy::{FromBytes, IntoBytes};
@@ -10,7 +12,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::controller::{AdminRings, Controller, poll};
 use super::error::NvmeErrorKind;
 use super::regs::PAGE_LEN;
-use super::rings::{CompletionRing, QueueMemory, SubmissionRing, completion_bytes, submission_bytes};
+use super::rings::{CompletionRing, CompletionWatch, QueueMemory, SubmissionRing, completion_bytes, submission_bytes};
 use super::spec::{CompletionEntry, NAMESPACE_NOTICES, SubmissionEntry, admin_opcode, feature};
 use super::status::Status;
 use crate::driver::CommandId;
@@ -90,13 +92,13 @@ impl AdminCommand {
         Self { name: "Get Log Page", entry }
     }
 
-    /// NVMe 2.0 §5.4: physically contiguous, with interrupts on `vector`.
-    pub(super) fn create_completion_queue(id: u16, depth: u16, memory: u64, vector: u16) -> Self {
+    /// NVMe 2.0 §5.4: physically contiguous, with interrupts on `vector`, or without.
+    pub(super) fn create_completion_queue(id: u16, depth: u16, memory: u64, vector: Option<u16>) -> Self {
         let entry = SubmissionEntry {
             opcode: admin_opcode::CREATE_IO_CQ,
             prp1: memory,
             cdw10: u32::from(depth - 1) << 16 | u32::from(id),
-            cdw11: u32::from(vector) << 16 | 0b11,
+            cdw11: u32::from(vector.unwrap_or(0)) << 16 | u32::from(vector.is_some()) << 1 | 1,
             ..Default::default()
         };
         Self { name: "Create I/O Completion Queue", entry }
@@ -133,6 +135,8 @@ impl AdminCommand {
 pub(super) struct AdminQueue {
     submissions: SubmissionRing,
     completions: CompletionRing,
+    /// Follows `completions`, for a worker that shares this queue's interrupt.
+    position: Arc<AtomicU32>,
     data: QueueMemory,
     next_cid: u16,
     /// Identifier of the outstanding Asynchronous Event Request.
@@ -153,9 +157,11 @@ impl AdminQueue {
         let completions = memory.slice(sq_bytes, cq_bytes);
         let rings = AdminRings { submissions: submissions.iova, completions: completions.iova, size };
         let doorbells = controller.doorbells();
+        let completions = CompletionRing::new(&completions, 0, size, &doorbells);
         let queue = Self {
             submissions: SubmissionRing::new(&submissions, 0, size, &doorbells),
-            completions: CompletionRing::new(&completions, 0, size, &doorbells),
+            position: Arc::new(completions.position().into()),
+            completions,
             data: memory.slice(sq_bytes + cq_bytes, PAGE_LEN),
             next_cid: 0,
             event_request: None,
@@ -203,6 +209,16 @@ impl AdminQueue {
         self.submissions.push(&entry);
         self.submissions.ring();
         Ok(entry.cid)
+    }
+
+    /// Tells a worker whether this queue has a completion.
+    pub(super) fn watch(&self) -> CompletionWatch {
+        self.completions.watch(Arc::clone(&self.position))
+    }
+
+    /// True if an event has been taken from the queue and not yet been handled.
+    pub(super) fn has_event(&self) -> bool {
+        self.event_result.is_some()
     }
 
     /// Takes no more events until the controller has been reset.
@@ -262,6 +278,7 @@ impl AdminQueue {
     /// The next completion. If it completes the event request, its result is kept in `event_result`.
     fn next_completion(&mut self) -> Option<CompletionEntry> {
         let entry = self.completions.pop()?;
+        self.position.store(self.completions.position(), Ordering::Release);
         self.completions.update_head();
         if !self.submissions.set_head(entry.sq_head) {
             self.log.warn(|| format!("admin submission queue head {} is out of range", entry.sq_head));

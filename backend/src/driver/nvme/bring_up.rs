@@ -5,15 +5,14 @@
 //! disable -> vectors -> enable -> Identify -> namespace -> write cache -> Number of Queues -> CQ, SQ per queue
 //! ```
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
-
-use rustix::event::{EventfdFlags, eventfd};
 
 use super::admin::{AdminCommand, AdminQueue};
 use super::controller::Controller;
 use super::error::NvmeErrorKind;
 use super::identify::{Identity, Namespace, active_namespaces, format_ids, range_limits, select_namespace};
+use super::interrupts::{Interrupts, QueueInterrupt, SharedVector, Wiring};
 use super::options::NvmeOptions;
 use super::prp::Limits;
 use super::queue::{IoQueue, MAX_DEPTH, QueueSetup, completions_at, memory_needed};
@@ -35,16 +34,18 @@ pub(super) struct BroughtUp {
     pub(super) identity: Identity,
     /// The namespace to serve.
     pub(super) namespace: Namespace,
+    pub(super) wiring: Wiring,
 }
 
-/// Initializes `controller`. Vector 0, the admin queue's, signals `admin_event`. On error the caller must stop the controller.
+/// Initializes `controller`. The admin queue's interrupt signals `admin_event`. On error the caller must stop the controller.
 pub(super) fn bring_up(
     controller: &mut Controller,
     options: &NvmeOptions,
     admin_event: BorrowedFd<'_>,
 ) -> Result<BroughtUp, NvmeErrorKind> {
     controller.disable()?;
-    let mut events = route_vectors(controller, options.queues, admin_event)?;
+    let Interrupts { wiring, mut events } =
+        Interrupts::route(controller, options.interrupts, options.queues, admin_event)?;
     let (mut admin, rings) = AdminQueue::new(controller)?;
     controller.enable(&rings)?;
     let command = AdminCommand::identify("Identify Controller", cns::CONTROLLER, 0);
@@ -59,10 +60,19 @@ pub(super) fn bring_up(
     let depth = u16::try_from(controller.capabilities().max_queue_entries()).map_or(MAX_DEPTH, |n| n.min(MAX_DEPTH));
     let mut queues = Vec::new();
     for (id, event) in (1..).zip(events) {
+        let interrupt = queue_interrupt(controller, &admin, (wiring, id), event, admin_event)?;
         queues.push(create_queue(
             controller,
             &mut admin,
-            QueueParameters { id, depth, namespace: namespace.id, limits, sgl: identity.sgl, event },
+            QueueParameters {
+                id,
+                depth,
+                namespace: namespace.id,
+                limits,
+                sgl: identity.sgl,
+                vector: wiring.vector(id),
+                interrupt,
+            },
         )?);
     }
     let geometry = Geometry {
@@ -79,7 +89,7 @@ pub(super) fn bring_up(
         zeroes,
     };
     let shutdown_limit = identity.shutdown_limit;
-    let mut up = BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace };
+    let mut up = BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace, wiring };
     log_summary(controller, &up, depth);
     if up.identity.namespace_notices {
         enable_namespace_events(controller, &mut up.admin)?;
@@ -88,7 +98,7 @@ pub(super) fn bring_up(
 }
 
 fn log_summary(controller: &Controller, up: &BroughtUp, depth: u16) {
-    let BroughtUp { identity, namespace, geometry, queues, .. } = up;
+    let BroughtUp { identity, namespace, geometry, queues, wiring, .. } = up;
     let name = controller.function().name();
     log::info!(
         "{name}: {} (serial {}, firmware {}, NVMe {}), namespace {}: {} blocks of {}, write cache {}",
@@ -111,7 +121,7 @@ fn log_summary(controller: &Controller, up: &BroughtUp, depth: u16) {
         Some(Granularity::Byte) => ", SGLs",
         Some(Granularity::Dword) => ", SGLs of dwords",
     };
-    log::info!("{name}: {} queues of {depth} entries, transfers up to {transfer}{sgl}", queues.len());
+    log::info!("{name}: {} queues of {depth} entries, {wiring}, transfers up to {transfer}{sgl}", queues.len());
 }
 
 /// Enables namespace attribute notices. A refusal is not fatal: only size changes go unnoticed.
@@ -124,38 +134,6 @@ fn enable_namespace_events(controller: &Controller, admin: &mut AdminQueue) -> R
         }
         Err(kind) => Err(kind),
     }
-}
-
-/// Creates an eventfd per I/O queue and routes the vectors: vector 0 (admin queue) to `admin_event`, vector n to I/O queue n.
-///
-/// MSI-X must be on before the controller is enabled. Until then the controller would use INTx, which nobody handles.
-fn route_vectors(
-    controller: &Controller,
-    wanted: u16,
-    admin_event: BorrowedFd<'_>,
-) -> Result<Vec<OwnedFd>, NvmeErrorKind> {
-    let function = controller.function();
-    let vectors = function.vectors();
-    if vectors < 2 {
-        let found = match vectors {
-            0 => "0 (no MSI-X)".to_owned(),
-            few => few.to_string(),
-        };
-        return Err(NvmeErrorKind::Unsuitable { property: "number of MSI-X vectors", found, wanted: "2 or more" });
-    }
-    let queues = wanted.clamp(1, vectors - 1).min(controller.last_queue());
-    if queues == 0 {
-        let found = "large enough for the admin queue only".to_owned();
-        return Err(NvmeErrorKind::Unsuitable { property: "doorbell area", found, wanted: "room for one I/O queue" });
-    }
-    let event = |_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-    let events: Vec<OwnedFd> = (1..=queues)
-        .map(event)
-        .collect::<Result<_, _>>()
-        .map_err(|errno| NvmeErrorKind::function("eventfd")(errno.into()))?;
-    let borrowed: Vec<_> = std::iter::once(admin_event).chain(events.iter().map(AsFd::as_fd)).collect();
-    function.route_vectors(&borrowed).map_err(NvmeErrorKind::function("turn MSI-X on"))?;
-    Ok(events)
 }
 
 /// Selects the namespace to serve and checks that this driver supports it.
@@ -242,13 +220,35 @@ fn negotiate_queues(controller: &Controller, admin: &mut AdminQueue, wanted: usi
     Ok(usize::try_from(queues).expect("at most 65536"))
 }
 
+/// The interrupt of I/O queue `id`, which `event` reports.
+fn queue_interrupt(
+    controller: &Controller,
+    admin: &AdminQueue,
+    (wiring, id): (Wiring, u16),
+    event: OwnedFd,
+    admin_event: BorrowedFd<'_>,
+) -> Result<QueueInterrupt, NvmeErrorKind> {
+    let function = controller.shared_function();
+    Ok(match wiring {
+        Wiring::Own(_) => QueueInterrupt::own(event, function.interrupt_wanted(id)),
+        Wiring::Shared(_) => {
+            let admin_event = admin_event.try_clone_to_owned().map_err(NvmeErrorKind::function("eventfd"))?;
+            let wanted = if wiring.is_line() { None } else { function.interrupt_wanted(0) };
+            let shared = SharedVector::new(admin.watch(), admin_event, wiring.is_line().then_some(function));
+            QueueInterrupt::shared(event, wanted, shared)
+        }
+        Wiring::Polled => QueueInterrupt::polled(event),
+    })
+}
+
 struct QueueParameters {
     id: u16,
     depth: u16,
     namespace: u32,
     limits: Limits,
     sgl: Option<Granularity>,
-    event: OwnedFd,
+    vector: Option<u16>,
+    interrupt: QueueInterrupt,
 }
 
 fn create_queue(
@@ -256,13 +256,16 @@ fn create_queue(
     admin: &mut AdminQueue,
     wanted: QueueParameters,
 ) -> Result<IoQueue, NvmeErrorKind> {
-    let QueueParameters { id, depth, namespace, limits, sgl, event } = wanted;
+    let QueueParameters { id, depth, namespace, limits, sgl, vector, interrupt } = wanted;
     let memory = controller.memory("an I/O queue", memory_needed(depth))?;
     let completions = memory.iova.0 + completions_at(depth) as u64;
-    admin.execute(controller, AdminCommand::create_completion_queue(id, depth, completions, id), BRING_UP_TIMEOUT)?;
+    admin.execute(
+        controller,
+        AdminCommand::create_completion_queue(id, depth, completions, vector),
+        BRING_UP_TIMEOUT,
+    )?;
     admin.execute(controller, AdminCommand::create_submission_queue(id, depth, memory.iova.0), BRING_UP_TIMEOUT)?;
     let name = format!("{} queue {id}", controller.function().name());
-    let interrupt_wanted = controller.function().interrupt_wanted(id);
     Ok(IoQueue::new(QueueSetup {
         name,
         id,
@@ -272,7 +275,6 @@ fn create_queue(
         namespace,
         limits,
         sgl,
-        event,
-        interrupt_wanted,
+        interrupt,
     }))
 }

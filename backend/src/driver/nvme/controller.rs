@@ -17,11 +17,11 @@ use super::error::NvmeErrorKind;
 use super::queue::Doorbells;
 use super::regs::{
     ACQ, AQA, ASQ, CAP, CC, CC_EN, CC_SETTINGS, CC_SHN_MASK, CC_SHN_NORMAL, CRTO, CSTS, Capabilities, ControllerStatus,
-    DOORBELLS, PAGE, VS, Version, registers_needed,
+    DOORBELLS, INTMS, PAGE, VS, Version, registers_needed,
 };
 use super::rings::QueueMemory;
 use crate::addr::{Address, Iova};
-use crate::hardware::{AddressSpace, DmaBuffer, Function, Registers};
+use crate::hardware::{AddressSpace, DmaBuffer, Function, InterruptKind, Registers};
 
 /// Poll interval of the first few milliseconds, in which a healthy controller completes, and of the time after.
 const STEP: Duration = Duration::from_micros(50);
@@ -64,6 +64,8 @@ pub(super) struct Controller {
     memory: Vec<DmaBuffer>,
     /// True while the controller may do DMA.
     running: bool,
+    /// The kind of interrupt that is on.
+    interrupt: Option<InterruptKind>,
 }
 
 impl Controller {
@@ -81,7 +83,8 @@ impl Controller {
             });
         }
         let capabilities = Capabilities(registers.read64(CAP));
-        let controller = Self { function, space, registers, capabilities, memory: Vec::new(), running: false };
+        let controller =
+            Self { function, space, registers, capabilities, memory: Vec::new(), running: false, interrupt: None };
         controller.check_capabilities()?;
         Ok(controller)
     }
@@ -111,6 +114,22 @@ impl Controller {
     /// The PCI function.
     pub(super) fn function(&self) -> &dyn Function {
         &*self.function
+    }
+
+    /// The same, to be kept by a queue. Queues are dropped before the function is released.
+    pub(super) fn shared_function(&self) -> Arc<dyn Function> {
+        Arc::clone(&self.function)
+    }
+
+    /// Records that this kind of interrupt is on, until the controller has stopped.
+    pub(super) fn set_interrupt(&mut self, kind: InterruptKind) {
+        self.interrupt = Some(kind);
+    }
+
+    /// Keeps a controller without any interrupt on from asserting INTx, which would be spurious on the host and could make it
+    /// turn a shared line off. The registers are undefined while MSI-X is on. NVMe 2.0 §3.1.3.3
+    pub(super) fn mask_interrupts(&self) {
+        self.registers.write32(INTMS, u32::MAX);
     }
 
     /// CAP.
@@ -227,8 +246,10 @@ impl Controller {
         if let Err(error) = &reset {
             log::error!("{}: {error}", self.function.name());
         }
-        if let Err(error) = self.function.route_vectors(&[]) {
-            log::debug!("{}: turn MSI-X off: {error}", self.function.name());
+        if let Some(kind) = self.interrupt.take()
+            && let Err(error) = self.function.route_vectors(kind, &[])
+        {
+            log::debug!("{}: turn {kind} off: {error}", self.function.name());
         }
         // Any one of these ends all DMA: the controller is disabled, the function is reset (which also turns bus mastering
         // off), or bus mastering is off.

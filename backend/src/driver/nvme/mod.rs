@@ -14,6 +14,7 @@ mod bring_up;
 mod controller;
 mod error;
 mod identify;
+mod interrupts;
 mod options;
 pub mod prp;
 pub mod queue;
@@ -34,9 +35,11 @@ use self::bring_up::BroughtUp;
 use self::controller::Controller;
 pub use self::error::{NvmeError, NvmeErrorKind};
 use self::identify::{Identity, Namespace};
-pub use self::options::NvmeOptions;
+use self::interrupts::Wiring;
+pub use self::options::{InterruptPolicy, NvmeOptions};
 pub use self::status::Status;
 use super::{CommandId, Driver, Geometry, Queue};
+use crate::eventfd::signal;
 use crate::hardware::{AddressSpace, Function};
 use crate::rate_limited_log::RateLimitedLog;
 
@@ -63,8 +66,9 @@ pub struct Nvme {
     reacquire: Option<ReacquireFn>,
     /// Eventfd, signalled when the host requests the function back.
     removal_request: OwnedFd,
-    /// Eventfd of vector 0, which is the admin queue's.
+    /// Eventfd that reports a completion in the admin queue.
     admin_event: OwnedFd,
+    wiring: Wiring,
     identity: Identity,
     /// The namespace served, as last identified.
     namespace: Namespace,
@@ -113,6 +117,7 @@ impl Nvme {
             reacquire: None,
             removal_request,
             admin_event,
+            wiring: up.wiring,
             identity: up.identity.clone(),
             namespace: up.namespace.clone(),
             options,
@@ -135,7 +140,8 @@ impl Nvme {
     }
 
     fn install(&mut self, up: BroughtUp) {
-        let BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace } = up;
+        let BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace, wiring } = up;
+        self.wiring = wiring;
         self.queue_count = u16::try_from(queues.len()).expect("queue identifiers have 16 bits");
         self.queues = queues.into_iter().map(|queue| Box::new(queue) as Box<dyn Queue>).collect();
         self.admin = Some(admin);
@@ -230,7 +236,14 @@ impl Nvme {
     /// Executes an admin command while requests are served.
     fn execute(&mut self, command: AdminCommand) -> Result<u32, NvmeErrorKind> {
         match (&mut self.admin, &self.controller) {
-            (Some(admin), Some(controller)) => admin.execute(controller, command, COMMAND_TIMEOUT),
+            (Some(admin), Some(controller)) => {
+                let result = admin.execute(controller, command, COMMAND_TIMEOUT);
+                // The interrupt of an event that was taken from the queue on the way may find nothing any more.
+                if admin.has_event() {
+                    signal(&self.admin_event);
+                }
+                result
+            }
             _ => Err(NvmeErrorKind::Stopped),
         }
     }
@@ -338,8 +351,19 @@ impl Driver for Nvme {
         Some(self.admin_event.as_fd())
     }
 
+    fn is_polled(&self) -> bool {
+        self.wiring == Wiring::Polled
+    }
+
     fn handle_events(&mut self) -> anyhow::Result<()> {
-        self.process_events().map_err(|kind| self.error(kind))
+        let result = self.process_events();
+        if self.wiring.is_line()
+            && let Some(controller) = &self.controller
+            && let Err(error) = controller.function().unmask_intx()
+        {
+            self.log.error(|| format!("{}: unmask INTx: {error}", self.name));
+        }
+        result.map_err(|kind| self.error(kind))
     }
 
     fn removal_request(&self) -> Option<BorrowedFd<'_>> {

@@ -12,10 +12,9 @@
 //! yet. The device is not trusted: a completion counts only if its command identifier is that of a busy slot. Identifiers
 //! contain a generation, so a duplicate completion does not complete the next command of the slot.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::BorrowedFd;
 
+pub use super::interrupts::QueueInterrupt;
 use super::prp::{self, Limits};
 use super::regs::PAGE_LEN;
 use super::rings::{CompletionRing, SubmissionRing, completion_bytes, submission_bytes};
@@ -54,10 +53,8 @@ pub struct QueueSetup {
     pub limits: Limits,
     /// Granularity of SGLs; `None` if the controller does not support them.
     pub sgl: Option<Granularity>,
-    /// Eventfd of the completion queue's vector.
-    pub event: OwnedFd,
-    /// Flag: the worker waits for `event`; see [`Function::interrupt_wanted`](crate::hardware::Function::interrupt_wanted).
-    pub interrupt_wanted: Option<Arc<AtomicBool>>,
+    /// The completion queue's interrupt.
+    pub interrupt: QueueInterrupt,
 }
 
 /// Memory that a queue of `depth` entries needs, bytes.
@@ -106,8 +103,7 @@ pub struct IoQueue {
     namespace: u32,
     limits: Limits,
     sgl: Option<Granularity>,
-    event: OwnedFd,
-    interrupt_wanted: Option<Arc<AtomicBool>>,
+    interrupt: QueueInterrupt,
     warnings: RateLimitedLog,
     /// Ticks so far, wrapping.
     ticks: u32,
@@ -120,7 +116,7 @@ impl IoQueue {
     /// If the depth or the longest transfer is out of range, or the memory is too small.
     #[must_use]
     pub fn new(setup: QueueSetup) -> Self {
-        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, sgl, event, interrupt_wanted } = setup;
+        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, sgl, interrupt } = setup;
         assert!((2..=MAX_DEPTH).contains(&depth), "queue depth {depth}");
         assert!(limits.transfer <= prp::MAX_TRANSFER, "a transfer of {} bytes", limits.transfer);
         let slots = slots(depth);
@@ -142,8 +138,7 @@ impl IoQueue {
             namespace,
             limits,
             sgl,
-            event,
-            interrupt_wanted,
+            interrupt,
             warnings: RateLimitedLog::new(module_path!()),
             ticks: 0,
         }
@@ -352,6 +347,7 @@ impl Queue for IoQueue {
     }
 
     fn tick(&mut self, limit: u32) -> OverdueCommands {
+        self.interrupt.tick();
         self.ticks = self.ticks.wrapping_add(1);
         let mut found = OverdueCommands::default();
         for slot in self.slots.iter_mut().filter(|slot| slot.busy) {
@@ -373,14 +369,15 @@ impl Queue for IoQueue {
     }
 
     fn event(&self) -> BorrowedFd<'_> {
-        self.event.as_fd()
+        self.interrupt.event()
+    }
+
+    fn is_polled(&self) -> bool {
+        self.interrupt.is_polled()
     }
 
     fn set_interrupt_wanted(&self, interrupt_wanted: bool) {
-        if let Some(flag) = &self.interrupt_wanted {
-            // SeqCst: the store must be visible before the worker reaps for the last time before it waits.
-            flag.store(interrupt_wanted, Ordering::SeqCst);
-        }
+        self.interrupt.set_wanted(interrupt_wanted);
     }
 }
 

@@ -7,6 +7,7 @@
 //! | `VS`   | 08h | 3.1.3.2 | | `ASQ`  | 28h | 3.1.3.9 |
 //! | `CC`   | 14h | 3.1.3.5 | | `ACQ`  | 30h | 3.1.3.10 |
 //! | `CSTS` | 1Ch | 3.1.3.6 | | `CRTO` | 68h | 3.1.3.21 |
+//! | `INTMS` | 0Ch | 3.1.3.3 | | | | |
 //!
 //! Doorbells start at 1000h (NVMe over PCIe Transport 1.0 §3.1.2).
 
@@ -15,6 +16,7 @@ use std::time::Duration;
 
 pub(super) const CAP: usize = 0x00;
 pub(super) const VS: usize = 0x08;
+pub(super) const INTMS: usize = 0x0c;
 pub(super) const CC: usize = 0x14;
 pub(super) const CSTS: usize = 0x1c;
 pub(super) const AQA: usize = 0x24;

@@ -3,6 +3,7 @@
 mod cache_maintenance;
 mod command_faults;
 mod controller_faults;
+mod interrupts;
 mod io;
 mod lifecycle;
 pub(super) mod rig;

@@ -13,11 +13,13 @@
 //! ```
 
 mod command_queue;
+mod poll_timer;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub(super) use command_queue::{CommandQueue, WorkerCommand};
+use poll_timer::PollTimer;
 
 use super::data_path::DataPath;
 use super::error::EngineError;
@@ -81,6 +83,7 @@ pub(in crate::engine) struct Worker {
     paused: bool,
     spin: Duration,
     clock: CommandClock,
+    poll_timer: PollTimer,
     quit: bool,
 }
 
@@ -96,7 +99,8 @@ impl Worker {
         poller.add(queue.event(), DEVICE)?;
         let device = Device::live(queue);
         let (pending, event_stale, paused, quit) = (Vec::new(), false, false, false);
-        Ok(Self { path, device, event_stale, command_queue, poller, pending, paused, spin, clock, quit })
+        let poll_timer = PollTimer::default();
+        Ok(Self { path, device, event_stale, command_queue, poller, pending, paused, spin, clock, poll_timer, quit })
     }
 
     /// The thread's body.
@@ -178,9 +182,11 @@ impl Worker {
     /// Arms every notification, polls once more, and waits.
     fn sleep(&mut self) {
         if let Device::Live(queue) = &self.device {
-            if std::mem::take(&mut self.event_stale) {
+            let completed = std::mem::take(&mut self.event_stale);
+            if completed {
                 drain(queue.event());
             }
+            self.poll_timer.adjust(completed);
             queue.set_interrupt_wanted(true);
         }
         self.path.served().for_each(|ring| ring.queue.arm());
@@ -195,10 +201,15 @@ impl Worker {
     }
 
     fn wait(&mut self) {
-        let Self { poller, path, device, event_stale, clock, .. } = self;
-        let in_flight = matches!(device, Device::Live(queue) if queue.in_flight() != 0);
+        let Self { poller, path, device, event_stale, clock, poll_timer, .. } = self;
+        let longest = match device {
+            Device::Live(queue) if queue.in_flight() == 0 => None,
+            Device::Live(queue) if queue.is_polled() => Some(poll_timer.interval()),
+            Device::Live(_) => Some(LONGEST_SLEEP.min(clock.tick())),
+            Device::Resetting | Device::Failed => None,
+        };
         let mut unreadable = Vec::new();
-        let waited = poller.wait(in_flight.then_some(LONGEST_SLEEP.min(clock.tick())), |event| match event.token {
+        let waited = poller.wait(longest, |event| match event.token {
             COMMANDS => {} // drained by `CommandQueue::take`
             DEVICE => {
                 if let Device::Live(queue) = device {
