@@ -203,7 +203,7 @@ Without --socket-path and --fd, a socket passed by systemd (LISTEN_FDS) is used.
 --device emulated needs no hardware and no privilege: a disk of 1 GiB in memory. Options:
   size=4G  file=PATH,create=on  lba=512|4096  queues=N  medium=memory|null  latency=80us  wcache=on|off
   mdts=N  sgl=on|off  serial=TEXT  mode=threaded|inline  no-snoop=never|controllable  snoop-enforced=on|off
-  vectors=N (MSI-X)  msi=N  intx=on|off
+  vectors=N (MSI-X)  msi=N  intx=on|off  command-set=N
   faults=FILE (faults to inject, see backend/src/emulated/faults.toml)
 
 QEMU:

@@ -102,7 +102,7 @@ impl Controller {
         let Some(page) = registers.page() else { return false };
         let (sq, cq) = (registers.admin_sq(), registers.admin_cq());
         let valid = |(base, entries): (u64, u32)| entries >= 2 && base.is_multiple_of(page.into());
-        if !registers.command_set_is_nvm() || !valid(sq) || !valid(cq) {
+        if !registers.command_set_is_valid(self.options.command_set.is_some()) || !valid(sq) || !valid(cq) {
             return false;
         }
         self.page.store(page, SeqCst);

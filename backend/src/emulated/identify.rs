@@ -80,8 +80,10 @@ pub(super) fn active_namespaces(after: u32, page: &mut Page) {
 }
 
 /// CNS 03h: Namespace Identification Descriptors.
-pub(super) fn descriptors(page: &mut Page) {
+pub(super) fn descriptors(controller: &Controller, page: &mut Page) {
     put(page, 0, &[0x01, 8]); // NIDT: EUI-64
     put(page, 4, &EUI64);
-    put(page, 12, &[0x04, 1]); // NIDT: Command Set Identifier, NVM
+    if let Some(set) = controller.options.command_set {
+        put(page, 12, &[0x04, 1, 0, 0, set]); // NIDT: Command Set Identifier
+    }
 }

@@ -44,6 +44,9 @@ pub struct Options {
     /// Duration of each I/O command. In inline mode only [`Machine::advance`](super::Machine::advance) moves the clock, so
     /// commands stay in flight until then.
     pub latency: Duration,
+    /// Command Set Identifier of the namespace: 0 NVM, 1 key-value, 2 zoned, ...; `None` for a controller that supports the NVM
+    /// command set only and does not report identifiers. Commands are executed as those of the NVM command set.
+    pub command_set: Option<u8>,
     /// Number of MSI-X vectors, 0 for none; by default one more than `queues`.
     pub vectors: Option<u16>,
     /// Number of MSI vectors: 0 for none, or a power of two up to 32.
@@ -81,6 +84,7 @@ impl Default for Options {
             volatile_cache: true,
             mode: Mode::Inline,
             latency: Duration::ZERO,
+            command_set: None,
             vectors: None,
             msi: 0,
             intx: false,
@@ -121,7 +125,7 @@ impl Options {
 
 /// The option names of [`Options::from_str`].
 const NAMES: &str = "size, lba, queues, entries, mdts, sgl, stride, medium, file, create, sparse, wcache, mode, latency, \
-                     vectors, msi, intx, interrupts, width, no-snoop, snoop-enforced, faults, serial";
+                     command-set, vectors, msi, intx, interrupts, width, no-snoop, snoop-enforced, faults, serial";
 
 impl FromStr for Options {
     type Err = EmulatedError;
@@ -150,6 +154,7 @@ impl FromStr for Options {
                 "wcache" => options.volatile_cache = switch("wcache", value)?,
                 "mode" => options.mode = mode(value)?,
                 "latency" => options.latency = time("latency", value)?,
+                "command-set" => options.command_set = Some(number("command-set", value)?),
                 "vectors" => options.vectors = Some(number("vectors", value)?),
                 "msi" => options.msi = number("msi", value)?,
                 "intx" => options.intx = switch("intx", value)?,

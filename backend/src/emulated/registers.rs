@@ -35,6 +35,7 @@ impl Controller {
             | TIMEOUT << 24
             | u64::from(self.options.doorbell_stride) << 32
             | nvm
+            | u64::from(self.options.command_set.is_some()) << 43
             | u64::from(MPSMAX) << 52;
         self.faults.capability(capabilities)
     }

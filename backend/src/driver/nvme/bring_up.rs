@@ -9,6 +9,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use super::admin::{AdminCommand, AdminQueue};
+use super::command_set;
 use super::controller::Controller;
 use super::error::NvmeErrorKind;
 use super::identify::{Identity, Namespace, active_namespaces, format_ids, range_limits, select_namespace};
@@ -173,6 +174,12 @@ pub(super) fn identify_namespace(
     identity: &Identity,
     id: u32,
 ) -> Result<Option<Namespace>, NvmeErrorKind> {
+    // A controller with one command set has no other, and need not know the descriptor.
+    if controller.capabilities().several_command_sets() {
+        let name = "Identify (Namespace Identification Descriptor list)";
+        let list = admin.identify(controller, AdminCommand::identify(name, cns::DESCRIPTORS, id), BRING_UP_TIMEOUT)?;
+        command_set::check(id, command_set::identifier(&list))?;
+    }
     let command = AdminCommand::identify("Identify Namespace", cns::NAMESPACE, id);
     let data: IdentifyNamespace = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
     Namespace::decode(id, &data, identity)

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use super::error::NvmeErrorKind;
 use super::queue::Doorbells;
 use super::regs::{
-    ACQ, AQA, ASQ, CAP, CC, CC_EN, CC_SETTINGS, CC_SHN_MASK, CC_SHN_NORMAL, CRTO, CSTS, Capabilities, ControllerStatus,
-    DOORBELLS, INTMS, PAGE, VS, Version, registers_needed,
+    ACQ, AQA, ASQ, CAP, CC, CC_CSS_ALL, CC_EN, CC_SETTINGS, CC_SHN_MASK, CC_SHN_NORMAL, CRTO, CSTS, Capabilities,
+    ControllerStatus, DOORBELLS, INTMS, PAGE, VS, Version, registers_needed,
 };
 use super::rings::QueueMemory;
 use crate::addr::{Address, Iova};
@@ -95,7 +95,11 @@ impl Controller {
         if cap.is_gone() {
             return Err(NvmeErrorKind::Gone);
         }
-        if !cap.nvm_command_set() {
+        if cap.administrative() {
+            let found = "an administrative one, without I/O command set (CAP.CSS = 80h)".to_owned();
+            return unsuitable("this controller", found, "an I/O controller");
+        }
+        if !cap.nvm_command_set() && !cap.several_command_sets() {
             return unsuitable("CAP", format!("{:#018x} (no NVM command set)", cap.0), "CSS bit 0");
         }
         if cap.min_page() > PAGE {
@@ -211,10 +215,12 @@ impl Controller {
         self.registers.write32(AQA, last << 16 | last);
         self.registers.write64(ASQ, admin.submissions.raw());
         self.registers.write64(ACQ, admin.completions.raw());
-        self.registers.write32(CC, CC_SETTINGS);
+        let all_sets = if self.capabilities.several_command_sets() { CC_CSS_ALL } else { 0 };
+        let settings = CC_SETTINGS | all_sets;
+        self.registers.write32(CC, settings);
         self.running = true;
         self.function.set_bus_master(true).map_err(NvmeErrorKind::function("turn bus mastering on"))?;
-        self.registers.write32(CC, CC_SETTINGS | CC_EN);
+        self.registers.write32(CC, settings | CC_EN);
         self.wait("CSTS.RDY = 1", self.ready_timeout(), |status| status.ready() || status.fatal())?;
         let status = self.status()?;
         if status.fatal() { Err(NvmeErrorKind::fatal(status)) } else { Ok(()) }
@@ -283,6 +289,7 @@ fn check_class(function: &dyn Function) -> Result<(), NvmeErrorKind> {
     let what = match bytes {
         [0x02, 0x08, 0x01] => return Ok(()),
         [0xff, 0xff, 0xff] => return Err(NvmeErrorKind::Gone),
+        [0x03, 0x08, 0x01] => "an NVMe administrative controller, which has no I/O queues",
         [_, 0x08, 0x01] => "an NVMe function but no I/O controller",
         [_, _, 0x01] => "another kind of storage controller",
         [_, _, 0x02] => "a network controller",

@@ -48,7 +48,12 @@ impl Identity {
     pub(super) fn decode(data: &IdentifyController) -> Result<Self, NvmeErrorKind> {
         // CNTRLTYPE: 0 not reported, 1 I/O, 2 discovery, 3 administrative.
         if data.cntrltype > 1 {
-            let found = format!("{} (no I/O controller)", data.cntrltype);
+            let name = match data.cntrltype {
+                2 => "a discovery controller",
+                3 => "an administrative controller",
+                _ => "no I/O controller",
+            };
+            let found = format!("{} ({name})", data.cntrltype);
             return Err(NvmeErrorKind::Unsuitable { property: "controller type", found, wanted: "1" });
         }
         entry_size("submission queue entry sizes (SQES)", data.sqes, 6, "6 (64 bytes) in the range")?;

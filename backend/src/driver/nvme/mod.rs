@@ -11,6 +11,7 @@
 
 mod admin;
 mod bring_up;
+mod command_set;
 mod controller;
 mod error;
 mod identify;

@@ -65,6 +65,16 @@ impl Capabilities {
         self.field(37, 1) == 1
     }
 
+    /// CSS bit 6: namespaces may have other command sets, which each tells of itself.
+    pub(super) fn several_command_sets(self) -> bool {
+        self.field(43, 1) == 1
+    }
+
+    /// CSS bit 7: the controller can work without any I/O command set; only if no other bit is set it always does.
+    pub(super) fn administrative(self) -> bool {
+        self.field(37, 8) == 1 << 7
+    }
+
     /// MPSMIN: minimum memory page size, bytes.
     pub(super) fn min_page(self) -> u64 {
         PAGE << self.field(48, 4)
@@ -90,6 +100,8 @@ impl fmt::Display for Version {
 
 /// `CC @ 14h`: EN.
 pub(super) const CC_EN: u32 = 1;
+/// `CC @ 14h`: CSS = 110b, all supported I/O command sets.
+pub(super) const CC_CSS_ALL: u32 = 0b110 << 4;
 /// `CC @ 14h`: CSS = 0 (NVM), MPS = 0 (4 KiB), AMS = 0 (round robin), submission entries of 2^6 and completion entries
 /// of 2^4 bytes.
 pub(super) const CC_SETTINGS: u32 = 6 << 16 | 4 << 20;

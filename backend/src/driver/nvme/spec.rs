@@ -42,6 +42,7 @@ pub(super) mod cns {
     pub(in crate::driver::nvme) const NAMESPACE: u32 = 0x00;
     pub(in crate::driver::nvme) const CONTROLLER: u32 = 0x01;
     pub(in crate::driver::nvme) const ACTIVE_NAMESPACES: u32 = 0x02;
+    pub(in crate::driver::nvme) const DESCRIPTORS: u32 = 0x03;
     pub(in crate::driver::nvme) const COMMAND_SET_CONTROLLER: u32 = 0x06;
 }
 

@@ -2,6 +2,7 @@
 
 mod cache_maintenance;
 mod command_faults;
+mod command_sets;
 mod controller_faults;
 mod interrupts;
 mod io;
