@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::coherency::Policy;
-use crate::driver::nvme::InterruptPolicy;
+use crate::driver::nvme::{Avoid, InterruptPolicy};
 use crate::engine::WatchdogOptions;
 use crate::hardware::InterruptKind;
 use crate::passthrough::BarAccess;
@@ -57,6 +57,9 @@ pub struct Config {
     /// How the drive tells of finished commands; without such interrupts it is polled while commands are in flight
     #[arg(long, value_name = "KIND", value_enum, default_value_t)]
     pub interrupts: Interrupts,
+    /// What not to use, because this drive does it badly; several are separated by commas
+    #[arg(long, value_name = "WHAT", value_enum, value_delimiter = ',')]
+    pub avoid: Vec<Avoided>,
     /// What to do about a device that can bypass the CPU caches
     #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
     pub no_snoop: NoSnoopPolicy,
@@ -172,6 +175,33 @@ impl From<Interrupts> for InterruptPolicy {
     }
 }
 
+/// `--avoid`: what a drive does badly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Avoided {
+    /// Write Zeroes
+    WriteZeroes,
+    /// Discard
+    Discard,
+    /// Scatter-gather lists
+    Sgl,
+    /// More than one interrupt vector
+    Vectors,
+    /// Command identifiers that two queues use, or that are above the size of a queue
+    Tags,
+}
+
+impl From<Avoided> for Avoid {
+    fn from(what: Avoided) -> Self {
+        match what {
+            Avoided::WriteZeroes => Self::WriteZeroes,
+            Avoided::Discard => Self::Discard,
+            Avoided::Sgl => Self::Sgl,
+            Avoided::Vectors => Self::Vectors,
+            Avoided::Tags => Self::Tags,
+        }
+    }
+}
+
 /// `--no-snoop`: what to do about a device that can bypass the CPU caches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum NoSnoopPolicy {
@@ -204,6 +234,7 @@ Without --socket-path and --fd, a socket passed by systemd (LISTEN_FDS) is used.
   size=4G  file=PATH,create=on  lba=512|4096  queues=N  medium=memory|null  latency=80us  wcache=on|off
   mdts=N  sgl=on|off  serial=TEXT  mode=threaded|inline  no-snoop=never|controllable  snoop-enforced=on|off
   vectors=N (MSI-X)  msi=N  intx=on|off  command-set=N
+  and limits and misbehaviours, see backend/src/emulated/traits.rs
   faults=FILE (faults to inject, see backend/src/emulated/faults.toml)
 
 QEMU:

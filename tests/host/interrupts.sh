@@ -1,9 +1,9 @@
 #!/bin/sh
 # profiles: vtd
 # minutes: 2.5
-# options: --nvme msix_qsize=1 --qemu trixie-backports --function size=64M,queues=2,vectors=0,msi=4
-# Interrupts by what the drive has: one MSI-X vector, INTx, none, and on another drive MSI. On one profile: they go through the
-# same interrupt remapping on each.
+# options: --nvme msix_qsize=1,cmb_size_mb=16 --qemu trixie-backports --function size=64M,queues=2,vectors=0,msi=4
+# Interrupts by what the drive has: one MSI-X vector, INTx, none, and on another drive MSI. The first has a memory buffer too. On
+# one profile: they go through the same interrupt remapping on each.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
@@ -22,13 +22,14 @@ idle() {
     # Of 300. Once a second the backend checks whether guest memory has been discarded.
     [ $(($(cpu_ticks) - before)) -le 3 ]
 }
-# serves WIRING [ARGUMENT…]: the backend says so, and data verify.
+# serves WIRING [ARGUMENT…]: the backend says so, and data verify. Huge pages, because a function that is itself served over
+# vfio-user has room for 4096 maps.
 serves() {
     wiring=$1
     shift
     backend_start --queues 2 "$@"
     logged "queues of [0-9]* entries, $wiring, transfers"
-    guest_start --queues 2
+    guest_start --queues 2 --mem 256M --hugepages
     verify --size=16M
 }
 stops() {

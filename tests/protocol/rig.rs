@@ -248,7 +248,13 @@ pub(crate) fn open(listen: Listen) -> Result<Server, SocketError> {
 fn device(machine: &Machine, plan: Arc<FailurePlan>, environment: Environment) -> Device {
     let Environment { vmm, pins, on_change } = environment;
     let space: Arc<dyn AddressSpace> = Arc::new(FailingSpace { inner: machine.space(), plan, pins, on_change });
-    let options = NvmeOptions { namespace: None, queues: 2, read_only: false, interrupts: InterruptPolicy::Auto };
+    let options = NvmeOptions {
+        namespace: None,
+        queues: 2,
+        read_only: false,
+        interrupts: InterruptPolicy::Auto,
+        avoid: Vec::new(),
+    };
     let driver = Nvme::bring_up(machine.function(), Arc::clone(&space), options).unwrap();
     let options = engine::Options {
         rings: QUEUES.into(),

@@ -7,7 +7,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use vhost_device_vfio::addr::Iova;
 use vhost_device_vfio::driver::nvme::prp::Limits;
 use vhost_device_vfio::driver::nvme::queue::{
-    Doorbells, IoQueue, MAX_DEPTH, QueueInterrupt, QueueMemory, QueueSetup, completions_at, memory_needed,
+    Doorbells, IoQueue, MAX_DEPTH, QueueInterrupt, QueueMemory, QueueSetup, Tags, completions_at, memory_needed,
 };
 use vhost_device_vfio::hardware::{CacheFlush, Registers};
 use vhost_device_vfio::sys::SharedMemory;
@@ -55,6 +55,7 @@ pub(crate) fn pair(caches: Option<Arc<dyn CacheFlush>>) -> (IoQueue, Controller)
         limits: LIMITS,
         sgl: None,
         interrupt: QueueInterrupt::own(eventfd(0, EventfdFlags::CLOEXEC).unwrap(), None),
+        tags: Tags::Own,
     });
     (queue, Controller::new(memory))
 }

@@ -19,6 +19,12 @@ pub struct Geometry {
     pub block_size: u32,
     /// Preferred write granularity, bytes; a power-of-two multiple of `block_size`.
     pub physical_block_size: u32,
+    /// How far the first physical block is from the start of the disk, bytes; whole blocks, less than a physical block.
+    pub alignment_offset: u32,
+    /// Optimal write size, bytes; 0 if unknown.
+    pub optimal_size: u32,
+    /// A transfer that crosses a multiple of this many logical blocks is slow; 0 if there is none.
+    pub boundary: u32,
     /// True if writes are refused, by configuration or by the device.
     pub read_only: bool,
     /// True if the device has a write cache that loses its contents on power loss.

@@ -69,7 +69,7 @@ impl Controller {
             0x02 => identify::active_namespaces(entry.nsid(), &mut page),
             0x03 if entry.nsid() != super::nvm::NAMESPACE => return Err(Status::INVALID_NAMESPACE),
             0x03 => identify::descriptors(self, &mut page),
-            0x06 if entry.cdw(11) >> 24 == 0 => {} // NVM command set: no limits
+            0x06 if entry.cdw(11) >> 24 == 0 => identify::command_limits(self, &mut page), // of the NVM command set
             _ => return Err(Status::INVALID_FIELD),
         }
         self.faults.override_identify(cns, &mut page);

@@ -11,7 +11,7 @@
 //! Commands run only in Ready and with bus master on. Lock order: registers, submission queue, completion queue, IOMMU, admin
 //! state. To stop the controller, a thread clears `ready` and then takes each queue's lock once. No DMA is running afterwards.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Mutex, OnceLock};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -23,7 +23,10 @@ use super::iommu::SoftIommu;
 use super::medium::Store;
 use super::queue::{Cq, CqSlot, Sq, SqSlot};
 use super::register_file::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN_DONE, CSTS_SHUTDOWN_MASK, RegisterFile};
+use super::registers::CMB_ENABLED;
 use super::traffic::Traffic;
+use super::traits::AnaState;
+use super::wire::Status;
 use super::{EmulatedError, Mode, Options, lock};
 
 pub(super) struct Controller {
@@ -47,6 +50,12 @@ pub(super) struct Controller {
     pub(super) cqs: Box<[CqSlot]>,
     pub(super) admin: Mutex<Admin>,
     pub(super) interrupts: Interrupts,
+    /// [`AnaState`], 0 if it is not reported.
+    pub(super) ana: AtomicU8,
+    /// CMBMSC.
+    pub(super) memory_buffer: AtomicU64,
+    /// Until when all registers read as ones.
+    pub(super) blind_until: Mutex<Duration>,
     pub(super) bad_doorbells: AtomicU32,
     /// True if an event may be pending for which no Asynchronous Event Request has been completed.
     pub(super) event_pending: AtomicBool,
@@ -83,6 +92,9 @@ impl Controller {
             cqs: (0..pairs).map(|_| CqSlot::default()).collect(),
             admin: Mutex::new(Admin::new(&options)),
             interrupts: Interrupts::new(&options),
+            ana: AtomicU8::new(options.traits.ana.map_or(0, |state| state as u8)),
+            memory_buffer: AtomicU64::new(if options.traits.memory_buffer { CMB_ENABLED } else { 0 }),
+            blind_until: Mutex::default(),
             bad_doorbells: AtomicU32::new(0),
             event_pending: AtomicBool::new(false),
             faults: Faults::default(),
@@ -93,16 +105,36 @@ impl Controller {
         })
     }
 
+    /// The state of the path; `None` if it is not reported.
+    pub(super) fn ana(&self) -> Option<AnaState> {
+        AnaState::from_u8(self.ana.load(SeqCst))
+    }
+
+    /// Fails an I/O command whose path cannot be used (NVMe 2.0 §8.1.3).
+    pub(super) fn check_path(&self) -> Result<(), Status> {
+        match self.ana() {
+            None | Some(AnaState::Optimized | AnaState::NonOptimized) => Ok(()),
+            Some(AnaState::PersistentLoss) => Err(Status::new(3, 1)),
+            Some(AnaState::Inaccessible) => Err(Status::new(3, 2)),
+            Some(AnaState::Change) => Err(Status::new(3, 3)),
+        }
+    }
+
     pub(super) fn may_run(&self) -> bool {
         self.ready.load(SeqCst) && self.bus_master.load(SeqCst)
     }
 
-    /// Creates the admin queues and becomes ready. False if the registers hold invalid values (NVMe 2.0 §3.5.1).
+    /// Creates the admin queues and becomes ready. False if the registers hold invalid values (NVMe 2.0 §3.5.1), or addresses
+    /// could be those of the memory buffer, which is not emulated.
     pub(super) fn enable(&self, registers: &RegisterFile) -> bool {
         let Some(page) = registers.page() else { return false };
         let (sq, cq) = (registers.admin_sq(), registers.admin_cq());
         let valid = |(base, entries): (u64, u32)| entries >= 2 && base.is_multiple_of(page.into());
-        if !registers.command_set_is_valid(self.options.command_set.is_some()) || !valid(sq) || !valid(cq) {
+        if !registers.command_set_is_valid(self.options.command_set.is_some())
+            || !valid(sq)
+            || !valid(cq)
+            || self.memory_buffer.load(SeqCst) & 0b11 != 0
+        {
             return false;
         }
         self.page.store(page, SeqCst);

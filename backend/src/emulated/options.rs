@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::addr::{Iova, Span};
 
-use super::{EmulatedError, Fault, Medium, fault_file, units};
+use super::{EmulatedError, Fault, Medium, Traits, fault_file, traits, units};
 
 /// When commands run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +44,8 @@ pub struct Options {
     /// Duration of each I/O command. In inline mode only [`Machine::advance`](super::Machine::advance) moves the clock, so
     /// commands stay in flight until then.
     pub latency: Duration,
+    /// Limits, preferences and misbehaviours.
+    pub traits: Traits,
     /// Command Set Identifier of the namespace: 0 NVM, 1 key-value, 2 zoned, ...; `None` for a controller that supports the NVM
     /// command set only and does not report identifiers. Commands are executed as those of the NVM command set.
     pub command_set: Option<u8>,
@@ -84,6 +86,7 @@ impl Default for Options {
             volatile_cache: true,
             mode: Mode::Inline,
             latency: Duration::ZERO,
+            traits: Traits::default(),
             command_set: None,
             vectors: None,
             msi: 0,
@@ -164,7 +167,11 @@ impl FromStr for Options {
                 "snoop-enforced" => options.snoop_enforced = switch("snoop-enforced", value)?,
                 "faults" => options.faults = fault_file::read(Path::new(value))?,
                 "serial" => value.clone_into(&mut options.serial),
-                _ => return Err(EmulatedError::Unknown { option: name.to_owned(), known: NAMES }),
+                _ if options.traits.set(name, value)? => {}
+                _ => {
+                    let known = format!("{NAMES}, {}", traits::NAMES);
+                    return Err(EmulatedError::Unknown { option: name.to_owned(), known });
+                }
             }
         }
         match file {

@@ -37,6 +37,12 @@ impl Controller {
         pass.due
     }
 
+    /// With shared tags: the identifier is out of range, or that of an admin command.
+    #[cold]
+    fn tag_is_taken(&self, cid: u16) -> bool {
+        cid >= self.options.queue_entries || lock(&self.admin).events.waiting.contains(&cid)
+    }
+
     /// Signals the vector of the posted completions.
     #[inline]
     pub(super) fn signal(&self, pass: &Pass) {
@@ -80,6 +86,7 @@ impl Controller {
             let Some(effect) = self.take(sq, id, &commands, &mut entry) else { continue };
             let status = match effect {
                 Some(Effect::Status(status)) => status,
+                _ if self.options.traits.shared_tags && self.tag_is_taken(entry.cid()) => Status::ID_CONFLICT,
                 _ => self.execute_io(sq, &entry, &dma, &mut state.traffic),
             };
             if status != Status::SUCCESS {

@@ -30,7 +30,13 @@ pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoint: Endpoint, 
 
     let queues = config.queue_count();
     let (read_only, interrupts) = (config.read_only, config.interrupts.into());
-    let options = NvmeOptions { namespace: config.namespace, queues, read_only, interrupts };
+    let options = NvmeOptions {
+        namespace: config.namespace,
+        queues,
+        read_only,
+        interrupts,
+        avoid: config.avoid.iter().map(|&what| what.into()).collect(),
+    };
     let mut nvme = Nvme::bring_up(owned.function, Arc::clone(&space), options)?;
     // Not with a shim: KVM would have to be told of the new device file before any memory is mapped.
     if let (Some(reacquire), None) = (reacquire, &config.kvm_socket) {

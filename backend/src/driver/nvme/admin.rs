@@ -15,11 +15,12 @@ use super::regs::PAGE_LEN;
 use super::rings::{CompletionRing, CompletionWatch, QueueMemory, SubmissionRing, completion_bytes, submission_bytes};
 use super::spec::{CompletionEntry, NAMESPACE_NOTICES, SubmissionEntry, admin_opcode, feature};
 use super::status::Status;
+use super::tags::ADMIN_TAGS;
 use crate::driver::CommandId;
 use crate::rate_limited_log::RateLimitedLog;
 
 /// Entries of each admin ring. Only commands that timed out and the event request stay outstanding.
-const SIZE: u16 = 32;
+const SIZE: u16 = ADMIN_TAGS;
 
 /// An admin command and its name in the specification.
 pub(super) struct AdminCommand {
@@ -92,6 +93,16 @@ impl AdminCommand {
         Self { name: "Get Log Page", entry }
     }
 
+    /// NVMe 2.0 §5.16.1.13: the state of each ANA group, without its namespaces (RGO).
+    pub(super) fn get_path_states() -> Self {
+        const ANA_LOG: u8 = 0x0c;
+        const GROUPS_ONLY: u32 = 1 << 8;
+        let mut command = Self::get_log_page(ANA_LOG);
+        command.name = "Get Log Page (Asymmetric Namespace Access)";
+        command.entry.cdw10 |= GROUPS_ONLY;
+        command
+    }
+
     /// NVMe 2.0 §5.4: physically contiguous, with interrupts on `vector`, or without.
     pub(super) fn create_completion_queue(id: u16, depth: u16, memory: u64, vector: Option<u16>) -> Self {
         let entry = SubmissionEntry {
@@ -139,6 +150,8 @@ pub(super) struct AdminQueue {
     position: Arc<AtomicU32>,
     data: QueueMemory,
     next_cid: u16,
+    /// Identifiers are below this. FFFFh is reserved for "no command". NVMe 2.0 §3.3.3.1
+    cid_end: u16,
     /// Identifier of the outstanding Asynchronous Event Request.
     event_request: Option<u16>,
     /// Dword 0 of its completion, until [`Self::next_event`] returns it.
@@ -164,6 +177,7 @@ impl AdminQueue {
             completions,
             data: memory.slice(sq_bytes + cq_bytes, PAGE_LEN),
             next_cid: 0,
+            cid_end: u16::MAX,
             event_request: None,
             event_result: None,
             log: RateLimitedLog::new(module_path!()),
@@ -200,8 +214,7 @@ impl AdminQueue {
             return Err(NvmeErrorKind::CommandTimeout { command: name, limit: Duration::ZERO });
         }
         entry.cid = self.next_cid;
-        // FFFFh is reserved for "no command". NVMe 2.0 §3.3.3.1
-        let next = |cid: u16| (cid + 1) % u16::MAX;
+        let next = |cid: u16| (cid + 1) % self.cid_end;
         self.next_cid = next(entry.cid);
         if self.event_request == Some(self.next_cid) {
             self.next_cid = next(self.next_cid);
@@ -209,6 +222,20 @@ impl AdminQueue {
         self.submissions.push(&entry);
         self.submissions.ring();
         Ok(entry.cid)
+    }
+
+    /// Uses identifiers below [`ADMIN_TAGS`] only, and returns how many entries an I/O queue may have whose identifiers follow
+    /// and are below `depth`.
+    pub(super) fn share_tags(&mut self, depth: u16) -> Result<u16, NvmeErrorKind> {
+        (self.cid_end, self.next_cid) = (ADMIN_TAGS, self.next_cid % ADMIN_TAGS);
+        match depth.checked_sub(ADMIN_TAGS) {
+            Some(left @ 2..) => Ok(left),
+            _ => Err(NvmeErrorKind::Unsuitable {
+                property: "largest queue (CAP.MQES)",
+                found: format!("{depth} entries"),
+                wanted: "34 or more with shared tags",
+            }),
+        }
     }
 
     /// Tells a worker whether this queue has a completion.
@@ -290,7 +317,7 @@ impl AdminQueue {
         Some(entry)
     }
 
-    /// Executes an Identify command and returns its data.
+    /// Executes a command that returns a page of data, such as Identify.
     pub(super) fn identify<T: FromBytes + IntoBytes>(
         &mut self,
         controller: &Controller,

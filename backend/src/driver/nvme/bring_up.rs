@@ -14,9 +14,10 @@ use super::controller::Controller;
 use super::error::NvmeErrorKind;
 use super::identify::{Identity, Namespace, active_namespaces, format_ids, range_limits, select_namespace};
 use super::interrupts::{Interrupts, QueueInterrupt, SharedVector, Wiring};
-use super::options::NvmeOptions;
+use super::options::{Avoid, NvmeOptions};
+use super::path;
 use super::prp::Limits;
-use super::queue::{IoQueue, MAX_DEPTH, QueueSetup, completions_at, memory_needed};
+use super::queue::{IoQueue, MAX_DEPTH, QueueSetup, Tags, completions_at, memory_needed};
 use super::regs::Version;
 use super::sgl::Granularity;
 use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, cns};
@@ -45,13 +46,13 @@ pub(super) fn bring_up(
     admin_event: BorrowedFd<'_>,
 ) -> Result<BroughtUp, NvmeErrorKind> {
     controller.disable()?;
-    let Interrupts { wiring, mut events } =
-        Interrupts::route(controller, options.interrupts, options.queues, admin_event)?;
+    let Interrupts { wiring, mut events } = Interrupts::route(controller, options, admin_event)?;
     let (mut admin, rings) = AdminQueue::new(controller)?;
     controller.enable(&rings)?;
     let command = AdminCommand::identify("Identify Controller", cns::CONTROLLER, 0);
     let data: IdentifyController = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
-    let identity = Identity::decode(&data)?;
+    let mut identity = Identity::decode(&data)?;
+    identity.avoid(&options.avoid);
     let namespace = find_namespace(controller, &mut admin, &identity, options.namespace)?;
     let command_limits = identify_limits(controller, &mut admin)?;
     let (discard, zeroes) = range_limits(&identity, &namespace, command_limits.as_ref());
@@ -59,6 +60,11 @@ pub(super) fn bring_up(
     events.truncate(negotiate_queues(controller, &mut admin, events.len())?);
     let limits = Limits { block: namespace.block_size, transfer: identity.max_transfer };
     let depth = u16::try_from(controller.capabilities().max_queue_entries()).map_or(MAX_DEPTH, |n| n.min(MAX_DEPTH));
+    let shared_tags = options.avoid.contains(&Avoid::Tags);
+    if shared_tags {
+        events.truncate(1);
+    }
+    let depth = if shared_tags { admin.share_tags(depth)? } else { depth };
     let mut queues = Vec::new();
     for (id, event) in (1..).zip(events) {
         let interrupt = queue_interrupt(controller, &admin, (wiring, id), event, admin_event)?;
@@ -73,6 +79,7 @@ pub(super) fn bring_up(
                 sgl: identity.sgl,
                 vector: wiring.vector(id),
                 interrupt,
+                tags: if shared_tags { Tags::Shared } else { Tags::Own },
             },
         )?);
     }
@@ -80,6 +87,9 @@ pub(super) fn bring_up(
         blocks: namespace.blocks,
         block_size: namespace.block_size,
         physical_block_size: namespace.physical_block_size,
+        alignment_offset: namespace.alignment_offset,
+        optimal_size: namespace.optimal_size,
+        boundary: namespace.boundary,
         read_only: options.read_only || namespace.write_protected,
         volatile_cache: identity.write_cache,
         cache_on,
@@ -182,7 +192,23 @@ pub(super) fn identify_namespace(
     }
     let command = AdminCommand::identify("Identify Namespace", cns::NAMESPACE, id);
     let data: IdentifyNamespace = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
+    // Before the decoding: what cannot be reached reports no capacity.
+    if identity.path_states && data.anagrpid != 0 {
+        check_path(controller, admin, id, data.anagrpid)?;
+    }
     Namespace::decode(id, &data, identity)
+}
+
+/// Checks that namespace `id`, of ANA group `group`, can be reached by this controller.
+fn check_path(controller: &Controller, admin: &mut AdminQueue, id: u32, group: u32) -> Result<(), NvmeErrorKind> {
+    match admin.identify(controller, AdminCommand::get_path_states(), BRING_UP_TIMEOUT) {
+        Ok(log) => path::check(id, path::state(&log, group).unwrap_or_default()),
+        Err(error @ NvmeErrorKind::CommandFailed { .. }) => {
+            log::warn!("{}: {error}; assuming that namespace {id} can be reached", controller.function().name());
+            Ok(())
+        }
+        Err(kind) => Err(kind),
+    }
 }
 
 /// The controller's limits of commands without data transfer. The data structure is newer than NVMe 1.4 and no capability
@@ -256,6 +282,7 @@ struct QueueParameters {
     sgl: Option<Granularity>,
     vector: Option<u16>,
     interrupt: QueueInterrupt,
+    tags: Tags,
 }
 
 fn create_queue(
@@ -263,7 +290,7 @@ fn create_queue(
     admin: &mut AdminQueue,
     wanted: QueueParameters,
 ) -> Result<IoQueue, NvmeErrorKind> {
-    let QueueParameters { id, depth, namespace, limits, sgl, vector, interrupt } = wanted;
+    let QueueParameters { id, depth, namespace, limits, sgl, vector, interrupt, tags } = wanted;
     let memory = controller.memory("an I/O queue", memory_needed(depth))?;
     let completions = memory.iova.0 + completions_at(depth) as u64;
     admin.execute(
@@ -283,5 +310,6 @@ fn create_queue(
         limits,
         sgl,
         interrupt,
+        tags,
     }))
 }

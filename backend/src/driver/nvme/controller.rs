@@ -10,14 +10,15 @@
 //! [`Controller`] owns the queue memory and frees it in one place, `stop`, which `drop` calls as well. So on every path,
 //! including each early return during initialization, the controller is stopped before its memory is freed.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::error::NvmeErrorKind;
 use super::queue::Doorbells;
 use super::regs::{
-    ACQ, AQA, ASQ, CAP, CC, CC_CSS_ALL, CC_EN, CC_SETTINGS, CC_SHN_MASK, CC_SHN_NORMAL, CRTO, CSTS, Capabilities,
-    ControllerStatus, DOORBELLS, INTMS, PAGE, VS, Version, registers_needed,
+    ACQ, AQA, ASQ, CAP, CC, CC_CSS_ALL, CC_EN, CC_SETTINGS, CC_SHN_MASK, CC_SHN_NORMAL, CMBMSC, CRTO, CSTS,
+    Capabilities, ControllerStatus, DOORBELLS, INTMS, PAGE, VS, Version, registers_needed,
 };
 use super::rings::QueueMemory;
 use crate::addr::{Address, Iova};
@@ -26,6 +27,10 @@ use crate::hardware::{AddressSpace, DmaBuffer, Function, InterruptKind, Register
 /// Poll interval of the first few milliseconds, in which a healthy controller completes, and of the time after.
 const STEP: Duration = Duration::from_micros(50);
 const LONG_STEP: Duration = Duration::from_millis(1);
+
+/// How long all registers may read as ones after CC has changed, before the controller counts as gone. Drives are known that
+/// take more than 2 s.
+const LONGEST_SILENCE: Duration = Duration::from_secs(3);
 
 /// Calls `look` until it returns a value or `limit` has passed.
 pub(super) fn poll<T>(
@@ -177,16 +182,24 @@ impl Controller {
         self.capabilities.ready_timeout(|| self.registers.read32(CRTO))
     }
 
-    /// Waits until `reached` accepts CSTS.
+    /// Waits until `reached` accepts CSTS. Some controllers answer nothing for a while after CC has changed.
     fn wait(
         &self,
         condition: &'static str,
         limit: Duration,
         reached: impl Fn(ControllerStatus) -> bool,
     ) -> Result<(), NvmeErrorKind> {
-        let found = poll(limit, || Ok(Some(self.status()?).filter(|status| reached(*status))))?;
-        if found.is_some() {
-            return Ok(());
+        let answers = || Ok((!ControllerStatus(self.registers.read32(CSTS)).is_gone()).then_some(()));
+        for _ in 0..2 {
+            let found = poll(limit, || match self.status() {
+                Err(NvmeErrorKind::Gone) => Ok(Some(None)),
+                status => Ok(Some(status?).filter(|status| reached(*status)).map(Some)),
+            })?;
+            match found {
+                Some(Some(_)) => return Ok(()),
+                Some(None) => poll(LONGEST_SILENCE, answers)?.ok_or(NvmeErrorKind::Gone)?,
+                None => break,
+            }
         }
         Err(NvmeErrorKind::StatusTimeout { condition, limit, status: format!("{:?}", self.status()?) })
     }
@@ -195,6 +208,9 @@ impl Controller {
     pub(super) fn disable(&self) -> Result<(), NvmeErrorKind> {
         let limit = self.ready_timeout();
         let configuration = self.registers.read32(CC);
+        if configuration == u32::MAX {
+            return Err(NvmeErrorKind::Gone);
+        }
         if configuration & CC_EN != 0 {
             // Clearing EN before RDY has followed it to 1 is undefined. NVMe 2.0 §3.1.3.5
             let ready =
@@ -215,6 +231,10 @@ impl Controller {
         self.registers.write32(AQA, last << 16 | last);
         self.registers.write64(ASQ, admin.submissions.raw());
         self.registers.write64(ACQ, admin.completions.raw());
+        if self.capabilities.memory_buffer() {
+            // Addresses of the buffer, if its former user has chosen some, would not reach memory.
+            self.registers.write64(CMBMSC, 0);
+        }
         let all_sets = if self.capabilities.several_command_sets() { CC_CSS_ALL } else { 0 };
         let settings = CC_SETTINGS | all_sets;
         self.registers.write32(CC, settings);
@@ -279,6 +299,18 @@ impl Drop for Controller {
             log::error!("{}: {error}", self.function.name());
         }
     }
+}
+
+/// Opens `function` and routes the host's removal request to `removal`.
+pub(super) fn open(
+    function: Arc<dyn Function>,
+    space: &Arc<dyn AddressSpace>,
+    removal: &OwnedFd,
+) -> Result<Controller, NvmeErrorKind> {
+    if let Err(error) = function.route_removal(removal.as_fd()) {
+        log::warn!("{}: removal requests of the host will not be seen: {error}", function.name());
+    }
+    Controller::open(function, Arc::clone(space))
 }
 
 /// Refuses a function that is not an NVMe I/O controller, class code 010802h. NVMe over PCIe Transport 1.0, PCI header

@@ -131,6 +131,16 @@ pub enum NvmeErrorKind {
         /// Why it is refused.
         reason: &'static str,
     },
+    /// The controller does not reach the namespace.
+    #[error("the path to namespace {namespace} is {state} (Asymmetric Namespace Access); {fix}")]
+    Path {
+        /// Namespace identifier.
+        namespace: u32,
+        /// The state.
+        state: &'static str,
+        /// What to do.
+        fix: &'static str,
+    },
     /// The logical block format of the namespace is not supported.
     #[error(
         "namespace {namespace} has blocks of {data} data and {metadata} metadata bytes; 512 or 4096 without metadata can be served (nvme format --lbaf=…)"

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use super::error::NvmeErrorKind;
+use super::options::Avoid;
 use super::prp::MAX_TRANSFER;
 use super::sgl::Granularity;
 use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, MAX_RANGES, NAMESPACE_NOTICES};
@@ -37,6 +38,8 @@ pub(super) struct Identity {
     pub(super) sgl: Option<Granularity>,
     /// OAES bit 8: the controller reports namespace changes.
     pub(super) namespace_notices: bool,
+    /// CMIC bit 3: the controller reports the state of the path to each namespace.
+    pub(super) path_states: bool,
     /// ONCS bit 2: Dataset Management.
     dataset_management: bool,
     /// ONCS bit 3: Write Zeroes.
@@ -70,9 +73,21 @@ impl Identity {
             atomic_blocks: u32::from(data.awupf) + 1,
             sgl: Granularity::decode(data.sgls),
             namespace_notices: data.oaes & NAMESPACE_NOTICES != 0,
+            path_states: data.cmic & 1 << 3 != 0,
             dataset_management: data.oncs & 1 << 2 != 0,
             write_zeroes: data.oncs & 1 << 3 != 0,
         })
+    }
+}
+
+impl Identity {
+    /// Leaves out what the operator wants to avoid.
+    pub(super) fn avoid(&mut self, avoid: &[Avoid]) {
+        self.write_zeroes &= !avoid.contains(&Avoid::WriteZeroes);
+        self.dataset_management &= !avoid.contains(&Avoid::Discard);
+        if avoid.contains(&Avoid::Sgl) {
+            self.sgl = None;
+        }
     }
 }
 
@@ -149,6 +164,12 @@ pub(super) struct Namespace {
     pub(super) block_size: u32,
     /// Preferred write granularity, bytes.
     pub(super) physical_block_size: u32,
+    /// NABO in bytes, if it is less than a physical block.
+    pub(super) alignment_offset: u32,
+    /// NOWS: optimal write size, bytes; 0 if not reported.
+    pub(super) optimal_size: u32,
+    /// NOIOB: a transfer should not cross a multiple of this many blocks; 0: none.
+    pub(super) boundary: u32,
     /// NSATTR bit 0.
     pub(super) write_protected: bool,
     /// DLFEAT: Write Zeroes can deallocate (bit 3) and deallocated blocks read as zeroes (bits 2:0 = 001b).
@@ -195,6 +216,9 @@ impl Namespace {
             blocks: data.nsze,
             block_size,
             physical_block_size,
+            alignment_offset: alignment_offset(data, physical_block_size, block_size),
+            optimal_size: if reports_preferences(data) { (u32::from(data.nows) + 1) * block_size } else { 0 },
+            boundary: data.noiob.into(),
             write_protected,
             zeroes_deallocate,
         }))
@@ -210,11 +234,28 @@ impl Namespace {
     }
 }
 
-/// Preferred write granularity, bytes: NPWG if reported (NSFEAT bit 4), but at most the atomic write unit at power failure
+/// NSFEAT bit 4 (OPTPERF): NPWG, NPWA and NOWS are valid.
+fn reports_preferences(data: &IdentifyNamespace) -> bool {
+    data.nsfeat & 1 << 4 != 0
+}
+
+/// NSFEAT bit 1 (NSABP): NAWUPF and NABO are valid.
+fn reports_atomicity(data: &IdentifyNamespace) -> bool {
+    data.nsfeat & 1 << 1 != 0
+}
+
+/// How far the first physical block is from the start of the disk, bytes. Zero unless NABO lies inside a physical block.
+fn alignment_offset(data: &IdentifyNamespace, physical_block: u32, block_size: u32) -> u32 {
+    let offset = if reports_atomicity(data) { u32::from(data.nabo) * block_size } else { 0 };
+    if offset < physical_block { offset } else { 0 }
+}
+
+/// Preferred write granularity, bytes: NPWG or NPWA, whichever is coarser, if reported (NSFEAT bit 4), but at most the atomic write unit at power failure
 /// (NAWUPF if reported in NSFEAT bit 1, else AWUPF), because guests assume that a physical block is written atomically.
 fn physical_block(data: &IdentifyNamespace, identity: &Identity, block_size: u32) -> u32 {
-    let preferred = if data.nsfeat & 1 << 4 != 0 { u32::from(data.npwg) + 1 } else { 1 };
-    let atomic = if data.nsfeat & 1 << 1 != 0 { u32::from(data.nawupf) + 1 } else { identity.atomic_blocks };
+    // A write should be a multiple of NPWG and start at a multiple of NPWA. A guest knows only one number.
+    let preferred = if reports_preferences(data) { u32::from(data.npwg.max(data.npwa)) + 1 } else { 1 };
+    let atomic = if reports_atomicity(data) { u32::from(data.nawupf) + 1 } else { identity.atomic_blocks };
     let blocks = preferred.min(atomic);
     // No overflow: at most 65536 blocks of 4096 bytes.
     if blocks.is_power_of_two() { blocks * block_size } else { block_size }

@@ -15,7 +15,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::controller::Controller;
 use super::error::NvmeErrorKind;
-use super::options::InterruptPolicy;
+use super::options::{Avoid, InterruptPolicy, NvmeOptions};
 use super::rings::CompletionWatch;
 use crate::eventfd::signal;
 use crate::hardware::{Function, InterruptKind};
@@ -36,6 +36,15 @@ impl Wiring {
             Self::Own(_) => Some(id),
             Self::Shared(_) => Some(0),
             Self::Polled => None,
+        }
+    }
+
+    /// Unmasks the line, if that is how the controller interrupts: the admin queue's completions have been handled.
+    pub(super) fn unmask(self, function: &dyn Function, log: &mut RateLimitedLog) {
+        if self.is_line()
+            && let Err(error) = function.unmask_intx()
+        {
+            log.error(|| format!("{}: unmask INTx: {error}", function.name()));
         }
     }
 
@@ -64,16 +73,17 @@ pub(super) struct Interrupts {
 }
 
 impl Interrupts {
-    /// Turns on the first kind of interrupt in `policy` that works, for up to `wanted` I/O queues. Vector 0 signals
+    /// Turns on the first kind of interrupt wanted that works, for up to the wanted number of I/O queues. Vector 0 signals
     /// `admin_event` if the admin queue does not share it.
     ///
     /// The controller must be disabled: once it is enabled, it would use INTx, which nobody handles then.
     pub(super) fn route(
         controller: &mut Controller,
-        policy: InterruptPolicy,
-        wanted: u16,
+        options: &NvmeOptions,
         admin_event: BorrowedFd<'_>,
     ) -> Result<Self, NvmeErrorKind> {
+        let NvmeOptions { queues: wanted, interrupts: policy, .. } = *options;
+        let one = options.avoid.contains(&Avoid::Vectors);
         let function = controller.function();
         let queues = wanted.max(1).min(controller.last_queue());
         if queues == 0 {
@@ -85,7 +95,7 @@ impl Interrupts {
             });
         }
         for &kind in policy.kinds() {
-            match try_vectors(function, kind, queues, admin_event) {
+            match try_vectors(function, kind, if one { 0 } else { queues }, admin_event) {
                 Ok(Some(interrupts)) => {
                     controller.set_interrupt(kind);
                     return Ok(interrupts);
@@ -110,7 +120,8 @@ fn new_events(count: u16) -> std::io::Result<Vec<OwnedFd>> {
     (0..count).map(event).collect()
 }
 
-/// Routes as many vectors as function and host have. `None` if the function does not have this kind.
+/// Routes as many vectors as function and host have, and `queues` need, or one for all. `None` if the function does not have
+/// this kind.
 fn try_vectors(
     function: &dyn Function,
     kind: InterruptKind,

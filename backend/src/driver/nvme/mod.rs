@@ -17,6 +17,7 @@ mod error;
 mod identify;
 mod interrupts;
 mod options;
+mod path;
 pub mod prp;
 pub mod queue;
 mod regs;
@@ -24,6 +25,7 @@ mod rings;
 pub mod sgl;
 mod spec;
 mod status;
+mod tags;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -33,11 +35,11 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use self::admin::{AdminCommand, AdminQueue};
 use self::bring_up::BroughtUp;
-use self::controller::Controller;
+use self::controller::{Controller, open};
 pub use self::error::{NvmeError, NvmeErrorKind};
 use self::identify::{Identity, Namespace};
 use self::interrupts::Wiring;
-pub use self::options::{InterruptPolicy, NvmeOptions};
+pub use self::options::{Avoid, InterruptPolicy, NvmeOptions};
 pub use self::status::Status;
 use super::{CommandId, Driver, Geometry, Queue};
 use crate::eventfd::signal;
@@ -284,18 +286,6 @@ impl Nvme {
     }
 }
 
-/// Opens `function` and routes the host's removal request to `removal`.
-fn open(
-    function: Arc<dyn Function>,
-    space: &Arc<dyn AddressSpace>,
-    removal: &OwnedFd,
-) -> Result<Controller, NvmeErrorKind> {
-    if let Err(error) = function.route_removal(removal.as_fd()) {
-        log::warn!("{}: removal requests of the host will not be seen: {error}", function.name());
-    }
-    Controller::open(function, Arc::clone(space))
-}
-
 impl Driver for Nvme {
     fn geometry(&self) -> &Geometry {
         &self.geometry
@@ -358,11 +348,8 @@ impl Driver for Nvme {
 
     fn handle_events(&mut self) -> anyhow::Result<()> {
         let result = self.process_events();
-        if self.wiring.is_line()
-            && let Some(controller) = &self.controller
-            && let Err(error) = controller.function().unmask_intx()
-        {
-            self.log.error(|| format!("{}: unmask INTx: {error}", self.name));
+        if let Some(controller) = &self.controller {
+            self.wiring.unmask(controller.function(), &mut self.log);
         }
         result.map_err(|kind| self.error(kind))
     }

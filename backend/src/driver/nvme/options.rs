@@ -16,6 +16,23 @@ pub struct NvmeOptions {
     pub read_only: bool,
     /// Which interrupts to use.
     pub interrupts: InterruptPolicy,
+    /// What not to use, because this drive does not do it well.
+    pub avoid: Vec<Avoid>,
+}
+
+/// What drives are known to do badly, although they report it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Avoid {
+    /// Write Zeroes: the guest writes zeroes instead.
+    WriteZeroes,
+    /// Dataset Management: the guest cannot discard.
+    Discard,
+    /// Scatter-gather lists: data that PRPs cannot describe is copied.
+    Sgl,
+    /// More than one interrupt vector: one I/O queue shares it with the admin queue.
+    Vectors,
+    /// Command identifiers of its own for each queue, and any above the size of a queue: one I/O queue.
+    Tags,
 }
 
 /// Which interrupts to use. If the function has none of them, its queues are polled.

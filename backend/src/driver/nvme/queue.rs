@@ -24,6 +24,7 @@ use super::spec::{
     CompletionEntry, DEALLOCATE, DEALLOCATE_ZEROED, DatasetRange, MAX_RANGES, SubmissionEntry, io_opcode,
 };
 use super::status::Status;
+pub use super::tags::Tags;
 use crate::addr::{Iova, Span};
 use crate::driver::{Blocks, Command, CommandId, Completion, Extent, Full, OverdueCommands, Queue};
 use crate::rate_limited_log::RateLimitedLog;
@@ -31,7 +32,7 @@ use crate::rate_limited_log::RateLimitedLog;
 /// Maximum entries of an I/O queue; fewer if the controller supports fewer.
 pub const MAX_DEPTH: u16 = 256;
 /// Low bits of a command identifier that are the slot index; the others count generations.
-const SLOT_BITS: u32 = 8;
+pub(super) const SLOT_BITS: u32 = 8;
 const SLOT_MASK: u16 = MAX_DEPTH - 1;
 const _: () = assert!(MAX_DEPTH == 1 << SLOT_BITS);
 
@@ -55,6 +56,8 @@ pub struct QueueSetup {
     pub sgl: Option<Granularity>,
     /// The completion queue's interrupt.
     pub interrupt: QueueInterrupt,
+    /// Whose the command identifiers are.
+    pub tags: Tags,
 }
 
 /// Memory that a queue of `depth` entries needs, bytes.
@@ -104,6 +107,9 @@ pub struct IoQueue {
     limits: Limits,
     sgl: Option<Granularity>,
     interrupt: QueueInterrupt,
+    /// Identifier of slot 0, and what is added to that of a slot for each command.
+    first_cid: u16,
+    generation: u16,
     warnings: RateLimitedLog,
     /// Ticks so far, wrapping.
     ticks: u32,
@@ -116,7 +122,8 @@ impl IoQueue {
     /// If the depth or the longest transfer is out of range, or the memory is too small.
     #[must_use]
     pub fn new(setup: QueueSetup) -> Self {
-        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, sgl, interrupt } = setup;
+        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, sgl, interrupt, tags } = setup;
+        let (first_cid, generation) = tags.numbering();
         assert!((2..=MAX_DEPTH).contains(&depth), "queue depth {depth}");
         assert!(limits.transfer <= prp::MAX_TRANSFER, "a transfer of {} bytes", limits.transfer);
         let slots = slots(depth);
@@ -129,7 +136,7 @@ impl IoQueue {
                 &doorbells,
             ),
             slots: (0..slots)
-                .map(|slot| Slot { cid: slot, busy: false, tag: 0, since_tick: 0, aborted: false })
+                .map(|slot| Slot { cid: first_cid + slot, busy: false, tag: 0, since_tick: 0, aborted: false })
                 .collect(),
             free: (0..slots).rev().collect(),
             lists: memory.slice(lists_at(depth), usize::from(slots) * PAGE_LEN),
@@ -139,6 +146,8 @@ impl IoQueue {
             limits,
             sgl,
             interrupt,
+            first_cid,
+            generation,
             warnings: RateLimitedLog::new(module_path!()),
             ticks: 0,
         }
@@ -248,14 +257,14 @@ impl IoQueue {
         if !self.submissions.set_head(entry.sq_head) {
             self.warn(|| format!("submission queue head {} is out of range", entry.sq_head));
         }
-        let index = entry.cid & SLOT_MASK;
+        let index = entry.cid.wrapping_sub(self.first_cid) & SLOT_MASK;
         let Some(slot) = self.slots.get_mut(usize::from(index)).filter(|slot| slot.busy && slot.cid == entry.cid)
         else {
             self.warn(|| format!("dropped a completion for command {:#x}, which is not in flight", entry.cid));
             return None;
         };
         slot.busy = false;
-        slot.cid = slot.cid.wrapping_add(1 << SLOT_BITS);
+        slot.cid = slot.cid.wrapping_add(self.generation);
         let tag = slot.tag;
         self.free.push(index);
         let status = Status::from_word(entry.status);

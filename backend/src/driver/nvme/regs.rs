@@ -7,7 +7,7 @@
 //! | `VS`   | 08h | 3.1.3.2 | | `ASQ`  | 28h | 3.1.3.9 |
 //! | `CC`   | 14h | 3.1.3.5 | | `ACQ`  | 30h | 3.1.3.10 |
 //! | `CSTS` | 1Ch | 3.1.3.6 | | `CRTO` | 68h | 3.1.3.21 |
-//! | `INTMS` | 0Ch | 3.1.3.3 | | | | |
+//! | `INTMS` | 0Ch | 3.1.3.3 | | `CMBMSC` | 50h | 3.1.3.14 |
 //!
 //! Doorbells start at 1000h (NVMe over PCIe Transport 1.0 §3.1.2).
 
@@ -22,6 +22,7 @@ pub(super) const CSTS: usize = 0x1c;
 pub(super) const AQA: usize = 0x24;
 pub(super) const ASQ: usize = 0x28;
 pub(super) const ACQ: usize = 0x30;
+pub(super) const CMBMSC: usize = 0x50;
 pub(super) const CRTO: usize = 0x68;
 pub(super) const DOORBELLS: usize = 0x1000;
 
@@ -73,6 +74,11 @@ impl Capabilities {
     /// CSS bit 7: the controller can work without any I/O command set; only if no other bit is set it always does.
     pub(super) fn administrative(self) -> bool {
         self.field(37, 8) == 1 << 7
+    }
+
+    /// CMBS: there is a controller memory buffer, and CMBMSC.
+    pub(super) fn memory_buffer(self) -> bool {
+        self.field(57, 1) == 1
     }
 
     /// MPSMIN: minimum memory page size, bytes.

@@ -159,7 +159,9 @@ pub(super) struct IdentifyController {
     pub(super) sn: [u8; 20],
     pub(super) mn: [u8; 40],
     pub(super) fr: [u8; 8],
-    pub(super) reserved_72: [u8; 5],
+    pub(super) reserved_72: [u8; 4],
+    /// Controller Multi-Path I/O and Namespace Sharing Capabilities.
+    pub(super) cmic: u8,
     pub(super) mdts: u8,
     pub(super) cntlid: u16,
     pub(super) ver: u32,
@@ -228,9 +230,21 @@ pub(super) struct IdentifyNamespace {
     pub(super) dlfeat: u8,
     pub(super) reserved_34: [u8; 2],
     pub(super) nawupf: u16,
-    pub(super) reserved_38: [u8; 26],
+    pub(super) reserved_38: [u8; 4],
+    /// NABO: the block at which the first atomic boundary is.
+    pub(super) nabo: u16,
+    pub(super) reserved_44: [u8; 2],
+    /// NOIOB: a command should not cross a multiple of this many blocks; 0: none.
+    pub(super) noiob: u16,
+    pub(super) reserved_48: [u8; 16],
     pub(super) npwg: u16,
-    pub(super) reserved_66: [u8; 33],
+    pub(super) npwa: u16,
+    pub(super) reserved_68: [u8; 4],
+    pub(super) nows: u16,
+    pub(super) reserved_74: [u8; 18],
+    /// ANA group identifier.
+    pub(super) anagrpid: u32,
+    pub(super) reserved_96: [u8; 3],
     pub(super) nsattr: u8,
     pub(super) reserved_100: [u8; 4],
     pub(super) nguid: [u8; 16],
@@ -247,6 +261,7 @@ const _: () = {
     assert!(offset_of!(CompletionEntry, sq_head) == 8);
 
     assert!(size_of::<IdentifyController>() == 4096);
+    assert!(offset_of!(IdentifyController, cmic) == 76);
     assert!(offset_of!(IdentifyController, mdts) == 77);
     assert!(offset_of!(IdentifyController, ver) == 80);
     assert!(offset_of!(IdentifyController, rtd3e) == 88);
@@ -269,7 +284,11 @@ const _: () = {
     assert!(offset_of!(IdentifyNamespace, dlfeat) == 33);
     assert!(offset_of!(IdentifyNamespace, flbas) == 26);
     assert!(offset_of!(IdentifyNamespace, nawupf) == 36);
+    assert!(offset_of!(IdentifyNamespace, nabo) == 42);
+    assert!(offset_of!(IdentifyNamespace, noiob) == 46);
     assert!(offset_of!(IdentifyNamespace, npwg) == 64);
+    assert!(offset_of!(IdentifyNamespace, nows) == 72);
+    assert!(offset_of!(IdentifyNamespace, anagrpid) == 92);
     assert!(offset_of!(IdentifyNamespace, nsattr) == 99);
     assert!(offset_of!(IdentifyNamespace, lbaf) == 128);
 };

@@ -8,3 +8,4 @@ mod interrupts;
 mod io;
 mod lifecycle;
 pub(super) mod rig;
+mod traits;

@@ -20,3 +20,4 @@ mod rig;
 mod round_trip;
 #[cfg(feature = "shuttle")]
 mod schedules;
+mod traits;

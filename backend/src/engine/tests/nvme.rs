@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::rig::*;
-use crate::driver::nvme::{InterruptPolicy, Nvme, NvmeOptions};
+use crate::driver::nvme::{Avoid, InterruptPolicy, Nvme, NvmeOptions};
 use crate::emulated::{Commands, Effect, Fault, Machine, Mode, Options, Status};
 use crate::engine::Engine;
 use crate::memory::{MemTable, Region};
@@ -35,7 +35,11 @@ impl Drive {
     }
 
     pub(super) fn with(options: Options, engine: crate::engine::Options, memory: u64) -> Self {
-        Self::build(options, engine, memory, |nvme, _| nvme)
+        Self::build(options, engine, (memory, Vec::new()), |nvme, _| nvme)
+    }
+
+    pub(super) fn avoiding(options: Options, engine: crate::engine::Options, avoid: Vec<Avoid>) -> Self {
+        Self::build(options, engine, (LEN, avoid), |nvme, _| nvme)
     }
 
     /// A drive that can be released to the host, and reacquired while `available`.
@@ -47,7 +51,7 @@ impl Drive {
         let drain_timeout = Duration::from_secs(20);
         let engine = crate::engine::Options { rings: 4, spin: Duration::ZERO, drain_timeout, watch };
         let available = Arc::clone(available);
-        Self::build(options, engine, LEN, |nvme, machine| {
+        Self::build(options, engine, (LEN, Vec::new()), |nvme, machine| {
             let function = machine.function();
             nvme.with_reacquire(Box::new(move || {
                 anyhow::ensure!(available.load(Ordering::Relaxed), "the host has it");
@@ -59,12 +63,13 @@ impl Drive {
     fn build(
         options: Options,
         engine: crate::engine::Options,
-        memory: u64,
+        (memory, avoid): (u64, Vec<Avoid>),
         finish: impl FnOnce(Nvme, &Machine) -> Nvme,
     ) -> Self {
         let queues = options.queues;
         let machine = Machine::new(options).unwrap();
-        let wanted = NvmeOptions { namespace: None, queues, read_only: false, interrupts: InterruptPolicy::Auto };
+        let wanted =
+            NvmeOptions { namespace: None, queues, read_only: false, interrupts: InterruptPolicy::Auto, avoid };
         let space = machine.staged_space();
         let nvme = finish(Nvme::bring_up(machine.function(), Arc::clone(&space), wanted).unwrap(), &machine);
         let engine = Engine::start(Box::new(nvme), &space, engine).unwrap();

@@ -57,6 +57,7 @@ impl QueueHarness {
             limits: Limits { block: 512, transfer: 1 << 20 },
             sgl: None,
             interrupt: QueueInterrupt::own(eventfd(0, EventfdFlags::CLOEXEC).unwrap(), None),
+            tags: Tags::Own,
         });
         Self { queue, registers, memory, depth, sq_head: 0, cq_tail: 0, phase: 1 }
     }

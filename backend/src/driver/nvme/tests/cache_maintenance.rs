@@ -10,7 +10,7 @@ use crate::addr::{Iova, Span};
 use crate::driver::nvme::Nvme;
 use crate::driver::nvme::prp::Limits;
 use crate::driver::nvme::queue::{
-    Doorbells, IoQueue, QueueInterrupt, QueueMemory, QueueSetup, completions_at, memory_needed,
+    Doorbells, IoQueue, QueueInterrupt, QueueMemory, QueueSetup, Tags, completions_at, memory_needed,
 };
 use crate::driver::nvme::sgl::Granularity;
 use crate::driver::{Blocks, Command, Driver, Outcome, Queue};
@@ -58,6 +58,7 @@ impl QueueHarness {
             limits: Limits { block: 512, transfer: 1 << 20 },
             sgl,
             interrupt: QueueInterrupt::own(eventfd(0, EventfdFlags::CLOEXEC).unwrap(), None),
+            tags: Tags::Own,
         });
         Self { machine, memory, queue, found, completed: 0 }
     }
