@@ -93,7 +93,8 @@ pub(super) fn namespace(controller: &Controller, page: &mut Page) {
     put(page, 48, &capacity.to_le_bytes()); // NVMCAP
     put(page, 120, &EUI64);
     let shift = controller.options.lba.trailing_zeros();
-    put(page, 128, &(shift << 16).to_le_bytes()); // LBAF0: LBADS
+    put(page, 128, &(shift << 16 | u32::from(traits.metadata)).to_le_bytes()); // LBAF0: LBADS, MS
+    page[27] = u8::from(traits.metadata != 0) << 1; // MC: metadata in a buffer of their own
 }
 
 /// CNS 02h: active namespace IDs greater than `after`.

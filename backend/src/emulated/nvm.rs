@@ -101,15 +101,35 @@ impl Controller {
         Ok(Extent { offset: first * lba, len: count * lba })
     }
 
-    /// The blocks of a transfer. They must not cross a multiple of NOIOB: a real controller would only be slow.
-    fn transfer_extent(&self, entry: &Entry) -> Result<Extent, Status> {
+    /// The blocks of a transfer, whose metadata are transferred first. They must not cross a multiple of NOIOB: a real controller would only be slow.
+    fn transfer_extent(&self, entry: &Entry, dma: &Dma<'_>) -> Result<Extent, Status> {
         let boundary = u64::from(self.options.traits.io_boundary);
         let extent = self.extent(entry)?;
         let (first, last) = (entry.u64(40), entry.u64(40) + u64::from(entry.cdw(12) & 0xffff));
         if boundary != 0 && first / boundary != last / boundary {
             return Err(Status::INVALID_FIELD);
         }
+        if self.options.traits.metadata != 0 {
+            self.metadata(entry, last - first + 1, dma)?;
+        }
         Ok(extent)
+    }
+
+    /// Transfers the metadata of `blocks` blocks to or from the buffer at the command's metadata pointer.
+    #[cold]
+    fn metadata(&self, entry: &Entry, blocks: u64, dma: &Dma<'_>) -> Result<(), Status> {
+        let len = usize::try_from(blocks * u64::from(self.options.traits.metadata)).expect("at most 8 MiB");
+        let (at, mut hint) = (Iova(entry.u64(16)), 0);
+        if !at.0.is_multiple_of(4) {
+            return Err(Status::INVALID_FIELD);
+        }
+        let mut bytes = vec![0xff; len];
+        if entry.opcode() == nvm::READ {
+            dma.write(at, &bytes, &mut hint)?;
+            return Ok(());
+        }
+        dma.read(at, &mut bytes, &mut hint)?;
+        if bytes.iter().all(|&byte| byte == 0) { Ok(()) } else { Err(Status::WRITE_FAULT) }
     }
 
     fn check_namespace(&self, entry: &Entry) -> Result<(), Status> {
@@ -123,7 +143,7 @@ impl Controller {
     }
 
     fn read(&self, entry: &Entry, hints: &mut Hints, dma: &Dma<'_>) -> Result<u64, Status> {
-        let Extent { mut offset, len } = self.transfer_extent(entry)?;
+        let Extent { mut offset, len } = self.transfer_extent(entry, dma)?;
         self.check_size(len)?;
         let Hints { list, data } = hints;
         self.walk(entry, len, dma, list, |span| {
@@ -137,7 +157,7 @@ impl Controller {
     }
 
     fn write(&self, entry: &Entry, hints: &mut Hints, dma: &Dma<'_>) -> Result<u64, Status> {
-        let Extent { mut offset, len } = self.transfer_extent(entry)?;
+        let Extent { mut offset, len } = self.transfer_extent(entry, dma)?;
         self.check_size(len)?;
         let Hints { list, data } = hints;
         self.walk(entry, len, dma, list, |span| {

@@ -44,6 +44,8 @@ pub enum Support {
 /// Limits, preferences and misbehaviours. Zero: no limit, not reported.
 #[derive(Clone, Debug, Default)]
 pub struct Traits {
+    /// Metadata bytes of each block, in a buffer of their own. They are not stored: ones are read, zeroes must be written.
+    pub metadata: u16,
     /// NOIOB: a command should not cross a multiple of this many blocks. This controller refuses one that does.
     pub io_boundary: u16,
     /// NPWG: preferred write granularity, blocks.
@@ -79,13 +81,14 @@ pub struct Traits {
 }
 
 /// The names that [`Traits::set`] accepts.
-pub(super) const NAMES: &str = "noiob, npwg, npwa, nows, nawupf, nabo, wzsl, dmrl, dmrsl, dmsl, write-zeroes, deallocate, cmb, ana, \
+pub(super) const NAMES: &str = "metadata, noiob, npwg, npwa, nows, nawupf, nabo, wzsl, dmrl, dmrsl, dmsl, write-zeroes, deallocate, cmb, ana, \
                                 ready-delay, shared-tags";
 
 impl Traits {
     /// Sets the trait `name`. False if there is none of that name.
     pub(super) fn set(&mut self, name: &str, value: &str) -> Result<bool, EmulatedError> {
         match name {
+            "metadata" => self.metadata = number("metadata", value)?,
             "noiob" => self.io_boundary = number("noiob", value)?,
             "npwg" => self.write_granularity = number("npwg", value)?,
             "npwa" => self.write_alignment = number("npwa", value)?,
@@ -160,10 +163,11 @@ mod tests {
 
     #[test]
     fn each_name_sets_its_trait() {
-        let line = "noiob=1,npwg=2,npwa=3,nows=4,nawupf=5,nabo=6,wzsl=7,dmrl=8,dmrsl=9,dmsl=10,write-zeroes=broken,\
+        let line = "metadata=8,noiob=1,npwg=2,npwa=3,nows=4,nawupf=5,nabo=6,wzsl=7,dmrl=8,dmrsl=9,dmsl=10,write-zeroes=broken,\
                     deallocate=off,cmb=on,ana=change,ready-delay=2ms,shared-tags=on";
         let options: Options = line.parse().unwrap();
         let t = options.traits;
+        assert_eq!(t.metadata, 8);
         assert_eq!([t.io_boundary, t.write_granularity, t.write_alignment, t.write_size], [1, 2, 3, 4]);
         assert_eq!((t.atomic_blocks, t.atomic_offset, t.zeroes_limit, t.discard_ranges), (5, 6, 7, 8));
         assert_eq!((t.discard_range_blocks, t.discard_blocks), (9, 10));

@@ -18,7 +18,7 @@ use super::options::{Avoid, NvmeOptions};
 use super::path;
 use super::prp::Limits;
 use super::queue::{IoQueue, MAX_DEPTH, QueueSetup, Tags, completions_at, memory_needed};
-use super::regs::Version;
+use super::regs::{PAGE_LEN, Version};
 use super::sgl::Granularity;
 use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, cns};
 use crate::addr::Bytes;
@@ -75,6 +75,7 @@ pub(super) fn bring_up(
                 id,
                 depth,
                 namespace: namespace.id,
+                metadata: namespace.metadata,
                 limits,
                 sgl: identity.sgl,
                 vector: wiring.vector(id),
@@ -278,6 +279,7 @@ struct QueueParameters {
     id: u16,
     depth: u16,
     namespace: u32,
+    metadata: u16,
     limits: Limits,
     sgl: Option<Granularity>,
     vector: Option<u16>,
@@ -290,7 +292,7 @@ fn create_queue(
     admin: &mut AdminQueue,
     wanted: QueueParameters,
 ) -> Result<IoQueue, NvmeErrorKind> {
-    let QueueParameters { id, depth, namespace, limits, sgl, vector, interrupt, tags } = wanted;
+    let QueueParameters { id, depth, namespace, metadata, limits, sgl, vector, interrupt, tags } = wanted;
     let memory = controller.memory("an I/O queue", memory_needed(depth))?;
     let completions = memory.iova.0 + completions_at(depth) as u64;
     admin.execute(
@@ -300,7 +302,7 @@ fn create_queue(
     )?;
     admin.execute(controller, AdminCommand::create_submission_queue(id, depth, memory.iova.0), BRING_UP_TIMEOUT)?;
     let name = format!("{} queue {id}", controller.function().name());
-    Ok(IoQueue::new(QueueSetup {
+    let queue = IoQueue::new(QueueSetup {
         name,
         id,
         depth,
@@ -311,5 +313,10 @@ fn create_queue(
         sgl,
         interrupt,
         tags,
-    }))
+    });
+    if metadata == 0 {
+        return Ok(queue);
+    }
+    let bytes = usize::try_from(limits.transfer / limits.block * u32::from(metadata)).expect("at most 512 KiB");
+    Ok(queue.with_metadata(&controller.memory("metadata", 2 * bytes.next_multiple_of(PAGE_LEN))?))
 }

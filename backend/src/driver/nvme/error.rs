@@ -143,7 +143,7 @@ pub enum NvmeErrorKind {
     },
     /// The logical block format of the namespace is not supported.
     #[error(
-        "namespace {namespace} has blocks of {data} data and {metadata} metadata bytes; 512 or 4096 without metadata can be served (nvme format --lbaf=…)"
+        "namespace {namespace} has blocks of {data} data and {metadata} metadata bytes; 512 or 4096 can be served, with metadata only in a buffer of their own and without protection information (nvme format --lbaf=… --ms=0 --pi=0)"
     )]
     BlockFormat {
         /// Namespace identifier.

@@ -14,6 +14,8 @@ use crate::driver::{DiscardLimits, ZeroesLimits};
 
 /// The longest transfer that this driver uses with a controller without a limit, bytes.
 const UNLIMITED_TRANSFER: u32 = 1 << 20;
+/// Most metadata bytes per block that are served; formats with more are not known.
+const MOST_METADATA: u16 = 128;
 /// Lower and upper bound of the shutdown time-out, whatever RTD3E says. Writing back a large cache takes seconds; a drive
 /// that takes more than a minute will not finish.
 const SHUTDOWN_TIMEOUTS: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
@@ -162,6 +164,8 @@ pub(super) struct Namespace {
     pub(super) blocks: u64,
     /// Bytes of a logical block.
     pub(super) block_size: u32,
+    /// Metadata of a block, in a buffer of their own and without protection information, bytes.
+    pub(super) metadata: u16,
     /// Preferred write granularity, bytes.
     pub(super) physical_block_size: u32,
     /// NABO in bytes, if it is less than a physical block.
@@ -196,7 +200,9 @@ impl Namespace {
             shift @ 0..=31 => return refuse((1_u32 << shift).to_string()),
             shift => return refuse(format!("2^{shift}")),
         };
-        if format.metadata != 0 {
+        // FLBAS bit 4: metadata follow each block's data. DPS bits 2:0: type of protection information.
+        let plain = data.flbas & 1 << 4 == 0 && data.dps & 0b111 == 0 && format.metadata <= MOST_METADATA;
+        if format.metadata != 0 && !plain {
             return refuse(block_size.to_string());
         }
         if data.nsze.checked_mul(block_size.into()).is_none() {
@@ -215,6 +221,7 @@ impl Namespace {
             identifiers: (data.nguid, data.eui64),
             blocks: data.nsze,
             block_size,
+            metadata: format.metadata,
             physical_block_size,
             alignment_offset: alignment_offset(data, physical_block_size, block_size),
             optimal_size: if reports_preferences(data) { (u32::from(data.nows) + 1) * block_size } else { 0 },
@@ -229,7 +236,11 @@ impl Namespace {
         if self.identifiers != before.identifiers {
             return Some(format!("namespace {} is another one (NGUID, EUI64)", self.id));
         }
-        let (now, before) = (self.block_size, before.block_size);
+        let text = |namespace: &Self| match namespace.metadata {
+            0 => namespace.block_size.to_string(),
+            metadata => format!("{} and {metadata} metadata bytes", namespace.block_size),
+        };
+        let (now, before) = (text(self), text(before));
         (now != before).then(|| format!("namespace {} has blocks of {now} instead of {before}", self.id))
     }
 }

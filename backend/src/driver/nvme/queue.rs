@@ -107,6 +107,8 @@ pub struct IoQueue {
     limits: Limits,
     sgl: Option<Granularity>,
     interrupt: QueueInterrupt,
+    /// Device addresses to which metadata are read and from which they are written; 0 without metadata.
+    metadata: [Iova; 2],
     /// Identifier of slot 0, and what is added to that of a slot for each command.
     first_cid: u16,
     generation: u16,
@@ -146,11 +148,20 @@ impl IoQueue {
             limits,
             sgl,
             interrupt,
+            metadata: [Iova(0); 2],
             first_cid,
             generation,
             warnings: RateLimitedLog::new(module_path!()),
             ticks: 0,
         }
+    }
+
+    /// Reads metadata to `memory`, where nobody looks at them, and writes zeroes from its second half. Each half has room for
+    /// the metadata of the longest transfer.
+    #[must_use]
+    pub fn with_metadata(self, memory: &QueueMemory) -> Self {
+        let half = memory.memory.len() as u64 / 2;
+        Self { metadata: [memory.iova, Iova(memory.iova.0 + half)], ..self }
     }
 
     #[cold]
@@ -160,30 +171,16 @@ impl IoQueue {
         self.warnings.warn(|| format!("{name}: {}", what()));
     }
 
-    /// A Read or Write command (NVM Command Set 1.0 §3.2.4, §3.2.6), without its data pointer.
+    /// A Read or Write command (NVM Command Set 1.0 §3.2.4, §3.2.6), without its data pointer; `metadata` is its metadata pointer.
     ///
     /// The length must match the buffers: the device would access memory beyond them otherwise.
     #[inline]
-    fn transfer(&self, opcode: u8, block: u64, count: u32, bytes: u32) -> SubmissionEntry {
+    fn transfer(&self, opcode: u8, metadata: Iova, block: u64, count: u32, bytes: u32) -> SubmissionEntry {
         assert!(
             bytes != 0 && u64::from(bytes) == u64::from(count) * u64::from(self.limits.block),
             "a command of {count} blocks with {bytes} bytes of buffer"
         );
-        Self::range(opcode, block, count)
-    }
-
-    /// A command on a block range (the number of blocks is 0's based).
-    #[inline]
-    fn range(opcode: u8, block: u64, count: u32) -> SubmissionEntry {
-        let blocks = u16::try_from(count - 1).expect("commands have at most 65536 blocks");
-        let (low, high) = (block & 0xffff_ffff, block >> 32);
-        SubmissionEntry {
-            opcode,
-            cdw10: u32::try_from(low).expect("masked"),
-            cdw11: u32::try_from(high).expect("shifted"),
-            cdw12: u32::from(blocks),
-            ..SubmissionEntry::default()
-        }
+        SubmissionEntry { mptr: metadata.0, ..SubmissionEntry::on_blocks(opcode, block, count) }
     }
 
     /// Offset and device address of the list page of `slot`.
@@ -297,10 +294,10 @@ impl Queue for IoQueue {
     ) -> Result<(), Full> {
         let index = self.free_slot()?;
         let mut entry = match command {
-            Command::Read { block, count } => self.transfer(io_opcode::READ, block, count, bytes),
-            Command::Write { block, count } => self.transfer(io_opcode::WRITE, block, count, bytes),
+            Command::Read { block, count } => self.transfer(io_opcode::READ, self.metadata[0], block, count, bytes),
+            Command::Write { block, count } => self.transfer(io_opcode::WRITE, self.metadata[1], block, count, bytes),
             Command::WriteZeroes { block, count, deallocate } => {
-                let mut entry = Self::range(io_opcode::WRITE_ZEROES, block, count);
+                let mut entry = SubmissionEntry::on_blocks(io_opcode::WRITE_ZEROES, block, count);
                 entry.cdw12 |= if deallocate { DEALLOCATE_ZEROED } else { 0 };
                 entry
             }

@@ -105,6 +105,20 @@ pub(super) struct SubmissionEntry {
 }
 
 impl SubmissionEntry {
+    /// A command on a block range (the number of blocks is 0's based).
+    #[inline]
+    pub(super) fn on_blocks(opcode: u8, block: u64, count: u32) -> Self {
+        let blocks = u16::try_from(count - 1).expect("commands have at most 65536 blocks");
+        let (low, high) = (block & 0xffff_ffff, block >> 32);
+        Self {
+            opcode,
+            cdw10: u32::try_from(low).expect("masked"),
+            cdw11: u32::try_from(high).expect("shifted"),
+            cdw12: u32::from(blocks),
+            ..Self::default()
+        }
+    }
+
     /// The entry as the words that the controller fetches. Built from the fields, not read back from the struct in memory:
     /// loading words after narrower stores stalls the CPU (failed store forwarding).
     #[inline]
@@ -226,7 +240,10 @@ pub(super) struct IdentifyNamespace {
     pub(super) nsfeat: u8,
     pub(super) nlbaf: u8,
     pub(super) flbas: u8,
-    pub(super) reserved_27: [u8; 6],
+    pub(super) reserved_27: [u8; 2],
+    /// End-to-end data protection type: 0 is none.
+    pub(super) dps: u8,
+    pub(super) reserved_30: [u8; 3],
     pub(super) dlfeat: u8,
     pub(super) reserved_34: [u8; 2],
     pub(super) nawupf: u16,
@@ -283,6 +300,7 @@ const _: () = {
     assert!(offset_of!(IdentifyNamespace, nguid) == 104);
     assert!(offset_of!(IdentifyNamespace, dlfeat) == 33);
     assert!(offset_of!(IdentifyNamespace, flbas) == 26);
+    assert!(offset_of!(IdentifyNamespace, dps) == 29);
     assert!(offset_of!(IdentifyNamespace, nawupf) == 36);
     assert!(offset_of!(IdentifyNamespace, nabo) == 42);
     assert!(offset_of!(IdentifyNamespace, noiob) == 46);

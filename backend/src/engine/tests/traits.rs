@@ -183,3 +183,21 @@ fn the_smallest_queue_serves_one_command_at_a_time() {
 
     assert_eq!(drive.engine.statistics().errors, 0);
 }
+
+#[test]
+fn a_namespace_with_metadata_is_served_without_them() {
+    for (metadata, lba, sgl) in [(8, 512, false), (64, 4096, true)] {
+        let traits = Traits { metadata, ..Traits::default() };
+        let drive = drive(traits, Options { lba, sgl, mdts: 0, ..Options::default() });
+        let mut driver = drive.driver(0, RingOptions::default());
+
+        soak(&mut driver, lba.into(), 40);
+        // The longest transfer: its metadata fill their buffers.
+        let data = vec![3; 1 << 20];
+        assert_eq!(write(&mut driver, 0, &data), 0);
+        assert_eq!(read(&mut driver, 0, data.len()), (0, data));
+
+        assert_eq!(drive.engine.statistics().errors, 0);
+        assert_eq!(drive.machine.iommu().faults().len(), 0);
+    }
+}
