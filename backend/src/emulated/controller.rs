@@ -11,7 +11,7 @@
 //! Commands run only in Ready and with bus master on. Lock order: registers, submission queue, completion queue, IOMMU, admin
 //! state. To stop the controller, a thread clears `ready` and then takes each queue's lock once. No DMA is running afterwards.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Mutex, OnceLock};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -111,7 +111,13 @@ impl Controller {
     }
 
     /// Fails an I/O command whose path cannot be used (NVMe 2.0 §8.1.3).
+    #[inline]
     pub(super) fn check_path(&self) -> Result<(), Status> {
+        if self.ana.load(Relaxed) == 0 { Ok(()) } else { self.check_reported_path() }
+    }
+
+    #[cold]
+    fn check_reported_path(&self) -> Result<(), Status> {
         match self.ana() {
             None | Some(AnaState::Optimized | AnaState::NonOptimized) => Ok(()),
             Some(AnaState::PersistentLoss) => Err(Status::new(3, 1)),

@@ -24,6 +24,8 @@ pub(super) struct Interrupts {
     routed: RwLock<Routed>,
     /// For each vector, whether the driver waits for it.
     wanted: Box<[Arc<AtomicBool>]>,
+    /// The line is routed.
+    line: AtomicBool,
     /// The line is masked, by VFIO or its user.
     line_masked: AtomicBool,
     /// INTMS and INTMC (NVMe 2.0 §3.1.3.3, §3.1.3.4).
@@ -38,6 +40,7 @@ impl Interrupts {
         Self {
             routed: RwLock::default(),
             wanted: (0..vectors).map(|_| Arc::new(AtomicBool::new(true))).collect(),
+            line: AtomicBool::new(false),
             line_masked: AtomicBool::new(false),
             mask: AtomicU32::new(0),
             count: AtomicU32::new(0),
@@ -101,6 +104,7 @@ impl Controller {
         }
         let owned: Result<Vec<_>, _> = events.iter().map(|event| event.try_clone_to_owned().map(Some)).collect();
         *self.interrupts.write() = ((!events.is_empty()).then_some(kind), owned?);
+        self.interrupts.line.store(kind == InterruptKind::Intx && !events.is_empty(), SeqCst);
         self.unmask_line();
         Ok(())
     }
@@ -127,6 +131,7 @@ impl Controller {
             return Err(rustix::io::Errno::INVAL.into());
         }
         routed.0 = Some(kind);
+        self.interrupts.line.store(kind == InterruptKind::Intx, SeqCst);
         let end = start + owned.len();
         let len = routed.1.len().max(end);
         routed.1.resize_with(len, || None);
@@ -141,6 +146,7 @@ impl Controller {
     /// Turns interrupts off.
     pub(super) fn unroute(&self) {
         *self.interrupts.write() = Routed::default();
+        self.interrupts.line.store(false, SeqCst);
     }
 
     /// Signals `vector` after a completion.
@@ -149,10 +155,9 @@ impl Controller {
             return;
         }
         let interrupts = &self.interrupts;
-        let routed = interrupts.routed.read().unwrap_or_else(PoisonError::into_inner);
-        if routed.0 == Some(InterruptKind::Intx) {
+        if interrupts.line.load(SeqCst) {
             if interrupts.mask() & 1 == 0 && !interrupts.line_masked.swap(true, SeqCst) {
-                self.signal_vector(&routed, 0);
+                self.signal_vector(0);
             }
             return;
         }
@@ -165,10 +170,11 @@ impl Controller {
         if interrupts.wanted.get(usize::from(vector)).is_some_and(|wanted| !wanted.load(SeqCst)) {
             return;
         }
-        self.signal_vector(&routed, vector);
+        self.signal_vector(vector);
     }
 
-    fn signal_vector(&self, routed: &Routed, vector: u16) {
+    fn signal_vector(&self, vector: u16) {
+        let routed = self.interrupts.routed.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(Some(event)) = routed.1.get(usize::from(vector)) {
             self.interrupts.count.fetch_add(1, SeqCst);
             signal(event);
@@ -203,8 +209,6 @@ impl Controller {
             let cq = cq.as_mut().filter(|cq| cq.vector.is_some());
             cq.is_some_and(|cq| cq.set_head(slot.head.load(SeqCst)).is_ok() && !cq.is_empty())
         };
-        self.interrupts.mask() & 1 == 0
-            && self.interrupts.routed.read().unwrap_or_else(PoisonError::into_inner).0 == Some(InterruptKind::Intx)
-            && self.cqs.iter().any(unseen)
+        self.interrupts.line.load(SeqCst) && self.interrupts.mask() & 1 == 0 && self.cqs.iter().any(unseen)
     }
 }

@@ -101,22 +101,29 @@ impl Controller {
         Ok(Extent { offset: first * lba, len: count * lba })
     }
 
-    /// The blocks of a transfer, whose metadata are transferred first. They must not cross a multiple of NOIOB: a real controller would only be slow.
+    /// The blocks of a transfer.
+    #[inline]
     fn transfer_extent(&self, entry: &Entry, dma: &Dma<'_>) -> Result<Extent, Status> {
-        let boundary = u64::from(self.options.traits.io_boundary);
         let extent = self.extent(entry)?;
-        let (first, last) = (entry.u64(40), entry.u64(40) + u64::from(entry.cdw(12) & 0xffff));
-        if boundary != 0 && first / boundary != last / boundary {
-            return Err(Status::INVALID_FIELD);
-        }
-        if self.options.traits.metadata != 0 {
-            self.metadata(entry, last - first + 1, dma)?;
+        let Traits { io_boundary, metadata, .. } = self.options.traits;
+        if io_boundary != 0 || metadata != 0 {
+            self.check_transfer(entry, dma)?;
         }
         Ok(extent)
     }
 
-    /// Transfers the metadata of `blocks` blocks to or from the buffer at the command's metadata pointer.
+    /// Transfers the metadata, and fails a command that crosses a multiple of NOIOB: a real controller would only be slow.
     #[cold]
+    fn check_transfer(&self, entry: &Entry, dma: &Dma<'_>) -> Result<(), Status> {
+        let Traits { io_boundary, metadata, .. } = self.options.traits;
+        let (first, last) = (entry.u64(40), entry.u64(40) + u64::from(entry.cdw(12) & 0xffff));
+        if io_boundary != 0 && first / u64::from(io_boundary) != last / u64::from(io_boundary) {
+            return Err(Status::INVALID_FIELD);
+        }
+        if metadata == 0 { Ok(()) } else { self.metadata(entry, last - first + 1, dma) }
+    }
+
+    /// Transfers the metadata of `blocks` blocks to or from the buffer at the command's metadata pointer.
     fn metadata(&self, entry: &Entry, blocks: u64, dma: &Dma<'_>) -> Result<(), Status> {
         let len = usize::try_from(blocks * u64::from(self.options.traits.metadata)).expect("at most 8 MiB");
         let (at, mut hint) = (Iova(entry.u64(16)), 0);
