@@ -81,8 +81,8 @@ pub struct Traits {
 }
 
 /// The names that [`Traits::set`] accepts.
-pub(super) const NAMES: &str = "metadata, noiob, npwg, npwa, nows, nawupf, nabo, wzsl, dmrl, dmrsl, dmsl, write-zeroes, deallocate, cmb, ana, \
-                                ready-delay, shared-tags";
+pub(super) const NAMES: &str = "metadata, noiob, npwg, npwa, nows, nawupf, nabo, wzsl, dmrl, dmrsl, dmsl, write-zeroes, \
+                                deallocate, cmb, ana, ready-delay, shared-tags";
 
 impl Traits {
     /// Sets the trait `name`. False if there is none of that name.

@@ -261,8 +261,9 @@ fn alignment_offset(data: &IdentifyNamespace, physical_block: u32, block_size: u
     if offset < physical_block { offset } else { 0 }
 }
 
-/// Preferred write granularity, bytes: NPWG or NPWA, whichever is coarser, if reported (NSFEAT bit 4), but at most the atomic write unit at power failure
-/// (NAWUPF if reported in NSFEAT bit 1, else AWUPF), because guests assume that a physical block is written atomically.
+/// Preferred write granularity, bytes: NPWG or NPWA, whichever is coarser, if reported (NSFEAT bit 4). But at most the atomic
+/// write unit at power failure (NAWUPF if reported in NSFEAT bit 1, else AWUPF), because guests assume that a physical block
+/// is written atomically.
 fn physical_block(data: &IdentifyNamespace, identity: &Identity, block_size: u32) -> u32 {
     // A write should be a multiple of NPWG and start at a multiple of NPWA. A guest knows only one number.
     let preferred = if reports_preferences(data) { u32::from(data.npwg.max(data.npwa)) + 1 } else { 1 };

@@ -247,7 +247,8 @@ impl CompletionWatch {
     pub(super) fn has_completion(&self) -> bool {
         let position = self.position.load(Ordering::Acquire);
         let at = usize::try_from(position >> 1).expect("a ring index");
-        self.memory.flush(at * size_of::<CompletionEntry>(), size_of::<CompletionEntry>());
+        let bytes = size_of::<CompletionEntry>();
+        self.memory.flush(at * bytes, bytes);
         let entry = CompletionEntry::from_words(self.entries.read_acquire(at));
         entry.status & 1 == u16::from(position & 1 == 1)
     }

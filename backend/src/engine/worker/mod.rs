@@ -40,9 +40,6 @@ const DEVICE: u64 = u64::MAX;
 /// Poller token of the command queue.
 const COMMANDS: u64 = u64::MAX - 1;
 
-/// Longest sleep while commands are in flight. It bounds the delay if an interrupt is lost; the completion entry is not lost.
-const LONGEST_SLEEP: Duration = Duration::from_millis(500);
-
 /// Passes between two reads of the clock, which cost as much as a few idle passes.
 const BUSY_PASSES_PER_CLOCK_READ: u32 = 256;
 const IDLE_PASSES_PER_CLOCK_READ: u32 = 8;
@@ -203,9 +200,7 @@ impl Worker {
     fn wait(&mut self) {
         let Self { poller, path, device, event_stale, clock, poll_timer, .. } = self;
         let longest = match device {
-            Device::Live(queue) if queue.in_flight() == 0 => None,
-            Device::Live(queue) if queue.is_polled() => Some(poll_timer.interval()),
-            Device::Live(_) => Some(LONGEST_SLEEP.min(clock.tick())),
+            Device::Live(queue) => poll_timer.longest_sleep(&**queue, clock.tick()),
             Device::Resetting | Device::Failed => None,
         };
         let mut unreadable = Vec::new();

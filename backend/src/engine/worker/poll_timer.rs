@@ -1,14 +1,20 @@
-//! How long a worker sleeps between two looks at a device that has no interrupt, while commands are in flight.
+//! How long a worker sleeps while commands are in flight: for most of a second if the device interrupts, else until the
+//! next look.
 //!
-//! The interval follows the load: a look that finds a completion halves it, one that finds none doubles it. So it settles near
-//! the time that the device takes for a command, and a slow command costs few looks.
+//! The interval between looks follows the load: a look that finds a completion halves it, one that finds none doubles it. So
+//! it settles near the time that the device takes for a command, and a slow command costs few looks.
 
 use std::time::Duration;
+
+use crate::driver::Queue;
 
 /// About what a wake-up costs; a shorter sleep saves nothing.
 const SHORTEST: Duration = Duration::from_micros(20);
 /// Bounds the delay of a completion, and the looks at a device that hangs to 1000 a second.
 const LONGEST: Duration = Duration::from_millis(1);
+
+/// Longest sleep while commands are in flight. It bounds the delay if an interrupt is lost; the completion entry is not lost.
+const LONGEST_SLEEP: Duration = Duration::from_millis(500);
 
 /// See the top of this file.
 pub(super) struct PollTimer {
@@ -22,9 +28,14 @@ impl Default for PollTimer {
 }
 
 impl PollTimer {
-    /// How long to sleep next.
-    pub(super) fn interval(&self) -> Duration {
-        self.interval
+    /// How long a worker may wait for notifications; `None`: until one comes. `tick` is the time between two checks of
+    /// commands in flight.
+    pub(super) fn longest_sleep(&self, queue: &dyn Queue, tick: Duration) -> Option<Duration> {
+        match (queue.in_flight(), queue.is_polled()) {
+            (0, _) => None,
+            (_, true) => Some(self.interval.min(tick)),
+            (_, false) => Some(LONGEST_SLEEP.min(tick)),
+        }
     }
 
     /// `completed`: commands have completed since the last sleep.
@@ -45,7 +56,7 @@ mod tests {
         for _ in 0..100 {
             let mut slept = Duration::ZERO;
             while slept < duration {
-                slept += timer.interval();
+                slept += timer.interval;
                 timer.adjust(slept >= duration);
                 looks += 1;
             }
@@ -68,8 +79,8 @@ mod tests {
     fn a_device_that_hangs_is_looked_at_once_per_millisecond() {
         let mut timer = PollTimer::default();
         (0..20).for_each(|_| timer.adjust(false));
-        assert_eq!(timer.interval(), LONGEST);
+        assert_eq!(timer.interval, LONGEST);
         (0..20).for_each(|_| timer.adjust(true));
-        assert_eq!(timer.interval(), SHORTEST);
+        assert_eq!(timer.interval, SHORTEST);
     }
 }

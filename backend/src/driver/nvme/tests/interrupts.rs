@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::rig::{Rig, nvme_options, small, span};
 use crate::driver::nvme::{InterruptPolicy, Nvme, NvmeOptions};
 use crate::driver::{Command, Driver, Queue};
-use crate::emulated::Options;
+use crate::emulated::{Machine, Options};
 use crate::eventfd::drain;
 use crate::hardware::{Function, InterruptKind};
 use crate::sys::Poller;
@@ -221,4 +221,20 @@ fn interrupts_are_turned_off_when_the_controller_stops_and_on_again_when_it_reco
         assert_eq!(rig.function.faults.resets.load(SeqCst), 0);
         rig.assert_stopped();
     }
+}
+
+#[test]
+fn an_event_of_a_controller_that_bypasses_the_caches_is_noticed_too() {
+    let machine = Machine::new(Options { no_snoop: true, snoop_enforced: false, ..with(1, 0, false) }).unwrap();
+    let mut nvme = Nvme::bring_up(machine.function(), machine.staged_space(), nvme_options(1)).unwrap();
+    let queues = nvme.take_queues();
+    // A look at the ring before the event, so that its line is in the cache.
+    queues[0].set_interrupt_wanted(true);
+    assert!(!signalled(nvme.event_fd().unwrap()));
+    machine.resize(4 << 20).unwrap();
+
+    queues[0].set_interrupt_wanted(true);
+
+    assert!(signalled(nvme.event_fd().unwrap()));
+    drop(queues);
 }
