@@ -12,8 +12,10 @@ use clap::{Parser, Subcommand, ValueEnum};
 use rustix::net::SocketAddrUnix;
 
 use crate::coherency::Policy;
+use crate::driver::nvme::{Avoid, InterruptPolicy};
 use crate::engine::WatchdogOptions;
 use crate::handover::Terms;
+use crate::hardware::InterruptKind;
 use crate::passthrough::BarAccess;
 use crate::vfio::{InterfaceChoice, NotAnAddress, PciAddress};
 
@@ -56,6 +58,12 @@ pub struct Config {
     /// Refuse all writes of the guest
     #[arg(long)]
     pub read_only: bool,
+    /// How the drive tells of finished commands; without such interrupts it is polled while commands are in flight
+    #[arg(long, value_name = "KIND", value_enum, default_value_t)]
+    pub interrupts: Interrupts,
+    /// What not to use, because this drive does it badly; several are separated by commas
+    #[arg(long, value_name = "WHAT", value_enum, value_delimiter = ',')]
+    pub avoid: Vec<Avoided>,
     /// What to do about a device that can bypass the CPU caches
     #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
     pub no_snoop: NoSnoopPolicy,
@@ -203,6 +211,61 @@ impl From<Iommu> for InterfaceChoice {
     }
 }
 
+/// `--interrupts`: how the drive tells of finished commands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Interrupts {
+    /// By the best that it has: MSI-X, MSI, INTx
+    #[default]
+    Auto,
+    /// By MSI-X
+    Msix,
+    /// By MSI
+    Msi,
+    /// By INTx
+    Intx,
+    /// Not at all
+    Poll,
+}
+
+impl From<Interrupts> for InterruptPolicy {
+    fn from(interrupts: Interrupts) -> Self {
+        match interrupts {
+            Interrupts::Auto => Self::Auto,
+            Interrupts::Msix => Self::Only(InterruptKind::MsiX),
+            Interrupts::Msi => Self::Only(InterruptKind::Msi),
+            Interrupts::Intx => Self::Only(InterruptKind::Intx),
+            Interrupts::Poll => Self::Poll,
+        }
+    }
+}
+
+/// `--avoid`: what a drive does badly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Avoided {
+    /// Write Zeroes
+    WriteZeroes,
+    /// Discard
+    Discard,
+    /// Scatter-gather lists
+    Sgl,
+    /// More than one interrupt vector
+    Vectors,
+    /// Command identifiers that two queues use, or that are above the size of a queue
+    Tags,
+}
+
+impl From<Avoided> for Avoid {
+    fn from(what: Avoided) -> Self {
+        match what {
+            Avoided::WriteZeroes => Self::WriteZeroes,
+            Avoided::Discard => Self::Discard,
+            Avoided::Sgl => Self::Sgl,
+            Avoided::Vectors => Self::Vectors,
+            Avoided::Tags => Self::Tags,
+        }
+    }
+}
+
 /// `--no-snoop`: what to do about a device that can bypass the CPU caches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum NoSnoopPolicy {
@@ -234,6 +297,8 @@ Without --socket-path and --fd, a socket passed by systemd (LISTEN_FDS) is used.
 --device emulated needs no hardware and no privilege: a disk of 1 GiB in memory. Options:
   size=4G  file=PATH,create=on  lba=512|4096  queues=N  medium=memory|null  latency=80us  wcache=on|off
   mdts=N  sgl=on|off  serial=TEXT  mode=threaded|inline  no-snoop=never|controllable  snoop-enforced=on|off
+  vectors=N (MSI-X)  msi=N  intx=on|off  command-set=N
+  and limits and misbehaviours, see backend/src/emulated/traits.rs
   faults=FILE (faults to inject, see backend/src/emulated/faults.toml)
 
 QEMU:

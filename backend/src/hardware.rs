@@ -30,6 +30,28 @@ pub trait Registers: Send + Sync {
     fn write64(&self, offset: usize, value: u64);
 }
 
+/// How a PCI function interrupts. One kind is on at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InterruptKind {
+    /// Messages, each vector with an address and data of its own (PCIe 5.0 §6.1.4.2).
+    MsiX,
+    /// Messages, at most 32 vectors (PCIe 5.0 §6.1.4.1).
+    Msi,
+    /// The line INTA# (PCIe 5.0 §6.1.2). It stays asserted until the driver has seen to its cause, so VFIO masks it at each
+    /// interrupt, and [`Function::unmask_intx`] must follow.
+    Intx,
+}
+
+impl fmt::Display for InterruptKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::MsiX => "MSI-X",
+            Self::Msi => "MSI",
+            Self::Intx => "INTx",
+        })
+    }
+}
+
 /// A PCI function that this process owns.
 pub trait Function: Send + Sync {
     /// The name for messages, such as `0000:00:04.0`.
@@ -49,13 +71,20 @@ pub trait Function: Send + Sync {
     /// # Errors
     /// [`io::ErrorKind::NotFound`] if the function has no such memory BAR; else the errno of `mmap`.
     fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>>;
-    /// Number of MSI-X vectors; 0 without MSI-X.
-    fn vectors(&self) -> u16;
-    /// Routes MSI-X vectors 0, 1, … to `events` and turns MSI-X on; an empty slice turns it off.
+    /// Number of vectors of this kind; 0 if the function does not have it.
+    fn vectors(&self, kind: InterruptKind) -> u16;
+    /// Routes vectors 0, 1, … to `events` and turns this kind of interrupt on; an empty slice turns it off.
     ///
     /// # Errors
-    /// The errno of the kernel.
-    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()>;
+    /// The errno of the kernel; ENOSPC if the host has fewer free vectors.
+    fn route_vectors(&self, kind: InterruptKind, events: &[BorrowedFd<'_>]) -> io::Result<()>;
+    /// Unmasks the line, which each interrupt masks. If it is still asserted, the next interrupt follows at once.
+    ///
+    /// # Errors
+    /// The errno of the kernel; [`io::ErrorKind::Unsupported`] without such a line.
+    fn unmask_intx(&self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
     /// A flag for the driver: while it is false, the function may skip the interrupts of `vector`. After setting it, the driver
     /// must poll once more before it waits. `None` if the function ignores such a flag, as hardware does.
     fn interrupt_wanted(&self, _vector: u16) -> Option<Arc<AtomicBool>> {

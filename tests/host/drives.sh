@@ -1,9 +1,9 @@
 #!/bin/sh
 # profiles: vtd
 # minutes: 0.9
-# options: --nvme logical_block_size=4096,physical_block_size=4096,mdts=3 --qemu-arg -blockdev --qemu-arg driver=null-co,size=67108864,node-name=second --qemu-arg -device --qemu-arg nvme-ns,drive=second,nsid=2
+# options: --nvme logical_block_size=4096,physical_block_size=4096,mdts=3 --qemu-arg -blockdev --qemu-arg driver=null-co,size=67108864,node-name=second --qemu-arg -device --qemu-arg nvme-ns,drive=second,nsid=2 --qemu-arg -blockdev --qemu-arg driver=null-co,size=134217728,node-name=third --qemu-arg -device --qemu-arg nvme-ns,drive=third,nsid=3,zoned=on,zoned.zone_size=16M --qemu-arg -blockdev --qemu-arg driver=null-co,size=67108864,node-name=fourth --qemu-arg -device --qemu-arg nvme-ns,drive=fourth,nsid=4,ms=8
 # A drive with blocks of 4096 bytes and a maximum data transfer of 32 KiB, served read-write and read-only; and its second
-# namespace, of 64 MiB.
+# namespace, of 64 MiB. Its third is zoned, and its fourth has metadata.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
@@ -34,12 +34,30 @@ none_chosen() {
     guest stop
     backend_stop
     timeout 30 vhost-device-vfio --socket-path "$SOCKET" --device "$FUNCTION" 2>/run/said && return 1
-    contains 'has several namespaces: 1, 2; choose one with --namespace' /run/said
+    contains 'has several namespaces: 1, 2, 3, 4; choose one with --namespace' /run/said
 }
 second() {
     backend_start --namespace 2
     guest_start
     guest exec -- '[ "$(cat /sys/block/vda/size)" = 131072 ] && dd if=/dev/vda of=/dev/null bs=1M iflag=direct 2>/dev/null'
+}
+
+zoned() {
+    guest stop
+    backend_stop
+    timeout 30 vhost-device-vfio --socket-path "$SOCKET" --device "$FUNCTION" --namespace 3 2>/run/said && return 1
+    contains 'namespace 3 is zoned (CSI 02h) and cannot be served as a disk' /run/said
+    backend_start --namespace 2
+}
+
+with_metadata() {
+    backend_stop
+    backend_start --namespace 4
+    guest_start
+    guest exec -- 'dd if=/dev/zero of=/dev/vda bs=1M count=8 oflag=direct 2>/dev/null &&
+        dd if=/dev/vda of=/dev/null bs=64k iflag=direct 2>/dev/null'
+    equal 0 "$(times_logged 'command 0x')" "commands that failed"
+    guest stop
 }
 
 backend_start --queues 2 --namespace 1 || exit
@@ -50,6 +68,7 @@ claim "the same with packed rings, and data verify" packed
 claim "a read-only disk refuses writes and keeps its data" read_only
 claim "with two namespaces one must be chosen, and the error lists them" none_chosen
 claim "the second namespace is served with its own size" second
-guest stop
+claim "a zoned namespace is refused as such, and another is served afterwards" zoned
+claim "a namespace with 8 bytes of metadata in a buffer of their own is served" with_metadata
 backend_stop
 finished

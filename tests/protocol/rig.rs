@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost_device_vfio::addr::{Iova, Span};
-use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
+use vhost_device_vfio::driver::nvme::{InterruptPolicy, Nvme, NvmeOptions};
 use vhost_device_vfio::emulated::{Machine, Options};
 use vhost_device_vfio::engine::{self, Engine};
 use vhost_device_vfio::hardware::{AddressSpace, DmaBuffer, MapError};
@@ -252,7 +252,13 @@ pub(crate) fn open(listen: Listen) -> Result<Server, SocketError> {
 fn device(machine: &Machine, plan: Arc<FailurePlan>, environment: Environment) -> Device {
     let Environment { vmm, pins, on_change } = environment;
     let space: Arc<dyn AddressSpace> = Arc::new(FailingSpace { inner: machine.space(), plan, pins, on_change });
-    let options = NvmeOptions { namespace: None, queues: 2, read_only: false };
+    let options = NvmeOptions {
+        namespace: None,
+        queues: 2,
+        read_only: false,
+        interrupts: InterruptPolicy::Auto,
+        avoid: Vec::new(),
+    };
     let driver = Nvme::bring_up(machine.function(), Arc::clone(&space), options).unwrap();
     let options = engine::Options {
         rings: QUEUES.into(),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use testbed::monitor::{FakeMonitor, Objects};
-use vhost_device_vfio::hardware::{Function, Registers};
+use vhost_device_vfio::hardware::{Function, InterruptKind, Registers};
 use vhost_device_vfio::qmp::Monitor;
 use vhost_device_vfio::vfio_user::EndReason;
 use vhost_device_vfio::whole_function::{IrqInfo, IrqSet, MSIX_IRQ, RegionInfo, RegionMmap, WholeFunction};
@@ -93,11 +93,14 @@ impl Function for WithoutMsix {
     fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>> {
         self.0.registers(bar)
     }
-    fn vectors(&self) -> u16 {
-        self.0.vectors()
+    fn vectors(&self, kind: InterruptKind) -> u16 {
+        self.0.vectors(kind)
     }
-    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.0.route_vectors(events)
+    fn route_vectors(&self, kind: InterruptKind, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.0.route_vectors(kind, events)
+    }
+    fn unmask_intx(&self) -> io::Result<()> {
+        self.0.unmask_intx()
     }
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
         self.0.set_bus_master(on)

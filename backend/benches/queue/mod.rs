@@ -7,7 +7,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use vhost_device_vfio::addr::Iova;
 use vhost_device_vfio::driver::nvme::prp::Limits;
 use vhost_device_vfio::driver::nvme::queue::{
-    Doorbells, IoQueue, MAX_DEPTH, QueueMemory, QueueSetup, completions_at, memory_needed,
+    Doorbells, IoQueue, MAX_DEPTH, QueueInterrupt, QueueMemory, QueueSetup, Tags, completions_at, memory_needed,
 };
 use vhost_device_vfio::hardware::{CacheFlush, Registers};
 use vhost_device_vfio::sys::SharedMemory;
@@ -54,8 +54,8 @@ pub(crate) fn pair(caches: Option<Arc<dyn CacheFlush>>) -> (IoQueue, Controller)
         namespace: 1,
         limits: LIMITS,
         sgl: None,
-        event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
-        interrupt_wanted: None,
+        interrupt: QueueInterrupt::own(eventfd(0, EventfdFlags::CLOEXEC).unwrap(), None),
+        tags: Tags::Own,
     });
     (queue, Controller::new(memory))
 }

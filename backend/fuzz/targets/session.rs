@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{EventfdFlags, eventfd};
-use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
+use vhost_device_vfio::driver::nvme::{InterruptPolicy, Nvme, NvmeOptions};
 use vhost_device_vfio::emulated::{Machine, Medium, Options};
 use vhost_device_vfio::engine::{self, Engine};
 use vhost_device_vfio::kvm::Vmm;
@@ -19,7 +19,13 @@ fn device() -> Device {
     let options = Options { size: 1 << 20, medium: Medium::Null, ..Options::default() };
     let machine = Machine::new(options).unwrap();
     let space = machine.space();
-    let options = NvmeOptions { namespace: None, queues: 2, read_only: false };
+    let options = NvmeOptions {
+        namespace: None,
+        queues: 2,
+        read_only: false,
+        interrupts: InterruptPolicy::Auto,
+        avoid: Vec::new(),
+    };
     let nvme = Nvme::bring_up(machine.function(), Arc::clone(&space), options).unwrap();
     let options = engine::Options {
         rings: 2,

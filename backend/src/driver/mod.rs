@@ -22,6 +22,12 @@ pub struct Geometry {
     pub block_size: u32,
     /// Preferred write granularity, bytes; a power-of-two multiple of `block_size`.
     pub physical_block_size: u32,
+    /// How far the first physical block is from the start of the disk, bytes; whole blocks, less than a physical block.
+    pub alignment_offset: u32,
+    /// Optimal write size, bytes; 0 if unknown.
+    pub optimal_size: u32,
+    /// A transfer that crosses a multiple of this many logical blocks is slow; 0 if there is none.
+    pub boundary: u32,
     /// True if writes are refused, by configuration or by the device.
     pub read_only: bool,
     /// True if the device has a write cache that loses its contents on power loss.
@@ -217,6 +223,10 @@ pub trait Queue: Send {
     fn in_flight(&self) -> usize;
     /// The eventfd that the device signals when a command has finished.
     fn event(&self) -> BorrowedFd<'_>;
+    /// True if the device never signals [`Self::event`]: while commands are in flight, the worker has to reap at intervals.
+    fn is_polled(&self) -> bool {
+        false
+    }
     /// Sets whether the worker waits for [`Self::event`] or polls. The device may skip the signal for a command that
     /// finishes while this is false, so after setting it to true the worker must reap once more before it waits.
     fn set_interrupt_wanted(&self, interrupt_wanted: bool);
@@ -252,6 +262,10 @@ pub trait Driver: Send {
     /// Readable when the device may have an asynchronous event; the caller then calls [`Self::handle_events`].
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+    /// True if [`Self::event_fd`] is never signalled, so that [`Self::handle_events`] has to be called at intervals.
+    fn is_polled(&self) -> bool {
+        false
     }
     /// Handles the device's asynchronous events and updates [`Self::geometry`].
     ///

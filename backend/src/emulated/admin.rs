@@ -68,8 +68,8 @@ impl Controller {
             0x02 if entry.nsid() >= 0xffff_fffe => return Err(Status::INVALID_NAMESPACE),
             0x02 => identify::active_namespaces(entry.nsid(), &mut page),
             0x03 if entry.nsid() != super::nvm::NAMESPACE => return Err(Status::INVALID_NAMESPACE),
-            0x03 => identify::descriptors(&mut page),
-            0x06 if entry.cdw(11) >> 24 == 0 => {} // NVM command set: no limits
+            0x03 => identify::descriptors(self, &mut page),
+            0x06 if entry.cdw(11) >> 24 == 0 => identify::command_limits(self, &mut page), // of the NVM command set
             _ => return Err(Status::INVALID_FIELD),
         }
         self.faults.override_identify(cns, &mut page);
@@ -121,7 +121,7 @@ impl Controller {
         let granted = lock(&self.admin).features.granted_cqs();
         let NewQueue { id, entries, base } = self.new_queue(entry, granted, self.cq_exists(low16(entry.cdw(10))))?;
         let vector = high16(entry.cdw(11));
-        if vector > self.options.queues {
+        if vector >= self.usable_vectors() {
             return Err(Status::INVALID_VECTOR);
         }
         let enabled = entry.cdw(11) & 0b10 != 0;

@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use crate::hardware::{Function, Registers};
+use crate::hardware::{Function, InterruptKind, Registers};
 use crate::whole_function::{IrqInfo, IrqSet, RegionInfo, RegionMmap, WholeFunction};
 
 use super::lock;
@@ -72,11 +72,14 @@ impl Function for BoundFunction {
     fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>> {
         self.function.registers(bar)
     }
-    fn vectors(&self) -> u16 {
-        self.function.vectors()
+    fn vectors(&self, kind: InterruptKind) -> u16 {
+        self.function.vectors(kind)
     }
-    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.function.route_vectors(events)
+    fn route_vectors(&self, kind: InterruptKind, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.function.route_vectors(kind, events)
+    }
+    fn unmask_intx(&self) -> io::Result<()> {
+        self.function.unmask_intx()
     }
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
         self.function.set_bus_master(on)

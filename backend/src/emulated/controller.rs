@@ -11,22 +11,23 @@
 //! Commands run only in Ready and with bus master on. Lock order: registers, submission queue, completion queue, IOMMU, admin
 //! state. To stop the controller, a thread clears `ready` and then takes each queue's lock once. No DMA is running afterwards.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
-use crate::eventfd::make_nonblocking;
-
 use super::admin_state::Admin;
 use super::fault::Faults;
+use super::interrupts::Interrupts;
 use super::iommu::SoftIommu;
 use super::medium::Store;
 use super::order::Latency;
 use super::queue::{Cq, CqSlot, Sq, SqSlot};
 use super::register_file::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN_DONE, CSTS_SHUTDOWN_MASK, RegisterFile};
+use super::registers::CMB_ENABLED;
 use super::traffic::Traffic;
+use super::traits::AnaState;
+use super::wire::Status;
 use super::{EmulatedError, Mode, Options, lock};
 
 pub(super) struct Controller {
@@ -49,10 +50,13 @@ pub(super) struct Controller {
     pub(super) sqs: Box<[SqSlot]>,
     pub(super) cqs: Box<[CqSlot]>,
     pub(super) admin: Mutex<Admin>,
-    pub(super) vectors: RwLock<Vec<Option<OwnedFd>>>,
-    /// For each vector, whether the driver waits for it.
-    pub(super) interrupt_wanted: Box<[Arc<AtomicBool>]>,
-    pub(super) interrupts: AtomicU32,
+    pub(super) interrupts: Interrupts,
+    /// [`AnaState`], 0 if it is not reported.
+    pub(super) ana: AtomicU8,
+    /// CMBMSC.
+    pub(super) memory_buffer: AtomicU64,
+    /// Until when all registers read as ones.
+    pub(super) blind_until: Mutex<Duration>,
     pub(super) bad_doorbells: AtomicU32,
     /// True if an event may be pending for which no Asynchronous Event Request has been completed.
     pub(super) event_pending: AtomicBool,
@@ -92,9 +96,10 @@ impl Controller {
             sqs: (0..pairs).map(|_| SqSlot::default()).collect(),
             cqs: (0..pairs).map(|_| CqSlot::default()).collect(),
             admin: Mutex::new(Admin::new(&options)),
-            vectors: RwLock::default(),
-            interrupt_wanted: (0..pairs).map(|_| Arc::new(AtomicBool::new(true))).collect(),
-            interrupts: AtomicU32::new(0),
+            interrupts: Interrupts::new(&options),
+            ana: AtomicU8::new(options.traits.ana.map_or(0, |state| state as u8)),
+            memory_buffer: AtomicU64::new(if options.traits.memory_buffer { CMB_ENABLED } else { 0 }),
+            blind_until: Mutex::default(),
             bad_doorbells: AtomicU32::new(0),
             event_pending: AtomicBool::new(false),
             faults: Faults::default(),
@@ -106,16 +111,42 @@ impl Controller {
         })
     }
 
+    /// The state of the path; `None` if it is not reported.
+    pub(super) fn ana(&self) -> Option<AnaState> {
+        AnaState::from_u8(self.ana.load(SeqCst))
+    }
+
+    /// Fails an I/O command whose path cannot be used (NVMe 2.0 §8.1.3).
+    #[inline]
+    pub(super) fn check_path(&self) -> Result<(), Status> {
+        if self.ana.load(Relaxed) == 0 { Ok(()) } else { self.check_reported_path() }
+    }
+
+    #[cold]
+    fn check_reported_path(&self) -> Result<(), Status> {
+        match self.ana() {
+            None | Some(AnaState::Optimized | AnaState::NonOptimized) => Ok(()),
+            Some(AnaState::PersistentLoss) => Err(Status::new(3, 1)),
+            Some(AnaState::Inaccessible) => Err(Status::new(3, 2)),
+            Some(AnaState::Change) => Err(Status::new(3, 3)),
+        }
+    }
+
     pub(super) fn may_run(&self) -> bool {
         self.ready.load(SeqCst) && self.bus_master.load(SeqCst)
     }
 
-    /// Creates the admin queues and becomes ready. False if the registers hold invalid values (NVMe 2.0 §3.5.1).
+    /// Creates the admin queues and becomes ready. False if the registers hold invalid values (NVMe 2.0 §3.5.1), or addresses
+    /// could be those of the memory buffer, which is not emulated.
     pub(super) fn enable(&self, registers: &RegisterFile) -> bool {
         let Some(page) = registers.page() else { return false };
         let (sq, cq) = (registers.admin_sq(), registers.admin_cq());
         let valid = |(base, entries): (u64, u32)| entries >= 2 && base.is_multiple_of(page.into());
-        if !registers.command_set_is_nvm() || !valid(sq) || !valid(cq) {
+        if !registers.command_set_is_valid(self.options.command_set.is_some())
+            || !valid(sq)
+            || !valid(cq)
+            || self.memory_buffer.load(SeqCst) & 0b11 != 0
+        {
             return false;
         }
         self.page.store(page, SeqCst);
@@ -136,6 +167,7 @@ impl Controller {
             self.close_cq(id);
         }
         *lock(&self.admin) = Admin::new(&self.options);
+        self.interrupts.reset();
         self.write_cache.store(self.options.volatile_cache, SeqCst);
     }
 
@@ -234,38 +266,9 @@ impl Controller {
         self.ready.store(false, SeqCst);
     }
 
-    /// Routes vectors 0, 1, ... to duplicates of `events`.
-    pub(super) fn route(&self, events: &[BorrowedFd<'_>]) -> std::io::Result<()> {
-        let owned: Result<Vec<_>, _> = events.iter().map(|event| event.try_clone_to_owned().map(Some)).collect();
-        *self.vectors.write().unwrap_or_else(PoisonError::into_inner) = owned?;
-        Ok(())
-    }
-
-    /// Routes vectors `start`, `start + 1`, ... and leaves the others unchanged.
-    ///
-    /// The eventfds are a virtual machine's, and the thread that completes commands signals them, so a full one must not block
-    /// it. What remains: the virtual machine shares the mode of its eventfds and can make a full one block again, as it can stop
-    /// this emulated function in other ways. Under VFIO the kernel signals, and never waits.
-    pub(super) fn route_from(&self, start: usize, events: &[Option<BorrowedFd<'_>>]) -> std::io::Result<()> {
-        let owned = events.iter().map(|event| event.map(|event| event.try_clone_to_owned()).transpose());
-        let owned = owned.collect::<Result<Vec<_>, _>>()?;
-        owned.iter().flatten().for_each(make_nonblocking);
-        let vectors = &mut *self.vectors.write().unwrap_or_else(PoisonError::into_inner);
-        let end = start + owned.len();
-        vectors.resize_with(vectors.len().max(end), || None);
-        for (slot, event) in vectors[start..end].iter_mut().zip(owned) {
-            *slot = event;
-        }
-        Ok(())
-    }
-
-    pub(super) fn unroute(&self) {
-        self.vectors.write().unwrap_or_else(PoisonError::into_inner).clear();
-    }
-
     pub(super) fn traffic(&self) -> Traffic {
         let mut sum = Traffic {
-            interrupts: self.interrupts.load(SeqCst).into(),
+            interrupts: self.interrupts.count.load(SeqCst).into(),
             bad_doorbells: self.bad_doorbells.load(SeqCst).into(),
             ..self.io_traffic()
         };

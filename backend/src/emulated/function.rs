@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::hardware::{Function, Registers};
+use crate::hardware::{Function, InterruptKind, Registers};
 
 use super::config::{BUS_MASTER, Config, MEMORY_SPACE};
 use super::controller::Controller;
@@ -22,9 +22,8 @@ use super::{EmulatedError, Mode, Options, lock};
 
 /// An emulated NVMe function in this process.
 pub struct EmulatedFunction {
-    controller: Arc<Controller>,
+    pub(super) controller: Arc<Controller>,
     layout: Layout,
-    vectors: u16,
     config: Mutex<Config>,
     worker: Option<Arc<Worker>>,
     /// Signalled to request that the user release the function.
@@ -33,18 +32,16 @@ pub struct EmulatedFunction {
 
 impl EmulatedFunction {
     pub(super) fn new(options: Options, iommu: SoftIommu) -> Result<Self, EmulatedError> {
-        let vectors = options.queues + 1;
-        let layout = Layout::new(options.queues, vectors, options.doorbell_stride);
+        let layout = Layout::new(options.queues, options.vectors(), options.doorbell_stride);
         let mode = options.mode;
         let controller = Arc::new(Controller::new(options, iommu)?);
         let worker = match mode {
             Mode::Inline => None,
             Mode::Threaded => Some(Arc::new(Worker::start(&controller)?)),
         };
-        let no_snoop = controller.options.no_snoop;
-        let config = Config::new(layout.size, layout.table, vectors, no_snoop);
+        let config = Config::new(layout, &controller.options);
         controller.iommu.set_no_snoop(config.no_snoop());
-        Ok(Self { controller, layout, vectors, config: Mutex::new(config), worker, removal: Mutex::default() })
+        Ok(Self { controller, layout, config: Mutex::new(config), worker, removal: Mutex::default() })
     }
 
     pub(super) fn medium_file(&self) -> Option<Arc<File>> {
@@ -87,7 +84,8 @@ impl Function for EmulatedFunction {
             bytes.fill(0xff);
             return Ok(());
         }
-        let done = lock(&self.config).read(offset.into(), bytes);
+        let asserted = self.controller.line_is_asserted();
+        let done = lock(&self.config).read(offset.into(), bytes, asserted);
         done.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
 
@@ -109,20 +107,21 @@ impl Function for EmulatedFunction {
         Ok(Arc::new(self.bar()))
     }
 
-    fn vectors(&self) -> u16 {
-        self.vectors
+    fn vectors(&self, kind: InterruptKind) -> u16 {
+        self.controller.options.vectors_of(kind)
     }
 
-    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
-        if events.len() > self.vectors.into() {
-            return Err(rustix::io::Errno::INVAL.into());
-        }
-        self.controller.interrupt_wanted.iter().for_each(|interrupt_wanted| interrupt_wanted.store(true, SeqCst));
-        self.controller.route(events)
+    fn route_vectors(&self, kind: InterruptKind, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.controller.route(kind, events)
+    }
+
+    fn unmask_intx(&self) -> io::Result<()> {
+        self.controller.unmask_line();
+        Ok(())
     }
 
     fn interrupt_wanted(&self, vector: u16) -> Option<Arc<AtomicBool>> {
-        self.controller.interrupt_wanted.get(usize::from(vector)).cloned()
+        self.controller.interrupts.wanted(vector)
     }
 
     fn route_removal(&self, event: BorrowedFd<'_>) -> io::Result<()> {
@@ -157,20 +156,6 @@ impl EmulatedFunction {
     pub(super) fn bar(&self) -> Bar {
         let size = usize::try_from(self.layout.size).expect("a BAR fits the address space");
         Bar { controller: Arc::clone(&self.controller), size, _worker: self.worker.clone() }
-    }
-
-    /// Routes MSI-X vectors `start`, `start + 1`, ... to `events`; `None` in the slice disables a vector. If `events` is `None`,
-    /// all vectors are disabled.
-    pub(super) fn route_from(&self, start: usize, events: Option<&[Option<BorrowedFd<'_>>]>) -> io::Result<()> {
-        let Some(events) = events else {
-            self.controller.unroute();
-            return Ok(());
-        };
-        if start + events.len() > self.vectors.into() {
-            return Err(rustix::io::Errno::INVAL.into());
-        }
-        self.controller.interrupt_wanted.iter().for_each(|interrupt_wanted| interrupt_wanted.store(true, SeqCst));
-        self.controller.route_from(start, events)
     }
 
     /// Signals the event of [`Function::route_removal`].
@@ -224,7 +209,7 @@ impl EmulatedFunction {
         self.controller.bus_master.store(false, SeqCst);
         self.controller.reset_registers();
         self.controller.unroute();
-        *config = Config::new(self.layout.size, self.layout.table, self.vectors, self.controller.options.no_snoop);
+        *config = Config::new(self.layout, &self.controller.options);
         self.apply_command(&config);
     }
 }

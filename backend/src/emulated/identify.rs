@@ -9,6 +9,7 @@ use super::event_state::{ERRORS_KEPT, EVENT_LIMIT, NAMESPACE_NOTICES};
 use super::nvm::NAMESPACE;
 use super::register_file::VERSION;
 use super::sgl;
+use super::traits::{AnaState, Support};
 
 /// Size of Identify data in bytes.
 pub(super) const IDENTIFY_BYTES: usize = 4096;
@@ -50,7 +51,16 @@ pub(super) fn controller(controller: &Controller, page: &mut Page) {
     page[512] = 0x66; // SQES: 64 bytes, no other
     page[513] = 0x44; // CQES: 16 bytes, no other
     put(page, 516, &NAMESPACE.to_le_bytes()); // NN
-    put(page, 520, &(1_u16 << 2 | 1 << 3).to_le_bytes()); // ONCS: Dataset Management, Write Zeroes
+    let has = |support: Support| u16::from(support != Support::No);
+    let commands = has(options.traits.deallocate) << 2 | has(options.traits.write_zeroes) << 3;
+    put(page, 520, &commands.to_le_bytes()); // ONCS: Dataset Management, Write Zeroes
+    if options.traits.ana.is_some() {
+        page[76] = 1 << 3; // CMIC: Asymmetric Namespace Access Reporting
+        page[342] = 2; // ANATT, seconds
+        page[343] = 0b1_1111; // ANACAP: every state is reported
+        put(page, 344, &1_u32.to_le_bytes()); // ANAGRPMAX
+        put(page, 348, &1_u32.to_le_bytes()); // NANAGRPID
+    }
     page[525] = 0b110 | u8::from(options.volatile_cache); // VWC: Flush takes FFFFFFFFh; cache present
     if options.sgl {
         put(page, 536, &sgl::SUPPORT.to_le_bytes());
@@ -64,12 +74,27 @@ pub(super) fn namespace(controller: &Controller, page: &mut Page) {
     for offset in [0, 8, 16] {
         put(page, offset, &blocks.to_le_bytes()); // NSZE, NCAP, NUSE
     }
+    let traits = &controller.options.traits;
+    if matches!(controller.ana(), Some(AnaState::Inaccessible | AnaState::PersistentLoss)) {
+        page[..24].fill(0); // the capacity is unknown (NVMe 2.0 §8.1.3.3)
+    }
+    if controller.ana().is_some() {
+        put(page, 92, &1_u32.to_le_bytes()); // ANAGRPID
+    }
+    page[24] = u8::from(traits.atomic_blocks != 0) << 1 | u8::from(traits.reports_preferences()) << 4; // NSFEAT
+    put(page, 36, &traits.atomic_blocks.saturating_sub(1).to_le_bytes()); // NAWUPF
+    put(page, 42, &traits.atomic_offset.to_le_bytes()); // NABO
+    put(page, 46, &traits.io_boundary.to_le_bytes()); // NOIOB
+    put(page, 64, &traits.write_granularity.saturating_sub(1).to_le_bytes()); // NPWG
+    put(page, 66, &traits.write_alignment.saturating_sub(1).to_le_bytes()); // NPWA
+    put(page, 72, &traits.write_size.saturating_sub(1).to_le_bytes()); // NOWS
     page[33] = 0b1001; // DLFEAT: Write Zeroes deallocates, deallocated blocks read as zero
     let capacity = u128::from(blocks) * u128::from(controller.options.lba);
     put(page, 48, &capacity.to_le_bytes()); // NVMCAP
     put(page, 120, &EUI64);
     let shift = controller.options.lba.trailing_zeros();
-    put(page, 128, &(shift << 16).to_le_bytes()); // LBAF0: LBADS
+    put(page, 128, &(shift << 16 | u32::from(traits.metadata)).to_le_bytes()); // LBAF0: LBADS, MS
+    page[27] = u8::from(traits.metadata != 0) << 1; // MC: metadata in a buffer of their own
 }
 
 /// CNS 02h: active namespace IDs greater than `after`.
@@ -79,9 +104,20 @@ pub(super) fn active_namespaces(after: u32, page: &mut Page) {
     }
 }
 
+/// CNS 06h, NVM command set: limits of commands.
+pub(super) fn command_limits(controller: &Controller, page: &mut Page) {
+    let traits = &controller.options.traits;
+    page[1] = traits.zeroes_limit; // WZSL
+    page[3] = traits.discard_ranges; // DMRL
+    put(page, 4, &traits.discard_range_blocks.to_le_bytes()); // DMRSL
+    put(page, 8, &traits.discard_blocks.to_le_bytes()); // DMSL
+}
+
 /// CNS 03h: Namespace Identification Descriptors.
-pub(super) fn descriptors(page: &mut Page) {
+pub(super) fn descriptors(controller: &Controller, page: &mut Page) {
     put(page, 0, &[0x01, 8]); // NIDT: EUI-64
     put(page, 4, &EUI64);
-    put(page, 12, &[0x04, 1]); // NIDT: Command Set Identifier, NVM
+    if let Some(set) = controller.options.command_set {
+        put(page, 12, &[0x04, 1, 0, 0, set]); // NIDT: Command Set Identifier
+    }
 }

@@ -9,6 +9,7 @@ use super::{FIRMWARE, lock};
 
 const SMART: u8 = 0x02;
 const FIRMWARE_SLOT: u8 = 0x03;
+const ANA: u8 = 0x0c;
 const ERROR_BYTES: usize = 64;
 const PAGE_BYTES: usize = ERRORS_KEPT * ERROR_BYTES;
 
@@ -31,6 +32,7 @@ impl Controller {
             SMART if !matches!(entry.nsid(), 0 | BROADCAST) => return Err(Status::INVALID_NAMESPACE),
             SMART => self.smart(&mut page),
             FIRMWARE_SLOT => firmware_slot(&mut page),
+            ANA if self.ana().is_some() => self.path_states(entry.cdw(10) & 1 << 8 != 0, &mut page),
             CHANGED_LOG => self.changed_namespaces(&mut page),
             _ => return Err(Status::INVALID_LOG_PAGE),
         };
@@ -64,6 +66,19 @@ impl Controller {
             put(page, at + 24, &error.nsid.to_le_bytes());
         }
         PAGE_BYTES
+    }
+
+    /// Asymmetric Namespace Access (§5.16.1.13): one group with one namespace.
+    fn path_states(&self, groups_only: bool, page: &mut Page) -> usize {
+        put(page, 8, &1_u16.to_le_bytes()); // number of groups
+        put(page, 16, &1_u32.to_le_bytes()); // ANAGRPID
+        page[32] = self.ana().map_or(0, |state| state as u8);
+        if groups_only {
+            return 48;
+        }
+        put(page, 20, &1_u32.to_le_bytes()); // number of namespaces
+        put(page, 48, &NAMESPACE.to_le_bytes());
+        52
     }
 
     /// Changed Namespace List (§5.16.1.5). Reading it clears it.

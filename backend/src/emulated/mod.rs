@@ -25,6 +25,7 @@ mod fault_file;
 mod features;
 mod function;
 mod identify;
+mod interrupts;
 mod iommu;
 mod logs;
 mod mapping;
@@ -42,6 +43,7 @@ mod staged_space;
 #[cfg(test)]
 mod tests;
 mod traffic;
+mod traits;
 mod units;
 mod whole;
 mod wire;
@@ -50,6 +52,7 @@ mod worker;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -72,6 +75,7 @@ pub use options::{Mode, Options};
 pub use order::Order;
 pub use staged_space::{LAST_WRITE, SpaceFaults};
 pub use traffic::Traffic;
+pub use traits::{AnaState, Support, Traits};
 pub use wire::Status;
 
 /// Firmware revision; at most 8 characters.
@@ -96,7 +100,7 @@ pub enum EmulatedError {
         /// The given name.
         option: String,
         /// All option names.
-        known: &'static str,
+        known: String,
     },
     /// An option's value cannot be parsed.
     #[error("emulated function: {option}={found}: wanted {wanted}")]
@@ -288,6 +292,11 @@ impl Machine {
     /// If the size is not a multiple of the block size, or the medium cannot grow: a memory medium keeps its initial size.
     pub fn resize(&self, bytes: u64) -> io::Result<()> {
         self.function.resize(bytes)
+    }
+
+    /// Changes the state of the path to the namespace; [`Traits::ana`] must have been set.
+    pub fn set_ana(&self, state: AnaState) {
+        self.function.controller.ana.store(state as u8, SeqCst);
     }
 
     /// Clears all faults. A removed function returns in its power-on state. Lost commands stay lost.

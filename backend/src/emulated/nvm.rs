@@ -12,6 +12,7 @@ use super::prp::Prps;
 use super::queue::{Hints, Sq};
 use super::sgl::Sgl;
 use super::traffic::Traffic;
+use super::traits::{Support, Traits};
 use super::wire::{Entry, Status, nvm};
 
 /// The only namespace.
@@ -33,7 +34,7 @@ impl Controller {
     /// Executes one I/O command.
     #[inline]
     pub(super) fn execute_io(&self, sq: &mut Sq, entry: &Entry, dma: &Dma<'_>, traffic: &mut Traffic) -> Status {
-        let result = match entry.opcode() {
+        let result = self.check_path().and_then(|()| match entry.opcode() {
             _ if entry.fuse() != 0 || !self.supports_psdt(entry) => Err(Status::INVALID_FIELD),
             nvm::READ => self.read(entry, &mut sq.hints, dma).map(|bytes| {
                 traffic.reads += 1;
@@ -44,10 +45,12 @@ impl Controller {
                 traffic.bytes_written += bytes;
             }),
             nvm::FLUSH => self.flush(entry).map(|()| traffic.flushes += 1),
+            nvm::WRITE_ZEROES if self.options.traits.write_zeroes != Support::Yes => Err(Status::INVALID_OPCODE),
+            nvm::DATASET_MANAGEMENT if self.options.traits.deallocate != Support::Yes => Err(Status::INVALID_OPCODE),
             nvm::WRITE_ZEROES => self.write_zeroes(entry).map(|()| traffic.others += 1),
             nvm::DATASET_MANAGEMENT => self.deallocate(entry, &mut sq.hints, dma).map(|()| traffic.others += 1),
             _ => Err(Status::INVALID_OPCODE),
-        };
+        });
         match result {
             Ok(()) => Status::SUCCESS,
             Err(status) => {
@@ -98,6 +101,44 @@ impl Controller {
         Ok(Extent { offset: first * lba, len: count * lba })
     }
 
+    /// The blocks of a transfer.
+    #[inline]
+    fn transfer_extent(&self, entry: &Entry, dma: &Dma<'_>) -> Result<Extent, Status> {
+        let extent = self.extent(entry)?;
+        let Traits { io_boundary, metadata, .. } = self.options.traits;
+        if io_boundary != 0 || metadata != 0 {
+            self.check_transfer(entry, dma)?;
+        }
+        Ok(extent)
+    }
+
+    /// Transfers the metadata, and fails a command that crosses a multiple of NOIOB: a real controller would only be slow.
+    #[cold]
+    fn check_transfer(&self, entry: &Entry, dma: &Dma<'_>) -> Result<(), Status> {
+        let Traits { io_boundary, metadata, .. } = self.options.traits;
+        let (first, last) = (entry.u64(40), entry.u64(40) + u64::from(entry.cdw(12) & 0xffff));
+        if io_boundary != 0 && first / u64::from(io_boundary) != last / u64::from(io_boundary) {
+            return Err(Status::INVALID_FIELD);
+        }
+        if metadata == 0 { Ok(()) } else { self.metadata(entry, last - first + 1, dma) }
+    }
+
+    /// Transfers the metadata of `blocks` blocks to or from the buffer at the command's metadata pointer.
+    fn metadata(&self, entry: &Entry, blocks: u64, dma: &Dma<'_>) -> Result<(), Status> {
+        let len = usize::try_from(blocks * u64::from(self.options.traits.metadata)).expect("at most 8 MiB");
+        let (at, mut hint) = (Iova(entry.u64(16)), 0);
+        if !at.0.is_multiple_of(4) {
+            return Err(Status::INVALID_FIELD);
+        }
+        let mut bytes = vec![0xff; len];
+        if entry.opcode() == nvm::READ {
+            dma.write(at, &bytes, &mut hint)?;
+            return Ok(());
+        }
+        dma.read(at, &mut bytes, &mut hint)?;
+        if bytes.iter().all(|&byte| byte == 0) { Ok(()) } else { Err(Status::WRITE_FAULT) }
+    }
+
     fn check_namespace(&self, entry: &Entry) -> Result<(), Status> {
         if entry.nsid() == NAMESPACE { Ok(()) } else { Err(Status::INVALID_NAMESPACE) }
     }
@@ -109,7 +150,7 @@ impl Controller {
     }
 
     fn read(&self, entry: &Entry, hints: &mut Hints, dma: &Dma<'_>) -> Result<u64, Status> {
-        let Extent { mut offset, len } = self.extent(entry)?;
+        let Extent { mut offset, len } = self.transfer_extent(entry, dma)?;
         self.check_size(len)?;
         let Hints { list, data } = hints;
         self.walk(entry, len, dma, list, |span| {
@@ -123,7 +164,7 @@ impl Controller {
     }
 
     fn write(&self, entry: &Entry, hints: &mut Hints, dma: &Dma<'_>) -> Result<u64, Status> {
-        let Extent { mut offset, len } = self.extent(entry)?;
+        let Extent { mut offset, len } = self.transfer_extent(entry, dma)?;
         self.check_size(len)?;
         let Hints { list, data } = hints;
         self.walk(entry, len, dma, list, |span| {
@@ -157,6 +198,10 @@ impl Controller {
     /// NVM Command Set 1.0 §3.2.8.
     fn write_zeroes(&self, entry: &Entry) -> Result<(), Status> {
         let Extent { offset, len } = self.extent(entry)?;
+        let limit = self.options.traits.zeroes_limit;
+        if limit != 0 && len > 4096 << limit {
+            return Err(Status::INVALID_FIELD);
+        }
         let release = entry.cdw(12) & DEALLOCATE != 0;
         self.store.zero(offset, len, release).map_err(|error| failed("zero", &error, write_status(&error)))?;
         self.make_durable(entry)
@@ -178,6 +223,7 @@ impl Controller {
             done += len;
             Ok(())
         })?;
+        self.check_ranges(ranges)?;
         for range in ranges.chunks_exact(RANGE_BYTES) {
             let count = u32::from_le_bytes(range[4..8].try_into().expect("four bytes"));
             let first = u64::from_le_bytes(range[8..16].try_into().expect("eight bytes"));
@@ -189,6 +235,20 @@ impl Controller {
             }
         }
         Ok(())
+    }
+}
+
+impl Controller {
+    /// Checks the ranges of a Dataset Management command against DMRL, DMRSL and DMSL.
+    fn check_ranges(&self, ranges: &[u8]) -> Result<(), Status> {
+        let Traits { discard_ranges, discard_range_blocks, discard_blocks, .. } = self.options.traits;
+        let limit = |limit: u64| if limit == 0 { u64::MAX } else { limit };
+        let counts = ranges.chunks_exact(16).map(|range| range[4..8].try_into().expect("four bytes"));
+        let counts: Vec<u64> = counts.map(|count| u32::from_le_bytes(count).into()).collect();
+        let fits = counts.len() as u64 <= limit(discard_ranges.into())
+            && counts.iter().all(|count| *count <= limit(discard_range_blocks.into()))
+            && counts.iter().sum::<u64>() <= limit(discard_blocks);
+        if fits { Ok(()) } else { Err(Status::INVALID_FIELD) }
     }
 }
 

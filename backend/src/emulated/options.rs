@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::addr::{Iova, Span};
 
-use super::{EmulatedError, Fault, Medium, Order, fault_file, units};
+use super::{EmulatedError, Fault, Medium, Order, Traits, fault_file, traits, units};
 
 /// When commands run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +50,17 @@ pub struct Options {
     pub latency: Duration,
     /// The order in which I/O commands complete. A random one needs a latency.
     pub order: Order,
+    /// Limits, preferences and misbehaviours.
+    pub traits: Traits,
+    /// Command Set Identifier of the namespace: 0 NVM, 1 key-value, 2 zoned, ...; `None` for a controller that supports the NVM
+    /// command set only and does not report identifiers. Commands are executed as those of the NVM command set.
+    pub command_set: Option<u8>,
+    /// Number of MSI-X vectors, 0 for none; by default one more than `queues`.
+    pub vectors: Option<u16>,
+    /// Number of MSI vectors: 0 for none, or a power of two up to 32.
+    pub msi: u16,
+    /// True if the function has INTA#.
+    pub intx: bool,
     /// False suppresses all interrupts, for measurements of a driver that only polls.
     pub interrupts: bool,
     /// Address width of the IOMMU in bits. Five-level page tables give 57.
@@ -83,6 +94,11 @@ impl Default for Options {
             mode: Mode::Inline,
             latency: Duration::ZERO,
             order: Order::Fetched,
+            traits: Traits::default(),
+            command_set: None,
+            vectors: None,
+            msi: 0,
+            intx: false,
             interrupts: true,
             address_width: 48,
             // The MSI window of x86 (Intel SDM vol. 3 §11.11.1).
@@ -112,6 +128,9 @@ impl Options {
         let latency_fits = self.order == Order::Fetched || !self.latency.is_zero();
         check(latency_fits, "latency", "more than 0 with order=random", 0)?;
         check((16..=57).contains(&self.address_width), "address width", "16 to 57", self.address_width.into())?;
+        check(self.vectors() <= 2048, "vectors", "0 to 2048", self.vectors().into())?;
+        let msi = self.msi == 0 || (self.msi.is_power_of_two() && self.msi <= 32);
+        check(msi, "msi", "0, 1, 2, 4, 8, 16 or 32", self.msi.into())?;
         let serial_fits = self.serial.len() <= 20 && self.serial.is_ascii();
         check(serial_fits, "serial", "at most 20 ASCII characters", self.serial.len() as u64)
     }
@@ -119,7 +138,8 @@ impl Options {
 
 /// The option names of [`Options::from_str`].
 const NAMES: &str = "size, lba, queues, entries, mdts, sgl, stride, medium, file, create, sparse, wcache, mode, latency, \
-                     order, seed, interrupts, width, no-snoop, snoop-enforced, faults, serial";
+                     order, seed, command-set, vectors, msi, intx, interrupts, width, no-snoop, snoop-enforced, faults, \
+                     serial";
 
 impl FromStr for Options {
     type Err = EmulatedError;
@@ -151,13 +171,21 @@ impl FromStr for Options {
                 "latency" => options.latency = time("latency", value)?,
                 "order" => random = order(value)?,
                 "seed" => seed = number("seed", value)?,
+                "command-set" => options.command_set = Some(number("command-set", value)?),
+                "vectors" => options.vectors = Some(number("vectors", value)?),
+                "msi" => options.msi = number("msi", value)?,
+                "intx" => options.intx = switch("intx", value)?,
                 "interrupts" => options.interrupts = switch("interrupts", value)?,
                 "width" => options.address_width = number("width", value)?,
                 "no-snoop" => options.no_snoop = no_snoop(value)?,
                 "snoop-enforced" => options.snoop_enforced = switch("snoop-enforced", value)?,
                 "faults" => options.faults = fault_file::read(Path::new(value))?,
                 "serial" => value.clone_into(&mut options.serial),
-                _ => return Err(EmulatedError::Unknown { option: name.to_owned(), known: NAMES }),
+                _ if options.traits.set(name, value)? => {}
+                _ => {
+                    let known = format!("{NAMES}, {}", traits::NAMES);
+                    return Err(EmulatedError::Unknown { option: name.to_owned(), known });
+                }
             }
         }
         match file {

@@ -167,6 +167,11 @@ impl Cq {
         next != self.head
     }
 
+    /// True if the host has acknowledged every entry.
+    pub(super) fn is_empty(&self) -> bool {
+        self.head == self.tail
+    }
+
     /// Number of entries that can be posted with the current head.
     pub(super) fn free(&self) -> u32 {
         (self.head + self.entries - self.tail - 1) % self.entries

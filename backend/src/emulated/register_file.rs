@@ -35,9 +35,10 @@ impl RegisterFile {
         (mps <= MPSMAX).then(|| 4096 << mps)
     }
 
-    /// True if CC.CSS is the NVM command set and CC.AMS is round robin.
-    pub(super) fn command_set_is_nvm(&self) -> bool {
-        self.cc >> 4 & 0b111 == 0 && self.cc >> 11 & 0b111 == 0
+    /// True if CC.CSS is the NVM command set, or all if there are `several`, and CC.AMS is round robin.
+    pub(super) fn command_set_is_valid(&self, several: bool) -> bool {
+        let set = self.cc >> 4 & 0b111;
+        (set == 0 || several && set == 0b110) && self.cc >> 11 & 0b111 == 0
     }
 
     /// True if CC.IOSQES and CC.IOCQES are 64 and 16 bytes.

@@ -4,11 +4,12 @@
 //! |---|---|
 //! | 0x00 | CAP, 64 bits |
 //! | 0x08 | VS |
-//! | 0x0c, 0x10 | INTMS, INTMC: not used with MSI-X |
+//! | 0x0c, 0x10 | INTMS, INTMC: mask INTx; not used with MSI-X |
 //! | 0x14 | CC |
 //! | 0x1c | CSTS |
 //! | 0x24 | AQA |
 //! | 0x28, 0x30 | ASQ, ACQ, 64 bits |
+//! | 0x50 | CMBMSC, 64 bits |
 //! | 0x1000 + 2n·stride | tail doorbell of submission queue n; then the head doorbell of completion queue n |
 
 use std::sync::Arc;
@@ -24,6 +25,8 @@ use super::wire::halves;
 use super::worker::Worker;
 
 const DOORBELLS: usize = 0x1000;
+/// CMBMSC: CRE and CMSE, at address 100000h (NVMe 2.0 §3.1.3.14).
+pub(super) const CMB_ENABLED: u64 = 0x10_0000 | 0b11;
 
 impl Controller {
     fn capabilities(&self) -> u64 {
@@ -35,6 +38,8 @@ impl Controller {
             | TIMEOUT << 24
             | u64::from(self.options.doorbell_stride) << 32
             | nvm
+            | u64::from(self.options.command_set.is_some()) << 43
+            | u64::from(self.options.traits.memory_buffer) << 57
             | u64::from(MPSMAX) << 52;
         self.faults.capability(capabilities)
     }
@@ -46,6 +51,7 @@ impl Controller {
             0x00 => halves(self.capabilities()).0,
             0x04 => halves(self.capabilities()).1,
             0x08 => VERSION,
+            0x0c | 0x10 => self.interrupts.mask(),
             0x14 => registers.cc,
             0x1c => self.csts.load(SeqCst),
             0x24 => registers.aqa,
@@ -53,6 +59,8 @@ impl Controller {
             0x2c => halves(registers.asq).1,
             0x30 => halves(registers.acq).0,
             0x34 => halves(registers.acq).1,
+            0x50 => halves(self.memory_buffer.load(SeqCst)).0,
+            0x54 => halves(self.memory_buffer.load(SeqCst)).1,
             _ => 0,
         }
     }
@@ -62,6 +70,11 @@ impl Controller {
         let high = |old: u64| old & 0xffff_ffff | u64::from(value) << 32;
         let mut registers = lock(&self.registers);
         match offset {
+            0x0c => self.interrupts.set_mask(value),
+            0x10 => {
+                drop(registers);
+                self.clear_mask(value);
+            }
             0x14 => {
                 registers.cc = value;
                 self.entry_sizes_set.store(registers.entry_sizes_are_set(), SeqCst);
@@ -73,6 +86,14 @@ impl Controller {
             0x2c => registers.asq = high(registers.asq),
             0x30 => registers.acq = low(registers.acq),
             0x34 => registers.acq = high(registers.acq),
+            0x50 if self.options.traits.memory_buffer => {
+                let old = self.memory_buffer.load(SeqCst);
+                self.memory_buffer.store(old & !0xffff_ffff | u64::from(value), SeqCst);
+            }
+            0x54 if self.options.traits.memory_buffer => {
+                let old = self.memory_buffer.load(SeqCst);
+                self.memory_buffer.store(old & 0xffff_ffff | u64::from(value) << 32, SeqCst);
+            }
             _ => {}
         }
     }
@@ -86,12 +107,14 @@ impl Controller {
         let enable = registers.cc & CC_ENABLE != 0;
         if enable && !registers.enabled {
             registers.enabled = true;
+            self.go_blind();
             if !self.enable(&registers) {
                 self.csts.store(CSTS_FATAL, SeqCst);
             }
         }
         if !enable && registers.enabled {
             registers.enabled = false;
+            self.go_blind();
             self.disable();
             self.csts.store(0, SeqCst);
         }
@@ -100,6 +123,18 @@ impl Controller {
             self.shut_down();
         }
         registers.shutting_down = shutdown;
+    }
+
+    /// Lets all registers read as ones for a while.
+    fn go_blind(&self) {
+        let delay = self.options.traits.ready_delay;
+        if !delay.is_zero() {
+            *lock(&self.blind_until) = self.now().saturating_add(delay);
+        }
+    }
+
+    fn is_blind(&self) -> bool {
+        !self.options.traits.ready_delay.is_zero() && self.now() < *lock(&self.blind_until)
     }
 
     /// Resets registers, queues and settings to the power-on state.
@@ -167,7 +202,7 @@ impl Registers for Bar {
     }
 
     fn read32(&self, offset: usize) -> u32 {
-        if !self.check(offset, 4) {
+        if !self.check(offset, 4) || self.controller.is_blind() {
             return u32::MAX;
         }
         if offset < DOORBELLS { self.controller.register(offset) } else { 0 }

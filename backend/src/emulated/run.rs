@@ -8,11 +8,8 @@
 //!
 //! A pass holds the queue's lock. After a thread has stopped the controller and taken that lock, no command is running.
 
-use std::sync::PoisonError;
-use std::sync::atomic::{Ordering::SeqCst, fence};
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
-
-use crate::eventfd::signal;
 
 use super::controller::Controller;
 use super::event_state::BadDoorbell;
@@ -38,6 +35,12 @@ impl Controller {
         self.signal(&pass);
         self.report_events();
         pass.due
+    }
+
+    /// With shared tags: the identifier is out of range, or that of an admin command.
+    #[cold]
+    fn tag_is_taken(&self, cid: u16) -> bool {
+        cid >= self.options.queue_entries || lock(&self.admin).events.waiting.contains(&cid)
     }
 
     /// Signals the vector of the posted completions.
@@ -83,6 +86,7 @@ impl Controller {
             let Some(effect) = self.take(sq, id, &commands, &mut entry) else { continue };
             let status = match effect {
                 Some(Effect::Status(status)) => status,
+                _ if self.options.traits.shared_tags && self.tag_is_taken(entry.cid()) => Status::ID_CONFLICT,
                 _ => self.execute_io(sq, &entry, &dma, &mut state.traffic),
             };
             if status != Status::SUCCESS {
@@ -249,23 +253,5 @@ impl Controller {
             slot.starved.store(true, SeqCst);
         }
         false
-    }
-
-    fn interrupt(&self, vector: u16) {
-        if !self.options.interrupts || !self.bus_master.load(SeqCst) {
-            return;
-        }
-        // The completion is written before the flag is read. A driver that starts to wait sets the flag before it reads the
-        // completion queue, so one of the two sees the other.
-        fence(SeqCst);
-        if self.interrupt_wanted.get(usize::from(vector)).is_some_and(|interrupt_wanted| !interrupt_wanted.load(SeqCst))
-        {
-            return;
-        }
-        let vectors = self.vectors.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Some(event)) = vectors.get(usize::from(vector)) {
-            self.interrupts.fetch_add(1, SeqCst);
-            signal(event);
-        }
     }
 }

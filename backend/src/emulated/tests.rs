@@ -6,6 +6,7 @@ mod cache;
 mod events;
 mod faults;
 mod host;
+mod interrupts;
 mod io;
 mod iommu;
 mod space;

@@ -5,7 +5,7 @@ use std::io;
 
 use rustix::io::Errno;
 
-use crate::hardware::{Function, Registers};
+use crate::hardware::{Function, InterruptKind, Registers};
 use crate::whole_function::{
     CONFIG_REGION, IrqAction, IrqData, IrqInfo, IrqSet, RegionInfo, RegionMmap, WholeFunction,
 };
@@ -14,6 +14,10 @@ use super::function::EmulatedFunction;
 
 /// `VFIO_PCI_BAR0_REGION_INDEX`.
 const BAR0: u32 = 0;
+/// `VFIO_PCI_INTX_IRQ_INDEX`.
+const INTX: u32 = 0;
+/// `VFIO_PCI_MSI_IRQ_INDEX`.
+const MSI: u32 = 1;
 /// `VFIO_PCI_MSIX_IRQ_INDEX`.
 const MSIX: u32 = 2;
 /// `VFIO_PCI_ERR_IRQ_INDEX`; never signalled, because no PCIe errors are emulated.
@@ -22,6 +26,8 @@ const ERROR: u32 = 3;
 const REQUEST: u32 = 4;
 /// `VFIO_IRQ_INFO_EVENTFD`.
 const EVENTFD: u32 = 1;
+/// `VFIO_IRQ_INFO_MASKABLE` and `VFIO_IRQ_INFO_AUTOMASKED`.
+const MASKED: u32 = 1 << 1 | 1 << 2;
 /// `VFIO_IRQ_INFO_NORESIZE`.
 const NORESIZE: u32 = 1 << 3;
 
@@ -79,7 +85,9 @@ impl WholeFunction for EmulatedFunction {
 
     fn irq(&self, index: u32) -> IrqInfo {
         match index {
-            MSIX => IrqInfo { flags: EVENTFD, count: self.vectors().into() },
+            INTX => IrqInfo { flags: EVENTFD | MASKED, count: self.vectors(InterruptKind::Intx).into() },
+            MSI => IrqInfo { flags: EVENTFD | NORESIZE, count: self.vectors(InterruptKind::Msi).into() },
+            MSIX => IrqInfo { flags: EVENTFD, count: self.vectors(InterruptKind::MsiX).into() },
             ERROR | REQUEST => IrqInfo { flags: EVENTFD | NORESIZE, count: 1 },
             _ => IrqInfo::default(),
         }
@@ -87,9 +95,18 @@ impl WholeFunction for EmulatedFunction {
 
     fn set_irqs(&self, set: &IrqSet<'_>) -> io::Result<()> {
         match (set.index, set.action, set.data) {
-            (MSIX, IrqAction::Trigger, IrqData::None) if set.count == 0 => self.route_from(0, None),
-            (MSIX, IrqAction::Trigger, IrqData::Eventfds(events)) if events.len() == set.count as usize => {
-                self.route_from(set.start as usize, Some(events))
+            (INTX, IrqAction::Mask, IrqData::None | IrqData::Bools([1])) if set.count == 1 => {
+                self.controller.mask_line();
+                Ok(())
+            }
+            (INTX, IrqAction::Unmask, IrqData::None | IrqData::Bools([1])) if set.count == 1 => self.unmask_intx(),
+            (INTX..=MSIX, IrqAction::Trigger, IrqData::None) if set.count == 0 => {
+                self.controller.unroute();
+                Ok(())
+            }
+            (INTX..=MSIX, IrqAction::Trigger, IrqData::Eventfds(events)) if events.len() == set.count as usize => {
+                let kind = [InterruptKind::Intx, InterruptKind::Msi, InterruptKind::MsiX][set.index as usize];
+                self.controller.route_from(kind, set.start as usize, events)
             }
             (ERROR, IrqAction::Trigger, _) => Ok(()),
             // As VFIO does: a software trigger signals the eventfd that is set (`vfio_pci_set_ctx_trigger_single`).

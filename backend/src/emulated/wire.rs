@@ -109,6 +109,8 @@ impl Status {
     pub const INVALID_OPCODE: Self = Self::new(0, 0x01).do_not_retry();
     /// Invalid Field in Command.
     pub const INVALID_FIELD: Self = Self::new(0, 0x02).do_not_retry();
+    /// Command ID Conflict.
+    pub const ID_CONFLICT: Self = Self::new(0, 0x03).do_not_retry();
     /// Data Transfer Error.
     pub const DATA_TRANSFER_ERROR: Self = Self::new(0, 0x04);
     /// Internal Error.

@@ -12,7 +12,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use rustix::io::Errno;
 
 use crate::coherency::Facts;
-use crate::hardware::{Function, Registers};
+use crate::hardware::{Function, InterruptKind, Registers};
 use crate::whole_function::{IrqInfo, IrqSet, RegionInfo, RegionMmap, WholeFunction};
 
 /// Acquires a function that has been closed, attached to its former address space. Tries once and does not wait.
@@ -95,11 +95,14 @@ impl Function for ReplaceableFunction {
     fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>> {
         self.call(|function| function.registers(bar))
     }
-    fn vectors(&self) -> u16 {
-        self.get(|function| function.vectors()).unwrap_or_default()
+    fn vectors(&self, kind: InterruptKind) -> u16 {
+        self.get(|function| function.vectors(kind)).unwrap_or_default()
     }
-    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.call(|function| function.route_vectors(events))
+    fn route_vectors(&self, kind: InterruptKind, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.call(|function| function.route_vectors(kind, events))
+    }
+    fn unmask_intx(&self) -> io::Result<()> {
+        self.call(|function| function.unmask_intx())
     }
     fn interrupt_wanted(&self, vector: u16) -> Option<Arc<AtomicBool>> {
         self.get(|function| function.interrupt_wanted(vector)).flatten()

@@ -15,7 +15,7 @@ use super::*;
 use crate::addr::Iova;
 use crate::coherency::{NoSnoop, Personality, Policy};
 use crate::emulated::{Machine, Options};
-use crate::hardware::{DmaBuffer, Function, MapError, Registers, SpaceStatistics};
+use crate::hardware::{DmaBuffer, Function, InterruptKind, MapError, Registers, SpaceStatistics};
 use crate::memory::Region;
 use crate::whole_function::{IrqAction, IrqData, IrqInfo, IrqSet, RegionInfo, RegionMmap};
 
@@ -81,11 +81,11 @@ impl Function for Recorder<dyn WholeFunction> {
     fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>> {
         self.inner.registers(bar)
     }
-    fn vectors(&self) -> u16 {
-        self.inner.vectors()
+    fn vectors(&self, kind: InterruptKind) -> u16 {
+        self.inner.vectors(kind)
     }
-    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.inner.route_vectors(events)
+    fn route_vectors(&self, kind: InterruptKind, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.inner.route_vectors(kind, events)
     }
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
         self.record(if on { "bus master on" } else { "bus master off" });

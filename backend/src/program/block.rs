@@ -101,7 +101,13 @@ impl Disk {
         let name = owned.function.name().to_owned();
         let vmm = owned.vmm(config, &name);
         let queues = config.queue_count();
-        let options = NvmeOptions { namespace: config.namespace, queues, read_only: config.read_only };
+        let options = NvmeOptions {
+            namespace: config.namespace,
+            queues,
+            read_only: config.read_only,
+            interrupts: config.interrupts.into(),
+            avoid: config.avoid.iter().map(|&what| what.into()).collect(),
+        };
         let mut nvme = Nvme::bring_up(owned.function, Arc::clone(&space), options)?;
         before.map_or(Ok(()), |before| nvme.continue_from(before))?;
         // Not with a shim: KVM would have to be told of the new device file before any memory is mapped.

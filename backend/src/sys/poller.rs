@@ -1,10 +1,14 @@
-//! An owned epoll instance on top of the `epoll` crate. A signal ends a wait early instead of failing it.
+//! An owned epoll instance on top of the `epoll` crate. Only the wait is `epoll_pwait2`, whose time-outs may be shorter than a
+//! millisecond. A signal ends a wait early instead of failing it.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use epoll::{ControlOptions, Events};
+use rustix::event::Timespec;
+use rustix::event::epoll as kernel;
 
 /// An event on the descriptor that was added with `token`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,8 +22,11 @@ pub struct Event {
 /// Waits for many descriptors: level-triggered if added with [`Self::add`], else edge-triggered.
 pub struct Poller {
     fd: OwnedFd,
-    ready: Vec<epoll::Event>,
+    ready: Vec<Event>,
 }
+
+/// Most events of one wait.
+const MOST: usize = 64;
 
 /// Readable while one of the level-triggered descriptors is.
 impl AsFd for Poller {
@@ -37,7 +44,7 @@ impl Poller {
         let raw = epoll::create(true)?;
         // SAFETY: `epoll::create` has just returned this descriptor, and it has no other owner.
         let fd = unsafe { OwnedFd::from_raw_fd(raw) };
-        Ok(Self { fd, ready: vec![epoll::Event::new(Events::empty(), 0); 64] })
+        Ok(Self { fd, ready: Vec::with_capacity(MOST) })
     }
 
     /// Reports `token` while `source` is readable. A descriptor that has duplicates must be removed before it is closed.
@@ -79,45 +86,53 @@ impl Poller {
         epoll::ctl(self.fd.as_raw_fd(), option, source.as_fd().as_raw_fd(), interest)
     }
 
-    /// Waits for events until `timeout` has passed, and calls `ready` for each. `None` waits forever; a timeout is rounded up
-    /// to milliseconds. Returns the number of events. A signal ends the wait early with none.
+    /// Waits for events until `timeout` has passed, and calls `ready` for each. `None` waits forever. Returns the number of
+    /// events. A signal ends the wait early with none.
     ///
     /// # Errors
-    /// The errno of `epoll_wait`, except EINTR.
+    /// The errno of `epoll_pwait2`, except EINTR.
     pub fn wait(&mut self, timeout: Option<Duration>, mut ready: impl FnMut(Event)) -> io::Result<usize> {
-        let milliseconds = match timeout {
-            None => -1,
-            Some(time) => i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX),
-        };
-        let count = self.wait_milliseconds(milliseconds)?;
-        for event in &self.ready[..count] {
-            let events = Events::from_bits_truncate(event.events);
-            ready(Event {
-                token: event.data,
-                hang_up: events.intersects(Events::EPOLLHUP | Events::EPOLLRDHUP | Events::EPOLLERR),
-            });
-        }
-        Ok(count)
+        // A time-out that no timespec can hold is as good as none.
+        let timeout = timeout.and_then(|time| Timespec::try_from(time).ok());
+        self.wait_until(timeout)?;
+        self.ready.iter().copied().for_each(&mut ready);
+        Ok(self.ready.len())
+    }
+
+    /// One `epoll_pwait2`.
+    fn look(&mut self, timeout: Option<&Timespec>) -> rustix::io::Result<()> {
+        // Not kept in `self`, because the kernel's events may not be sent to another thread.
+        let mut events = [MaybeUninit::uninit(); MOST];
+        self.ready.clear();
+        let (events, _) = kernel::wait(&self.fd, &mut events[..], timeout)?;
+        let broken = kernel::EventFlags::HUP | kernel::EventFlags::RDHUP | kernel::EventFlags::ERR;
+        self.ready.extend(events.iter().map(|event| {
+            let (flags, data) = (event.flags, event.data);
+            Event { token: data.u64(), hang_up: flags.intersects(broken) }
+        }));
+        Ok(())
     }
 }
 
 impl Poller {
     #[cfg(not(feature = "shuttle"))]
-    fn wait_milliseconds(&mut self, milliseconds: i32) -> io::Result<usize> {
-        match epoll::wait(self.fd.as_raw_fd(), milliseconds, &mut self.ready) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(0),
-            other => other,
+    fn wait_until(&mut self, timeout: Option<Timespec>) -> io::Result<()> {
+        match self.look(timeout.as_ref()) {
+            Err(rustix::io::Errno::INTR) => Ok(()),
+            other => Ok(other?),
         }
     }
 
     /// All threads of such a test share one of the kernel's, so none may wait there. A time-out may pass at any time.
     #[cfg(feature = "shuttle")]
-    fn wait_milliseconds(&mut self, milliseconds: i32) -> io::Result<usize> {
+    fn wait_until(&mut self, timeout: Option<Timespec>) -> io::Result<()> {
         use shuttle::rand::{Rng, thread_rng};
+        let now = Timespec::default();
         loop {
-            let count = epoll::wait(self.fd.as_raw_fd(), 0, &mut self.ready)?;
-            if count != 0 || milliseconds == 0 || (milliseconds > 0 && thread_rng().gen_ratio(1, 16)) {
-                return Ok(count);
+            self.look(Some(&now))?;
+            let passed = timeout == Some(now) || (timeout.is_some() && thread_rng().gen_ratio(1, 16));
+            if passed || !self.ready.is_empty() {
+                return Ok(());
             }
             shuttle::thread::yield_now();
         }

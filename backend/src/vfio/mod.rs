@@ -22,16 +22,18 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX,
+    VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX,
+    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX,
 };
 
 pub use address::{NotAnAddress, PciAddress};
 pub use error::VfioError;
 pub use interface::{FoundInterface, InterfaceChoice};
 
-use crate::hardware::{Function, Registers};
+use crate::hardware::{Function, InterruptKind, Registers};
 use crate::iommu::PageTable;
 use crate::sys::{Cdev, DeviceId, Ioas, Iommufd, Owner};
+use crate::whole_function::{IrqAction, IrqData, IrqSet};
 
 /// Command register @ 0x04 : u16 (PCI Local Bus 3.0 §6.2.2).
 const COMMAND: u64 = 0x04;
@@ -168,6 +170,14 @@ impl Attached {
     }
 }
 
+fn irq_index(kind: InterruptKind) -> u32 {
+    match kind {
+        InterruptKind::MsiX => VFIO_PCI_MSIX_IRQ_INDEX,
+        InterruptKind::Msi => VFIO_PCI_MSI_IRQ_INDEX,
+        InterruptKind::Intx => VFIO_PCI_INTX_IRQ_INDEX,
+    }
+}
+
 impl Function for Attached {
     fn name(&self) -> &str {
         &self.name
@@ -190,14 +200,19 @@ impl Function for Attached {
         Ok(Arc::new(self.cdev.map_region(region)?))
     }
 
-    fn vectors(&self) -> u16 {
+    fn vectors(&self, kind: InterruptKind) -> u16 {
         // PCI Local Bus 3.0 §6.8.2.3: at most 2048 vectors.
-        u16::try_from(self.cdev.vectors(VFIO_PCI_MSIX_IRQ_INDEX)).unwrap_or(2048)
+        u16::try_from(self.cdev.vectors(irq_index(kind))).unwrap_or(2048)
     }
 
-    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn route_vectors(&self, kind: InterruptKind, events: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.check_ours()?;
-        self.cdev.route_vectors(VFIO_PCI_MSIX_IRQ_INDEX, events)
+        self.cdev.route_vectors(irq_index(kind), events)
+    }
+
+    fn unmask_intx(&self) -> io::Result<()> {
+        let (index, action) = (VFIO_PCI_INTX_IRQ_INDEX, IrqAction::Unmask);
+        self.cdev.set_irqs(&IrqSet { index, start: 0, count: 1, action, data: IrqData::None })
     }
 
     fn route_removal(&self, event: BorrowedFd<'_>) -> io::Result<()> {

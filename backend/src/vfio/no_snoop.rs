@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use crate::coherency::{Coherent, NoSnoop, NotOurs, Verdict};
-use crate::hardware::{Function, Registers};
+use crate::hardware::{Function, InterruptKind, Registers};
 
 /// Vendor ID @ 0x00 : u16 (PCI Local Bus 3.0 §6.2.1).
 const VENDOR: u16 = 0x00;
@@ -127,11 +127,14 @@ impl Function for NoSnoopDisabled {
     fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>> {
         self.0.registers(bar)
     }
-    fn vectors(&self) -> u16 {
-        self.0.vectors()
+    fn vectors(&self, kind: InterruptKind) -> u16 {
+        self.0.vectors(kind)
     }
-    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.0.route_vectors(events)
+    fn route_vectors(&self, kind: InterruptKind, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.0.route_vectors(kind, events)
+    }
+    fn unmask_intx(&self) -> io::Result<()> {
+        self.0.unmask_intx()
     }
     fn interrupt_wanted(&self, vector: u16) -> Option<Arc<AtomicBool>> {
         self.0.interrupt_wanted(vector)

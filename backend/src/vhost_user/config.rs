@@ -65,9 +65,9 @@ impl BlkConfig {
             sectors: 0,
             blk_size: geometry.block_size,
             physical_block_exp: u8::try_from(ratio.ilog2()).expect("a logarithm of 32 bits"),
-            alignment_offset: 0,
+            alignment_offset: u8::try_from(geometry.alignment_offset / geometry.block_size.max(1)).unwrap_or(0),
             min_io_size: u16::try_from(ratio).unwrap_or(u16::MAX),
-            opt_io_size: 0,
+            opt_io_size: geometry.optimal_size / geometry.block_size.max(1),
             writeback: u8::from(writeback),
             unused: 0,
             num_queues: queues,
@@ -126,6 +126,9 @@ pub(super) mod tests {
             blocks: 0x1000,
             block_size: 4096,
             physical_block_size: 16384,
+            alignment_offset: 8192,
+            optimal_size: 128 << 10,
+            boundary: 0,
             read_only: false,
             volatile_cache: true,
             cache_on: true,
@@ -154,7 +157,7 @@ pub(super) mod tests {
         assert_eq!(values, [0x8000, 128 << 10, 126, 4096]);
 
         let topology = [field(24, 1), field(25, 1), field(26, 2), field(28, 4)];
-        assert_eq!(topology, [2, 0, 4, 0], "16K physical blocks are four logical ones");
+        assert_eq!(topology, [2, 2, 4, 32], "16K physical blocks are four logical ones");
 
         assert_eq!((field(32, 1), field(34, 2)), (1, 3), "writeback, num_queues");
         assert_eq!(WRITEBACK, 32);

@@ -15,7 +15,7 @@ use rustix::net::{
 use vhost_device_vfio::acquire::hand_over::{Exported, FunctionDescription};
 use vhost_device_vfio::addr::{Iova, Span};
 use vhost_device_vfio::coherency::{Facts, decide};
-use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions};
+use vhost_device_vfio::driver::nvme::{InterruptPolicy, Nvme, NvmeOptions};
 use vhost_device_vfio::driver::{Command, DiskState, Driver, Outcome, Queue};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::iommu::LiveSpace;
@@ -41,7 +41,13 @@ pub(super) struct Drive {
 impl Drive {
     pub(super) fn bring_up(function: Arc<dyn Function>, space: &LiveSpace, facts: &Facts) -> Self {
         let function = no_snoop::apply(function, decide(facts)).unwrap();
-        let options = NvmeOptions { namespace: None, queues: 2, read_only: false };
+        let options = NvmeOptions {
+            namespace: None,
+            queues: 2,
+            read_only: false,
+            interrupts: InterruptPolicy::Auto,
+            avoid: Vec::new(),
+        };
         let mut nvme = Box::new(Nvme::bring_up(function, Arc::new(space.clone()), options).unwrap());
         let queues = nvme.take_queues();
         Self { nvme, queues, space: space.clone() }

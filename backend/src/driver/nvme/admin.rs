@@ -3,6 +3,8 @@
 //! Admin commands are issued during initialization and shutdown, and rarely in between. More than one in flight, or an
 //! interrupt per command, would gain nothing. The exception is the Asynchronous Event Request, which stays outstanding.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use zerocopy::{FromBytes, IntoBytes};
@@ -10,14 +12,15 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::controller::{AdminRings, Controller, poll};
 use super::error::NvmeErrorKind;
 use super::regs::PAGE_LEN;
-use super::rings::{CompletionRing, QueueMemory, SubmissionRing, completion_bytes, submission_bytes};
+use super::rings::{CompletionRing, CompletionWatch, QueueMemory, SubmissionRing, completion_bytes, submission_bytes};
 use super::spec::{CompletionEntry, NAMESPACE_NOTICES, SubmissionEntry, admin_opcode, feature};
 use super::status::Status;
+use super::tags::ADMIN_TAGS;
 use crate::driver::CommandId;
 use crate::rate_limited_log::RateLimitedLog;
 
 /// Entries of each admin ring. Only commands that timed out and the event request stay outstanding.
-const SIZE: u16 = 32;
+const SIZE: u16 = ADMIN_TAGS;
 
 /// An admin command and its name in the specification.
 pub(super) struct AdminCommand {
@@ -90,13 +93,23 @@ impl AdminCommand {
         Self { name: "Get Log Page", entry }
     }
 
-    /// NVMe 2.0 §5.4: physically contiguous, with interrupts on `vector`.
-    pub(super) fn create_completion_queue(id: u16, depth: u16, memory: u64, vector: u16) -> Self {
+    /// NVMe 2.0 §5.16.1.13: the state of each ANA group, without its namespaces (RGO).
+    pub(super) fn get_path_states() -> Self {
+        const ANA_LOG: u8 = 0x0c;
+        const GROUPS_ONLY: u32 = 1 << 8;
+        let mut command = Self::get_log_page(ANA_LOG);
+        command.name = "Get Log Page (Asymmetric Namespace Access)";
+        command.entry.cdw10 |= GROUPS_ONLY;
+        command
+    }
+
+    /// NVMe 2.0 §5.4: physically contiguous, with interrupts on `vector`, or without.
+    pub(super) fn create_completion_queue(id: u16, depth: u16, memory: u64, vector: Option<u16>) -> Self {
         let entry = SubmissionEntry {
             opcode: admin_opcode::CREATE_IO_CQ,
             prp1: memory,
             cdw10: u32::from(depth - 1) << 16 | u32::from(id),
-            cdw11: u32::from(vector) << 16 | 0b11,
+            cdw11: u32::from(vector.unwrap_or(0)) << 16 | u32::from(vector.is_some()) << 1 | 1,
             ..Default::default()
         };
         Self { name: "Create I/O Completion Queue", entry }
@@ -133,8 +146,12 @@ impl AdminCommand {
 pub(super) struct AdminQueue {
     submissions: SubmissionRing,
     completions: CompletionRing,
+    /// Follows `completions`, for a worker that shares this queue's interrupt.
+    position: Arc<AtomicU32>,
     data: QueueMemory,
     next_cid: u16,
+    /// Identifiers are below this. FFFFh is reserved for "no command". NVMe 2.0 §3.3.3.1
+    cid_end: u16,
     /// Identifier of the outstanding Asynchronous Event Request.
     event_request: Option<u16>,
     /// Dword 0 of its completion, until [`Self::next_event`] returns it.
@@ -153,11 +170,14 @@ impl AdminQueue {
         let completions = memory.slice(sq_bytes, cq_bytes);
         let rings = AdminRings { submissions: submissions.iova, completions: completions.iova, size };
         let doorbells = controller.doorbells();
+        let completions = CompletionRing::new(&completions, 0, size, &doorbells);
         let queue = Self {
             submissions: SubmissionRing::new(&submissions, 0, size, &doorbells),
-            completions: CompletionRing::new(&completions, 0, size, &doorbells),
+            position: Arc::new(completions.position().into()),
+            completions,
             data: memory.slice(sq_bytes + cq_bytes, PAGE_LEN),
             next_cid: 0,
+            cid_end: u16::MAX,
             event_request: None,
             event_result: None,
             log: RateLimitedLog::new(module_path!()),
@@ -194,8 +214,7 @@ impl AdminQueue {
             return Err(NvmeErrorKind::CommandTimeout { command: name, limit: Duration::ZERO });
         }
         entry.cid = self.next_cid;
-        // FFFFh is reserved for "no command". NVMe 2.0 §3.3.3.1
-        let next = |cid: u16| (cid + 1) % u16::MAX;
+        let next = |cid: u16| (cid + 1) % self.cid_end;
         self.next_cid = next(entry.cid);
         if self.event_request == Some(self.next_cid) {
             self.next_cid = next(self.next_cid);
@@ -203,6 +222,30 @@ impl AdminQueue {
         self.submissions.push(&entry);
         self.submissions.ring();
         Ok(entry.cid)
+    }
+
+    /// Uses identifiers below [`ADMIN_TAGS`] only, and returns how many entries an I/O queue may have whose identifiers follow
+    /// and are below `depth`.
+    pub(super) fn share_tags(&mut self, depth: u16) -> Result<u16, NvmeErrorKind> {
+        (self.cid_end, self.next_cid) = (ADMIN_TAGS, self.next_cid % ADMIN_TAGS);
+        match depth.checked_sub(ADMIN_TAGS) {
+            Some(left @ 2..) => Ok(left),
+            _ => Err(NvmeErrorKind::Unsuitable {
+                property: "largest queue (CAP.MQES)",
+                found: format!("{depth} entries"),
+                wanted: "34 or more with shared tags",
+            }),
+        }
+    }
+
+    /// Tells a worker whether this queue has a completion.
+    pub(super) fn watch(&self) -> CompletionWatch {
+        self.completions.watch(Arc::clone(&self.position))
+    }
+
+    /// True if an event has been taken from the queue and not yet been handled.
+    pub(super) fn has_event(&self) -> bool {
+        self.event_result.is_some()
     }
 
     /// Takes no more events until the controller has been reset.
@@ -262,6 +305,7 @@ impl AdminQueue {
     /// The next completion. If it completes the event request, its result is kept in `event_result`.
     fn next_completion(&mut self) -> Option<CompletionEntry> {
         let entry = self.completions.pop()?;
+        self.position.store(self.completions.position(), Ordering::Release);
         self.completions.update_head();
         if !self.submissions.set_head(entry.sq_head) {
             self.log.warn(|| format!("admin submission queue head {} is out of range", entry.sq_head));
@@ -273,7 +317,7 @@ impl AdminQueue {
         Some(entry)
     }
 
-    /// Executes an Identify command and returns its data.
+    /// Executes a command that returns a page of data, such as Identify.
     pub(super) fn identify<T: FromBytes + IntoBytes>(
         &mut self,
         controller: &Controller,

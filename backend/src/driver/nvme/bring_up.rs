@@ -5,19 +5,20 @@
 //! disable -> vectors -> enable -> Identify -> namespace -> write cache -> Number of Queues -> CQ, SQ per queue
 //! ```
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, eventfd};
-
 use super::admin::{AdminCommand, AdminQueue};
+use super::command_set;
 use super::controller::Controller;
 use super::error::NvmeErrorKind;
 use super::identify::{Identity, Namespace, active_namespaces, format_ids, range_limits, select_namespace};
-use super::options::NvmeOptions;
+use super::interrupts::{Interrupts, QueueInterrupt, SharedVector, Wiring};
+use super::options::{Avoid, NvmeOptions};
+use super::path;
 use super::prp::Limits;
-use super::queue::{IoQueue, MAX_DEPTH, QueueSetup, completions_at, memory_needed};
-use super::regs::Version;
+use super::queue::{IoQueue, MAX_DEPTH, QueueSetup, Tags, completions_at, memory_needed};
+use super::regs::{PAGE_LEN, Version};
 use super::sgl::Granularity;
 use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, cns};
 use crate::addr::Bytes;
@@ -35,21 +36,23 @@ pub(super) struct BroughtUp {
     pub(super) identity: Identity,
     /// The namespace to serve.
     pub(super) namespace: Namespace,
+    pub(super) wiring: Wiring,
 }
 
-/// Initializes `controller`. Vector 0, the admin queue's, signals `admin_event`. On error the caller must stop the controller.
+/// Initializes `controller`. The admin queue's interrupt signals `admin_event`. On error the caller must stop the controller.
 pub(super) fn bring_up(
     controller: &mut Controller,
     options: &NvmeOptions,
     admin_event: BorrowedFd<'_>,
 ) -> Result<BroughtUp, NvmeErrorKind> {
     controller.disable()?;
-    let mut events = route_vectors(controller, options.queues, admin_event)?;
+    let Interrupts { wiring, mut events } = Interrupts::route(controller, options, admin_event)?;
     let (mut admin, rings) = AdminQueue::new(controller)?;
     controller.enable(&rings)?;
     let command = AdminCommand::identify("Identify Controller", cns::CONTROLLER, 0);
     let data: IdentifyController = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
-    let identity = Identity::decode(&data)?;
+    let mut identity = Identity::decode(&data)?;
+    identity.avoid(&options.avoid);
     let namespace = find_namespace(controller, &mut admin, &identity, options.namespace)?;
     let command_limits = identify_limits(controller, &mut admin)?;
     let (discard, zeroes) = range_limits(&identity, &namespace, command_limits.as_ref());
@@ -57,18 +60,37 @@ pub(super) fn bring_up(
     events.truncate(negotiate_queues(controller, &mut admin, events.len())?);
     let limits = Limits { block: namespace.block_size, transfer: identity.max_transfer };
     let depth = u16::try_from(controller.capabilities().max_queue_entries()).map_or(MAX_DEPTH, |n| n.min(MAX_DEPTH));
+    let shared_tags = options.avoid.contains(&Avoid::Tags);
+    if shared_tags {
+        events.truncate(1);
+    }
+    let depth = if shared_tags { admin.share_tags(depth)? } else { depth };
     let mut queues = Vec::new();
     for (id, event) in (1..).zip(events) {
+        let interrupt = queue_interrupt(controller, &admin, (wiring, id), event, admin_event)?;
         queues.push(create_queue(
             controller,
             &mut admin,
-            QueueParameters { id, depth, namespace: namespace.id, limits, sgl: identity.sgl, event },
+            QueueParameters {
+                id,
+                depth,
+                namespace: namespace.id,
+                metadata: namespace.metadata,
+                limits,
+                sgl: identity.sgl,
+                vector: wiring.vector(id),
+                interrupt,
+                tags: if shared_tags { Tags::Shared } else { Tags::Own },
+            },
         )?);
     }
     let geometry = Geometry {
         blocks: namespace.blocks,
         block_size: namespace.block_size,
         physical_block_size: namespace.physical_block_size,
+        alignment_offset: namespace.alignment_offset,
+        optimal_size: namespace.optimal_size,
+        boundary: namespace.boundary,
         read_only: options.read_only || namespace.write_protected,
         volatile_cache: identity.write_cache,
         cache_on,
@@ -79,7 +101,7 @@ pub(super) fn bring_up(
         zeroes,
     };
     let shutdown_limit = identity.shutdown_limit;
-    let mut up = BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace };
+    let mut up = BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace, wiring };
     log_summary(controller, &up, depth);
     if up.identity.namespace_notices {
         enable_namespace_events(controller, &mut up.admin)?;
@@ -88,7 +110,7 @@ pub(super) fn bring_up(
 }
 
 fn log_summary(controller: &Controller, up: &BroughtUp, depth: u16) {
-    let BroughtUp { identity, namespace, geometry, queues, .. } = up;
+    let BroughtUp { identity, namespace, geometry, queues, wiring, .. } = up;
     let name = controller.function().name();
     log::info!(
         "{name}: {} (serial {}, firmware {}, NVMe {}), namespace {}: {} blocks of {}, write cache {}",
@@ -111,7 +133,7 @@ fn log_summary(controller: &Controller, up: &BroughtUp, depth: u16) {
         Some(Granularity::Byte) => ", SGLs",
         Some(Granularity::Dword) => ", SGLs of dwords",
     };
-    log::info!("{name}: {} queues of {depth} entries, transfers up to {transfer}{sgl}", queues.len());
+    log::info!("{name}: {} queues of {depth} entries, {wiring}, transfers up to {transfer}{sgl}", queues.len());
 }
 
 /// Enables namespace attribute notices. A refusal is not fatal: only size changes go unnoticed.
@@ -124,38 +146,6 @@ fn enable_namespace_events(controller: &Controller, admin: &mut AdminQueue) -> R
         }
         Err(kind) => Err(kind),
     }
-}
-
-/// Creates an eventfd per I/O queue and routes the vectors: vector 0 (admin queue) to `admin_event`, vector n to I/O queue n.
-///
-/// MSI-X must be on before the controller is enabled. Until then the controller would use INTx, which nobody handles.
-fn route_vectors(
-    controller: &Controller,
-    wanted: u16,
-    admin_event: BorrowedFd<'_>,
-) -> Result<Vec<OwnedFd>, NvmeErrorKind> {
-    let function = controller.function();
-    let vectors = function.vectors();
-    if vectors < 2 {
-        let found = match vectors {
-            0 => "0 (no MSI-X)".to_owned(),
-            few => few.to_string(),
-        };
-        return Err(NvmeErrorKind::Unsuitable { property: "number of MSI-X vectors", found, wanted: "2 or more" });
-    }
-    let queues = wanted.clamp(1, vectors - 1).min(controller.last_queue());
-    if queues == 0 {
-        let found = "large enough for the admin queue only".to_owned();
-        return Err(NvmeErrorKind::Unsuitable { property: "doorbell area", found, wanted: "room for one I/O queue" });
-    }
-    let event = |_| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-    let events: Vec<OwnedFd> = (1..=queues)
-        .map(event)
-        .collect::<Result<_, _>>()
-        .map_err(|errno| NvmeErrorKind::function("eventfd")(errno.into()))?;
-    let borrowed: Vec<_> = std::iter::once(admin_event).chain(events.iter().map(AsFd::as_fd)).collect();
-    function.route_vectors(&borrowed).map_err(NvmeErrorKind::function("turn MSI-X on"))?;
-    Ok(events)
 }
 
 /// Selects the namespace to serve and checks that this driver supports it.
@@ -195,9 +185,31 @@ pub(super) fn identify_namespace(
     identity: &Identity,
     id: u32,
 ) -> Result<Option<Namespace>, NvmeErrorKind> {
+    // A controller with one command set has no other, and need not know the descriptor.
+    if controller.capabilities().several_command_sets() {
+        let name = "Identify (Namespace Identification Descriptor list)";
+        let list = admin.identify(controller, AdminCommand::identify(name, cns::DESCRIPTORS, id), BRING_UP_TIMEOUT)?;
+        command_set::check(id, command_set::identifier(&list))?;
+    }
     let command = AdminCommand::identify("Identify Namespace", cns::NAMESPACE, id);
     let data: IdentifyNamespace = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
+    // Before the decoding: what cannot be reached reports no capacity.
+    if identity.path_states && data.anagrpid != 0 {
+        check_path(controller, admin, id, data.anagrpid)?;
+    }
     Namespace::decode(id, &data, identity)
+}
+
+/// Checks that namespace `id`, of ANA group `group`, can be reached by this controller.
+fn check_path(controller: &Controller, admin: &mut AdminQueue, id: u32, group: u32) -> Result<(), NvmeErrorKind> {
+    match admin.identify(controller, AdminCommand::get_path_states(), BRING_UP_TIMEOUT) {
+        Ok(log) => path::check(id, path::state(&log, group).unwrap_or_default()),
+        Err(error @ NvmeErrorKind::CommandFailed { .. }) => {
+            log::warn!("{}: {error}; assuming that namespace {id} can be reached", controller.function().name());
+            Ok(())
+        }
+        Err(kind) => Err(kind),
+    }
 }
 
 /// The controller's limits of commands without data transfer. The data structure is newer than NVMe 1.4 and no capability
@@ -242,13 +254,37 @@ fn negotiate_queues(controller: &Controller, admin: &mut AdminQueue, wanted: usi
     Ok(usize::try_from(queues).expect("at most 65536"))
 }
 
+/// The interrupt of I/O queue `id`, which `event` reports.
+fn queue_interrupt(
+    controller: &Controller,
+    admin: &AdminQueue,
+    (wiring, id): (Wiring, u16),
+    event: OwnedFd,
+    admin_event: BorrowedFd<'_>,
+) -> Result<QueueInterrupt, NvmeErrorKind> {
+    let function = controller.shared_function();
+    Ok(match wiring {
+        Wiring::Own(_) => QueueInterrupt::own(event, function.interrupt_wanted(id)),
+        Wiring::Shared(_) => {
+            let admin_event = admin_event.try_clone_to_owned().map_err(NvmeErrorKind::function("eventfd"))?;
+            let wanted = if wiring.is_line() { None } else { function.interrupt_wanted(0) };
+            let shared = SharedVector::new(admin.watch(), admin_event, wiring.is_line().then_some(function));
+            QueueInterrupt::shared(event, wanted, shared)
+        }
+        Wiring::Polled => QueueInterrupt::polled(event),
+    })
+}
+
 struct QueueParameters {
     id: u16,
     depth: u16,
     namespace: u32,
+    metadata: u16,
     limits: Limits,
     sgl: Option<Granularity>,
-    event: OwnedFd,
+    vector: Option<u16>,
+    interrupt: QueueInterrupt,
+    tags: Tags,
 }
 
 fn create_queue(
@@ -256,14 +292,17 @@ fn create_queue(
     admin: &mut AdminQueue,
     wanted: QueueParameters,
 ) -> Result<IoQueue, NvmeErrorKind> {
-    let QueueParameters { id, depth, namespace, limits, sgl, event } = wanted;
+    let QueueParameters { id, depth, namespace, metadata, limits, sgl, vector, interrupt, tags } = wanted;
     let memory = controller.memory("an I/O queue", memory_needed(depth))?;
     let completions = memory.iova.0 + completions_at(depth) as u64;
-    admin.execute(controller, AdminCommand::create_completion_queue(id, depth, completions, id), BRING_UP_TIMEOUT)?;
+    admin.execute(
+        controller,
+        AdminCommand::create_completion_queue(id, depth, completions, vector),
+        BRING_UP_TIMEOUT,
+    )?;
     admin.execute(controller, AdminCommand::create_submission_queue(id, depth, memory.iova.0), BRING_UP_TIMEOUT)?;
     let name = format!("{} queue {id}", controller.function().name());
-    let interrupt_wanted = controller.function().interrupt_wanted(id);
-    Ok(IoQueue::new(QueueSetup {
+    let queue = IoQueue::new(QueueSetup {
         name,
         id,
         depth,
@@ -272,7 +311,12 @@ fn create_queue(
         namespace,
         limits,
         sgl,
-        event,
-        interrupt_wanted,
-    }))
+        interrupt,
+        tags,
+    });
+    if metadata == 0 {
+        return Ok(queue);
+    }
+    let bytes = usize::try_from(limits.transfer / limits.block * u32::from(metadata)).expect("at most 512 KiB");
+    Ok(queue.with_metadata(&controller.memory("metadata", 2 * bytes.next_multiple_of(PAGE_LEN))?))
 }

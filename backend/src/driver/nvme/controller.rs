@@ -10,22 +10,27 @@
 //! [`Controller`] owns the queue memory and frees it in one place, `stop`, which `drop` calls as well. So on every path,
 //! including each early return during initialization, the controller is stopped before its memory is freed.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::error::NvmeErrorKind;
 use super::queue::Doorbells;
 use super::regs::{
-    ACQ, AQA, ASQ, CAP, CC, CC_EN, CC_SETTINGS, CC_SHN_MASK, CC_SHN_NORMAL, CRTO, CSTS, Capabilities, ControllerStatus,
-    DOORBELLS, PAGE, VS, Version, registers_needed,
+    ACQ, AQA, ASQ, CAP, CC, CC_CSS_ALL, CC_EN, CC_SETTINGS, CC_SHN_MASK, CC_SHN_NORMAL, CMBMSC, CRTO, CSTS,
+    Capabilities, ControllerStatus, DOORBELLS, INTMS, PAGE, VS, Version, registers_needed,
 };
 use super::rings::QueueMemory;
 use crate::addr::{Address, Iova};
-use crate::hardware::{AddressSpace, DmaBuffer, Function, Registers};
+use crate::hardware::{AddressSpace, DmaBuffer, Function, InterruptKind, Registers};
 
 /// Poll interval of the first few milliseconds, in which a healthy controller completes, and of the time after.
 const STEP: Duration = Duration::from_micros(50);
 const LONG_STEP: Duration = Duration::from_millis(1);
+
+/// How long all registers may read as ones after CC has changed, before the controller counts as gone. Drives are known that
+/// take more than 2 s.
+const LONGEST_SILENCE: Duration = Duration::from_secs(3);
 
 /// Calls `look` until it returns a value or `limit` has passed.
 pub(super) fn poll<T>(
@@ -64,6 +69,8 @@ pub(super) struct Controller {
     memory: Vec<DmaBuffer>,
     /// True while the controller may do DMA.
     running: bool,
+    /// The kind of interrupt that is on.
+    interrupt: Option<InterruptKind>,
 }
 
 impl Controller {
@@ -81,7 +88,8 @@ impl Controller {
             });
         }
         let capabilities = Capabilities(registers.read64(CAP));
-        let controller = Self { function, space, registers, capabilities, memory: Vec::new(), running: false };
+        let controller =
+            Self { function, space, registers, capabilities, memory: Vec::new(), running: false, interrupt: None };
         controller.check_capabilities()?;
         Ok(controller)
     }
@@ -92,7 +100,11 @@ impl Controller {
         if cap.is_gone() {
             return Err(NvmeErrorKind::Gone);
         }
-        if !cap.nvm_command_set() {
+        if cap.administrative() {
+            let found = "an administrative one, without I/O command set (CAP.CSS = 80h)".to_owned();
+            return unsuitable("this controller", found, "an I/O controller");
+        }
+        if !cap.nvm_command_set() && !cap.several_command_sets() {
             return unsuitable("CAP", format!("{:#018x} (no NVM command set)", cap.0), "CSS bit 0");
         }
         if cap.min_page() > PAGE {
@@ -111,6 +123,22 @@ impl Controller {
     /// The PCI function.
     pub(super) fn function(&self) -> &dyn Function {
         &*self.function
+    }
+
+    /// The same, to be kept by a queue. Queues are dropped before the function is released.
+    pub(super) fn shared_function(&self) -> Arc<dyn Function> {
+        Arc::clone(&self.function)
+    }
+
+    /// Records that this kind of interrupt is on, until the controller has stopped.
+    pub(super) fn set_interrupt(&mut self, kind: InterruptKind) {
+        self.interrupt = Some(kind);
+    }
+
+    /// Keeps a controller without any interrupt on from asserting INTx, which would be spurious on the host and could make it
+    /// turn a shared line off. The registers are undefined while MSI-X is on. NVMe 2.0 §3.1.3.3
+    pub(super) fn mask_interrupts(&self) {
+        self.registers.write32(INTMS, u32::MAX);
     }
 
     /// CAP.
@@ -154,16 +182,24 @@ impl Controller {
         self.capabilities.ready_timeout(|| self.registers.read32(CRTO))
     }
 
-    /// Waits until `reached` accepts CSTS.
+    /// Waits until `reached` accepts CSTS. Some controllers answer nothing for a while after CC has changed.
     fn wait(
         &self,
         condition: &'static str,
         limit: Duration,
         reached: impl Fn(ControllerStatus) -> bool,
     ) -> Result<(), NvmeErrorKind> {
-        let found = poll(limit, || Ok(Some(self.status()?).filter(|status| reached(*status))))?;
-        if found.is_some() {
-            return Ok(());
+        let answers = || Ok((!ControllerStatus(self.registers.read32(CSTS)).is_gone()).then_some(()));
+        for _ in 0..2 {
+            let found = poll(limit, || match self.status() {
+                Err(NvmeErrorKind::Gone) => Ok(Some(None)),
+                status => Ok(Some(status?).filter(|status| reached(*status)).map(Some)),
+            })?;
+            match found {
+                Some(Some(_)) => return Ok(()),
+                Some(None) => poll(LONGEST_SILENCE, answers)?.ok_or(NvmeErrorKind::Gone)?,
+                None => break,
+            }
         }
         Err(NvmeErrorKind::StatusTimeout { condition, limit, status: format!("{:?}", self.status()?) })
     }
@@ -172,6 +208,9 @@ impl Controller {
     pub(super) fn disable(&self) -> Result<(), NvmeErrorKind> {
         let limit = self.ready_timeout();
         let configuration = self.registers.read32(CC);
+        if configuration == u32::MAX {
+            return Err(NvmeErrorKind::Gone);
+        }
         if configuration & CC_EN != 0 {
             // Clearing EN before RDY has followed it to 1 is undefined. NVMe 2.0 §3.1.3.5
             let ready =
@@ -192,10 +231,16 @@ impl Controller {
         self.registers.write32(AQA, last << 16 | last);
         self.registers.write64(ASQ, admin.submissions.raw());
         self.registers.write64(ACQ, admin.completions.raw());
-        self.registers.write32(CC, CC_SETTINGS);
+        if self.capabilities.memory_buffer() {
+            // Addresses of the buffer, if its former user has chosen some, would not reach memory.
+            self.registers.write64(CMBMSC, 0);
+        }
+        let all_sets = if self.capabilities.several_command_sets() { CC_CSS_ALL } else { 0 };
+        let settings = CC_SETTINGS | all_sets;
+        self.registers.write32(CC, settings);
         self.running = true;
         self.function.set_bus_master(true).map_err(NvmeErrorKind::function("turn bus mastering on"))?;
-        self.registers.write32(CC, CC_SETTINGS | CC_EN);
+        self.registers.write32(CC, settings | CC_EN);
         self.wait("CSTS.RDY = 1", self.ready_timeout(), |status| status.ready() || status.fatal())?;
         let status = self.status()?;
         if status.fatal() { Err(NvmeErrorKind::fatal(status)) } else { Ok(()) }
@@ -239,8 +284,10 @@ impl Controller {
         if let Err(error) = &reset {
             log::error!("{}: {error}", self.function.name());
         }
-        if let Err(error) = self.function.route_vectors(&[]) {
-            log::debug!("{}: turn MSI-X off: {error}", self.function.name());
+        if let Some(kind) = self.interrupt.take()
+            && let Err(error) = self.function.route_vectors(kind, &[])
+        {
+            log::debug!("{}: turn {kind} off: {error}", self.function.name());
         }
         // Any one of these ends all DMA: the controller is disabled, the function is reset (which also turns bus mastering
         // off), or bus mastering is off.
@@ -266,6 +313,22 @@ impl Drop for Controller {
     }
 }
 
+/// Opens `function` and routes the host's removal request to `removal`.
+pub(super) fn open(
+    function: Arc<dyn Function>,
+    space: &Arc<dyn AddressSpace>,
+    removal: &OwnedFd,
+) -> Result<Controller, NvmeErrorKind> {
+    route_removal(&*function, removal);
+    Controller::open(function, Arc::clone(space))
+}
+
+pub(super) fn route_removal(function: &dyn Function, removal: &OwnedFd) {
+    if let Err(error) = function.route_removal(removal.as_fd()) {
+        log::warn!("{}: removal requests of the host will not be seen: {error}", function.name());
+    }
+}
+
 /// Refuses a function that is not an NVMe I/O controller, class code 010802h. NVMe over PCIe Transport 1.0, PCI header
 /// register "Class Code"
 fn check_class(function: &dyn Function) -> Result<(), NvmeErrorKind> {
@@ -274,6 +337,7 @@ fn check_class(function: &dyn Function) -> Result<(), NvmeErrorKind> {
     let what = match bytes {
         [0x02, 0x08, 0x01] => return Ok(()),
         [0xff, 0xff, 0xff] => return Err(NvmeErrorKind::Gone),
+        [0x03, 0x08, 0x01] => "an NVMe administrative controller, which has no I/O queues",
         [_, 0x08, 0x01] => "an NVMe function but no I/O controller",
         [_, _, 0x01] => "another kind of storage controller",
         [_, _, 0x02] => "a network controller",

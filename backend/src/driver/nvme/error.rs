@@ -117,9 +117,33 @@ pub enum NvmeErrorKind {
     /// No namespace is active.
     #[error("has no active namespace; create and attach one (nvme create-ns, nvme attach-ns)")]
     NoActiveNamespace,
+    /// The namespace is not of the NVM command set.
+    #[error(
+        "namespace {namespace} is {what} (CSI {set:02x}h) and cannot be served as a disk: {reason}; choose another with --namespace, or give the guest the whole function with --vfio-user"
+    )]
+    CommandSet {
+        /// Namespace identifier.
+        namespace: u32,
+        /// Command Set Identifier.
+        set: u8,
+        /// Name of that command set.
+        what: &'static str,
+        /// Why it is refused.
+        reason: &'static str,
+    },
+    /// The controller does not reach the namespace.
+    #[error("the path to namespace {namespace} is {state} (Asymmetric Namespace Access); {fix}")]
+    Path {
+        /// Namespace identifier.
+        namespace: u32,
+        /// The state.
+        state: &'static str,
+        /// What to do.
+        fix: &'static str,
+    },
     /// The logical block format of the namespace is not supported.
     #[error(
-        "namespace {namespace} has blocks of {data} data and {metadata} metadata bytes; 512 or 4096 without metadata can be served (nvme format --lbaf=…)"
+        "namespace {namespace} has blocks of {data} data and {metadata} metadata bytes; 512 or 4096 can be served, with metadata only in a buffer of their own and without protection information (nvme format --lbaf=… --ms=0 --pi=0)"
     )]
     BlockFormat {
         /// Namespace identifier.

@@ -1,7 +1,8 @@
 //! Hands the controller over to another process. It is disabled meanwhile, and each process has queues of its own: a controller
 //! forgets its queues when it is disabled (NVMe 2.0 §3.7.2), and a reset takes as long as the drive says (CAP.TO).
 
-use super::{Nvme, NvmeErrorKind, route_removal};
+use super::controller::route_removal;
+use super::{Nvme, NvmeErrorKind};
 use crate::driver::{DiskState, Driver};
 
 impl Nvme {

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use super::error::NvmeErrorKind;
+use super::options::Avoid;
 use super::prp::MAX_TRANSFER;
 use super::sgl::Granularity;
 use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, MAX_RANGES, NAMESPACE_NOTICES};
@@ -13,6 +14,8 @@ use crate::driver::{DiscardLimits, ZeroesLimits};
 
 /// The longest transfer that this driver uses with a controller without a limit, bytes.
 const UNLIMITED_TRANSFER: u32 = 1 << 20;
+/// Most metadata bytes per block that are served; formats with more are not known.
+const MOST_METADATA: u16 = 128;
 /// Lower and upper bound of the shutdown time-out, whatever RTD3E says. Writing back a large cache takes seconds; a drive
 /// that takes more than a minute will not finish.
 const SHUTDOWN_TIMEOUTS: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
@@ -37,6 +40,8 @@ pub(super) struct Identity {
     pub(super) sgl: Option<Granularity>,
     /// OAES bit 8: the controller reports namespace changes.
     pub(super) namespace_notices: bool,
+    /// CMIC bit 3: the controller reports the state of the path to each namespace.
+    pub(super) path_states: bool,
     /// ONCS bit 2: Dataset Management.
     dataset_management: bool,
     /// ONCS bit 3: Write Zeroes.
@@ -48,7 +53,12 @@ impl Identity {
     pub(super) fn decode(data: &IdentifyController) -> Result<Self, NvmeErrorKind> {
         // CNTRLTYPE: 0 not reported, 1 I/O, 2 discovery, 3 administrative.
         if data.cntrltype > 1 {
-            let found = format!("{} (no I/O controller)", data.cntrltype);
+            let name = match data.cntrltype {
+                2 => "a discovery controller",
+                3 => "an administrative controller",
+                _ => "no I/O controller",
+            };
+            let found = format!("{} ({name})", data.cntrltype);
             return Err(NvmeErrorKind::Unsuitable { property: "controller type", found, wanted: "1" });
         }
         entry_size("submission queue entry sizes (SQES)", data.sqes, 6, "6 (64 bytes) in the range")?;
@@ -65,9 +75,21 @@ impl Identity {
             atomic_blocks: u32::from(data.awupf) + 1,
             sgl: Granularity::decode(data.sgls),
             namespace_notices: data.oaes & NAMESPACE_NOTICES != 0,
+            path_states: data.cmic & 1 << 3 != 0,
             dataset_management: data.oncs & 1 << 2 != 0,
             write_zeroes: data.oncs & 1 << 3 != 0,
         })
+    }
+}
+
+impl Identity {
+    /// Leaves out what the operator wants to avoid.
+    pub(super) fn avoid(&mut self, avoid: &[Avoid]) {
+        self.write_zeroes &= !avoid.contains(&Avoid::WriteZeroes);
+        self.dataset_management &= !avoid.contains(&Avoid::Discard);
+        if avoid.contains(&Avoid::Sgl) {
+            self.sgl = None;
+        }
     }
 }
 
@@ -142,8 +164,16 @@ pub(super) struct Namespace {
     pub(super) blocks: u64,
     /// Bytes of a logical block.
     pub(super) block_size: u32,
+    /// Metadata of a block, in a buffer of their own and without protection information, bytes.
+    pub(super) metadata: u16,
     /// Preferred write granularity, bytes.
     pub(super) physical_block_size: u32,
+    /// NABO in bytes, if it is less than a physical block.
+    pub(super) alignment_offset: u32,
+    /// NOWS: optimal write size, bytes; 0 if not reported.
+    pub(super) optimal_size: u32,
+    /// NOIOB: a transfer should not cross a multiple of this many blocks; 0: none.
+    pub(super) boundary: u32,
     /// NSATTR bit 0.
     pub(super) write_protected: bool,
     /// DLFEAT: Write Zeroes can deallocate (bit 3) and deallocated blocks read as zeroes (bits 2:0 = 001b).
@@ -170,7 +200,9 @@ impl Namespace {
             shift @ 0..=31 => return refuse((1_u32 << shift).to_string()),
             shift => return refuse(format!("2^{shift}")),
         };
-        if format.metadata != 0 {
+        // FLBAS bit 4: metadata follow each block's data. DPS bits 2:0: type of protection information.
+        let plain = data.flbas & 1 << 4 == 0 && data.dps & 0b111 == 0 && format.metadata <= MOST_METADATA;
+        if format.metadata != 0 && !plain {
             return refuse(block_size.to_string());
         }
         if data.nsze.checked_mul(block_size.into()).is_none() {
@@ -189,7 +221,11 @@ impl Namespace {
             identifiers: (data.nguid, data.eui64),
             blocks: data.nsze,
             block_size,
+            metadata: format.metadata,
             physical_block_size,
+            alignment_offset: alignment_offset(data, physical_block_size, block_size),
+            optimal_size: if reports_preferences(data) { (u32::from(data.nows) + 1) * block_size } else { 0 },
+            boundary: data.noiob.into(),
             write_protected,
             zeroes_deallocate,
         }))
@@ -200,16 +236,38 @@ impl Namespace {
         if self.identifiers != before.identifiers {
             return Some(format!("namespace {} is another one (NGUID, EUI64)", self.id));
         }
-        let (now, before) = (self.block_size, before.block_size);
+        let text = |namespace: &Self| match namespace.metadata {
+            0 => namespace.block_size.to_string(),
+            metadata => format!("{} and {metadata} metadata bytes", namespace.block_size),
+        };
+        let (now, before) = (text(self), text(before));
         (now != before).then(|| format!("namespace {} has blocks of {now} instead of {before}", self.id))
     }
 }
 
-/// Preferred write granularity, bytes: NPWG if reported (NSFEAT bit 4), but at most the atomic write unit at power failure
-/// (NAWUPF if reported in NSFEAT bit 1, else AWUPF), because guests assume that a physical block is written atomically.
+/// NSFEAT bit 4 (OPTPERF): NPWG, NPWA and NOWS are valid.
+fn reports_preferences(data: &IdentifyNamespace) -> bool {
+    data.nsfeat & 1 << 4 != 0
+}
+
+/// NSFEAT bit 1 (NSABP): NAWUPF and NABO are valid.
+fn reports_atomicity(data: &IdentifyNamespace) -> bool {
+    data.nsfeat & 1 << 1 != 0
+}
+
+/// How far the first physical block is from the start of the disk, bytes. Zero unless NABO lies inside a physical block.
+fn alignment_offset(data: &IdentifyNamespace, physical_block: u32, block_size: u32) -> u32 {
+    let offset = if reports_atomicity(data) { u32::from(data.nabo) * block_size } else { 0 };
+    if offset < physical_block { offset } else { 0 }
+}
+
+/// Preferred write granularity, bytes: NPWG or NPWA, whichever is coarser, if reported (NSFEAT bit 4). But at most the atomic
+/// write unit at power failure (NAWUPF if reported in NSFEAT bit 1, else AWUPF), because guests assume that a physical block
+/// is written atomically.
 fn physical_block(data: &IdentifyNamespace, identity: &Identity, block_size: u32) -> u32 {
-    let preferred = if data.nsfeat & 1 << 4 != 0 { u32::from(data.npwg) + 1 } else { 1 };
-    let atomic = if data.nsfeat & 1 << 1 != 0 { u32::from(data.nawupf) + 1 } else { identity.atomic_blocks };
+    // A write should be a multiple of NPWG and start at a multiple of NPWA. A guest knows only one number.
+    let preferred = if reports_preferences(data) { u32::from(data.npwg.max(data.npwa)) + 1 } else { 1 };
+    let atomic = if reports_atomicity(data) { u32::from(data.nawupf) + 1 } else { identity.atomic_blocks };
     let blocks = preferred.min(atomic);
     // No overflow: at most 65536 blocks of 4096 bytes.
     if blocks.is_power_of_two() { blocks * block_size } else { block_size }

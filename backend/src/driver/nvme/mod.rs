@@ -11,11 +11,14 @@
 
 mod admin;
 mod bring_up;
+mod command_set;
 mod controller;
 mod error;
 mod hand_over;
 mod identify;
+mod interrupts;
 mod options;
+mod path;
 pub mod prp;
 pub mod queue;
 mod regs;
@@ -23,6 +26,7 @@ mod rings;
 pub mod sgl;
 mod spec;
 mod status;
+mod tags;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -32,12 +36,14 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use self::admin::{AdminCommand, AdminQueue};
 use self::bring_up::BroughtUp;
-use self::controller::Controller;
+use self::controller::{Controller, open};
 pub use self::error::{NvmeError, NvmeErrorKind};
 use self::identify::{Identity, Namespace};
-pub use self::options::NvmeOptions;
+use self::interrupts::Wiring;
+pub use self::options::{Avoid, InterruptPolicy, NvmeOptions};
 pub use self::status::Status;
 use super::{CommandId, DiskState, Driver, Geometry, Queue};
+use crate::eventfd::signal;
 use crate::hardware::{AddressSpace, Function, LeftToSuccessor};
 use crate::rate_limited_log::RateLimitedLog;
 
@@ -64,8 +70,9 @@ pub struct Nvme {
     reacquire: Option<ReacquireFn>,
     /// Eventfd, signalled when the host requests the function back.
     removal_request: OwnedFd,
-    /// Eventfd of vector 0, which is the admin queue's.
+    /// Eventfd that reports a completion in the admin queue.
     admin_event: OwnedFd,
+    wiring: Wiring,
     identity: Identity,
     /// The namespace served, as last identified.
     namespace: Namespace,
@@ -114,6 +121,7 @@ impl Nvme {
             reacquire: None,
             removal_request,
             admin_event,
+            wiring: up.wiring,
             identity: up.identity.clone(),
             namespace: up.namespace.clone(),
             options,
@@ -136,7 +144,8 @@ impl Nvme {
     }
 
     fn install(&mut self, up: BroughtUp) {
-        let BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace } = up;
+        let BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace, wiring } = up;
+        self.wiring = wiring;
         self.queue_count = u16::try_from(queues.len()).expect("queue identifiers have 16 bits");
         self.queues = queues.into_iter().map(|queue| Box::new(queue) as Box<dyn Queue>).collect();
         self.admin = Some(admin);
@@ -231,7 +240,14 @@ impl Nvme {
     /// Executes an admin command while requests are served.
     fn execute(&mut self, command: AdminCommand) -> Result<u32, NvmeErrorKind> {
         match (&mut self.admin, &self.controller) {
-            (Some(admin), Some(controller)) => admin.execute(controller, command, COMMAND_TIMEOUT),
+            (Some(admin), Some(controller)) => {
+                let result = admin.execute(controller, command, COMMAND_TIMEOUT);
+                // The interrupt of an event that was taken from the queue on the way may find nothing any more.
+                if admin.has_event() {
+                    signal(&self.admin_event);
+                }
+                result
+            }
             _ => Err(NvmeErrorKind::Stopped),
         }
     }
@@ -268,22 +284,6 @@ impl Nvme {
             }
         }
         controller.notify_shutdown(self.shutdown_limit)
-    }
-}
-
-/// Opens `function` and routes the host's removal request to `removal`.
-fn open(
-    function: Arc<dyn Function>,
-    space: &Arc<dyn AddressSpace>,
-    removal: &OwnedFd,
-) -> Result<Controller, NvmeErrorKind> {
-    route_removal(&*function, removal);
-    Controller::open(function, Arc::clone(space))
-}
-
-fn route_removal(function: &dyn Function, removal: &OwnedFd) {
-    if let Err(error) = function.route_removal(removal.as_fd()) {
-        log::warn!("{}: removal requests of the host will not be seen: {error}", function.name());
     }
 }
 
@@ -343,8 +343,16 @@ impl Driver for Nvme {
         Some(self.admin_event.as_fd())
     }
 
+    fn is_polled(&self) -> bool {
+        self.wiring == Wiring::Polled
+    }
+
     fn handle_events(&mut self) -> anyhow::Result<()> {
-        self.process_events().map_err(|kind| self.error(kind))
+        let result = self.process_events();
+        if let Some(controller) = &self.controller {
+            self.wiring.unmask(controller.function(), &mut self.log);
+        }
+        result.map_err(|kind| self.error(kind))
     }
 
     fn removal_request(&self) -> Option<BorrowedFd<'_>> {

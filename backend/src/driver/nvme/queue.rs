@@ -12,10 +12,9 @@
 //! yet. The device is not trusted: a completion counts only if its command identifier is that of a busy slot. Identifiers
 //! contain a generation, so a duplicate completion does not complete the next command of the slot.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::BorrowedFd;
 
+pub use super::interrupts::QueueInterrupt;
 use super::prp::{self, Limits};
 use super::regs::PAGE_LEN;
 use super::rings::{CompletionRing, SubmissionRing, completion_bytes, submission_bytes};
@@ -25,6 +24,7 @@ use super::spec::{
     CompletionEntry, DEALLOCATE, DEALLOCATE_ZEROED, DatasetRange, MAX_RANGES, SubmissionEntry, io_opcode,
 };
 use super::status::Status;
+pub use super::tags::Tags;
 use crate::addr::{Iova, Span};
 use crate::driver::{Blocks, Command, CommandId, Completion, Extent, Full, OverdueCommands, Queue};
 use crate::rate_limited_log::RateLimitedLog;
@@ -32,7 +32,7 @@ use crate::rate_limited_log::RateLimitedLog;
 /// Maximum entries of an I/O queue; fewer if the controller supports fewer.
 pub const MAX_DEPTH: u16 = 256;
 /// Low bits of a command identifier that are the slot index; the others count generations.
-const SLOT_BITS: u32 = 8;
+pub(super) const SLOT_BITS: u32 = 8;
 const SLOT_MASK: u16 = MAX_DEPTH - 1;
 const _: () = assert!(MAX_DEPTH == 1 << SLOT_BITS);
 
@@ -54,10 +54,10 @@ pub struct QueueSetup {
     pub limits: Limits,
     /// Granularity of SGLs; `None` if the controller does not support them.
     pub sgl: Option<Granularity>,
-    /// Eventfd of the completion queue's vector.
-    pub event: OwnedFd,
-    /// Flag: the worker waits for `event`; see [`Function::interrupt_wanted`](crate::hardware::Function::interrupt_wanted).
-    pub interrupt_wanted: Option<Arc<AtomicBool>>,
+    /// The completion queue's interrupt.
+    pub interrupt: QueueInterrupt,
+    /// Whose the command identifiers are.
+    pub tags: Tags,
 }
 
 /// Memory that a queue of `depth` entries needs, bytes.
@@ -106,8 +106,12 @@ pub struct IoQueue {
     namespace: u32,
     limits: Limits,
     sgl: Option<Granularity>,
-    event: OwnedFd,
-    interrupt_wanted: Option<Arc<AtomicBool>>,
+    interrupt: QueueInterrupt,
+    /// Device addresses to which metadata are read and from which they are written; 0 without metadata.
+    metadata: [Iova; 2],
+    /// Identifier of slot 0, and what is added to that of a slot for each command.
+    first_cid: u16,
+    generation: u16,
     warnings: RateLimitedLog,
     /// Ticks so far, wrapping.
     ticks: u32,
@@ -120,7 +124,8 @@ impl IoQueue {
     /// If the depth or the longest transfer is out of range, or the memory is too small.
     #[must_use]
     pub fn new(setup: QueueSetup) -> Self {
-        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, sgl, event, interrupt_wanted } = setup;
+        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, sgl, interrupt, tags } = setup;
+        let (first_cid, generation) = tags.numbering();
         assert!((2..=MAX_DEPTH).contains(&depth), "queue depth {depth}");
         assert!(limits.transfer <= prp::MAX_TRANSFER, "a transfer of {} bytes", limits.transfer);
         let slots = slots(depth);
@@ -133,7 +138,7 @@ impl IoQueue {
                 &doorbells,
             ),
             slots: (0..slots)
-                .map(|slot| Slot { cid: slot, busy: false, tag: 0, since_tick: 0, aborted: false })
+                .map(|slot| Slot { cid: first_cid + slot, busy: false, tag: 0, since_tick: 0, aborted: false })
                 .collect(),
             free: (0..slots).rev().collect(),
             lists: memory.slice(lists_at(depth), usize::from(slots) * PAGE_LEN),
@@ -142,11 +147,21 @@ impl IoQueue {
             namespace,
             limits,
             sgl,
-            event,
-            interrupt_wanted,
+            interrupt,
+            metadata: [Iova(0); 2],
+            first_cid,
+            generation,
             warnings: RateLimitedLog::new(module_path!()),
             ticks: 0,
         }
+    }
+
+    /// Reads metadata to `memory`, where nobody looks at them, and writes zeroes from its second half. Each half has room for
+    /// the metadata of the longest transfer.
+    #[must_use]
+    pub fn with_metadata(self, memory: &QueueMemory) -> Self {
+        let half = memory.memory.len() as u64 / 2;
+        Self { metadata: [memory.iova, Iova(memory.iova.0 + half)], ..self }
     }
 
     #[cold]
@@ -156,30 +171,17 @@ impl IoQueue {
         self.warnings.warn(|| format!("{name}: {}", what()));
     }
 
-    /// A Read or Write command (NVM Command Set 1.0 §3.2.4, §3.2.6), without its data pointer.
+    /// A Read or Write command (NVM Command Set 1.0 §3.2.4, §3.2.6), without its data pointer; `metadata` is its metadata
+    /// pointer.
     ///
     /// The length must match the buffers: the device would access memory beyond them otherwise.
     #[inline]
-    fn transfer(&self, opcode: u8, block: u64, count: u32, bytes: u32) -> SubmissionEntry {
+    fn transfer(&self, opcode: u8, metadata: Iova, block: u64, count: u32, bytes: u32) -> SubmissionEntry {
         assert!(
             bytes != 0 && u64::from(bytes) == u64::from(count) * u64::from(self.limits.block),
             "a command of {count} blocks with {bytes} bytes of buffer"
         );
-        Self::range(opcode, block, count)
-    }
-
-    /// A command on a block range (the number of blocks is 0's based).
-    #[inline]
-    fn range(opcode: u8, block: u64, count: u32) -> SubmissionEntry {
-        let blocks = u16::try_from(count - 1).expect("commands have at most 65536 blocks");
-        let (low, high) = (block & 0xffff_ffff, block >> 32);
-        SubmissionEntry {
-            opcode,
-            cdw10: u32::try_from(low).expect("masked"),
-            cdw11: u32::try_from(high).expect("shifted"),
-            cdw12: u32::from(blocks),
-            ..SubmissionEntry::default()
-        }
+        SubmissionEntry { mptr: metadata.0, ..SubmissionEntry::on_blocks(opcode, block, count) }
     }
 
     /// Offset and device address of the list page of `slot`.
@@ -253,14 +255,14 @@ impl IoQueue {
         if !self.submissions.set_head(entry.sq_head) {
             self.warn(|| format!("submission queue head {} is out of range", entry.sq_head));
         }
-        let index = entry.cid & SLOT_MASK;
+        let index = entry.cid.wrapping_sub(self.first_cid) & SLOT_MASK;
         let Some(slot) = self.slots.get_mut(usize::from(index)).filter(|slot| slot.busy && slot.cid == entry.cid)
         else {
             self.warn(|| format!("dropped a completion for command {:#x}, which is not in flight", entry.cid));
             return None;
         };
         slot.busy = false;
-        slot.cid = slot.cid.wrapping_add(1 << SLOT_BITS);
+        slot.cid = slot.cid.wrapping_add(self.generation);
         let tag = slot.tag;
         self.free.push(index);
         let status = Status::from_word(entry.status);
@@ -293,10 +295,10 @@ impl Queue for IoQueue {
     ) -> Result<(), Full> {
         let index = self.free_slot()?;
         let mut entry = match command {
-            Command::Read { block, count } => self.transfer(io_opcode::READ, block, count, bytes),
-            Command::Write { block, count } => self.transfer(io_opcode::WRITE, block, count, bytes),
+            Command::Read { block, count } => self.transfer(io_opcode::READ, self.metadata[0], block, count, bytes),
+            Command::Write { block, count } => self.transfer(io_opcode::WRITE, self.metadata[1], block, count, bytes),
             Command::WriteZeroes { block, count, deallocate } => {
-                let mut entry = Self::range(io_opcode::WRITE_ZEROES, block, count);
+                let mut entry = SubmissionEntry::on_blocks(io_opcode::WRITE_ZEROES, block, count);
                 entry.cdw12 |= if deallocate { DEALLOCATE_ZEROED } else { 0 };
                 entry
             }
@@ -352,6 +354,7 @@ impl Queue for IoQueue {
     }
 
     fn tick(&mut self, limit: u32) -> OverdueCommands {
+        self.interrupt.tick();
         self.ticks = self.ticks.wrapping_add(1);
         let mut found = OverdueCommands::default();
         for slot in self.slots.iter_mut().filter(|slot| slot.busy) {
@@ -373,14 +376,15 @@ impl Queue for IoQueue {
     }
 
     fn event(&self) -> BorrowedFd<'_> {
-        self.event.as_fd()
+        self.interrupt.event()
+    }
+
+    fn is_polled(&self) -> bool {
+        self.interrupt.is_polled()
     }
 
     fn set_interrupt_wanted(&self, interrupt_wanted: bool) {
-        if let Some(flag) = &self.interrupt_wanted {
-            // SeqCst: the store must be visible before the worker reaps for the last time before it waits.
-            flag.store(interrupt_wanted, Ordering::SeqCst);
-        }
+        self.interrupt.set_wanted(interrupt_wanted);
     }
 }
 

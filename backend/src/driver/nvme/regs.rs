@@ -7,6 +7,7 @@
 //! | `VS`   | 08h | 3.1.3.2 | | `ASQ`  | 28h | 3.1.3.9 |
 //! | `CC`   | 14h | 3.1.3.5 | | `ACQ`  | 30h | 3.1.3.10 |
 //! | `CSTS` | 1Ch | 3.1.3.6 | | `CRTO` | 68h | 3.1.3.21 |
+//! | `INTMS` | 0Ch | 3.1.3.3 | | `CMBMSC` | 50h | 3.1.3.14 |
 //!
 //! Doorbells start at 1000h (NVMe over PCIe Transport 1.0 §3.1.2).
 
@@ -15,11 +16,13 @@ use std::time::Duration;
 
 pub(super) const CAP: usize = 0x00;
 pub(super) const VS: usize = 0x08;
+pub(super) const INTMS: usize = 0x0c;
 pub(super) const CC: usize = 0x14;
 pub(super) const CSTS: usize = 0x1c;
 pub(super) const AQA: usize = 0x24;
 pub(super) const ASQ: usize = 0x28;
 pub(super) const ACQ: usize = 0x30;
+pub(super) const CMBMSC: usize = 0x50;
 pub(super) const CRTO: usize = 0x68;
 pub(super) const DOORBELLS: usize = 0x1000;
 
@@ -63,6 +66,21 @@ impl Capabilities {
         self.field(37, 1) == 1
     }
 
+    /// CSS bit 6: namespaces may have other command sets, which each tells of itself.
+    pub(super) fn several_command_sets(self) -> bool {
+        self.field(43, 1) == 1
+    }
+
+    /// CSS bit 7: the controller can work without any I/O command set; only if no other bit is set it always does.
+    pub(super) fn administrative(self) -> bool {
+        self.field(37, 8) == 1 << 7
+    }
+
+    /// CMBS: there is a controller memory buffer, and CMBMSC.
+    pub(super) fn memory_buffer(self) -> bool {
+        self.field(57, 1) == 1
+    }
+
     /// MPSMIN: minimum memory page size, bytes.
     pub(super) fn min_page(self) -> u64 {
         PAGE << self.field(48, 4)
@@ -88,6 +106,8 @@ impl fmt::Display for Version {
 
 /// `CC @ 14h`: EN.
 pub(super) const CC_EN: u32 = 1;
+/// `CC @ 14h`: CSS = 110b, all supported I/O command sets.
+pub(super) const CC_CSS_ALL: u32 = 0b110 << 4;
 /// `CC @ 14h`: CSS = 0 (NVM), MPS = 0 (4 KiB), AMS = 0 (round robin), submission entries of 2^6 and completion entries
 /// of 2^4 bytes.
 pub(super) const CC_SETTINGS: u32 = 6 << 16 | 4 << 20;

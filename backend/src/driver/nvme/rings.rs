@@ -9,6 +9,7 @@
 //! whether the rest of it is valid (NVMe 2.0 §3.3.1, §3.3.3.2).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::regs::{PAGE_LEN, completion_doorbell, submission_doorbell};
 use super::spec::{CompletionEntry, SubmissionEntry};
@@ -217,9 +218,38 @@ impl CompletionRing {
         Some(entry)
     }
 
+    /// Where the next completion will be, for [`CompletionWatch`].
+    pub(super) fn position(&self) -> u32 {
+        u32::from(self.head) << 1 | u32::from(self.phase)
+    }
+
+    /// A view for another thread. `position` holds the current [`Self::position`].
+    pub(super) fn watch(&self, position: Arc<AtomicU32>) -> CompletionWatch {
+        CompletionWatch { memory: self.memory.clone(), entries: self.memory.entries(self.size), position }
+    }
+
     /// Releases all removed entries to the controller. This is a register write, so call it once per batch.
     #[inline]
     pub(super) fn update_head(&self) {
         self.doorbell.write(self.head);
+    }
+}
+
+/// Tells, on any thread, whether a completion ring has an entry that its owner has not removed.
+pub(super) struct CompletionWatch {
+    memory: QueueMemory,
+    entries: SharedArray<SharedMemory, u64, 2>,
+    position: Arc<AtomicU32>,
+}
+
+impl CompletionWatch {
+    /// True if there is an entry. While the owner removes one, it may still count.
+    pub(super) fn has_completion(&self) -> bool {
+        let position = self.position.load(Ordering::Acquire);
+        let at = usize::try_from(position >> 1).expect("a ring index");
+        let bytes = size_of::<CompletionEntry>();
+        self.memory.flush(at * bytes, bytes);
+        let entry = CompletionEntry::from_words(self.entries.read_acquire(at));
+        entry.status & 1 == u16::from(position & 1 == 1)
     }
 }

@@ -42,6 +42,7 @@ pub(super) mod cns {
     pub(in crate::driver::nvme) const NAMESPACE: u32 = 0x00;
     pub(in crate::driver::nvme) const CONTROLLER: u32 = 0x01;
     pub(in crate::driver::nvme) const ACTIVE_NAMESPACES: u32 = 0x02;
+    pub(in crate::driver::nvme) const DESCRIPTORS: u32 = 0x03;
     pub(in crate::driver::nvme) const COMMAND_SET_CONTROLLER: u32 = 0x06;
 }
 
@@ -104,6 +105,20 @@ pub(super) struct SubmissionEntry {
 }
 
 impl SubmissionEntry {
+    /// A command on a block range (the number of blocks is 0's based).
+    #[inline]
+    pub(super) fn on_blocks(opcode: u8, block: u64, count: u32) -> Self {
+        let blocks = u16::try_from(count - 1).expect("commands have at most 65536 blocks");
+        let (low, high) = (block & 0xffff_ffff, block >> 32);
+        Self {
+            opcode,
+            cdw10: u32::try_from(low).expect("masked"),
+            cdw11: u32::try_from(high).expect("shifted"),
+            cdw12: u32::from(blocks),
+            ..Self::default()
+        }
+    }
+
     /// The entry as the words that the controller fetches. Built from the fields, not read back from the struct in memory:
     /// loading words after narrower stores stalls the CPU (failed store forwarding).
     #[inline]
@@ -158,7 +173,9 @@ pub(super) struct IdentifyController {
     pub(super) sn: [u8; 20],
     pub(super) mn: [u8; 40],
     pub(super) fr: [u8; 8],
-    pub(super) reserved_72: [u8; 5],
+    pub(super) reserved_72: [u8; 4],
+    /// Controller Multi-Path I/O and Namespace Sharing Capabilities.
+    pub(super) cmic: u8,
     pub(super) mdts: u8,
     pub(super) cntlid: u16,
     pub(super) ver: u32,
@@ -223,13 +240,28 @@ pub(super) struct IdentifyNamespace {
     pub(super) nsfeat: u8,
     pub(super) nlbaf: u8,
     pub(super) flbas: u8,
-    pub(super) reserved_27: [u8; 6],
+    pub(super) reserved_27: [u8; 2],
+    /// End-to-end data protection type: 0 is none.
+    pub(super) dps: u8,
+    pub(super) reserved_30: [u8; 3],
     pub(super) dlfeat: u8,
     pub(super) reserved_34: [u8; 2],
     pub(super) nawupf: u16,
-    pub(super) reserved_38: [u8; 26],
+    pub(super) reserved_38: [u8; 4],
+    /// NABO: the block at which the first atomic boundary is.
+    pub(super) nabo: u16,
+    pub(super) reserved_44: [u8; 2],
+    /// NOIOB: a command should not cross a multiple of this many blocks; 0: none.
+    pub(super) noiob: u16,
+    pub(super) reserved_48: [u8; 16],
     pub(super) npwg: u16,
-    pub(super) reserved_66: [u8; 33],
+    pub(super) npwa: u16,
+    pub(super) reserved_68: [u8; 4],
+    pub(super) nows: u16,
+    pub(super) reserved_74: [u8; 18],
+    /// ANA group identifier.
+    pub(super) anagrpid: u32,
+    pub(super) reserved_96: [u8; 3],
     pub(super) nsattr: u8,
     pub(super) reserved_100: [u8; 4],
     pub(super) nguid: [u8; 16],
@@ -246,6 +278,7 @@ const _: () = {
     assert!(offset_of!(CompletionEntry, sq_head) == 8);
 
     assert!(size_of::<IdentifyController>() == 4096);
+    assert!(offset_of!(IdentifyController, cmic) == 76);
     assert!(offset_of!(IdentifyController, mdts) == 77);
     assert!(offset_of!(IdentifyController, ver) == 80);
     assert!(offset_of!(IdentifyController, rtd3e) == 88);
@@ -267,8 +300,13 @@ const _: () = {
     assert!(offset_of!(IdentifyNamespace, nguid) == 104);
     assert!(offset_of!(IdentifyNamespace, dlfeat) == 33);
     assert!(offset_of!(IdentifyNamespace, flbas) == 26);
+    assert!(offset_of!(IdentifyNamespace, dps) == 29);
     assert!(offset_of!(IdentifyNamespace, nawupf) == 36);
+    assert!(offset_of!(IdentifyNamespace, nabo) == 42);
+    assert!(offset_of!(IdentifyNamespace, noiob) == 46);
     assert!(offset_of!(IdentifyNamespace, npwg) == 64);
+    assert!(offset_of!(IdentifyNamespace, nows) == 72);
+    assert!(offset_of!(IdentifyNamespace, anagrpid) == 92);
     assert!(offset_of!(IdentifyNamespace, nsattr) == 99);
     assert!(offset_of!(IdentifyNamespace, lbaf) == 128);
 };

@@ -91,6 +91,9 @@ impl Status {
             (2, 0x86) => "Access Denied",
             (2, 0x87) => "Deallocated or Unwritten Logical Block",
             (3, 0x00) => "Internal Path Error",
+            (3, 0x01) => "Asymmetric Access Persistent Loss",
+            (3, 0x02) => "Asymmetric Access Inaccessible",
+            (3, 0x03) => "Asymmetric Access Transition",
             _ => return None,
         })
     }

@@ -2,8 +2,11 @@
 
 mod cache_maintenance;
 mod command_faults;
+mod command_sets;
 mod controller_faults;
 mod hand_over;
+mod interrupts;
 mod io;
 mod lifecycle;
 pub(super) mod rig;
+mod traits;

@@ -9,7 +9,7 @@ use super::host::{Completion, Host, Pair, Sqe, small};
 use crate::addr::{Iova, Span};
 use crate::coherency::{Coherent, Facts, NoSnoop, NotOurs, Policy, Verdict, decide};
 use crate::emulated::{Machine, Options};
-use crate::hardware::{DmaBuffer, Function, Registers};
+use crate::hardware::{DmaBuffer, Function, InterruptKind, Registers};
 use crate::vfio::no_snoop::{NoSnoopDisabled, probe};
 
 const READ: u8 = 2;
@@ -238,11 +238,11 @@ impl Function for PatchedConfig {
     fn registers(&self, bar: u8) -> io::Result<Arc<dyn Registers>> {
         self.inner.registers(bar)
     }
-    fn vectors(&self) -> u16 {
-        self.inner.vectors()
+    fn vectors(&self, kind: InterruptKind) -> u16 {
+        self.inner.vectors(kind)
     }
-    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.inner.route_vectors(events)
+    fn route_vectors(&self, kind: InterruptKind, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.inner.route_vectors(kind, events)
     }
     fn set_bus_master(&self, on: bool) -> io::Result<()> {
         self.inner.set_bus_master(on)

@@ -9,6 +9,7 @@ use super::host::{CC, CC_ON, CSTS, Host, Pair, Sqe, small, threaded};
 use crate::addr::Iova;
 use crate::emulated::{Commands, Effect, Fault, Options, Order, Status};
 use crate::hardware::DmaBuffer;
+use crate::hardware::InterruptKind;
 
 const READ: u8 = 2;
 
@@ -153,7 +154,7 @@ fn in_random_order_all_commands_complete_within_twice_the_latency_but_not_as_fet
 fn a_threaded_controller_completes_after_its_latency() {
     let mut fixture = Fixture::new(Options { latency: Duration::from_millis(2), ..threaded() });
     let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-    fixture.host.function.route_vectors(&[event.as_fd(), event.as_fd()]).unwrap();
+    fixture.host.function.route_vectors(InterruptKind::MsiX, &[event.as_fd(), event.as_fd()]).unwrap();
 
     fixture.read();
     rustix::io::read(&event, &mut [0; 8]).unwrap();
@@ -165,7 +166,7 @@ fn a_threaded_controller_completes_after_its_latency() {
 fn a_lost_interrupt_does_not_lose_the_completion() {
     let mut fixture = Fixture::new(small());
     let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
-    fixture.host.function.route_vectors(&[event.as_fd(), event.as_fd()]).unwrap();
+    fixture.host.function.route_vectors(InterruptKind::MsiX, &[event.as_fd(), event.as_fd()]).unwrap();
     fixture.host.machine.inject(Fault::once(reads(), Effect::LoseInterrupt));
 
     fixture.read();

@@ -8,6 +8,7 @@ use super::host::{Host, Pair, Sqe, small, threaded};
 use crate::addr::{Address, Iova, Span};
 use crate::emulated::{Access, Medium, Options};
 use crate::hardware::DmaBuffer;
+use crate::hardware::InterruptKind;
 
 fn pattern(buffer: &DmaBuffer, seed: u8) -> Vec<u8> {
     let bytes: Vec<u8> = (0..buffer.memory().len()).map(|i| (i / 509) as u8 ^ (i as u8).wrapping_add(seed)).collect();
@@ -223,16 +224,16 @@ fn vectors_are_signalled_only_while_routed() {
     let data = host.buffer(4096);
     let read = || Sqe::rw(2, 0, 1).prps(page(&data, 0), Iova(0));
 
-    host.function.route_vectors(&[events[0].as_fd(), events[1].as_fd()]).unwrap();
+    host.function.route_vectors(InterruptKind::MsiX, &[events[0].as_fd(), events[1].as_fd()]).unwrap();
     host.run(&mut pair, read());
     let routed = (count(0), count(1));
-    host.function.route_vectors(&[]).unwrap();
+    host.function.route_vectors(InterruptKind::MsiX, &[]).unwrap();
     host.run(&mut pair, read());
 
     assert_eq!(routed, (0, 1));
     assert_eq!((count(0), count(1)), (0, 0));
     let many: Vec<_> = (0..9).map(|_| events[0].as_fd()).collect();
-    assert!(host.function.route_vectors(&many).is_err(), "nine for five vectors");
+    assert!(host.function.route_vectors(InterruptKind::MsiX, &many).is_err(), "nine for five vectors");
 }
 
 #[test]

@@ -65,6 +65,7 @@ impl SubmitContext<'_> {
         } else {
             queue.extent(buffers, position, SLOT_BYTES)
         };
+        let bytes = disk.within_boundary(inflight_request.block, position, bytes);
         let command = disk.transfer(inflight_request.operation, inflight_request.block, position, bytes);
         if direct {
             queue.submit(command, buffers, position, bytes, index)?;

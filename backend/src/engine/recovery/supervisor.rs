@@ -137,6 +137,11 @@ impl DeviceSupervisor {
         self.lock().state == State::Down
     }
 
+    /// True if the device has to be asked for asynchronous events.
+    pub(in crate::engine) fn is_polled(&self) -> bool {
+        self.lock().driver.is_polled()
+    }
+
     /// Resets the device for all workers. No request in flight is completed before the reset, because the device may still
     /// write to its buffers.
     pub(in crate::engine) fn reset(&self, device: &mut SupervisedDevice, policy: InflightPolicy) {

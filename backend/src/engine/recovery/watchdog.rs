@@ -28,6 +28,9 @@ const FEWEST_TICKS: u32 = 8;
 /// Recovery of a failed device is retried at intervals that double this many times; of a released one at equal intervals.
 const DOUBLINGS: u32 = 4;
 
+/// How often a device without an interrupt is asked for asynchronous events.
+const EVENT_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Poller tokens.
 const REPORTS: u64 = 0;
 const REMOVAL: u64 = 1;
@@ -154,7 +157,9 @@ impl WatchdogThread {
             self.retry = self.watch.retry;
         }
         let (mut removal_requested, mut event_pending) = (false, false);
-        let waited = self.poller.wait(down.then_some(self.retry), |event| {
+        let polled = !down && self.supervisor.is_polled();
+        let timeout = if polled { Some(EVENT_INTERVAL) } else { down.then_some(self.retry) };
+        let waited = self.poller.wait(timeout, |event| {
             removal_requested |= event.token == REMOVAL;
             event_pending |= event.token == DEVICE_EVENT;
         });
@@ -166,6 +171,9 @@ impl WatchdogThread {
         let Reports { overdue, quit } = self.reports.take();
         if quit {
             return false;
+        }
+        if polled && waited.as_ref().is_ok_and(|count| *count == 0) {
+            self.supervisor.handle_events();
         }
         if event_pending && let Some(event) = &self.device_event {
             drain(event);

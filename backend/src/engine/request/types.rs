@@ -112,6 +112,8 @@ pub struct Disk {
     block_size: u32,
     block_shift: u32,
     read_only: bool,
+    /// See [`Geometry::boundary`].
+    boundary: u32,
     pub(in crate::engine) discard: Option<RangeLimits>,
     pub(in crate::engine) zeroes: Option<RangeLimits>,
     pub(in crate::engine) discard_command: Option<DiscardLimits>,
@@ -133,6 +135,7 @@ impl Disk {
             block_size: geometry.block_size,
             block_shift,
             read_only: geometry.read_only,
+            boundary: geometry.boundary,
             discard: RangeLimits::discard(geometry),
             zeroes: RangeLimits::write_zeroes(geometry),
             discard_command: geometry.discard,
@@ -171,6 +174,19 @@ impl Disk {
     pub(in crate::engine) fn transfer(&self, operation: Operation, block: u64, position: u64, bytes: u32) -> Command {
         let (block, count) = (block + (position >> self.block_shift), bytes >> self.block_shift);
         if operation == Operation::Read { Command::Read { block, count } } else { Command::Write { block, count } }
+    }
+
+    /// At most `bytes`, such that a command at offset `position` of a request that starts at `block` crosses no boundary.
+    #[inline]
+    pub(in crate::engine) fn within_boundary(&self, block: u64, position: u64, bytes: u32) -> u32 {
+        if self.boundary == 0 { bytes } else { self.to_boundary(block + (position >> self.block_shift), bytes) }
+    }
+
+    #[inline(never)]
+    fn to_boundary(&self, block: u64, bytes: u32) -> u32 {
+        let boundary = u64::from(self.boundary);
+        let blocks = boundary - block % boundary;
+        u32::try_from(blocks << self.block_shift).map_or(bytes, |most| bytes.min(most))
     }
 
     /// The operation of a request of type `kind` with device-writable or device-readable data. `None` if it is not a read or

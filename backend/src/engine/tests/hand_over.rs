@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::nvme::{Drive, NVM_WRITE};
 use super::rig::*;
 use crate::driver::Driver;
-use crate::driver::nvme::{Nvme, NvmeOptions};
+use crate::driver::nvme::{InterruptPolicy, Nvme, NvmeOptions};
 use crate::emulated::{Commands, Effect, Fault, Mode, Options};
 use crate::engine::WatchdogOptions;
 use crate::hardware::LeftToSuccessor;
@@ -16,7 +16,13 @@ fn drive() -> Drive {
 }
 
 fn successor(drive: &Drive) -> Nvme {
-    let wanted = NvmeOptions { namespace: None, queues: 1, read_only: false };
+    let wanted = NvmeOptions {
+        namespace: None,
+        queues: 1,
+        read_only: false,
+        interrupts: InterruptPolicy::Auto,
+        avoid: Vec::new(),
+    };
     Nvme::bring_up(drive.machine.function(), drive.machine.staged_space(), wanted).unwrap()
 }
 

@@ -24,3 +24,4 @@ mod rig;
 mod round_trip;
 #[cfg(feature = "shuttle")]
 mod schedules;
+mod traits;

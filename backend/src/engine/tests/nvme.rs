@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::rig::*;
-use crate::driver::nvme::{Nvme, NvmeOptions};
+use crate::driver::nvme::{Avoid, InterruptPolicy, Nvme, NvmeOptions};
 use crate::emulated::{Commands, Effect, Fault, Machine, Mode, Options, Status};
 use crate::engine::Engine;
 use crate::memory::{MemTable, Region};
@@ -35,7 +35,11 @@ impl Drive {
     }
 
     pub(super) fn with(options: Options, engine: crate::engine::Options, memory: u64) -> Self {
-        Self::build(options, engine, memory, |nvme, _| nvme)
+        Self::build(options, engine, (memory, Vec::new()), |nvme, _| nvme)
+    }
+
+    pub(super) fn avoiding(options: Options, engine: crate::engine::Options, avoid: Vec<Avoid>) -> Self {
+        Self::build(options, engine, (LEN, avoid), |nvme, _| nvme)
     }
 
     /// A drive that can be released to the host, and reacquired while `available`.
@@ -47,7 +51,7 @@ impl Drive {
         let drain_timeout = Duration::from_secs(20);
         let engine = crate::engine::Options { rings: 4, spin: Duration::ZERO, drain_timeout, watch };
         let available = Arc::clone(available);
-        Self::build(options, engine, LEN, |nvme, machine| {
+        Self::build(options, engine, (LEN, Vec::new()), |nvme, machine| {
             let function = machine.function();
             nvme.with_reacquire(Box::new(move || {
                 anyhow::ensure!(available.load(Ordering::Relaxed), "the host has it");
@@ -59,12 +63,13 @@ impl Drive {
     fn build(
         options: Options,
         engine: crate::engine::Options,
-        memory: u64,
+        (memory, avoid): (u64, Vec<Avoid>),
         finish: impl FnOnce(Nvme, &Machine) -> Nvme,
     ) -> Self {
         let queues = options.queues;
         let machine = Machine::new(options).unwrap();
-        let wanted = NvmeOptions { namespace: None, queues, read_only: false };
+        let wanted =
+            NvmeOptions { namespace: None, queues, read_only: false, interrupts: InterruptPolicy::Auto, avoid };
         let space = machine.staged_space();
         let nvme = finish(Nvme::bring_up(machine.function(), Arc::clone(&space), wanted).unwrap(), &machine);
         let engine = Engine::start(Box::new(nvme), &space, engine).unwrap();
@@ -163,6 +168,43 @@ fn random_reads_and_writes_agree_with_a_model_on_every_ring() {
         assert_eq!((statistics.errors, statistics.recoveries), (0, 0));
         assert_eq!((statistics.sgl != 0, statistics.bounced != 0), (sgl, !sgl), "{statistics}");
         assert_eq!(drive.machine.iommu().faults().len(), 0);
+    }
+}
+
+/// Supplies of interrupts, best first. The last has none.
+fn supplies() -> Vec<Options> {
+    let supply = |vectors, msi, intx| Options { vectors, msi, intx, ..Options::default() };
+    vec![
+        supply(None, 0, false),
+        supply(Some(2), 0, false),
+        supply(Some(1), 0, false),
+        supply(Some(0), 4, false),
+        supply(Some(0), 1, false),
+        supply(Some(0), 0, true),
+        supply(Some(0), 0, false),
+    ]
+}
+
+#[test]
+fn data_is_right_and_events_are_seen_with_every_supply_of_interrupts() {
+    for (n, supply) in supplies().into_iter().enumerate() {
+        let options = Options { size: 16 << 20, queues: 2, mode: Mode::Threaded, ..supply };
+        let drive = Drive::new(options, Duration::ZERO, Duration::from_secs(20));
+        let (resized, size) = std::sync::mpsc::channel();
+        drive.engine.on_change(move || resized.send(()).unwrap());
+        let mut drivers: Vec<_> = (0..4).map(|n| drive.driver(n, RingOptions::default())).collect();
+
+        std::thread::scope(|scope| {
+            for driver in &mut drivers {
+                scope.spawn(move || soak(driver, 512, 20));
+            }
+            scope.spawn(|| drive.machine.resize(15 << 20).unwrap());
+        });
+
+        size.recv_timeout(Duration::from_secs(20)).unwrap_or_else(|_| panic!("supply {n}: no event"));
+        assert_eq!(drive.engine.geometry().blocks, 15 << 11, "supply {n}");
+        let statistics = drive.engine.statistics();
+        assert_eq!((statistics.errors, statistics.recoveries), (0, 0), "supply {n}");
     }
 }
 

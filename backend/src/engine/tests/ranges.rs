@@ -9,7 +9,7 @@ const WRITE_ZEROES: u32 = 13;
 const UNMAP: u32 = 1;
 
 /// Sends a request with a list of (sector, sectors, flags), split into buffers of `cut` bytes. Returns its status.
-fn send(driver: &mut SplitDriver, kind: u32, segments: &[(u64, u32, u32)], cut: usize) -> u8 {
+pub(super) fn send(driver: &mut SplitDriver, kind: u32, segments: &[(u64, u32, u32)], cut: usize) -> u8 {
     let mut list = Vec::new();
     for (sector, sectors, flags) in segments {
         list.extend(sector.to_le_bytes());

@@ -14,11 +14,13 @@
 
 mod command_queue;
 mod hold;
+mod poll_timer;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub(super) use command_queue::{CommandQueue, WorkerCommand};
+use poll_timer::PollTimer;
 
 use super::data_path::DataPath;
 use super::error::EngineError;
@@ -38,9 +40,6 @@ use crate::sys::Poller;
 const DEVICE: u64 = u64::MAX;
 /// Poller token of the command queue.
 const COMMANDS: u64 = u64::MAX - 1;
-
-/// Longest sleep while commands are in flight. It bounds the delay if an interrupt is lost; the completion entry is not lost.
-const LONGEST_SLEEP: Duration = Duration::from_millis(500);
 
 /// Passes between two reads of the clock, which cost as much as a few idle passes.
 const BUSY_PASSES_PER_CLOCK_READ: u32 = 256;
@@ -83,6 +82,7 @@ pub(in crate::engine) struct Worker {
     paused: bool,
     spin: Duration,
     clock: CommandClock,
+    poll_timer: PollTimer,
     quit: bool,
 }
 
@@ -98,7 +98,8 @@ impl Worker {
         poller.add(queue.event(), DEVICE)?;
         let device = Device::live(queue);
         let (pending, event_stale, paused, quit) = (Vec::new(), false, false, false);
-        Ok(Self { path, device, event_stale, command_queue, poller, pending, paused, spin, clock, quit })
+        let poll_timer = PollTimer::default();
+        Ok(Self { path, device, event_stale, command_queue, poller, pending, paused, spin, clock, poll_timer, quit })
     }
 
     /// The thread's body.
@@ -180,9 +181,11 @@ impl Worker {
     /// Arms every notification, polls once more, and waits.
     fn sleep(&mut self) {
         if let Device::Live(queue) = &self.device {
-            if std::mem::take(&mut self.event_stale) {
+            let completed = std::mem::take(&mut self.event_stale);
+            if completed {
                 drain(queue.event());
             }
+            self.poll_timer.adjust(completed);
             queue.set_interrupt_wanted(true);
         }
         self.path.served().for_each(|ring| ring.queue.arm());
@@ -197,10 +200,13 @@ impl Worker {
     }
 
     fn wait(&mut self) {
-        let Self { poller, path, device, event_stale, clock, .. } = self;
-        let in_flight = matches!(device, Device::Live(queue) if queue.in_flight() != 0);
+        let Self { poller, path, device, event_stale, clock, poll_timer, .. } = self;
+        let longest = match device {
+            Device::Live(queue) => poll_timer.longest_sleep(&**queue, clock.tick()),
+            Device::Resetting | Device::Failed => None,
+        };
         let mut unreadable = Vec::new();
-        let waited = poller.wait(in_flight.then_some(LONGEST_SLEEP.min(clock.tick())), |event| match event.token {
+        let waited = poller.wait(longest, |event| match event.token {
             COMMANDS => {} // drained by `CommandQueue::take`
             DEVICE => {
                 if let Device::Live(queue) = device {

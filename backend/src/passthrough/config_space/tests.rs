@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::hardware::Registers;
+use crate::hardware::{InterruptKind, Registers};
 
 /// Where the PCI Express capability is, and the high byte of its Device Control.
 const EXPRESS: u8 = 0x40;
@@ -69,10 +69,10 @@ impl Function for Failing {
     fn registers(&self, _bar: u8) -> io::Result<Arc<dyn Registers>> {
         unreachable!("no BAR")
     }
-    fn vectors(&self) -> u16 {
+    fn vectors(&self, _kind: InterruptKind) -> u16 {
         unreachable!("no interrupts")
     }
-    fn route_vectors(&self, _events: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn route_vectors(&self, _kind: InterruptKind, _events: &[BorrowedFd<'_>]) -> io::Result<()> {
         unreachable!("no interrupts")
     }
     fn set_bus_master(&self, on: bool) -> io::Result<()> {

@@ -9,7 +9,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vfio_bindings::bindings::vfio::VFIO_IRQ_INFO_EVENTFD;
 
 use super::*;
-use crate::hardware::{Function, Registers};
+use crate::hardware::{Function, InterruptKind, Registers};
 use crate::whole_function::{RegionInfo, RegionMmap};
 
 /// `VFIO_PCI_MSI_IRQ_INDEX`.
@@ -59,10 +59,10 @@ impl Function for Msi {
     fn registers(&self, _bar: u8) -> io::Result<Arc<dyn Registers>> {
         unreachable!("no BAR")
     }
-    fn vectors(&self) -> u16 {
+    fn vectors(&self, _kind: InterruptKind) -> u16 {
         unreachable!("no driver in this process")
     }
-    fn route_vectors(&self, _events: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn route_vectors(&self, _kind: InterruptKind, _events: &[BorrowedFd<'_>]) -> io::Result<()> {
         unreachable!("no driver in this process")
     }
     fn set_bus_master(&self, _on: bool) -> io::Result<()> {

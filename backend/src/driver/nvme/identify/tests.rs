@@ -77,9 +77,21 @@ fn namespaces_of_512_and_4096_bytes_are_served() {
 #[test]
 fn errors_about_other_block_formats_state_their_sizes() {
     let message = |data| decode(&data).unwrap_err().to_string();
-    assert!(message(namespace(9, 8)).contains("512 data and 8 metadata bytes"));
+    let interleaved = IdentifyNamespace { flbas: 1 << 4 | 1, ..namespace(9, 8) };
+    assert!(message(interleaved).contains("512 data and 8 metadata bytes"));
+    assert!(message(IdentifyNamespace { dps: 1, ..namespace(9, 8) }).contains("--pi=0"), "protection information");
+    assert!(message(namespace(12, 129)).contains("4096 data and 129 metadata bytes"));
     assert!(message(namespace(13, 0)).contains("8192 data and 0 metadata bytes"));
     assert!(message(namespace(255, 0)).contains("2^255 data"));
+}
+
+#[test]
+fn metadata_in_a_buffer_of_their_own_are_served_and_are_part_of_the_format() {
+    let (with, without) = (decode(&namespace(12, 64)).unwrap().unwrap(), decode(&namespace(12, 0)).unwrap().unwrap());
+    assert_eq!((with.block_size, with.metadata), (4096, 64));
+    let difference = with.difference(&without).unwrap();
+    assert_eq!(difference, "namespace 1 has blocks of 4096 and 64 metadata bytes instead of 4096");
+    assert_eq!(with.difference(&with), None);
 }
 
 #[test]

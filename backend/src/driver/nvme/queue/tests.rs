@@ -56,8 +56,8 @@ impl QueueHarness {
             namespace: 5,
             limits: Limits { block: 512, transfer: 1 << 20 },
             sgl: None,
-            event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
-            interrupt_wanted: None,
+            interrupt: QueueInterrupt::own(eventfd(0, EventfdFlags::CLOEXEC).unwrap(), None),
+            tags: Tags::Own,
         });
         Self { queue, registers, memory, depth, sq_head: 0, cq_tail: 0, phase: 1 }
     }

@@ -9,7 +9,9 @@ use super::rig::{Doorbell, Rig, nvme_options, small};
 use crate::addr::{Iova, Span};
 use crate::driver::nvme::Nvme;
 use crate::driver::nvme::prp::Limits;
-use crate::driver::nvme::queue::{Doorbells, IoQueue, QueueMemory, QueueSetup, completions_at, memory_needed};
+use crate::driver::nvme::queue::{
+    Doorbells, IoQueue, QueueInterrupt, QueueMemory, QueueSetup, Tags, completions_at, memory_needed,
+};
 use crate::driver::nvme::sgl::Granularity;
 use crate::driver::{Blocks, Command, Driver, Outcome, Queue};
 use crate::emulated::{Machine, Options};
@@ -55,8 +57,8 @@ impl QueueHarness {
             namespace: 1,
             limits: Limits { block: 512, transfer: 1 << 20 },
             sgl,
-            event: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
-            interrupt_wanted: None,
+            interrupt: QueueInterrupt::own(eventfd(0, EventfdFlags::CLOEXEC).unwrap(), None),
+            tags: Tags::Own,
         });
         Self { machine, memory, queue, found, completed: 0 }
     }

@@ -175,16 +175,8 @@ fn the_number_of_queues_is_limited_by_request_vectors_and_grant() {
     let count = |rig: &Rig, requested| rig.up(requested).1.len();
     assert_eq!(count(&Rig::new(Options { queues: 4, ..small() }), 3), 3, "as requested");
     assert_eq!(count(&Rig::new(Options { queues: 4, ..small() }), 9), 4, "as the controller grants");
-    assert_eq!(
-        count(&Rig::with_function(Options { queues: 4, ..small() }, |f| f.vectors = Some(3)), 9),
-        2,
-        "fewer vectors"
-    );
-    assert_eq!(
-        count(&Rig::with_function(Options { queues: 2, ..small() }, |f| f.vectors = Some(3)), 0),
-        1,
-        "at least one"
-    );
+    assert_eq!(count(&Rig::new(Options { queues: 4, vectors: Some(3), ..small() }), 9), 2, "fewer vectors");
+    assert_eq!(count(&Rig::new(Options { queues: 2, vectors: Some(3), ..small() }), 0), 1, "at least one");
 }
 
 #[test]
@@ -216,16 +208,6 @@ fn another_kind_of_function_is_refused_by_its_class() {
         error.starts_with("0000:00:04.0: is not an NVMe controller but a network controller (PCI class code 020000")
     );
     rig.assert_stopped();
-}
-
-#[test]
-fn a_function_without_vectors_is_refused() {
-    for (vectors, found) in [(0, "0 (no MSI-X)"), (1, "1")] {
-        let rig = Rig::with_function(small(), |function| function.vectors = Some(vectors));
-        let error = rig.bring_up(nvme_options(1)).err().unwrap().to_string();
-        assert_eq!(error, format!("0000:00:04.0: number of MSI-X vectors is {found}, but 2 or more is needed"));
-        rig.assert_stopped();
-    }
 }
 
 #[test]

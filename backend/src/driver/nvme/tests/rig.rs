@@ -9,10 +9,10 @@ use std::time::Duration;
 use vm_memory::MmapRegion;
 
 use crate::addr::{Iova, Span};
-use crate::driver::nvme::{Nvme, NvmeError, NvmeOptions};
+use crate::driver::nvme::{InterruptPolicy, Nvme, NvmeError, NvmeOptions};
 use crate::driver::{Command, Completion, Driver, Outcome, Queue};
 use crate::emulated::{Machine, Options};
-use crate::hardware::{DmaBuffer, Function, Registers};
+use crate::hardware::{DmaBuffer, Function, InterruptKind, Registers};
 use crate::sys::{Poller, SharedMemory};
 
 /// Start of guest memory.
@@ -24,7 +24,7 @@ pub(super) fn small() -> Options {
 }
 
 pub(super) fn nvme_options(queues: u16) -> NvmeOptions {
-    NvmeOptions { namespace: None, queues, read_only: false }
+    NvmeOptions { namespace: None, queues, read_only: false, interrupts: InterruptPolicy::Auto, avoid: Vec::new() }
 }
 
 pub(super) fn span(offset: u64, len: u64) -> Span<Iova> {
@@ -46,8 +46,12 @@ impl Rig {
         let machine = Machine::new(options).unwrap();
         let guest = SharedMemory::of(Arc::new(MmapRegion::new(GUEST_BYTES).unwrap()));
         machine.iommu().map(span(0, GUEST_BYTES as u64), guest.clone()).unwrap();
-        let function =
-            Arc::new(FaultyFunction { inner: machine.function(), faults: Arc::default(), class: None, vectors: None });
+        let function = Arc::new(FaultyFunction {
+            inner: machine.function(),
+            faults: Arc::default(),
+            class: None,
+            free_vectors: usize::MAX,
+        });
         Self { machine, function, guest, lba }
     }
 
@@ -112,7 +116,8 @@ pub(super) struct FaultyFunction {
     inner: Arc<dyn Function>,
     pub(super) faults: Arc<InjectedFaults>,
     pub(super) class: Option<[u8; 3]>,
-    pub(super) vectors: Option<u16>,
+    /// Most vectors that the host has free for it.
+    pub(super) free_vectors: usize,
 }
 
 struct FaultyRegisters {
@@ -140,14 +145,20 @@ impl Function for FaultyFunction {
         let inner = self.inner.registers(bar)?;
         Ok(Arc::new(FaultyRegisters { inner, faults: Arc::clone(&self.faults) }))
     }
-    fn vectors(&self) -> u16 {
-        if self.faults.fewer_vectors.load(SeqCst) {
+    fn vectors(&self, kind: InterruptKind) -> u16 {
+        if self.faults.fewer_vectors.load(SeqCst) && kind == InterruptKind::MsiX {
             return 2;
         }
-        self.vectors.unwrap_or(self.inner.vectors())
+        self.inner.vectors(kind)
     }
-    fn route_vectors(&self, events: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.inner.route_vectors(events)
+    fn route_vectors(&self, kind: InterruptKind, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        if events.len() > self.free_vectors {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        self.inner.route_vectors(kind, events)
+    }
+    fn unmask_intx(&self) -> io::Result<()> {
+        self.inner.unmask_intx()
     }
     fn interrupt_wanted(&self, vector: u16) -> Option<Arc<AtomicBool>> {
         self.inner.interrupt_wanted(vector)

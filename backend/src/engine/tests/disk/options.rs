@@ -19,7 +19,6 @@ impl Default for DiskOptions {
             blocks: 2048,
             block_size: 512,
             physical_block_size: 512,
-            read_only: false,
             volatile_cache: true,
             cache_on: true,
             serial: "SERIAL".into(),
@@ -27,6 +26,7 @@ impl Default for DiskOptions {
             max_transfer: 128 << 10,
             discard: Some(DiscardLimits { ranges: 4, range_blocks: 64, blocks: 100 }),
             zeroes: Some(ZeroesLimits { blocks: 16, deallocates: true }),
+            ..Geometry::default()
         };
         Self { queues: 1, depth: 64, max_transfer: 128 << 10, alignment: 4, geometry }
     }
