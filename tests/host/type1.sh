@@ -15,6 +15,7 @@ GROUP=/dev/vfio/$(basename "$(readlink "$AT/iommu_group")")
 SHARED=0000:00:07.0
 # Guest address of the client's only region.
 REGION=0x100000
+HANDOVER=/run/handover.sock
 
 as_before() { equal "$(cat /run/pins)" "$(pages_pinned)" "pages pinned in this machine"; }
 # refused PATTERN [ARGUMENT…]: the program ends with a message that matches.
@@ -41,6 +42,15 @@ serves_a_guest() {
     equal "$(ledger)" "$(pinned)" "kB pinned, by the ledger and by the kernel"
 }
 reads_well() { guest exec --timeout 60 -- 'dd if=/dev/vda of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null'; }
+# The successor ends, and the guest's drive goes on.
+not_handed_over() {
+    timeout 60 vhost-device-vfio --socket-path "$SOCKET" --device "$FUNCTION" --queues 2 --takeover "$HANDOVER" \
+        >/run/answer 2>&1 && return 1
+    contains "through VFIO type1 the mapped memory is this process's and ends with it" /run/answer
+    logged "not handed over to process .*: .*through VFIO type1 the mapped memory is this process's.*; going on"
+    reads_well
+    equal "$(ledger)" "$(pinned)" "kB pinned, by the ledger and by the kernel"
+}
 pattern() { guest exec -- 'dd if=/dev/vda bs=64k skip=2048 count=16 iflag=direct 2>/dev/null | sha256sum'; }
 load_in_background() {
     guest exec -- '(while [ ! -e /tmp/enough ]; do dd if=/dev/vda of=/dev/null bs=64k count=2000 iflag=direct; sleep 0.1; done) \
@@ -165,9 +175,10 @@ limited() {
 vhost-device-vfio list >/run/listed
 vhost-device-vfio inspect --json "$FUNCTION" >/run/inspected
 pages_pinned >/run/pins
-backend_start --queues 2 || exit
+backend_start --queues 2 --handover-socket "$HANDOVER" || exit
 claim "list, inspect and the log name the interface, and why it is used" named
 claim "a guest's verifying workload finds no wrong byte" serves_a_guest
+claim "a new process does not get the drive, both logs say why, and the guest goes on" not_handed_over
 claim "a drive that the host takes under load is released at once, and comes back with its data and memory" taken_and_returned
 claim "killed under load it leaves nothing pinned, and the next one is named as the owner" killed
 claim "memory is mapped, flushed and then used, and flushed before it is unmapped" ordered
