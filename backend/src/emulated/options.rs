@@ -193,9 +193,7 @@ impl FromStr for Options {
             None if options.size == 0 => options.size = Self::default().size,
             None => {}
         }
-        if random {
-            options.order = Order::Random { seed };
-        }
+        options.order = if random { Order::Random { seed } } else { Order::Fetched };
         options.check()?;
         Ok(options)
     }

@@ -22,7 +22,7 @@ use super::regs::{PAGE_LEN, Version};
 use super::sgl::Granularity;
 use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, cns};
 use crate::addr::Bytes;
-use crate::driver::Geometry;
+use crate::driver::{DiscardLimits, Geometry, ZeroesLimits};
 
 /// Time-out of each admin command during initialization. Some drives complete Identify only after their own start-up.
 const BRING_UP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -59,32 +59,46 @@ pub(super) fn bring_up(
     let cache_on = identity.write_cache && write_cache_is_on(controller, &mut admin);
     events.truncate(negotiate_queues(controller, &mut admin, events.len())?);
     let limits = Limits { block: namespace.block_size, transfer: identity.max_transfer };
-    let depth = u16::try_from(controller.capabilities().max_queue_entries()).map_or(MAX_DEPTH, |n| n.min(MAX_DEPTH));
     let shared_tags = options.avoid.contains(&Avoid::Tags);
     if shared_tags {
         events.truncate(1);
     }
+    let depth = u16::try_from(controller.capabilities().max_queue_entries()).map_or(MAX_DEPTH, |n| n.min(MAX_DEPTH));
     let depth = if shared_tags { admin.share_tags(depth)? } else { depth };
+    let parameters = |id, interrupt| QueueParameters {
+        id,
+        depth,
+        namespace: namespace.id,
+        metadata: namespace.metadata,
+        limits,
+        sgl: identity.sgl,
+        vector: wiring.vector(id),
+        interrupt,
+        tags: if shared_tags { Tags::Shared } else { Tags::Own },
+    };
     let mut queues = Vec::new();
     for (id, event) in (1..).zip(events) {
         let interrupt = queue_interrupt(controller, &admin, (wiring, id), event, admin_event)?;
-        queues.push(create_queue(
-            controller,
-            &mut admin,
-            QueueParameters {
-                id,
-                depth,
-                namespace: namespace.id,
-                metadata: namespace.metadata,
-                limits,
-                sgl: identity.sgl,
-                vector: wiring.vector(id),
-                interrupt,
-                tags: if shared_tags { Tags::Shared } else { Tags::Own },
-            },
-        )?);
+        queues.push(create_queue(controller, &mut admin, parameters(id, interrupt))?);
     }
-    let geometry = Geometry {
+    let geometry = geometry(options, &identity, &namespace, cache_on, (discard, zeroes));
+    let shutdown_limit = identity.shutdown_limit;
+    let mut up = BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace, wiring };
+    log_summary(controller, &up, depth);
+    if up.identity.namespace_notices {
+        enable_namespace_events(controller, &mut up.admin)?;
+    }
+    Ok(up)
+}
+
+fn geometry(
+    options: &NvmeOptions,
+    identity: &Identity,
+    namespace: &Namespace,
+    cache_on: bool,
+    (discard, zeroes): (Option<DiscardLimits>, Option<ZeroesLimits>),
+) -> Geometry {
+    Geometry {
         blocks: namespace.blocks,
         block_size: namespace.block_size,
         physical_block_size: namespace.physical_block_size,
@@ -96,17 +110,10 @@ pub(super) fn bring_up(
         cache_on,
         serial: identity.serial.clone(),
         model: identity.model.clone(),
-        max_transfer: limits.transfer,
+        max_transfer: identity.max_transfer,
         discard,
         zeroes,
-    };
-    let shutdown_limit = identity.shutdown_limit;
-    let mut up = BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace, wiring };
-    log_summary(controller, &up, depth);
-    if up.identity.namespace_notices {
-        enable_namespace_events(controller, &mut up.admin)?;
     }
-    Ok(up)
 }
 
 fn log_summary(controller: &Controller, up: &BroughtUp, depth: u16) {

@@ -258,6 +258,16 @@ impl Controller {
         self.running = true;
     }
 
+    /// Another process may have turned on any kind, and no other can be turned on before.
+    pub(super) fn turn_every_interrupt_off(&self) {
+        for kind in [InterruptKind::MsiX, InterruptKind::Msi, InterruptKind::Intx] {
+            // The kinds that are off already refuse this.
+            if let Err(error) = self.function.route_vectors(kind, &[]) {
+                log::debug!("{}: turn {kind} off: {error}", self.function.name());
+            }
+        }
+    }
+
     /// Another process drives the controller: from now on this one does not access it.
     pub(super) fn leave(mut self) {
         self.running = false;

@@ -42,7 +42,9 @@ impl Nvme {
         // The successor may have routed it to itself.
         route_removal(controller.function(), &self.removal_request);
         controller.assume_running();
-        controller.stop()
+        controller.stop()?;
+        controller.turn_every_interrupt_off();
+        Ok(())
     }
 
     pub(super) fn leave_to_successor(mut self) {

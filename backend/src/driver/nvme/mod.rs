@@ -24,6 +24,7 @@ pub mod queue;
 mod regs;
 mod rings;
 pub mod sgl;
+mod shut_down;
 mod spec;
 mod status;
 mod tags;
@@ -46,10 +47,6 @@ use super::{CommandId, DiskState, Driver, Geometry, Queue};
 use crate::eventfd::signal;
 use crate::hardware::{AddressSpace, Function, LeftToSuccessor};
 use crate::rate_limited_log::RateLimitedLog;
-
-/// Time-out of each admin command during a shutdown. A healthy controller completes a queue deletion at once; an unhealthy
-/// one is shut down through CC.SHN anyway.
-const SHUTDOWN_COMMAND_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Time-out of an admin command while requests are served.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
@@ -267,23 +264,6 @@ impl Nvme {
 
     fn switch_write_cache(&mut self, on: bool) -> Result<(), NvmeErrorKind> {
         self.execute(AdminCommand::set_volatile_write_cache(on)).map(drop)
-    }
-
-    /// Deletes the I/O queues, then requests a normal shutdown. The shutdown does not depend on the deletions, so their
-    /// errors are only logged.
-    fn delete_queues_and_shut_down(&self, controller: &Controller, mut admin: AdminQueue) -> Result<(), NvmeErrorKind> {
-        let ids = 1..=self.queue_count;
-        let deletions = ids
-            .clone()
-            .map(AdminCommand::delete_submission_queue)
-            .chain(ids.map(AdminCommand::delete_completion_queue));
-        for command in deletions {
-            if let Err(error) = admin.execute(controller, command, SHUTDOWN_COMMAND_TIMEOUT) {
-                log::warn!("{}: {error}", self.name);
-                break;
-            }
-        }
-        controller.notify_shutdown(self.shutdown_limit)
     }
 }
 
