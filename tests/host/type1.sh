@@ -46,8 +46,8 @@ reads_well() { guest exec --timeout 60 -- 'dd if=/dev/vda of=/dev/null bs=64k co
 not_handed_over() {
     timeout 60 vhost-device-vfio --socket-path "$SOCKET" --device "$FUNCTION" --queues 2 --takeover "$HANDOVER" \
         >/run/answer 2>&1 && return 1
-    contains "through VFIO type1 the mapped memory is this process's and ends with it" /run/answer
-    logged "not handed over to process .*: .*through VFIO type1 the mapped memory is this process's.*; going on"
+    contains 'with VFIO type1 memory stays pinned only as long as this process lives' /run/answer
+    logged 'not handed over to process .*: .*with VFIO type1 memory stays pinned only .*; going on'
     reads_well
     equal "$(ledger)" "$(pinned)" "kB pinned, by the ledger and by the kernel"
 }

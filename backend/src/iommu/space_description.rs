@@ -75,8 +75,8 @@ pub struct MappedRegion {
 /// Why an address space cannot be handed over, or not be accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum HandOverError {
-    /// The function is served through a container (`VFIO_IOMMU_MAP_DMA` maps memory of the calling process).
-    #[error("through VFIO type1 the mapped memory is this process's and ends with it; restart the program instead")]
+    /// The function is in a container: `VFIO_IOMMU_MAP_DMA` maps memory of the process that calls it.
+    #[error("with VFIO type1 memory stays pinned only as long as this process lives; restart the program instead")]
     Type1,
     /// There is nothing to hand over.
     #[error("the host has the device: nothing is pinned that a hand-over could keep; restart the program instead")]

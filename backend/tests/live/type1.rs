@@ -198,7 +198,7 @@ fn a_function_in_a_container_is_not_handed_over_and_can_be_used_afterwards() {
 
     let error = served.export(true).map(drop).unwrap_err().to_string();
 
-    assert!(error.contains("through VFIO type1 the mapped memory is this process's"), "{error}");
+    assert!(error.contains("with VFIO type1 memory stays pinned only as long as this process lives"), "{error}");
     drop(space.address_space().buffer(4096).unwrap());
 }
 
