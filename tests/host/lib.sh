@@ -249,8 +249,8 @@ context_switches() { awk '/ctxt_switches/ { n += $2 } END { print n }' "/proc/$(
 
 HANDOVER=/run/handover.sock
 
-# successor_start NAME [ARGUMENT…]: starts a process that takes over. Its files are named NAME. AS is the shell that starts it:
-# "sh", or another user's, such as "su nobody".
+# successor_start NAME [ARGUMENT…]: starts a process that takes over. Its files are named NAME. AS may be a command that
+# starts it as another user.
 successor_start() {
     name=$1
     shift
@@ -258,7 +258,7 @@ successor_start() {
     : >"/run/$name.log"
     (
         status=0
-        ${AS:-sh} -c "echo \$\$ >/run/$name.pid; exec \"\$@\"" - vhost-device-vfio --socket-path "$SOCKET" \
+        ${AS:-} sh -c "echo \$\$ >/run/$name.pid; exec \"\$@\"" - vhost-device-vfio --socket-path "$SOCKET" \
             --handover-socket "$HANDOVER" --takeover "$HANDOVER" --device "$FUNCTION" "$@" || status=$?
         echo "$status" >"/run/$name.status"
     ) </dev/null >>"/run/$name.log" 2>&1 &
@@ -290,7 +290,7 @@ hand_over() {
     logged 'handed over to process'
     equal 0 "$(times_logged 'front-end disconnected|region .* unmapped')" "disconnects and unmaps in the predecessor"
     became "$1"
-    sed -n 's/.*taken over; /# taken over; /p' "$BACKEND_LOG"
+    sed -n 's/.*taken over; requests/# taken over; requests/p' "$BACKEND_LOG"
     released=$(($(pages_released) - released))
     echo "# pages released: $released; pinned: $before before, $(pages_pinned) after"
     # The buffers of the two processes change, 2 MiB for each queue. The guest has 40960 pages.
