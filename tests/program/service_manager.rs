@@ -14,6 +14,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use rustix::process::Signal;
 use testbed::client::{Client, Region, Shape};
 use testbed::kills::Background;
+use vhost_device_vfio::handover::FdKey;
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::process::{PROGRAM, Process};
@@ -91,6 +92,10 @@ impl Kept {
     fn handle(&mut self, text: &str, fds: Vec<OwnedFd>) {
         let name = text.lines().find_map(|line| line.strip_prefix("FDNAME=")).unwrap_or("stored").to_owned();
         if text.lines().any(|line| line == "FDSTORE=1") {
+            // systemd ignores a file that it has already, whatever its name.
+            let key = |fd: &OwnedFd| FdKey::of(fd).unwrap();
+            let fds = fds.into_iter().filter(|fd| !self.stored.iter().any(|(_, kept)| key(kept) == key(fd)));
+            let fds: Vec<_> = fds.collect();
             self.stored.extend(fds.into_iter().map(|fd| (name.clone(), fd)));
         } else if text.lines().any(|line| line == "FDSTOREREMOVE=1") {
             self.stored.retain(|(stored, _)| *stored != name);

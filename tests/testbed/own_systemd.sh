@@ -22,7 +22,7 @@ start() {
         echo 0 >"$own/cgroup.procs"
         # The first process that the shell starts is process 1.
         # shellcheck disable=SC2016 # for the shell inside
-        exec unshare --pid --cgroup --ipc --uts sh -c 'sh "$0" first "$@" & echo $! >"$1/pid"; wait' "$0" "$@"
+        exec unshare --mount --pid --cgroup --ipc --uts sh -c 'sh "$0" first "$@" & echo $! >"$1/pid"; wait' "$0" "$@"
     ) || true
     find "$own" -depth -type d -exec rmdir {} +
     umount "$cgroups"
@@ -54,6 +54,8 @@ first() {
         printf '[Unit]\nDescription=Nothing\nDefaultDependencies=no\n' >"$work/run/units/$target.target"
     done
     mount --bind "$work/run" /run
+    # Last, because WORK may be there.
+    mount -t tmpfs tmpfs /tmp
     # `container`: the devices and the clock are not its own.
     exec env -i PATH="$PATH" container=other SYSTEMD_LOG_TARGET=null \
         SYSTEMD_UNIT_PATH=/run/units SYSTEMD_GENERATOR_PATH=/run/generators /lib/systemd/systemd --system --show-status=no
