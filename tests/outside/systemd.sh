@@ -15,7 +15,7 @@ TESTBED_DIR=$TESTBED_ROOT/tests/testbed
 . "$TESTBED_DIR/claims.sh"
 
 TARGET=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}
-PROGRAM=$TARGET/${DBG:-release}/vhost-device-vfio
+PROGRAM=$TARGET/release/vhost-device-vfio
 UNIT=vhost-device-vfio.service
 WORK=$(mktemp -d)
 ORDERS=$WORK/orders ANSWERS=$WORK/answers
