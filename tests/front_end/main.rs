@@ -1,5 +1,5 @@
-//! `front-end SOCKET`: a front-end under the oracle's load. It must not notice what a test does to the program. It never connects
-//! again. The test writes lines to its standard input:
+//! `front-end SOCKET`: a front-end under the oracle's load. It must not notice what a test does to the program. It never
+//! connects again. The test writes lines to its standard input:
 //!
 //! ```text
 //! N      waits until N more requests have completed, and answers "progressed"

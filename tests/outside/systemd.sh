@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # minutes: 0.4
-# The unit files under the real systemd, on this machine: a front-end under the oracle's load must not notice a restart, a crash or
-# an update. Needs root, because systemd is process 1 of namespaces of its own; whether this machine runs systemd does not matter.
+# The unit files under the real systemd, on this machine: a front-end under the oracle's load must not notice a restart, a crash
+# or an update. Needs root, because systemd is process 1 of namespaces of its own; whether this machine runs systemd does not matter.
 # Only the device is changed, to an emulated drive.
 # shellcheck disable=SC2317 # functions are called by name, through claim
 set -u
@@ -36,7 +36,7 @@ property() { inside systemctl show --property "$1" --value "${2:-$UNIT}"; }
 is() { [[ $(property "$1") == "$2" ]]; }
 # installed PROGRAM: replaces the program as a package manager does.
 installed() {
-    inside sh -c 'cat >/usr/local/bin/new && chmod 755 /usr/local/bin/new && mv /usr/local/bin/new /usr/local/bin/vhost-device-vfio' <"$1"
+    inside sh -c 'cd /usr/local/bin && cat >new && chmod 755 new && mv new vhost-device-vfio' <"$1"
 }
 
 systemd_starts() {
@@ -52,7 +52,7 @@ no_fault() {
 # connects LAYOUT: a new front-end with an empty disk.
 connects() {
     rm -f "$WORK/run/disk"
-    (exec "$TARGET/debug/examples/front-end" "$WORK/run/vhost-device-vfio.sock" "$@") <"$ORDERS" >"$ANSWERS" 2>&1 &
+    "$TARGET/debug/examples/front-end" "$WORK/run/vhost-device-vfio.sock" "$@" <"$ORDERS" >"$ANSWERS" 2>&1 &
     echo $! >"$WORK/front-end.pid"
     progresses
     is ActiveState active
@@ -130,10 +130,11 @@ mkfifo "$ORDERS" "$ANSWERS"
 # Open at both ends, so that neither side waits for the other.
 exec 8<>"$ORDERS" 9<>"$ANSWERS"
 mkdir "$WORK/run"
+DRIVE=emulated:file=/run/disk,create=on,size=64M,latency=100us,order=random
 cat >"$WORK/drop-in.conf" <<END
 [Service]
 ExecStart=
-ExecStart=/usr/local/bin/vhost-device-vfio --queues 2 --device emulated:file=/run/disk,create=on,size=64M,latency=100us,order=random
+ExecStart=/usr/local/bin/vhost-device-vfio --queues 2 --device $DRIVE
 StandardOutput=append:/run/log
 StandardError=append:/run/log
 END

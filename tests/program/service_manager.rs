@@ -10,8 +10,9 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use command_fds::{CommandFdExt, FdMapping};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use rustix::process::Signal;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use testbed::client::{Client, Region, Shape};
 use testbed::kills::Background;
 use vhost_device_vfio::handover::FdKey;
@@ -178,7 +179,11 @@ fn a_successor_keeps_the_session_in_the_store_and_a_crash_of_it_loses_nothing() 
     let main_pid = format!("MAINPID={pid}");
     assert!(manager.kept.lock().unwrap().lines.contains(&main_pid), "{log}");
 
-    rustix::process::kill_process(rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap(), Signal::KILL).unwrap();
+    let successor = Pid::from_raw(pid.parse().unwrap()).unwrap();
+    let exit = pidfd_open(successor, PidfdFlags::empty()).unwrap();
+    kill_process(successor, Signal::KILL).unwrap();
+    // Until then it holds the lock on the drive's file.
+    poll(&mut [PollFd::new(&exit, PollFlags::IN)], None).unwrap();
     let mut next = manager.start();
 
     next.wait_until("it goes on", |next| next.log().contains("which has crashed"));

@@ -1,6 +1,6 @@
 #!/bin/sh
-# own_systemd.sh start WORK PROGRAM UNIT…: runs this machine's systemd as process 1 of its own namespaces, as a service manager of its
-# own. It needs root. The rest of the machine is not changed, whether systemd runs there or not.
+# own_systemd.sh start WORK PROGRAM UNIT…: runs this machine's systemd as process 1 of its own namespaces.
+# It needs root. The rest of the machine is not changed, whether systemd runs there or not.
 #
 #   WORK/run   its /run, which is also the way to the sockets there
 #   WORK/pid   its process; `nsenter --target PID --mount --pid systemctl …` talks to it, `kill -9 PID` ends all of it
