@@ -294,6 +294,7 @@ mod tests {
             snoop_enforced: true,
             no_snoop: NoSnoop::NeverSet,
             policy: coherency::Policy::Suppress,
+            staging: true,
             personality: Personality::Mediated,
             cache_ops: CacheOps::Clflush,
             shim: false,
