@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # minutes: 0.4
 # The unit files under the real systemd, on this machine: a front-end under the oracle's load must not notice a restart, a crash
-# or an update. Needs root, because systemd is process 1 of namespaces of its own; whether this machine runs systemd does not matter.
-# Only the device is changed, to an emulated drive.
+# or an update. Needs root, because systemd is process 1 of namespaces of its own.
+# Whether this machine runs systemd does not matter. Only the device is changed, to an emulated drive.
 # shellcheck disable=SC2317 # functions are called by name, through claim
 set -u
 
@@ -45,7 +45,8 @@ systemd_starts() {
     is ActiveState inactive
 }
 no_fault() {
-    inside systemd-analyze verify --man=no /run/units/vhost-device-vfio.{service,socket} >"$WORK/verified" 2>&1 || cat "$WORK/verified"
+    inside systemd-analyze verify --man=no /run/units/vhost-device-vfio.{service,socket} >"$WORK/verified" 2>&1 ||
+        cat "$WORK/verified"
     equal '' "$(cat "$WORK/verified")" "remarks of systemd-analyze verify"
 }
 
@@ -155,7 +156,7 @@ for layout in '' --packed; do
     claim "$rings: so do crashes and restarts of the successor" updated_process_crashes
     claim "$rings: a successor that fails changes nothing" bad_update
     claim "$rings: nothing is lost, doubled or reordered, and the front-end leaves nothing in the store" nothing_lost
-    inside systemctl stop "$UNIT"
+    inside systemctl stop "$UNIT" 2>"$WORK/stopped"
 done
 claim "one more front-end" connects
 claim "a stop disconnects the front-end and empties the store" stop_empties_store
