@@ -9,10 +9,6 @@
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
 
-# requests_recovered: adds the requests that the running backend has submitted again to /run/recovered.
-requests_recovered() {
-    sed -n 's/.*: \([0-9]*\) requests of the process before are submitted again$/\1/p' "$BACKEND_LOG" >>/run/recovered
-}
 # kill_and_restart N: kills the backend at another time after its start for each N, most of the time when it serves the guest.
 kill_and_restart() {
     case $(($1 % 4)) in

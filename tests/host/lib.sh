@@ -246,3 +246,80 @@ vfio_user_device() {
 # ledger: kB that are mapped according to the backend's log. context_switches: how often the backend has been scheduled.
 ledger() { sed -n 's/.*; \([0-9]*\) KiB \(mapped\|in all\|left\)$/\1/p' "$BACKEND_LOG" | tail -n 1; }
 context_switches() { awk '/ctxt_switches/ { n += $2 } END { print n }' "/proc/$(cat "$BACKEND_PID")/status"; }
+
+HANDOVER=/run/handover.sock
+
+# successor_start NAME [ARGUMENT…]: starts a process that takes over. Its files are named NAME. AS may be a command that
+# starts it as another user.
+successor_start() {
+    name=$1
+    shift
+    rm -f "/run/$name.status"
+    : >"/run/$name.log"
+    (
+        status=0
+        ${AS:-} sh -c "echo \$\$ >/run/$name.pid; exec \"\$@\"" - vhost-device-vfio --socket-path "$SOCKET" \
+            --handover-socket "$HANDOVER" --takeover "$HANDOVER" --device "$FUNCTION" "$@" || status=$?
+        echo "$status" >"/run/$name.status"
+    ) </dev/null >>"/run/$name.log" 2>&1 &
+}
+
+# became NAME: the backend is that process now. now: selects its files; each claim runs in a shell of its own.
+became() { echo "$1" >/run/now && now; }
+now() {
+    name=$(cat /run/now)
+    BACKEND_LOG=/run/$name.log BACKEND_PID=/run/$name.pid BACKEND_STATUS=/run/$name.status
+}
+
+# pages_released: pages unpinned in the whole machine since it started.
+pages_released() {
+    echo 1 >/proc/sys/vm/stat_refresh
+    awk '$1 == "nr_foll_pin_released" { print $2 }' /proc/vmstat
+}
+
+# hand_over NAME [ARGUMENT…]: the backend hands over to a new process, and ends well; guest memory stays pinned.
+hand_over() {
+    before=$(pages_pinned) released=$(pages_released)
+    successor_start "$@"
+    within 30 grep -q 'taken over; requests waited' "/run/$1.log" || {
+        cat "/run/$1.log" "$BACKEND_LOG"
+        return 1
+    }
+    within 20 test -s "$BACKEND_STATUS"
+    equal 0 "$(cat "$BACKEND_STATUS")" "exit status of the predecessor"
+    logged 'handed over to process'
+    equal 0 "$(times_logged 'front-end disconnected|region .* unmapped')" "disconnects and unmaps in the predecessor"
+    became "$1"
+    sed -n 's/.*taken over; requests/# taken over; requests/p' "$BACKEND_LOG"
+    released=$(($(pages_released) - released))
+    echo "# pages released: $released; pinned: $before before, $(pages_pinned) after"
+    # The buffers of the two processes change, 2 MiB for each queue. The guest has 40960 pages.
+    [ "$released" -lt 4096 ]
+    [ "$(pages_pinned)" -gt $((before - 4096)) ]
+}
+
+# stopped_while_taking_over SIGNAL REASON [ARGUMENT…]: a successor is stopped (STOP) or killed (KILL) while it starts the
+# controller, which can then be in any state. The backend goes on, and logs REASON.
+stopped_while_taking_over() {
+    signal=$1 reason=$2
+    shift 2
+    for n in 1 2 3 4 5; do
+        successor_start "stopped-$signal-$n" "$@"
+        until grep -q 'taken over with its address space' "/run/$name.log" || [ -s "/run/$name.status" ]; do :; done
+        kill -STOP "$(cat "/run/$name.pid")"
+        sleep 0.5
+        [ -s "$BACKEND_STATUS" ] || break
+        # Too late: it has taken over.
+        kill -CONT "$(cat "/run/$name.pid")"
+        became "$name"
+    done
+    kill "-$signal" "$(cat "/run/$name.pid")"
+    within 30 test -s "/run/$name.status"
+    grep 'taken over; requests waited' "/run/$name.log" && return 1
+    within 30 logged "not handed over to process .*$reason.*; going on"
+}
+
+# requests_recovered: adds the requests that the running backend has submitted again to /run/recovered.
+requests_recovered() {
+    sed -n 's/.*: \([0-9]*\) requests of the process before are submitted again$/\1/p' "$BACKEND_LOG" >>/run/recovered
+}

@@ -152,6 +152,8 @@ fn a_registration_outlives_the_backend_that_hands_over() {
     assert_eq!(vmm.status().registered, 1, "{}", second.log());
     assert!(!vmm.can_discard_memory());
     client.write(8, &[1; 512]).unwrap();
+    let goes_on = format!("emulated: KVM shim of the process before: {}1 device(s) registered", vmm.description());
+    second.wait_until("it has asked the shim", |second| second.log().contains(&goes_on));
     drop(client);
     second.wait_until("it is unregistered", |second| second.log().contains("unregistered"));
     assert_eq!(vmm.status().registered, 0);

@@ -97,8 +97,11 @@ pub enum EngineError {
         source: anyhow::Error,
     },
     /// Requests in flight did not complete in time.
-    #[error("requests in flight have not completed within {0:?}: the drive is slow, is being reset, or is away")]
+    #[error("requests in flight have not completed within {0:?}: the drive is slow, or is being reset")]
     Busy(std::time::Duration),
+    /// The device is down.
+    #[error("the drive is away or does not answer, so it cannot be handed over; try again when it is back")]
+    Away,
     /// A worker thread has panicked; the panic message is in the log.
     #[error("worker {0} has ended")]
     WorkerGone(usize),

@@ -15,9 +15,12 @@ impl Engine {
     /// Takes no more requests, and waits until those taken are complete. Rings can then be stopped at once.
     ///
     /// # Errors
-    /// [`EngineError::Busy`] if they are not complete within `limit`, because the device is slow, is being reset or is away.
-    /// Requests are taken again then.
+    /// [`EngineError::Away`] at once if the device is down, so that requests go on to fail without delay. [`EngineError::Busy`]
+    /// if they are not complete within `limit`, because the device is slow or is being reset. Requests are taken again then.
     pub fn hold(&self, limit: Duration) -> Result<Held<'_>, EngineError> {
+        if self.supervisor.is_known_to_be_down() {
+            return Err(EngineError::Away);
+        }
         let held = Held(self);
         let post = |handle: &WorkerHandle| handle.command_queue.post(WorkerCommand::Hold);
         let answers: Vec<_> = self.workers.iter().map(post).collect();

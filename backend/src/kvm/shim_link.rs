@@ -129,7 +129,10 @@ impl<'d> ShimLink<'d> {
     /// front-end leaves as well, one more attempt is made to register.
     pub(crate) fn on_shim_event(&mut self, front_end_goes: bool) {
         let (State::Connected(client, _), Some(shim)) = (&mut self.state, &self.vmm.shim) else { return };
-        let Err(error) = client.query() else { return };
+        let error = match client.query() {
+            Ok(status) => return self.vmm.count(|registrations| registrations.last = Some(status)),
+            Err(error) => error,
+        };
         self.state = State::Waiting(None);
         self.vmm.count(|registrations| registrations.last = None);
         if front_end_goes {
@@ -164,6 +167,18 @@ impl<'d> ShimLink<'d> {
         let client = Client::resume(&shim.socket, Client::DEFAULT_TIMEOUT, socket, state.serial);
         (self.state, self.new_socket) = (State::Connected(client, state.handle), true);
         Ok(())
+    }
+
+    /// Asks for the status of a registration that [`Self::restore`] has restored, now that it is this process's: for the log and
+    /// the statistics, and to register again if the shim has gone meanwhile.
+    pub(crate) fn confirm(&mut self) {
+        self.on_shim_event(false);
+        let (State::Connected(..), Some(shim), Some(status)) =
+            (&self.state, &self.vmm.shim, self.vmm.registrations().last)
+        else {
+            return;
+        };
+        self.vmm.log.info(|| format!("{}: KVM shim of the process before: {}", shim.device, describe(&status)));
     }
 
     /// Unregisters the device, which must no longer reach any memory of the front-end.
@@ -250,5 +265,65 @@ fn register(shim: &Shim, client: &mut Client, log: &SharedLog) -> Result<(Regist
             Err(RegisterFailure::Refused(RegistrationError::Refused { device, refused }))
         }
         Err(error) => Err(RegisterFailure::Unregistered(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+    use std::thread;
+
+    use kvm_vfio_shim::{Config, Policy, Server, Vm};
+    use vmm_sys_util::tempdir::TempDir;
+
+    use super::*;
+    use crate::coherency::{self, CacheOps, Facts, NoSnoop, Personality};
+
+    /// A shim in this process, until the test program exits.
+    fn shim(directory: &Path) -> PathBuf {
+        let socket = directory.join("kvm");
+        let config = Config { socket: socket.clone(), policy: Policy::Lock, peer: None, log: |_| () };
+        let mut server = Server::new(&config, Box::leak(Box::<Vm>::default())).unwrap();
+        thread::spawn(move || server.run());
+        socket
+    }
+
+    /// One process of several that serve the same coherent device.
+    fn process(socket: &Path) -> Vmm {
+        let facts = Facts {
+            snoop_enforced: true,
+            no_snoop: NoSnoop::NeverSet,
+            policy: coherency::Policy::Suppress,
+            personality: Personality::Mediated,
+            cache_ops: CacheOps::Clflush,
+            shim: false,
+        };
+        Vmm::with_shim(Shim { socket: socket.into(), device: "disk".into(), facts, file: None })
+    }
+
+    fn hand_over(from: &ShimLink<'_>, to: &mut ShimLink<'_>) {
+        let mut outgoing = Outgoing::default();
+        let state = from.describe(&mut outgoing).unwrap();
+        let fds = outgoing.as_slice().iter().map(|fd| fd.try_clone().unwrap()).collect();
+        to.restore(state.as_ref(), &mut Incoming::counted(fds)).unwrap();
+    }
+
+    #[test]
+    fn a_registration_that_was_handed_over_is_kept_and_its_status_is_asked_for() {
+        let directory = TempDir::new().unwrap();
+        let socket = shim(directory.as_path());
+        let (before, after) = (process(&socket), process(&socket));
+        let (mut predecessor, mut successor) = (ShimLink::new(&before, None), ShimLink::new(&after, None));
+        predecessor.register();
+
+        hand_over(&predecessor, &mut successor);
+        drop(predecessor);
+        successor.confirm();
+
+        assert!(successor.blocks_discards());
+        let found = after.registrations();
+        assert_eq!((found.registrations, found.last.map(|status| status.registered)), (0, Some(1)));
+        successor.unregister();
+        assert_eq!(after.registrations().last.map(|status| status.registered), Some(0));
     }
 }

@@ -199,7 +199,9 @@ impl ControlLoop<'_> {
         }
         self.save();
         if let Some(connection) = &self.connection {
+            // Rings first: a shim may take its time to answer.
             connection.session().resume();
+            connection.session().confirm_registration();
             self.pending = true;
         }
         Ok(())

@@ -137,6 +137,11 @@ impl DeviceSupervisor {
         self.lock().state == State::Down
     }
 
+    /// The same, without waiting for a reset: true if no reset is in progress and the device is down.
+    pub(in crate::engine) fn is_known_to_be_down(&self) -> bool {
+        self.device.try_lock().is_ok_and(|device| device.state == State::Down)
+    }
+
     /// Resets the device for all workers. No request in flight is completed before the reset, because the device may still
     /// write to its buffers.
     pub(in crate::engine) fn reset(&self, device: &mut SupervisedDevice, policy: InflightPolicy) {

@@ -23,6 +23,12 @@ impl Session<'_> {
         self.monitor_discards();
     }
 
+    /// The session of another process is this process's now, and with it the registration.
+    pub(in super::super) fn confirm_registration(&mut self) {
+        self.shim.confirm();
+        self.monitor_discards();
+    }
+
     /// The device has been released to the host. The host waits until KVM closes its file of the device.
     pub(in super::super) fn on_device_released(&mut self) {
         self.shim.unregister();
