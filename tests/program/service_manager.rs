@@ -10,10 +10,12 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use command_fds::{CommandFdExt, FdMapping};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use rustix::process::Signal;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use testbed::client::{Client, Region, Shape};
 use testbed::kills::Background;
+use vhost_device_vfio::handover::FdKey;
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::process::{PROGRAM, Process};
@@ -91,6 +93,10 @@ impl Kept {
     fn handle(&mut self, text: &str, fds: Vec<OwnedFd>) {
         let name = text.lines().find_map(|line| line.strip_prefix("FDNAME=")).unwrap_or("stored").to_owned();
         if text.lines().any(|line| line == "FDSTORE=1") {
+            // systemd ignores a file that it has already, whatever its name.
+            let key = |fd: &OwnedFd| FdKey::of(fd).unwrap();
+            let fds = fds.into_iter().filter(|fd| !self.stored.iter().any(|(_, kept)| key(kept) == key(fd)));
+            let fds: Vec<_> = fds.collect();
             self.stored.extend(fds.into_iter().map(|fd| (name.clone(), fd)));
         } else if text.lines().any(|line| line == "FDSTOREREMOVE=1") {
             self.stored.retain(|(stored, _)| *stored != name);
@@ -173,7 +179,11 @@ fn a_successor_keeps_the_session_in_the_store_and_a_crash_of_it_loses_nothing() 
     let main_pid = format!("MAINPID={pid}");
     assert!(manager.kept.lock().unwrap().lines.contains(&main_pid), "{log}");
 
-    rustix::process::kill_process(rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap(), Signal::KILL).unwrap();
+    let successor = Pid::from_raw(pid.parse().unwrap()).unwrap();
+    let exit = pidfd_open(successor, PidfdFlags::empty()).unwrap();
+    kill_process(successor, Signal::KILL).unwrap();
+    // Until then it holds the lock on the drive's file.
+    poll(&mut [PollFd::new(&exit, PollFlags::IN)], None).unwrap();
     let mut next = manager.start();
 
     next.wait_until("it goes on", |next| next.log().contains("which has crashed"));

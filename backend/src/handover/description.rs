@@ -1,6 +1,7 @@
 //! The description of a session: small, readable, versioned. Descriptors are numbers here; see [`super::Incoming`]. It comes from
 //! another process, so whoever restores from it checks each value like one of a front-end's message.
 
+use super::descriptors::FdKey;
 use serde::{Deserialize, Serialize};
 
 use crate::acquire::hand_over::FunctionDescription;
@@ -29,8 +30,9 @@ pub struct Description {
     pub listener: Option<ListenerState>,
     /// The socket at which successors connect.
     pub successors: Option<ListenerState>,
-    /// Numbers of what the service manager keeps of the session; see [`crate::service_manager`].
-    pub stored: Vec<u32>,
+    /// What the service manager keeps of the session: the file, unless it is the text, and its number. See
+    /// [`crate::service_manager`].
+    pub stored: Vec<(Option<FdKey>, u32)>,
     /// The front-end that is connected.
     pub front_end: Option<FrontEnd>,
 }

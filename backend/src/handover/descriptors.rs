@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::fs::{OFlags, fcntl_getfl, fstat};
+use serde::{Deserialize, Serialize};
 
 use super::description::FdNumber;
 
@@ -17,7 +18,7 @@ pub(super) const MAX_DESCRIPTORS: usize = 1024;
 pub struct DescriptorError(u32);
 
 /// Which file a descriptor is of, among the kinds that a session has. Eventfds share one inode and have a number of their own.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct FdKey(String);
 
 impl FdKey {

@@ -1,6 +1,7 @@
 //! The service manager's store of descriptors, kept equal to the session. A descriptor is stored once, under its number; the text
 //! that names it is saved after it has been stored, and it is removed after a text has been saved that does not name it. What the
-//! process before has stored is removed after this one has saved its session, so a crash in between loses nothing.
+//! process before has stored is removed after this one has saved its session, so a crash in between loses nothing. Files that are
+//! still in use keep their names: the manager ignores a file that it has already.
 
 use std::collections::HashMap;
 use std::io;
@@ -29,7 +30,7 @@ pub struct FdStore {
     unstored: Option<String>,
     /// The text's number.
     first: u32,
-    /// What the process before has stored, while it is still there.
+    /// The texts of the process before, while they are still there.
     former: Vec<String>,
     terms: Terms,
     known: HashMap<FdKey, u32>,
@@ -54,8 +55,8 @@ impl FdStore {
                 // Numbers of this process begin where those of the process before end, so that no name has two meanings.
                 let number = stored.map_or(0, Stored::next_number);
                 let (unstored, former) =
-                    (Some(format!("{TEXT}{number}")), stored.map(Stored::names).unwrap_or_default());
-                let (known, next) = (HashMap::new(), number + 1);
+                    (Some(format!("{TEXT}{number}")), stored.map(Stored::others).unwrap_or_default());
+                let (known, next) = (stored.map(Stored::known).unwrap_or_default(), number + 1);
                 Some(Self {
                     text,
                     unstored,
@@ -159,10 +160,10 @@ impl FdStore {
         });
     }
 
-    /// The numbers of what is stored, for a process that takes the session over.
+    /// What is stored, for a process that takes the session over.
     #[must_use]
-    pub fn numbers(&self) -> Vec<u32> {
-        self.known.values().copied().chain([self.first]).collect()
+    pub fn stored(&self) -> Vec<(Option<FdKey>, u32)> {
+        self.known.iter().map(|(key, number)| (Some(key.clone()), *number)).chain([(None, self.first)]).collect()
     }
 
     /// True if what is stored is of use to the next process.

@@ -7,7 +7,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use super::saved::SavedSession;
 use super::state_file::{Left, StateFile};
 use super::store::{PREFIX, TEXT, name};
-use crate::handover::{Incoming, Terms};
+use crate::handover::{FdKey, Incoming, Terms};
 use crate::sys::{inherit, take_variable};
 
 /// The first descriptor that is passed (sd_listen_fds(3)).
@@ -31,6 +31,8 @@ pub struct Stored {
     /// Their numbers tell which is newer.
     texts: BTreeMap<u32, OwnedFd>,
     fds: HashMap<u32, OwnedFd>,
+    /// Which files those are.
+    known: HashMap<FdKey, u32>,
 }
 
 impl Passed {
@@ -65,13 +67,16 @@ fn split(count: u16, names: &str) -> (Vec<RawFd>, Vec<(RawFd, String)>) {
 impl Stored {
     /// What a process has stored that has handed its session over: names only, because this process has the session.
     #[must_use]
-    pub fn of_predecessor(numbers: &[u32]) -> Self {
-        let names = numbers.iter().flat_map(|number| [name(*number), format!("{TEXT}{number}")]).collect();
-        Self { names, texts: BTreeMap::new(), fds: HashMap::new() }
+    pub fn of_predecessor(stored: &[(Option<FdKey>, u32)]) -> Self {
+        let name =
+            |(key, number): &(Option<FdKey>, u32)| key.as_ref().map_or(format!("{TEXT}{number}"), |_| name(*number));
+        let known = stored.iter().filter_map(|(key, number)| Some((key.clone()?, *number))).collect();
+        Self { names: stored.iter().map(name).collect(), texts: BTreeMap::new(), fds: HashMap::new(), known }
     }
 
     fn inherit(passed: &[(RawFd, String)]) -> io::Result<Self> {
         let (mut names, mut texts, mut fds) = (Vec::new(), BTreeMap::new(), HashMap::new());
+        let mut known = HashMap::new();
         for (fd, name) in passed {
             let fd = inherit(*fd)?;
             names.push(name.clone());
@@ -79,10 +84,11 @@ impl Stored {
             if let Some(number) = number(TEXT) {
                 texts.insert(number, fd);
             } else if let Some(number) = number(PREFIX) {
+                known.insert(FdKey::of(&fd)?, number);
                 fds.insert(number, fd);
             }
         }
-        Ok(Self { names, texts, fds })
+        Ok(Self { names, texts, fds, known })
     }
 
     /// The session that was saved, with its descriptors, if this process can go on with it. `Err` says why it cannot; then the
@@ -107,9 +113,16 @@ impl Stored {
         Ok(Some((session, Incoming::numbered(std::mem::take(&mut self.fds)))))
     }
 
-    /// The names of everything.
-    pub(super) fn names(&self) -> Vec<String> {
-        self.names.clone()
+    /// The files that are stored, with their numbers. They keep these: the manager ignores a file that it has already, so under
+    /// a second name it would not be there.
+    pub(super) fn known(&self) -> HashMap<FdKey, u32> {
+        self.known.clone()
+    }
+
+    /// The names of everything else: the texts.
+    pub(super) fn others(&self) -> Vec<String> {
+        let known: Vec<_> = self.known.values().map(|number| name(*number)).collect();
+        self.names.iter().filter(|name| !known.contains(name)).cloned().collect()
     }
 
     /// A number that none of them has.
@@ -128,7 +141,7 @@ mod tests {
         use std::os::fd::AsFd;
         let texts = BTreeMap::from([(8, file.as_fd().try_clone_to_owned().unwrap())]);
         let names = ["vdv.session.8", "vdv.7", "vdv.40"].map(str::to_owned).to_vec();
-        Stored { names, texts, fds: HashMap::new() }
+        Stored { names, texts, fds: HashMap::new(), known: HashMap::new() }
     }
 
     #[test]
@@ -137,6 +150,15 @@ mod tests {
         assert_eq!(sockets, [3, 6], "one has no name");
         assert_eq!(stored, [(4, "vdv.session.0".to_owned()), (5, "vdv.3".to_owned())]);
         assert_eq!(split(1, ""), (vec![3], Vec::new()));
+    }
+
+    #[test]
+    fn a_file_that_is_stored_keeps_its_name_and_the_text_does_not() {
+        let (one, two) = rustix::pipe::pipe().unwrap();
+        let [one, two] = [one, two].map(|fd| FdKey::of(&fd).unwrap());
+        let stored = Stored::of_predecessor(&[(Some(one.clone()), 3), (None, 2), (Some(two.clone()), 7)]);
+        assert_eq!(stored.known(), HashMap::from([(one, 3), (two, 7)]));
+        assert_eq!(stored.others(), ["vdv.session.2"]);
     }
 
     #[test]

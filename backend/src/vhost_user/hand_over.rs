@@ -119,7 +119,7 @@ impl Owner for Session<'_, '_> {
             paused_at: self.paused_at,
             device: DeviceState { disk, blocks, read_only, write_cache, function },
             listener,
-            stored: self.control.store.as_ref().map(FdStore::numbers).unwrap_or_default(),
+            stored: self.control.store.as_ref().map(FdStore::stored).unwrap_or_default(),
             successors: self.successors.describe(&mut outgoing).map_err(text)?,
             front_end: front_end.transpose().map_err(text)?,
         };

@@ -55,6 +55,12 @@ impl Background {
         }
     }
 
+    /// True if it has failed; [`Self::finish`] says why.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.thread.is_finished()
+    }
+
     /// Ends it, waits for the requests in flight, and reads the whole disk. Returns the longest time between two completions.
     ///
     /// # Errors
