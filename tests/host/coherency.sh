@@ -84,6 +84,8 @@ traced() {
     client_start
     client_stop
     kill "$(cat "$BACKEND_PID")"
+    # The next one needs the function.
+    wait "$(cat "$BACKEND_PID")"
     echo 0 >"$TRACE/events/kprobes/enable"
     sed -nE -e "s/.* (pin|copy|unmap): .*\) (.*) iova=$REGION\$/\1 \2/p" \
         -e "s/.*TRACE.* (flush|flushed) $REGION\+.*/\1/p" "$TRACE/trace" >/run/events

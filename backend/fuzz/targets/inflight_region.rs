@@ -73,7 +73,8 @@ fuzz_target!(|input: &[u8]| {
     let bytes = InflightRegion::bytes(layout, SIZE).min(rest.len());
     MEMORIES.with_borrow(|(table, memory)| {
         let guest = table.regions()[0].memory();
-        [guest, memory].map(SharedMemory::clear);
+        guest.clear();
+        memory.clear();
         memory.copy_from(0, &rest[..bytes]);
         guest.copy_from(0, &rest[bytes..rest.len().min(bytes + 0x180)]);
         let region = InflightRegion::new(memory.clone(), layout, SIZE).unwrap();
