@@ -118,16 +118,22 @@ fn twenty_hand_overs_in_a_row_leave_nothing_behind() {
         let load = relay.load(packed);
         // Its directory holds the sockets and the disk.
         let mut first = None;
-        let mut usage = Vec::new();
+        let (mut usage, mut waits) = (Vec::new(), Vec::new());
         for _ in 0..count {
             load.progresses(100);
             let (_, former) = relay.hand_over();
             first.get_or_insert(former);
             load.progresses(100);
             usage.push(relay.running.usage());
+            waits.push(wait(&relay.running.log()));
         }
         let gap = load.finish().unwrap_or_else(|error| panic!("{error}; its log:\n{}", relay.running.log()));
-        println!("{count} hand-overs, packed {packed}: longest time between two completions: {gap:?}; {:?}", usage[0]);
+        waits.sort_unstable();
+        println!(
+            "{count} hand-overs, packed {packed}: requests waited {} ms, {} at most; longest time between two completions: {gap:?}",
+            waits[count / 2],
+            waits[count - 1]
+        );
         let (earlier, later) = usage.split_at(count / 2);
         assert!(later.iter().max() <= earlier.iter().max(), "descriptors and threads: {usage:?}");
         assert!(relay.running.stop().status.success());
@@ -154,6 +160,12 @@ fn sigusr2_starts_the_installed_program_and_hands_over_to_it() {
     let gone = || !relay.directory.join("socket").exists();
     wait_until(gone);
     assert!(relay.running.log().contains("statistics: "), "{}", relay.running.log());
+}
+
+/// How long requests waited while a successor took over, in ms, as its log says.
+fn wait(log: &str) -> u64 {
+    let (_, time) = log.split_once("taken over; requests waited ").unwrap();
+    time.split_once(' ').unwrap().0.parse().unwrap()
 }
 
 /// The process that the log says has taken over.

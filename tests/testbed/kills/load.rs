@@ -95,6 +95,10 @@ impl<'a> Load<'a> {
         if submit {
             self.submit();
         }
+        // Nothing would wake it up.
+        if self.guest.rings.iter().all(Ring::is_idle) {
+            return Ok(!self.guest.is_alone());
+        }
         let called = self.guest.sleep(CALL_LIMIT)?;
         if self.guest.is_alone() {
             return Ok(false);
