@@ -254,7 +254,9 @@ fn another_device_other_queues_and_a_disk_in_memory_are_refused() {
     let mut client = memory.client();
     client.write(0, &[1; 512]).unwrap();
     drop(client);
-    assert!(memory.stop().status.success());
+    let output = memory.stop();
+    assert!(output.status.success());
+    assert!(output.log.contains("recoveries=0 "), "nothing was stopped for a refusal:\n{}", output.log);
 }
 
 #[test]

@@ -87,6 +87,23 @@ impl Served {
         *self.function.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(function);
     }
 
+    /// Whether the interface through which it is served allows a hand-over.
+    ///
+    /// # Errors
+    /// [`AcquireError::HandOver`].
+    pub fn may_move(&self) -> Result<(), AcquireError> {
+        self.iommufd().map(|_| ())
+    }
+
+    fn iommufd(&self) -> Result<&LiveSpace, AcquireError> {
+        match &self.space {
+            KernelSpace::Iommufd(live) => Ok(live),
+            KernelSpace::Type1(_) => {
+                Err(AcquireError::HandOver { address: self.address, source: HandOverError::Type1 })
+            }
+        }
+    }
+
     /// Describes the function and duplicates its descriptors for a successor. The device must have stopped; from now on nothing
     /// can be mapped. `flushed`: no command was in flight when the device stopped, so that the caches hold nothing that it has
     /// written since. Else a successor whose verdict is to flush flushes all guest memory.
@@ -97,7 +114,7 @@ impl Served {
         let address = self.address;
         let failed = |source| AcquireError::HandOver { address, source };
         let kernel = |what| move |source| failed(HandOverError::Kernel { what, source });
-        let KernelSpace::Iommufd(live) = &self.space else { return Err(failed(HandOverError::Type1)) };
+        let live = self.iommufd()?;
         let function = self.function.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
         let function = function.ok_or_else(|| failed(HandOverError::Released))?;
         let (iommufd, _) = live.iommufd_and_ioas();

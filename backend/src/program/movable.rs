@@ -28,10 +28,14 @@ impl EmulatedDrive {
 }
 
 impl MovableFunction for EmulatedDrive {
-    fn export(&mut self, outgoing: &mut Outgoing) -> Result<FunctionState, String> {
+    fn check(&self) -> Result<(), String> {
         if self.file.is_none() && self.stores_data {
             return Err("the disk is memory of this process; give the emulated drive file=".into());
         }
+        Ok(())
+    }
+
+    fn export(&mut self, outgoing: &mut Outgoing) -> Result<FunctionState, String> {
         let medium = outgoing.push_some(self.file.as_deref()).map_err(|error| error.to_string())?;
         Ok(FunctionState::Emulated { medium })
     }
@@ -52,6 +56,10 @@ impl VfioFunction {
 }
 
 impl MovableFunction for VfioFunction {
+    fn check(&self) -> Result<(), String> {
+        self.served.may_move().map_err(|error| error.to_string())
+    }
+
     fn export(&mut self, outgoing: &mut Outgoing) -> Result<FunctionState, String> {
         // No command was in flight when the device stopped, so the caches are as they were flushed last.
         let exported = self.served.export(true).map_err(|error| error.to_string())?;

@@ -21,6 +21,11 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
 /// The function, as it changes hands.
 pub trait MovableFunction: Send {
+    /// Whether it can move, before anything has been stopped for it.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    fn check(&self) -> Result<(), String>;
     /// Adds what moves to the descriptors. The device is stopped.
     ///
     /// # Errors
@@ -82,6 +87,7 @@ impl Owner for Session<'_, '_> {
     type Session = (Description, Outgoing);
 
     fn drain(&mut self) -> Result<(), String> {
+        self.function.check()?;
         self.paused_at = monotonic_ns();
         let held = self.control.device.engine.hold(DRAIN_LIMIT).map_err(|error| error.to_string())?;
         self.held = Some(held);
