@@ -64,9 +64,20 @@ fn bare(memory: &Memory, part: Range<usize>, lines: &CacheLines) {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+/// As above.
+#[cfg(target_arch = "aarch64")]
 fn bare(memory: &Memory, part: Range<usize>, lines: &CacheLines) {
-    lines.flush(&memory.shared, part.start, part.len());
+    assert!(part.end <= memory.shared.len() && lines.instruction() == Instruction::DcCivac);
+    let (mut at, end) = (memory.at + part.start as u64, memory.at + part.end as u64);
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!("dsb sy", options(nostack, preserves_flags));
+        while at < end {
+            std::arch::asm!("dc civac, {}", in(reg) at, options(nostack, preserves_flags));
+            at += lines.line() as u64;
+        }
+        std::arch::asm!("dsb sy", options(nostack, preserves_flags));
+    }
 }
 
 #[derive(Clone, Copy, Debug)]

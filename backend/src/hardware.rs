@@ -171,6 +171,10 @@ pub trait CacheFlush: Send + Sync {
     /// Writes back and invalidates every cache line of `len` bytes of `shared` from `offset` on. Afterwards the device reads what
     /// the CPUs wrote, and the CPUs read what the device wrote.
     fn flush(&self, shared: &SharedMemory, offset: usize, len: usize);
+
+    /// The most memory that a CPU may write back at once, bytes; a power of two. Data of a device must not share so much with
+    /// data of a CPU.
+    fn granule(&self) -> u64;
 }
 
 /// Counters of an address space.

@@ -127,29 +127,36 @@ debian_codename() {
     (. /etc/os-release && echo "${VERSION_CODENAME:-sid}")
 }
 
-# need_qemu: installs QEMU 10 or newer. Debian 12 has it in its backports, which are used here without being added to this
-# machine's sources.
+# need_qemu: installs QEMU 10 or newer, for x86-64 hosts.
 need_qemu() {
-    local found codename dir=$TESTBED_CACHE/apt/qemu
-    found=$(qemu-system-x86_64 --version 2>/dev/null | sed -n 's/^QEMU emulator version \([0-9]*\).*/\1/p' || true)
-    ((${found:-0} < 10)) || { need qemu-img=qemu-utils qemu-storage-daemon=qemu-system-common && return; }
+    need_qemu_program qemu-system-x86_64 qemu-system-x86 qemu-utils
+    need qemu-img=qemu-utils qemu-storage-daemon=qemu-system-common
+}
+# need_qemu_program PROGRAM PACKAGE…: installs the packages if PROGRAM is missing or older than QEMU 10. Debian 12 has it in its
+# backports, which are used here without being added to this machine's sources.
+need_qemu_program() {
+    local program=$1 found codename dir=$TESTBED_CACHE/apt/qemu
+    shift
+    found=$("$program" --version 2>/dev/null | sed -n '1s/.* version \([0-9]*\).*/\1/p' || true)
+    ((${found:-0} < 10)) || return 0
     codename=$(debian_codename)
     if [[ $codename != bookworm ]]; then
-        install_packages qemu-system-x86 qemu-utils
+        install_packages "$@"
         return
     fi
-    ((EUID == 0)) || die "QEMU 10 or newer is needed, found ${found:-none}; install it" \
-        "from bookworm-backports with: sudo $0 packages"
+    ((EUID == 0)) || die "$program of QEMU 10 or newer is needed, found ${found:-none}; install it as root" \
+        "from bookworm-backports: apt-get install -t bookworm-backports $*"
     mkdir -p "$dir/lists/partial"
     { cat /etc/apt/sources.list 2>/dev/null || true; } >"$dir/sources.list"
     echo "deb [signed-by=$(debian_keyring)] $(debian_mirror) bookworm-backports main" >>"$dir/sources.list"
-    watched "installing QEMU from bookworm-backports" "$TESTBED_CACHE/apt-install.log" apt_progress \
-        apt_install_qemu "$dir"
+    watched "installing $* from bookworm-backports" "$TESTBED_CACHE/apt-install.log" apt_progress \
+        apt_install_qemu "$dir" "$@"
 }
 apt_install_qemu() {
     local own=(-o "Dir::Etc::sourcelist=$1/sources.list" -o "Dir::State::Lists=$1/lists" -o APT::Sandbox::User=root)
+    shift
     export DEBIAN_FRONTEND=noninteractive
     # The update may fail because of another source of this machine. Only the install must succeed.
     apt-get "${own[@]}" update || true
-    apt-get "${own[@]}" install -y --no-install-recommends -t bookworm-backports qemu-system-x86 qemu-utils
+    apt-get "${own[@]}" install -y --no-install-recommends -t bookworm-backports "$@"
 }

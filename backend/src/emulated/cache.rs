@@ -30,6 +30,8 @@ use super::lock;
 use super::mapping::Access;
 
 const LINE: usize = 64;
+/// Two lines, bytes, as on most processors.
+const GRANULE: u64 = 2 * LINE as u64;
 const PAGE: usize = 4096;
 /// Content of DRAM that was never written back. It differs from zero because new memory is zeroed through the caches.
 const STALE: u8 = 0xdb;
@@ -140,6 +142,10 @@ impl Cache {
 }
 
 impl CacheFlush for Cache {
+    fn granule(&self) -> u64 {
+        GRANULE
+    }
+
     fn flush(&self, shared: &SharedMemory, offset: usize, len: usize) {
         assert!(offset <= shared.len() && len <= shared.len() - offset, "{len} bytes at {offset} of {shared:?}");
         if len == 0 {

@@ -64,6 +64,10 @@ mod tests {
         fn flush(&self, _: &SharedMemory, offset: usize, len: usize) {
             self.0.lock().unwrap().push(offset..offset + len);
         }
+
+        fn granule(&self) -> u64 {
+            128
+        }
     }
 
     /// True if `ranges` cover every byte of `whole` once, and nothing else.

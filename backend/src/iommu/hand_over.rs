@@ -20,7 +20,7 @@ use super::ledger::list;
 use super::mapped_memory::CHUNK;
 use super::page_table::PageTable;
 use super::space_description::{
-    HandOverError, MappedRange, MappedRegion, PAGE, SpaceDescription, StagingDescription, WINDOW,
+    HandOverError, MappedRange, MappedRegion, SpaceDescription, StagingDescription, WINDOW, page,
 };
 use super::{Live, LiveSpace, buffer, whole};
 use crate::addr::{Bytes, Iova, Span};
@@ -209,7 +209,7 @@ impl Live {
         let allowed = buffer::ranges(&allowed);
         let ledger = self.mapped.ledger();
         let sizes = std::iter::successors(Some(WINDOW.0), |size| Some(size / 2)).take_while(|size| *size >= WINDOW.1);
-        let found = sizes.into_iter().find_map(|size| ledger.highest_gap(&allowed, size, PAGE));
+        let found = sizes.into_iter().find_map(|size| ledger.highest_gap(&allowed, size, page()));
         found.ok_or_else(|| HandOverError::NoWindow { allowed: list(&allowed) })
     }
 }

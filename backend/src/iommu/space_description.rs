@@ -9,12 +9,14 @@ use serde::{Deserialize, Serialize};
 use super::ledger::{Ledger, list};
 use super::mapped_memory::CHUNK;
 use crate::addr::{Address, Bytes, Iova, Span};
-use crate::memory::{FileId, Region};
+use crate::memory::{FileId, HostPage, Region};
 
 /// The largest and the smallest window for the successor's buffers, bytes. A queue pair needs about 2 MiB.
 pub(super) const WINDOW: (u64, u64) = (1 << 30, 16 << 20);
-/// Smallest page of every IOMMU, bytes.
-pub(super) const PAGE: u64 = 4096;
+/// What the kernel maps in, bytes.
+pub(super) fn page() -> u64 {
+    HostPage::of_system().bytes()
+}
 /// More ranges than any front-end has, and fewer than a hostile description could hold.
 const MAX_RANGES: usize = 65536;
 
@@ -114,9 +116,9 @@ impl From<Span<Iova>> for MappedRange {
 
 impl MappedRange {
     pub(super) fn span(self) -> Result<Span<Iova>, HandOverError> {
-        let span = Span::new(Iova(self.start), self.len).filter(|span| span.start().is_aligned(PAGE));
+        let span = Span::new(Iova(self.start), self.len).filter(|span| span.start().is_aligned(page()));
         let wrong = || HandOverError::Description(format!("{:#x} bytes at {:#x} are no pages", self.len, self.start));
-        span.filter(|span| span.len().is_multiple_of(PAGE)).ok_or_else(wrong)
+        span.filter(|span| span.len().is_multiple_of(page())).ok_or_else(wrong)
     }
 }
 

@@ -26,7 +26,11 @@ pub enum RegionError {
         found: String,
     },
     /// The guest address or the file offset is not page-aligned.
-    #[error("memory region {gpa} at file offset {offset:#x}: not aligned to its page size of {}", Bytes(*page_size))]
+    #[error(
+        "memory region {gpa} at file offset {offset:#x}: not aligned to its page size of {}, in which this host's kernel maps \
+         it; give the guest memory that starts and ends at multiples of that, or smaller pages",
+        Bytes(*page_size)
+    )]
     Alignment {
         /// Guest physical range.
         gpa: Span<Gpa>,

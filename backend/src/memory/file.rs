@@ -8,6 +8,7 @@ use rustix::fs::{fstat, fstatfs};
 use serde::{Deserialize, Serialize};
 
 use super::error::RegionError;
+use super::page::HostPage;
 use crate::addr::{Gpa, Span};
 use crate::foreign_fd::{is_memory, name};
 
@@ -27,7 +28,7 @@ impl FileId {
     /// # Errors
     /// [`RegionError::NotMemory`], or the errno of `fstat`.
     pub fn of(file: &File, gpa: Span<Gpa>) -> Result<Self, RegionError> {
-        Ok(Backing::of(file, gpa)?.id)
+        Ok(Backing::of(file, gpa, HostPage::of_system())?.id)
     }
 
     /// The inode number, as in `/proc/PID/maps`.
@@ -57,22 +58,22 @@ pub(super) struct Backing {
 impl Backing {
     /// # Errors
     /// [`RegionError::NotMemory`], or the errno of a call on a file that is in memory.
-    pub(super) fn of(file: &File, gpa: Span<Gpa>) -> Result<Self, RegionError> {
+    pub(super) fn of(file: &File, gpa: Span<Gpa>, host: HostPage) -> Result<Self, RegionError> {
         if !is_memory(file) {
             return Err(RegionError::NotMemory { gpa, found: name(file) });
         }
-        Self::of_memory(file).map_err(|(call, errno)| RegionError::Kernel { gpa, call, source: errno.into() })
+        Self::of_memory(file, host).map_err(|(call, errno)| RegionError::Kernel { gpa, call, source: errno.into() })
     }
 
     /// For a file that is known to be in memory. The error names the call.
-    pub(super) fn of_memory(file: &File) -> Result<Self, (&'static str, rustix::io::Errno)> {
+    pub(super) fn of_memory(file: &File, host: HostPage) -> Result<Self, (&'static str, rustix::io::Errno)> {
         let stat = fstat(file).map_err(|errno| ("fstat", errno))?;
         let filesystem = fstatfs(file).map_err(|errno| ("fstatfs", errno))?;
         let hugetlb = filesystem.f_type == HUGETLBFS_MAGIC;
         Ok(Self {
             id: FileId { device: stat.st_dev, inode: stat.st_ino },
             size: stat.st_size.cast_unsigned(),
-            page_size: if hugetlb { filesystem.f_bsize.cast_unsigned() } else { rustix::param::page_size() as u64 },
+            page_size: if hugetlb { filesystem.f_bsize.cast_unsigned() } else { host.bytes() },
         })
     }
 }

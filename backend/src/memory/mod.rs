@@ -6,6 +6,7 @@
 
 mod error;
 mod file;
+mod page;
 mod plan;
 mod region;
 mod shared_file;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 
 pub use error::RegionError;
 pub use file::FileId;
+pub use page::HostPage;
 pub use plan::Plan;
 pub use region::{Region, RegionSpec};
 pub use shared_file::{SharedFileError, map_shared_file};

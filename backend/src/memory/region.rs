@@ -13,11 +13,9 @@ use vm_memory::{FileOffset, MmapRegion};
 
 use super::error::RegionError;
 use super::file::{Backing, FileId};
+use super::page::HostPage;
 use crate::addr::{Address, Gpa, Qva, Span};
 use crate::sys::SharedMemory;
-
-/// Smallest page size of every IOMMU, in bytes.
-const IOMMU_PAGE: u64 = 4096;
 
 /// A region as announced by the front-end (vhost-user: "Memory region description"), not yet validated.
 #[derive(Clone, Debug)]
@@ -53,6 +51,15 @@ fn access_mode(file: &File) -> Option<OFlags> {
     fcntl_getfl(file).ok().map(|flags| flags & OFlags::RWMODE)
 }
 
+/// In what units a region may be mapped.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Unit {
+    /// The file's pages, which may be huge.
+    PageOfFile,
+    /// The host's pages.
+    PageOfHost,
+}
+
 /// A validated and mapped region.
 ///
 /// A region that ends inside a page is extended to the end of the page, because an IOMMU maps whole pages. The rest of the
@@ -76,24 +83,28 @@ impl Region {
     /// # Errors
     /// See [`RegionError`]; nothing stays mapped.
     pub fn map(spec: RegionSpec) -> Result<Self, RegionError> {
-        Self::map_as(spec, true, None)
+        Self::map_as(spec, true, Unit::PageOfFile, HostPage::of_system())
     }
 
-    /// Like [`Self::map`], but needs only the alignment of an IOMMU page (4 KiB), not that of the file's pages: a virtual
-    /// machine maps its memory around holes that are smaller than a huge page. The device may write the memory only if
-    /// `writable`.
+    /// Like [`Self::map`], but needs only the alignment of a page of this host, not that of the file's pages: a virtual machine
+    /// maps its memory around holes that are smaller than a huge page. The device may write the memory only if `writable`.
     ///
     /// # Errors
     /// See [`RegionError`]; nothing stays mapped.
     pub fn map_piece(spec: RegionSpec, writable: bool) -> Result<Self, RegionError> {
-        Self::map_as(spec, writable, Some(IOMMU_PAGE))
+        Self::map_as(spec, writable, Unit::PageOfHost, HostPage::of_system())
     }
 
-    fn map_as(spec: RegionSpec, writable: bool, unit: Option<u64>) -> Result<Self, RegionError> {
+    /// As on a host with pages of `host`, which may be any multiple of this one's.
+    pub(super) fn map_as(spec: RegionSpec, writable: bool, unit: Unit, host: HostPage) -> Result<Self, RegionError> {
         let announced = spec.gpa;
         let kernel = |call| move |source: io::Error| RegionError::Kernel { gpa: announced, call, source };
-        let backing = Backing::of(&spec.file, announced)?;
-        let gpa = check(&spec, &backing, unit.unwrap_or(backing.page_size))?;
+        let backing = Backing::of(&spec.file, announced, host)?;
+        let unit = match unit {
+            Unit::PageOfFile => backing.page_size,
+            Unit::PageOfHost => host.bytes(),
+        };
+        let gpa = check(&spec, &backing, unit)?;
         let range = |start: u64| RegionError::Range { start, len: gpa.len() };
         let qva = Span::new(spec.qva, announced.len()).ok_or(range(spec.qva.raw()))?;
         let len = usize::try_from(gpa.len()).map_err(|_| range(gpa.start().raw()))?;

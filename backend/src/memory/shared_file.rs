@@ -7,6 +7,7 @@ use std::sync::Arc;
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::file::Backing;
+use super::page::HostPage;
 use super::region::mmap_errno;
 use crate::foreign_fd::{is_memory, name};
 use crate::sys::SharedMemory;
@@ -58,7 +59,7 @@ pub fn map_shared_file(file: File, offset: u64, len: u64) -> Result<SharedMemory
     }
     let failed = |call, source| SharedFileError::Kernel { call, source };
     let Backing { size, page_size, .. } =
-        Backing::of_memory(&file).map_err(|(call, errno)| failed(call, errno.into()))?;
+        Backing::of_memory(&file, HostPage::of_system()).map_err(|(call, errno)| failed(call, errno.into()))?;
     if !offset.is_multiple_of(page_size) {
         return Err(SharedFileError::Alignment { offset, page_size });
     }

@@ -15,13 +15,11 @@ use std::time::{Duration, Instant};
 
 use crate::addr::{Address, Gpa, Qva, Span};
 use crate::hardware::{AddressSpace, MapError};
-use crate::memory::{FileId, Region, RegionSpec};
+use crate::memory::{FileId, HostPage, Region, RegionSpec};
 
 use super::PassthroughError;
 use super::logs::Logs;
 
-/// The IOMMU's smallest page, bytes.
-const PAGE: u64 = 4096;
 /// A map that takes longer is logged: half of the time that QEMU waits for a reply by default (`x-msg-timeout`).
 const SLOW: Duration = Duration::from_millis(2500);
 
@@ -74,7 +72,7 @@ impl<'d> DmaMaps<'d> {
 
     /// Maps memory for the device. When this returns the device may use it; on error nothing is mapped.
     pub(crate) fn map(&mut self, map: DmaMap) -> Result<Span<Gpa>, PassthroughError> {
-        let span = page_span(map.address, map.size)?;
+        let span = page_span(map.address, map.size, HostPage::of_system())?;
         if let Some(mapped) = self.conflict(span) {
             return Err(PassthroughError::Exists { requested: span, mapped });
         }
@@ -212,8 +210,31 @@ impl<'d> DmaMaps<'d> {
 }
 
 /// The range of a map, which must be whole pages.
-fn page_span(address: u64, size: u64) -> Result<Span<Gpa>, PassthroughError> {
-    let whole = address.is_multiple_of(PAGE) && size.is_multiple_of(PAGE);
+fn page_span(address: u64, size: u64, page: HostPage) -> Result<Span<Gpa>, PassthroughError> {
+    let whole = address.is_multiple_of(page.bytes()) && size.is_multiple_of(page.bytes());
     let span = Span::new(Gpa::from_raw(address), size).filter(|_| whole);
-    span.ok_or(PassthroughError::Range { address, size })
+    span.ok_or(PassthroughError::Range { address, size, page })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_map_that_cuts_a_page_of_the_host_is_refused_with_the_size_of_the_page() {
+        for (page, address, size, fits) in [
+            (4096, 0x1000, 0x3000, true),
+            (16384, 0x4000, 0x4000, true),
+            (16384, 0x1000, 0x4000, false),
+            (65536, 0x1_0000, 0x2_0000, true),
+            (65536, 0x1_0000, 0x1000, false),
+        ] {
+            let span = page_span(address, size, HostPage::of(page));
+
+            assert_eq!(span.as_ref().ok().copied(), Span::new(Gpa(address), size).filter(|_| fits));
+            if let Err(error) = span {
+                assert!(error.to_string().contains(&format!("whole pages of {}K", page >> 10)), "{error}");
+            }
+        }
+    }
 }

@@ -2,11 +2,11 @@
 
 use std::io;
 
-use crate::addr::{Gpa, Span};
+use crate::addr::{Bytes, Gpa, Span};
 use crate::coherency::Verdict;
 use crate::foreign_fd::NotAnEventfd;
 use crate::hardware::{Function, MapError};
-use crate::memory::RegionError;
+use crate::memory::{HostPage, RegionError};
 use crate::whole_function::REQUEST_IRQ;
 
 /// See the top of this file. The protocol carries only [`Self::errno`]; the text is logged.
@@ -137,13 +137,17 @@ pub enum PassthroughError {
     Request,
     /// The range is empty, not page-aligned, or wraps around.
     #[error(
-        "DMA map at {address:#x} of {size} bytes: empty, not whole pages of 4 KiB, or past the end of the address space"
+        "DMA map at {address:#x} of {size} bytes: empty, not whole pages of {} as this host has them, or past the end of the \
+         address space",
+        Bytes(page.bytes())
     )]
     Range {
         /// I/O virtual address.
         address: u64,
         /// Bytes.
         size: u64,
+        /// The unit.
+        page: HostPage,
     },
     /// Something is mapped there already.
     #[error("DMA map {requested}: overlaps {mapped}, which is mapped already")]

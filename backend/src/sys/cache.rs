@@ -5,7 +5,9 @@
 //! The instructions work by address on the whole coherence domain, from any CPU. They fault like a load, so the range must
 //! be mapped; a [`SharedMemory`] always is.
 //!
-//! This project's tests need an x86-64 machine: they neither compile nor run the arm64 code.
+//! On Arm they work to the point of coherency, where everything that accesses memory sees the same, devices that do not snoop
+//! included. Only a DSB waits until they are complete, and only that of the full system waits for observers outside the CPUs'
+//! shareability domain.
 
 use super::SharedMemory;
 use crate::hardware::CacheFlush;
@@ -15,6 +17,7 @@ use crate::hardware::CacheFlush;
 pub struct CacheLines {
     instruction: Instruction,
     line: usize,
+    granule: u64,
 }
 
 /// A write-back-and-invalidate instruction.
@@ -42,7 +45,7 @@ impl CacheLines {
         }
         let opt = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).ebx & (1 << 23) != 0;
         let instruction = if opt { Instruction::ClflushOpt } else { Instruction::Clflush };
-        Some(Self { instruction, line })
+        Some(Self { instruction, line, granule: LEAST_GRANULE })
     }
 
     /// Reads the line size. Linux allows user space the instruction on every arm64 machine (`SCTLR_EL1.UCI`).
@@ -52,8 +55,17 @@ impl CacheLines {
         let ctr: u64;
         // SAFETY: reads a register that Linux makes readable in user space (`SCTLR_EL1.UCT`), or emulates.
         unsafe { std::arch::asm!("mrs {}, ctr_el0", out(reg) ctr, options(nomem, nostack, preserves_flags)) };
-        // Arm ARM, CTR_EL0.DminLine [19:16]: log2 of the smallest data cache line, in words of four bytes.
-        Some(Self { instruction: Instruction::DcCivac, line: 4 << ((ctr >> 16) & 0xf) })
+        Some(Self::from_ctr(ctr))
+    }
+
+    /// CTR_EL0 (Arm ARM): DminLine [19:16] is the log2 of the smallest data cache line, CWG [27:24] that of the cache write-back
+    /// granule, both in words of four bytes. Lines of the CPUs of one machine can differ, so that the granule is larger. If it
+    /// is 0, the largest that the architecture allows has to be assumed.
+    #[cfg(any(target_arch = "aarch64", test))]
+    fn from_ctr(ctr: u64) -> Self {
+        let field = |at: u32| (ctr >> at) & 0xf;
+        let granule = if field(24) == 0 { ARM_MAX_GRANULE } else { 4 << field(24) };
+        Self { instruction: Instruction::DcCivac, line: 4 << field(16), granule: granule.max(LEAST_GRANULE) }
     }
 
     /// Always `None`: no instruction is known for this architecture.
@@ -97,7 +109,17 @@ impl CacheLines {
     }
 }
 
+/// The least that [`CacheFlush::granule`] returns, bytes: many processors fetch their lines of 64 bytes in pairs.
+const LEAST_GRANULE: u64 = 128;
+/// The largest granule of the Arm architecture, bytes: 512 words.
+#[cfg(any(target_arch = "aarch64", test))]
+const ARM_MAX_GRANULE: u64 = 2048;
+
 impl CacheFlush for CacheLines {
+    fn granule(&self) -> u64 {
+        self.granule
+    }
+
     fn flush(&self, shared: &SharedMemory, offset: usize, len: usize) {
         Self::flush(self, shared, offset, len);
     }
@@ -132,8 +154,8 @@ unsafe fn flush_line(_: Instruction, line: usize) {
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 unsafe fn flush_line(_: Instruction, _: usize) {}
 
-/// Orders cache-line operations against all other accesses. CLFLUSHOPT is ordered only by fences (Intel SDM vol. 2A), DC
-/// CIVAC by DSB (Arm ARM B2.7.3).
+/// Orders cache-line operations against all other accesses. CLFLUSHOPT is ordered only by fences (Intel SDM vol. 2A). DC CIVAC
+/// is complete only after a DSB (Arm ARM, "Ordering and completion of data and instruction cache instructions").
 #[inline]
 fn barrier() {
     #[cfg(target_arch = "x86_64")]
@@ -168,6 +190,22 @@ mod tests {
         let mut read = vec![0; 8192];
         shared.copy_to(0, &mut read);
         assert_eq!(read, bytes);
+    }
+
+    #[test]
+    fn arms_register_gives_line_and_granule() {
+        // CTR_EL0 of a Neoverse N1, of an A64FX with lines of 256 bytes, and without a granule.
+        let sizes = [0x8444_c004, 0x8666_8006, 0x8004_c004].map(|ctr| {
+            let lines = CacheLines::from_ctr(ctr);
+            (lines.line(), lines.granule())
+        });
+        assert_eq!(sizes, [(64, 128), (256, 256), (64, 2048)]);
+    }
+
+    #[test]
+    fn a_granule_holds_whole_lines() {
+        let lines = CacheLines::detect().expect("x86-64 and arm64 have cache-line operations");
+        assert!(lines.granule().is_multiple_of(lines.line() as u64) && lines.granule().is_power_of_two(), "{lines:?}");
     }
 
     #[test]

@@ -1,12 +1,13 @@
-//! Device registers mapped into this process.
+//! Device registers mapped into this process. VFIO maps them uncached (on Arm as Device memory), so accesses to the registers of a
+//! function keep their order among themselves. Barriers order them with memory.
 
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{Ordering, fence};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
+use super::barrier;
 use crate::hardware::Registers;
 
 /// A mapped BAR, or a part of one.
@@ -56,27 +57,29 @@ impl Registers for Mmio {
     #[inline]
     fn read32(&self, offset: usize) -> u32 {
         // SAFETY: `register` checked bounds and alignment.
-        u32::from_le(unsafe { self.register::<u32>(offset).read_volatile() })
+        let value = u32::from_le(unsafe { self.register::<u32>(offset).read_volatile() });
+        barrier::after_device_load();
+        value
     }
 
     #[inline]
     fn read64(&self, offset: usize) -> u64 {
         // SAFETY: `register` checked bounds and alignment.
-        u64::from_le(unsafe { self.register::<u64>(offset).read_volatile() })
+        let value = u64::from_le(unsafe { self.register::<u64>(offset).read_volatile() });
+        barrier::after_device_load();
+        value
     }
 
     #[inline]
     fn write32(&self, offset: usize, value: u32) {
-        // A doorbell write announces a queue entry, which must be visible before the write. x86 does not reorder stores, so
-        // there the fence only restrains the compiler. On aarch64 it is a barrier.
-        fence(Ordering::SeqCst);
+        barrier::before_register_store();
         // SAFETY: `register` checked bounds and alignment.
         unsafe { self.register::<u32>(offset).write_volatile(value.to_le()) }
     }
 
     #[inline]
     fn write64(&self, offset: usize, value: u64) {
-        fence(Ordering::SeqCst); // as in write32
+        barrier::before_register_store();
         // SAFETY: `register` checked bounds and alignment.
         unsafe { self.register::<u64>(offset).write_volatile(value.to_le()) }
     }

@@ -6,6 +6,7 @@
 //! therefore offers only bounds-checked volatile or atomic copies, and all other modules work on the copies.
 #![expect(unsafe_code, reason = "the only module where it is allowed")]
 
+mod barrier;
 mod cache;
 mod device_number;
 mod inherited_fds;

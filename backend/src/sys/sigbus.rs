@@ -36,9 +36,21 @@ impl Slot {
         Self { start, end, page, lost }
     }
 
+    /// True if the mapping contains `address`. While the slot passes from one mapping to the next, it contains nothing: an old
+    /// start and a new end would make a range of neither. A new end makes the start differ that is read after it.
     fn contains(&self, address: usize) -> bool {
         let start = self.start.load(Ordering::Acquire);
-        start > 1 && start <= address && address < self.end.load(Ordering::Relaxed)
+        let end = self.end.load(Ordering::Acquire);
+        let range = self.start.load(Ordering::Relaxed) == start && start > 1;
+        range && start <= address && address < end
+    }
+
+    /// Occupies a reserved slot.
+    fn occupy(&self, start: usize, end: usize, page: usize) {
+        self.end.store(end, Ordering::Release);
+        self.page.store(page, Ordering::Relaxed);
+        self.lost.store(0, Ordering::Relaxed);
+        self.start.store(start, Ordering::Release);
     }
 }
 
@@ -94,10 +106,7 @@ impl Watch {
             free && slot.start.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         };
         let slot = TABLE.iter().find(reserve).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOSPC))?;
-        slot.end.store(start + len, Ordering::Relaxed);
-        slot.page.store(page, Ordering::Relaxed);
-        slot.lost.store(0, Ordering::Relaxed);
-        slot.start.store(start, Ordering::Release);
+        slot.occupy(start, start + len, page);
         Ok(Self(slot))
     }
 }
@@ -143,4 +152,28 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     }
     // SAFETY: signal() is async-signal-safe. The access is repeated on return and then kills the process.
     unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_that_passes_from_one_mapping_to_another_contains_nothing_between_them() {
+        const BETWEEN: usize = 0x5000;
+        let (slot, rounds) = (Slot::free(), 200_000);
+        std::thread::scope(|scope| {
+            let owners = scope.spawn(|| {
+                for _ in 0..rounds {
+                    for start in [0x1000, 0x8000] {
+                        slot.occupy(start, start + 0x1000, 0x1000);
+                        slot.start.store(0, Ordering::Release);
+                    }
+                }
+            });
+            while !owners.is_finished() {
+                assert!(!slot.contains(BETWEEN), "the old start with the new end");
+            }
+        });
+    }
 }

@@ -15,6 +15,7 @@ use super::version::{self, Limits, MAX_TEXT};
 use super::wire::{self, Command, Header, NO_REPLY};
 use crate::coherency::Verdict;
 use crate::kvm::{ShimLink, Vmm};
+use crate::memory::HostPage;
 use crate::passthrough::{Assignment, Passthrough};
 use crate::rate_limited_log::SharedLog;
 use crate::socket::Peer;
@@ -157,7 +158,7 @@ impl<'d> Session<'d> {
         if text.len() > MAX_TEXT {
             return Err(Error::Capabilities(format!("{} bytes of text; must be at most {MAX_TEXT}", text.len())));
         }
-        let (limits, text) = version::negotiate(text)?;
+        let (limits, text) = version::negotiate(text, HostPage::of_system())?;
         self.link.register();
         if let Verdict::Refuse(refusal) = self.device.verdict(self.link.blocks_discards()) {
             return Err(Error::Refused(self.device.name().to_owned(), refusal));

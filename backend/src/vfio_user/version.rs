@@ -4,6 +4,8 @@
 use serde_json::{Map, Value, json};
 
 use super::error::Error;
+use crate::addr::Bytes;
+use crate::memory::HostPage;
 use crate::sys::MAX_WATCHED;
 
 /// The major version of this server.
@@ -18,8 +20,8 @@ pub(super) const MAX_TRANSFER: usize = 1 << 20;
 /// Maximum number of DMA maps. Each is a watched mapping of this process, and each file behind them a descriptor.
 pub(super) const MAX_DMA_MAPS: usize = 4096;
 const _: () = assert!(MAX_DMA_MAPS < MAX_WATCHED);
-/// Memory is mapped in units of 4 KiB, the smallest page of every IOMMU.
-const PAGE_SIZES: u64 = 4096;
+/// The protocol's default page size, the smallest that any host has, bytes.
+const DEFAULT_PAGE: u64 = 4096;
 /// Maximum length of the capabilities text, in bytes. QEMU's has about 200.
 pub(super) const MAX_TEXT: usize = 4096;
 
@@ -36,7 +38,7 @@ pub(super) struct Limits {
 ///
 /// # Errors
 /// [`Error::Capabilities`] with the defect of the text.
-pub(super) fn negotiate(text: &[u8]) -> Result<(Limits, Vec<u8>), Error> {
+pub(super) fn negotiate(text: &[u8], page: HostPage) -> Result<(Limits, Vec<u8>), Error> {
     let proposed = capabilities(text)?;
     let client_fds = number(&proposed, "max_msg_fds")?.unwrap_or(1);
     let transfer = number(&proposed, "max_data_xfer_size")?.unwrap_or(MAX_TRANSFER as u64);
@@ -48,7 +50,7 @@ pub(super) fn negotiate(text: &[u8]) -> Result<(Limits, Vec<u8>), Error> {
         ("max_msg_fds", json!(MAX_FDS)),
         ("max_data_xfer_size", json!(limits.transfer)),
         ("max_dma_maps", json!(number(&proposed, "max_dma_maps")?.unwrap_or(u64::MAX).min(MAX_DMA_MAPS as u64))),
-        ("pgsizes", json!(page_sizes(&proposed)?)),
+        ("pgsizes", json!(page_sizes(&proposed, page)?)),
     ];
     let agreed: Map<String, Value> = limits_offered
         .into_iter()
@@ -80,11 +82,16 @@ fn number(capabilities: &Map<String, Value>, name: &'static str) -> Result<Optio
     capabilities.get(name).map(number).transpose()
 }
 
-/// The page sizes of the reply: 4 KiB. Fails if the client does not support it.
-fn page_sizes(capabilities: &Map<String, Value>) -> Result<u64, Error> {
+/// The page sizes of the reply: that of this host. QEMU proposes 4 KiB on every host, and adopts a larger size. So a client may
+/// propose any size up to the host's; a map of less than a page is refused later.
+fn page_sizes(capabilities: &Map<String, Value>, page: HostPage) -> Result<u64, Error> {
+    let page = page.bytes();
+    let usable = (page << 1) - DEFAULT_PAGE;
     match number(capabilities, "pgsizes")? {
-        Some(sizes) if sizes & PAGE_SIZES == 0 => Err(invalid(&format!("pgsizes {sizes:#x} does not include 4 KiB"))),
-        _ => Ok(PAGE_SIZES),
+        Some(sizes) if sizes & usable == 0 => {
+            Err(invalid(&format!("pgsizes {sizes:#x} includes no size from 4 KiB to this host's page size of {}", Bytes(page))))
+        }
+        _ => Ok(page),
     }
 }
 
@@ -102,7 +109,7 @@ mod tests {
         \"write_multiple\": true}}\0";
 
     fn reply(text: &[u8]) -> Value {
-        let (_, reply) = negotiate(text).unwrap();
+        let (_, reply) = negotiate(text, HostPage::of(4096)).unwrap();
         serde_json::from_slice(reply.strip_suffix(b"\0").unwrap()).unwrap()
     }
 
@@ -120,8 +127,21 @@ mod tests {
 
     #[test]
     fn a_client_that_proposes_no_limits_gets_the_defaults_of_the_protocol() {
-        assert_eq!(negotiate(b"").unwrap().0, Limits { client_fds: 1, transfer: 1 << 20 });
-        assert_eq!(negotiate(QEMU).unwrap().0, Limits { client_fds: 8, transfer: 1 << 20 });
+        assert_eq!(negotiate(b"", HostPage::of(4096)).unwrap().0, Limits { client_fds: 1, transfer: 1 << 20 });
+        assert_eq!(negotiate(QEMU, HostPage::of(4096)).unwrap().0, Limits { client_fds: 8, transfer: 1 << 20 });
+    }
+
+    #[test]
+    fn the_page_size_of_the_reply_is_the_hosts() {
+        for page in [4096, 16384, 65536] {
+            let (_, reply) = negotiate(QEMU, HostPage::of(page)).unwrap();
+            let reply: Value = serde_json::from_slice(reply.strip_suffix(b"\0").unwrap()).unwrap();
+            assert_eq!(reply["capabilities"]["pgsizes"], page);
+        }
+        let large = b"{\"capabilities\":{\"pgsizes\":65536}}\0";
+        assert!(negotiate(large, HostPage::of(65536)).is_ok());
+        let refused = negotiate(large, HostPage::of(16384)).unwrap_err().to_string();
+        assert!(refused.contains("no size from 4 KiB to this host's page size of 16K"), "{refused}");
     }
 
     #[test]
@@ -138,7 +158,7 @@ mod tests {
             b"\xff\xfe\0",
         ];
         for text in texts {
-            assert!(negotiate(text).is_err(), "{}", String::from_utf8_lossy(text));
+            assert!(negotiate(text, HostPage::of(4096)).is_err(), "{}", String::from_utf8_lossy(text));
         }
     }
 }

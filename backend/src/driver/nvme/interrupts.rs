@@ -8,7 +8,7 @@
 //! ```
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -186,8 +186,10 @@ impl QueueInterrupt {
     /// Implements [`Queue::set_interrupt_wanted`](crate::driver::Queue::set_interrupt_wanted).
     pub(super) fn set_wanted(&self, wanted: bool) {
         if let Some(flag) = &self.wanted {
-            // SeqCst: the store must be visible before the worker reaps for the last time before it waits.
+            // The store must be visible before the worker reaps for the last time before it waits. Acquire loads of other
+            // memory may come before a store, so this needs the fence.
             flag.store(wanted, Ordering::SeqCst);
+            fence(Ordering::SeqCst);
         }
         if wanted && let Some(shared) = &self.shared {
             shared.arm();

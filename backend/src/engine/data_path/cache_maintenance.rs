@@ -12,9 +12,6 @@ use crate::engine::request::Operation;
 use crate::engine::statistics::Counters;
 use crate::hardware::CacheFlush;
 
-/// Longest cache line of x86 and arm64 processors, bytes.
-const LONGEST_LINE: u64 = 128;
-
 /// One worker's cache maintenance.
 pub(in crate::engine) struct CacheMaintenance {
     flush: Option<Arc<dyn CacheFlush>>,
@@ -30,9 +27,9 @@ impl CacheMaintenance {
     /// writes the rest of the line would later write old data back over the device's.
     #[inline]
     pub(in crate::engine) fn must_bounce(&self, operation: Operation, buffers: &[Span<Iova>]) -> bool {
-        let line_aligned =
-            |span: &Span<Iova>| span.start().is_aligned(LONGEST_LINE) && span.len().is_multiple_of(LONGEST_LINE);
-        self.flush.is_some() && operation == Operation::Read && !buffers.iter().all(line_aligned)
+        let Some(flush) = self.flush.as_ref().filter(|_| operation == Operation::Read) else { return false };
+        let granule = flush.granule();
+        !buffers.iter().all(|span| span.start().is_aligned(granule) && span.len().is_multiple_of(granule))
     }
 
     /// Flushes buffers: between `submit` and `ring`, and again when a read has completed.

@@ -5,6 +5,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::SharedMemory;
+use crate::sys::barrier;
 
 /// A machine word that a single access reads or writes.
 pub trait Word: Copy + sealed::Sealed {
@@ -128,13 +129,14 @@ impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
 
 impl<O> SharedArray<O, u64, 2> {
     /// Reads an entry: the second word first, with acquire ordering. The first word and all later reads of this thread are
-    /// then at least as new as the writer's stores before the second word.
+    /// then at least as new as the writer's stores before the second word. The writer may be a device.
     #[inline]
     #[must_use]
     pub fn read_acquire(&self, index: usize) -> [u64; 2] {
         let entry = self.entry(index);
         // SAFETY: as for `read`; other writers of this word use atomic or device-sized stores.
         let second = unsafe { AtomicU64::from_ptr(entry.add(1).as_ptr()) }.load(Ordering::Acquire);
+        barrier::after_device_load();
         // SAFETY: as for `read`.
         let first = unsafe { entry.read_volatile() };
         [first.swap(), second.swap()]

@@ -1,0 +1,70 @@
+# shellcheck shell=bash
+# A Rust toolchain for aarch64-unknown-linux-gnu: rustc, clippy and the standard library of Debian unstable, unpacked into the
+# cache without an installation, and Debian's cross gcc as the linker. Cargo is this machine's. Other suites' rustc is older
+# than this workspace, and a rustup toolchain brings no second target along. Needs lib.sh.
+
+readonly ARM64_TARGET=aarch64-unknown-linux-gnu
+readonly ARM64_SUITE=sid
+readonly ARM64_LIBC=/usr/aarch64-linux-gnu
+
+# need_arm64_toolchain: sets the variables by which cargo compiles for arm64, runs tests under user emulation, and calls clippy.
+need_arm64_toolchain() {
+    local dir=$TESTBED_CACHE/arm64/rust
+    need aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu "$ARM64_LIBC/include/stdio.h=libc6-dev-arm64-cross"
+    need_qemu_program qemu-aarch64 qemu-user
+    if [[ ! -e $dir/made-of ]]; then
+        take_lock
+        [[ -e $dir/made-of ]] || fetch_arm64_rust "$dir"
+        drop_lock
+    fi
+    say "arm64: $(cat "$dir/made-of"), $(aarch64-linux-gnu-gcc --version | head -n 1), $(qemu-aarch64 --version | head -n 1)"
+    export RUSTC=$dir/bin/rustc CARGO_BUILD_TARGET=$ARM64_TARGET
+    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
+    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L $ARM64_LIBC"
+    ARM64_CLIPPY=$dir/bin/clippy-driver
+}
+
+# fetch_arm64_rust DIR: the same version of both architectures, or none: a compiler reads only its own library.
+fetch_arm64_rust() {
+    local dir=$1 work=$TESTBED_CACHE/apt/arm64-rust version library
+    apt_private arm64-rust deb "$ARM64_SUITE"
+    # With an empty status file apt downloads every library.
+    : >"$work/nothing-installed"
+    APT_PRIVATE+=(-o "Dir::State::status=$work/nothing-installed" -o APT::Install-Recommends=no -o Debug::NoLocking=yes
+        -o APT::Architectures::=amd64 -o APT::Architectures::=arm64 -o Acquire::Languages=none)
+    watched "reading the package list of $ARM64_SUITE" "$work/update.log" true apt-get "${APT_PRIVATE[@]}" update
+    version=$(apt-cache "${APT_PRIVATE[@]}" show --no-all-versions rustc:amd64 | sed -n 's/^Version: //p')
+    [[ -n $version ]] || die "arm64: no package rustc in $ARM64_SUITE"
+    library=$(apt-cache "${APT_PRIVATE[@]}" depends rustc rust-clippy | sed -n 's/^ *Depends: \(libstd-rust-[0-9.]*\)$/\1/p')
+    apt-cache "${APT_PRIVATE[@]}" show "libstd-rust-dev:arm64=$version" >/dev/null 2>&1 ||
+        die "arm64: $ARM64_SUITE has rustc $version but not libstd-rust-dev $version of arm64; Debian builds it within days"
+    watched "fetching rustc $version of $ARM64_SUITE with the arm64 library (150 MB)" "$work/fetch.log" fetched \
+        download_arm64_rust "$work" "$version" "$library"
+    watched "unpacking it" "$work/unpack.log" fetched unpack_arm64_rust "$work" "$dir.new"
+    echo "rustc $version of Debian $ARM64_SUITE" >"$dir.new/made-of"
+    rm -rf "$work/cache/archives" "$dir"
+    mv "$dir.new" "$dir"
+}
+
+# download_arm64_rust WORK VERSION LIBRARY: rustc's package depends on a native gcc, which is not needed.
+download_arm64_rust() {
+    rm -rf "$1/cache/archives"
+    mkdir -p "$1/cache/archives/partial"
+    apt-get "${APT_PRIVATE[@]}" install --yes --download-only "$3=$2" &&
+        env -C "$1/cache/archives" apt-get "${APT_PRIVATE[@]}" download "rustc=$2" "rust-clippy=$2" "libstd-rust-dev=$2" \
+            "libstd-rust-dev:arm64=$2"
+}
+
+# unpack_arm64_rust WORK DIR: the programs run through Debian unstable's own loader, because this machine's libc may be older.
+unpack_arm64_rust() {
+    local dir=$2 package name
+    rm -rf "$dir"
+    mkdir -p "$dir/bin"
+    for package in "$1"/cache/archives/*.deb; do dpkg-deb --extract "$package" "$dir" || return 1; done
+    [[ -d $dir/usr/lib/rustlib/$ARM64_TARGET/lib ]] || return 1
+    for name in rustc clippy-driver; do
+        # The directory is found at each start: this one is renamed when it is complete.
+        sed "s/@PROGRAM@/$name/" "$TESTBED_DIR/arm64/rust-program" >"$dir/bin/$name" && chmod +x "$dir/bin/$name" &&
+            "$dir/bin/$name" --version || return 1
+    done
+}
