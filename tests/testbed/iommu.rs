@@ -7,6 +7,8 @@
 // UNSAFETY: ioctl() has no safe form; every call goes through `ioctl` below.
 #![expect(unsafe_code)]
 
+mod type1;
+
 use std::fs::{self, File};
 use std::io::{self, Error};
 use std::mem::size_of;
@@ -37,7 +39,8 @@ const VFIO_DEVICE_ATTACH_IOMMUFD_PT: libc::c_ulong = 0x3b77;
 /// The kernel's answers, as keys and values in a fixed order.
 pub type Answers = Vec<(&'static str, String)>;
 
-/// Binds `function` (`0000:00:04.0`), attaches it to an address space of its own, and asks.
+/// Binds `function` (`0000:00:04.0`), attaches it to an address space of its own, and asks. On a kernel without iommufd it goes
+/// through VFIO type1.
 ///
 /// # Errors
 /// The step that failed, and the errno.
@@ -49,6 +52,10 @@ pub fn ask(function: &str) -> io::Result<Answers> {
         ("driver", link_name(&at.join("driver"))?),
     ];
 
+    if !Path::new("/dev/iommu").exists() {
+        type1::ask(&at, &mut answers)?;
+        return Ok(answers);
+    }
     let iommufd = open(Path::new("/dev/iommu"))?;
     let cdev = open(&character_device(&at)?)?;
     let mut bind = vfio_uapi::vfio_device_bind_iommufd {
@@ -72,6 +79,7 @@ fn vendor(at: &Path) -> String {
     let vendor = match name.as_ref() {
         _ if name.starts_with("dmar") => "intel",
         _ if name.starts_with("ivhd") => "amd",
+        _ if name.starts_with("smmu3") => "smmuv3",
         _ if object.to_string_lossy().contains("/virtio") => "virtio",
         _ => "none",
     };

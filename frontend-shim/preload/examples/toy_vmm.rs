@@ -1,5 +1,5 @@
 //! A minimal VMM for the tests of the preloaded library. It executes one command per line of its input, through libc as QEMU
-//! does, and prints the result. At each `run` its guest executes WBINVD and halts.
+//! does, and prints the result. At each `run` its guest executes WBINVD and halts; on arm64 it stores to a device that does not exist.
 //!
 //! `vm`, `vcpu`, `run`, `vfio` (KVM_CREATE_DEVICE), `vfio-test` (the same with KVM_CREATE_DEVICE_TEST), `close NAME`,
 //! `memory` (2 MiB of a memfd, mapped shared), `huge` (the same as one huge page), `image` (a memfd that is not mapped),
@@ -22,6 +22,39 @@ const KVM_GET_VCPU_MMAP_SIZE: c_ulong = 0xae04;
 const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
 const KVM_RUN: c_ulong = 0xae80;
 const KVM_CREATE_DEVICE: c_ulong = 0xc00c_aee0;
+
+/// The guest's code, where it is in memory, and where the memory is.
+#[cfg(target_arch = "x86_64")]
+mod guest {
+    /// Ends at 4 GiB.
+    pub(crate) const MEMORY: u64 = (4 << 30) - super::SIZE as u64;
+    /// The reset vector, 16 bytes below 4 GiB.
+    pub(crate) const AT: usize = super::SIZE - 16;
+    /// WBINVD, HLT, and a jump back.
+    pub(crate) const CODE: [u8; 5] = [0x0f, 0x09, 0xf4, 0xeb, 0xfb];
+
+    pub(crate) fn initialize(_: super::c_int, _: super::c_int) {}
+}
+#[cfg(target_arch = "aarch64")]
+mod guest {
+    use super::{c_int, c_ulong, ioctl};
+
+    /// The vCPU starts at address 0.
+    pub(crate) const MEMORY: u64 = 0;
+    pub(crate) const AT: usize = 0;
+    /// `mov x0, #0x10000000`, where there is no memory; `str w0, [x0]`; a jump back to the store.
+    pub(crate) const CODE: [u32; 3] = [0xd2a2_0000, 0xb900_0000, 0x17ff_ffff];
+
+    const KVM_ARM_PREFERRED_TARGET: c_ulong = 0x8020_aeaf;
+    const KVM_ARM_VCPU_INIT: c_ulong = 0x4020_aeae;
+
+    /// A vCPU of the host's kind.
+    pub(crate) fn initialize(vm: c_int, vcpu: c_int) {
+        let mut init = [0_u32; 8];
+        ioctl(vm, KVM_ARM_PREFERRED_TARGET, init.as_mut_ptr().cast());
+        ioctl(vcpu, KVM_ARM_VCPU_INIT, init.as_mut_ptr().cast());
+    }
+}
 
 #[derive(Default)]
 struct TestVmm {
@@ -71,13 +104,13 @@ impl TestVmm {
         let bytes = usize::try_from(ioctl(self.file("kvm"), KVM_GET_VCPU_MMAP_SIZE, ptr::null_mut())).unwrap_or(4096);
         let vcpu = ioctl(self.file("vm"), KVM_CREATE_VCPU, ptr::null_mut());
         self.run = map(vcpu, libc::MAP_SHARED, bytes);
-        let page = map(-1, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, 4096);
-        // The reset vector, 16 bytes below 4 GiB: WBINVD, HLT, and a jump back.
-        let reset_vector = ptr::with_exposed_provenance_mut::<[u8; 5]>(page + 0xff0);
+        let memory = map(-1, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, SIZE);
+        let reset_vector = ptr::with_exposed_provenance_mut(memory + guest::AT);
         // SAFETY: within the mapping created above.
-        unsafe { reset_vector.write([0x0f, 0x09, 0xf4, 0xeb, 0xfb]) };
-        let mut region: [u64; 4] = [0, 0xffff_f000, 4096, page as u64];
+        unsafe { reset_vector.write(guest::CODE) };
+        let mut region: [u64; 4] = [0, guest::MEMORY, SIZE as u64, memory as u64];
         let set = ioctl(self.file("vm"), KVM_SET_USER_MEMORY_REGION, region.as_mut_ptr().cast());
+        guest::initialize(self.file("vm"), vcpu);
         self.open("vcpu", if set < 0 { set } else { vcpu })
     }
 

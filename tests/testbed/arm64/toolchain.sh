@@ -21,6 +21,7 @@ need_arm64_toolchain() {
     export RUSTC=$dir/bin/rustc CARGO_BUILD_TARGET=$ARM64_TARGET
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L $ARM64_LIBC"
+    # shellcheck disable=SC2034 # read by tests.sh
     ARM64_CLIPPY=$dir/bin/clippy-driver
 }
 

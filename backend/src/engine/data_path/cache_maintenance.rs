@@ -62,3 +62,33 @@ impl CacheMaintenance {
         self.counters.flush_nanoseconds.add(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::SharedMemory;
+
+    /// The caches of an A64FX.
+    struct LongLines;
+
+    impl CacheFlush for LongLines {
+        fn flush(&self, _: &SharedMemory, _: usize, _: usize) {}
+
+        fn granule(&self) -> u64 {
+            256
+        }
+    }
+
+    #[test]
+    fn a_read_is_bounced_unless_its_buffers_are_whole_granules_of_the_cache() {
+        let counters = Arc::new(Counters::default());
+        let caches = CacheMaintenance::new(Some(Arc::new(LongLines)), Arc::clone(&counters));
+        let buffer = |start, len| [Span::new(Iova(start), len).unwrap()];
+
+        for (start, len, whole) in [(0x1000, 0x200, true), (0x1080, 0x200, false), (0x1000, 0x180, false)] {
+            assert_eq!(caches.must_bounce(Operation::Read, &buffer(start, len)), !whole, "{len:#x} at {start:#x}");
+            assert!(!caches.must_bounce(Operation::Write, &buffer(start, len)), "a CPU writes no line back late");
+        }
+        assert!(!CacheMaintenance::new(None, counters).must_bounce(Operation::Read, &buffer(0x1080, 0x80)));
+    }
+}

@@ -1,0 +1,82 @@
+# shellcheck shell=bash
+# An emulated arm64 host with an SMMUv3, a GICv3 with an ITS, and an NVMe drive at 0000:00:04.0. It runs Debian's own arm64 kernel
+# of backports, which has no iommufd, on TCG. Its programs are busybox, this checkout's, and Debian's libc. Everything is
+# unpacked from Debian packages into the cache, and nothing is installed but QEMU. Needs lib.sh and debian_kernel.sh.
+
+readonly ARM64_HOST_SUITE=trixie-backports
+# What is built into one kernel is a module in the next.
+readonly ARM64_HOST_MODULES=(virtio_pci nvme vfio_iommu_type1 vfio_pci)
+readonly ARM64_HOST_LIBRARIES=(ld-linux-aarch64.so.1 libc.so.6 libgcc_s.so.1 libm.so.6)
+
+# arm64_host_files KERNEL: prints a directory with vmlinuz, modules/ and root/. KERNEL is a package, such as linux-image-arm64.
+arm64_host_files() {
+    local kernel=$1 dir work package parts
+    dir=$TESTBED_CACHE/arm64/$1-$(hash_of "$(cat "$TESTBED_DIR/arm64/host.sh")")
+    [[ ! -e $dir/complete ]] || { echo "$dir" && return; }
+    take_lock
+    [[ ! -e $dir/complete ]] || { drop_lock && echo "$dir" && return; }
+    work=$TESTBED_CACHE/apt/arm64-host
+    apt_private arm64-host deb "$ARM64_HOST_SUITE" "${ARM64_HOST_SUITE%-backports}"
+    : >"$work/nothing-installed"
+    APT_PRIVATE+=(-o "Dir::State::status=$work/nothing-installed" -o Acquire::Languages=none
+        -o APT::Architecture=arm64 -o APT::Architectures::=arm64)
+    watched "reading the arm64 package list of $ARM64_HOST_SUITE" "$work/update.log" true \
+        apt-get "${APT_PRIVATE[@]}" update
+    package=$(depends_on "$kernel" 'linux-image-[0-9].*')
+    [[ -n $package ]] || die "$kernel of $ARM64_HOST_SUITE depends on no kernel"
+    readarray -t parts < <(depends_on "$package" 'linux-\(binary\|modules\)-[0-9].*')
+    watched "fetching $package, Debian's own arm64 kernel (100 MB)" "$work/fetch.log" fetched \
+        fetch_debian_kernel "$work" "$package" "${parts[@]}" busybox-static libc6 libgcc-s1
+    watched "unpacking it" "$work/unpack.log" true unpack_arm64_host "$work" "$dir.new"
+    rm -rf "$dir" "$work/tree" "$work"/*.deb
+    mv "$dir.new" "$dir"
+    drop_lock
+    echo "$dir"
+}
+
+# unpack_arm64_host WORK DIR
+unpack_arm64_host() {
+    local tree=$1/tree root=$2/root name
+    unpack_debian_kernel "$1" "$2" "${ARM64_HOST_MODULES[@]}" || return 1
+    mkdir -p "$root"/{bin,dev,etc,lib,mnt,proc,root,run,sys,tmp,usr/bin,usr/local/bin,testbed/tests}
+    cp "$tree/usr/bin/busybox" "$root/bin/" || return 1
+    for name in "${ARM64_HOST_LIBRARIES[@]}"; do
+        cp -L "$tree/usr/lib/aarch64-linux-gnu/$name" "$root/lib/" || return 1
+    done
+    echo 'root:x:0:0:root:/root:/bin/sh' >"$root/etc/passwd"
+    cp -r "$2/modules" "$root/testbed/" && touch "$2/complete"
+}
+
+# arm64_host TEST KERNEL TREE: boots it with the files of TREE, runs tests/arm64/TEST.sh there, prints what that prints, and returns
+# its status.
+arm64_host() {
+    local test=$1 files=$2 tree=$3 work status=$EXIT_TESTBED
+    need_qemu_program qemu-system-aarch64 qemu-system-arm
+    need cpio=cpio
+    work=$(mktemp -d "${TMPDIR:-/tmp}/arm64.XXXXXX")
+    files=$(arm64_host_files "$files")
+    cp -r "$files/root" "$work/root"
+    cp -r "$tree/." "$work/root/"
+    cp "$TESTBED_DIR/arm64/init" "$work/root/init"
+    cp "$TESTBED_DIR/claims.sh" "$work/root/testbed/"
+    cp "$TESTBED_ROOT/tests/host/lib.sh" "$work/root/testbed/tests/"
+    cp "$TESTBED_ROOT/tests/arm64/$test.sh" "$work/root/testbed/command"
+    (cd "$work/root" && find . -print0 | cpio --null --create --format=newc --owner=0:0 --quiet) >"$work/initrd"
+    truncate -s 64M "$work/drive"
+    # pauth: the emulation computes each signature of a return address.
+    timeout 400 qemu-system-aarch64 -machine virt,iommu=smmuv3,gic-version=3,virtualization=on -cpu max,pauth=off \
+        -accel tcg -smp 2 -m 2G -nodefaults -no-user-config -display none -no-reboot \
+        -kernel "$files/vmlinuz" -initrd "$work/initrd" -append "console=ttyAMA0 panic=-1 oops=panic quiet" \
+        -serial "file:$work/console" -drive "if=none,id=drive,format=raw,cache=unsafe,file=$work/drive" \
+        -device nvme,drive=drive,serial=testbed,addr=4 </dev/null >&2 || true
+    tr -d '\r' <"$work/console" >"$work/lines"
+    if grep -q '^testbed: status [0-9]*$' "$work/lines"; then
+        status=$(sed -n 's/^testbed: status //p' "$work/lines")
+        sed '/^testbed: status /d' "$work/lines"
+    else
+        sed 's/^/# /' "$work/lines"
+        say "the arm64 host ended without the status of its test"
+    fi
+    rm -rf "$work"
+    return "$status"
+}

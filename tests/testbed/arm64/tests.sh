@@ -1,0 +1,107 @@
+# shellcheck shell=bash
+# The tests on arm64. None needs an arm64 machine.
+#
+# | what | shows | two processors, with caches |
+# |---|---|---|
+# | clippy for aarch64-unknown-linux-gnu | everything compiles, without a warning | 50 s |
+# | unit and property tests under qemu-aarch64 | the arm64 code computes the same; not its memory ordering | 60 s |
+# | the emulated drive under qemu-aarch64, the oracle's front-end too | a disk is served | 10 s |
+# | the emulated host, tests/arm64/smmuv3.sh | VFIO behind an SMMUv3 | 60 s each with pages of 4 and of 16 KiB |
+#
+# Without caches they fetch 270 MB and compile the crates twice, which adds three minutes. Needs lib.sh, debian_kernel.sh, step and
+# judge of scripts/test.
+
+# Property tests repeat what the native ones have done with other inputs; a few cases run every line.
+readonly ARM64_CASES=8
+# Tests that are long under emulation, and where the processor makes no difference: times, kills at each store, exhausting.
+readonly ARM64_SKIPPED=(kill schedules rate_limited of_which_every_other_page thousand)
+
+arm64() {
+    # shellcheck disable=SC2153 # scripts/test sets it
+    local target=$TARGET/arm64
+    need_arm64_toolchain
+    # In a directory of its own: another Cargo at work does not hold it up.
+    export CARGO_TARGET_DIR=$target
+    target=$target/$ARM64_TARGET/debug
+    step "arm64: compiles, and clippy: no warning" arm64_clippy
+    step "arm64: unit and property tests, emulated" arm64_units
+    step "arm64: cache lines and their granule on a processor with lines of 256 bytes" arm64_long_lines
+    step "arm64: regions on a host with pages of 64 KiB, emulated" arm64_large_pages
+    step "arm64: the emulated drive serves the oracle's front-end" arm64_drive "$target"
+    step "arm64: the programs for the emulated host" arm64_programs "$target"
+    arm64_in_host smmuv3 linux-image-arm64
+    arm64_in_host smmuv3 linux-image-arm64-16k
+}
+
+# By the fetched clippy, which reads the fetched library. Cargo's own subcommand would start this machine's.
+arm64_clippy() {
+    RUSTC_WORKSPACE_WRAPPER=$ARM64_CLIPPY CLIPPY_ARGS=-Dwarnings \
+        cargo check --workspace --all-targets --locked
+}
+
+# arm64_test OPTION… -- ARGUMENT…: the library's tests.
+arm64_test() { PROPTEST_CASES=$ARM64_CASES cargo test --locked --lib -p vhost-device-vfio "$@"; }
+arm64_units() {
+    local name skipped=()
+    for name in "${ARM64_SKIPPED[@]}"; do skipped+=(--skip "$name"); done
+    arm64_test -- "${skipped[@]}" && cargo test --locked --lib -p kvm-vfio-shim
+}
+arm64_long_lines() {
+    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -cpu a64fx -L $ARM64_LIBC" \
+        arm64_test -- sys::cache coherent cache_maintenance
+}
+arm64_large_pages() {
+    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -p 65536 -L $ARM64_LIBC" arm64_test -- page::
+}
+
+# arm64_drive TARGET: both processes are emulated.
+arm64_drive() {
+    local target=$1 work server status=0
+    cargo build --locked -p vhost-device-vfio && cargo build --locked -p testbed --example front-end || return
+    work=$(mktemp -d)
+    qemu-aarch64 -L "$ARM64_LIBC" "$target/vhost-device-vfio" --socket-path "$work/s" --queues 2 \
+        --device emulated:size=64M,queues=2,order=random,latency=300us &
+    server=$!
+    until [[ -S $work/s ]]; do kill -0 "$server" && sleep 0.2 || return 1; done
+    { echo 3000 && sleep 1 && echo end; } | qemu-aarch64 -L "$ARM64_LIBC" "$target/examples/front-end" "$work/s" |
+        tee "$work/said" || status=$?
+    kill "$server" && wait "$server" || status=$?
+    grep -q 'nothing lost, doubled or reordered' "$work/said" || status=1
+    rm -rf "$work"
+    return "$status"
+}
+
+# arm64_executables OPTION…: builds the test programs and prints their paths.
+arm64_executables() { cargo test --locked --no-run --message-format=json "$@" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p'; }
+
+# arm64_programs TARGET: builds them, and places them in WORK/arm64 as the host has them. The shim's tests find each other in Cargo's
+# layout.
+arm64_programs() {
+    # shellcheck disable=SC2153 # scripts/test sets WORK
+    local target=$1 tree=$WORK/arm64/usr/local program name
+    mkdir -p "$tree"/{bin,shim/deps,shim/examples}
+    # The preloaded library has the name of the shim's, so one call for each.
+    cargo build --locked -p vhost-device-vfio -p testbed -p kvm-vfio-shim-preload --lib --bins --examples &&
+        {
+            arm64_executables -p vhost-device-vfio --test live && arm64_executables -p kvm-vfio-shim --lib &&
+                arm64_executables -p kvm-vfio-shim-preload --test hooks
+        } >"$WORK/arm64-programs" || return
+    while read -r program; do
+        name=${program##*/} name=${name%-*}
+        case $name in
+        live) cp "$program" "$tree/bin/live" ;;
+        hooks | kvm_vfio_shim) cp "$program" "$tree/shim/deps/$name" ;;
+        esac
+    done <"$WORK/arm64-programs"
+    cp "$target"/{vhost-device-vfio,iommu-probe,examples/front-end} "$tree/bin/" &&
+        cp "$target/libkvm_vfio_shim.so" "$tree/shim/" && cp "$target/examples/toy_vmm" "$tree/shim/examples/" &&
+        aarch64-linux-gnu-strip "$tree"/bin/* "$tree"/shim/*.so "$tree"/shim/*/*
+}
+
+# arm64_in_host TEST KERNEL
+arm64_in_host() {
+    local test=$1 kernel=$2 status=0 began=$SECONDS log=$LOGS/arm64-$2.log
+    arm64_host "$test" "$kernel" "$WORK/arm64" >"$log" 2>&1 || status=$?
+    judge "arm64/$test $kernel" "$log" "$status"
+    part $((SECONDS - began)) "arm64/$test $kernel"
+}
