@@ -9,6 +9,11 @@
 # The window that Linux reserves for the doorbells of interrupt controllers (MSI_IOVA_BASE in drivers/iommu/arm/arm-smmu-v3).
 RANGES=0x0-0x7ffffff,0x8100000-
 
+# A claim that failed may have left a backend.
+killed_before() {
+    [ ! -s "$BACKEND_PID" ] || kill -KILL "$(cat "$BACKEND_PID")" 2>/dev/null || true
+    within 10 test ! -d "/proc/$(cat "$BACKEND_PID" 2>/dev/null || echo none)"
+}
 answered() { contains "$1" /run/answers; }
 verdict() {
     backend_start --no-snoop "$1"
@@ -19,8 +24,12 @@ verdict() {
 oracle() {
     policy=$1
     shift
+    killed_before
     backend_start --queues 2 --no-snoop "$policy"
-    { echo 3000 && sleep 1 && echo end; } | timeout 200 front-end "$SOCKET" "$@" >/run/oracle
+    { echo 3000 && sleep 1 && echo end; } | timeout 200 front-end "$SOCKET" "$@" >/run/oracle || {
+        cat /run/oracle "$BACKEND_LOG"
+        return 1
+    }
     contains 'nothing lost, doubled or reordered' /run/oracle
     within 10 logged 'unmapped'
     backend_stop
@@ -35,6 +44,7 @@ nothing_flushed() {
     equal 0 "$(statistic flushed_bytes)" flushed_bytes
 }
 whole_refused() {
+    killed_before
     timeout 60 vhost-device-vfio --vfio-user --socket-path /run/whole.sock --device "$FUNCTION" --no-snoop assume \
         >/run/answer 2>&1 && return 1
     contains 'with VFIO type1 memory cannot be flushed before the guest' /run/answer

@@ -1,7 +1,7 @@
 //! The page size of this host: 4 KiB, or on Arm also 16 or 64 KiB.
 
-/// A page size that a host can have. Memory is mapped and pinned in units of it, whatever the page size of the guest is: the kernel
-/// does not give a device a part of a page, and offers no IOMMU page that is smaller.
+/// A page size that a host can have. Memory is mapped and pinned in units of it, whatever the page size of the guest is: VFIO
+/// maps no part of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostPage(u64);
 
@@ -77,7 +77,8 @@ mod tests {
         let region = |unit| {
             let file = Arc::new(File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap()));
             ftruncate(&*file, 256 << 10).unwrap();
-            let spec = RegionSpec { gpa: Span::new(Gpa(0x1_0000), 0x2_0000).unwrap(), qva: Qva(0), offset: 0x1_0000, file };
+            let spec =
+                RegionSpec { gpa: Span::new(Gpa(0x1_0000), 0x2_0000).unwrap(), qva: Qva(0), offset: 0x1_0000, file };
             Region::map_as(spec, true, unit, HostPage::of(4096))
         };
         assert_eq!(region(Unit::PageOfFile).unwrap().gpa().len(), 0x2_0000);

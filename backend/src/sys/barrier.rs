@@ -22,8 +22,8 @@ pub(super) fn before_register_store() {
     std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
 }
 
-/// After a load of what a device has stored, in a register or in memory: later loads of this thread see everything that the device
-/// had stored before, and later stores come after the load.
+/// After a load of what a device has stored, in a register or in memory: later loads of this thread see everything that the
+/// device had stored before, and later stores come after the load.
 #[inline]
 pub(super) fn after_device_load() {
     #[cfg(target_arch = "aarch64")]

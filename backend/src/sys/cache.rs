@@ -205,6 +205,7 @@ mod tests {
     #[test]
     fn a_granule_holds_whole_lines() {
         let lines = CacheLines::detect().expect("x86-64 and arm64 have cache-line operations");
+        println!("{lines:?}");
         assert!(lines.granule().is_multiple_of(lines.line() as u64) && lines.granule().is_power_of_two(), "{lines:?}");
     }
 

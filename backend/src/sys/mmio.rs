@@ -1,5 +1,5 @@
-//! Device registers mapped into this process. VFIO maps them uncached (on Arm as Device memory), so accesses to the registers of a
-//! function keep their order among themselves. Barriers order them with memory.
+//! Device registers mapped into this process. VFIO maps them uncached (on Arm as Device memory), so accesses to the registers of
+//! a function keep their order among themselves. Barriers order them with memory.
 
 use std::io;
 use std::os::fd::BorrowedFd;

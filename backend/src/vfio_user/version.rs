@@ -88,9 +88,10 @@ fn page_sizes(capabilities: &Map<String, Value>, page: HostPage) -> Result<u64, 
     let page = page.bytes();
     let usable = (page << 1) - DEFAULT_PAGE;
     match number(capabilities, "pgsizes")? {
-        Some(sizes) if sizes & usable == 0 => {
-            Err(invalid(&format!("pgsizes {sizes:#x} includes no size from 4 KiB to this host's page size of {}", Bytes(page))))
-        }
+        Some(sizes) if sizes & usable == 0 => Err(invalid(&format!(
+            "pgsizes {sizes:#x} includes no size from 4 KiB to this host's page size of {}",
+            Bytes(page)
+        ))),
         _ => Ok(page),
     }
 }

@@ -1,5 +1,6 @@
 //! A minimal VMM for the tests of the preloaded library. It executes one command per line of its input, through libc as QEMU
-//! does, and prints the result. At each `run` its guest executes WBINVD and halts; on arm64 it stores to a device that does not exist.
+//! does, and prints the result. At each `run` its guest executes WBINVD and halts; on arm64 it stores to a device that does
+//! not exist.
 //!
 //! `vm`, `vcpu`, `run`, `vfio` (KVM_CREATE_DEVICE), `vfio-test` (the same with KVM_CREATE_DEVICE_TEST), `close NAME`,
 //! `memory` (2 MiB of a memfd, mapped shared), `huge` (the same as one huge page), `image` (a memfd that is not mapped),
@@ -30,8 +31,9 @@ mod guest {
     pub(crate) const MEMORY: u64 = (4 << 30) - super::SIZE as u64;
     /// The reset vector, 16 bytes below 4 GiB.
     pub(crate) const AT: usize = super::SIZE - 16;
+    pub(crate) type Code = [u8; 5];
     /// WBINVD, HLT, and a jump back.
-    pub(crate) const CODE: [u8; 5] = [0x0f, 0x09, 0xf4, 0xeb, 0xfb];
+    pub(crate) const CODE: Code = [0x0f, 0x09, 0xf4, 0xeb, 0xfb];
 
     pub(crate) fn initialize(_: super::c_int, _: super::c_int) {}
 }
@@ -42,8 +44,9 @@ mod guest {
     /// The vCPU starts at address 0.
     pub(crate) const MEMORY: u64 = 0;
     pub(crate) const AT: usize = 0;
+    pub(crate) type Code = [u32; 3];
     /// `mov x0, #0x10000000`, where there is no memory; `str w0, [x0]`; a jump back to the store.
-    pub(crate) const CODE: [u32; 3] = [0xd2a2_0000, 0xb900_0000, 0x17ff_ffff];
+    pub(crate) const CODE: Code = [0xd2a2_0000, 0xb900_0000, 0x17ff_ffff];
 
     const KVM_ARM_PREFERRED_TARGET: c_ulong = 0x8020_aeaf;
     const KVM_ARM_VCPU_INIT: c_ulong = 0x4020_aeae;
@@ -105,7 +108,7 @@ impl TestVmm {
         let vcpu = ioctl(self.file("vm"), KVM_CREATE_VCPU, ptr::null_mut());
         self.run = map(vcpu, libc::MAP_SHARED, bytes);
         let memory = map(-1, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, SIZE);
-        let reset_vector = ptr::with_exposed_provenance_mut(memory + guest::AT);
+        let reset_vector = ptr::with_exposed_provenance_mut::<guest::Code>(memory + guest::AT);
         // SAFETY: within the mapping created above.
         unsafe { reset_vector.write(guest::CODE) };
         let mut region: [u64; 4] = [0, guest::MEMORY, SIZE as u64, memory as u64];

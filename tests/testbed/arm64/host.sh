@@ -47,8 +47,8 @@ unpack_arm64_host() {
     cp -r "$2/modules" "$root/testbed/" && touch "$2/complete"
 }
 
-# arm64_host TEST KERNEL TREE: boots it with the files of TREE, runs tests/arm64/TEST.sh there, prints what that prints, and returns
-# its status.
+# arm64_host TEST KERNEL TREE: boots it with the files of TREE, runs tests/arm64/TEST.sh there, prints what that prints, and
+# returns its status.
 arm64_host() {
     local test=$1 files=$2 tree=$3 work status=$EXIT_TESTBED
     need_qemu_program qemu-system-aarch64 qemu-system-arm

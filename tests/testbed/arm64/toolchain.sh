@@ -9,8 +9,10 @@ readonly ARM64_LIBC=/usr/aarch64-linux-gnu
 
 # need_arm64_toolchain: sets the variables by which cargo compiles for arm64, runs tests under user emulation, and calls clippy.
 need_arm64_toolchain() {
-    local dir=$TESTBED_CACHE/arm64/rust
+    local dir
+    dir=$TESTBED_CACHE/arm64/rust-$(hash_of "$(cat "$TESTBED_DIR/arm64/toolchain.sh" "$TESTBED_DIR/arm64/rust-program")")
     need aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu "$ARM64_LIBC/include/stdio.h=libc6-dev-arm64-cross"
+    # QEMU 7.2 answers EINVAL to a shared mapping of huge pages, where the kernel would answer ENOMEM. QEMU 10 is right.
     need_qemu_program qemu-aarch64 qemu-user
     if [[ ! -e $dir/made-of ]]; then
         take_lock

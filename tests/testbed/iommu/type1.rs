@@ -42,9 +42,8 @@ fn iova_ranges(container: &File) -> io::Result<String> {
         if u16::from_ne_bytes([bytes[at], bytes[at + 1]]) == CAP_IOVA_RANGE {
             // vfio_iommu_type1_info_cap_iova_range: nr_iovas, reserved, then pairs of start and end.
             let count = word(&bytes, at + 8) as usize;
-            let range = |n: usize| {
-                format!("{:#x}-{:#x}", long(&bytes, at + 16 + 16 * n), long(&bytes, at + 24 + 16 * n))
-            };
+            let range =
+                |n: usize| format!("{:#x}-{:#x}", long(&bytes, at + 16 + 16 * n), long(&bytes, at + 24 + 16 * n));
             return Ok((0..count).map(range).collect::<Vec<_>>().join(","));
         }
         at = word(&bytes, at + 4) as usize;
