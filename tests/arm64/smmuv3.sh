@@ -20,7 +20,7 @@ verdict() {
     logged "DMA is $2\$"
     backend_stop
 }
-# oracle POLICY [OPTION…]: a front-end whose oracle knows each block; the whole disk is read at the end.
+# oracle POLICY [OPTION…]: a front-end whose oracle knows each block, of an empty drive. It reads the whole drive at the end.
 oracle() {
     policy=$1
     shift
@@ -35,6 +35,7 @@ oracle() {
     backend_stop
 }
 flushed() {
+    FUNCTION=0000:00:05.0
     oracle assume --packed
     [ "$(statistic flushed_bytes)" -gt 0 ] && [ "$(statistic map_flushed_bytes)" -gt 0 ]
     equal 0 "$(statistic staged)" staged

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# An emulated arm64 host with an SMMUv3, a GICv3 with an ITS, and an NVMe drive at 0000:00:04.0. It runs Debian's own arm64 kernel
-# of backports, which has no iommufd, on TCG. Its programs are busybox, this checkout's, and Debian's libc. Everything is
-# unpacked from Debian packages into the cache, and nothing is installed but QEMU. Needs lib.sh and debian_kernel.sh.
+# An emulated arm64 host with an SMMUv3, a GICv3 with an ITS, and empty NVMe drives at 0000:00:04.0 and 0000:00:05.0. It runs
+# Debian's own arm64 kernel of backports, which has no iommufd, on TCG. Its programs are busybox, this checkout's, and Debian's
+# libc. Everything is unpacked from Debian packages into the cache, and nothing is installed but QEMU. Needs lib.sh and
+# debian_kernel.sh.
 
 readonly ARM64_HOST_SUITE=trixie-backports
 # What is built into one kernel is a module in the next.
@@ -62,13 +63,15 @@ arm64_host() {
     cp "$TESTBED_ROOT/tests/host/lib.sh" "$work/root/testbed/tests/"
     cp "$TESTBED_ROOT/tests/arm64/$test.sh" "$work/root/testbed/command"
     (cd "$work/root" && find . -print0 | cpio --null --create --format=newc --owner=0:0 --quiet) >"$work/initrd"
-    truncate -s 64M "$work/drive"
+    truncate -s 64M "$work/drive" "$work/second"
     # pauth: the emulation computes each signature of a return address.
     timeout 400 qemu-system-aarch64 -machine virt,iommu=smmuv3,gic-version=3,virtualization=on -cpu max,pauth=off \
         -accel tcg -smp 2 -m 2G -nodefaults -no-user-config -display none -no-reboot \
         -kernel "$files/vmlinuz" -initrd "$work/initrd" -append "console=ttyAMA0 panic=-1 oops=panic quiet" \
         -serial "file:$work/console" -drive "if=none,id=drive,format=raw,cache=unsafe,file=$work/drive" \
-        -device nvme,drive=drive,serial=testbed,addr=4 </dev/null >&2 || true
+        -device nvme,drive=drive,serial=testbed,addr=4 \
+        -drive "if=none,id=second,format=raw,cache=unsafe,file=$work/second" \
+        -device nvme,drive=second,serial=second,addr=5 </dev/null >&2 || true
     tr -d '\r' <"$work/console" >"$work/lines"
     if grep -q '^testbed: status [0-9]*$' "$work/lines"; then
         status=$(sed -n 's/^testbed: status //p' "$work/lines")
