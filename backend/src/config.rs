@@ -15,6 +15,7 @@ use rustix::net::SocketAddrUnix;
 
 use crate::engine::WatchdogOptions;
 use crate::handover::Terms;
+use crate::socket::{Access, GroupId, SocketMode, UserId};
 use crate::vfio::{NotAnAddress, PciAddress};
 pub use choices::{Avoided, Bars, Interrupts, Iommu, NoSnoopPolicy};
 
@@ -32,6 +33,15 @@ pub struct Config {
     /// Listen on this UNIX socket (at most 107 bytes); created at start, removed at exit
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
     pub socket_path: Option<PathBuf>,
+    /// Mode of that socket's file, in octal, such as 0660 [default: 0777 less the umask]
+    #[arg(long, value_name = "OCTAL", requires = "socket_path", conflicts_with = "fd")]
+    pub socket_mode: Option<SocketMode>,
+    /// Group of that socket's file, whose members may connect with mode 0660 [default: that of this process]
+    #[arg(long, value_name = "NAME|GID", requires = "socket_path", conflicts_with = "fd")]
+    pub socket_group: Option<GroupId>,
+    /// User of that socket's file, such as libvirt-qemu [default: that of this process]
+    #[arg(long, value_name = "NAME|UID", requires = "socket_path", conflicts_with = "fd")]
+    pub socket_user: Option<UserId>,
     /// Use this inherited descriptor of a listening or connected UNIX socket
     #[arg(long, value_name = "FDNUM")]
     pub fd: Option<RawFd>,
@@ -197,6 +207,12 @@ impl Config {
             no_snoop: value.get_name().to_owned(),
             kvm_socket: self.kvm_socket.clone(),
         })
+    }
+
+    /// Who may connect to the socket that is created.
+    #[must_use]
+    pub fn socket_access(&self) -> Access {
+        Access { mode: self.socket_mode, user: self.socket_user, group: self.socket_group }
     }
 
     /// How long an idle worker polls before it sleeps.

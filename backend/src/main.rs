@@ -55,7 +55,7 @@ fn run(config: &Config) -> Result<()> {
     let Some(device) = &config.device else { bail!("no device; give --device DOMAIN:BUS:DEVICE.FUNCTION") };
     let spec = DeviceSpec::new(device)?;
     // Before the device is opened or a backing file is created: a wrong path must not cost a controller reset.
-    let endpoint = listen.open()?;
+    let endpoint = listen.open_for(&config.socket_access())?;
     let source = spec.open(config.iommu.into())?;
     log::info!("{endpoint}");
     if config.vfio_user {
