@@ -12,6 +12,7 @@ mod hand_over;
 mod hostile;
 mod kills;
 mod limits;
+mod log_lines;
 mod process;
 mod service_manager;
 mod sockets;

@@ -19,7 +19,11 @@ use super::statistics::Counters;
 use super::virtqueue::Virtqueue;
 use crate::eventfd::{drain, make_nonblocking, signal};
 use crate::memory::MemTable;
+use crate::rate_limited_log::SharedLog;
 use crate::sys::Poller;
+
+/// A front-end chooses the eventfds that are watched.
+static LOG: SharedLog = SharedLog::new(module_path!());
 
 /// See the diagram above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,7 +105,7 @@ impl Vring {
         if let Some(kick) = self.kick.take()
             && let Err(error) = poller.remove(&kick)
         {
-            log::error!("stop watching a kick eventfd: {error}");
+            LOG.error(|| format!("stop watching a kick eventfd: {error}"));
         }
     }
 

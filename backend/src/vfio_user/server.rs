@@ -25,7 +25,7 @@ use super::session::{Response, Session};
 use crate::kvm::Vmm;
 use crate::passthrough::{Passthrough, PassthroughError};
 use crate::qmp::Monitor;
-use crate::rate_limited_log::{RateLimitedLog, SharedLog};
+use crate::rate_limited_log::SharedLog;
 use crate::socket::{Endpoint, Listener, Peer, Socket};
 use crate::sys::{Event, Poller};
 
@@ -100,7 +100,6 @@ impl Server {
         let poller = Poller::new().map_err(Error::system("epoll_create1"))?;
         poller.add(stop, STOP).map_err(Error::system("epoll_ctl"))?;
         poller.add(self.device.request(), REQUEST).map_err(Error::system("epoll_ctl"))?;
-        let log = RateLimitedLog::new(module_path!());
         let mut event_loop = EventLoop {
             server: self,
             stop: stop.as_fd(),
@@ -110,8 +109,8 @@ impl Server {
             unplug_since: None,
             reacquire_at: Instant::now(),
             reacquire_failures: 0,
-            rejection_log: log,
-            connection_log: log,
+            rejection_log: SharedLog::new(module_path!()),
+            connection_log: SharedLog::new(module_path!()),
         };
         match &self.endpoint.0 {
             Socket::Listening(listener) => {
@@ -175,8 +174,8 @@ struct EventLoop<'d> {
     reacquire_at: Instant,
     reacquire_failures: u32,
     /// Separate limits, so that a rejected front-end that reconnects all the time does not suppress the lines of others.
-    rejection_log: RateLimitedLog,
-    connection_log: RateLimitedLog,
+    rejection_log: SharedLog,
+    connection_log: SharedLog,
 }
 
 impl EventLoop<'_> {

@@ -230,13 +230,17 @@ impl DataPath {
         } else {
             match self.bounce.give_back(tag & !BOUNCED) {
                 Some(piece) => (piece.inflight_request, Some(piece)),
-                None => return log::error!("the device completed a bounced command that was not submitted"),
+                None => {
+                    return self
+                        .ring_fault_log
+                        .error(|| format!("the device completed a bounced command that was not submitted"));
+                }
             }
         };
         let Some((inflight_request, data)) =
             self.inflight.get(index).filter(|(inflight_request, _)| inflight_request.outstanding != 0)
         else {
-            return log::error!("the device completed a command that was not submitted");
+            return self.ring_fault_log.error(|| format!("the device completed a command that was not submitted"));
         };
         if let Some(piece) = piece
             && inflight_request.operation == Operation::Read

@@ -32,9 +32,13 @@ use crate::addr::{Gpa, Span};
 use crate::driver::Queue;
 use crate::eventfd::drain;
 use crate::memory::MemTable;
+use crate::rate_limited_log::SharedLog;
 use crate::sync::mpsc::Sender;
 use crate::sync::{spin_loop, thread};
 use crate::sys::Poller;
+
+/// A front-end chooses the eventfds that are watched.
+static LOG: SharedLog = SharedLog::new(module_path!());
 
 /// Poller token of the device's completion event. A ring's token is its slot.
 const DEVICE: u64 = u64::MAX;
@@ -223,7 +227,7 @@ impl Worker {
             }
         });
         if let Err(error) = waited {
-            log::error!("wait for notifications: {error}; polling instead");
+            LOG.error(|| format!("wait for notifications: {error}; polling instead"));
             thread::sleep(Duration::from_millis(1));
         }
         for slot in unreadable.into_iter().filter_map(|slot| usize::try_from(slot).ok()) {
@@ -253,7 +257,7 @@ impl Worker {
             WorkerCommand::Kick(slot, fd, answer) => {
                 self.with_ring(slot, |ring, poller| {
                     if let Err(error) = ring.set_kick(fd, poller, slot as u64) {
-                        log::error!("watch a kick eventfd: {error}; the ring is polled");
+                        LOG.error(|| format!("watch a kick eventfd: {error}; the ring is polled"));
                     }
                 });
                 reply(&answer, ());
@@ -365,7 +369,7 @@ impl Worker {
         if let Device::Live(queue) = std::mem::replace(&mut self.device, Device::Resetting)
             && let Err(error) = self.poller.remove(queue.event())
         {
-            log::error!("stop watching the device's event: {error}");
+            LOG.error(|| format!("stop watching the device's event: {error}"));
         }
     }
 
@@ -377,7 +381,7 @@ impl Worker {
             None => Device::Failed,
             Some(queue) => {
                 if let Err(error) = self.poller.add(queue.event(), DEVICE) {
-                    log::error!("watch the device's event: {error}");
+                    LOG.error(|| format!("watch the device's event: {error}"));
                 }
                 Device::live(queue)
             }
