@@ -13,6 +13,7 @@ mod hostile;
 mod kills;
 mod limits;
 mod log_lines;
+mod operator;
 mod process;
 mod service_manager;
 mod sockets;

@@ -39,6 +39,8 @@ pub(super) struct Vring {
     pub(super) state: State,
     /// Chains taken and not yet returned.
     pub(super) in_flight: u16,
+    /// Chains returned since they were counted last.
+    pub(super) completed: u64,
     /// The ring's areas, to find rings in memory that is removed.
     pub(super) areas: [crate::addr::Span<crate::addr::Gpa>; 3],
     kick: Option<OwnedFd>,
@@ -52,7 +54,8 @@ impl Vring {
         let queue = Virtqueue::new(&setup, table)?;
         queue.disarm();
         let areas = [setup.desc, setup.avail, setup.used];
-        let mut ring = Self { queue, state: State::Serving, in_flight: 0, areas, kick: None, call: None, err: None };
+        let mut ring =
+            Self { queue, state: State::Serving, in_flight: 0, completed: 0, areas, kick: None, call: None, err: None };
         ring.set_call(setup.call);
         ring.set_err(setup.err);
         ring.set_kick(setup.kick, poller, token).map_err(|source| EngineError::Kick { index: setup.index, source })?;

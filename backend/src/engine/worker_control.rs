@@ -106,7 +106,7 @@ impl Engine {
                 log::error!("bug: a worker thread panicked");
             }
         }
-        self.supervisor.lock().driver.shut_down();
+        self.supervisor.shut_down();
     }
 }
 

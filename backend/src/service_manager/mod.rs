@@ -18,7 +18,7 @@ mod state_file;
 mod store;
 mod stored;
 
-pub use notify::{main_pid, ready, stopping};
+pub use notify::{main_pid, ready, status, stopping};
 pub use saved::SavedSession;
 pub use store::FdStore;
 pub use stored::{Passed, Stored};

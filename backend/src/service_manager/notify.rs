@@ -15,6 +15,11 @@ pub fn ready() {
     send(&[NotifyState::Ready]);
 }
 
+/// What this process does now, as one line for people.
+pub fn status(line: &str) {
+    send(&[NotifyState::Status(line)]);
+}
+
 /// This process ends.
 pub fn stopping() {
     send(&[NotifyState::Stopping]);

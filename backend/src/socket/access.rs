@@ -32,6 +32,9 @@ pub struct UserId(u32);
 pub struct GroupId(u32);
 
 impl SocketMode {
+    /// For the user of this process alone.
+    pub const OWNER: Self = Self(0o600);
+
     /// The permission bits.
     #[must_use]
     pub fn bits(self) -> u32 {

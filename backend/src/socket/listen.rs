@@ -170,6 +170,15 @@ impl Listener {
         Ok(Self { socket: socket.into(), name, file: Some(file) })
     }
 
+    /// Moves its file to `path`, in place of what is there.
+    pub(crate) fn rename(&mut self, path: &Path) -> io::Result<()> {
+        if let Some(file) = &mut self.file {
+            file.rename(path)?;
+            self.name = format!("listening on {}", path.display());
+        }
+        Ok(())
+    }
+
     /// Its name, for the log.
     pub(crate) fn name(&self) -> &str {
         &self.name

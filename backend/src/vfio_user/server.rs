@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use super::connection::{Connection, Received};
 use super::error::Error;
 use super::session::{Response, Session};
+use crate::board::Board;
 use crate::kvm::Vmm;
 use crate::passthrough::{Passthrough, PassthroughError};
 use crate::qmp::Monitor;
@@ -65,19 +66,25 @@ pub struct Server {
     monitor: Option<Arc<Monitor>>,
     /// Messages that were refused.
     refusals: SharedLog,
+    board: Arc<Board>,
 }
 
 impl Server {
     /// Serves `device` to front-ends that connect to `endpoint`, and registers it with `vmm`.
     #[must_use]
     pub fn new(endpoint: Endpoint, device: Passthrough, vmm: Vmm) -> Self {
-        Self { endpoint, device, vmm, monitor: None, refusals: SharedLog::new(module_path!()) }
+        Self { endpoint, device, vmm, monitor: None, refusals: SharedLog::new(module_path!()), board: Arc::default() }
     }
 
     /// Has this monitor asked to unplug the function when the host requests it, of a front-end that cannot be asked itself.
     #[must_use]
     pub fn with_monitor(self, monitor: Monitor) -> Self {
         Self { monitor: Some(Arc::new(monitor)), ..self }
+    }
+
+    /// Lets others know who is connected.
+    pub fn post_on(&mut self, board: &Arc<Board>) {
+        self.board = Arc::clone(board);
     }
 
     /// The function.
@@ -345,6 +352,7 @@ impl EventLoop<'_> {
         let connection = Connection::new(socket).map_err(Error::system("set O_NONBLOCK"))?;
         let session = Session::new(&self.server.device, &self.server.vmm, &self.server.refusals, peer, self.stop);
         self.connection_log.info(|| format!("front-end connected: {}", session.peer()));
+        self.server.board.post_front_end(session.peer());
         let watched = self.poller.add_duplex(connection.socket().as_fd(), FRONT_END);
         watched.map_err(Error::system("epoll_ctl"))?;
         let others_can_connect = matches!(self.server.endpoint.0, Socket::Listening(_));
@@ -362,6 +370,7 @@ impl EventLoop<'_> {
         self.poller.remove(connection.socket().as_fd()).map_err(Error::system("epoll_ctl"))?;
         let (peer, counters) = (session.peer().to_string(), session.counters());
         session.close();
+        self.server.board.clear_front_end();
         (self.reacquire_at, self.reacquire_failures) = (Instant::now(), 0);
         let took = start.elapsed().as_millis();
         self.connection_log.info(|| {

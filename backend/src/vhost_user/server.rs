@@ -19,6 +19,7 @@ use super::connection::{Connection, Progress};
 use super::hand_over::{HandOver, Inheritance};
 use super::logs::Logs;
 use super::{Device, Error};
+use crate::board::Board;
 use crate::service_manager::FdStore;
 use crate::socket::{Endpoint, Listener, Peer, Socket};
 use crate::sys::Poller;
@@ -41,6 +42,7 @@ pub struct Server {
     /// Eventfd, signalled by a [`ConfigNotifier`].
     config_change: Arc<OwnedFd>,
     logs: Logs,
+    board: Arc<Board>,
     hand_over: Option<HandOver>,
     /// The process that has taken the session.
     successor: Option<u32>,
@@ -85,6 +87,7 @@ impl Server {
             device,
             config_change: Arc::new(event),
             logs: Logs::new(),
+            board: Arc::default(),
             hand_over: None,
             successor: None,
             store: None,
@@ -95,6 +98,11 @@ impl Server {
     pub fn notify_config_changes(&self) {
         let notifier = self.config_notifier();
         self.device.engine.on_change(move || notifier.config_changed());
+    }
+
+    /// Lets others know who is connected.
+    pub fn post_on(&mut self, board: &Arc<Board>) {
+        self.board = Arc::clone(board);
     }
 
     /// Lets another process take the session. [`Self::successor`] tells whether one has.
@@ -136,7 +144,7 @@ impl Server {
         if let Some(hand_over) = &self.hand_over {
             poller.add(hand_over.applicants.event(), SUCCESSOR).map_err(Error::system("epoll_ctl"))?;
         }
-        let Self { endpoint, device, config_change, logs, hand_over, successor, store } = self;
+        let Self { endpoint, device, config_change, logs, board, hand_over, successor, store } = self;
         let (connection, pending, hand_over) = (None, false, hand_over.take());
         let mut control = ControlLoop {
             endpoint,
@@ -146,6 +154,7 @@ impl Server {
             connection,
             pending,
             logs,
+            board,
             hand_over,
             successor,
             store,
@@ -179,6 +188,7 @@ pub(super) struct ControlLoop<'d> {
     /// The front-end's socket may hold a whole message. Its event is edge-triggered and has been consumed.
     pub(super) pending: bool,
     pub(super) logs: &'d Logs,
+    pub(super) board: &'d Board,
     pub(super) hand_over: Option<HandOver>,
     /// See [`Server::successor`].
     successor: &'d mut Option<u32>,
@@ -320,6 +330,7 @@ impl ControlLoop<'_> {
         match connection.serve() {
             Ok(Progress::Served) => self.pending = true,
             Ok(Progress::Idle) => {
+                self.board.post_memory(connection.session().memory());
                 self.pending = false;
                 self.save();
             }
@@ -352,6 +363,7 @@ impl ControlLoop<'_> {
         let connection =
             Connection::new(socket, self.device, self.logs).map_err(Error::system("set up a connection"))?;
         self.logs.connections.info(|| format!("front-end connected: {}", connection.session().peer()));
+        self.board.post_front_end(connection.session().peer());
         self.poller.add_edge(connection.socket().as_fd(), FRONT_END).map_err(Error::system("epoll_ctl"))?;
         self.connection = Some(connection);
         self.pending = true;
@@ -371,6 +383,7 @@ impl ControlLoop<'_> {
             let peer = session.peer();
             format!("front-end disconnected: {peer}: {reason}; rings stopped, memory unmapped in {took} ms")
         });
+        self.board.clear_front_end();
         if let Some(store) = self.store {
             store.clear();
         }

@@ -15,6 +15,7 @@ mod command_set;
 mod controller;
 mod error;
 mod hand_over;
+mod health;
 mod identify;
 mod interrupts;
 mod logs;
@@ -45,7 +46,7 @@ use self::interrupts::Wiring;
 use self::logs::RESETS;
 pub use self::options::{Avoid, InterruptPolicy, NvmeOptions};
 pub use self::status::Status;
-use super::{CommandId, DiskState, Driver, Geometry, Queue};
+use super::{CommandId, DiskState, Driver, Geometry, Health, Identification, Queue};
 use crate::eventfd::signal;
 use crate::hardware::{AddressSpace, Function, LeftToSuccessor};
 use crate::rate_limited_log::RateLimitedLog;
@@ -350,6 +351,14 @@ impl Driver for Nvme {
         self.shut_down();
         self.space.release();
         self.controller = None;
+    }
+
+    fn identification(&self) -> anyhow::Result<Identification> {
+        Ok(self.identify_for_operator())
+    }
+
+    fn health(&mut self) -> anyhow::Result<Health> {
+        self.read_health().map_err(|kind| self.error(kind))
     }
 
     fn disk_state(&self) -> Option<DiskState> {

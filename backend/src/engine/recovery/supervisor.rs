@@ -38,7 +38,7 @@ pub(super) enum State {
     Down,
     /// Another process drives the device, which may come back; see `hand_over`.
     Lent,
-    /// Another process owns the device.
+    /// Another process owns the device, or it has been shut down.
     Left,
 }
 
@@ -146,9 +146,14 @@ impl DeviceSupervisor {
         self.lock().driver.is_polled()
     }
 
+    /// The state; `None` while the device is being reset or asked.
+    pub(super) fn state_now(&self) -> Option<State> {
+        self.device.try_lock().ok().map(|device| device.state)
+    }
+
     /// The same, without waiting for a reset: true if no reset is in progress and the device is down.
     pub(in crate::engine) fn is_known_to_be_down(&self) -> bool {
-        self.device.try_lock().is_ok_and(|device| device.state == State::Down)
+        self.state_now() == Some(State::Down)
     }
 
     /// Resets the device for all workers. No request in flight is completed before the reset, because the device may still

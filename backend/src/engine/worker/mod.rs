@@ -15,12 +15,14 @@
 mod command_queue;
 mod hold;
 mod poll_timer;
+mod reply;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub(super) use command_queue::{CommandQueue, WorkerCommand};
 use poll_timer::PollTimer;
+use reply::{PendingReply, reply};
 
 use super::data_path::DataPath;
 use super::error::EngineError;
@@ -62,15 +64,6 @@ impl Device {
         queue.set_interrupt_wanted(false);
         Self::Live(queue)
     }
-}
-
-/// A reply that is due when some request or command in flight has completed.
-enum PendingReply {
-    Stop(usize, Sender<Option<u32>>),
-    RemoveMemory(Arc<[Span<Gpa>]>, Sender<()>),
-    Flush(Sender<bool>),
-    Pause(Sender<()>),
-    Hold(Sender<()>),
 }
 
 /// The state of one worker thread.
@@ -145,6 +138,7 @@ impl Worker {
     fn pass(&mut self) -> bool {
         let path = &mut self.path;
         let mut busy = false;
+        path.clock.tick();
         match &mut self.device {
             Device::Live(queue) => {
                 let queue = &mut **queue;
@@ -152,6 +146,7 @@ impl Worker {
                     // Submission entries and data must be in memory before the doorbell.
                     queue.ring();
                     path.counters.doorbells.add(1);
+                    path.clock.tick();
                     busy = true;
                 }
                 if path.reap(queue) {
@@ -204,6 +199,7 @@ impl Worker {
     }
 
     fn wait(&mut self) {
+        self.path.report_depths();
         let Self { poller, path, device, event_stale, clock, poll_timer, .. } = self;
         let longest = match device {
             Device::Live(queue) => poll_timer.longest_sleep(&**queue, clock.tick()),
@@ -275,6 +271,7 @@ impl Worker {
             WorkerCommand::Resume => self.paused = false,
             WorkerCommand::Hold(answer) => self.hold(answer),
             WorkerCommand::Release => self.release(),
+            WorkerCommand::Measure(on) => self.path.clock.measure(on),
             WorkerCommand::DropQueue(answer) => {
                 self.drop_queue();
                 reply(&answer, ());
@@ -394,9 +391,4 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.command_queue.close();
     }
-}
-
-/// Replies to a command. A failed send means that the control thread has stopped waiting.
-fn reply<T>(answer: &Sender<T>, value: T) {
-    let _ = answer.send(value);
 }
