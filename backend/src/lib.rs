@@ -21,6 +21,7 @@ pub mod board;
 pub mod coherency;
 pub mod config;
 pub mod control;
+pub mod doctor;
 pub mod driver;
 pub mod emulated;
 pub mod engine;

@@ -13,6 +13,7 @@ use program::origin::DeviceSpec;
 use program::{Signals, block, limits, logging, takeover, whole};
 use vhost_device_vfio::config::{Command, Config, CtlCommand};
 use vhost_device_vfio::control;
+use vhost_device_vfio::doctor::Diagnosis;
 use vhost_device_vfio::emulated::EmulatedError;
 use vhost_device_vfio::inspect::{Report, list, list_json};
 use vhost_device_vfio::service_manager::Passed;
@@ -95,6 +96,17 @@ fn execute(command: &Command) -> ExitCode {
         }
         Command::List { json: true } => println!("{}", list_json(&list())),
         Command::List { json: false } => list().iter().for_each(|line| println!("{line}")),
+        Command::Doctor { address, json } => {
+            let diagnosis = Diagnosis::new(*address);
+            if *json {
+                println!("{}", diagnosis.json())
+            } else {
+                print!("{diagnosis}")
+            }
+            if !diagnosis.passed() {
+                return ExitCode::FAILURE;
+            }
+        }
         Command::Inspect { address, json, no_snoop, iommu, kvm_socket } => {
             let report = Report::new(*address, (*iommu).into(), (*no_snoop).into(), kvm_socket.as_deref());
             if *json { println!("{}", report.json()) } else { print!("{report}") }

@@ -34,6 +34,15 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Go through what a first run needs, and say how to get what is missing; fails if something is
+    Doctor {
+        /// The function that is to be served
+        #[arg(value_name = "DOMAIN:BUS:DEV.FN")]
+        address: Option<PciAddress>,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
     /// Ask a running program for something, on its control socket
     Ctl {
         /// Its socket, as given to --control
