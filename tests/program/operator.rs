@@ -8,7 +8,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::process::{Output, Process};
+use crate::process::{Output, PROGRAM, Process};
 
 const CONTROL: [&str; 2] = ["--control", "DIR/control"];
 
@@ -302,4 +302,46 @@ fn metrics_on_a_port_are_for_this_machine_only() {
     let device = ["--device", "emulated:size=1M", "--socket-path", "DIR/s"];
     let refused = Process::run(&[&["--metrics", "0.0.0.0:9100"], device.as_slice()].concat());
     assert!(refused.log.contains("is not a loopback address"), "{}", refused.log);
+}
+
+#[test]
+fn doctor_has_a_line_for_each_check_and_a_status_for_scripts() {
+    let text = Process::run(&["doctor"]);
+    let json = Process::run(&["doctor", "--json"]);
+
+    let report: Value = serde_json::from_str(&json.stdout).unwrap();
+    let checks = report["checks"].as_array().unwrap();
+    assert_eq!(text.stdout.lines().count(), checks.len(), "{}", text.stdout);
+    for (line, check) in text.stdout.lines().zip(checks) {
+        let outcome = check["outcome"].as_str().unwrap();
+        assert!(line.to_lowercase().starts_with(outcome) && line.contains(check["check"].as_str().unwrap()), "{line}");
+    }
+    let problem = checks.iter().any(|check| check["outcome"] == "problem");
+    assert_eq!((&report["schema"], &report["passed"]), (&json!(1), &json!(!problem)));
+    assert_eq!((text.status.success(), json.status.success()), (!problem, !problem));
+
+    let nowhere = Process::run(&["doctor", "ffff:ff:1f.7"]);
+    assert_eq!(nowhere.status.code(), Some(1));
+    assert!(
+        nowhere.stdout.contains("PROBLEM  function             there is no function ffff:ff:1f.7"),
+        "{}",
+        nowhere.stdout
+    );
+}
+
+#[test]
+fn lines_for_the_journal_begin_with_their_priority() {
+    let mut shell = Command::new("/bin/sh");
+    shell.arg("-c").arg("JOURNAL_STREAM=$(stat -L -c %d:%i /dev/fd/2) exec \"$0\" \"$@\"").arg(PROGRAM);
+    // A device that does not enforce snooping is worth a warning.
+    let device = "emulated:size=1M,no-snoop=controllable,snoop-enforced=off";
+    let mut process = Process::spawn(shell, &["--socket-path", "DIR/socket", "--device", device]);
+    process.wait_for_socket();
+
+    let log = process.stop().log;
+
+    assert!(log.lines().all(|line| line.starts_with("<6>") || line.starts_with("<4>")), "{log}");
+    assert!(log.contains("<6>vhost_device_vfio: listening on ") && log.contains("<4>"), "{log}");
+    let elsewhere = Process::serve("size=1M").stop().log;
+    assert!(elsewhere.lines().all(|line| !line.starts_with('<')), "{elsewhere}");
 }

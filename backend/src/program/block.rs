@@ -15,7 +15,7 @@ use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions, ReacquireFn};
 use vhost_device_vfio::engine::{Engine, Handle, Options};
 use vhost_device_vfio::handover::{Applicants, Incoming, Terms};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
-use vhost_device_vfio::service_manager::{self, FdStore, SavedSession, Stored};
+use vhost_device_vfio::service_manager::{self, FdStore, Heartbeat, SavedSession, Stored};
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::vhost_user::{Device, HandOver, Inheritance, OpenStoreFn, Server, SettleFn};
 
@@ -149,6 +149,8 @@ impl Disk {
         }
         let mut server = Server::new(endpoint, Device { engine, space, queues, vmm })?;
         server.post_on(&board);
+        let heartbeat = Heartbeat::wanted(before.is_some()).context("watchdog of the service manager")?;
+        server.beat(heartbeat);
         server.notify_config_changes();
         log::info!("serving {name} on {queues} virtqueues; {kib} KiB mapped");
         Ok(Self { server, subject, operator: Operator::default(), name, facts })

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use vhost_device_vfio::board::Board;
 use vhost_device_vfio::coherency::decide;
@@ -11,7 +11,7 @@ use vhost_device_vfio::config::Config;
 use vhost_device_vfio::control::{Personality, Subject};
 use vhost_device_vfio::passthrough::Passthrough;
 use vhost_device_vfio::qmp::Monitor;
-use vhost_device_vfio::service_manager;
+use vhost_device_vfio::service_manager::{self, Heartbeat};
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::vfio_user::{EndReason, Server};
 
@@ -48,6 +48,7 @@ pub(crate) fn serve(
     }
     let board = Arc::<Board>::default();
     server.post_on(&board);
+    server.beat(Heartbeat::wanted(false).context("watchdog of the service manager")?);
     report_front_ends(&board, &name, decide(&facts).word());
     let named = (Personality::VfioUser, name.clone());
     let subject = Arc::new(Subject::new(named, facts, board, space, None, hooks(Personality::VfioUser)));

@@ -20,6 +20,11 @@ pub fn status(line: &str) {
     send(&[NotifyState::Status(line)]);
 }
 
+/// The control thread is alive.
+pub(super) fn alive() {
+    send(&[NotifyState::Watchdog]);
+}
+
 /// This process ends.
 pub fn stopping() {
     send(&[NotifyState::Stopping]);

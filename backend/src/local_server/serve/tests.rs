@@ -60,7 +60,10 @@ fn rig() -> Rig {
 
 impl Rig {
     fn connect(&self) -> BufReader<UnixStream> {
-        BufReader::new(UnixStream::connect(self.directory.as_path().join("socket")).unwrap())
+        let socket = UnixStream::connect(self.directory.as_path().join("socket")).unwrap();
+        // Only so that a server that hangs fails the test.
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        BufReader::new(socket)
     }
 }
 
