@@ -3,6 +3,7 @@
 
 use std::fmt;
 mod choices;
+mod command;
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -10,16 +11,19 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::builder::{PathBufValueParser, TypedValueParser};
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, ValueEnum};
 use rustix::net::SocketAddrUnix;
 
 use crate::engine::WatchdogOptions;
 use crate::handover::Terms;
+use crate::local_server::LocalAddress;
+use crate::socket::{Access, GroupId, SocketMode, UserId};
 use crate::vfio::{NotAnAddress, PciAddress};
 pub use choices::{Avoided, Bars, Interrupts, Iommu, NoSnoopPolicy};
+pub use command::{Command, CtlCommand};
 
 /// The parsed command line.
-#[derive(Debug, Parser)]
+#[derive(Clone, Debug, Parser)]
 #[command(args_conflicts_with_subcommands = true)]
 #[command(version, about = "Serves a VFIO-owned device to QEMU over vhost-user", max_term_width = 100, after_help = AFTER_HELP)]
 pub struct Config {
@@ -32,6 +36,15 @@ pub struct Config {
     /// Listen on this UNIX socket (at most 107 bytes); created at start, removed at exit
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
     pub socket_path: Option<PathBuf>,
+    /// Mode of that socket's file, in octal, such as 0660 [default: 0777 less the umask]
+    #[arg(long, value_name = "OCTAL", requires = "socket_path", conflicts_with = "fd")]
+    pub socket_mode: Option<SocketMode>,
+    /// Group of that socket's file, whose members may connect with mode 0660 [default: that of this process]
+    #[arg(long, value_name = "NAME|GID", requires = "socket_path", conflicts_with = "fd")]
+    pub socket_group: Option<GroupId>,
+    /// User of that socket's file, such as libvirt-qemu [default: that of this process]
+    #[arg(long, value_name = "NAME|UID", requires = "socket_path", conflicts_with = "fd")]
+    pub socket_user: Option<UserId>,
     /// Use this inherited descriptor of a listening or connected UNIX socket
     #[arg(long, value_name = "FDNUM")]
     pub fd: Option<RawFd>,
@@ -87,6 +100,15 @@ pub struct Config {
     /// The same, with an inherited connection to it; used by a process that starts its successor on SIGUSR2
     #[arg(long, value_name = "FDNUM", conflicts_with_all = ["vfio_user", "takeover"], hide = true)]
     pub takeover_fd: Option<RawFd>,
+    /// Let an operator see and control this process on this UNIX socket, for this user and root (see ctl)
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+    /// Serve metrics for Prometheus on this UNIX socket or loopback port, such as 127.0.0.1:9100
+    #[arg(long, value_name = "PATH|ADDR:PORT")]
+    pub metrics: Option<LocalAddress>,
+    /// Measure how long requests take; ctl latency does so at run time
+    #[arg(long, conflicts_with = "vfio_user")]
+    pub latency: bool,
     /// How long an idle worker polls before it sleeps, in microseconds
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub poll_us: u32,
@@ -132,35 +154,6 @@ impl FromStr for DeviceArg {
     }
 }
 
-/// The subcommands.
-#[derive(Clone, Debug, Subcommand)]
-pub enum Command {
-    /// Show the facts about a function's DMA and the CPU caches, their sources, and the verdicts
-    Inspect {
-        /// The function
-        #[arg(value_name = "DOMAIN:BUS:DEV.FN")]
-        address: PciAddress,
-        /// Print one JSON object
-        #[arg(long)]
-        json: bool,
-        /// Show the verdicts with this policy
-        #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
-        no_snoop: NoSnoopPolicy,
-        /// The kernel's interface for the device
-        #[arg(long, value_name = "INTERFACE", value_enum, default_value_t)]
-        iommu: Iommu,
-        /// Query the shim in a VM's process as well: what KVM knows, and whether a device can still be registered
-        #[arg(long, value_name = "PATH")]
-        kvm_socket: Option<PathBuf>,
-    },
-    /// Show every function behind an IOMMU
-    List {
-        /// Print one JSON object
-        #[arg(long)]
-        json: bool,
-    },
-}
-
 /// Refuses what cannot be the path of a UNIX socket.
 fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
     match SocketAddrUnix::new(&path) {
@@ -197,6 +190,12 @@ impl Config {
             no_snoop: value.get_name().to_owned(),
             kvm_socket: self.kvm_socket.clone(),
         })
+    }
+
+    /// Who may connect to the socket that is created.
+    #[must_use]
+    pub fn socket_access(&self) -> Access {
+        Access { mode: self.socket_mode, user: self.socket_user, group: self.socket_group }
     }
 
     /// How long an idle worker polls before it sleeps.

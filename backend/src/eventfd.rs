@@ -10,12 +10,17 @@ use std::sync::Arc;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
+use crate::rate_limited_log::SharedLog;
+
+/// What a front-end can cause with each eventfd that it sends.
+static LOG: SharedLog = SharedLog::new(module_path!());
+
 /// Sets O_NONBLOCK. The front-end chose this descriptor, and a thread that serves it must not wait on it.
 pub(crate) fn make_nonblocking(event: impl AsFd) {
     let event = event.as_fd();
     let set = fcntl_getfl(event).and_then(|flags| fcntl_setfl(event, flags | OFlags::NONBLOCK));
     if let Err(errno) = set {
-        log::warn!("make an eventfd non-blocking: {errno}");
+        LOG.warn(|| format!("make an eventfd non-blocking: {errno}"));
     }
 }
 

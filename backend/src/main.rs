@@ -8,9 +8,12 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
 
+use program::operator::Doors;
 use program::origin::DeviceSpec;
-use program::{Signals, block, limits, takeover, whole};
-use vhost_device_vfio::config::{Command, Config};
+use program::{Signals, block, limits, logging, takeover, whole};
+use vhost_device_vfio::config::{Command, Config, CtlCommand};
+use vhost_device_vfio::control;
+use vhost_device_vfio::doctor::Diagnosis;
 use vhost_device_vfio::emulated::EmulatedError;
 use vhost_device_vfio::inspect::{Report, list, list_json};
 use vhost_device_vfio::service_manager::Passed;
@@ -27,10 +30,9 @@ fn main() -> ExitCode {
         println!("{}", capabilities());
         return ExitCode::SUCCESS;
     }
-    env_logger::Builder::new().filter_level(config.log_level).parse_default_env().init();
+    logging::start(config.log_level);
     if let Some(command) = &config.command {
-        execute(command);
-        return ExitCode::SUCCESS;
+        return execute(command);
     }
     match run(&config) {
         Ok(()) => ExitCode::SUCCESS,
@@ -55,14 +57,15 @@ fn run(config: &Config) -> Result<()> {
     let Some(device) = &config.device else { bail!("no device; give --device DOMAIN:BUS:DEVICE.FUNCTION") };
     let spec = DeviceSpec::new(device)?;
     // Before the device is opened or a backing file is created: a wrong path must not cost a controller reset.
-    let endpoint = listen.open()?;
+    let endpoint = listen.open_for(&config.socket_access())?;
+    let doors = Doors::open(config)?;
     let source = spec.open(config.iommu.into())?;
     log::info!("{endpoint}");
     if config.vfio_user {
-        whole::serve(config, &source, endpoint, &signals.stop)
+        whole::serve(config, &source, endpoint, doors, &signals.stop)
     } else {
         let stored = passed.and_then(|passed| passed.stored);
-        block::serve(config, &source, endpoint, stored, signals)
+        block::serve(config, &source, (endpoint, doors), stored, signals)
     }
 }
 
@@ -79,13 +82,35 @@ fn listen(config: &Config, passed: Option<&Passed>) -> Result<Listen> {
     }
 }
 
-fn execute(command: &Command) {
+fn execute(command: &Command) -> ExitCode {
     match command {
+        Command::Ctl { socket, json, command } => {
+            let asked = match command {
+                CtlCommand::Top => None,
+                CtlCommand::Ask(command) => Some(command),
+            };
+            if let Err(error) = control::run(socket, asked, *json) {
+                let _ = writeln!(std::io::stderr(), "vhost-device-vfio: {error}");
+                return ExitCode::FAILURE;
+            }
+        }
         Command::List { json: true } => println!("{}", list_json(&list())),
         Command::List { json: false } => list().iter().for_each(|line| println!("{line}")),
+        Command::Doctor { address, json } => {
+            let diagnosis = Diagnosis::new(*address);
+            if *json {
+                println!("{}", diagnosis.json())
+            } else {
+                print!("{diagnosis}")
+            }
+            if !diagnosis.passed() {
+                return ExitCode::FAILURE;
+            }
+        }
         Command::Inspect { address, json, no_snoop, iommu, kvm_socket } => {
             let report = Report::new(*address, (*iommu).into(), (*no_snoop).into(), kvm_socket.as_deref());
             if *json { println!("{}", report.json()) } else { print!("{report}") }
         }
     }
+    ExitCode::SUCCESS
 }

@@ -54,11 +54,6 @@ impl RateLimitedLog {
         self.log(log::Level::Error, line);
     }
 
-    /// Logs information, with the same limit.
-    pub(crate) fn info(&mut self, line: impl FnOnce() -> String) {
-        self.log(log::Level::Info, line);
-    }
-
     fn log(&mut self, level: log::Level, line: impl FnOnce() -> String) {
         if let Some(suppressed) = self.admit(Instant::now()) {
             self.report(level, suppressed);
@@ -112,7 +107,7 @@ impl SharedLog {
         self.log(log::Level::Error, line);
     }
 
-    /// See [`RateLimitedLog::info`].
+    /// Logs information, with the same limit.
     pub(crate) fn info(&self, line: impl FnOnce() -> String) {
         self.log(log::Level::Info, line);
     }

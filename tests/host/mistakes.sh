@@ -75,21 +75,66 @@ lockable_memory() {
         "ulimit -l 64; PATH=$PATH LD_LIBRARY_PATH=$LD_LIBRARY_PATH timeout 30 vhost-device-vfio --socket-path /run/nobody/s --device $FUNCTION"
 }
 
+# doctor OUTCOME PATTERN [FUNCTION]: its line, and its exit status if that is a problem.
+doctor() {
+    status=0
+    # shellcheck disable=SC2086 # no function, no argument
+    vhost-device-vfio doctor ${3-} >/run/answer 2>&1 || status=$?
+    { grep -qE -e "^$1 +$2" /run/answer && { [ "$1" != PROBLEM ] || [ "$status" = 1 ]; }; } || {
+        echo "wanted: $1 $2; status $status; found:"
+        cat /run/answer
+        return 1
+    }
+}
+doctor_without() {
+    mv "$1" "$1.away"
+    status=0
+    doctor "$2" "$3" || status=$?
+    mv "$1.away" "$1"
+    return "$status"
+}
+doctor_is_content() {
+    vhost-device-vfio doctor "$FUNCTION" >/run/answer 2>&1 && ! grep PROBLEM /run/answer || { cat /run/answer && return 1; }
+    grep -qE '^ok +acquire +through iommufd.*DMA is' /run/answer
+}
+doctor_json() { vhost-device-vfio doctor --json "$FUNCTION" | grep -qE '"passed":false.*"check":"binding","outcome":"problem"'; }
+mounted() {
+    for disk in /sys/bus/pci/devices/"$FUNCTION"/nvme/nvme*/nvme*n1; do break; done
+    mkfs.ext4 -q -F "/dev/${disk##*/}" 2>/dev/null || mke2fs -q -F "/dev/${disk##*/}"
+    mkdir -p /run/mounted && mount "/dev/${disk##*/}" /run/mounted || return
+    status=0
+    doctor PROBLEM 'host-use.*is mounted at /run/mounted; unmount it' "$FUNCTION" || status=$?
+    umount /run/mounted
+    return "$status"
+}
+
 bind_to_nvme "$FUNCTION" || exit
+claim "doctor: a function bound to another driver, and the command that binds it" \
+    doctor PROBLEM "binding.*bound to nvme, must be bound to vfio-pci.*driverctl" "$FUNCTION"
+claim "doctor: the same as JSON" doctor_json
+claim "doctor: a disk that the host has mounted" mounted
+claim "doctor: without a function, those that could be served" doctor note "function.*NVMe drives: .*$FUNCTION \\(nvme\\)"
 claim "a function bound to another driver: the command that binds it to vfio-pci" \
     answers "bound to nvme, must be bound to vfio-pci.*driverctl set-override $FUNCTION" serve "$FUNCTION"
 bind_to_vfio "$FUNCTION"
 claim "a function without a driver: the command that binds it" answers 'bound to no driver' serve "$EDU"
 claim "an address without a function: the address" answers '0000:1f:00.0: no such PCI function' serve 1f:00.0
 claim "a word that is not an address: an example" answers 'not a PCI address.*0000:00:04.0' serve nvme0
+claim "doctor: nothing is missing, and the verdict" doctor_is_content
+claim "doctor: the kernel, the IOMMU and interrupt remapping of this host are found" doctor ok 'iommu.*groups behind dmar'
+claim "doctor: no /dev/iommu, so type1 is used" doctor_without /dev/iommu note 'interface.*type1 is used, because /dev/iommu'
+claim "doctor: an address without a function" doctor PROBLEM 'function.*there is no function 0000:1f:00.0' 1f:00.0
 claim "no /dev/iommu: what is missing" no_iommufd
 claim "neither /dev/iommu nor /dev/vfio/vfio: what is missing of each" no_interface
 claim "a function that is not an NVMe controller: its class" not_nvme
 claim "a group that is not viable: the other function, with its driver" group_not_viable
+claim "doctor: a group that is not viable, with the other function" \
+    doctor PROBLEM 'group.*not viable: the host uses 0000:00:07.1 \(nvme\)' 0000:00:07.0
 claim "a namespace that does not exist: those that do" answers 'namespace 9.*it has: 1' \
     timeout 30 vhost-device-vfio --socket-path /run/other.sock --device "$FUNCTION" --namespace 9
 claim "a socket path that is too long: the longest possible" answers 107 serve "$FUNCTION" "/run/$(printf '%0200d' 0)"
 backend_start || exit
+claim "doctor: a function in use, and its process" doctor PROBLEM "acquire.*in use by process [0-9]+ \\(vhost-device" "$FUNCTION"
 claim "a function in use: its process" answers "in use by process [0-9]+ \\(vhost-device" serve "$FUNCTION"
 claim "a socket in use: it is not replaced" socket_taken
 claim "memory without a file: the fix, in the log" private_memory memory-backend-ram

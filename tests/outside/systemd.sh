@@ -112,6 +112,12 @@ bad_update() {
     progresses
     installed "$PROGRAM"
 }
+# The operator's view, also after hand-overs: the control socket is the main process's.
+observed() {
+    [[ $(property StatusText) == "emulated: serving "*"; DMA coherent" ]] || { property StatusText && return 1; }
+    inside /usr/local/bin/vhost-device-vfio ctl status >"$WORK/status" || { cat "$WORK/status" && return 1; }
+    grep -qE "^pid +$(property MainPID)\$" "$WORK/status" || { cat "$WORK/status" && return 1; }
+}
 nothing_lost() {
     order end 'nothing lost'
     within 20 is NFileDescriptorStore 1
@@ -135,7 +141,7 @@ DRIVE=emulated:file=/run/disk,create=on,size=64M,latency=100us,order=random
 cat >"$WORK/drop-in.conf" <<END
 [Service]
 ExecStart=
-ExecStart=/usr/local/bin/vhost-device-vfio --queues 2 --device $DRIVE
+ExecStart=/usr/local/bin/vhost-device-vfio --queues 2 --device $DRIVE --control /run/vhost-device-vfio/control
 StandardOutput=append:/run/log
 StandardError=append:/run/log
 END
@@ -155,6 +161,7 @@ for layout in '' --packed; do
     claim "$rings: so do three hand-overs, and the installed program serves" updates
     claim "$rings: so do crashes and restarts of the successor" updated_process_crashes
     claim "$rings: a successor that fails changes nothing" bad_update
+    claim "$rings: its status names the front-end, and ctl reaches the process that serves" observed
     claim "$rings: nothing is lost, doubled or reordered, and the front-end leaves nothing in the store" nothing_lost
     inside systemctl stop "$UNIT" 2>"$WORK/stopped"
 done

@@ -12,6 +12,8 @@ mod hand_over;
 mod hostile;
 mod kills;
 mod limits;
+mod log_lines;
+mod operator;
 mod process;
 mod service_manager;
 mod sockets;

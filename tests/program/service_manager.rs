@@ -66,7 +66,7 @@ impl Manager {
         let mut shell = Command::new("/bin/sh");
         let variables = format!("LISTEN_PID=$$ LISTEN_FDS={} LISTEN_FDNAMES={}", names.len(), names.join(":"));
         shell.arg("-c").arg(format!("{variables} exec \"$0\" \"$@\"")).arg(PROGRAM);
-        shell.env("NOTIFY_SOCKET", self.path("notify")).env("FDSTORE", "500");
+        shell.env("NOTIFY_SOCKET", self.path("notify")).env("FDSTORE", "500").env("WATCHDOG_USEC", "20000");
         shell.fd_mappings(mappings).unwrap();
         let device = format!(
             "emulated:file={},create=on,size={},latency=100us,order=random,seed=1",
@@ -221,4 +221,32 @@ fn front_ends_that_come_and_go_leave_nothing_in_the_store() {
         process.wait_until("it is removed", |_| manager.stored() == 1);
     }
     assert!(process.stop().status.success());
+}
+
+#[test]
+fn the_manager_is_told_who_is_served_and_that_the_program_is_alive() {
+    let manager = Manager::new();
+    let mut process = manager.start();
+    let told = |line: &str| {
+        let kept = manager.kept.lock().unwrap();
+        kept.lines.iter().any(|known| known.starts_with("STATUS=emulated: ") && known.contains(line))
+    };
+    let alive = || manager.kept.lock().unwrap().lines.iter().filter(|line| *line == "WATCHDOG=1").count();
+    process.wait_until("nobody is served", |_| told("no front-end; DMA coherent"));
+    let load = manager.load(false, Region::None);
+    load.progresses(10);
+    process.wait_until("the front-end is named", |_| told(&format!("(pid {}, uid ", std::process::id())));
+    let before = alive();
+    process.wait_until("it is alive while it serves", |_| alive() > before + 2);
+    explain(load.finish(), &process);
+
+    process.signal(Signal::USR2);
+    let log = process.wait_for_exit().log;
+    assert!(log.contains("handed over to process"), "{log}");
+    let before = alive();
+    let pid = log.split_once("handed over to process ").unwrap().1.split(',').next().unwrap().parse().unwrap();
+    while alive() <= before + 2 {
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
 }

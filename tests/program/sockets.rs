@@ -2,6 +2,7 @@
 
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 
 use testbed::client::{Client, Shape};
@@ -87,4 +88,37 @@ fn a_descriptor_that_is_not_an_open_stream_socket_is_refused() {
         assert!(output.log.contains("file descriptor 3 is not a UNIX stream socket"), "{}", output.log);
         assert_eq!((closed.status.code(), output.status.code()), (Some(1), Some(1)));
     }
+}
+
+#[test]
+fn the_socket_has_the_mode_the_group_and_the_user_that_were_given() {
+    let own = rustix::process::getegid().as_raw().to_string();
+    let user = rustix::process::geteuid().as_raw().to_string();
+    let access = ["--socket-mode", "0620", "--socket-group", &own, "--socket-user", &user];
+
+    let process = Process::serve_with("size=1M", &access);
+
+    let file = std::fs::symlink_metadata(process.path("socket")).unwrap();
+    assert_eq!(file.permissions().mode() & 0o777, 0o620, "whatever the umask is");
+    assert_eq!((file.gid().to_string(), file.uid().to_string()), (own.clone(), user.clone()));
+    let line = format!("socket (mode 620, uid {user}, gid {own})");
+    assert!(process.log().contains(&line), "{}", process.log());
+    check_served(UnixStream::connect(process.path("socket")).unwrap(), &process);
+    let peer = format!("(pid {}, uid {user})", std::process::id());
+    assert!(process.log().contains(&peer), "{}", process.log());
+}
+
+#[test]
+fn a_mode_or_a_group_that_cannot_be_is_refused_before_anything_else() {
+    for (option, value, fix) in [
+        ("--socket-mode", "0888", "give 0660 for the user and the group"),
+        ("--socket-group", "no-such-group", "create it, or give a number"),
+        ("--socket-user", "no-such-user", "create it, or give a number"),
+    ] {
+        let output = Process::run(&["--socket-path", "DIR/socket", option, value, "--device", "emulated:size=1M"]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(output.log.contains(option) && output.log.contains(fix), "{}", output.log);
+    }
+    let output = Process::run(&["--fd", "3", "--socket-mode", "0660", "--device", "emulated:size=1M"]);
+    assert!(output.log.contains("cannot be used with"), "an inherited socket has its mode: {}", output.log);
 }

@@ -4,11 +4,14 @@
 //! Each worker owns its queue, so nothing here takes a lock. Drivers handle device addresses ([`Iova`]) only and never
 //! access guest memory.
 
+mod health;
 pub mod nvme;
 
 use std::os::fd::BorrowedFd;
 
 use serde::{Deserialize, Serialize};
+
+pub use health::{Health, Identification};
 
 use crate::addr::{Iova, Span};
 use crate::hardware::LeftToSuccessor;
@@ -276,6 +279,20 @@ pub trait Driver: Send {
     }
     /// Readable when the host requests the device back; the caller then calls [`Self::release`].
     fn removal_request(&self) -> Option<BorrowedFd<'_>>;
+    /// What the device says of itself.
+    ///
+    /// # Errors
+    /// This driver does not know.
+    fn identification(&self) -> anyhow::Result<Identification> {
+        anyhow::bail!("this driver does not identify its device")
+    }
+    /// Asks the device for its health.
+    ///
+    /// # Errors
+    /// It does not tell, or does not respond.
+    fn health(&mut self) -> anyhow::Result<Health> {
+        anyhow::bail!("this driver does not ask for the device's health")
+    }
     /// Stops the device and closes it, so that the host can unbind it. All queues must have been dropped.
     fn release(&mut self);
     /// What a successor must find and keep; `None` if there is no device that could be handed over.

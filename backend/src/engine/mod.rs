@@ -22,9 +22,11 @@
 mod data_path;
 mod error;
 pub mod guest_memory;
+mod handle;
 mod hold;
 mod inflight_policy;
 pub mod inflight_region;
+mod latency;
 mod live_geometry;
 mod recovery;
 pub mod request;
@@ -41,17 +43,18 @@ mod tests;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::event::{EventfdFlags, eventfd};
 
 pub use error::EngineError;
+pub use handle::{DeviceState, Handle, WorkerReport};
 pub use hold::Held;
 pub use inflight_region::InflightRegion;
+pub use latency::{LatencySummary, OPERATIONS};
 pub use live_geometry::LiveGeometry;
 pub use recovery::WatchdogOptions;
 pub use setup::{Options, VringSetup};
-pub use statistics::Statistics;
+pub use statistics::{RingStatistics, Statistics};
 pub use virtqueue::Layout;
 
 use crate::addr::{Gpa, Span};
@@ -60,6 +63,7 @@ use crate::hardware::AddressSpace;
 use crate::memory::MemTable;
 use crate::sync::thread::{self, JoinHandle};
 use data_path::{Bounce, CacheMaintenance, DataPath, WorkerLayout};
+use hold::Holds;
 use recovery::{DeviceSupervisor, OverdueReports, Watchdog};
 use request::Disk;
 use statistics::Counters;
@@ -83,6 +87,7 @@ pub struct Engine {
     watchdog: Option<Watchdog>,
     options: Options,
     live: Arc<LiveGeometry>,
+    holds: Holds,
 }
 
 impl Engine {
@@ -109,6 +114,7 @@ impl Engine {
             supervisor,
             watchdog: Some(watchdog),
             live,
+            holds: Holds::default(),
             // If a worker cannot be started, the drop of `engine` must not stop rings of workers that do not exist.
             options: Options { rings: 0, ..options },
         };
@@ -135,7 +141,7 @@ impl Engine {
         let bounce = Bounce::new(space).map_err(|source| EngineError::Bounce { worker: number, source })?;
         let failed = |source| EngineError::Start { worker: number, source };
         let command_queue = Arc::new(CommandQueue::new().map_err(failed)?);
-        let counters = Arc::new(Counters::default());
+        let counters = Arc::new(Counters::new(layout.slots));
         let caches = CacheMaintenance::new(space.caches(), Arc::clone(&counters));
         let disk = Disk::new(&self.geometry(), Arc::clone(&self.live));
         let path = DataPath::new(&layout, disk, bounce, caches, Arc::clone(&counters));
@@ -242,11 +248,7 @@ impl Engine {
     /// Counters since start.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
-        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let DeviceSupervisor { recoveries, aborts, .. } = &*self.supervisor;
-        let mut sum = Statistics { recoveries: count(recoveries), aborts: count(aborts), ..Statistics::default() };
-        self.workers.iter().for_each(|handle| handle.counters.add_to(&mut sum));
-        sum
+        self.handle().statistics()
     }
 
     /// Completes or fails all requests in flight, stops the workers, and shuts the device down.

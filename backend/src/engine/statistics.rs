@@ -4,8 +4,12 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::Serialize;
+
+use super::latency::Latencies;
+
 /// Counters since start, summed over workers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Statistics {
     /// Read requests that the device has completed.
     pub reads: u64,
@@ -69,9 +73,33 @@ impl Counter {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
     }
 
+    /// For a value that goes up and down. Only the owning worker calls this.
+    #[inline]
+    pub(super) fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+
     pub(super) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
+}
+
+/// What one worker has counted of one virtqueue. It is written once for each batch of used entries, and before the worker sleeps.
+#[derive(Debug, Default)]
+pub(super) struct RingCounters {
+    pub(super) completed: Counter,
+    pub(super) in_flight: Counter,
+}
+
+/// The counters of one virtqueue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct RingStatistics {
+    /// Index of the virtqueue.
+    pub virtqueue: usize,
+    /// Requests that have a used entry.
+    pub completed: u64,
+    /// Requests taken and not yet completed.
+    pub in_flight: u64,
 }
 
 /// One worker's counters, on cache lines of their own (two, because x86 fetches lines in pairs).
@@ -94,9 +122,17 @@ pub(super) struct Counters {
     pub(super) resubmitted: Counter,
     pub(super) flushed_bytes: Counter,
     pub(super) flush_nanoseconds: Counter,
+    /// By the slot of the worker.
+    pub(super) rings: Box<[RingCounters]>,
+    pub(super) latencies: Latencies,
 }
 
 impl Counters {
+    /// The counters of a worker with this number of slots.
+    pub(super) fn new(slots: usize) -> Self {
+        Self { rings: std::iter::repeat_with(RingCounters::default).take(slots).collect(), ..Self::default() }
+    }
+
     /// Adds these to `sum`.
     pub(super) fn add_to(&self, sum: &mut Statistics) {
         sum.reads += self.reads.get();

@@ -19,7 +19,11 @@ use super::statistics::Counters;
 use super::virtqueue::Virtqueue;
 use crate::eventfd::{drain, make_nonblocking, signal};
 use crate::memory::MemTable;
+use crate::rate_limited_log::SharedLog;
 use crate::sys::Poller;
+
+/// A front-end chooses the eventfds that are watched.
+static LOG: SharedLog = SharedLog::new(module_path!());
 
 /// See the diagram above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +39,8 @@ pub(super) struct Vring {
     pub(super) state: State,
     /// Chains taken and not yet returned.
     pub(super) in_flight: u16,
+    /// Chains returned since they were counted last.
+    pub(super) completed: u64,
     /// The ring's areas, to find rings in memory that is removed.
     pub(super) areas: [crate::addr::Span<crate::addr::Gpa>; 3],
     kick: Option<OwnedFd>,
@@ -48,7 +54,8 @@ impl Vring {
         let queue = Virtqueue::new(&setup, table)?;
         queue.disarm();
         let areas = [setup.desc, setup.avail, setup.used];
-        let mut ring = Self { queue, state: State::Serving, in_flight: 0, areas, kick: None, call: None, err: None };
+        let mut ring =
+            Self { queue, state: State::Serving, in_flight: 0, completed: 0, areas, kick: None, call: None, err: None };
         ring.set_call(setup.call);
         ring.set_err(setup.err);
         ring.set_kick(setup.kick, poller, token).map_err(|source| EngineError::Kick { index: setup.index, source })?;
@@ -101,7 +108,7 @@ impl Vring {
         if let Some(kick) = self.kick.take()
             && let Err(error) = poller.remove(&kick)
         {
-            log::error!("stop watching a kick eventfd: {error}");
+            LOG.error(|| format!("stop watching a kick eventfd: {error}"));
         }
     }
 

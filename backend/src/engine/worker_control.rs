@@ -6,8 +6,12 @@ use std::time::Instant;
 use super::inflight_policy::InflightPolicy;
 use super::worker::WorkerCommand;
 use super::{Engine, EngineError};
+use crate::rate_limited_log::SharedLog;
 use crate::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use crate::sync::recv_until;
+
+/// A front-end can cause these again and again.
+static LOG: SharedLog = SharedLog::new(module_path!());
 
 impl Engine {
     /// The worker that serves a virtqueue, and the virtqueue's slot there.
@@ -32,7 +36,7 @@ impl Engine {
     pub(super) fn change(&self, index: usize, command: impl FnOnce(usize, Sender<()>) -> WorkerCommand) {
         let done = self.slot(index).and_then(|(worker, slot)| self.command(worker, |answer| command(slot, answer)));
         if let Err(error) = done {
-            log::error!("virtqueue {index}: {error}");
+            LOG.error(|| format!("virtqueue {index}: {error}"));
         }
     }
 
@@ -59,10 +63,10 @@ impl Engine {
         if let Ok(value) = answer.try_recv() {
             return Ok(value);
         }
-        log::error!(
+        LOG.error(|| format!(
             "{action}: commands have not completed within {:?}; resetting the device and failing every request in flight",
             self.options.drain_timeout
-        );
+        ));
         self.supervisor.reset(&mut device, InflightPolicy::Fail);
         drop(device);
         answer.recv().map_err(|_| EngineError::WorkerGone(worker))
@@ -92,7 +96,7 @@ impl Engine {
     fn close(&mut self) {
         for index in 0..self.options.rings {
             if let Err(error) = self.stop_ring(index) {
-                log::error!("stop virtqueue {index}: {error}");
+                LOG.error(|| format!("stop virtqueue {index}: {error}"));
             }
         }
         self.watchdog = None;
@@ -102,7 +106,7 @@ impl Engine {
                 log::error!("bug: a worker thread panicked");
             }
         }
-        self.supervisor.lock().driver.shut_down();
+        self.supervisor.shut_down();
     }
 }
 

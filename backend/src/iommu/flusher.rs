@@ -6,7 +6,11 @@ use std::time::{Duration, Instant};
 
 use crate::addr::Bytes;
 use crate::hardware::CacheFlush;
+use crate::rate_limited_log::{Limit, SharedLog};
 use crate::sys::SharedMemory;
+
+/// Every thread reports once a second, for each piece of memory that is mapped or unmapped.
+static LOG: SharedLog = SharedLog::with_limit(module_path!(), Limit::MEMORY);
 
 /// Below this size (bytes) one thread flushes alone: starting more costs more time than they save.
 const PARALLEL_MIN: usize = 64 << 20;
@@ -43,7 +47,7 @@ fn flush_share(caches: &dyn CacheFlush, shared: &SharedMemory, offset: usize, sh
         if reported.elapsed() >= Duration::from_secs(1) {
             reported = Instant::now();
             let (left, all) = (Bytes((share.end - at) as u64), Bytes(share.len() as u64));
-            log::info!("flushing CPU caches: {left} of {all} left on this thread");
+            LOG.info(|| format!("flushing CPU caches: {left} of {all} left on this thread"));
         }
     }
 }

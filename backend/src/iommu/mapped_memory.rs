@@ -10,7 +10,7 @@ use super::ledger::Ledger;
 use super::sequence::{Failed, Piece, Sequence, Steps};
 use crate::addr::{Address, Bytes, Iova, Span};
 use crate::hardware::{MapError, SpaceStatistics};
-use crate::rate_limited_log::SharedLog;
+use crate::rate_limited_log::{Limit, SharedLog};
 
 /// The largest piece mapped in the kernel's address space by one call, in bytes.
 pub(super) const CHUNK: u64 = 1 << 30;
@@ -25,6 +25,8 @@ pub struct MappedMemory {
     maps: AtomicU64,
     /// What has failed. A front-end that maps and unmaps can repeat it.
     problems: SharedLog,
+    /// Maps that take long, which a front-end can repeat.
+    progress: SharedLog,
 }
 
 impl MappedMemory {
@@ -43,7 +45,8 @@ impl MappedMemory {
     fn with(sequence: Sequence, chunk: u64) -> Self {
         let ledger = Mutex::default();
         let problems = SharedLog::new(module_path!());
-        Self { sequence, chunk, ledger, maps: AtomicU64::new(0), problems }
+        let progress = SharedLog::with_limit(module_path!(), Limit::MEMORY);
+        Self { sequence, chunk, ledger, maps: AtomicU64::new(0), problems, progress }
     }
 
     /// See [`AddressSpace::require_flush_before_map`](crate::hardware::AddressSpace::require_flush_before_map).
@@ -71,7 +74,7 @@ impl MappedMemory {
             }
             self.maps.fetch_add(1, Relaxed);
             if let Some(line) = progress.tick(span, Instant::now()) {
-                log::info!("{line}");
+                self.progress.info(|| line);
             }
         }
         Ok(())

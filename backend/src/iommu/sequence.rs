@@ -29,7 +29,11 @@ use std::time::{Duration, Instant};
 
 use crate::addr::{Address, Iova, Span};
 use crate::hardware::SpaceStatistics;
+use crate::rate_limited_log::SharedLog;
 use crate::sys::SharedMemory;
+
+/// A front-end can have memory mapped and unmapped again and again.
+static LOG: SharedLog = SharedLog::new(module_path!());
 
 /// One of the two address spaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -283,7 +287,7 @@ fn all_flushed(piece: Piece<'_>) -> Result<(), Failed> {
 
 fn undo(result: io::Result<()>, span: Span<Iova>) {
     if let Err(error) = result {
-        log::error!("unpin {span}: {error}; it stays pinned until this process ends");
+        LOG.error(|| format!("unpin {span}: {error}; it stays pinned until this process ends"));
     }
 }
 

@@ -20,9 +20,13 @@ use vfio_bindings::bindings::vfio::VFIO_IRQ_INFO_NORESIZE;
 use crate::eventfd;
 use crate::foreign_fd::check_eventfd;
 use crate::rate_limited_log::RateLimitedLog;
+use crate::rate_limited_log::SharedLog;
 use crate::whole_function::{IRQS, IrqAction, IrqData, IrqInfo, IrqSet, REQUEST_IRQ, WholeFunction};
 
 use super::PassthroughError;
+
+/// Each front-end that leaves turns interrupts off.
+static LOG: SharedLog = SharedLog::new(module_path!());
 
 /// The eventfds of an interrupt, from vector 0 on.
 type Vectors = Vec<Option<Arc<OwnedFd>>>;
@@ -194,7 +198,7 @@ impl<'d> Interrupts<'d> {
     pub(super) fn release(&mut self) {
         for index in std::mem::take(&mut self.on) {
             if let Err(error) = self.turn_off(index) {
-                log::warn!("turn interrupt {index} off: {error}");
+                LOG.warn(|| format!("turn interrupt {index} off: {error}"));
             }
         }
         self.fixed.clear();

@@ -50,7 +50,7 @@ impl Passthrough {
         // On error the function is dropped. The space must be released before that, while the function is still attached.
         self.check_verdict(&facts).and_then(routed).inspect_err(|_| self.space.release())?;
         self.function.reopen(function);
-        log::info!("{}: acquired anew; nobody else has its file", self.name());
+        self.logs.grants.info(|| format!("{}: acquired anew; nobody else has its file", self.name()));
         Ok(())
     }
 

@@ -6,17 +6,20 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use vhost_device_vfio::board::Board;
 use vhost_device_vfio::coherency::{Facts, decide};
 use vhost_device_vfio::config::Config;
+use vhost_device_vfio::control::{Personality, Subject};
 use vhost_device_vfio::driver::DiskState;
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions, ReacquireFn};
-use vhost_device_vfio::engine::{Engine, Options};
+use vhost_device_vfio::engine::{Engine, Handle, Options};
 use vhost_device_vfio::handover::{Applicants, Incoming, Terms};
-use vhost_device_vfio::hardware::Function;
-use vhost_device_vfio::service_manager::{self, FdStore, SavedSession, Stored};
+use vhost_device_vfio::hardware::{AddressSpace, Function};
+use vhost_device_vfio::service_manager::{self, FdStore, Heartbeat, SavedSession, Stored};
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::vhost_user::{Device, HandOver, Inheritance, OpenStoreFn, Server, SettleFn};
 
+use super::operator::{Doors, Operator, hooks, report_front_ends};
 use super::origin::{Acquired, DeviceSource};
 use super::{OwnedFunction, Signals};
 
@@ -26,6 +29,8 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// A drive that has been brought up, with its server.
 pub(crate) struct Disk {
     pub(crate) server: Server,
+    pub(crate) subject: Arc<Subject>,
+    pub(crate) operator: Operator,
     name: String,
     facts: Facts,
 }
@@ -37,7 +42,7 @@ pub(crate) struct Disk {
 pub(crate) fn serve(
     config: &Config,
     source: &DeviceSource,
-    endpoint: Endpoint,
+    (endpoint, doors): (Endpoint, Doors),
     mut stored: Option<Stored>,
     signals: Signals,
 ) -> Result<()> {
@@ -48,6 +53,7 @@ pub(crate) fn serve(
         applicants.listen(path).with_context(|| format!("--handover-socket {}", path.display()))?;
     }
     disk.server.allow_hand_over(HandOver { applicants, function: movable });
+    disk.operator = doors.serve(&disk.subject)?;
     let terms = config.terms().context("no device")?;
     let saved = stored.as_mut().and_then(|stored| find_saved(stored, &terms));
     let open_store = Box::new(move || FdStore::open(terms, stored.as_ref()));
@@ -83,6 +89,19 @@ fn inheritance(saved: Option<(SavedSession, Incoming)>, open_store: OpenStoreFn)
 pub(crate) fn applicants(config: &Config, upgrade: OwnedFd) -> Result<Applicants> {
     let terms = config.terms().context("no device")?;
     Applicants::new(terms, upgrade).context("prepare for a successor")
+}
+
+/// What an operator sees and controls.
+fn subject(
+    name: &str,
+    facts: Facts,
+    board: &Arc<Board>,
+    space: &Arc<dyn AddressSpace>,
+    engine: Handle,
+) -> Arc<Subject> {
+    let named = (Personality::VhostUserBlk, name.to_owned());
+    let hooks = hooks(Personality::VhostUserBlk);
+    Arc::new(Subject::new(named, facts, Arc::clone(board), Arc::clone(space), Some(engine), hooks))
 }
 
 impl Disk {
@@ -122,10 +141,19 @@ impl Disk {
         };
         let engine = Engine::start(Box::new(nvme), &space, options)?;
         let kib = space.statistics().mapped / 1024;
-        let server = Server::new(endpoint, Device { engine, space, queues, vmm })?;
+        let board = Arc::<Board>::default();
+        report_front_ends(&board, &name, decide(&facts).word());
+        let subject = subject(&name, facts, &board, &space, engine.handle());
+        if config.latency {
+            subject.measure(true).map_err(anyhow::Error::msg)?;
+        }
+        let mut server = Server::new(endpoint, Device { engine, space, queues, vmm })?;
+        server.post_on(&board);
+        let heartbeat = Heartbeat::wanted(before.is_some()).context("watchdog of the service manager")?;
+        server.beat(heartbeat);
         server.notify_config_changes();
         log::info!("serving {name} on {queues} virtqueues; {kib} KiB mapped");
-        Ok(Self { server, name, facts })
+        Ok(Self { server, subject, operator: Operator::default(), name, facts })
     }
 
     /// Serves front-ends, beginning with the one that is inherited, if there is one.
@@ -144,6 +172,8 @@ impl Disk {
             std::process::exit(0);
         }
         service_manager::stopping();
+        // Before the device is shut down, so that nobody asks it for anything afterwards.
+        self.operator.close();
         self.server.into_device().engine.shut_down();
         Ok(served?)
     }

@@ -3,7 +3,9 @@
 
 pub(crate) mod block;
 pub(crate) mod limits;
+pub(crate) mod logging;
 pub(crate) mod movable;
+pub(crate) mod operator;
 pub(crate) mod origin;
 pub(crate) mod takeover;
 pub(crate) mod whole;

@@ -109,7 +109,9 @@ fn prepare(
     let mut applicants = applicants(config, upgrade)?;
     listen(config, &mut applicants, successors, &mut descriptors)?;
     disk.server.allow_hand_over(HandOver { applicants, function: movable });
-    let settle = settle(Rc::clone(attempt), take_over, paused_at, controller_ms);
+    let (operator, subject, config_of_doors) = (disk.operator.clone(), Arc::clone(&disk.subject), config.clone());
+    let taken = Box::new(move || operator.succeed(&config_of_doors, &subject));
+    let settle = settle(Rc::clone(attempt), take_over, (paused_at, controller_ms), taken);
     let write_cache = Some(device.write_cache);
     let terms = config.terms().context("no device")?;
     let open_store = Box::new(move || FdStore::open(terms, Some(&Stored::of_predecessor(&stored))));
@@ -149,7 +151,12 @@ fn check_geometry(disk: &Disk, blocks: u64, read_only: bool) -> Result<()> {
 }
 
 /// Takes the session once everything is restored, or ends this process.
-fn settle(attempt: Rc<RefCell<Attempt>>, take_over: Option<TakeOver>, paused_at: u64, controller_ms: u128) -> SettleFn {
+fn settle(
+    attempt: Rc<RefCell<Attempt>>,
+    take_over: Option<TakeOver>,
+    (paused_at, controller_ms): (u64, u128),
+    taken: Box<dyn FnOnce()>,
+) -> SettleFn {
     Box::new(move |restored| {
         let mut attempt = attempt.borrow_mut();
         let ready = take_over.as_ref().map_or(Ok(()), TakeOver::ready).map_err(anyhow::Error::from);
@@ -166,6 +173,7 @@ fn settle(attempt: Rc<RefCell<Attempt>>, take_over: Option<TakeOver>, paused_at:
         if let Some(Err(error)) = take_over.map(TakeOver::complete) {
             log::error!("complete the take-over of the address space: {error}");
         }
+        taken();
         let ms = monotonic_ns().saturating_sub(paused_at) / 1_000_000;
         log::info!("taken over; requests waited {ms} ms, of which the controller took {controller_ms} ms");
     })

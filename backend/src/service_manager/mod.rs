@@ -12,13 +12,15 @@
 //!
 //! The device is not stored. The kernel resets a function when the last process that has it open ends.
 
+mod heartbeat;
 mod notify;
 mod saved;
 mod state_file;
 mod store;
 mod stored;
 
-pub use notify::{main_pid, ready, stopping};
+pub use heartbeat::Heartbeat;
+pub use notify::{main_pid, ready, status, stopping};
 pub use saved::SavedSession;
 pub use store::FdStore;
 pub use stored::{Passed, Stored};

@@ -15,6 +15,16 @@ pub fn ready() {
     send(&[NotifyState::Ready]);
 }
 
+/// What this process does now, as one line for people.
+pub fn status(line: &str) {
+    send(&[NotifyState::Status(line)]);
+}
+
+/// The control thread is alive.
+pub(super) fn alive() {
+    send(&[NotifyState::Watchdog]);
+}
+
 /// This process ends.
 pub fn stopping() {
     send(&[NotifyState::Stopping]);

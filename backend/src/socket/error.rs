@@ -39,6 +39,18 @@ pub enum SocketError {
         /// The errno.
         source: io::Error,
     },
+    /// The socket cannot be given to another user or group.
+    #[error(
+        "socket {path:?}: give it to {owner}: {source}; run as root or with CAP_CHOWN, or, for a group, as one of its members"
+    )]
+    Owner {
+        /// The path.
+        path: PathBuf,
+        /// The user and the group.
+        owner: String,
+        /// The errno.
+        source: io::Error,
+    },
     /// A descriptor that was passed in is not a UNIX stream socket.
     #[error("file descriptor {number} is not a UNIX stream socket: {found}")]
     NotASocket {

@@ -35,6 +35,13 @@ impl SocketFile {
         Self(state)
     }
 
+    /// Moves it to `path`, in place of what is there.
+    pub(crate) fn rename(&mut self, path: &Path) -> io::Result<()> {
+        fs::rename(&self.0.path, path)?;
+        path.clone_into(&mut self.0.path);
+        Ok(())
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.0.path
     }

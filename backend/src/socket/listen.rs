@@ -11,12 +11,18 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::net::{AddressFamily, SocketType, sockopt};
+use rustix::fs::{Mode, fchmod};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, listen, socket_with, sockopt};
+use rustix::process::umask;
 
+use super::access::{Access, SocketMode};
 use super::error::{MAX_SOCKET_PATH, SocketError};
 use super::file::{SocketFile, SocketFileState};
 use super::peer::Peer;
 use crate::sys::inherit;
+
+/// Connections that wait to be accepted. The kernel allows `net.core.somaxconn` at most.
+const BACKLOG: i32 = 128;
 
 /// The socket to open.
 pub enum Listen {
@@ -71,8 +77,16 @@ impl Listen {
     /// # Errors
     /// See [`SocketError`]: for example, the path is too long or in use, or the descriptor is not a UNIX stream socket.
     pub fn open(self) -> Result<Endpoint, SocketError> {
+        self.open_for(&Access::default())
+    }
+
+    /// The same; a socket that is created here is for those whom `access` lets in.
+    ///
+    /// # Errors
+    /// As for [`Self::open`], or the file cannot be given to its owner.
+    pub fn open_for(self, access: &Access) -> Result<Endpoint, SocketError> {
         match self {
-            Self::Path(path) => Listener::bind(path).map(Socket::Listening).map(Endpoint),
+            Self::Path(path) => Listener::bind(path, access).map(Socket::Listening).map(Endpoint),
             Self::Fd(fd) => adopt(fd),
         }
     }
@@ -134,23 +148,35 @@ fn adopt(fd: OwnedFd) -> Result<Endpoint, SocketError> {
 }
 
 impl Listener {
-    fn bind(path: PathBuf) -> Result<Self, SocketError> {
-        if path.as_os_str().len() > MAX_SOCKET_PATH {
-            return Err(SocketError::PathTooLong { path });
-        }
-        let socket = match UnixListener::bind(&path) {
-            Err(error) if error.kind() == ErrorKind::AddrInUse => {
+    /// Nobody can connect before the file has its mode and its owner.
+    pub(crate) fn bind(path: PathBuf, access: &Access) -> Result<Self, SocketError> {
+        let socket = match bind(&path, access.mode) {
+            Err(SocketError::Path { source, .. }) if source.kind() == ErrorKind::AddrInUse => {
                 remove_if_stale(&path)?;
-                UnixListener::bind(&path).map_err(path_error(&path, "bind"))?
+                bind(&path, access.mode)?
             }
-            other => other.map_err(path_error(&path, "bind"))?,
+            other => other?,
         };
-        socket.set_nonblocking(true).map_err(path_error(&path, "set O_NONBLOCK"))?;
-        let file = fs::symlink_metadata(&path).map_err(path_error(&path, "stat"))?;
-        let (mode, uid) = (file.permissions().mode() & 0o777, file.uid());
-        let name = format!("listening on {} (mode {mode:03o}, uid {uid})", path.display());
         let file = SocketFile::at(path.clone()).map_err(path_error(&path, "stat"))?;
-        Ok(Self { socket, name, file: Some(file) })
+        access.apply(&path).map_err(|source| SocketError::Owner {
+            path: path.clone(),
+            owner: access.to_string(),
+            source,
+        })?;
+        listen(&socket, BACKLOG).map_err(|errno| path_error(&path, "listen")(errno.into()))?;
+        let found = fs::symlink_metadata(&path).map_err(path_error(&path, "stat"))?;
+        let (mode, uid, gid) = (found.permissions().mode() & 0o777, found.uid(), found.gid());
+        let name = format!("listening on {} (mode {mode:03o}, uid {uid}, gid {gid})", path.display());
+        Ok(Self { socket: socket.into(), name, file: Some(file) })
+    }
+
+    /// Moves its file to `path`, in place of what is there.
+    pub(crate) fn rename(&mut self, path: &Path) -> io::Result<()> {
+        if let Some(file) = &mut self.file {
+            file.rename(path)?;
+            self.name = format!("listening on {}", path.display());
+        }
+        Ok(())
     }
 
     /// Its name, for the log.
@@ -173,6 +199,27 @@ impl Listener {
             },
         }
     }
+}
+
+/// A socket that does not listen yet, at `path`. The mode of the file follows that of the socket, less the umask
+/// (`unix_bind_bsd`). So it never has another one, and no link can be put in its place.
+fn bind(path: &Path, mode: Option<SocketMode>) -> Result<OwnedFd, SocketError> {
+    if path.as_os_str().len() > MAX_SOCKET_PATH {
+        return Err(SocketError::PathTooLong { path: path.to_owned() });
+    }
+    let failed = |step| move |errno: rustix::io::Errno| path_error(path, step)(errno.into());
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed("socket"))?;
+    let address = SocketAddrUnix::new(path).map_err(failed("bind"))?;
+    let Some(mode) = mode else {
+        return rustix::net::bind(&socket, &address).map_err(failed("bind")).map(|()| socket);
+    };
+    fchmod(&socket, Mode::from_raw_mode(mode.bits())).map_err(failed("set its mode"))?;
+    // This process has one thread yet, or creates no other file meanwhile.
+    let umask = umask(Mode::empty());
+    let bound = rustix::net::bind(&socket, &address);
+    rustix::process::umask(umask);
+    bound.map_err(failed("bind")).map(|()| socket)
 }
 
 /// Maps the errno of a step on `path`.

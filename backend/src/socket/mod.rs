@@ -1,11 +1,13 @@
 //! The socket to which front-ends connect, independent of the protocol: a path, an inherited descriptor or one passed by
 //! systemd; and the process at its other end.
 
+mod access;
 mod error;
 mod file;
 mod listen;
 mod peer;
 
+pub use access::{Access, GroupId, SocketMode, UserId};
 pub use error::SocketError;
 pub(crate) use file::SocketFile;
 pub use file::SocketFileState;

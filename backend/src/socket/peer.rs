@@ -39,6 +39,11 @@ impl Peer {
         self.credentials.pid
     }
 
+    /// Its user.
+    pub(crate) fn uid(&self) -> u32 {
+        self.credentials.uid
+    }
+
     /// True if the process has mapped this file privately: at `address`, or with `None` in all its mappings. QEMU up to 10 shares
     /// such memory, although the guest's writes to it reach neither this process nor the device.
     pub(crate) fn maps_privately(&self, file: FileId, address: Option<Qva>) -> bool {

@@ -181,7 +181,7 @@ impl VfioError {
     }
 
     /// Explains why `/dev/vfio/vfio` cannot be used.
-    pub(super) fn no_container(source: io::Error) -> Self {
+    pub(crate) fn no_container(source: io::Error) -> Self {
         let advice = match source.kind() {
             io::ErrorKind::PermissionDenied => {
                 "give this user read and write access, for example with a udev rule KERNEL==\"vfio\", MODE=\"0666\""

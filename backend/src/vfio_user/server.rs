@@ -12,6 +12,7 @@
 //!     └──────────── stop ──────────────────┴──▶ end
 //! ```
 
+mod current;
 mod host_request;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,13 +20,17 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use current::Current;
+
 use super::connection::{Connection, Received};
 use super::error::Error;
 use super::session::{Response, Session};
+use crate::board::Board;
 use crate::kvm::Vmm;
 use crate::passthrough::{Passthrough, PassthroughError};
 use crate::qmp::Monitor;
-use crate::rate_limited_log::{RateLimitedLog, SharedLog};
+use crate::rate_limited_log::SharedLog;
+use crate::service_manager::Heartbeat;
 use crate::socket::{Endpoint, Listener, Peer, Socket};
 use crate::sys::{Event, Poller};
 
@@ -34,6 +39,7 @@ const LISTENER: u64 = 1;
 const FRONT_END: u64 = 2;
 const REQUEST: u64 = 3;
 const SHIM: u64 = 4;
+const HEARTBEAT: u64 = 5;
 
 /// Time-out for the virtual machine to unplug the function when the host wants it back. The kernel repeats its request every
 /// 10 s (`vfio_unregister_group_dev`), and the administrator's command blocks meanwhile.
@@ -65,19 +71,39 @@ pub struct Server {
     monitor: Option<Arc<Monitor>>,
     /// Messages that were refused.
     refusals: SharedLog,
+    board: Arc<Board>,
+    heartbeat: Option<Heartbeat>,
 }
 
 impl Server {
     /// Serves `device` to front-ends that connect to `endpoint`, and registers it with `vmm`.
     #[must_use]
     pub fn new(endpoint: Endpoint, device: Passthrough, vmm: Vmm) -> Self {
-        Self { endpoint, device, vmm, monitor: None, refusals: SharedLog::new(module_path!()) }
+        Self {
+            endpoint,
+            device,
+            vmm,
+            monitor: None,
+            refusals: SharedLog::new(module_path!()),
+            board: Arc::default(),
+            heartbeat: None,
+        }
     }
 
     /// Has this monitor asked to unplug the function when the host requests it, of a front-end that cannot be asked itself.
     #[must_use]
     pub fn with_monitor(self, monitor: Monitor) -> Self {
         Self { monitor: Some(Arc::new(monitor)), ..self }
+    }
+
+    /// Lets others know who is connected.
+    pub fn post_on(&mut self, board: &Arc<Board>) {
+        self.board = Arc::clone(board);
+    }
+
+    /// Tells the service manager that the loop is alive.
+    pub fn beat(&mut self, heartbeat: Option<Heartbeat>) {
+        self.heartbeat = heartbeat;
     }
 
     /// The function.
@@ -100,7 +126,9 @@ impl Server {
         let poller = Poller::new().map_err(Error::system("epoll_create1"))?;
         poller.add(stop, STOP).map_err(Error::system("epoll_ctl"))?;
         poller.add(self.device.request(), REQUEST).map_err(Error::system("epoll_ctl"))?;
-        let log = RateLimitedLog::new(module_path!());
+        if let Some(heartbeat) = &self.heartbeat {
+            poller.add(heartbeat, HEARTBEAT).map_err(Error::system("epoll_ctl"))?;
+        }
         let mut event_loop = EventLoop {
             server: self,
             stop: stop.as_fd(),
@@ -110,8 +138,8 @@ impl Server {
             unplug_since: None,
             reacquire_at: Instant::now(),
             reacquire_failures: 0,
-            rejection_log: log,
-            connection_log: log,
+            rejection_log: SharedLog::new(module_path!()),
+            connection_log: SharedLog::new(module_path!()),
         };
         match &self.endpoint.0 {
             Socket::Listening(listener) => {
@@ -123,31 +151,6 @@ impl Server {
                 event_loop.adopt(socket)?;
                 event_loop.serve(None)
             }
-        }
-    }
-}
-
-/// The front-end that is served.
-struct Current<'d> {
-    connection: Connection,
-    session: Session<'d>,
-    /// When it must have negotiated a version; `None` if nobody else can connect.
-    version_by: Option<Instant>,
-}
-
-impl Current<'_> {
-    /// When its connection is closed unless it does what is due.
-    fn deadline(&self) -> Option<Instant> {
-        let version = self.version_by.filter(|_| !self.session.is_negotiated());
-        self.connection.deadline().into_iter().chain(version).min()
-    }
-
-    /// # Errors
-    /// What it has not done by its deadline.
-    fn check_deadline(&self, now: Instant) -> Result<(), Error> {
-        match self.version_by {
-            Some(by) if by <= now && !self.session.is_negotiated() => Err(Error::Silent(VERSION_TIMEOUT)),
-            _ => self.connection.check_deadline(now),
         }
     }
 }
@@ -175,8 +178,8 @@ struct EventLoop<'d> {
     reacquire_at: Instant,
     reacquire_failures: u32,
     /// Separate limits, so that a rejected front-end that reconnects all the time does not suppress the lines of others.
-    rejection_log: RateLimitedLog,
-    connection_log: RateLimitedLog,
+    rejection_log: SharedLog,
+    connection_log: SharedLog,
 }
 
 impl EventLoop<'_> {
@@ -219,6 +222,7 @@ impl EventLoop<'_> {
             LISTENER => ready.listener = true,
             REQUEST => ready.request = true,
             SHIM => ready.shim = true,
+            HEARTBEAT => self.server.heartbeat.iter().for_each(Heartbeat::beat),
             _ => ready.front_end = true,
         };
         let timeout = if self.pending { Some(Duration::ZERO) } else { self.until_deadline() };
@@ -346,6 +350,7 @@ impl EventLoop<'_> {
         let connection = Connection::new(socket).map_err(Error::system("set O_NONBLOCK"))?;
         let session = Session::new(&self.server.device, &self.server.vmm, &self.server.refusals, peer, self.stop);
         self.connection_log.info(|| format!("front-end connected: {}", session.peer()));
+        self.server.board.post_front_end(session.peer());
         let watched = self.poller.add_duplex(connection.socket().as_fd(), FRONT_END);
         watched.map_err(Error::system("epoll_ctl"))?;
         let others_can_connect = matches!(self.server.endpoint.0, Socket::Listening(_));
@@ -363,6 +368,7 @@ impl EventLoop<'_> {
         self.poller.remove(connection.socket().as_fd()).map_err(Error::system("epoll_ctl"))?;
         let (peer, counters) = (session.peer().to_string(), session.counters());
         session.close();
+        self.server.board.clear_front_end();
         (self.reacquire_at, self.reacquire_failures) = (Instant::now(), 0);
         let took = start.elapsed().as_millis();
         self.connection_log.info(|| {

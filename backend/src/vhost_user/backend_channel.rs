@@ -8,6 +8,10 @@ use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SendFlags, SocketType, send};
 
 use super::Error;
+use crate::rate_limited_log::SharedLog;
+
+/// A front-end can close the channel and send another one, again and again.
+static LOG: SharedLog = SharedLog::new(module_path!());
 
 /// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`, version 1, no payload (vhost-user: "Back-end message types").
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
@@ -44,7 +48,7 @@ impl BackendChannel {
             // EAGAIN: earlier notifications are unread. The front-end reads the configuration space after them.
             Ok(_) | Err(Errno::AGAIN) => true,
             Err(errno) => {
-                log::warn!("notify the front-end of a changed configuration space: {errno}");
+                LOG.warn(|| format!("notify the front-end of a changed configuration space: {errno}"));
                 false
             }
         }

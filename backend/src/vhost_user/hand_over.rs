@@ -79,7 +79,7 @@ struct Session<'a, 'd> {
     function: &'a mut dyn MovableFunction,
     successors: &'a Applicants,
     paused_at: u64,
-    held: Option<Held<'d>>,
+    held: Option<Held>,
     lent: Option<DiskState>,
 }
 
@@ -194,6 +194,8 @@ impl ControlLoop<'_> {
         drop(descriptors);
         *self.store = open_store();
         if let Some(connection) = &self.connection {
+            self.board.post_front_end(connection.session().peer());
+            self.board.post_memory(connection.session().memory());
             self.poller.add_edge(connection.socket().as_fd(), FRONT_END).map_err(Error::system("epoll_ctl"))?;
         }
         if let Err(error) = restored {

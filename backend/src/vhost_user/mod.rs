@@ -11,6 +11,7 @@
 
 mod backend_channel;
 mod config;
+mod config_notifier;
 mod connection;
 mod error;
 mod features;
@@ -25,10 +26,11 @@ mod vring;
 
 use std::sync::Arc;
 
+pub use config_notifier::ConfigNotifier;
 pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
 pub use hand_over::{HandOver, Inheritance, MovableFunction, OpenStoreFn, SettleFn, monotonic_ns};
-pub use server::{ConfigNotifier, Server};
+pub use server::Server;
 
 use crate::engine::Engine;
 use crate::hardware::AddressSpace;

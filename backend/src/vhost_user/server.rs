@@ -15,11 +15,13 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::config_notifier::ConfigNotifier;
 use super::connection::{Connection, Progress};
 use super::hand_over::{HandOver, Inheritance};
 use super::logs::Logs;
 use super::{Device, Error};
-use crate::service_manager::FdStore;
+use crate::board::Board;
+use crate::service_manager::{FdStore, Heartbeat};
 use crate::socket::{Endpoint, Listener, Peer, Socket};
 use crate::sys::Poller;
 
@@ -30,6 +32,7 @@ const CONFIG_CHANGE: u64 = 3;
 const SHIM: u64 = 4;
 const RELEASED: u64 = 5;
 const SUCCESSOR: u64 = 6;
+const HEARTBEAT: u64 = 7;
 
 /// Pause after a failed `accept`. The listening socket stays readable, and the lack of descriptors or memory may persist.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -41,24 +44,12 @@ pub struct Server {
     /// Eventfd, signalled by a [`ConfigNotifier`].
     config_change: Arc<OwnedFd>,
     logs: Logs,
+    board: Arc<Board>,
+    heartbeat: Option<Heartbeat>,
     hand_over: Option<HandOver>,
     /// The process that has taken the session.
     successor: Option<u32>,
     store: Option<FdStore>,
-}
-
-/// Reports a change of the configuration space to a server's control thread, from any thread.
-#[derive(Clone)]
-pub struct ConfigNotifier {
-    config_change: Arc<OwnedFd>,
-}
-
-impl ConfigNotifier {
-    /// The configuration space has changed, for example the capacity. The current front-end, if any, is notified.
-    pub fn config_changed(&self) {
-        // EAGAIN means that the counter is full, so the server has not read it yet.
-        let _ = rustix::io::write(&*self.config_change, &1_u64.to_ne_bytes());
-    }
 }
 
 /// The sources of events that are ready.
@@ -85,6 +76,8 @@ impl Server {
             device,
             config_change: Arc::new(event),
             logs: Logs::new(),
+            board: Arc::default(),
+            heartbeat: None,
             hand_over: None,
             successor: None,
             store: None,
@@ -95,6 +88,16 @@ impl Server {
     pub fn notify_config_changes(&self) {
         let notifier = self.config_notifier();
         self.device.engine.on_change(move || notifier.config_changed());
+    }
+
+    /// Lets others know who is connected.
+    pub fn post_on(&mut self, board: &Arc<Board>) {
+        self.board = Arc::clone(board);
+    }
+
+    /// Tells the service manager that the control thread is alive.
+    pub fn beat(&mut self, heartbeat: Option<Heartbeat>) {
+        self.heartbeat = heartbeat;
     }
 
     /// Lets another process take the session. [`Self::successor`] tells whether one has.
@@ -133,10 +136,13 @@ impl Server {
         poller.add(&stop, STOP).map_err(Error::system("epoll_ctl"))?;
         poller.add(&*self.config_change, CONFIG_CHANGE).map_err(Error::system("epoll_ctl"))?;
         poller.add(self.device.engine.released(), RELEASED).map_err(Error::system("epoll_ctl"))?;
+        if let Some(heartbeat) = &self.heartbeat {
+            poller.add(heartbeat, HEARTBEAT).map_err(Error::system("epoll_ctl"))?;
+        }
         if let Some(hand_over) = &self.hand_over {
             poller.add(hand_over.applicants.event(), SUCCESSOR).map_err(Error::system("epoll_ctl"))?;
         }
-        let Self { endpoint, device, config_change, logs, hand_over, successor, store } = self;
+        let Self { endpoint, device, config_change, logs, board, heartbeat, hand_over, successor, store } = self;
         let (connection, pending, hand_over) = (None, false, hand_over.take());
         let mut control = ControlLoop {
             endpoint,
@@ -146,6 +152,8 @@ impl Server {
             connection,
             pending,
             logs,
+            board,
+            heartbeat,
             hand_over,
             successor,
             store,
@@ -179,6 +187,8 @@ pub(super) struct ControlLoop<'d> {
     /// The front-end's socket may hold a whole message. Its event is edge-triggered and has been consumed.
     pub(super) pending: bool,
     pub(super) logs: &'d Logs,
+    pub(super) board: &'d Board,
+    heartbeat: &'d Option<Heartbeat>,
     pub(super) hand_over: Option<HandOver>,
     /// See [`Server::successor`].
     successor: &'d mut Option<u32>,
@@ -263,6 +273,7 @@ impl ControlLoop<'_> {
             SHIM => ready.shim = true,
             RELEASED => ready.released = true,
             SUCCESSOR => ready.successor = true,
+            HEARTBEAT => self.heartbeat.iter().for_each(Heartbeat::beat),
             _ => ready.front_end = true,
         };
         self.poller.wait(timeout, mark).map_err(Error::system("epoll_wait"))?;
@@ -320,6 +331,7 @@ impl ControlLoop<'_> {
         match connection.serve() {
             Ok(Progress::Served) => self.pending = true,
             Ok(Progress::Idle) => {
+                self.board.post_memory(connection.session().memory());
                 self.pending = false;
                 self.save();
             }
@@ -352,6 +364,7 @@ impl ControlLoop<'_> {
         let connection =
             Connection::new(socket, self.device, self.logs).map_err(Error::system("set up a connection"))?;
         self.logs.connections.info(|| format!("front-end connected: {}", connection.session().peer()));
+        self.board.post_front_end(connection.session().peer());
         self.poller.add_edge(connection.socket().as_fd(), FRONT_END).map_err(Error::system("epoll_ctl"))?;
         self.connection = Some(connection);
         self.pending = true;
@@ -371,6 +384,7 @@ impl ControlLoop<'_> {
             let peer = session.peer();
             format!("front-end disconnected: {peer}: {reason}; rings stopped, memory unmapped in {took} ms")
         });
+        self.board.clear_front_end();
         if let Some(store) = self.store {
             store.clear();
         }

@@ -30,6 +30,7 @@ use super::{Device, Error, config};
 use crate::addr::Qva;
 use crate::engine::Layout;
 use crate::kvm::{DiscardMonitor, ShimLink};
+use crate::memory::MemTable;
 use crate::socket::Peer;
 pub(super) use descriptor::event_fd;
 
@@ -86,6 +87,11 @@ impl<'d> Session<'d> {
             refusal: None,
             refusals: 0,
         }
+    }
+
+    /// The memory that the front-end shares.
+    pub(super) fn memory(&self) -> &MemTable {
+        self.memory.table()
     }
 
     pub(super) fn peer(&self) -> &Peer {

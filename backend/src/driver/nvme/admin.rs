@@ -93,6 +93,17 @@ impl AdminCommand {
         Self { name: "Get Log Page", entry }
     }
 
+    /// NVMe 2.0 §5.16.1.3: the health of the whole controller, 512 bytes. The events that refer to it stay as they are (RAE).
+    pub(super) fn get_health() -> Self {
+        const HEALTH_LOG: u8 = 0x02;
+        const RETAIN_EVENT: u32 = 1 << 15;
+        const DWORDS: u32 = 512 / 4 - 1;
+        let mut command = Self::get_log_page(HEALTH_LOG);
+        command.name = "Get Log Page (SMART / Health Information)";
+        command.entry.cdw10 = DWORDS << 16 | RETAIN_EVENT | u32::from(HEALTH_LOG);
+        command
+    }
+
     /// NVMe 2.0 §5.16.1.13: the state of each ANA group, without its namespaces (RGO).
     pub(super) fn get_path_states() -> Self {
         const ANA_LOG: u8 = 0x0c;

@@ -14,6 +14,7 @@ use super::controller::Controller;
 use super::error::NvmeErrorKind;
 use super::identify::{Identity, Namespace, active_namespaces, format_ids, range_limits, select_namespace};
 use super::interrupts::{Interrupts, QueueInterrupt, SharedVector, Wiring};
+use super::logs::RESETS;
 use super::options::{Avoid, NvmeOptions};
 use super::path;
 use super::prp::Limits;
@@ -119,28 +120,32 @@ fn geometry(
 fn log_summary(controller: &Controller, up: &BroughtUp, depth: u16) {
     let BroughtUp { identity, namespace, geometry, queues, wiring, .. } = up;
     let name = controller.function().name();
-    log::info!(
-        "{name}: {} (serial {}, firmware {}, NVMe {}), namespace {}: {} blocks of {}, write cache {}",
-        identity.model,
-        identity.serial,
-        identity.firmware,
-        controller.version(),
-        namespace.id,
-        namespace.blocks,
-        namespace.block_size,
-        match (identity.write_cache, geometry.cache_on) {
-            (false, _) => "none",
-            (true, false) => "off",
-            (true, true) => "on",
-        },
-    );
+    RESETS.info(|| {
+        format!(
+            "{name}: {} (serial {}, firmware {}, NVMe {}), namespace {}: {} blocks of {}, write cache {}",
+            identity.model,
+            identity.serial,
+            identity.firmware,
+            controller.version(),
+            namespace.id,
+            namespace.blocks,
+            namespace.block_size,
+            match (identity.write_cache, geometry.cache_on) {
+                (false, _) => "none",
+                (true, false) => "off",
+                (true, true) => "on",
+            },
+        )
+    });
     let transfer = Bytes(geometry.max_transfer.into());
     let sgl = match identity.sgl {
         None => "",
         Some(Granularity::Byte) => ", SGLs",
         Some(Granularity::Dword) => ", SGLs of dwords",
     };
-    log::info!("{name}: {} queues of {depth} entries, {wiring}, transfers up to {transfer}{sgl}", queues.len());
+    RESETS.info(|| {
+        format!("{name}: {} queues of {depth} entries, {wiring}, transfers up to {transfer}{sgl}", queues.len())
+    });
 }
 
 /// Enables namespace attribute notices. A refusal is not fatal: only size changes go unnoticed.
@@ -148,7 +153,7 @@ fn enable_namespace_events(controller: &Controller, admin: &mut AdminQueue) -> R
     match admin.execute(controller, AdminCommand::set_async_events(), BRING_UP_TIMEOUT) {
         Ok(_) => admin.request_event(),
         Err(error @ NvmeErrorKind::CommandFailed { .. }) => {
-            log::warn!("{}: {error}; size changes will not be noticed", controller.function().name());
+            RESETS.warn(|| format!("{}: {error}; size changes will not be noticed", controller.function().name()));
             Ok(())
         }
         Err(kind) => Err(kind),
@@ -179,7 +184,7 @@ fn find_namespace(
     let active = active_namespaces(&list);
     let id = select_namespace(wanted, &active)?;
     if active.len() > 1 {
-        log::info!("{}: serving namespace {id} of {}", controller.function().name(), format_ids(&active));
+        RESETS.info(|| format!("{}: serving namespace {id} of {}", controller.function().name(), format_ids(&active)));
     }
     let found = identify_namespace(controller, admin, identity, id)?;
     found.ok_or_else(|| NvmeErrorKind::NamespaceNotFound { wanted: id, existing: format_ids(&active) })
@@ -212,7 +217,9 @@ fn check_path(controller: &Controller, admin: &mut AdminQueue, id: u32, group: u
     match admin.identify(controller, AdminCommand::get_path_states(), BRING_UP_TIMEOUT) {
         Ok(log) => path::check(id, path::state(&log, group).unwrap_or_default()),
         Err(error @ NvmeErrorKind::CommandFailed { .. }) => {
-            log::warn!("{}: {error}; assuming that namespace {id} can be reached", controller.function().name());
+            RESETS.warn(|| {
+                format!("{}: {error}; assuming that namespace {id} can be reached", controller.function().name())
+            });
             Ok(())
         }
         Err(kind) => Err(kind),
@@ -242,7 +249,7 @@ fn write_cache_is_on(controller: &Controller, admin: &mut AdminQueue) -> bool {
     match admin.execute(controller, AdminCommand::get_volatile_write_cache(), BRING_UP_TIMEOUT) {
         Ok(enabled) => enabled & 1 == 1,
         Err(error) => {
-            log::warn!("{}: {error}; assuming that its write cache is on", controller.function().name());
+            RESETS.warn(|| format!("{}: {error}; assuming that its write cache is on", controller.function().name()));
             true
         }
     }
@@ -256,7 +263,7 @@ fn negotiate_queues(controller: &Controller, admin: &mut AdminQueue, wanted: usi
     let granted = (granted & 0xffff).min(granted >> 16) + 1;
     let queues = granted.min(wanted.into());
     if queues < wanted.into() {
-        log::info!("{}: grants {granted} of {wanted} queues", controller.function().name());
+        RESETS.info(|| format!("{}: grants {granted} of {wanted} queues", controller.function().name()));
     }
     Ok(usize::try_from(queues).expect("at most 65536"))
 }

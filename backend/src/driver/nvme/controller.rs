@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::error::NvmeErrorKind;
+use super::logs::RESETS;
 use super::queue::Doorbells;
 use super::regs::{
     ACQ, AQA, ASQ, CAP, CC, CC_CSS_ALL, CC_EN, CC_SETTINGS, CC_SHN_MASK, CC_SHN_NORMAL, CMBMSC, CRTO, CSTS,
@@ -216,7 +217,7 @@ impl Controller {
             let ready =
                 self.wait("CSTS.RDY = 1", limit, |status| status.ready() || status.fatal() || status.shutting_down());
             if let Err(error @ NvmeErrorKind::StatusTimeout { .. }) = &ready {
-                log::warn!("{}: {error}; disabling it anyway", self.function.name());
+                RESETS.warn(|| format!("{}: {error}; disabling it anyway", self.function.name()));
             } else {
                 ready?;
             }
@@ -287,12 +288,12 @@ impl Controller {
         let reset = match &disabled {
             Ok(()) => Ok(()),
             Err(error) => {
-                log::warn!("{}: {error}; resetting the function", self.function.name());
+                RESETS.warn(|| format!("{}: {error}; resetting the function", self.function.name()));
                 self.function.reset().map_err(NvmeErrorKind::function("reset the function"))
             }
         };
         if let Err(error) = &reset {
-            log::error!("{}: {error}", self.function.name());
+            RESETS.error(|| format!("{}: {error}", self.function.name()));
         }
         if let Some(kind) = self.interrupt.take()
             && let Err(error) = self.function.route_vectors(kind, &[])
@@ -304,10 +305,10 @@ impl Controller {
         if let Err(error) = bus_master_off {
             if reset.is_err() {
                 let kept = self.memory.drain(..).map(std::mem::forget).count();
-                log::error!("{}: may still do DMA; {kept} buffers stay mapped", self.function.name());
+                RESETS.error(|| format!("{}: may still do DMA; {kept} buffers stay mapped", self.function.name()));
                 return Err(error);
             }
-            log::warn!("{}: {error}", self.function.name());
+            RESETS.warn(|| format!("{}: {error}", self.function.name()));
         }
         self.running = false;
         self.memory.clear();
@@ -318,7 +319,7 @@ impl Controller {
 impl Drop for Controller {
     fn drop(&mut self) {
         if let Err(error) = self.stop() {
-            log::error!("{}: {error}", self.function.name());
+            RESETS.error(|| format!("{}: {error}", self.function.name()));
         }
     }
 }
@@ -335,7 +336,7 @@ pub(super) fn open(
 
 pub(super) fn route_removal(function: &dyn Function, removal: &OwnedFd) {
     if let Err(error) = function.route_removal(removal.as_fd()) {
-        log::warn!("{}: removal requests of the host will not be seen: {error}", function.name());
+        RESETS.warn(|| format!("{}: removal requests of the host will not be seen: {error}", function.name()));
     }
 }
 

@@ -15,6 +15,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::controller::Controller;
 use super::error::NvmeErrorKind;
+use super::logs::RESETS;
 use super::options::{Avoid, InterruptPolicy, NvmeOptions};
 use super::rings::CompletionWatch;
 use crate::eventfd::signal;
@@ -101,15 +102,15 @@ impl Interrupts {
                     return Ok(interrupts);
                 }
                 Ok(None) => {}
-                Err(error) => log::warn!("{}: turn {kind} on: {error}; trying without", function.name()),
+                Err(error) => RESETS.warn(|| format!("{}: turn {kind} on: {error}; trying without", function.name())),
             }
         }
         controller.mask_interrupts();
         if policy != InterruptPolicy::Poll {
-            log::warn!(
+            RESETS.warn(|| format!(
                 "{}: has no interrupt that can be used ({policy}); its queues are polled while commands are in flight",
                 function.name()
-            );
+            ));
         }
         Ok(Self { wiring: Wiring::Polled, events: new_events(queues).map_err(NvmeErrorKind::function("eventfd"))? })
     }
@@ -139,7 +140,8 @@ fn try_vectors(
         match function.route_vectors(kind, &routed) {
             Ok(()) => return Ok(Some(Interrupts { wiring: Wiring::Own(kind), events })),
             Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
-                log::info!("{}: this host has fewer than {} free {kind} vectors", function.name(), own + 1);
+                RESETS
+                    .info(|| format!("{}: this host has fewer than {} free {kind} vectors", function.name(), own + 1));
                 own /= 2;
             }
             Err(error) => return Err(error),

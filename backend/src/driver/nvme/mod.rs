@@ -15,8 +15,10 @@ mod command_set;
 mod controller;
 mod error;
 mod hand_over;
+mod health;
 mod identify;
 mod interrupts;
+mod logs;
 mod options;
 mod path;
 pub mod prp;
@@ -41,9 +43,10 @@ use self::controller::{Controller, open};
 pub use self::error::{NvmeError, NvmeErrorKind};
 use self::identify::{Identity, Namespace};
 use self::interrupts::Wiring;
+use self::logs::RESETS;
 pub use self::options::{Avoid, InterruptPolicy, NvmeOptions};
 pub use self::status::Status;
-use super::{CommandId, DiskState, Driver, Geometry, Queue};
+use super::{CommandId, DiskState, Driver, Geometry, Health, Identification, Queue};
 use crate::eventfd::signal;
 use crate::hardware::{AddressSpace, Function, LeftToSuccessor};
 use crate::rate_limited_log::RateLimitedLog;
@@ -227,10 +230,12 @@ impl Nvme {
         if let Some(admin) = &mut self.admin {
             admin.ignore_events();
         }
-        log::warn!(
-            "{}: {MAX_EVENTS} asynchronous events at once; the next ones are ignored until the controller is reset",
-            self.name
-        );
+        self.log.warn(|| {
+            format!(
+                "{}: {MAX_EVENTS} asynchronous events at once; the next ones are ignored until the controller is reset",
+                self.name
+            )
+        });
         Ok(())
     }
 
@@ -258,7 +263,7 @@ impl Nvme {
         self.queues.clear();
         self.admin = None;
         if let Some(Err(error)) = self.controller.as_mut().map(Controller::stop) {
-            log::error!("{}: {error}", self.name);
+            RESETS.error(|| format!("{}: {error}", self.name));
         }
     }
 
@@ -279,7 +284,7 @@ impl Driver for Nvme {
     fn recover(&mut self) -> anyhow::Result<Vec<Box<dyn Queue>>> {
         let released = self.is_released();
         if !released {
-            log::info!("{}: resetting the controller", self.name);
+            RESETS.info(|| format!("{}: resetting the controller", self.name));
         }
         self.queues.clear();
         self.admin = None;
@@ -312,7 +317,7 @@ impl Driver for Nvme {
             match self.execute(AdminCommand::abort(id)) {
                 Ok(_) => {}
                 // The command may have completed, or the Abort limit is reached. Only a missing completion matters.
-                Err(error @ NvmeErrorKind::CommandFailed { .. }) => log::warn!("{}: {error}", self.name),
+                Err(error @ NvmeErrorKind::CommandFailed { .. }) => RESETS.warn(|| format!("{}: {error}", self.name)),
                 Err(kind) => return Err(self.error(kind)),
             }
         }
@@ -348,6 +353,14 @@ impl Driver for Nvme {
         self.controller = None;
     }
 
+    fn identification(&self) -> anyhow::Result<Identification> {
+        Ok(self.identify_for_operator())
+    }
+
+    fn health(&mut self) -> anyhow::Result<Health> {
+        self.read_health().map_err(|kind| self.error(kind))
+    }
+
     fn disk_state(&self) -> Option<DiskState> {
         self.state_for_successor()
     }
@@ -374,8 +387,8 @@ impl Driver for Nvme {
         self.queues.clear();
         if let (Some(admin), Some(controller)) = (self.admin.take(), &self.controller) {
             match self.delete_queues_and_shut_down(controller, admin) {
-                Ok(()) => log::info!("{}: shut down", self.name),
-                Err(error) => log::warn!("{}: {error}", self.name),
+                Ok(()) => RESETS.info(|| format!("{}: shut down", self.name)),
+                Err(error) => RESETS.warn(|| format!("{}: {error}", self.name)),
             }
         }
         self.stop();

@@ -26,6 +26,8 @@ pub(in crate::engine) struct InflightRequest {
     pub(in crate::engine) resubmitted: bool,
     /// The worst outcome so far.
     pub(in crate::engine) outcome: Outcome,
+    /// When it was taken, by the worker's clock; 0 if that was not measured.
+    pub(in crate::engine) started: u64,
 }
 
 impl InflightRequest {
@@ -35,8 +37,10 @@ impl InflightRequest {
         pending_used: PendingUsed,
         ring: usize,
         (operation, block, bytes): (Operation, u64, u64),
+        started: u64,
     ) -> Self {
         Self {
+            started,
             pending_used,
             ring,
             operation,

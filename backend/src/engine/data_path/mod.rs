@@ -23,6 +23,7 @@ pub(super) use layout::{VringSlot, WorkerLayout};
 use super::guest_memory::GuestMemoryView;
 use super::inflight_policy::InflightPolicy;
 use super::inflight_region::{InflightRegion, Tracking};
+use super::latency::RequestClock;
 use super::request::pending_used::PendingUsed;
 use super::request::{Disk, Operation, RequestFault, Status};
 use super::statistics::Counters;
@@ -55,6 +56,7 @@ pub(in crate::engine) struct DataPath {
     pub(in crate::engine) counters: Arc<Counters>,
     /// True while no request is taken.
     pub(in crate::engine) held: bool,
+    pub(in crate::engine) clock: RequestClock,
     bounce: Bounce,
     caches: CacheMaintenance,
     disk: Disk,
@@ -94,6 +96,7 @@ impl DataPath {
             inflight: InflightTable::default(),
             counters,
             held: false,
+            clock: RequestClock::new(),
             bounce,
             caches,
             disk,
@@ -186,15 +189,25 @@ impl DataPath {
     #[inline]
     pub(in crate::engine) fn publish(&mut self) -> bool {
         let mut any = false;
-        for slot in &mut self.slots {
+        for (slot, count) in self.slots.iter_mut().zip(&self.counters.rings) {
             if let Some(ring) = &mut slot.ring
                 && ring.queue.has_unpublished()
             {
                 ring.publish(&self.counters);
+                count.completed.add(ring.completed);
+                count.in_flight.set(ring.in_flight.into());
+                ring.completed = 0;
                 any = true;
             }
         }
         any
+    }
+
+    /// Lets others see how many requests each ring has in flight.
+    pub(in crate::engine) fn report_depths(&self) {
+        for (slot, count) in self.slots.iter().zip(&self.counters.rings) {
+            count.in_flight.set(slot.ring.as_ref().map_or(0, |ring| ring.in_flight.into()));
+        }
     }
 
     /// Fails the requests in flight or starts them over, as `policy` says. The device has been reset, so it no longer accesses
@@ -230,13 +243,17 @@ impl DataPath {
         } else {
             match self.bounce.give_back(tag & !BOUNCED) {
                 Some(piece) => (piece.inflight_request, Some(piece)),
-                None => return log::error!("the device completed a bounced command that was not submitted"),
+                None => {
+                    return self
+                        .ring_fault_log
+                        .error(|| format!("the device completed a bounced command that was not submitted"));
+                }
             }
         };
         let Some((inflight_request, data)) =
             self.inflight.get(index).filter(|(inflight_request, _)| inflight_request.outstanding != 0)
         else {
-            return log::error!("the device completed a command that was not submitted");
+            return self.ring_fault_log.error(|| format!("the device completed a command that was not submitted"));
         };
         if let Some(piece) = piece
             && inflight_request.operation == Operation::Read
@@ -259,6 +276,9 @@ impl DataPath {
         let Some((inflight_request, data)) = self.inflight.remove(index) else { return };
         if inflight_request.operation == Operation::Read {
             self.caches.buffers(&self.guest, &data.buffers, 0, inflight_request.bytes);
+        }
+        if let Some(ns) = self.clock.since(inflight_request.started) {
+            self.counters.latencies.record(inflight_request.operation, ns);
         }
         let success = inflight_request.outcome == Outcome::Success;
         let moved = if success { inflight_request.bytes } else { 0 };
@@ -312,6 +332,7 @@ impl DataPath {
         if let Some(ring) = &mut self.slots[slot].ring {
             ring.queue.push_used(head, len);
             ring.in_flight -= 1;
+            ring.completed += 1;
         }
     }
 

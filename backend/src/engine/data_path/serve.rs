@@ -90,7 +90,7 @@ impl DataPath {
         data.buffers.clear();
         data.buffers.push(transfer.data);
         let command = (transfer.operation, transfer.block, transfer.data.len());
-        self.inflight.occupy(InflightRequest::new(transfer.pending_used(fast.head()), slot, command));
+        self.inflight.occupy(InflightRequest::new(transfer.pending_used(fast.head()), slot, command, self.clock.now));
         Some(self.advance(queue, index))
     }
 
@@ -105,7 +105,12 @@ impl DataPath {
                     self.answer(pending_used, slot, Status::IoError, 0);
                     return Capacity::Available;
                 };
-                self.inflight.occupy(InflightRequest::new(pending_used, slot, (operation, block, bytes)));
+                self.inflight.occupy(InflightRequest::new(
+                    pending_used,
+                    slot,
+                    (operation, block, bytes),
+                    self.clock.now,
+                ));
                 return self.advance(queue, index);
             }
             Job::Identify => {

@@ -3,6 +3,7 @@
 
 mod hand_over;
 mod overdue_reports;
+mod requests;
 mod supervisor;
 mod watchdog;
 

@@ -20,8 +20,12 @@ use crate::engine::inflight_policy::InflightPolicy;
 use crate::engine::live_geometry::LiveGeometry;
 use crate::engine::worker::{CommandQueue, WorkerCommand};
 use crate::eventfd::signal;
+use crate::rate_limited_log::{Limit, SharedLog};
 use crate::sync::mpsc::Sender;
 use crate::sync::{Mutex, MutexGuard};
+
+/// A device that fails again and again.
+static LOG: SharedLog = SharedLog::with_limit(module_path!(), Limit::CONNECTIONS);
 
 /// With more overdue commands than this the device is reset at once: controllers execute few Aborts concurrently (NVMe 2.0
 /// §5.1, ACL).
@@ -34,7 +38,7 @@ pub(super) enum State {
     Down,
     /// Another process drives the device, which may come back; see `hand_over`.
     Lent,
-    /// Another process owns the device.
+    /// Another process owns the device, or it has been shut down.
     Left,
 }
 
@@ -104,7 +108,7 @@ impl DeviceSupervisor {
         if geometry.blocks == blocks {
             return;
         }
-        log::warn!("the disk has {blocks} blocks now, {} before", geometry.blocks);
+        LOG.warn(|| format!("the disk has {blocks} blocks now, {} before", geometry.blocks));
         geometry.blocks = blocks;
         self.live.blocks.store(blocks, Ordering::Relaxed);
         if let Some(listener) = self.size_listener.get() {
@@ -121,7 +125,7 @@ impl DeviceSupervisor {
         match device.driver.handle_events() {
             Ok(()) => self.update_geometry(&device),
             Err(error) => {
-                log::error!("{error:#}; resetting it");
+                LOG.error(|| format!("{error:#}; resetting it"));
                 self.reset(&mut device, InflightPolicy::Resubmit);
             }
         }
@@ -142,9 +146,14 @@ impl DeviceSupervisor {
         self.lock().driver.is_polled()
     }
 
+    /// The state; `None` while the device is being reset or asked.
+    pub(super) fn state_now(&self) -> Option<State> {
+        self.device.try_lock().ok().map(|device| device.state)
+    }
+
     /// The same, without waiting for a reset: true if no reset is in progress and the device is down.
     pub(in crate::engine) fn is_known_to_be_down(&self) -> bool {
-        self.device.try_lock().is_ok_and(|device| device.state == State::Down)
+        self.state_now() == Some(State::Down)
     }
 
     /// Resets the device for all workers. No request in flight is completed before the reset, because the device may still
@@ -161,7 +170,7 @@ impl DeviceSupervisor {
                 self.adopt_queues(queues, policy);
             }
             Err(error) => {
-                log::error!("the device did not come back: {error:#}; requests fail until it does");
+                LOG.error(|| format!("the device did not come back: {error:#}; requests fail until it does"));
                 device.state = State::Down;
                 self.adopt_queues(Vec::new(), InflightPolicy::Fail);
             }
@@ -177,15 +186,18 @@ impl DeviceSupervisor {
         }
         match device.driver.recover() {
             Ok(queues) => {
-                log::warn!("the device is back; requests are served again");
+                LOG.warn(|| "the device is back; requests are served again".to_owned());
                 device.state = State::Up;
                 self.update_geometry(&device);
                 self.adopt_queues(queues, InflightPolicy::Fail);
             }
             Err(error) => {
                 let why = format!("{error:#}");
-                let level = if device.last_error == why { log::Level::Debug } else { log::Level::Info };
-                log::log!(level, "the device is still away: {why}");
+                if device.last_error == why {
+                    log::debug!("the device is still away: {why}");
+                } else {
+                    LOG.info(|| format!("the device is still away: {why}"));
+                }
                 device.last_error = why;
             }
         }
@@ -217,7 +229,7 @@ impl DeviceSupervisor {
     pub(in crate::engine) fn check(&self, recoveries: u64) {
         let Some(mut device) = self.lock_if_current(recoveries) else { return };
         if let Err(error) = device.driver.check() {
-            log::error!("{error:#}; resetting it, with commands in flight");
+            LOG.error(|| format!("{error:#}; resetting it, with commands in flight"));
             self.reset(&mut device, InflightPolicy::Resubmit);
         }
     }
@@ -225,12 +237,12 @@ impl DeviceSupervisor {
     /// Aborts overdue commands. Resets the device if there are too many, or if Abort fails.
     pub(in crate::engine) fn abort(&self, commands: &[CommandId], recoveries: u64) {
         let Some(mut device) = self.lock_if_current(recoveries) else { return };
-        log::warn!("{} commands are overdue: {commands:?}", commands.len());
+        LOG.warn(|| format!("{} commands are overdue: {commands:?}", commands.len()));
         if commands.len() <= MAX_ABORTS {
             self.aborts.fetch_add(commands.len() as u64, Ordering::Relaxed);
             match device.driver.abort(commands) {
                 Ok(()) => return,
-                Err(error) => log::error!("{error:#}"),
+                Err(error) => LOG.error(|| format!("{error:#}")),
             }
         }
         self.reset(&mut device, InflightPolicy::Resubmit);
@@ -239,7 +251,7 @@ impl DeviceSupervisor {
     /// Resets a device that has not completed aborted commands.
     pub(in crate::engine) fn reset_after_abort(&self, recoveries: u64) {
         let Some(mut device) = self.lock_if_current(recoveries) else { return };
-        log::error!("aborted commands have not completed; resetting the device");
+        LOG.error(|| "aborted commands have not completed; resetting the device".to_owned());
         self.reset(&mut device, InflightPolicy::Resubmit);
     }
 

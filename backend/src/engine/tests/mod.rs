@@ -8,6 +8,7 @@ mod disk;
 mod fast_path;
 mod faults;
 mod hand_over;
+mod handle;
 mod hold;
 mod hostile;
 mod kill;

@@ -40,6 +40,8 @@ pub(in crate::engine) enum WorkerCommand {
     Hold(Sender<()>),
     /// Take requests again.
     Release,
+    /// Measure how long requests take, or no longer.
+    Measure(bool),
     /// Drop the device queue; the device is about to be reset.
     DropQueue(Sender<()>),
     /// The device has been reset: continue with this queue, or without a device.

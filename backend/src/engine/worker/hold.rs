@@ -1,7 +1,8 @@
 //! Takes no more requests, and tells when those taken are complete. Unlike a pause of the device, this lets a request that is
 //! partly submitted go on, so that it ends.
 
-use super::{Device, PendingReply, Worker};
+use super::reply::PendingReply;
+use super::{Device, Worker};
 use crate::engine::vring::Vring;
 use crate::sync::mpsc::Sender;
 

@@ -15,12 +15,14 @@
 mod command_queue;
 mod hold;
 mod poll_timer;
+mod reply;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub(super) use command_queue::{CommandQueue, WorkerCommand};
 use poll_timer::PollTimer;
+use reply::{PendingReply, reply};
 
 use super::data_path::DataPath;
 use super::error::EngineError;
@@ -32,9 +34,13 @@ use crate::addr::{Gpa, Span};
 use crate::driver::Queue;
 use crate::eventfd::drain;
 use crate::memory::MemTable;
+use crate::rate_limited_log::SharedLog;
 use crate::sync::mpsc::Sender;
 use crate::sync::{spin_loop, thread};
 use crate::sys::Poller;
+
+/// A front-end chooses the eventfds that are watched.
+static LOG: SharedLog = SharedLog::new(module_path!());
 
 /// Poller token of the device's completion event. A ring's token is its slot.
 const DEVICE: u64 = u64::MAX;
@@ -58,15 +64,6 @@ impl Device {
         queue.set_interrupt_wanted(false);
         Self::Live(queue)
     }
-}
-
-/// A reply that is due when some request or command in flight has completed.
-enum PendingReply {
-    Stop(usize, Sender<Option<u32>>),
-    RemoveMemory(Arc<[Span<Gpa>]>, Sender<()>),
-    Flush(Sender<bool>),
-    Pause(Sender<()>),
-    Hold(Sender<()>),
 }
 
 /// The state of one worker thread.
@@ -141,6 +138,7 @@ impl Worker {
     fn pass(&mut self) -> bool {
         let path = &mut self.path;
         let mut busy = false;
+        path.clock.tick();
         match &mut self.device {
             Device::Live(queue) => {
                 let queue = &mut **queue;
@@ -148,6 +146,7 @@ impl Worker {
                     // Submission entries and data must be in memory before the doorbell.
                     queue.ring();
                     path.counters.doorbells.add(1);
+                    path.clock.tick();
                     busy = true;
                 }
                 if path.reap(queue) {
@@ -200,6 +199,7 @@ impl Worker {
     }
 
     fn wait(&mut self) {
+        self.path.report_depths();
         let Self { poller, path, device, event_stale, clock, poll_timer, .. } = self;
         let longest = match device {
             Device::Live(queue) => poll_timer.longest_sleep(&**queue, clock.tick()),
@@ -223,7 +223,7 @@ impl Worker {
             }
         });
         if let Err(error) = waited {
-            log::error!("wait for notifications: {error}; polling instead");
+            LOG.error(|| format!("wait for notifications: {error}; polling instead"));
             thread::sleep(Duration::from_millis(1));
         }
         for slot in unreadable.into_iter().filter_map(|slot| usize::try_from(slot).ok()) {
@@ -253,7 +253,7 @@ impl Worker {
             WorkerCommand::Kick(slot, fd, answer) => {
                 self.with_ring(slot, |ring, poller| {
                     if let Err(error) = ring.set_kick(fd, poller, slot as u64) {
-                        log::error!("watch a kick eventfd: {error}; the ring is polled");
+                        LOG.error(|| format!("watch a kick eventfd: {error}; the ring is polled"));
                     }
                 });
                 reply(&answer, ());
@@ -271,6 +271,7 @@ impl Worker {
             WorkerCommand::Resume => self.paused = false,
             WorkerCommand::Hold(answer) => self.hold(answer),
             WorkerCommand::Release => self.release(),
+            WorkerCommand::Measure(on) => self.path.clock.measure(on),
             WorkerCommand::DropQueue(answer) => {
                 self.drop_queue();
                 reply(&answer, ());
@@ -365,7 +366,7 @@ impl Worker {
         if let Device::Live(queue) = std::mem::replace(&mut self.device, Device::Resetting)
             && let Err(error) = self.poller.remove(queue.event())
         {
-            log::error!("stop watching the device's event: {error}");
+            LOG.error(|| format!("stop watching the device's event: {error}"));
         }
     }
 
@@ -377,7 +378,7 @@ impl Worker {
             None => Device::Failed,
             Some(queue) => {
                 if let Err(error) = self.poller.add(queue.event(), DEVICE) {
-                    log::error!("watch the device's event: {error}");
+                    LOG.error(|| format!("watch the device's event: {error}"));
                 }
                 Device::live(queue)
             }
@@ -390,9 +391,4 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.command_queue.close();
     }
-}
-
-/// Replies to a command. A failed send means that the control thread has stopped waiting.
-fn reply<T>(answer: &Sender<T>, value: T) {
-    let _ = answer.send(value);
 }
