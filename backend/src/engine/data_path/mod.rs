@@ -13,6 +13,7 @@ mod inflight;
 mod layout;
 mod serve;
 mod submit;
+mod zones;
 
 use std::sync::Arc;
 
@@ -64,7 +65,7 @@ pub(in crate::engine) struct DataPath {
     internal_flush: Option<InternalFlush>,
     /// The partly submitted request.
     partial: Option<u32>,
-    /// Requests to submit again after a reset.
+    /// Requests to submit again after a reset, and those whose next command has waited for the one before.
     resubmit: Vec<u32>,
     /// Where the next pass starts, so that a full device does not favour one ring.
     next_slot: usize,
@@ -220,7 +221,7 @@ impl DataPath {
     /// Handles a completion, and the end of its request.
     #[inline]
     fn complete(&mut self, completion: Completion) {
-        let Completion { tag, outcome } = completion;
+        let Completion { tag, outcome, result } = completion;
         if tag == INTERNAL_FLUSH {
             self.internal_flush = Some(InternalFlush::Done(outcome == Outcome::Success));
             return;
@@ -238,18 +239,31 @@ impl DataPath {
         else {
             return log::error!("the device completed a command that was not submitted");
         };
+        let mut outcome = outcome;
         if let Some(piece) = piece
-            && inflight_request.operation == Operation::Read
+            && inflight_request.operation.writes_memory()
             && outcome == Outcome::Success
         {
             self.caches.slot(&self.bounce, tag & !BOUNCED, piece.bytes);
             let slot = self.bounce.slot(tag & !BOUNCED, piece.bytes);
-            self.guest.bounce(&data.buffers, piece.position, &slot, true);
+            if inflight_request.operation == Operation::ZoneReport {
+                inflight_request.bytes = zones::answer(&self.guest, &self.disk, &data.buffers, &slot);
+            } else {
+                self.guest.bounce(&data.buffers, piece.position, &slot, true);
+            }
+        }
+        if inflight_request.operation == Operation::ZoneAppend && outcome == Outcome::Success {
+            outcome = zones::appended(&self.guest, &self.disk, inflight_request, &data.append_sector, result);
         }
         inflight_request.complete_command(outcome);
         // `advance` finishes a partly submitted request.
-        if inflight_request.is_complete() && self.partial != Some(index) {
+        if self.partial == Some(index) {
+            return;
+        }
+        if inflight_request.is_complete() {
             self.finish(index);
+        } else if inflight_request.outstanding == 0 {
+            self.resubmit.push(index);
         }
     }
 
@@ -286,11 +300,25 @@ impl DataPath {
                 counters.write_zeroes.add(1);
                 (inflight_request.outcome, 0)
             }
+            Operation::ZoneAppend => {
+                counters.writes.add(1);
+                counters.bytes_written.add(moved);
+                (inflight_request.outcome, if success { zones::append_written(&data.append_sector) } else { 0 })
+            }
+            Operation::ZoneReport => {
+                counters.zones.add(1);
+                (inflight_request.outcome, moved)
+            }
+            Operation::ManageZone(_) => {
+                counters.zones.add(1);
+                (inflight_request.outcome, 0)
+            }
         };
         let status = match status {
             Outcome::Success => Status::Ok,
             Outcome::Unsupported => Status::Unsupported,
             Outcome::Failed => Status::IoError,
+            Outcome::Zone(fault) => self.disk.zone_status(fault),
         };
         self.answer(inflight_request.pending_used, inflight_request.ring, status, written);
     }

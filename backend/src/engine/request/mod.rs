@@ -9,11 +9,12 @@ pub mod pending_used;
 mod ranges;
 mod transfer;
 mod types;
+pub mod zones;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 pub use transfer::Transfer;
-pub use types::{Data, Disk, ID_BYTES, Job, Operation, RangeLimits, RequestFault, Status};
+pub use types::{BOUNCE_BYTES, Data, Disk, ID_BYTES, Job, Operation, RangeLimits, RequestFault, Status};
 
 use crate::addr::{Gpa, Iova, Span};
 use crate::engine::guest_memory::GuestMemoryView;
@@ -37,6 +38,7 @@ struct Header {
 pub fn parse(chain: &Chain, guest: &mut GuestMemoryView, disk: &Disk, data: &mut Data) -> (PendingUsed, Job) {
     data.buffers.clear();
     data.ranges.clear();
+    data.append_sector.clear();
     let status = chain.last_writable().filter(|&byte| guest.has_status(byte));
     let pending_used = PendingUsed::new(chain.head(), status);
     if let Some(fault) = chain.fault() {
@@ -69,6 +71,9 @@ fn job(chain: &Chain, guest: &mut GuestMemoryView, disk: &Disk, data: &mut Data)
                 return Err(RequestFault::ReadOnly);
             }
             let bytes = collect_readable(chain, guest, buffers)?;
+            if let Some(fault) = zones::write_fault(disk, header.sector, bytes) {
+                return Ok(Job::Answer(fault));
+            }
             transfer(Operation::Write, disk.block(header.sector, bytes)?, bytes)
         }
         T_DISCARD => range_job(Kind::Discard, chain, guest, disk, data),
@@ -79,7 +84,7 @@ fn job(chain: &Chain, guest: &mut GuestMemoryView, disk: &Disk, data: &mut Data)
             collect_writable(chain, guest, buffers)?;
             Ok(Job::Identify)
         }
-        _ => Ok(Job::Answer(Status::Unsupported)),
+        kind => zones::job((kind, header.sector), chain, guest, disk, data),
     }
 }
 

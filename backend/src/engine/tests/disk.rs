@@ -165,6 +165,9 @@ impl State {
                 Command::WriteZeroes { block, count, .. } => {
                     self.medium[block as usize * block_size..][..count as usize * block_size].fill(0);
                 }
+                Command::ZoneAppend { .. } | Command::ZoneReport { .. } | Command::ManageZone { .. } => {
+                    unreachable!("this disk has no zones");
+                }
                 // Fill discarded blocks with 0xdd.
                 Command::Flush => {
                     for range in &entry.ranges {
@@ -174,7 +177,7 @@ impl State {
                 }
             }
         }
-        self.done[entry.queue].push_back(Completion { tag: entry.tag, outcome });
+        self.done[entry.queue].push_back(Completion { tag: entry.tag, outcome, result: 0 });
         if let Some(event) = &self.events[entry.queue] {
             rustix::io::write(&**event, &1_u64.to_ne_bytes()).unwrap();
         }
