@@ -165,9 +165,8 @@ impl State {
                 Command::WriteZeroes { block, count, .. } => {
                     self.medium[block as usize * block_size..][..count as usize * block_size].fill(0);
                 }
-                Command::ZoneAppend { .. } | Command::ZoneReport { .. } | Command::ManageZone { .. } => {
-                    unreachable!("this disk has no zones");
-                }
+                // This disk has no zones: it only takes the commands.
+                Command::ZoneAppend { .. } | Command::ZoneReport { .. } | Command::ManageZone { .. } => {}
                 // Fill discarded blocks with 0xdd.
                 Command::Flush => {
                     for range in &entry.ranges {
@@ -262,7 +261,8 @@ impl Driver for FakeDisk {
 
     fn disk_state(&self) -> Option<DiskState> {
         let Geometry { serial, block_size, .. } = self.options.geometry.clone();
-        Some(DiskState { serial, namespace: 1, identifiers: ([0; 16], [0; 8]), block_size, write_cache: None })
+        let identifiers = ([0; 16], [0; 8]);
+        Some(DiskState { serial, namespace: 1, identifiers, block_size, zone_blocks: 0, write_cache: None })
     }
 
     fn quiesce(&mut self) -> anyhow::Result<()> {
