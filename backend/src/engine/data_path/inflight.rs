@@ -20,6 +20,8 @@ pub(in crate::engine) struct InflightRequest {
     pub(in crate::engine) position: u64,
     /// Where a restart begins. What precedes it has been executed, and would not be the same a second time.
     pub(in crate::engine) restart_at: u64,
+    /// True if a command of a write to a zone may have been executed. The zone's write pointer tells.
+    pub(in crate::engine) unsure: bool,
     /// True if there is nothing left to submit.
     pub(in crate::engine) fully_submitted: bool,
     /// Commands submitted and not yet completed.
@@ -46,6 +48,7 @@ impl InflightRequest {
             bytes,
             position: 0,
             restart_at: 0,
+            unsure: false,
             fully_submitted: false,
             resubmitted: false,
             outstanding: 0,
@@ -68,6 +71,12 @@ impl InflightRequest {
         }
         (self.position, self.fully_submitted, self.outstanding) = (self.restart_at, false, 0);
         true
+    }
+
+    /// Continues a write to a zone from `position`, up to which it has been executed.
+    pub(in crate::engine) fn executed_up_to(&mut self, position: u64) {
+        self.position = position.clamp(self.restart_at, self.bytes);
+        self.fully_submitted = self.position == self.bytes;
     }
 
     /// True if the next command must wait for the one before.

@@ -207,6 +207,8 @@ impl DataPath {
         self.bounce.give_back_all();
         for index in self.inflight.indices() {
             if let Some((inflight_request, _)) = self.inflight.get(index) {
+                let sent = inflight_request.outstanding != 0;
+                inflight_request.unsure |= sent && self.disk.is_in_order(inflight_request.operation);
                 if policy == InflightPolicy::Resubmit && inflight_request.restart() {
                     self.resubmit.push(index);
                     self.counters.resubmitted.add(1);
@@ -240,6 +242,19 @@ impl DataPath {
             return log::error!("the device completed a command that was not submitted");
         };
         let mut outcome = outcome;
+        if let Some(piece) = piece
+            && std::mem::take(&mut inflight_request.unsure)
+        {
+            inflight_request.outstanding -= 1;
+            self.caches.slot(&self.bounce, tag & !BOUNCED, piece.bytes);
+            zones::learn(&self.disk, inflight_request, &self.bounce.slot(tag & !BOUNCED, piece.bytes), outcome);
+            if inflight_request.fully_submitted {
+                self.finish(index)
+            } else {
+                self.resubmit.push(index)
+            }
+            return;
+        }
         if let Some(piece) = piece
             && inflight_request.operation.writes_memory()
             && outcome == Outcome::Success

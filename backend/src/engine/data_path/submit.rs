@@ -7,7 +7,7 @@ use super::inflight::InflightRequest;
 use super::{BOUNCED, Capacity, DataPath};
 use crate::driver::{Command, Extent, Full, Queue};
 use crate::engine::guest_memory::GuestMemoryView;
-use crate::engine::request::{self, Data, Disk, Operation};
+use crate::engine::request::{self, Data, Disk, Operation, zones};
 use crate::engine::statistics::Counters;
 
 impl DataPath {
@@ -21,6 +21,15 @@ impl DataPath {
         while !inflight_request.fully_submitted {
             // `complete` continues the request.
             if inflight_request.must_wait(in_order) {
+                return Capacity::Available;
+            }
+            if inflight_request.unsure {
+                let asked = context.ask_for_write_pointer(queue, inflight_request, index).is_ok();
+                if !asked {
+                    *partial = Some(index);
+                    return Capacity::Exhausted;
+                }
+                inflight_request.outstanding += 1;
                 return Capacity::Available;
             }
             let submitted = match inflight_request.operation {
@@ -102,6 +111,25 @@ impl SubmitContext<'_> {
         caches.slot(bounce, slot, bytes);
         counters.bounced.add(1);
         Ok(bytes.into())
+    }
+
+    /// Submits a report of the zone of a write.
+    #[cold]
+    fn ask_for_write_pointer(
+        &mut self,
+        queue: &mut dyn Queue,
+        inflight_request: &InflightRequest,
+        index: u32,
+    ) -> Result<(), Full> {
+        let bytes = zones::ONE_ZONE;
+        let slot = self.bounce.take(Piece { inflight_request: index, position: 0, bytes }).ok_or(Full)?;
+        let command = Command::ZoneReport { block: inflight_request.block };
+        if let Err(full) = queue.submit(command, &[self.bounce.span(slot)], 0, bytes, BOUNCED | slot) {
+            self.bounce.give_back(slot);
+            return Err(full);
+        }
+        self.caches.slot(self.bounce, slot, bytes);
+        Ok(())
     }
 
     /// Submits the next command of any other request. Returns how much of the request it covers.

@@ -14,6 +14,20 @@ pub(super) fn answer(guest: &GuestMemoryView, disk: &Disk, buffers: &[Span<Iova>
     guest.scatter(buffers, &zones::reply(disk, &report)) as u64
 }
 
+/// Learns from a report of its zone how much of a write has been executed. Nothing but this write can have moved the write pointer
+/// across its blocks. A full zone does not tell, and neither does one before them: the device decides then.
+#[cold]
+pub(super) fn learn(disk: &Disk, request: &mut InflightRequest, slot: &Slot<'_>, outcome: Outcome) {
+    let mut report = vec![0; slot.len];
+    slot.shared.copy_to(slot.offset, &mut report);
+    if outcome == Outcome::Success
+        && let Some(pointer) = zones::write_pointer(&report)
+    {
+        let executed = pointer.saturating_sub(request.block).min(request.bytes >> disk.block_shift());
+        request.executed_up_to(executed << disk.block_shift());
+    }
+}
+
 /// Tells the guest where the device has placed an append, if that can be.
 #[cold]
 pub(super) fn appended(

@@ -213,6 +213,14 @@ pub(in crate::engine) fn append_reply(disk: &Disk, zone: u64, block: u64, bytes:
     (end <= zones.blocks).then_some(reply)
 }
 
+/// Bytes of a report of one zone.
+pub(in crate::engine) const ONE_ZONE: u32 = 128;
+
+/// The write pointer of the first zone in a report, if it has one.
+pub(in crate::engine) fn write_pointer(report: &[u8]) -> Option<u64> {
+    zones(report).next().filter(|zone| zone.state.is_writable()).map(|zone| zone.write_pointer)
+}
+
 /// The reply to a report, from what the device has transferred.
 pub(in crate::engine) fn reply(disk: &Disk, report: &[u8]) -> Vec<u8> {
     let sectors = |blocks: u64| blocks << (disk.block_shift() - SECTOR_SHIFT);

@@ -18,7 +18,7 @@ const RESET_ALL: u32 = 26;
 /// VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP and the statuses of zones.
 pub(super) const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
-const INVALID_CMD: u8 = 3;
+pub(super) const INVALID_CMD: u8 = 3;
 pub(super) const UNALIGNED_WP: u8 = 4;
 const OPEN_RESOURCE: u8 = 5;
 const ACTIVE_RESOURCE: u8 = 6;
@@ -364,4 +364,15 @@ fn an_ordinary_disk_supports_no_request_on_zones_and_no_status_of_them() {
     let writes = Commands { queue: Some(1), opcode: Some(NVM_WRITE) };
     drive.machine.inject(Fault::once(writes, Effect::Status(Status::new(1, 0xbc))));
     assert_eq!(write(&mut driver, 0, &[1; 512]), IOERR);
+}
+
+#[test]
+fn reports_and_appends_are_right_on_a_drive_that_bypasses_the_caches() {
+    let (drive, mut driver) = up(Options { no_snoop: true, snoop_enforced: false, ..options() });
+    for n in 0..4 {
+        assert_eq!(append(&mut driver, ZONE, &pattern(n, 8192)), (0, ZONE + 16 * n));
+        assert_eq!(zone(&mut driver, ZONE), (16 * (n + 1), 2));
+        assert!(read(&mut driver, ZONE + 16 * n, 8192) == pattern(n, 8192));
+    }
+    assert_eq!(drive.machine.stale_lines(), crate::emulated::StaleLines::default());
 }

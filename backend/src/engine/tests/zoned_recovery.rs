@@ -2,7 +2,7 @@
 
 use super::nvme::NVM_WRITE;
 use super::zoned::{
-    CAPACITY, FINISH, IOERR, NVM_APPEND, ZONE, append, manage, options, pattern, read, up, write, zone,
+    CAPACITY, FINISH, INVALID_CMD, IOERR, NVM_APPEND, ZONE, append, manage, options, pattern, read, up, write, zone,
 };
 use vmm_sys_util::tempdir::TempDir;
 
@@ -68,4 +68,46 @@ fn the_next_process_finds_the_zones_of_a_drive_as_they_were() {
     let zones = [0, ZONE, 2 * ZONE, 3 * ZONE].map(|sector| zone(&mut driver, sector));
     assert_eq!(zones, [(8, 2), (1, 2), (CAPACITY, 14), (0, 1)]);
     assert_eq!(append(&mut driver, ZONE, &[3; 512]), (0, ZONE + 1));
+}
+
+#[test]
+fn a_write_whose_last_command_was_executed_is_complete_and_not_executed_again() {
+    let (drive, mut driver) = up(options());
+    // Six commands: the third, and then the last of another write, of which only the completions are lost.
+    let (first, second) = (pattern(1, 700 << 10), pattern(2, 4096));
+    drive.machine.inject(third(NVM_WRITE, Effect::Lose));
+    assert_eq!(write(&mut driver, ZONE, &first), 0);
+    drive.machine.inject(Fault::once(on(NVM_WRITE), Effect::Lose));
+    assert_eq!(write(&mut driver, ZONE + 1400, &second), 0);
+
+    assert!(read(&mut driver, ZONE, first.len()) == first && read(&mut driver, ZONE + 1400, second.len()) == second);
+    assert_eq!(zone(&mut driver, ZONE).0, 1408);
+    let statistics = drive.engine.statistics();
+    assert_eq!((statistics.recoveries, statistics.resubmitted, statistics.errors), (2, 2, 0), "{statistics}");
+    assert_eq!(drive.machine.traffic().writes, 7, "commands");
+}
+
+#[test]
+fn a_write_whose_zone_is_not_reported_is_submitted_again() {
+    let (drive, mut driver) = up(options());
+    assert_eq!(write(&mut driver, ZONE, &vec![1; (CAPACITY as usize - 8) * 512]), 0);
+    // The device stops at the write, and then reports no zone.
+    drive.machine.inject(Fault::once(on(NVM_WRITE), Effect::Fatal));
+    drive.machine.inject(Fault::once(on(0x7a), Effect::Status(Status::new(0, 6))));
+
+    assert_eq!(write(&mut driver, ZONE + CAPACITY - 8, &[2; 4096]), 0, "without a report, the device decides");
+
+    assert_eq!(zone(&mut driver, ZONE).1, 14);
+    assert!(read(&mut driver, ZONE + CAPACITY - 8, 4096) == [2; 4096]);
+}
+
+#[test]
+fn the_last_write_of_a_zone_fails_if_it_may_have_been_executed() {
+    let (drive, mut driver) = up(options());
+    assert_eq!(write(&mut driver, ZONE, &vec![1; (CAPACITY as usize - 8) * 512]), 0);
+    drive.machine.inject(Fault::once(on(NVM_WRITE), Effect::Lose));
+
+    assert_eq!(write(&mut driver, ZONE + CAPACITY - 8, &[2; 4096]), INVALID_CMD, "a full zone does not tell");
+
+    assert_eq!(zone(&mut driver, ZONE).1, 14);
 }
