@@ -85,9 +85,8 @@ btrfs() {
     [ "$(statistic bytes_written)" -gt 14000000 ]
 }
 read_by_the_host() {
-    set -x; exec 2>&1; ls -d /sys/bus/pci/devices/$FUNCTION/nvme/*/* /dev/nvme* || true
     while read -r module; do insmod "$KERNEL/modules/$module" 2>/dev/null || true; done <"$KERNEL/modules/order"
-    bind_to_nvme "$FUNCTION" >/run/disk || { cat /run/disk; ls -d /sys/bus/pci/devices/$FUNCTION/nvme/*/* /dev/nvme* || true; dmesg | tail -20; }
+    bind_to_nvme "$FUNCTION" >/run/disk
     mount -t btrfs "$(cat /run/disk)" /mnt
     for n in 1 2 3 4 5; do equal "$(cat /run/sum)" "$(sha256sum </mnt/$n)" "file $n"; done
     umount /mnt

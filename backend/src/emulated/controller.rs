@@ -11,6 +11,7 @@
 //! Commands run only in Ready and with bus master on. Lock order: registers, submission queue, completion queue, IOMMU, admin
 //! state. To stop the controller, a thread clears `ready` and then takes each queue's lock once. No DMA is running afterwards.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::Thread;
@@ -305,7 +306,11 @@ fn open_zones(options: &Options, blocks: u64) -> Result<Option<Zones>, EmulatedE
         return Ok(None);
     }
     let path = match &options.medium {
-        Medium::File { path, .. } => Some(path.with_added_extension("zones")),
+        Medium::File { path, .. } => {
+            let mut name = path.clone().into_os_string();
+            name.push(".zones");
+            Some(PathBuf::from(name))
+        }
         Medium::Memory | Medium::Null => None,
     };
     let opened = Zones::open(options.zones, options.lba, blocks, path.as_deref());

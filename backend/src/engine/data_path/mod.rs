@@ -223,7 +223,7 @@ impl DataPath {
     /// Handles a completion, and the end of its request.
     #[inline]
     fn complete(&mut self, completion: Completion) {
-        let Completion { tag, outcome, result } = completion;
+        let Completion { tag, outcome, .. } = completion;
         if tag == INTERNAL_FLUSH {
             self.internal_flush = Some(InternalFlush::Done(outcome == Outcome::Success));
             return;
@@ -241,34 +241,16 @@ impl DataPath {
         else {
             return log::error!("the device completed a command that was not submitted");
         };
-        let mut outcome = outcome;
-        if let Some(piece) = piece
-            && std::mem::take(&mut inflight_request.unsure)
-        {
-            inflight_request.outstanding -= 1;
-            self.caches.slot(&self.bounce, tag & !BOUNCED, piece.bytes);
-            zones::learn(&self.disk, inflight_request, &self.bounce.slot(tag & !BOUNCED, piece.bytes), outcome);
-            if inflight_request.fully_submitted {
-                self.finish(index)
-            } else {
-                self.resubmit.push(index)
-            }
-            return;
+        if inflight_request.unsure || inflight_request.operation.is_on_zones() {
+            return self.complete_on_zones(index, piece, completion);
         }
         if let Some(piece) = piece
-            && inflight_request.operation.writes_memory()
+            && inflight_request.operation == Operation::Read
             && outcome == Outcome::Success
         {
             self.caches.slot(&self.bounce, tag & !BOUNCED, piece.bytes);
             let slot = self.bounce.slot(tag & !BOUNCED, piece.bytes);
-            if inflight_request.operation == Operation::ZoneReport {
-                inflight_request.bytes = zones::answer(&self.guest, &self.disk, &data.buffers, &slot);
-            } else {
-                self.guest.bounce(&data.buffers, piece.position, &slot, true);
-            }
-        }
-        if inflight_request.operation == Operation::ZoneAppend && outcome == Outcome::Success {
-            outcome = zones::appended(&self.guest, &self.disk, inflight_request, &data.append_sector, result);
+            self.guest.bounce(&data.buffers, piece.position, &slot, true);
         }
         inflight_request.complete_command(outcome);
         // `advance` finishes a partly submitted request.
@@ -292,44 +274,23 @@ impl DataPath {
         let success = inflight_request.outcome == Outcome::Success;
         let moved = if success { inflight_request.bytes } else { 0 };
         let counters = &self.counters;
-        let (status, written) = match inflight_request.operation {
+        let mut written = 0;
+        match inflight_request.operation {
             Operation::Read => {
                 counters.reads.add(1);
                 counters.bytes_read.add(moved);
-                (inflight_request.outcome, moved)
+                written = moved;
             }
             Operation::Write => {
                 counters.writes.add(1);
                 counters.bytes_written.add(moved);
-                (inflight_request.outcome, 0)
             }
-            Operation::Flush => {
-                counters.flushes.add(1);
-                (inflight_request.outcome, 0)
-            }
-            Operation::Discard => {
-                counters.discards.add(1);
-                (inflight_request.outcome, 0)
-            }
-            Operation::WriteZeroes { .. } => {
-                counters.write_zeroes.add(1);
-                (inflight_request.outcome, 0)
-            }
-            Operation::ZoneAppend => {
-                counters.writes.add(1);
-                counters.bytes_written.add(moved);
-                (inflight_request.outcome, if success { zones::append_written(&data.append_sector) } else { 0 })
-            }
-            Operation::ZoneReport => {
-                counters.zones.add(1);
-                (inflight_request.outcome, moved)
-            }
-            Operation::ManageZone(_) => {
-                counters.zones.add(1);
-                (inflight_request.outcome, 0)
-            }
-        };
-        let status = match status {
+            Operation::Flush => counters.flushes.add(1),
+            Operation::Discard => counters.discards.add(1),
+            Operation::WriteZeroes { .. } => counters.write_zeroes.add(1),
+            operation => written = zones::count(counters, operation, moved, data),
+        }
+        let status = match inflight_request.outcome {
             Outcome::Success => Status::Ok,
             Outcome::Unsupported => Status::Unsupported,
             Outcome::Failed => Status::IoError,

@@ -281,6 +281,13 @@ impl Operation {
         self != Self::ZoneAppend
     }
 
+    /// True for the requests that only zoned disks have.
+    #[inline]
+    #[must_use]
+    pub fn is_on_zones(self) -> bool {
+        matches!(self, Self::ZoneAppend | Self::ZoneReport | Self::ManageZone(_))
+    }
+
     /// True if the device writes to memory.
     #[must_use]
     pub fn writes_memory(self) -> bool {

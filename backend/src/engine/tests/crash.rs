@@ -21,7 +21,7 @@ const SIZE: u16 = 64;
 const BOTH: [Layout; 2] = [Layout::Split, Layout::Packed];
 
 /// A new inflight region, and its memory.
-fn inflight(layout: Layout) -> (InflightRegion, SharedMemory) {
+pub(super) fn inflight(layout: Layout) -> (InflightRegion, SharedMemory) {
     let len = InflightRegion::bytes(layout, SIZE) as u64;
     let file = File::from(memfd_create("inflight", MemfdFlags::CLOEXEC).unwrap());
     ftruncate(&file, len).unwrap();
@@ -29,7 +29,7 @@ fn inflight(layout: Layout) -> (InflightRegion, SharedMemory) {
     (InflightRegion::new(memory.clone(), layout, SIZE).unwrap(), memory)
 }
 
-fn copy(from: &SharedMemory, to: &SharedMemory) {
+pub(super) fn copy(from: &SharedMemory, to: &SharedMemory) {
     from.copy_to_shared(0, to, 0, from.len());
 }
 
@@ -378,7 +378,7 @@ fn an_append_that_was_in_flight_fails_and_does_not_reach_the_next_device() {
     let process = Process { rig: first, record };
     process.start(VringSetup { inflight: Some(region), ..setup });
     let append = offer_append(&mut driver, 1024, &[(DATA, 512)], 9);
-    let write = driver.request(OUT, 0, &[(DATA + 512, 512)]);
+    let read = driver.request(IN, 0, &[(DATA + 512, 512)]);
     driver.kick();
     wait_until("two commands", || process.rig.disk.held().len() == 2);
 
@@ -393,8 +393,8 @@ fn an_append_that_was_in_flight_fails_and_does_not_reach_the_next_device() {
     process.start(VringSetup { inflight: Some(region), ..driver.setup(driver.used_idx()) });
 
     assert_eq!(driver.wait(1), [(u32::from(append.head), 1)], "answered without the device");
-    assert_eq!(process.held(1), [0], "the write alone is submitted again");
+    assert_eq!(process.held(1), [0], "the read alone is submitted again");
     process.rig.disk.resume();
-    assert_eq!(driver.wait(1), [(u32::from(write.head), 1)]);
-    assert_eq!((driver.status(append), driver.status(write)), (1, 0));
+    assert_eq!(driver.wait(1), [(u32::from(read.head), 513)]);
+    assert_eq!((driver.status(append), driver.status(read)), (1, 0));
 }

@@ -1,12 +1,20 @@
 //! A zoned drive that is reset with requests in flight. What may have been executed is not executed again unnoticed.
 
-use super::nvme::NVM_WRITE;
+use super::crash::{copy, inflight};
+use super::nvme::{Drive, NVM_WRITE};
+use super::rig::*;
 use super::zoned::{
     CAPACITY, FINISH, INVALID_CMD, IOERR, NVM_APPEND, ZONE, append, manage, options, pattern, read, up, write, zone,
 };
+use std::time::Duration;
+
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::emulated::{Commands, Effect, Fault, Medium, Options, Status};
+use crate::engine::{Layout, VringSetup, WatchdogOptions};
+
+/// Zone Management Receive (ZNS Command Set 1.1 §3.4.2).
+const NVM_REPORT: u8 = 0x7a;
 
 fn on(opcode: u8) -> Commands {
     Commands { queue: Some(1), opcode: Some(opcode) }
@@ -88,17 +96,56 @@ fn a_write_whose_last_command_was_executed_is_complete_and_not_executed_again() 
 }
 
 #[test]
-fn a_write_whose_zone_is_not_reported_is_submitted_again() {
+fn a_write_whose_zone_is_not_reported_goes_on_behind_what_was_completed() {
     let (drive, mut driver) = up(options());
-    assert_eq!(write(&mut driver, ZONE, &vec![1; (CAPACITY as usize - 8) * 512]), 0);
-    // The device stops at the write, and then reports no zone.
-    drive.machine.inject(Fault::once(on(NVM_WRITE), Effect::Fatal));
-    drive.machine.inject(Fault::once(on(0x7a), Effect::Status(Status::new(0, 6))));
+    let data = pattern(1, 700 << 10);
+    drive.machine.inject(third(NVM_WRITE, Effect::Fatal));
+    drive.machine.inject(Fault::once(on(NVM_REPORT), Effect::Status(Status::INTERNAL_ERROR)));
 
-    assert_eq!(write(&mut driver, ZONE + CAPACITY - 8, &[2; 4096]), 0, "without a report, the device decides");
+    assert_eq!(write(&mut driver, ZONE, &data), 0);
 
-    assert_eq!(zone(&mut driver, ZONE).1, 14);
-    assert!(read(&mut driver, ZONE + CAPACITY - 8, 4096) == [2; 4096]);
+    assert!(read(&mut driver, ZONE, data.len()) == data);
+    assert_eq!(drive.machine.traffic().writes, 6, "no command was executed twice");
+}
+
+#[test]
+fn a_write_of_the_process_before_goes_on_where_the_zone_was_left() {
+    let directory = TempDir::new().unwrap();
+    let medium = Medium::File { path: directory.as_path().join("disk"), create: true, sparse: true };
+    let drive = || {
+        let engine = crate::engine::Options {
+            rings: 1,
+            spin: Duration::ZERO,
+            drain_timeout: Duration::from_millis(50),
+            watch: WatchdogOptions::default(),
+        };
+        Drive::with(Options { medium: medium.clone(), ..options() }, engine, LEN)
+    };
+    let before = drive();
+    before.machine.inject(third(NVM_WRITE, Effect::Lose));
+    let (mut driver, setup) = SplitDriver::new(before.region.memory().clone(), 0, RingOptions::default());
+    let (region, record) = inflight(Layout::Split);
+    before.engine.start_ring(VringSetup { inflight: Some(region), ..setup }).unwrap();
+    before.engine.set_enabled(0, true);
+    let data = pattern(1, 700 << 10);
+    driver.fill(DATA, &data);
+    let sent = driver.send(OUT, ZONE, &[(DATA, data.len() as u32)]);
+    wait_until("three commands", || before.machine.traffic().writes == 3);
+    let (memory, found) = (driver.bytes(BASE, LEN as usize), record);
+    let (region, record) = inflight(Layout::Split);
+    copy(&found, &record);
+    drop(before);
+
+    let next = drive();
+    driver.memory = next.region.memory().clone();
+    driver.fill(BASE, &memory);
+    next.engine.start_ring(VringSetup { inflight: Some(region), ..driver.setup(0) }).unwrap();
+    next.engine.set_enabled(0, true);
+
+    assert_eq!(driver.wait(1), [(u32::from(sent.head), 1)]);
+    assert_eq!(driver.status(sent), 0);
+    assert!(read(&mut driver, ZONE, data.len()) == data);
+    assert_eq!(next.machine.traffic().writes, 3, "the rest of six commands");
 }
 
 #[test]
