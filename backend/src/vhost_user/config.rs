@@ -9,8 +9,7 @@ use super::features::VirtioFeatures;
 use super::{Device, Error};
 use crate::driver::Geometry;
 use crate::engine::Engine;
-use crate::engine::request::zones::max_append;
-use crate::engine::request::{BOUNCE_BYTES, RangeLimits};
+use crate::engine::request::{BOUNCE_BYTES, RangeLimits, max_append};
 use crate::rate_limited_log::SharedLog;
 
 /// Data buffers per request: an indirect table of 128 descriptors, less those of header and status.

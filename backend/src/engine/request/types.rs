@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::zones::DiskZones;
+use super::disk_zones::DiskZones;
 use crate::addr::{Gpa, Iova, Span};
 use crate::driver::{Blocks, Command, DiscardLimits, Geometry, ZeroesLimits, ZoneAction};
 use crate::engine::live_geometry::LiveGeometry;

@@ -2,10 +2,11 @@
 
 use zerocopy::{Immutable, IntoBytes};
 
+use super::buffers::{collect_readable, collect_writable, total};
+use super::disk_zones::DiskZones;
 use super::types::{Data, Disk, HEADER, Job, Operation, RequestFault, SECTOR_SHIFT, Status};
-use super::{collect_readable, collect_writable, total};
 use crate::driver::zones::{REPORT_HEADER, REPORT_ZONE, zones};
-use crate::driver::{Geometry, Zone, ZoneAction, ZoneFault, ZoneGeometry};
+use crate::driver::{Zone, ZoneAction, ZoneFault};
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::virtqueue::chain::Chain;
 
@@ -50,44 +51,6 @@ const _: () =
 
 /// VIRTIO_BLK_ZT_SWR
 const SEQUENTIAL: u8 = 2;
-
-/// The disk's zones, as requests are checked against them.
-#[derive(Clone, Copy, Debug)]
-pub(in crate::engine) struct DiskZones {
-    /// Logical blocks of a zone.
-    blocks: u64,
-    /// Longest append, bytes.
-    max_append: u32,
-    /// Longest report that is requested from the device, bytes.
-    max_report: u32,
-}
-
-impl DiskZones {
-    /// The zones of `geometry`, if it has any. A report and an append that PRPs cannot describe take a bounce buffer of
-    /// `bounce` bytes.
-    pub(super) fn of(geometry: &Geometry, bounce: u32) -> Option<Self> {
-        let ZoneGeometry { blocks, .. } = geometry.zones?;
-        let max_report = if geometry.max_transfer == 0 { bounce } else { bounce.min(geometry.max_transfer) };
-        Some(Self { blocks, max_append: max_append(geometry, bounce), max_report })
-    }
-
-    /// The first block of the zone of `block`.
-    fn start(self, block: u64) -> u64 {
-        block - block % self.blocks
-    }
-
-    /// True if blocks `first` to `first + count - 1` are in one zone.
-    fn in_one(self, first: u64, count: u64) -> bool {
-        first % self.blocks + count <= self.blocks
-    }
-}
-
-/// The longest append that is offered, bytes. An append cannot be split, so it must fit a bounce buffer of `bounce` bytes: the
-/// guest's buffers may be such that no command can describe them.
-#[must_use]
-pub fn max_append(geometry: &Geometry, bounce: u32) -> u32 {
-    geometry.zones.map_or(0, |zones| zones.max_append.min(bounce))
-}
 
 impl Disk {
     /// The status of a request that the device has refused for the sake of a zone.
