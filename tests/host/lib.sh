@@ -100,7 +100,7 @@ bind_to_vfio() {
 }
 
 # bind_to_nvme FUNCTION: binds it to the kernel's nvme driver; returns when its block device exists.
-# block_device FUNCTION: the path of its block device.
+# block_device FUNCTION: the path of its block device. A kernel with multipathing has a hidden one for each path, nvme0c0n1.
 bind_to_nvme() {
     echo nvme >"/sys/bus/pci/devices/$1/driver_override"
     [ "$(basename "$(readlink "/sys/bus/pci/devices/$1/driver")")" = nvme ] || {
@@ -111,7 +111,8 @@ bind_to_nvme() {
 }
 block_device() {
     for at in "/sys/bus/pci/devices/$1/nvme"/nvme*/nvme*n1; do
-        [ -b "/dev/${at##*/}" ] && echo "/dev/${at##*/}"
+        disk=/dev/$(echo "${at##*/}" | sed 's/c[0-9]*n/n/')
+        [ -b "$disk" ] && echo "$disk"
     done
 }
 

@@ -23,3 +23,4 @@ mod shim;
 mod sockets;
 mod vmm;
 mod wire;
+mod zoned;

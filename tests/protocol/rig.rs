@@ -45,6 +45,8 @@ pub(crate) struct Environment {
     pub(crate) pins: bool,
     /// Called before guest memory is mapped and after it has been unmapped.
     pub(crate) on_change: OnChange,
+    /// The drive.
+    pub(crate) drive: Options,
 }
 
 /// A change of guest memory.
@@ -56,7 +58,8 @@ pub(crate) enum Change {
 
 impl Default for Environment {
     fn default() -> Self {
-        Self { vmm: Vmm::without_shim(), pins: false, on_change: Box::new(|_| ()) }
+        let drive = Options { size: 16 << 20, queues: 2, ..Options::default() };
+        Self { vmm: Vmm::without_shim(), pins: false, on_change: Box::new(|_| ()), drive }
     }
 }
 
@@ -148,6 +151,11 @@ impl Rig {
         Self::on_socket(Listen::Path)
     }
 
+    /// The same with another drive.
+    pub(crate) fn with_drive(drive: Options) -> Self {
+        Self::build(Listen::Path, Environment { drive, ..Environment::default() })
+    }
+
     /// The same in another environment.
     pub(crate) fn with(environment: Environment) -> Self {
         Self::build(Listen::Path, environment)
@@ -161,7 +169,7 @@ impl Rig {
     fn build(listen: impl FnOnce(PathBuf) -> Listen, environment: Environment) -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().join("socket");
-        let machine = Machine::new(Options { size: 16 << 20, queues: 2, ..Options::default() }).unwrap();
+        let machine = Machine::new(environment.drive.clone()).unwrap();
         let failures = FailurePlan::none();
         let device = device(&machine, Arc::clone(&failures), environment);
         let driver_memory = machine.iommu().mapped();
@@ -250,7 +258,7 @@ pub(crate) fn open(listen: Listen) -> Result<Server, SocketError> {
 }
 
 fn device(machine: &Machine, plan: Arc<FailurePlan>, environment: Environment) -> Device {
-    let Environment { vmm, pins, on_change } = environment;
+    let Environment { vmm, pins, on_change, .. } = environment;
     let space: Arc<dyn AddressSpace> = Arc::new(FailingSpace { inner: machine.space(), plan, pins, on_change });
     let options = NvmeOptions {
         namespace: None,

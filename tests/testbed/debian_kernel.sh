@@ -2,10 +2,13 @@
 # Debian's own kernels, extracted from their packages without an installation: the image, and the modules that a machine needs,
 # in the order in which to load them. Needs lib.sh.
 
-# Modules, without their dependencies: for a guest with a virtio disk and an ext4 file system, and for an emulated host.
+# Modules, without their dependencies: for a guest with a virtio disk and an ext4 file system, for an emulated host, and for a
+# guest with a zoned disk.
 readonly DEBIAN_MODULES=(virtio_pci virtio_blk crc32c_generic ext4)
 # shellcheck disable=SC2034 # used by scripts/testbed
 readonly DEBIAN_HOST_MODULES=(virtio_pci virtio_console 9p 9pnet_virtio kvm_amd nvme vfio_iommu_type1 vfio_pci)
+# shellcheck disable=SC2034 # the same
+readonly DEBIAN_ZONED_MODULES=(virtio_pci virtio_console virtio_blk zonefs btrfs)
 
 # debian_kernel [SUITE MODULE…]: prints a directory with vmlinuz, the modules (default: DEBIAN_MODULES), and their names in
 # modules/order. Without SUITE it is this machine's release.

@@ -51,6 +51,7 @@ stage_checkout() {
     place "$root" /testbed/profile "$TESTBED_DIR/profiles/$OPT_PROFILE.profile"
     for file in "$TESTBED_DIR"/host/bin/*; do place "$root" "/usr/local/bin/${file##*/}" "$file"; done
     [[ -z $HOST_KERNEL ]] || cp -r "$HOST_KERNEL/modules" "$root/testbed/modules"
+    [[ -z $GUEST_KERNEL ]] || cp -r "$GUEST_KERNEL" "$root/testbed/debian-kernel"
     [[ -z ${TESTBED_QEMU:-} ]] || { mkdir -p "$root/opt" && cp -rL "$TESTBED_QEMU" "$root/opt/qemu"; }
     for file in "$TESTBED_ROOT"/tests/host/*; do place "$root" "/testbed/tests/${file##*/}" "$file"; done
     if [[ -d $target ]]; then

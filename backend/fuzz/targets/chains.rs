@@ -9,7 +9,7 @@ use std::sync::Arc;
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost_device_vfio::addr::{Gpa, Qva, Span};
-use vhost_device_vfio::driver::Geometry;
+use vhost_device_vfio::driver::{Geometry, ZoneGeometry};
 use vhost_device_vfio::engine::virtqueue::chain::Chain;
 use vhost_device_vfio::engine::guest_memory::GuestMemoryView;
 use vhost_device_vfio::engine::LiveGeometry;
@@ -39,7 +39,7 @@ fn table() -> MemTable {
     MemTable::new(regions.to_vec()).unwrap()
 }
 
-fn serve(layout: Layout, table: &Arc<MemTable>) {
+fn serve(layout: Layout, zones: Option<ZoneGeometry>, table: &Arc<MemTable>) {
     let [desc, avail, used] = layout.areas(SIZE, true).map(|area| area.bytes);
     let span = |start, len| Span::new(Gpa(start), len).unwrap();
     let setup = VringSetup {
@@ -57,7 +57,7 @@ fn serve(layout: Layout, table: &Arc<MemTable>) {
         err: None,
         inflight: None,
     };
-    let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 4096, ..Geometry::default() };
+    let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 4096, zones, ..Geometry::default() };
     let disk = Disk::new(&geometry, Arc::new(LiveGeometry::of(&geometry)));
     let mut ring = Virtqueue::new(&setup, table).unwrap();
     let mut guest = GuestMemoryView::default();
@@ -69,7 +69,7 @@ fn serve(layout: Layout, table: &Arc<MemTable>) {
             return;
         }
         let (pending_used, _) = parse(&chain, &mut guest, &disk, &mut data);
-        for buffer in &data.buffers {
+        for buffer in data.buffers.iter().chain(&data.append_sector) {
             let inside = |(start, len): &(u64, u64)| buffer.start().0 >= *start && buffer.last().0 < start + len;
             assert!(REGIONS.iter().any(inside), "{buffer} is not guest memory");
         }
@@ -84,7 +84,8 @@ fn serve(layout: Layout, table: &Arc<MemTable>) {
 
 fuzz_target!(|memory: &[u8]| {
     TABLE.with_borrow(|table| {
-        for layout in [Layout::Split, Layout::Packed] {
+        let zones = Some(ZoneGeometry { blocks: 1 << 12, max_open: 0, max_active: 0, max_append: 1 << 16 });
+        for (layout, zones) in [(Layout::Split, None), (Layout::Packed, None), (Layout::Split, zones)] {
             let mut rest = memory;
             for region in table.regions() {
                 let part = rest.len().min(region.memory().len());
@@ -92,7 +93,7 @@ fuzz_target!(|memory: &[u8]| {
                 region.memory().copy_from(0, &rest[..part]);
                 rest = &rest[part..];
             }
-            serve(layout, table);
+            serve(layout, zones, table);
         }
     });
 });

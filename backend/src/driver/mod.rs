@@ -6,6 +6,7 @@
 
 mod health;
 pub mod nvme;
+pub mod zones;
 
 use std::os::fd::BorrowedFd;
 
@@ -15,6 +16,7 @@ pub use health::{Health, Identification};
 
 use crate::addr::{Iova, Span};
 use crate::hardware::LeftToSuccessor;
+pub use zones::{Zone, ZoneAction, ZoneFault, ZoneGeometry, ZoneState};
 
 /// The properties of the disk that its user can see.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,6 +49,8 @@ pub struct Geometry {
     pub discard: Option<DiscardLimits>,
     /// Limits of [`Command::WriteZeroes`]; `None` if the device has no such command.
     pub zeroes: Option<ZeroesLimits>,
+    /// The zones, which must be written sequentially; `None` for an ordinary disk.
+    pub zones: Option<ZoneGeometry>,
 }
 
 /// Limits of one discard command.
@@ -106,6 +110,25 @@ pub enum Command {
     },
     /// Makes all writes completed so far durable.
     Flush,
+    /// Transfers data from memory to a zone, at its write pointer. [`Completion::result`] is the first block.
+    ZoneAppend {
+        /// First logical block of the zone.
+        block: u64,
+        /// How many, at least 1.
+        count: u32,
+    },
+    /// Transfers a report of the zones from this one on to memory; [`zones::zones`] decodes it.
+    ZoneReport {
+        /// First logical block of a zone.
+        block: u64,
+    },
+    /// Changes the state of a zone.
+    ManageZone {
+        /// First logical block of the zone.
+        block: u64,
+        /// The change.
+        action: ZoneAction,
+    },
 }
 
 /// How a command ended.
@@ -117,6 +140,8 @@ pub enum Outcome {
     Unsupported,
     /// Any other error.
     Failed,
+    /// The rules of the zone do not allow it.
+    Zone(ZoneFault),
 }
 
 /// A finished command.
@@ -126,6 +151,8 @@ pub struct Completion {
     pub tag: u32,
     /// How it ended.
     pub outcome: Outcome,
+    /// First logical block of the data of a [`Command::ZoneAppend`], according to the device. No meaning for other commands.
+    pub result: u64,
 }
 
 /// The disk as its user has come to know it: what a successor that takes the device over must find and keep.
@@ -139,6 +166,9 @@ pub struct DiskState {
     pub identifiers: ([u8; 16], [u8; 8]),
     /// Size of a logical block, bytes.
     pub block_size: u32,
+    /// Size of a zone, logical blocks; 0 without zones.
+    #[serde(default)]
+    pub zone_blocks: u64,
     /// The last setting made by [`Driver::set_write_cache`], if any.
     pub write_cache: Option<bool>,
 }

@@ -70,6 +70,12 @@ impl Controller {
             0x03 if entry.nsid() != super::nvm::NAMESPACE => return Err(Status::INVALID_NAMESPACE),
             0x03 => identify::descriptors(self, &mut page),
             0x06 if entry.cdw(11) >> 24 == 0 => identify::command_limits(self, &mut page), // of the NVM command set
+            0x05 | 0x06 if entry.cdw(11) >> 24 == 2 => match &self.zones {
+                Some(_) if cns == 5 && entry.nsid() != super::nvm::NAMESPACE => return Err(Status::INVALID_NAMESPACE),
+                Some(zones) if cns == 5 => identify::zoned_namespace(zones, &mut page),
+                Some(zones) => identify::zoned_controller(zones, &mut page),
+                None => return Err(Status::INVALID_FIELD),
+            },
             _ => return Err(Status::INVALID_FIELD),
         }
         self.faults.override_identify(cns, &mut page);

@@ -11,6 +11,7 @@
 //! Commands run only in Ready and with bus master on. Lock order: registers, submission queue, completion queue, IOMMU, admin
 //! state. To stop the controller, a thread clears `ready` and then takes each queue's lock once. No DMA is running afterwards.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::Thread;
@@ -28,13 +29,16 @@ use super::registers::CMB_ENABLED;
 use super::traffic::Traffic;
 use super::traits::AnaState;
 use super::wire::Status;
-use super::{EmulatedError, Mode, Options, lock};
+use super::zones::Zones;
+use super::{EmulatedError, Medium, Mode, Options, lock};
 
 pub(super) struct Controller {
     pub(super) options: Options,
     /// Size of the disk, logical blocks.
     pub(super) blocks: AtomicU64,
     pub(super) store: Store,
+    /// The zones, if the namespace has them.
+    pub(super) zones: Option<Zones>,
     pub(super) iommu: SoftIommu,
     pub(super) registers: Mutex<RegisterFile>,
     pub(super) csts: AtomicU32,
@@ -80,10 +84,12 @@ impl Controller {
             let wanted = "a file of whole logical blocks, at least one";
             return Err(EmulatedError::Option { option: "size", wanted, found: size });
         }
+        let zones = open_zones(&options, blocks)?;
         let pairs = usize::from(options.queues) + 1;
         Ok(Self {
             blocks: blocks.into(),
             store,
+            zones,
             iommu,
             registers: Mutex::default(),
             csts: AtomicU32::new(0),
@@ -292,4 +298,22 @@ impl Controller {
         }
         sum
     }
+}
+
+/// The zones of a namespace of `blocks` blocks; those of a medium in a file are in another beside it.
+fn open_zones(options: &Options, blocks: u64) -> Result<Option<Zones>, EmulatedError> {
+    if options.zones.size == 0 {
+        return Ok(None);
+    }
+    let path = match &options.medium {
+        Medium::File { path, .. } => {
+            let mut name = path.clone().into_os_string();
+            name.push(".zones");
+            Some(PathBuf::from(name))
+        }
+        Medium::Memory | Medium::Null => None,
+    };
+    let opened = Zones::open(options.zones, options.lba, blocks, path.as_deref());
+    let path = path.unwrap_or_default();
+    opened.map(Some).map_err(|source| EmulatedError::File { path, operation: "open", source })
 }

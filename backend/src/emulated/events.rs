@@ -105,7 +105,7 @@ impl Controller {
             (events.waiting.remove(0), result)
         };
         let mut pass = Pass::default();
-        let completion = Completion { result, sq: 0, sq_head: sq.head(), cid, status: Status::SUCCESS };
+        let completion = Completion { result: result.into(), sq: 0, sq_head: sq.head(), cid, status: Status::SUCCESS };
         self.lock_and_post(0, completion, None, &mut pass);
         self.signal(&pass);
     }

@@ -10,6 +10,7 @@ use super::nvm::NAMESPACE;
 use super::register_file::VERSION;
 use super::sgl;
 use super::traits::{AnaState, Support};
+use super::zones::Zones;
 
 /// Size of Identify data in bytes.
 pub(super) const IDENTIFY_BYTES: usize = 4096;
@@ -120,4 +121,17 @@ pub(super) fn descriptors(controller: &Controller, page: &mut Page) {
     if let Some(set) = controller.options.command_set {
         put(page, 12, &[0x04, 1, 0, 0, set]); // NIDT: Command Set Identifier
     }
+}
+
+/// CNS 05h, Zoned Namespace command set: limits, and the size of a zone in the first format. ZNS Command Set 1.1 §4.1.5.1
+pub(super) fn zoned_namespace(zones: &Zones, page: &mut Page) {
+    let (active, open) = zones.limits();
+    put(page, 4, &active.to_le_bytes()); // MAR
+    put(page, 8, &open.to_le_bytes()); // MOR
+    put(page, 2816, &zones.size().to_le_bytes()); // LBAFE0: ZSZE
+}
+
+/// CNS 06h, Zoned Namespace command set. ZNS Command Set 1.1 §4.1.5.4
+pub(super) fn zoned_controller(zones: &Zones, page: &mut Page) {
+    page[0] = zones.append_limit(); // ZASL
 }

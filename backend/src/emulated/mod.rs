@@ -48,6 +48,9 @@ mod units;
 mod whole;
 mod wire;
 mod worker;
+mod zone_options;
+mod zoned;
+mod zones;
 
 use std::fs::File;
 use std::io;
@@ -77,6 +80,7 @@ pub use staged_space::{LAST_WRITE, SpaceFaults};
 pub use traffic::Traffic;
 pub use traits::{AnaState, Support, Traits};
 pub use wire::Status;
+pub use zone_options::ZoneOptions;
 
 /// Firmware revision; at most 8 characters.
 const FIRMWARE: &str = env!("CARGO_PKG_VERSION");

@@ -25,15 +25,16 @@ const FUA: u32 = 1 << 30;
 const DEALLOCATE: u32 = 1 << 25;
 
 /// A range of logical blocks as byte offset and length on the disk.
-struct Extent {
-    offset: u64,
-    len: u64,
+pub(super) struct Extent {
+    pub(super) offset: u64,
+    pub(super) len: u64,
 }
 
 impl Controller {
-    /// Executes one I/O command.
+    /// Executes one I/O command. Also returns dwords 0 and 1 of its completion.
     #[inline]
-    pub(super) fn execute_io(&self, sq: &mut Sq, entry: &Entry, dma: &Dma<'_>, traffic: &mut Traffic) -> Status {
+    pub(super) fn execute_io(&self, sq: &mut Sq, entry: &Entry, dma: &Dma<'_>, traffic: &mut Traffic) -> (Status, u64) {
+        let mut answer = 0;
         let result = self.check_path().and_then(|()| match entry.opcode() {
             _ if entry.fuse() != 0 || !self.supports_psdt(entry) => Err(Status::INVALID_FIELD),
             nvm::READ => self.read(entry, &mut sq.hints, dma).map(|bytes| {
@@ -45,6 +46,10 @@ impl Controller {
                 traffic.bytes_written += bytes;
             }),
             nvm::FLUSH => self.flush(entry).map(|()| traffic.flushes += 1),
+            _ if self.zones.is_some() => self.zoned(entry, &mut sq.hints, dma).map(|block| {
+                traffic.others += 1;
+                answer = block;
+            }),
             nvm::WRITE_ZEROES if self.options.traits.write_zeroes != Support::Yes => Err(Status::INVALID_OPCODE),
             nvm::DATASET_MANAGEMENT if self.options.traits.deallocate != Support::Yes => Err(Status::INVALID_OPCODE),
             nvm::WRITE_ZEROES => self.write_zeroes(entry).map(|()| traffic.others += 1),
@@ -52,10 +57,10 @@ impl Controller {
             _ => Err(Status::INVALID_OPCODE),
         });
         match result {
-            Ok(()) => Status::SUCCESS,
+            Ok(()) => (Status::SUCCESS, answer),
             Err(status) => {
                 traffic.errors += 1;
-                status
+                (status, 0)
             }
         }
     }
@@ -71,7 +76,7 @@ impl Controller {
 
     /// Calls `part` for each piece of the `len` bytes that the command's data pointer describes.
     #[inline]
-    fn walk(
+    pub(super) fn walk(
         &self,
         entry: &Entry,
         len: u64,
@@ -92,7 +97,7 @@ impl Controller {
         self.blocks(entry.u64(40), u64::from(entry.cdw(12) & 0xffff) + 1)
     }
 
-    fn blocks(&self, first: u64, count: u64) -> Result<Extent, Status> {
+    pub(super) fn blocks(&self, first: u64, count: u64) -> Result<Extent, Status> {
         let end = first.checked_add(count).ok_or(Status::LBA_OUT_OF_RANGE)?;
         if end > self.blocks.load(SeqCst) {
             return Err(Status::LBA_OUT_OF_RANGE);
@@ -139,7 +144,7 @@ impl Controller {
         if bytes.iter().all(|&byte| byte == 0) { Ok(()) } else { Err(Status::WRITE_FAULT) }
     }
 
-    fn check_namespace(&self, entry: &Entry) -> Result<(), Status> {
+    pub(super) fn check_namespace(&self, entry: &Entry) -> Result<(), Status> {
         if entry.nsid() == NAMESPACE { Ok(()) } else { Err(Status::INVALID_NAMESPACE) }
     }
 
@@ -152,6 +157,9 @@ impl Controller {
     fn read(&self, entry: &Entry, hints: &mut Hints, dma: &Dma<'_>) -> Result<u64, Status> {
         let Extent { mut offset, len } = self.transfer_extent(entry, dma)?;
         self.check_size(len)?;
+        if let Some(zones) = &self.zones {
+            zones.lock().admit_read(entry.u64(40), self.to_blocks(len))?;
+        }
         let Hints { list, data } = hints;
         self.walk(entry, len, dma, list, |span| {
             dma.each(Access::Write, span, data, |shared, at, len| {
@@ -164,8 +172,29 @@ impl Controller {
     }
 
     fn write(&self, entry: &Entry, hints: &mut Hints, dma: &Dma<'_>) -> Result<u64, Status> {
-        let Extent { mut offset, len } = self.transfer_extent(entry, dma)?;
-        self.check_size(len)?;
+        let extent = self.transfer_extent(entry, dma)?;
+        self.check_size(extent.len)?;
+        let Some(zones) = &self.zones else { return self.store(entry, extent, hints, dma) };
+        let (block, count) = (entry.u64(40), self.to_blocks(extent.len));
+        let mut zones = zones.lock();
+        zones.admit_write(block, count)?;
+        let len = self.store(entry, extent, hints, dma)?;
+        zones.written(block, count);
+        Ok(len)
+    }
+
+    pub(super) fn to_blocks(&self, len: u64) -> u64 {
+        len / u64::from(self.options.lba)
+    }
+
+    /// Stores the command's data.
+    pub(super) fn store(
+        &self,
+        entry: &Entry,
+        Extent { mut offset, len }: Extent,
+        hints: &mut Hints,
+        dma: &Dma<'_>,
+    ) -> Result<u64, Status> {
         let Hints { list, data } = hints;
         self.walk(entry, len, dma, list, |span| {
             dma.each(Access::Read, span, data, |shared, at, len| {

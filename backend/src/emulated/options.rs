@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::addr::{Iova, Span};
 
-use super::{EmulatedError, Fault, Medium, Order, Traits, fault_file, traits, units};
+use super::{EmulatedError, Fault, Medium, Order, Traits, ZoneOptions, fault_file, traits, units, zone_options};
 
 /// When commands run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,8 +53,10 @@ pub struct Options {
     /// Limits, preferences and misbehaviours.
     pub traits: Traits,
     /// Command Set Identifier of the namespace: 0 NVM, 1 key-value, 2 zoned, ...; `None` for a controller that supports the NVM
-    /// command set only and does not report identifiers. Commands are executed as those of the NVM command set.
+    /// command set only and does not report identifiers. Commands are executed as those of the NVM command set, or on `zones`.
     pub command_set: Option<u8>,
+    /// The zones, of a namespace with command set 2.
+    pub zones: ZoneOptions,
     /// Number of MSI-X vectors, 0 for none; by default one more than `queues`.
     pub vectors: Option<u16>,
     /// Number of MSI vectors: 0 for none, or a power of two up to 32.
@@ -96,6 +98,7 @@ impl Default for Options {
             order: Order::Fetched,
             traits: Traits::default(),
             command_set: None,
+            zones: ZoneOptions::default(),
             vectors: None,
             msi: 0,
             intx: false,
@@ -125,6 +128,7 @@ impl Options {
         check(self.queue_entries >= 2, "queue entries", "at least 2", self.queue_entries.into())?;
         check(self.mdts <= 15, "mdts", "0 to 15", self.mdts.into())?;
         check(self.doorbell_stride <= 8, "doorbell stride", "0 to 8", self.doorbell_stride.into())?;
+        self.zones.check(self.lba)?;
         let latency_fits = self.order == Order::Fetched || !self.latency.is_zero();
         check(latency_fits, "latency", "more than 0 with order=random", 0)?;
         check((16..=57).contains(&self.address_width), "address width", "16 to 57", self.address_width.into())?;
@@ -181,9 +185,9 @@ impl FromStr for Options {
                 "snoop-enforced" => options.snoop_enforced = switch("snoop-enforced", value)?,
                 "faults" => options.faults = fault_file::read(Path::new(value))?,
                 "serial" => value.clone_into(&mut options.serial),
-                _ if options.traits.set(name, value)? => {}
+                _ if options.traits.set(name, value)? || options.zones.set(name, value)? => {}
                 _ => {
-                    let known = format!("{NAMES}, {}", traits::NAMES);
+                    let known = format!("{NAMES}, {}, {}", traits::NAMES, zone_options::NAMES);
                     return Err(EmulatedError::Unknown { option: name.to_owned(), known });
                 }
             }
@@ -192,6 +196,9 @@ impl FromStr for Options {
             Some(path) => options.medium = Medium::File { path, create, sparse },
             None if options.size == 0 => options.size = Self::default().size,
             None => {}
+        }
+        if options.zones.size != 0 {
+            options.command_set = Some(2);
         }
         options.order = if random { Order::Random { seed } } else { Order::Fetched };
         options.check()?;

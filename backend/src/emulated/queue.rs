@@ -124,8 +124,8 @@ struct Held {
 /// A completion queue entry without its phase (NVMe 2.0 §3.3.3.2).
 #[derive(Clone, Copy)]
 pub(super) struct Completion {
-    /// Dword 0.
-    pub(super) result: u32,
+    /// Dwords 0 and 1.
+    pub(super) result: u64,
     pub(super) sq: u16,
     pub(super) sq_head: u16,
     pub(super) cid: u16,
@@ -203,7 +203,7 @@ impl Cq {
         let fields =
             [completion.sq_head, completion.sq, completion.cid, completion.status.bits() << 1 | u16::from(phase)];
         let back = fields.iter().rev().fold(0, |word, field| word << 16 | u64::from(*field));
-        let words = [completion.result.into(), back];
+        let words = [completion.result, back];
         match &memory.array {
             Some(array) => array.write_release(self.tail as usize, words),
             None => self.write_through(memory.dma, words)?,

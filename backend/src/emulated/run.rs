@@ -84,15 +84,15 @@ impl Controller {
         while self.may_run() && self.has_work(slot, sq) && self.cq_has_room(cq_slot, cq) {
             taken += 1;
             let Some(effect) = self.take(sq, id, &commands, &mut entry) else { continue };
-            let status = match effect {
-                Some(Effect::Status(status)) => status,
-                _ if self.options.traits.shared_tags && self.tag_is_taken(entry.cid()) => Status::ID_CONFLICT,
+            let (status, result) = match effect {
+                Some(Effect::Status(status)) => (status, 0),
+                _ if self.options.traits.shared_tags && self.tag_is_taken(entry.cid()) => (Status::ID_CONFLICT, 0),
                 _ => self.execute_io(sq, &entry, &dma, &mut state.traffic),
             };
             if status != Status::SUCCESS {
                 self.log_error(id, &entry, status);
             }
-            let completion = Completion { result: 0, sq: id, sq_head: sq.head(), cid: entry.cid(), status };
+            let completion = Completion { result, sq: id, sq_head: sq.head(), cid: entry.cid(), status };
             self.post(cq, &completions, completion, effect, &mut pass);
         }
         state.traffic.passes += u64::from(taken != 0);
@@ -124,7 +124,7 @@ impl Controller {
             if status != Status::SUCCESS {
                 self.log_error(0, &entry, status);
             }
-            let completion = Completion { result, sq: 0, sq_head: sq.head(), cid: entry.cid(), status };
+            let completion = Completion { result: result.into(), sq: 0, sq_head: sq.head(), cid: entry.cid(), status };
             self.lock_and_post(0, completion, effect, &mut pass);
         }
         pass.due = sq.first_due();

@@ -95,6 +95,10 @@ pub(super) mod nvm {
     pub(in super::super) const READ: u8 = 0x02;
     pub(in super::super) const WRITE_ZEROES: u8 = 0x08;
     pub(in super::super) const DATASET_MANAGEMENT: u8 = 0x09;
+    // Zoned Namespace command set (ZNS Command Set 1.1 §3.4).
+    pub(in super::super) const ZONE_MANAGEMENT_SEND: u8 = 0x79;
+    pub(in super::super) const ZONE_MANAGEMENT_RECEIVE: u8 = 0x7a;
+    pub(in super::super) const ZONE_APPEND: u8 = 0x7d;
 }
 
 /// The status field of a completion without its phase bit (NVMe 2.0 §3.3.3.2.1): code in bits 7:0, code type in bits 10:8,

@@ -17,7 +17,8 @@ const LONGEST: u64 = (1 << 40) - 1;
 const BUCKETS: usize = bucket(LONGEST) + 1;
 
 /// The operations that have a histogram each, in this order.
-pub const OPERATIONS: [&str; 5] = ["read", "write", "flush", "discard", "write_zeroes"];
+pub const OPERATIONS: [&str; 8] =
+    ["read", "write", "flush", "discard", "write_zeroes", "zone_append", "zone_report", "zone_manage"];
 
 /// The bucket of a time in ns. Times below 16 have one each.
 const fn bucket(ns: u64) -> usize {
@@ -63,6 +64,9 @@ impl Latencies {
             Operation::Flush => 2,
             Operation::Discard => 3,
             Operation::WriteZeroes { .. } => 4,
+            Operation::ZoneAppend => 5,
+            Operation::ZoneReport => 6,
+            Operation::ManageZone(_) => 7,
         }];
         histogram.buckets[bucket(ns.min(LONGEST))].add(1);
         histogram.nanoseconds.add(ns);

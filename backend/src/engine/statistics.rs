@@ -21,6 +21,8 @@ pub struct Statistics {
     pub discards: u64,
     /// Write-zeroes requests that the device has completed.
     pub write_zeroes: u64,
+    /// Reports of zones, and changes of their states, that the device has completed.
+    pub zones: u64,
     /// Bytes read successfully.
     pub bytes_read: u64,
     /// Bytes written successfully.
@@ -52,7 +54,7 @@ pub struct Statistics {
 impl fmt::Display for Statistics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "reads={} writes={} flushes={} ", self.reads, self.writes, self.flushes)?;
-        write!(f, "discards={} write_zeroes={} ", self.discards, self.write_zeroes)?;
+        write!(f, "discards={} write_zeroes={} zones={} ", self.discards, self.write_zeroes, self.zones)?;
         write!(f, "bytes_read={} bytes_written={} ", self.bytes_read, self.bytes_written)?;
         write!(f, "sgl={} bounced={} ", self.sgl, self.bounced)?;
         write!(f, "errors={} kicks={} calls={} ", self.errors, self.kicks, self.calls)?;
@@ -111,6 +113,7 @@ pub(super) struct Counters {
     pub(super) flushes: Counter,
     pub(super) discards: Counter,
     pub(super) write_zeroes: Counter,
+    pub(super) zones: Counter,
     pub(super) bytes_read: Counter,
     pub(super) bytes_written: Counter,
     pub(super) sgl: Counter,
@@ -140,6 +143,7 @@ impl Counters {
         sum.flushes += self.flushes.get();
         sum.discards += self.discards.get();
         sum.write_zeroes += self.write_zeroes.get();
+        sum.zones += self.zones.get();
         sum.bytes_read += self.bytes_read.get();
         sum.bytes_written += self.bytes_written.get();
         sum.sgl += self.sgl.get();

@@ -88,7 +88,14 @@ pub(super) mod tests {
 
     pub(in super::super) fn description() -> Description {
         let identifiers = ([0; 16], [0; 8]);
-        let disk = DiskState { serial: "S".into(), namespace: 1, identifiers, block_size: 512, write_cache: None };
+        let disk = DiskState {
+            serial: "S".into(),
+            namespace: 1,
+            identifiers,
+            block_size: 512,
+            zone_blocks: 0,
+            write_cache: None,
+        };
         Description {
             version: VERSION,
             paused_at: 0,

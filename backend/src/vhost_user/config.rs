@@ -9,7 +9,7 @@ use super::features::VirtioFeatures;
 use super::{Device, Error};
 use crate::driver::Geometry;
 use crate::engine::Engine;
-use crate::engine::request::RangeLimits;
+use crate::engine::request::{BOUNCE_BYTES, RangeLimits, max_append};
 use crate::rate_limited_log::SharedLog;
 
 /// Data buffers per request: an indirect table of 128 descriptors, less those of header and status.
@@ -18,8 +18,7 @@ pub(super) const SEG_MAX: u32 = 126;
 /// Bytes per unit of `capacity` (virtio 1.2 §5.2.4).
 const SECTOR: u64 = 512;
 
-/// `struct virtio_blk_config` up to the write-zeroes limits. The fields after it belong to features that are not offered
-/// and read as zero.
+/// `struct virtio_blk_config`. Fields of features that are not offered read as zero.
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
 struct BlkConfig {
@@ -44,8 +43,45 @@ struct BlkConfig {
     max_write_zeroes_seg: u32,
     write_zeroes_may_unmap: u8,
     unused1: [u8; 3],
-    reserved: u32,
+    max_secure_erase_sectors: u32,
+    max_secure_erase_seg: u32,
+    secure_erase_sector_alignment: u32,
+    zoned: ZonedCharacteristics,
 }
+
+/// `struct virtio_blk_zoned_characteristics` (virtio 1.3 §5.2.4)
+#[derive(Default, IntoBytes, Immutable)]
+#[repr(C)]
+struct ZonedCharacteristics {
+    zone_sectors: u32,
+    max_open_zones: u32,
+    max_active_zones: u32,
+    max_append_sectors: u32,
+    write_granularity: u32,
+    model: u8,
+    unused2: [u8; 3],
+}
+
+impl ZonedCharacteristics {
+    fn new(geometry: &Geometry) -> Self {
+        /// VIRTIO_BLK_Z_HM
+        const HOST_MANAGED: u8 = 1;
+        let Some(zones) = geometry.zones else { return Self::default() };
+        let sectors = zones.blocks * (u64::from(geometry.block_size) / SECTOR);
+        Self {
+            zone_sectors: u32::try_from(sectors).expect("the driver refuses larger zones"),
+            max_open_zones: zones.max_open,
+            max_active_zones: zones.max_active,
+            max_append_sectors: max_append(geometry, BOUNCE_BYTES) / 512,
+            write_granularity: geometry.block_size,
+            model: HOST_MANAGED,
+            unused2: [0; 3],
+        }
+    }
+}
+
+/// The fields that a front-end must read together with the first, if the disk is zoned.
+const ZONES_END: usize = offset_of!(BlkConfig, zoned) + size_of::<ZonedCharacteristics>();
 
 /// Offset of `writeback`.
 const WRITEBACK: usize = offset_of!(BlkConfig, writeback);
@@ -78,7 +114,10 @@ impl BlkConfig {
             max_write_zeroes_seg: zeroes.segments,
             write_zeroes_may_unmap: u8::from(geometry.zeroes.is_some_and(|limits| limits.deallocates)),
             unused1: [0; 3],
-            reserved: 0,
+            max_secure_erase_sectors: 0,
+            max_secure_erase_seg: 0,
+            secure_erase_sector_alignment: 0,
+            zoned: ZonedCharacteristics::new(geometry),
         }
     }
 }
@@ -87,10 +126,21 @@ impl BlkConfig {
 static LOG: SharedLog = SharedLog::new(module_path!());
 
 /// Reads `size` bytes of configuration space from `offset`; zero past its end.
-pub(super) fn read(device: &Device, offset: usize, size: usize) -> Vec<u8> {
+///
+/// # Errors
+/// [`Error::ZonesUnread`]: QEMU reads the whole space of its device in one message when it creates the device. If that ends before
+/// the zones, the device can be refused there, before a guest waits for it.
+pub(super) fn read(device: &Device, offset: usize, size: usize) -> Result<Vec<u8>, Error> {
     let Device { engine, queues, .. } = device;
-    slice(&BlkConfig::new(&engine.geometry(), *queues, engine.write_cache()), offset, size)
+    let geometry = engine.geometry();
+    if geometry.zones.is_some() && offset == 0 && (LONGEST_FIELD + 1..ZONES_END).contains(&size) {
+        return Err(Error::ZonesUnread { found: size });
+    }
+    Ok(slice(&BlkConfig::new(&geometry, *queues, engine.write_cache()), offset, size))
 }
+
+/// Bytes of the longest field. A front-end that reads no more reads for its guest, field by field.
+const LONGEST_FIELD: usize = 8;
 
 /// SET_CONFIG. Only `writeback` can be written, which switches the write cache.
 pub(super) fn write(engine: &Engine, offset: u32, bytes: &[u8]) -> Result<(), Error> {
@@ -119,7 +169,7 @@ fn slice(config: &BlkConfig, offset: usize, size: usize) -> Vec<u8> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::driver::{DiscardLimits, ZeroesLimits};
+    use crate::driver::{DiscardLimits, ZeroesLimits, ZoneGeometry};
 
     pub(crate) fn geometry() -> Geometry {
         Geometry {
@@ -137,6 +187,7 @@ pub(super) mod tests {
             max_transfer: 128 << 10,
             discard: Some(DiscardLimits { ranges: 32, range_blocks: 1000, blocks: u64::MAX }),
             zeroes: Some(ZeroesLimits { blocks: 32, deallocates: true }),
+            zones: Some(ZoneGeometry { blocks: 0x100, max_open: 7, max_active: 9, max_append: 1 << 20 }),
         }
     }
 
@@ -164,13 +215,24 @@ pub(super) mod tests {
 
         assert_eq!([field(36, 4), field(40, 4), field(44, 4)], [8000, 32, 8], "discard, in sectors of 512");
         assert_eq!([field(48, 4), field(52, 4), field(56, 1)], [32 * 16 * 8, 16, 1], "write-zeroes");
+
+        assert_eq!([field(72, 4), field(76, 4), field(80, 4)], [0x800, 7, 9], "zone_sectors, limits");
+        assert_eq!([field(84, 4), field(88, 4), field(92, 1)], [128, 4096, 1], "appends, granularity, host-managed");
+        assert_eq!(ZONES_END, 96);
+    }
+
+    #[test]
+    fn a_disk_without_zones_has_no_characteristics_of_zones() {
+        let geometry = Geometry { zones: None, ..geometry() };
+        let config = BlkConfig::new(&geometry, 3, true);
+        assert_eq!(slice(&config, 57, 39), [0; 39]);
     }
 
     #[test]
     fn any_range_can_be_read_and_is_zero_past_the_end() {
-        let whole = slice(&config(), 0, 64);
-        for offset in 0..70 {
-            for size in [1, 3, 57, 64] {
+        let whole = slice(&config(), 0, 96);
+        for offset in 0..100 {
+            for size in [1, 3, 57, 96] {
                 let expected: Vec<u8> = (offset..offset + size).map(|i| whole.get(i).copied().unwrap_or(0)).collect();
                 assert_eq!(slice(&config(), offset, size), expected, "offset {offset} size {size}");
             }

@@ -15,6 +15,11 @@ use crate::memory::{FileId, RegionError, SharedFileError};
 const SHARE: &str =
     "start QEMU with -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem";
 
+/// QEMU's device that gives a guest all features, and the end of the zones in the configuration space.
+const ZONED_DEVICE: &str = "use QEMU's -device vhost-user-test-device-pci,virtio-id=2,config_size=96,num_vqs=QUEUES and a guest \
+                            with Linux 6.4 or newer (CONFIG_BLK_DEV_ZONED)";
+const ZONED_END: &str = "bytes 72 to 95";
+
 /// Why a message was refused or a connection ended.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -232,6 +237,19 @@ pub enum Error {
     /// The file of SET_INFLIGHT_FD cannot be used.
     #[error("SET_INFLIGHT_FD: {0}")]
     InflightFile(#[from] SharedFileError),
+    /// The front-end or its guest does not know zones.
+    #[error(
+        "the drive is zoned, and this front-end or its guest does not acknowledge VIRTIO_BLK_F_ZONED: as an ordinary disk it would fail most writes; {ZONED_DEVICE}"
+    )]
+    ZonesUnknown,
+    /// The front-end reads a configuration space that ends before the zones, as QEMU's vhost-user-blk does.
+    #[error(
+        "the drive is zoned, and this front-end gives its guest {found} bytes of configuration space, in which the zones at {ZONED_END} are missing; {ZONED_DEVICE}"
+    )]
+    ZonesUnread {
+        /// Bytes that it reads.
+        found: usize,
+    },
     /// The region is invalid, or cannot be mapped in this process.
     #[error(transparent)]
     Region(#[from] RegionError),

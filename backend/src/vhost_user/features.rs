@@ -10,6 +10,7 @@
 //! | `MQ` | always | one virtqueue per vCPU, spread over the workers |
 //! | `SIZE_MAX` | the drive's longest transfer is known | longer buffers are split, which gains nothing |
 //! | `DISCARD`, `WRITE_ZEROES` | the drive has the command and is not read-only | the limits follow from the drive's |
+//! | `ZONED` | the drive is zoned | its zones must be written in order; a front-end must acknowledge it |
 //!
 //! | ring | offered | because |
 //! |---|---|---|
@@ -68,6 +69,8 @@ bitflags! {
         const DISCARD = 1 << 13;
         /// `VIRTIO_BLK_F_WRITE_ZEROES`
         const WRITE_ZEROES = 1 << 14;
+        /// `VIRTIO_BLK_F_ZONED` (virtio 1.3 §5.2.3)
+        const ZONED = 1 << 17;
         /// `VIRTIO_F_RING_INDIRECT_DESC`
         const INDIRECT_DESC = 1 << 28;
         /// `VIRTIO_F_RING_EVENT_IDX`
@@ -116,6 +119,7 @@ impl VirtioFeatures {
         offered.set(Self::FLUSH | Self::CONFIG_WCE, geometry.volatile_cache);
         offered.set(Self::DISCARD, RangeLimits::discard(geometry).is_some());
         offered.set(Self::WRITE_ZEROES, RangeLimits::write_zeroes(geometry).is_some());
+        offered.set(Self::ZONED, geometry.zones.is_some());
         offered
     }
 
@@ -167,11 +171,18 @@ mod tests {
     }
 
     #[test]
+    fn zones_are_offered_if_and_only_if_the_disk_has_them() {
+        let disk = geometry();
+        assert!(VirtioFeatures::offered(&disk).contains(VirtioFeatures::ZONED));
+        assert!(!VirtioFeatures::offered(&Geometry { zones: None, ..disk }).contains(VirtioFeatures::ZONED));
+    }
+
+    #[test]
     fn only_implemented_bits_are_offered() {
         let offered = VirtioFeatures::offered(&geometry());
-        // SIZE_MAX SEG_MAX BLK_SIZE FLUSH TOPOLOGY CONFIG_WCE MQ DISCARD WRITE_ZEROES, INDIRECT EVENT_IDX PROTOCOL_FEATURES,
-        // VERSION_1, PACKED.
-        assert_eq!(offered.bits(), 0x7e46 | 7 << 28 | 1 << 32 | 1 << 34);
+        // SIZE_MAX SEG_MAX BLK_SIZE FLUSH TOPOLOGY CONFIG_WCE MQ DISCARD WRITE_ZEROES, ZONED, INDIRECT EVENT_IDX
+        // PROTOCOL_FEATURES, VERSION_1, PACKED.
+        assert_eq!(offered.bits(), 0x7e46 | 1 << 17 | 7 << 28 | 1 << 32 | 1 << 34);
         assert_eq!(ProtocolFeatures::all().bits(), 0x21_b229);
         // The codec once had another feature at this bit (rust-vmm/vhost#367).
         assert_eq!(VhostUserProtocolFeatures::GPA_ADDRESSES.bits(), ProtocolFeatures::GPA_ADDRESSES.bits());

@@ -317,7 +317,8 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> HandlerResult<Vec<u8>> {
-        Ok(config::read(self.device, offset as usize, size as usize))
+        let result = config::read(self.device, offset as usize, size as usize);
+        self.answer(result)
     }
 
     fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> HandlerResult<()> {

@@ -34,6 +34,13 @@ impl AdminCommand {
         Self { name, entry: SubmissionEntry { opcode: admin_opcode::IDENTIFY, nsid, cdw10: cns, ..Default::default() } }
     }
 
+    /// NVMe 2.0 §5.17, for a data structure of the command set `set` (CSI).
+    pub(super) fn identify_of_set(name: &'static str, cns: u32, nsid: u32, set: u8) -> Self {
+        let mut command = Self::identify(name, cns, nsid);
+        command.entry.cdw11 = u32::from(set) << 24;
+        command
+    }
+
     /// NVMe 2.0 §5.27.1.5: requests `count` I/O queue pairs (the field is 0's based).
     pub(super) fn set_number_of_queues(count: u16) -> Self {
         let wanted = u32::from(count) - 1;

@@ -12,7 +12,9 @@ use super::admin::{AdminCommand, AdminQueue};
 use super::command_set;
 use super::controller::Controller;
 use super::error::NvmeErrorKind;
-use super::identify::{Identity, Namespace, active_namespaces, format_ids, range_limits, select_namespace};
+use super::identify::{
+    Identity, Namespace, active_namespaces, format_ids, format_index, range_limits, select_namespace,
+};
 use super::interrupts::{Interrupts, QueueInterrupt, SharedVector, Wiring};
 use super::logs::RESETS;
 use super::options::{Avoid, NvmeOptions};
@@ -22,8 +24,9 @@ use super::queue::{IoQueue, MAX_DEPTH, QueueSetup, Tags, completions_at, memory_
 use super::regs::{PAGE_LEN, Version};
 use super::sgl::Granularity;
 use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, cns};
+use super::zones::{IdentifyZonedNamespace, Zones, longest_append};
 use crate::addr::Bytes;
-use crate::driver::{DiscardLimits, Geometry, ZeroesLimits};
+use crate::driver::{DiscardLimits, Geometry, ZeroesLimits, ZoneGeometry};
 
 /// Time-out of each admin command during initialization. Some drives complete Identify only after their own start-up.
 const BRING_UP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -55,11 +58,10 @@ pub(super) fn bring_up(
     let mut identity = Identity::decode(&data)?;
     identity.avoid(&options.avoid);
     let namespace = find_namespace(controller, &mut admin, &identity, options.namespace)?;
-    let command_limits = identify_limits(controller, &mut admin)?;
-    let (discard, zeroes) = range_limits(&identity, &namespace, command_limits.as_ref());
+    let limits = command_limits(controller, &mut admin, &identity, &namespace)?;
     let cache_on = identity.write_cache && write_cache_is_on(controller, &mut admin);
     events.truncate(negotiate_queues(controller, &mut admin, events.len())?);
-    let limits = Limits { block: namespace.block_size, transfer: identity.max_transfer };
+    let transfers = Limits { block: namespace.block_size, transfer: identity.max_transfer };
     let shared_tags = options.avoid.contains(&Avoid::Tags);
     if shared_tags {
         events.truncate(1);
@@ -71,7 +73,7 @@ pub(super) fn bring_up(
         depth,
         namespace: namespace.id,
         metadata: namespace.metadata,
-        limits,
+        limits: transfers,
         sgl: identity.sgl,
         vector: wiring.vector(id),
         interrupt,
@@ -82,7 +84,7 @@ pub(super) fn bring_up(
         let interrupt = queue_interrupt(controller, &admin, (wiring, id), event, admin_event)?;
         queues.push(create_queue(controller, &mut admin, parameters(id, interrupt))?);
     }
-    let geometry = geometry(options, &identity, &namespace, cache_on, (discard, zeroes));
+    let geometry = geometry(options, &identity, &namespace, cache_on, limits);
     let shutdown_limit = identity.shutdown_limit;
     let mut up = BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace, wiring };
     log_summary(controller, &up, depth);
@@ -97,7 +99,7 @@ fn geometry(
     identity: &Identity,
     namespace: &Namespace,
     cache_on: bool,
-    (discard, zeroes): (Option<DiscardLimits>, Option<ZeroesLimits>),
+    CommandLimits { discard, zeroes, zones }: CommandLimits,
 ) -> Geometry {
     Geometry {
         blocks: namespace.blocks,
@@ -105,7 +107,7 @@ fn geometry(
         physical_block_size: namespace.physical_block_size,
         alignment_offset: namespace.alignment_offset,
         optimal_size: namespace.optimal_size,
-        boundary: namespace.boundary,
+        boundary: boundary(namespace),
         read_only: options.read_only || namespace.write_protected,
         volatile_cache: identity.write_cache,
         cache_on,
@@ -114,7 +116,15 @@ fn geometry(
         max_transfer: identity.max_transfer,
         discard,
         zeroes,
+        zones,
     }
+}
+
+/// A transfer that crosses from one zone into the next fails, so zones are a boundary unless NOIOB divides them.
+fn boundary(namespace: &Namespace) -> u32 {
+    let zone = namespace.zones.map_or(0, |zones| u32::try_from(zones.blocks).expect("checked by Zones::decode"));
+    let preferred = namespace.boundary;
+    if zone == 0 || preferred != 0 && zone.is_multiple_of(preferred) { preferred } else { zone }
 }
 
 fn log_summary(controller: &Controller, up: &BroughtUp, depth: u16) {
@@ -137,6 +147,13 @@ fn log_summary(controller: &Controller, up: &BroughtUp, depth: u16) {
             },
         )
     });
+    if let Some(zones) = geometry.zones {
+        let (size, append) = (Bytes(zones.blocks * u64::from(geometry.block_size)), Bytes(zones.max_append.into()));
+        let (open, active) = (zones.max_open, zones.max_active);
+        RESETS.info(|| {
+            format!("{name}: zones of {size}, appends up to {append}, most open {open}, active {active} (0: no limit)")
+        });
+    }
     let transfer = Bytes(geometry.max_transfer.into());
     let sgl = match identity.sgl {
         None => "",
@@ -197,11 +214,13 @@ pub(super) fn identify_namespace(
     identity: &Identity,
     id: u32,
 ) -> Result<Option<Namespace>, NvmeErrorKind> {
+    let mut set = command_set::NVM;
     // A controller with one command set has no other, and need not know the descriptor.
     if controller.capabilities().several_command_sets() {
         let name = "Identify (Namespace Identification Descriptor list)";
         let list = admin.identify(controller, AdminCommand::identify(name, cns::DESCRIPTORS, id), BRING_UP_TIMEOUT)?;
-        command_set::check(id, command_set::identifier(&list))?;
+        set = command_set::identifier(&list);
+        command_set::check(id, set)?;
     }
     let command = AdminCommand::identify("Identify Namespace", cns::NAMESPACE, id);
     let data: IdentifyNamespace = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
@@ -209,7 +228,17 @@ pub(super) fn identify_namespace(
     if identity.path_states && data.anagrpid != 0 {
         check_path(controller, admin, id, data.anagrpid)?;
     }
-    Namespace::decode(id, &data, identity)
+    let namespace = Namespace::decode(id, &data, identity)?;
+    match namespace {
+        Some(namespace) if set == command_set::ZONED => {
+            let name = "Identify (Zoned Namespace)";
+            let command = AdminCommand::identify_of_set(name, cns::COMMAND_SET_NAMESPACE, id, set);
+            let zoned: IdentifyZonedNamespace = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
+            let zones = Some(Zones::decode(&zoned, format_index(&data), namespace.block_size)?);
+            Ok(Some(Namespace { zones, ..namespace }))
+        }
+        other => Ok(other),
+    }
 }
 
 /// Checks that namespace `id`, of ANA group `group`, can be reached by this controller.
@@ -224,6 +253,34 @@ fn check_path(controller: &Controller, admin: &mut AdminQueue, id: u32, group: u
         }
         Err(kind) => Err(kind),
     }
+}
+
+/// Limits of the commands other than transfers.
+struct CommandLimits {
+    discard: Option<DiscardLimits>,
+    zeroes: Option<ZeroesLimits>,
+    zones: Option<ZoneGeometry>,
+}
+
+/// Limits of commands on `namespace`. Discards have no use on zones, which are reset, and VIRTIO_BLK_F_DISCARD is forbidden with
+/// them (virtio 1.3 §5.2.5.1). Zeroes would have to be written in order, which the guest's own writes do as well.
+fn command_limits(
+    controller: &Controller,
+    admin: &mut AdminQueue,
+    identity: &Identity,
+    namespace: &Namespace,
+) -> Result<CommandLimits, NvmeErrorKind> {
+    let Some(Zones { blocks, max_open, max_active }) = namespace.zones else {
+        let limits = identify_limits(controller, admin)?;
+        let (discard, zeroes) = range_limits(identity, namespace, limits.as_ref());
+        return Ok(CommandLimits { discard, zeroes, zones: None });
+    };
+    let name = "Identify (Zoned Namespace command set, controller)";
+    let command = AdminCommand::identify_of_set(name, cns::COMMAND_SET_CONTROLLER, 0, command_set::ZONED);
+    let data = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
+    let max_append = longest_append(&data, identity.max_transfer);
+    let zones = Some(ZoneGeometry { blocks, max_open, max_active, max_append });
+    Ok(CommandLimits { discard: None, zeroes: None, zones })
 }
 
 /// The controller's limits of commands without data transfer. The data structure is newer than NVMe 1.4 and no capability

@@ -117,9 +117,9 @@ pub enum NvmeErrorKind {
     /// No namespace is active.
     #[error("has no active namespace; create and attach one (nvme create-ns, nvme attach-ns)")]
     NoActiveNamespace,
-    /// The namespace is not of the NVM command set.
+    /// The namespace is of a command set without blocks.
     #[error(
-        "namespace {namespace} is {what} (CSI {set:02x}h) and cannot be served as a disk: {reason}; choose another with --namespace, or give the guest the whole function with --vfio-user"
+        "namespace {namespace} is {what} (CSI {set:02x}h) and cannot be served as a disk: it has no blocks; choose another with --namespace, or give the guest the whole function with --vfio-user"
     )]
     CommandSet {
         /// Namespace identifier.
@@ -128,8 +128,6 @@ pub enum NvmeErrorKind {
         set: u8,
         /// Name of that command set.
         what: &'static str,
-        /// Why it is refused.
-        reason: &'static str,
     },
     /// The controller does not reach the namespace.
     #[error("the path to namespace {namespace} is {state} (Asymmetric Namespace Access); {fix}")]

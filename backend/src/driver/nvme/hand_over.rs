@@ -13,6 +13,7 @@ impl Nvme {
             namespace: namespace.id,
             identifiers: namespace.identifiers,
             block_size: namespace.block_size,
+            zone_blocks: namespace.zones.map_or(0, |zones| zones.blocks),
             write_cache: self.write_cache,
         })
     }

@@ -10,6 +10,7 @@ use super::options::Avoid;
 use super::prp::MAX_TRANSFER;
 use super::sgl::Granularity;
 use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, MAX_RANGES, NAMESPACE_NOTICES};
+use super::zones::Zones;
 use crate::driver::{DiscardLimits, ZeroesLimits};
 
 /// The longest transfer that this driver uses with a controller without a limit, bytes.
@@ -176,6 +177,8 @@ pub(super) struct Namespace {
     pub(super) boundary: u32,
     /// NSATTR bit 0.
     pub(super) write_protected: bool,
+    /// The zones, if the namespace has them.
+    pub(super) zones: Option<Zones>,
     /// DLFEAT: Write Zeroes can deallocate (bit 3) and deallocated blocks read as zeroes (bits 2:0 = 001b).
     pub(super) zeroes_deallocate: bool,
 }
@@ -190,9 +193,7 @@ impl Namespace {
         if data.nsze == 0 {
             return Ok(None);
         }
-        // FLBAS: bits 3:0 are the low bits of the format index, bits 6:5 the high ones.
-        let index = data.flbas & 0xf | (data.flbas >> 1) & 0x30;
-        let format = data.lbaf[usize::from(index)];
+        let format = data.lbaf[usize::from(format_index(data))];
         let refuse = |data: String| Err(NvmeErrorKind::BlockFormat { namespace: id, data, metadata: format.metadata });
         let block_size: u32 = match format.data_shift {
             9 => 512,
@@ -227,6 +228,7 @@ impl Namespace {
             optimal_size: if reports_preferences(data) { (u32::from(data.nows) + 1) * block_size } else { 0 },
             boundary: data.noiob.into(),
             write_protected,
+            zones: None,
             zeroes_deallocate,
         }))
     }
@@ -240,9 +242,18 @@ impl Namespace {
             0 => namespace.block_size.to_string(),
             metadata => format!("{} and {metadata} metadata bytes", namespace.block_size),
         };
-        let (now, before) = (text(self), text(before));
-        (now != before).then(|| format!("namespace {} has blocks of {now} instead of {before}", self.id))
+        let (blocks, former) = (text(self), text(before));
+        if blocks != former {
+            return Some(format!("namespace {} has blocks of {blocks} instead of {former}", self.id));
+        }
+        let (now, before) = (self.zones, before.zones);
+        (now != before).then(|| format!("namespace {} has zones {now:?} instead of {before:?}", self.id))
     }
+}
+
+/// FLBAS: bits 3:0 are the low bits of the index of the format, bits 6:5 the high ones.
+pub(super) fn format_index(data: &IdentifyNamespace) -> u8 {
+    data.flbas & 0xf | (data.flbas >> 1) & 0x30
 }
 
 /// NSFEAT bit 4 (OPTPERF): NPWG, NPWA and NOWS are valid.

@@ -1,9 +1,9 @@
-//! NVMe driver for a PCIe controller (NVMe Base Specification 2.0, NVM Command Set 1.0).
+//! NVMe driver for a PCIe controller (NVMe Base Specification 2.0, NVM Command Set 1.0, Zoned Namespace Command Set 1.1).
 //!
 //! ```text
 //! Nvme ──> Controller      registers, state, all memory the device may access            controller, regs
 //!   ├────> AdminQueue      one command at a time                                         admin, identify, bring_up
-//!   └────> IoQueue ×n      one per worker: submit, ring, reap; no lock, no allocation    queue, rings, prp, sgl
+//!   └────> IoQueue ×n      one per worker: submit, ring, reap; no lock, no allocation    queue, rings, prp, sgl, zones
 //! ```
 //!
 //! The device is not trusted. Everything it writes is read once and then checked. It can access only what is mapped in its
@@ -30,6 +30,7 @@ mod shut_down;
 mod spec;
 mod status;
 mod tags;
+mod zones;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;

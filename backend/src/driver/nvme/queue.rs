@@ -25,6 +25,7 @@ use super::spec::{
 };
 use super::status::Status;
 pub use super::tags::Tags;
+use super::zones;
 use crate::addr::{Iova, Span};
 use crate::driver::{Blocks, Command, CommandId, Completion, Extent, Full, OverdueCommands, Queue};
 use crate::rate_limited_log::RateLimitedLog;
@@ -171,7 +172,7 @@ impl IoQueue {
         self.warnings.warn(|| format!("{name}: {}", what()));
     }
 
-    /// A Read or Write command (NVM Command Set 1.0 §3.2.4, §3.2.6), without its data pointer; `metadata` is its metadata
+    /// A Read, Write (NVM Command Set 1.0 §3.2.4, §3.2.6) or Zone Append command, without its data pointer; `metadata` is its metadata
     /// pointer.
     ///
     /// The length must match the buffers: the device would access memory beyond them otherwise.
@@ -269,7 +270,8 @@ impl IoQueue {
         if !status.is_success() {
             self.warn(|| format!("command {:#x}: {status}", entry.cid));
         }
-        Some(Completion { tag, outcome: status.outcome() })
+        let result = u64::from(entry.dw1) << 32 | u64::from(entry.result);
+        Some(Completion { tag, outcome: status.outcome(), result })
     }
 }
 
@@ -303,6 +305,11 @@ impl Queue for IoQueue {
                 entry
             }
             Command::Flush => SubmissionEntry { opcode: io_opcode::FLUSH, ..SubmissionEntry::default() },
+            Command::ZoneAppend { block, count } => {
+                self.transfer(io_opcode::ZONE_APPEND, self.metadata[1], block, count, bytes)
+            }
+            Command::ZoneReport { block } => zones::report(block, bytes),
+            Command::ManageZone { block, action } => zones::manage(block, action),
         };
         if bytes != 0 {
             self.set_data_pointer(&mut entry, index, buffers, position, bytes);

@@ -28,6 +28,10 @@ pub(super) mod io_opcode {
     pub(in crate::driver::nvme) const READ: u8 = 0x02;
     pub(in crate::driver::nvme) const WRITE_ZEROES: u8 = 0x08;
     pub(in crate::driver::nvme) const DATASET_MANAGEMENT: u8 = 0x09;
+    // ZNS Command Set 1.1 §3.4
+    pub(in crate::driver::nvme) const ZONE_MANAGEMENT_SEND: u8 = 0x79;
+    pub(in crate::driver::nvme) const ZONE_MANAGEMENT_RECEIVE: u8 = 0x7a;
+    pub(in crate::driver::nvme) const ZONE_APPEND: u8 = 0x7d;
 }
 
 /// Feature identifiers. NVMe 2.0 §5.27.1
@@ -43,6 +47,7 @@ pub(super) mod cns {
     pub(in crate::driver::nvme) const CONTROLLER: u32 = 0x01;
     pub(in crate::driver::nvme) const ACTIVE_NAMESPACES: u32 = 0x02;
     pub(in crate::driver::nvme) const DESCRIPTORS: u32 = 0x03;
+    pub(in crate::driver::nvme) const COMMAND_SET_NAMESPACE: u32 = 0x05;
     pub(in crate::driver::nvme) const COMMAND_SET_CONTROLLER: u32 = 0x06;
 }
 

@@ -1,10 +1,11 @@
 //! The status field of a completion, with the names of the specification.
 //!
-//! NVMe 2.0 §3.3.3.2.1; codes 80h and up of SCT 0 and 2: NVM Command Set 1.0 §3.1.2.
+//! NVMe 2.0 §3.3.3.2.1; codes 80h and up of SCT 0 and 2: NVM Command Set 1.0 §3.1.2; codes B8h and up of SCT 1: ZNS Command
+//! Set 1.1 §3.1.2.
 
 use std::fmt;
 
-use crate::driver::Outcome;
+use crate::driver::{Outcome, ZoneFault};
 
 /// The status field of a completion without its phase bit: SC, SCT, CRD, M, DNR.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -49,6 +50,10 @@ impl Status {
         match (self.code_type(), self.code()) {
             (0, 0x00) => Outcome::Success,
             (0, 0x01 | 0x02) => Outcome::Unsupported,
+            (1, 0xb8..=0xbb | 0xbf) => Outcome::Zone(ZoneFault::Invalid),
+            (1, 0xbc) => Outcome::Zone(ZoneFault::WritePointer),
+            (1, 0xbd) => Outcome::Zone(ZoneFault::TooManyActive),
+            (1, 0xbe) => Outcome::Zone(ZoneFault::TooManyOpen),
             _ => Outcome::Failed,
         }
     }
@@ -85,6 +90,14 @@ impl Status {
             (1, 0x0c) => "Invalid Queue Deletion",
             (1, 0x80) => "Conflicting Attributes",
             (1, 0x82) => "Attempted Write to Read Only Range",
+            (1, 0xb8) => "Zone Boundary Error",
+            (1, 0xb9) => "Zone Is Full",
+            (1, 0xba) => "Zone Is Read Only",
+            (1, 0xbb) => "Zone Is Offline",
+            (1, 0xbc) => "Zone Invalid Write",
+            (1, 0xbd) => "Too Many Active Zones",
+            (1, 0xbe) => "Too Many Open Zones",
+            (1, 0xbf) => "Invalid Zone State Transition",
             (2, 0x80) => "Write Fault",
             (2, 0x81) => "Unrecovered Read Error",
             (2, 0x82) => "End-to-end Guard Check Error",
@@ -141,6 +154,19 @@ mod tests {
         assert_eq!(status(0, 6).outcome(), Outcome::Failed);
         assert_eq!(status(1, 1).outcome(), Outcome::Failed);
         assert_eq!(status(7, 0).outcome(), Outcome::Failed, "vendor specific zero is not success");
+    }
+
+    #[test]
+    fn errors_of_zones_tell_what_the_driver_of_the_zone_did_wrong() {
+        let fault = |code| status(1, code).outcome();
+        for code in [0xb8, 0xb9, 0xba, 0xbb, 0xbf] {
+            assert_eq!(fault(code), Outcome::Zone(ZoneFault::Invalid), "{code:x}");
+        }
+        assert_eq!(fault(0xbc), Outcome::Zone(ZoneFault::WritePointer));
+        assert_eq!(fault(0xbd), Outcome::Zone(ZoneFault::TooManyActive));
+        assert_eq!(fault(0xbe), Outcome::Zone(ZoneFault::TooManyOpen));
+        assert_eq!((fault(0xb7), fault(0xc0)), (Outcome::Failed, Outcome::Failed));
+        assert_eq!(status(0, 0xbc).outcome(), Outcome::Failed, "of another type");
     }
 
     #[test]

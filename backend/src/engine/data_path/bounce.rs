@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use crate::addr::{Iova, Span};
 use crate::engine::guest_memory::Slot;
+use crate::engine::request::BOUNCE_BYTES;
 use crate::hardware::{AddressSpace, DmaBuffer, MapError};
 
 /// Bytes of a slot: the longest bounced command.
-pub(in crate::engine) const SLOT_BYTES: u32 = 64 << 10;
+pub(in crate::engine) const SLOT_BYTES: u32 = BOUNCE_BYTES;
 /// Slots per worker.
 pub(in crate::engine) const SLOTS: u32 = 16;
 

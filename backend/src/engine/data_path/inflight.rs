@@ -18,6 +18,10 @@ pub(in crate::engine) struct InflightRequest {
     pub(in crate::engine) bytes: u64,
     /// How much of that submitted commands cover.
     pub(in crate::engine) position: u64,
+    /// Where a restart begins. What precedes it has been executed, and would not be the same a second time.
+    pub(in crate::engine) restart_at: u64,
+    /// True if a command of a write to a zone may have been executed. The zone's write pointer tells.
+    pub(in crate::engine) unsure: bool,
     /// True if there is nothing left to submit.
     pub(in crate::engine) fully_submitted: bool,
     /// Commands submitted and not yet completed.
@@ -47,6 +51,8 @@ impl InflightRequest {
             block,
             bytes,
             position: 0,
+            restart_at: 0,
+            unsure: false,
             fully_submitted: false,
             resubmitted: false,
             outstanding: 0,
@@ -60,13 +66,32 @@ impl InflightRequest {
         self.fully_submitted && self.outstanding == 0
     }
 
-    /// Starts the request over after a device reset. Returns false if that has been done before, or if a command has failed.
+    /// Starts the request over after a device reset. Returns false if that has been done before, if a command has failed, or if
+    /// one may have been executed that must not be executed twice.
     pub(in crate::engine) fn restart(&mut self) -> bool {
-        if self.outcome != Outcome::Success || std::mem::replace(&mut self.resubmitted, true) {
+        let harmless = self.operation.is_repeatable() || self.outstanding == 0;
+        if !harmless || self.outcome != Outcome::Success || std::mem::replace(&mut self.resubmitted, true) {
             return false;
         }
-        (self.position, self.fully_submitted, self.outstanding) = (0, false, 0);
+        (self.position, self.fully_submitted, self.outstanding) = (self.restart_at, false, 0);
         true
+    }
+
+    /// Continues a write to a zone from `position`, up to which it has been executed.
+    pub(in crate::engine) fn executed_up_to(&mut self, position: u64) {
+        self.position = position.clamp(self.restart_at, self.bytes);
+        self.fully_submitted = self.position == self.bytes;
+    }
+
+    /// True if the next command must wait for the one before.
+    pub(in crate::engine) fn must_wait(&mut self, in_order: bool) -> bool {
+        if !in_order {
+            return false;
+        }
+        if self.outstanding == 0 {
+            self.restart_at = self.position;
+        }
+        self.outstanding != 0
     }
 
     /// Records the outcome of a command. The worst one is the request's. After a failure the rest is not submitted.
@@ -158,7 +183,8 @@ impl InflightTable {
         let in_use = |slot: &InflightSlot| {
             let Some(inflight_request) = &slot.inflight_request else { return false };
             let status = inflight_request.pending_used.status();
-            let data = |span: &Span<Gpa>| slot.data.buffers.iter().any(|buffer| buffer.identity_gpa().overlaps(span));
+            let buffers = || slot.data.buffers.iter().chain(&slot.data.append_sector);
+            let data = |span: &Span<Gpa>| buffers().any(|buffer| buffer.identity_gpa().overlaps(span));
             spans.iter().any(|span| status.is_some_and(|byte| span.contains(byte)) || data(span))
         };
         self.slots.iter().any(in_use)

@@ -13,6 +13,7 @@ mod inflight;
 mod layout;
 mod serve;
 mod submit;
+mod zones;
 
 use std::sync::Arc;
 
@@ -66,7 +67,7 @@ pub(in crate::engine) struct DataPath {
     internal_flush: Option<InternalFlush>,
     /// The partly submitted request.
     partial: Option<u32>,
-    /// Requests to submit again after a reset.
+    /// Requests to submit again after a reset, and those whose next command has waited for the one before.
     resubmit: Vec<u32>,
     /// Where the next pass starts, so that a full device does not favour one ring.
     next_slot: usize,
@@ -219,6 +220,8 @@ impl DataPath {
         self.bounce.give_back_all();
         for index in self.inflight.indices() {
             if let Some((inflight_request, _)) = self.inflight.get(index) {
+                let sent = inflight_request.outstanding != 0;
+                inflight_request.unsure |= sent && self.disk.is_in_order(inflight_request.operation);
                 if policy == InflightPolicy::Resubmit && inflight_request.restart() {
                     self.resubmit.push(index);
                     self.counters.resubmitted.add(1);
@@ -233,7 +236,7 @@ impl DataPath {
     /// Handles a completion, and the end of its request.
     #[inline]
     fn complete(&mut self, completion: Completion) {
-        let Completion { tag, outcome } = completion;
+        let Completion { tag, outcome, .. } = completion;
         if tag == INTERNAL_FLUSH {
             self.internal_flush = Some(InternalFlush::Done(outcome == Outcome::Success));
             return;
@@ -255,6 +258,9 @@ impl DataPath {
         else {
             return self.ring_fault_log.error(|| format!("the device completed a command that was not submitted"));
         };
+        if inflight_request.unsure || inflight_request.operation.is_on_zones() {
+            return self.complete_on_zones(index, piece, completion);
+        }
         if let Some(piece) = piece
             && inflight_request.operation == Operation::Read
             && outcome == Outcome::Success
@@ -265,8 +271,13 @@ impl DataPath {
         }
         inflight_request.complete_command(outcome);
         // `advance` finishes a partly submitted request.
-        if inflight_request.is_complete() && self.partial != Some(index) {
+        if self.partial == Some(index) {
+            return;
+        }
+        if inflight_request.is_complete() {
             self.finish(index);
+        } else if inflight_request.outstanding == 0 {
+            self.resubmit.push(index);
         }
     }
 
@@ -283,34 +294,27 @@ impl DataPath {
         let success = inflight_request.outcome == Outcome::Success;
         let moved = if success { inflight_request.bytes } else { 0 };
         let counters = &self.counters;
-        let (status, written) = match inflight_request.operation {
+        let mut written = 0;
+        match inflight_request.operation {
             Operation::Read => {
                 counters.reads.add(1);
                 counters.bytes_read.add(moved);
-                (inflight_request.outcome, moved)
+                written = moved;
             }
             Operation::Write => {
                 counters.writes.add(1);
                 counters.bytes_written.add(moved);
-                (inflight_request.outcome, 0)
             }
-            Operation::Flush => {
-                counters.flushes.add(1);
-                (inflight_request.outcome, 0)
-            }
-            Operation::Discard => {
-                counters.discards.add(1);
-                (inflight_request.outcome, 0)
-            }
-            Operation::WriteZeroes { .. } => {
-                counters.write_zeroes.add(1);
-                (inflight_request.outcome, 0)
-            }
-        };
-        let status = match status {
+            Operation::Flush => counters.flushes.add(1),
+            Operation::Discard => counters.discards.add(1),
+            Operation::WriteZeroes { .. } => counters.write_zeroes.add(1),
+            operation => written = zones::count(counters, operation, moved, data),
+        }
+        let status = match inflight_request.outcome {
             Outcome::Success => Status::Ok,
             Outcome::Unsupported => Status::Unsupported,
             Outcome::Failed => Status::IoError,
+            Outcome::Zone(fault) => self.disk.zone_status(fault),
         };
         self.answer(inflight_request.pending_used, inflight_request.ring, status, written);
     }

@@ -3,7 +3,7 @@
 use super::inflight::{InflightRequest, InflightSlot};
 use super::{Capacity, DataPath, VringSlot};
 use crate::driver::Queue;
-use crate::engine::request::{Job, Status, Transfer, parse};
+use crate::engine::request::{Job, RequestFault, Status, Transfer, parse};
 use crate::engine::vring::State;
 
 impl DataPath {
@@ -51,7 +51,7 @@ impl DataPath {
             ring.in_flight += 1;
             // `Option::as_deref_mut` would borrow `queue` for longer than the call.
             let device = queue.as_mut().map(|queue| &mut **queue as &mut dyn Queue);
-            if self.begin(device, slot) == Capacity::Exhausted {
+            if self.begin(device, slot, false) == Capacity::Exhausted {
                 return Capacity::Exhausted;
             }
         }
@@ -71,7 +71,7 @@ impl DataPath {
             ring.in_flight += 1;
             self.counters.resubmitted.add(1);
             let device = queue.as_mut().map(|queue| &mut **queue as &mut dyn Queue);
-            if self.begin(device, slot) == Capacity::Exhausted {
+            if self.begin(device, slot, true) == Capacity::Exhausted {
                 return Capacity::Exhausted;
             }
         }
@@ -94,23 +94,20 @@ impl DataPath {
         Some(self.advance(queue, index))
     }
 
-    /// Starts the request in `self.chain`.
+    /// Starts the request in `self.chain`, which the process before may have executed if it is `recovered`.
     #[inline]
-    fn begin(&mut self, queue: Option<&mut dyn Queue>, slot: usize) -> Capacity {
+    fn begin(&mut self, queue: Option<&mut dyn Queue>, slot: usize, recovered: bool) -> Capacity {
         let (index, place) = self.inflight.vacant();
         let (pending_used, job) = parse(&self.chain, &mut self.guest, &self.disk, &mut place.data);
-        match job {
+        match if recovered { repeatable(job) } else { job } {
             Job::Device { operation, block, bytes } => {
                 let Some(queue) = queue else {
                     self.answer(pending_used, slot, Status::IoError, 0);
                     return Capacity::Available;
                 };
-                self.inflight.occupy(InflightRequest::new(
-                    pending_used,
-                    slot,
-                    (operation, block, bytes),
-                    self.clock.now,
-                ));
+                let unsure = recovered && self.disk.is_in_order(operation);
+                let request = InflightRequest::new(pending_used, slot, (operation, block, bytes), self.clock.now);
+                self.inflight.occupy(InflightRequest { unsure, ..request });
                 return self.advance(queue, index);
             }
             Job::Identify => {
@@ -124,5 +121,13 @@ impl DataPath {
             }
         }
         Capacity::Available
+    }
+}
+
+/// What is done with a request that the process before may have executed.
+fn repeatable(job: Job) -> Job {
+    match job {
+        Job::Device { operation, .. } if !operation.is_repeatable() => Job::Refuse(RequestFault::MaybeAppended),
+        job => job,
     }
 }

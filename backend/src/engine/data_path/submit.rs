@@ -7,7 +7,7 @@ use super::inflight::InflightRequest;
 use super::{BOUNCED, Capacity, DataPath};
 use crate::driver::{Command, Extent, Full, Queue};
 use crate::engine::guest_memory::GuestMemoryView;
-use crate::engine::request::{self, Data, Disk, Operation};
+use crate::engine::request::{self, Data, Disk, Operation, zones};
 use crate::engine::statistics::Counters;
 
 impl DataPath {
@@ -17,9 +17,25 @@ impl DataPath {
         let Self { inflight, caches, bounce, guest, counters, disk, partial, .. } = self;
         let Some((inflight_request, data)) = inflight.get(index) else { return Capacity::Available };
         let mut context = SubmitContext { caches, bounce, guest, counters, disk };
+        let in_order = context.disk.is_in_order(inflight_request.operation);
         while !inflight_request.fully_submitted {
+            // `complete` continues the request.
+            if inflight_request.must_wait(in_order) {
+                return Capacity::Available;
+            }
+            if inflight_request.unsure {
+                let asked = context.ask_for_write_pointer(queue, inflight_request, index).is_ok();
+                if !asked {
+                    *partial = Some(index);
+                    return Capacity::Exhausted;
+                }
+                inflight_request.outstanding += 1;
+                return Capacity::Available;
+            }
             let submitted = match inflight_request.operation {
-                Operation::Read | Operation::Write => context.submit_data(queue, inflight_request, data, index),
+                Operation::Read | Operation::Write | Operation::ZoneAppend | Operation::ZoneReport => {
+                    context.submit_data(queue, inflight_request, data, index)
+                }
                 _ => context.submit_other(queue, inflight_request, data, index),
             };
             let Ok(amount) = submitted else {
@@ -60,13 +76,22 @@ impl SubmitContext<'_> {
     ) -> Result<u64, Full> {
         let Self { caches, bounce, guest, counters, disk } = self;
         let (buffers, position) = (&*data.buffers, inflight_request.position);
-        let Extent { bytes, direct, listed } = if caches.must_bounce(inflight_request.operation, buffers) {
-            Extent { bytes: inflight_request.remaining(SLOT_BYTES), direct: false, listed: false }
+        let operation = inflight_request.operation;
+        let bounced = || Extent { bytes: inflight_request.remaining(SLOT_BYTES), direct: false, listed: false };
+        let extent = if operation == Operation::ZoneReport || caches.must_bounce(operation, buffers) {
+            bounced()
         } else {
             queue.extent(buffers, position, SLOT_BYTES)
         };
-        let bytes = disk.within_boundary(inflight_request.block, position, bytes);
-        let command = disk.transfer(inflight_request.operation, inflight_request.block, position, bytes);
+        let Extent { bytes, direct, listed } = match operation {
+            Operation::Read | Operation::Write => {
+                Extent { bytes: disk.within_boundary(inflight_request.block, position, extent.bytes), ..extent }
+            }
+            // One command, which fits a slot.
+            _ if u64::from(extent.bytes) < inflight_request.bytes => bounced(),
+            _ => extent,
+        };
+        let command = disk.transfer(operation, inflight_request.block, position, bytes);
         if direct {
             queue.submit(command, buffers, position, bytes, index)?;
             caches.buffers(guest, buffers, position, bytes.into());
@@ -76,7 +101,7 @@ impl SubmitContext<'_> {
             return Ok(bytes.into());
         }
         let slot = bounce.take(Piece { inflight_request: index, position, bytes }).ok_or(Full)?;
-        if inflight_request.operation == Operation::Write {
+        if !operation.writes_memory() {
             guest.bounce(buffers, position, &bounce.slot(slot, bytes), false);
         }
         if let Err(full) = queue.submit(command, &[bounce.span(slot)], 0, bytes, BOUNCED | slot) {
@@ -86,6 +111,25 @@ impl SubmitContext<'_> {
         caches.slot(bounce, slot, bytes);
         counters.bounced.add(1);
         Ok(bytes.into())
+    }
+
+    /// Submits a report of the zone of a write.
+    #[cold]
+    fn ask_for_write_pointer(
+        &mut self,
+        queue: &mut dyn Queue,
+        inflight_request: &InflightRequest,
+        index: u32,
+    ) -> Result<(), Full> {
+        let bytes = zones::ONE_ZONE;
+        let slot = self.bounce.take(Piece { inflight_request: index, position: 0, bytes }).ok_or(Full)?;
+        let command = Command::ZoneReport { block: inflight_request.block };
+        if let Err(full) = queue.submit(command, &[self.bounce.span(slot)], 0, bytes, BOUNCED | slot) {
+            self.bounce.give_back(slot);
+            return Err(full);
+        }
+        self.caches.slot(self.bounce, slot, bytes);
+        Ok(())
     }
 
     /// Submits the next command of any other request. Returns how much of the request it covers.
@@ -114,9 +158,10 @@ impl SubmitContext<'_> {
                 let command = Command::WriteZeroes { block: next.first, count: next.count, deallocate: unmap };
                 queue.submit(command, &[], 0, 0, index).map(|()| u64::from(next.count) << shift)
             }
-            Operation::Flush | Operation::Read | Operation::Write => {
-                queue.submit(Command::Flush, &[], 0, 0, index).map(|()| 0)
-            }
+            Operation::ManageZone(action) => queue
+                .submit(Command::ManageZone { block: inflight_request.block, action }, &[], 0, 0, index)
+                .map(|()| 0),
+            _ => queue.submit(Command::Flush, &[], 0, 0, index).map(|()| 0),
         }
     }
 }

@@ -5,19 +5,23 @@
 //! All checks of what the guest requests are here, and each is done once. The results refer to existing guest memory and
 //! existing blocks only. Each chain comes with a [`PendingUsed`], which must be completed with a used entry.
 
+mod buffers;
+mod disk_zones;
 pub mod pending_used;
 mod ranges;
 mod transfer;
 mod types;
+pub(in crate::engine) mod zones;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+pub use disk_zones::max_append;
 pub use transfer::Transfer;
-pub use types::{Data, Disk, ID_BYTES, Job, Operation, RangeLimits, RequestFault, Status};
+pub use types::{BOUNCE_BYTES, Data, Disk, ID_BYTES, Job, Operation, RangeLimits, RequestFault, Status};
 
-use crate::addr::{Gpa, Iova, Span};
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::virtqueue::chain::Chain;
+use buffers::{collect_readable, collect_writable, total};
 use pending_used::PendingUsed;
 use ranges::Kind;
 pub(super) use ranges::{batch, next};
@@ -37,6 +41,7 @@ struct Header {
 pub fn parse(chain: &Chain, guest: &mut GuestMemoryView, disk: &Disk, data: &mut Data) -> (PendingUsed, Job) {
     data.buffers.clear();
     data.ranges.clear();
+    data.append_sector.clear();
     let status = chain.last_writable().filter(|&byte| guest.has_status(byte));
     let pending_used = PendingUsed::new(chain.head(), status);
     if let Some(fault) = chain.fault() {
@@ -69,6 +74,9 @@ fn job(chain: &Chain, guest: &mut GuestMemoryView, disk: &Disk, data: &mut Data)
                 return Err(RequestFault::ReadOnly);
             }
             let bytes = collect_readable(chain, guest, buffers)?;
+            if let Some(fault) = zones::write_fault(disk, header.sector, bytes) {
+                return Ok(Job::Answer(fault));
+            }
             transfer(Operation::Write, disk.block(header.sector, bytes)?, bytes)
         }
         T_DISCARD => range_job(Kind::Discard, chain, guest, disk, data),
@@ -79,7 +87,7 @@ fn job(chain: &Chain, guest: &mut GuestMemoryView, disk: &Disk, data: &mut Data)
             collect_writable(chain, guest, buffers)?;
             Ok(Job::Identify)
         }
-        _ => Ok(Job::Answer(Status::Unsupported)),
+        kind => zones::job((kind, header.sector), chain, guest, disk, data),
     }
 }
 
@@ -105,56 +113,4 @@ fn range_job(
 #[inline]
 fn transfer(operation: Operation, block: u64, bytes: u64) -> Result<Job, RequestFault> {
     Ok(if bytes == 0 { Job::Answer(Status::Ok) } else { Job::Device { operation, block, bytes } })
-}
-
-/// Cannot overflow: there are at most 2048 lengths of 32 bits each.
-#[inline]
-fn total(spans: &[Span<Gpa>]) -> u64 {
-    spans.iter().map(Span::len).sum()
-}
-
-/// Collects the writable bytes except the last, which is the status.
-#[inline]
-fn collect_writable(
-    chain: &Chain,
-    guest: &mut GuestMemoryView,
-    buffers: &mut Vec<Span<Iova>>,
-) -> Result<u64, RequestFault> {
-    let Some((last, whole)) = chain.writable().split_last() else { return Ok(0) };
-    let mut bytes = collect(whole.iter().copied(), guest, buffers)?;
-    if let Some(cut) = last.slice(0, last.len() - 1) {
-        bytes += collect([cut].into_iter(), guest, buffers)?;
-    }
-    Ok(bytes)
-}
-
-/// Collects the readable bytes after the header.
-#[inline]
-fn collect_readable(
-    chain: &Chain,
-    guest: &mut GuestMemoryView,
-    buffers: &mut Vec<Span<Iova>>,
-) -> Result<u64, RequestFault> {
-    let mut header = HEADER;
-    let data = chain.readable().iter().filter_map(|span| {
-        let skip = header.min(span.len());
-        header -= skip;
-        span.slice(skip, span.len() - skip)
-    });
-    collect(data, guest, buffers)
-}
-
-#[inline]
-fn collect(
-    spans: impl Iterator<Item = Span<Gpa>>,
-    guest: &mut GuestMemoryView,
-    buffers: &mut Vec<Span<Iova>>,
-) -> Result<u64, RequestFault> {
-    let mut bytes = 0;
-    for span in spans {
-        let found = guest.data(span).ok_or(RequestFault::Memory { start: span.start(), len: span.len() })?;
-        buffers.push(found);
-        bytes += span.len();
-    }
-    Ok(bytes)
 }

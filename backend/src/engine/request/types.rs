@@ -4,8 +4,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::disk_zones::DiskZones;
 use crate::addr::{Gpa, Iova, Span};
-use crate::driver::{Blocks, Command, DiscardLimits, Geometry, ZeroesLimits};
+use crate::driver::{Blocks, Command, DiscardLimits, Geometry, ZeroesLimits, ZoneAction};
 use crate::engine::live_geometry::LiveGeometry;
 use crate::engine::virtqueue::chain::ChainFault;
 
@@ -13,6 +14,9 @@ use crate::engine::virtqueue::chain::ChainFault;
 /// completes within the drain time-out.
 const ZEROES_SEGMENTS: u32 = 16;
 const ZEROES_COMMANDS: u32 = 16;
+
+/// Bytes of a bounce buffer: the longest command whose data are not where the guest has them.
+pub const BOUNCE_BYTES: u32 = 64 << 10;
 
 /// The unit of `sector`, whatever the block size (virtio 1.2 §5.2.6).
 pub(in crate::engine) const SECTOR_SHIFT: u32 = 9;
@@ -39,6 +43,14 @@ pub enum Status {
     IoError = 1,
     /// VIRTIO_BLK_S_UNSUPP
     Unsupported = 2,
+    /// VIRTIO_BLK_S_ZONE_INVALID_CMD (virtio 1.3 §5.2.6, as the following)
+    ZoneInvalidCommand = 3,
+    /// VIRTIO_BLK_S_ZONE_UNALIGNED_WP
+    ZoneUnalignedWritePointer = 4,
+    /// VIRTIO_BLK_S_ZONE_OPEN_RESOURCE
+    ZoneOpenResource = 5,
+    /// VIRTIO_BLK_S_ZONE_ACTIVE_RESOURCE
+    ZoneActiveResource = 6,
 }
 
 /// Why a request is refused.
@@ -103,6 +115,9 @@ pub enum RequestFault {
     /// A write to a read-only disk.
     #[error("a write to a read-only disk")]
     ReadOnly,
+    /// An append that the process before may have executed. Once more would be a second copy.
+    #[error("an append in flight when the process before ended, which may have been executed")]
+    MaybeAppended,
 }
 
 /// The disk, as requests are checked against it.
@@ -114,6 +129,8 @@ pub struct Disk {
     read_only: bool,
     /// See [`Geometry::boundary`].
     boundary: u32,
+    /// The zones; `None` for an ordinary disk.
+    pub(super) zones: Option<DiskZones>,
     pub(in crate::engine) discard: Option<RangeLimits>,
     pub(in crate::engine) zeroes: Option<RangeLimits>,
     pub(in crate::engine) discard_command: Option<DiscardLimits>,
@@ -136,6 +153,7 @@ impl Disk {
             block_shift,
             read_only: geometry.read_only,
             boundary: geometry.boundary,
+            zones: DiskZones::of(geometry, BOUNCE_BYTES),
             discard: RangeLimits::discard(geometry),
             zeroes: RangeLimits::write_zeroes(geometry),
             discard_command: geometry.discard,
@@ -163,6 +181,18 @@ impl Disk {
         self.live.cache_on.load(Ordering::Relaxed)
     }
 
+    /// Bytes of a logical block.
+    #[must_use]
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    /// True if the commands of one request must not be in flight together, because the device may execute them in any order.
+    #[inline]
+    pub(in crate::engine) fn is_in_order(&self, operation: Operation) -> bool {
+        self.zones.is_some() && operation == Operation::Write
+    }
+
     /// log2 of the bytes of a logical block.
     #[must_use]
     pub fn block_shift(&self) -> u32 {
@@ -173,7 +203,12 @@ impl Disk {
     #[inline]
     pub(in crate::engine) fn transfer(&self, operation: Operation, block: u64, position: u64, bytes: u32) -> Command {
         let (block, count) = (block + (position >> self.block_shift), bytes >> self.block_shift);
-        if operation == Operation::Read { Command::Read { block, count } } else { Command::Write { block, count } }
+        match operation {
+            Operation::Read => Command::Read { block, count },
+            Operation::ZoneAppend => Command::ZoneAppend { block, count },
+            Operation::ZoneReport => Command::ZoneReport { block },
+            _ => Command::Write { block, count },
+        }
     }
 
     /// At most `bytes`, such that a command at offset `position` of a request that starts at `block` crosses no boundary.
@@ -190,12 +225,12 @@ impl Disk {
     }
 
     /// The operation of a request of type `kind` with device-writable or device-readable data. `None` if it is not a read or
-    /// write, or is refused.
+    /// write, is refused, or is a write to zones, which [`super::parse`] checks.
     #[inline]
     pub(in crate::engine) fn transfer_of(&self, kind: u32, writable: bool) -> Option<Operation> {
         match (kind, writable) {
             (T_IN, true) => Some(Operation::Read),
-            (T_OUT, false) if !self.read_only => Some(Operation::Write),
+            (T_OUT, false) if !self.read_only && self.zones.is_none() => Some(Operation::Write),
             _ => None,
         }
     }
@@ -231,6 +266,33 @@ pub enum Operation {
         /// True if the blocks may be deallocated.
         unmap: bool,
     },
+    /// VIRTIO_BLK_T_ZONE_APPEND
+    ZoneAppend,
+    /// VIRTIO_BLK_T_ZONE_REPORT
+    ZoneReport,
+    /// VIRTIO_BLK_T_ZONE_OPEN and the others that change the state of a zone
+    ManageZone(ZoneAction),
+}
+
+impl Operation {
+    /// False if a request that may have been executed must not be executed again: its second execution would not be the same.
+    #[must_use]
+    pub fn is_repeatable(self) -> bool {
+        self != Self::ZoneAppend
+    }
+
+    /// True for the requests that only zoned disks have.
+    #[inline]
+    #[must_use]
+    pub fn is_on_zones(self) -> bool {
+        matches!(self, Self::ZoneAppend | Self::ZoneReport | Self::ManageZone(_))
+    }
+
+    /// True if the device writes to memory.
+    #[must_use]
+    pub fn writes_memory(self) -> bool {
+        matches!(self, Self::Read | Self::ZoneReport)
+    }
 }
 
 /// Buffers and ranges of a request. Reused, so that the vectors keep their capacity.
@@ -240,12 +302,14 @@ pub struct Data {
     pub buffers: Vec<Span<Iova>>,
     /// The blocks of a discard or write-zeroes request.
     pub ranges: Vec<Blocks>,
+    /// IOVAs of `append_sector` of an append.
+    pub append_sector: Vec<Span<Iova>>,
 }
 
 /// How a request is executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Job {
-    /// By the device, with `bytes` of data from `block` on (both 0 for a flush). For a discard, `bytes` is the number of ranges;
+    /// By the device, with `bytes` of data from `block` on (0 bytes for one without data). For a discard, `bytes` is the number of ranges;
     /// for write-zeroes, the bytes in all ranges.
     Device {
         /// The operation.

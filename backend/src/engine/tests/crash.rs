@@ -10,7 +10,8 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use super::disk::DiskOptions;
 use super::packed_driver::PackedDriver;
 use super::rig::*;
-use crate::driver::Command;
+use super::zoned::offer_append;
+use crate::driver::{Command, Geometry, ZoneGeometry};
 use crate::engine::{InflightRegion, Layout, VringSetup};
 use crate::memory::map_shared_file;
 use crate::sys::SharedMemory;
@@ -20,7 +21,7 @@ const SIZE: u16 = 64;
 const BOTH: [Layout; 2] = [Layout::Split, Layout::Packed];
 
 /// A new inflight region, and its memory.
-fn inflight(layout: Layout) -> (InflightRegion, SharedMemory) {
+pub(super) fn inflight(layout: Layout) -> (InflightRegion, SharedMemory) {
     let len = InflightRegion::bytes(layout, SIZE) as u64;
     let file = File::from(memfd_create("inflight", MemfdFlags::CLOEXEC).unwrap());
     ftruncate(&file, len).unwrap();
@@ -28,7 +29,7 @@ fn inflight(layout: Layout) -> (InflightRegion, SharedMemory) {
     (InflightRegion::new(memory.clone(), layout, SIZE).unwrap(), memory)
 }
 
-fn copy(from: &SharedMemory, to: &SharedMemory) {
+pub(super) fn copy(from: &SharedMemory, to: &SharedMemory) {
     from.copy_to_shared(0, to, 0, from.len());
 }
 
@@ -358,4 +359,42 @@ fn a_ring_that_fails_during_the_recovery_leaves_its_marks_to_the_next_process() 
         third.rig.disk.resume();
         guest.wait(2);
     }
+}
+
+#[test]
+fn an_append_that_was_in_flight_fails_and_does_not_reach_the_next_device() {
+    let zones = ZoneGeometry { blocks: 1024, max_open: 0, max_active: 0, max_append: 4096 };
+    let zoned = |hold| {
+        let geometry = Geometry { zones: Some(zones), ..DiskOptions::default().geometry };
+        let rig = Rig::new(DiskOptions { geometry, ..DiskOptions::default() });
+        if hold {
+            rig.disk.hold();
+        }
+        rig
+    };
+    let first = zoned(true);
+    let (mut driver, setup) = SplitDriver::new(first.region.memory().clone(), 0, RingOptions::default());
+    let (region, record) = inflight(Layout::Split);
+    let process = Process { rig: first, record };
+    process.start(VringSetup { inflight: Some(region), ..setup });
+    let append = offer_append(&mut driver, 1024, &[(DATA, 512)], 9);
+    let read = driver.request(IN, 0, &[(DATA + 512, 512)]);
+    driver.kick();
+    wait_until("two commands", || process.rig.disk.held().len() == 2);
+
+    let next = zoned(true);
+    copy(process.rig.region.memory(), next.region.memory());
+    let (region, record) = inflight(Layout::Split);
+    copy(&process.record, &record);
+    process.rig.disk.resume();
+    process.rig.engine.stop_ring(0).unwrap();
+    driver.memory = next.region.memory().clone();
+    let process = Process { rig: next, record };
+    process.start(VringSetup { inflight: Some(region), ..driver.setup(driver.used_idx()) });
+
+    assert_eq!(driver.wait(1), [(u32::from(append.head), 1)], "answered without the device");
+    assert_eq!(process.held(1), [0], "the read alone is submitted again");
+    process.rig.disk.resume();
+    assert_eq!(driver.wait(1), [(u32::from(read.head), 513)]);
+    assert_eq!((driver.status(append), driver.status(read)), (1, 0));
 }

@@ -165,6 +165,8 @@ impl State {
                 Command::WriteZeroes { block, count, .. } => {
                     self.medium[block as usize * block_size..][..count as usize * block_size].fill(0);
                 }
+                // This disk has no zones: it only takes the commands.
+                Command::ZoneAppend { .. } | Command::ZoneReport { .. } | Command::ManageZone { .. } => {}
                 // Fill discarded blocks with 0xdd.
                 Command::Flush => {
                     for range in &entry.ranges {
@@ -174,7 +176,7 @@ impl State {
                 }
             }
         }
-        self.done[entry.queue].push_back(Completion { tag: entry.tag, outcome });
+        self.done[entry.queue].push_back(Completion { tag: entry.tag, outcome, result: 0 });
         if let Some(event) = &self.events[entry.queue] {
             rustix::io::write(&**event, &1_u64.to_ne_bytes()).unwrap();
         }
@@ -259,7 +261,8 @@ impl Driver for FakeDisk {
 
     fn disk_state(&self) -> Option<DiskState> {
         let Geometry { serial, block_size, .. } = self.options.geometry.clone();
-        Some(DiskState { serial, namespace: 1, identifiers: ([0; 16], [0; 8]), block_size, write_cache: None })
+        let identifiers = ([0; 16], [0; 8]);
+        Some(DiskState { serial, namespace: 1, identifiers, block_size, zone_blocks: 0, write_cache: None })
     }
 
     fn quiesce(&mut self) -> anyhow::Result<()> {

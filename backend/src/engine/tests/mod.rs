@@ -26,3 +26,5 @@ mod round_trip;
 #[cfg(feature = "shuttle")]
 mod schedules;
 mod traits;
+mod zoned;
+mod zoned_recovery;

@@ -15,6 +15,10 @@ impl Session<'_> {
         if !unknown.is_empty() {
             return Err(Error::NotOffered { request: "SET_FEATURES", names: Names(unknown).to_string() });
         }
+        // A host-managed device must not be used by a driver that knows no zones (virtio 1.3 §5.2.5.2).
+        if self.offered.contains(VirtioFeatures::ZONED) && !acked.contains(VirtioFeatures::ZONED) {
+            return Err(Error::ZonesUnknown);
+        }
         (self.features, self.negotiation.1) = (Some(acked), Some(raw));
         config::apply_features(&self.device.engine, acked);
         self.start_rings();

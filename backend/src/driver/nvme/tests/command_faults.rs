@@ -18,7 +18,7 @@ fn reap(queue: &mut dyn Queue) -> Vec<Completion> {
 }
 
 fn done(tag: u32) -> Completion {
-    Completion { tag, outcome: Outcome::Success }
+    Completion { tag, outcome: Outcome::Success, result: 0 }
 }
 
 #[test]

@@ -82,6 +82,7 @@ fn a_successor_continues_with_the_same_disk_and_the_same_write_cache_only() {
         DiskState { namespace: 2, ..state.clone() },
         DiskState { identifiers: ([1; 16], [0; 8]), ..state.clone() },
         DiskState { block_size: 4096, ..state.clone() },
+        DiskState { zone_blocks: 2048, ..state.clone() },
     ];
     for other in others {
         let error = successor.continue_from(&other).unwrap_err().to_string();
