@@ -55,6 +55,7 @@ fn serve(layout: Layout, table: &Arc<MemTable>) {
         kick: None,
         call: None,
         err: None,
+        used_log: None,
         inflight: None,
     };
     let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 4096, ..Geometry::default() };

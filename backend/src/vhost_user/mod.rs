@@ -12,6 +12,7 @@
 mod backend_channel;
 mod config;
 mod connection;
+mod dirty_log;
 mod error;
 mod features;
 mod guest_memory;
@@ -25,6 +26,7 @@ mod vring;
 
 use std::sync::Arc;
 
+pub use dirty_log::LogError;
 pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
 pub use hand_over::{HandOver, Inheritance, MovableFunction, OpenStoreFn, SettleFn, monotonic_ns};

@@ -11,6 +11,7 @@ mod bounce;
 mod cache_maintenance;
 mod inflight;
 mod layout;
+mod logging;
 mod serve;
 mod submit;
 
@@ -20,6 +21,7 @@ pub(super) use bounce::Bounce;
 pub(super) use cache_maintenance::CacheMaintenance;
 pub(super) use layout::{VringSlot, WorkerLayout};
 
+use super::dirty_log::DirtyLogging;
 use super::guest_memory::GuestMemoryView;
 use super::inflight_policy::InflightPolicy;
 use super::inflight_region::{InflightRegion, Tracking};
@@ -32,6 +34,7 @@ use crate::driver::{Command, Completion, Outcome, Queue};
 use crate::rate_limited_log::RateLimitedLog;
 use crate::sys::LostPages;
 use inflight::InflightTable;
+use logging::Dirtied;
 
 /// Set in the tag of a bounced command. The other bits are the bounce slot; without this flag, the index of the request.
 const BOUNCED: u32 = 1 << 31;
@@ -55,6 +58,8 @@ pub(in crate::engine) struct DataPath {
     pub(in crate::engine) counters: Arc<Counters>,
     /// True while no request is taken.
     pub(in crate::engine) held: bool,
+    /// `None` while dirty pages are not logged.
+    logging: Option<DirtyLogging>,
     bounce: Bounce,
     caches: CacheMaintenance,
     disk: Disk,
@@ -94,6 +99,7 @@ impl DataPath {
             inflight: InflightTable::default(),
             counters,
             held: false,
+            logging: None,
             bounce,
             caches,
             disk,
@@ -182,21 +188,6 @@ impl DataPath {
         self.fail_internal_flush()
     }
 
-    /// Publishes the used entries of every ring. Returns true if there were any.
-    #[inline]
-    pub(in crate::engine) fn publish(&mut self) -> bool {
-        let mut any = false;
-        for slot in &mut self.slots {
-            if let Some(ring) = &mut slot.ring
-                && ring.queue.has_unpublished()
-            {
-                ring.publish(&self.counters);
-                any = true;
-            }
-        }
-        any
-    }
-
     /// Fails the requests in flight or starts them over, as `policy` says. The device has been reset, so it no longer accesses
     /// their memory.
     pub(in crate::engine) fn handle_reset(&mut self, policy: InflightPolicy) {
@@ -257,8 +248,11 @@ impl DataPath {
     #[inline]
     fn finish(&mut self, index: u32) {
         let Some((inflight_request, data)) = self.inflight.remove(index) else { return };
+        let mut dirtied = None;
         if inflight_request.operation == Operation::Read {
             self.caches.buffers(&self.guest, &data.buffers, 0, inflight_request.bytes);
+            // A read that fails may have written as well.
+            dirtied = Some(Dirtied { index, bytes: inflight_request.bytes });
         }
         let success = inflight_request.outcome == Outcome::Success;
         let moved = if success { inflight_request.bytes } else { 0 };
@@ -292,12 +286,20 @@ impl DataPath {
             Outcome::Unsupported => Status::Unsupported,
             Outcome::Failed => Status::IoError,
         };
-        self.answer(inflight_request.pending_used, inflight_request.ring, status, written);
+        self.answer(inflight_request.pending_used, inflight_request.ring, status, written, dirtied);
     }
 
-    /// Writes the status, then the used entry. `written` bytes of data were written to the chain before.
+    /// Writes the status, then the used entry. `written` bytes of data were written to the chain before, perhaps more than that:
+    /// `dirtied`.
     #[inline]
-    fn answer(&mut self, pending_used: PendingUsed, slot: usize, status: Status, written: u64) {
+    fn answer(
+        &mut self,
+        pending_used: PendingUsed,
+        slot: usize,
+        status: Status,
+        written: u64,
+        dirtied: Option<Dirtied>,
+    ) {
         if status != Status::Ok {
             self.counters.errors.add(1);
         }
@@ -308,6 +310,9 @@ impl DataPath {
             }
             None => 0,
         };
+        if self.logging.is_some() {
+            self.mark(&pending_used, dirtied);
+        }
         let head = pending_used.complete();
         if let Some(ring) = &mut self.slots[slot].ring {
             ring.queue.push_used(head, len);

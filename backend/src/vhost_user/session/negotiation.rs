@@ -15,8 +15,10 @@ impl Session<'_> {
         if !unknown.is_empty() {
             return Err(Error::NotOffered { request: "SET_FEATURES", names: Names(unknown).to_string() });
         }
+        self.check_log_all(acked)?;
         (self.features, self.negotiation.1) = (Some(acked), Some(raw));
         config::apply_features(&self.device.engine, acked);
+        self.apply_log();
         self.start_rings();
         Ok(())
     }
