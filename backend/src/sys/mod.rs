@@ -29,7 +29,7 @@ pub use mmio::Mmio;
 pub use ownership::{Owner, Ownership};
 pub use poller::{Event, Poller};
 #[cfg(test)]
-pub(crate) use shared_memory::kill::killed_after;
+pub(crate) use shared_memory::kill::{before_each_store, killed_after};
 pub use shared_memory::{SharedArray, SharedMemory, Word};
 pub use sigbus::{LossCounter, LostPages, MAX_WATCHED};
 pub use signals::signal_fd;

@@ -2,6 +2,8 @@
 //! go. It does what QEMU does with a reconnecting character device, and nothing more: no request is submitted again, and no kick
 //! tells the new server of those that are in the rings already.
 
+mod log;
+
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -16,6 +18,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::ram::Ram;
 use super::{ANSWER_LIMIT, Error, Ring, Shape, negotiate, ring};
+
+pub use log::Copy;
 
 /// What the virtual machine does about its requests in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,9 +82,10 @@ impl Guest {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        let always = VhostUserProtocolFeatures::RESET_DEVICE | VhostUserProtocolFeatures::LOG_SHMFD;
         match self.policy {
-            Region::Kept => VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::RESET_DEVICE,
-            Region::None => VhostUserProtocolFeatures::RESET_DEVICE,
+            Region::Kept => VhostUserProtocolFeatures::INFLIGHT_SHMFD | always,
+            Region::None => always,
         }
     }
 
