@@ -64,19 +64,12 @@ backend_ends() {
     lacks 'refused: ' "$WORK/backend.log"
 }
 
-# current: the name of the guest's QEMU, a number. Each QEMU has a directory of its own.
-current() { cat "$WORK/current"; }
-# start NUMBER [OPTION of "guest start"]…
-start() {
-    local number=$1
-    shift
-    echo "$number" >"$WORK/current"
-    guest --name "$number" start --socket "$SOCKET" --queues 2 --smp 2 --mem 128M --timeout 180 --add stress "$@"
-}
-inside() { guest --name "$(current)" exec --timeout 300 -- "$1"; }
+# start [OPTION of "guest start"]…
+start() { guest start --socket "$SOCKET" --queues 2 --smp 2 --mem 128M --timeout 180 --add stress "$@"; }
+inside() { guest exec --timeout 300 -- "$1"; }
 
 guest_boots_with_load() {
-    start 0 --blk "packed=$1"
+    start --blk "packed=$1"
     inside '(stress /dev/vda --until /tmp/enough --seconds 3000 --threads 32 >/tmp/stress.log 2>&1; echo $? >/tmp/stressed) \
         >/dev/null 2>&1 &
         until grep -qs "^ended=[1-9]" /tmp/stress.log; do [ ! -e /tmp/stressed ] || { cat /tmp/stress.log; exit 1; }; sleep 0.2; done'
@@ -87,20 +80,20 @@ progresses() {
         [ "$(tail -n 1 /tmp/stress.log | cut -d " " -f 1)" != "${then%% *}" ]'
 }
 
-migration_is() { guest --name "$(current)" qmp query-migrate | grep -q "\"status\": \"$1\""; }
+migration_is() { guest qmp query-migrate | grep -q "\"status\": \"$1\""; }
 # saved_and_back OPTION…: the guest is saved while the load runs, and the next QEMU goes on.
 saved_and_back() {
     local before
     before=$(grep -c 'dirty pages are logged' "$WORK/backend.log" || true)
     # Slow enough that the load dirties pages again that are saved already.
-    guest --name "$(current)" qmp migrate-set-parameters '{"max-bandwidth":60000000,"downtime-limit":400}'
-    guest --name "$(current)" qmp migrate "{\"uri\":\"file:$STATE\"}"
-    within 120 migration_is completed || { guest --name "$(current)" qmp query-migrate; return 1; }
-    guest --name "$(current)" qmp query-migrate | sed 's/.*"downtime": \([0-9]*\).*"dirty-sync-count": \([0-9]*\).*/# downtime \1 ms, \2 rounds/'
+    guest qmp migrate-set-parameters '{"max-bandwidth":60000000,"downtime-limit":400}'
+    guest qmp migrate "{\"uri\":\"file:$STATE\"}"
+    within 120 migration_is completed || { guest qmp query-migrate; return 1; }
+    guest qmp query-migrate | sed 's/.*"downtime": \([0-9]*\).*"dirty-sync-count": \([0-9]*\).*/# downtime \1 ms, \2 rounds/'
     equal $((before + 1)) "$(grep -c 'dirty pages are logged' "$WORK/backend.log")" "times that pages were logged"
-    guest --name "$(current)" qmp quit
-    guest --name "$(current)" wait
-    start $(($(current) + 1)) --incoming "file:$STATE" "$@"
+    guest qmp quit
+    guest wait
+    start --incoming "file:$STATE" "$@"
     progresses
 }
 saved_several_times() {
@@ -110,7 +103,7 @@ saved_several_times() {
 data_are_right() {
     inside ': >/tmp/enough; while [ ! -e /tmp/stressed ]; do sleep 0.5; done
         tail -n 1 /tmp/stress.log; [ "$(cat /tmp/stressed)" = 0 ] && ! dmesg | grep -iE "i/o error|blk_update_request"'
-    guest --name "$(current)" stop
+    guest stop
 }
 
 prepare_guest

@@ -34,6 +34,19 @@ fn a_copy_of_the_marked_pages_is_the_memory_of_a_guest_with_packed_rings() {
     }
 }
 
+/// What the killed program has written and not marked belongs to requests that the next one does again.
+#[test]
+fn the_copy_is_right_when_the_program_is_killed_while_pages_are_marked() {
+    for (kind, seed) in (0..8).zip(1..) {
+        let mut options = Options::new(PROGRAM.into(), 1500, kind);
+        (options.seed, options.kill) = (seed, true);
+
+        let report = run(&options).unwrap_or_else(|error| panic!("{:?}: {error}", options.shape));
+
+        println!("{:?}: {report}", options.shape);
+    }
+}
+
 /// The claims above mean something only if the oracle notices pages that are not copied.
 #[test]
 fn a_front_end_that_does_not_look_at_the_log_misses_pages() {

@@ -37,6 +37,8 @@ pub struct Options {
     pub shape: Shape,
     /// Seed of the load.
     pub seed: u64,
+    /// The program is killed half way, and the next one goes on with the same guest and the same copy.
+    pub kill: bool,
     /// The front-end makes a mistake: it starts the log and never looks at it. Then the oracle must find a difference.
     pub blind: bool,
 }
@@ -48,7 +50,14 @@ impl Options {
         let bit = |n: u32| kind & 1 << n != 0;
         let bytes = (usize::try_from(LARGEST).expect("small") + 1) * BLOCK;
         let shape = Shape { queues: 2, depth: 16, bytes, packed: bit(0), indirect: !bit(1), ..Shape::default() };
-        Self { program, requests, shape: Shape { shift: if bit(2) { 5 } else { 0 }, ..shape }, seed: 1, blind: false }
+        Self {
+            program,
+            requests,
+            shape: Shape { shift: if bit(2) { 5 } else { 0 }, ..shape },
+            seed: 1,
+            kill: false,
+            blind: false,
+        }
     }
 }
 
@@ -176,13 +185,25 @@ impl Load {
         Ok(())
     }
 
-    fn run(&mut self, requests: u64) -> Result<(), Error> {
+    fn run(
+        &mut self,
+        requests: u64,
+        half_way: impl FnOnce() -> Result<Option<UnixStream>, Error>,
+    ) -> Result<(), Error> {
+        let mut half_way = Some(half_way);
         self.submit();
         // Requests are in flight when the log starts.
         let mut copy = self.guest.start_copy()?;
         while self.report.requests < requests {
             self.wait()?;
             self.submit();
+            if self.report.requests >= requests / 2
+                && let Some(act) = half_way.take()
+            {
+                if let Some(socket) = act()? {
+                    self.guest.connect_logged(socket, &mut copy)?;
+                }
+            }
             if self.random.once_in(ROUND) {
                 self.round(&mut copy)?;
             }
@@ -210,17 +231,39 @@ impl Load {
     }
 }
 
-/// Runs the load, and compares memory and copy.
+/// Starts the program, runs the load, and compares memory and copy.
 ///
 /// # Errors
 /// A page that was not marked, a request that failed, or what the program refused.
 pub fn run(options: &Options) -> Result<Report, Error> {
     let directory = TempDir::new()?;
-    let (_program, connection) = Program::start(options, &directory)?;
+    let (mut program, connection) = Program::start(options, &directory)?;
+    run_over(connection, options, || {
+        if !options.kill {
+            return Ok(None);
+        }
+        program.0.kill()?;
+        program.0.wait()?;
+        let (next, connection) = Program::start(options, &directory)?;
+        program = next;
+        Ok(Some(connection))
+    })
+}
+
+/// The same over the connection to a running program. Calls `half_way` once, with requests in flight. The program may change then,
+/// and also the connection.
+///
+/// # Errors
+/// As for [`run`].
+pub fn run_over(
+    connection: UnixStream,
+    options: &Options,
+    half_way: impl FnOnce() -> Result<Option<UnixStream>, Error>,
+) -> Result<Report, Error> {
     let mut guest = Guest::new(options.shape, Region::Kept)?;
     guest.connect(connection)?;
     let (random, blind) = (Random::new(options.seed), options.blind);
     let mut load = Load { guest, random, report: Report::default(), blind };
-    load.run(options.requests)?;
+    load.run(options.requests, half_way)?;
     Ok(load.report)
 }

@@ -47,6 +47,8 @@ pub struct Guest {
     /// The virtio features of the last session.
     features: u64,
     inflight: Option<Inflight>,
+    /// The server marks dirty pages.
+    logged: bool,
     link: Option<(Frontend, UnixStream)>,
     /// The rings' calls and the end of the connection.
     wake: Epoll,
@@ -61,7 +63,7 @@ impl Guest {
         let ram = Ram::new(shape.queues * ring::bytes_needed(shape))?;
         let rings = Self::rings(&ram, shape)?;
         let wake = wake(&rings)?;
-        Ok(Self { rings, ram, shape, policy, features: 0, inflight: None, link: None, wake })
+        Ok(Self { rings, ram, shape, policy, features: 0, inflight: None, logged: false, link: None, wake })
     }
 
     fn rings(ram: &Ram, shape: Shape) -> Result<Vec<Ring>, Error> {
@@ -96,10 +98,11 @@ impl Guest {
             frontend.set_features(self.features)?;
             self.hand_in(&mut frontend)?;
         }
-        frontend.set_features(self.features)?;
+        frontend.set_features(self.features | if self.logged { log::LOG_ALL } else { 0 })?;
         frontend.set_mem_table(&[self.ram.region()])?;
         for (index, ring) in self.rings.iter().enumerate() {
             ring.describe(&frontend, index)?;
+            ring.address(&frontend, index, self.logged)?;
             send_base(&socket, index, ring.base())?;
             ring.run(&mut frontend, index)?;
         }

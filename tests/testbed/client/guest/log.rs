@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -14,7 +15,7 @@ use super::super::ram::Ram;
 use super::{Error, Guest};
 
 /// VHOST_F_LOG_ALL
-const LOG_ALL: u64 = 1 << 26;
+pub(super) const LOG_ALL: u64 = 1 << 26;
 /// VHOST_LOG_PAGE
 const PAGE: usize = 4096;
 
@@ -91,7 +92,17 @@ impl Guest {
         self.set_logged(false)
     }
 
-    fn set_logged(&self, logged: bool) -> Result<(), Error> {
+    /// Goes on with another server and another log, because the one before has died. QEMU sends the log last.
+    ///
+    /// # Errors
+    /// What the server refused.
+    pub fn connect_logged(&mut self, socket: UnixStream, copy: &mut Copy) -> Result<(), Error> {
+        self.connect(socket)?;
+        self.replace_log(copy)
+    }
+
+    fn set_logged(&mut self, logged: bool) -> Result<(), Error> {
+        self.logged = logged;
         let frontend = self.frontend()?;
         frontend.set_features(self.features | if logged { LOG_ALL } else { 0 })?;
         self.rings.iter().enumerate().try_for_each(|(index, ring)| ring.address(frontend, index, logged))

@@ -5,21 +5,26 @@
 use std::cell::RefCell;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use super::Log;
-use crate::addr::Gpa;
-use crate::engine::Layout;
+use crate::addr::{Gpa, Span};
 use crate::engine::statistics::Counters;
 use crate::engine::tests::bare::{region, setup};
+use crate::engine::tests::rig::RingOptions;
 use crate::engine::virtqueue::chain::Head;
 use crate::engine::vring::Vring;
+use crate::engine::{Layout, VringSetup};
 use crate::memory::{LOG_PAGE, MemTable};
 use crate::sys::{Poller, SharedMemory, before_each_store};
 
-const BYTES: usize = 0x4000;
+const BYTES: usize = 0xa000;
 const DESC: u64 = 0;
-const AVAIL: u64 = 0x1000;
-const USED: u64 = 0x2000;
+const AVAIL: u64 = 0x4000;
+const USED: u64 = 0x6000;
+
+/// A ring of four, each part in a page.
+const SMALL: RingOptions = RingOptions { size: 4, event_idx: false, base: 2 };
 
 /// The copy, and the log.
 struct FrontEnd {
@@ -43,43 +48,49 @@ impl FrontEnd {
     }
 }
 
-/// The used entries of a ring of four, with their publications. `each_store` is called before each store.
-fn publish_some(layout: Layout, each_store: impl Fn(&mut FrontEnd) + 'static) -> FrontEnd {
+/// Three used entries, which wrap around, in two publications. `each_store` is called before each store.
+fn publish_some(
+    layout: Layout,
+    (options, used): (RingOptions, u64),
+    each_store: impl Fn(&mut FrontEnd) + 'static,
+) -> FrontEnd {
+    let RingOptions { size, event_idx, base } = options;
     let (region, _file) = region(BYTES as u64);
     let memory = region.memory().clone();
-    let table = MemTable::new(vec![std::sync::Arc::new(region)]).unwrap();
+    let table = MemTable::new(vec![Arc::new(region)]).unwrap();
     let (poller, counters) = (Poller::new().unwrap(), Counters::default());
     let log = Log::new();
     let logging = log.logging.clone();
-    // All four requests have been taken, and the used position is in the middle: the entries wrap around.
-    memory.write_u16(USED as usize + 2, 2);
-    let mut setup = setup(layout, 4, [DESC, AVAIL, USED]);
-    setup.used_log = Some(Gpa(USED));
-    setup.base = if layout == Layout::Split { 6 } else { 0x8002_0002 };
+    memory.write_u16(used as usize + 2, base);
+    let part = |start, end: u64| Span::new(Gpa(start), end - start).unwrap();
+    let (desc, avail) = (part(DESC, AVAIL), part(AVAIL, USED));
+    let mut setup =
+        VringSetup { desc, avail, used: part(used, BYTES as u64), ..setup(layout, size, [DESC, AVAIL, USED]) };
+    (setup.used_log, setup.event_idx) = (Some(Gpa(used)), event_idx);
+    // All requests have been taken. A packed ring's positions are a round apart.
+    setup.base =
+        if layout == Layout::Split { u32::from(base + size) } else { 0x8000_0000 | u32::from(base) * 0x1_0001 };
     let mut ring = Vring::start(setup, &table, &poller, 0).unwrap();
-    let front_end = FrontEnd { copy: vec![0; BYTES], memory, log };
-    let shared = Rc::new(RefCell::new(front_end));
+    let shared = Rc::new(RefCell::new(FrontEnd { copy: vec![0; BYTES], memory, log }));
     let watched = Rc::clone(&shared);
-    before_each_store(
-        move || each_store(&mut watched.borrow_mut()),
-        || {
-            ring.follow_log(Some(&logging));
-            for id in 0..4 {
-                ring.queue.push_used(Head::new(id, u16::from(layout == Layout::Packed)), 1);
-                if id != 1 {
-                    ring.publish_logged(&counters, &logging).unwrap();
-                }
-                ring.queue.arm();
-                ring.queue.disarm();
+    let process = || {
+        ring.follow_log(Some(&logging));
+        for id in 0..3 {
+            ring.queue.push_used(Head::new(id, u16::from(layout == Layout::Packed)), 1);
+            if id != 1 {
+                ring.publish_logged(&counters, &logging).unwrap();
             }
-        },
-    );
+            ring.queue.arm();
+            ring.queue.disarm();
+        }
+    };
+    before_each_store(move || each_store(&mut watched.borrow_mut()), process);
     drop(ring);
     Rc::into_inner(shared).expect("the watcher is gone").into_inner()
 }
 
-fn nothing_is_missed(layout: Layout) {
-    let mut front_end = publish_some(layout, FrontEnd::round);
+fn nothing_is_missed(layout: Layout, ring: (RingOptions, u64)) {
+    let mut front_end = publish_some(layout, ring, FrontEnd::round);
 
     front_end.round();
 
@@ -89,12 +100,19 @@ fn nothing_is_missed(layout: Layout) {
 
 #[test]
 fn a_front_end_that_copies_at_each_store_misses_nothing_of_a_split_ring() {
-    nothing_is_missed(Layout::Split);
+    nothing_is_missed(Layout::Split, (SMALL, USED));
 }
 
 #[test]
 fn a_front_end_that_copies_at_each_store_misses_nothing_of_a_packed_ring() {
-    nothing_is_missed(Layout::Packed);
+    nothing_is_missed(Layout::Packed, (SMALL, USED));
+}
+
+/// The index, the entries before the wrap, those after it and the avail event are each in another page.
+#[test]
+fn a_front_end_that_copies_at_each_store_misses_nothing_of_a_ring_across_pages() {
+    let options = RingOptions { size: 1024, event_idx: true, base: 1022 };
+    nothing_is_missed(Layout::Split, (options, 0x7000 - 4));
 }
 
 /// The front-end has cleared the log before the publication. At the store that makes an entry visible, and after it, the page is
@@ -106,7 +124,7 @@ fn the_page_of_a_used_entry_is_marked_before_the_entry_is_visible() {
         let word = if layout == Layout::Split { USED as usize + 2 } else { 2 * 16 + 14 };
         let seen = Rc::new(RefCell::new(Vec::new()));
         let record = Rc::clone(&seen);
-        publish_some(layout, move |front_end| {
+        publish_some(layout, (SMALL, USED), move |front_end| {
             let mut byte = [0];
             front_end.log.file.read_exact_at(&mut byte, 0).unwrap();
             record.borrow_mut().push((front_end.memory.read_u16(word), byte[0]));
