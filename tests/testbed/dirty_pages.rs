@@ -110,7 +110,10 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        if let Err(errno) = kill_process(Pid::from_child(&self.0), Signal::TERM) {
+        // Once it has been waited for, its PID may be another's.
+        if matches!(self.0.try_wait(), Ok(None))
+            && let Err(errno) = kill_process(Pid::from_child(&self.0), Signal::TERM)
+        {
             eprintln!("end the program: {errno}");
         }
         drop(self.0.wait());

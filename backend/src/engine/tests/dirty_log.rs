@@ -144,9 +144,9 @@ fn a_request_in_flight_when_the_log_comes_is_marked() {
 fn pages_are_marked_in_the_last_log_only() {
     let (rig, first, mut driver) = rig(Some(USED_LOG), RingOptions::default());
     let second = Log::new();
-    first.take();
 
     rig.engine.set_logging(Some(&second.logging));
+    first.take();
     driver.send(IN, 0, &[(DATA, 512)]);
     driver.wait(1);
     wait_until("the last mark", || second.take().contains(&USED_LOG));
