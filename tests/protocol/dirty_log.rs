@@ -53,9 +53,9 @@ fn log_used_ring(flags: u32, log: u64) -> Vec<u8> {
 
 /// The addresses of the pages that are marked, and no longer are.
 fn take(log: &File) -> Vec<u64> {
-    let mut bytes = [0; BYTES as usize];
+    let mut bytes = vec![0; usize::try_from(BYTES).unwrap()];
     log.read_exact_at(&mut bytes, 0).unwrap();
-    log.write_all_at(&[0; BYTES as usize], 0).unwrap();
+    log.write_all_at(&vec![0; bytes.len()], 0).unwrap();
     (0..BYTES * 8).filter(|page| bytes[(page / 8) as usize] & 1 << (page % 8) != 0).map(|page| page * 4096).collect()
 }
 

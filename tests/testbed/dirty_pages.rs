@@ -202,10 +202,9 @@ impl Load {
             self.submit();
             if self.report.requests >= requests / 2
                 && let Some(act) = half_way.take()
+                && let Some(socket) = act()?
             {
-                if let Some(socket) = act()? {
-                    self.guest.connect_logged(socket, &mut copy)?;
-                }
+                self.guest.connect_logged(socket, &mut copy)?;
             }
             if self.random.once_in(ROUND) {
                 self.round(&mut copy)?;

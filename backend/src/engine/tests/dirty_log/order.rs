@@ -68,8 +68,11 @@ fn publish_some(
         VringSetup { desc, avail, used: part(used, BYTES as u64), ..setup(layout, size, [DESC, AVAIL, USED]) };
     (setup.used_log, setup.event_idx) = (Some(Gpa(used)), event_idx);
     // All requests have been taken. A packed ring's positions are a round apart.
-    setup.base =
-        if layout == Layout::Split { u32::from(base + size) } else { 0x8000_0000 | u32::from(base) * 0x1_0001 };
+    setup.base = if layout == Layout::Split {
+        u32::from(base + size)
+    } else {
+        0x8000_0000 | u32::from(base) << 16 | u32::from(base)
+    };
     let mut ring = Vring::start(setup, &table, &poller, 0).unwrap();
     let shared = Rc::new(RefCell::new(FrontEnd { copy: vec![0; BYTES], memory, log }));
     let watched = Rc::clone(&shared);
