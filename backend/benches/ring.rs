@@ -196,6 +196,7 @@ fn setup() -> VringSetup {
         kick: None,
         call: None,
         err: None,
+        used_log: None,
         inflight: None,
     }
 }

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use testbed::client::{Region, Shape};
+use testbed::dirty_pages;
 use testbed::kills::Background;
 
-use crate::process::{LIMIT, Process};
+use crate::process::{LIMIT, PROGRAM, Process};
 use fake_successor::FakeSuccessor;
 
 /// The processes that serve one disk, one after the other.
@@ -87,6 +88,24 @@ impl Relay {
         let output = former.wait_for_exit();
         assert!(output.status.success(), "{:?}: {}", output.status, output.log);
         (output.log, former)
+    }
+}
+
+/// The log moves with the session.
+#[test]
+fn a_successor_marks_dirty_pages_in_the_same_log() {
+    for kind in [0, 1] {
+        let mut relay = Relay::start();
+        let options = dirty_pages::Options::new(PROGRAM.into(), 6000, kind);
+        let socket = std::os::unix::net::UnixStream::connect(relay.directory.join("socket")).unwrap();
+
+        let report = dirty_pages::run_over(socket, &options, || {
+            relay.hand_over();
+            Ok(None)
+        });
+
+        println!("{}", report.unwrap_or_else(|error| panic!("{error}; its log:\n{}", relay.running.log())));
+        assert!(relay.running.stop().status.success());
     }
 }
 

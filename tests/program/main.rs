@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod arguments;
+mod dirty_pages;
 mod disk;
 mod ending;
 mod faults;

@@ -50,7 +50,7 @@ fn closing_messages() -> Vec<(&'static str, Vec<u8>)> {
             message(GET_CONFIG, 0, &[state(0, 60), vec![0; 20]].concat()),
         ),
         ("a region without a descriptor", message(ADD_MEM_REG, NEED_REPLY, &[0; 40])),
-        ("a log that was not offered", message(SET_LOG_BASE, NEED_REPLY, &words(&[4096, 0]))),
+        ("a log that was not negotiated", message(SET_LOG_BASE, NEED_REPLY, &words(&[4096, 0]))),
         ("an inflight buffer that was not negotiated", message(GET_INFLIGHT_FD, 0, &[0; 24])),
         ("a message for network devices", message(SEND_RARP, NEED_REPLY, &words(&[0]))),
         ("a status of another size", message(SET_STATUS, NEED_REPLY, &[0; 4])),
@@ -69,7 +69,7 @@ fn refused_messages() -> Vec<(&'static str, Vec<u8>)> {
         ("size 0", message(SET_VRING_NUM, NEED_REPLY, &state(0, 0))),
         ("too large a ring", message(SET_VRING_NUM, NEED_REPLY, &state(0, 2048))),
         ("a packed ring's base", message(SET_VRING_BASE, NEED_REPLY, &state(0, 0x8000_0000))),
-        ("a ring with a log", message(SET_VRING_ADDR, NEED_REPLY, &[state(0, 1), vec![0; 32]].concat())),
+        ("a log of dirty pages without LOG_SHMFD", message(SET_FEATURES, NEED_REPLY, &words(&[FEATURES | 1 << 26]))),
         ("a write to configuration space", message(SET_CONFIG, NEED_REPLY, &[state(33, 1), vec![0; 5]].concat())),
         (
             "an invalid value for writeback",

@@ -7,6 +7,7 @@ mod backend_channel;
 mod bad_messages;
 mod conversation;
 mod descriptors;
+mod dirty_log;
 mod disorder;
 mod gpa_addresses;
 mod inflight;

@@ -20,6 +20,7 @@ pub(crate) mod request {
     pub(crate) const RESET_OWNER: u32 = 4;
     pub(crate) const SET_MEM_TABLE: u32 = 5;
     pub(crate) const SET_LOG_BASE: u32 = 6;
+    pub(crate) const SET_LOG_FD: u32 = 7;
     pub(crate) const SET_VRING_NUM: u32 = 8;
     pub(crate) const SET_VRING_ADDR: u32 = 9;
     pub(crate) const SET_VRING_BASE: u32 = 10;
@@ -55,8 +56,9 @@ pub(crate) const PROTOCOL: u64 = 0x1_a209;
 pub(crate) const BACKEND_REQ: u64 = 1 << 5;
 pub(crate) const GPA_ADDRESSES: u64 = 1 << 21;
 pub(crate) const INFLIGHT_SHMFD: u64 = 1 << 12;
+pub(crate) const LOG_SHMFD: u64 = 1 << 1;
 /// All protocol features that the server offers.
-pub(crate) const OFFERED: u64 = PROTOCOL | BACKEND_REQ | GPA_ADDRESSES | INFLIGHT_SHMFD;
+pub(crate) const OFFERED: u64 = PROTOCOL | BACKEND_REQ | GPA_ADDRESSES | INFLIGHT_SHMFD | LOG_SHMFD;
 pub(crate) const RING_PACKED: u64 = 1 << 34;
 
 /// The server's reaction to a message.

@@ -22,7 +22,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
 use ram::Ram;
 
-pub use guest::{Guest, Region};
+pub use guest::{Copy, Guest, Region};
 pub use ram::Buffer;
 pub use ring::{Completion, Request, Ring};
 
@@ -52,6 +52,8 @@ pub struct Shape {
     pub event_idx: bool,
     /// Use packed rings.
     pub packed: bool,
+    /// Offset of the data in a slot, bytes; the largest request is that much smaller.
+    pub shift: usize,
 }
 
 impl Shape {
@@ -71,7 +73,7 @@ impl Shape {
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { queues: 1, depth: 16, bytes: 64 << 10, indirect: true, event_idx: true, packed: false }
+        Self { queues: 1, depth: 16, bytes: 64 << 10, indirect: true, event_idx: true, packed: false, shift: 0 }
     }
 }
 

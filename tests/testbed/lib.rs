@@ -1,6 +1,7 @@
 //! Code shared by the testbed's programs and the tests. `scripts/testbed` is the emulated machine.
 
 pub mod client;
+pub mod dirty_pages;
 pub mod holder;
 pub mod iommu;
 pub mod kills;

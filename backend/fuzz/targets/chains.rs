@@ -55,6 +55,7 @@ fn serve(layout: Layout, zones: Option<ZoneGeometry>, table: &Arc<MemTable>) {
         kick: None,
         call: None,
         err: None,
+        used_log: None,
         inflight: None,
     };
     let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 4096, zones, ..Geometry::default() };

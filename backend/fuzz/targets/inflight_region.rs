@@ -92,6 +92,7 @@ fuzz_target!(|input: &[u8]| {
             kick: None,
             call: None,
             err: None,
+            used_log: None,
             inflight: None,
         };
         if let Some(Tracking::On { .. }) = serve(&setup(u32::from_le_bytes([*b0, *b1, *b2, *b3])), table, &region) {

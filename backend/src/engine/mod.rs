@@ -20,6 +20,7 @@
 //! | `recovery/` | command time-outs, reset and recovery of the device |
 
 mod data_path;
+mod dirty_log;
 mod error;
 pub mod guest_memory;
 mod handle;
@@ -46,6 +47,7 @@ use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, eventfd};
 
+pub use dirty_log::{DirtyLogging, RingLog};
 pub use error::EngineError;
 pub use handle::{DeviceState, Handle, WorkerReport};
 pub use hold::Held;
@@ -61,6 +63,7 @@ use crate::addr::{Gpa, Span};
 use crate::driver::{Driver, Geometry, Queue};
 use crate::hardware::AddressSpace;
 use crate::memory::MemTable;
+use crate::sync::mpsc::Sender;
 use crate::sync::thread::{self, JoinHandle};
 use data_path::{Bounce, CacheMaintenance, DataPath, WorkerLayout};
 use hold::Holds;
@@ -212,15 +215,29 @@ impl Engine {
         self.change(index, |slot, answer| WorkerCommand::Kick(slot, kick, answer));
     }
 
+    /// SET_VRING_ADDR while running: see [`VringSetup::used_log`].
+    pub fn set_used_log(&self, index: usize, used_log: Option<Gpa>) {
+        self.change(index, |slot, answer| WorkerCommand::UsedLog(slot, used_log, answer));
+    }
+
+    /// Marks pages that are written in `logging` from now on, also for requests that are in flight. The former log is no longer
+    /// used when this returns.
+    pub fn set_logging(&self, logging: Option<&DirtyLogging>) {
+        self.tell_all("log dirty pages", |answer| WorkerCommand::Log(logging.cloned(), answer));
+    }
+
     /// Checks requests against `table` from now on. It must contain every region of the former table.
     pub fn publish(&self, table: Arc<MemTable>) {
-        let post = |handle: &WorkerHandle| {
-            handle.command_queue.post(|answer| WorkerCommand::Publish(Arc::clone(&table), answer))
-        };
+        self.tell_all("publish memory", |answer| WorkerCommand::Publish(Arc::clone(&table), answer));
+    }
+
+    /// Sends a command to all workers and waits for the replies.
+    fn tell_all(&self, action: &str, command: impl Fn(Sender<()>) -> WorkerCommand) {
+        let post = |handle: &WorkerHandle| handle.command_queue.post(&command);
         let answers: Vec<_> = self.workers.iter().map(post).collect();
         for (worker, answer) in answers.iter().enumerate() {
             if answer.recv().is_err() {
-                log::error!("publish memory: {}", EngineError::WorkerGone(worker));
+                log::error!("{action}: {}", EngineError::WorkerGone(worker));
             }
         }
     }

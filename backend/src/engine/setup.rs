@@ -26,6 +26,8 @@ pub struct VringSetup {
     /// descriptor, 15 bits each, with the wrap counter as the top bit (vhost-user: "Vring descriptor indices for packed
     /// virtqueues").
     pub base: u32,
+    /// What the first byte of `used` is logged as, if writes to it are logged while there is a log (VHOST_VRING_F_LOG).
+    pub used_log: Option<Gpa>,
     /// VIRTIO_RING_F_EVENT_IDX acked.
     pub event_idx: bool,
     /// VIRTIO_RING_F_INDIRECT_DESC acked.

@@ -13,12 +13,14 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
+use super::dirty_log::DirtyLogging;
 use super::error::EngineError;
 use super::setup::VringSetup;
 use super::statistics::Counters;
 use super::virtqueue::Virtqueue;
+use crate::addr::{Gpa, Span};
 use crate::eventfd::{drain, make_nonblocking, signal};
-use crate::memory::MemTable;
+use crate::memory::{LogFault, MemTable};
 use crate::rate_limited_log::SharedLog;
 use crate::sys::Poller;
 
@@ -42,7 +44,11 @@ pub(super) struct Vring {
     /// Chains returned since they were counted last.
     pub(super) completed: u64,
     /// The ring's areas, to find rings in memory that is removed.
-    pub(super) areas: [crate::addr::Span<crate::addr::Gpa>; 3],
+    pub(super) areas: [Span<Gpa>; 3],
+    /// See [`VringSetup::used_log`].
+    pub(super) used_log: Option<Gpa>,
+    /// Its used entries cannot be marked, so they are not published.
+    withheld: bool,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
     err: Option<OwnedFd>,
@@ -54,8 +60,18 @@ impl Vring {
         let queue = Virtqueue::new(&setup, table)?;
         queue.disarm();
         let areas = [setup.desc, setup.avail, setup.used];
-        let mut ring =
-            Self { queue, state: State::Serving, in_flight: 0, completed: 0, areas, kick: None, call: None, err: None };
+        let mut ring = Self {
+            queue,
+            state: State::Serving,
+            in_flight: 0,
+            completed: 0,
+            areas,
+            used_log: setup.used_log,
+            withheld: false,
+            kick: None,
+            call: None,
+            err: None,
+        };
         ring.set_call(setup.call);
         ring.set_err(setup.err);
         ring.set_kick(setup.kick, poller, token).map_err(|source| EngineError::Kick { index: setup.index, source })?;
@@ -126,6 +142,34 @@ impl Vring {
             signal(call);
             counters.calls.add(1);
         }
+    }
+
+    /// True if there are used entries that may be published.
+    #[inline]
+    pub(super) fn can_publish(&self) -> bool {
+        self.queue.has_unpublished() && !self.withheld
+    }
+
+    /// The same as [`Self::publish`] while dirty pages are logged: the driver sees no used entry whose pages are not marked.
+    ///
+    /// # Errors
+    /// Marks may be missing. Nothing has been published, nor will be.
+    #[cold]
+    pub(super) fn publish_logged(&mut self, counters: &Counters, logging: &DirtyLogging) -> Result<(), LogFault> {
+        let entries = self.queue.unpublished();
+        self.queue.mark_used(entries);
+        self.withheld = logging.fault().is_err();
+        logging.fault()?;
+        self.publish(counters);
+        self.queue.mark_used(entries);
+        logging.signal();
+        Ok(())
+    }
+
+    /// The log has changed. All that the worker may have written to the ring is marked.
+    pub(super) fn follow_log(&mut self, logging: Option<&DirtyLogging>) {
+        let [desc, ..] = self.areas;
+        self.queue.set_log(logging.zip(self.used_log).map(|(logging, used)| logging.of_ring(used, desc.start())));
     }
 
     /// Stops taking requests until the ring is restarted, and signals the err eventfd (vhost-user: SET_VRING_ERR).

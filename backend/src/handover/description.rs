@@ -116,6 +116,12 @@ pub struct FrontEnd {
     pub regions: Vec<RegionState>,
     /// Where requests in flight are recorded. None are: the rings were drained, unless the process before crashed.
     pub inflight: Option<InflightState>,
+    /// Where dirty pages are marked, if the front-end has said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log: Option<LogState>,
+    /// Who is told of marks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_event: Option<FdNumber>,
     /// The virtqueues, from 0 on.
     pub rings: Vec<RingState>,
     /// The registration with the VM's shim, which lasts as long as this socket.
@@ -156,6 +162,18 @@ pub struct InflightState {
     pub entries: u16,
 }
 
+/// SET_LOG_BASE.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogState {
+    /// The file.
+    pub file: FdNumber,
+    /// Size, bytes.
+    pub size: u64,
+    /// Offset in the file, bytes.
+    pub offset: u64,
+}
+
 /// A virtqueue. It does not run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -164,6 +182,9 @@ pub struct RingState {
     pub size: Option<u32>,
     /// Descriptor table, available ring, used ring, as in SET_VRING_ADDR.
     pub addresses: Option<[u64; 3]>,
+    /// What the used ring is logged as.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_log: Option<u64>,
     /// Where to go on, as in SET_VRING_BASE.
     pub base: Option<u32>,
     /// How the driver signals requests; `None` if it has not said so, and then the ring does not start.

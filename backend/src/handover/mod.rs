@@ -43,8 +43,8 @@ mod terms;
 
 pub use applicants::{Applicants, Predecessor};
 pub use description::{
-    Description, DeviceState, FdNumber, FrontEnd, FunctionState, InflightState, Kick, ListenerState, RegionState,
-    RingState, ShimState,
+    Description, DeviceState, FdNumber, FrontEnd, FunctionState, InflightState, Kick, ListenerState, LogState,
+    RegionState, RingState, ShimState,
 };
 pub use descriptors::{DescriptorError, FdKey, Incoming, Outgoing};
 pub use link::{Link, LinkError};

@@ -4,6 +4,7 @@
 //! Regions are validated by [`Region::map`], sorted by guest physical address, and disjoint both in guest physical and in
 //! front-end virtual addresses. This module does not depend on the IOMMU.
 
+mod dirty_log;
 mod error;
 mod file;
 mod page;
@@ -14,6 +15,7 @@ mod shared_file;
 use std::fmt;
 use std::sync::Arc;
 
+pub use dirty_log::{DirtyLog, LOG_PAGE, LogFault};
 pub use error::RegionError;
 pub use file::FileId;
 pub use page::HostPage;

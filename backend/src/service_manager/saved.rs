@@ -76,6 +76,8 @@ pub(super) mod tests {
             files: Vec::new(),
             regions: Vec::new(),
             inflight: inflight.then_some(state),
+            log: None,
+            log_event: None,
             rings: Vec::new(),
             shim: None,
         };

@@ -30,9 +30,9 @@ pub use mmio::Mmio;
 pub use ownership::{Owner, Ownership};
 pub use poller::{Event, Poller};
 #[cfg(test)]
-pub(crate) use shared_memory::kill::killed_after;
+pub(crate) use shared_memory::kill::{before_each_store, killed_after};
 pub use shared_memory::{SharedArray, SharedMemory, Word};
-pub use sigbus::{LostPages, MAX_WATCHED};
+pub use sigbus::{LossCounter, LostPages, MAX_WATCHED};
 pub use signals::signal_fd;
 pub use type1::{Container, ContainerInfo, Group};
 pub use vfio::Cdev;

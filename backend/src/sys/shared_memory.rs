@@ -13,9 +13,10 @@ use std::sync::{Arc, Weak};
 use vm_memory::MmapRegion;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::sigbus::{Watch, lost_pages_at};
+use super::sigbus::{LossCounter, Watch, lost_pages_at};
 
 mod array;
+mod bits;
 #[cfg(test)]
 pub(crate) mod kill;
 

@@ -85,6 +85,24 @@ pub(super) fn lost_pages_at(address: usize) -> usize {
     TABLE.iter().find(|slot| slot.contains(address)).map_or(0, |slot| slot.lost.load(Ordering::Relaxed))
 }
 
+/// Counts the pages replaced in one mapping. The slot belongs to the mapping for as long as that is watched.
+#[derive(Clone, Copy)]
+pub struct LossCounter(&'static Slot);
+
+impl LossCounter {
+    /// The counter of the watched mapping that contains `address`.
+    pub(super) fn at(address: usize) -> Option<Self> {
+        TABLE.iter().find(|slot| slot.contains(address)).map(Self)
+    }
+
+    /// Pages replaced so far. What this thread has stored into the mapping before is in its file if this is zero.
+    #[inline]
+    #[must_use]
+    pub fn lost_pages(self) -> usize {
+        self.0.lost.load(Ordering::SeqCst)
+    }
+}
+
 /// Watches a mapping until dropped.
 pub(super) struct Watch(&'static Slot);
 
@@ -141,12 +159,13 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
         let (start, end) = (slot.start.load(Ordering::Relaxed), slot.end.load(Ordering::Relaxed));
         let alone = ALONE.load(Ordering::Relaxed) < MAX_ALONE;
         let (at, len) = if alone { (address & !(page - 1), page) } else { (start, end - start) };
+        // Counted first: a thread that stores into the new page then finds it counted.
+        slot.lost.fetch_add(1, Ordering::SeqCst);
         // SAFETY: the pages are a watched mapping, or lie in one. Its owner keeps it mapped and accesses it only by volatile
         // copies, so the contents may change at any time.
         if unsafe { libc::mmap(at as *mut libc::c_void, len, protection, flags, -1, 0) } != libc::MAP_FAILED {
             LOST.fetch_add(1, Ordering::Relaxed);
             ALONE.fetch_add(1, Ordering::Relaxed);
-            slot.lost.fetch_add(1, Ordering::Relaxed);
             return;
         }
     }

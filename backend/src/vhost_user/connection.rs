@@ -2,27 +2,27 @@
 //! front-end cannot block the control thread.
 //!
 //! The codec reads with blocking calls. It retries where it should give up (more than 32 descriptors), does not know
-//! `SET_STATUS` and `GET_STATUS`, and would wait for an acknowledgement on the back-end channel. So each message is
-//! examined first:
+//! `SET_STATUS`, `GET_STATUS` and `SET_LOG_FD`, and would wait for an acknowledgement on the back-end channel. So each message
+//! is examined first:
 //!
 //! ```text
 //!            ┌─ incomplete ────────────▶ wait for more
 //!  peek ─────┼─ malformed ─────────────▶ end of the connection
-//!            ├─ SET_STATUS GET_STATUS SET_BACKEND_REQ_FD ─▶ handled here
+//!            ├─ SET_STATUS GET_STATUS SET_BACKEND_REQ_FD SET_LOG_FD ─▶ handled here
 //!            └─ any other ─────────────▶ codec ─▶ Session
 //! ```
 
+mod descriptors;
 mod handed_over;
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ioctl_fionread};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags, recvmsg, send};
 use vhost::vhost_user::BackendReqHandler;
 use vhost::vhost_user::message::FrontendReq;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -156,6 +156,7 @@ impl<'d> Connection<'d> {
             Ok(FrontendReq::SET_STATUS) => self.set_status(header)?,
             Ok(FrontendReq::GET_STATUS) => self.get_status(header)?,
             Ok(FrontendReq::SET_BACKEND_REQ_FD) => self.set_backend_channel(header)?,
+            Ok(FrontendReq::SET_LOG_FD) => self.set_log_event(header)?,
             // Belongs to ACCESS_PLATFORM. The codec does not know it.
             Ok(FrontendReq::IOTLB_MSG) => return Err(Error::NotImplemented("IOTLB_MSG")),
             _ => return self.decode(header),
@@ -254,11 +255,13 @@ impl<'d> Connection<'d> {
         let result = self.codec.handle_request();
         let mut session = self.session();
         let acknowledged = header.flags & NEED_REPLY != 0 && session.protocol().contains(ProtocolFeatures::REPLY_ACK);
+        let ends = |refusal: &Error| {
+            let relied_on = refusal.concerns_log() && !acknowledged;
+            refusal.ends_connection() || relied_on || !can_be_refused(header.request, acknowledged)
+        };
         match (result, session.take_refusal()) {
             (Ok(()), None) => Ok(Progress::Served),
-            (_, Some(refusal)) if refusal.ends_connection() || !can_be_refused(header.request, acknowledged) => {
-                Err(refusal)
-            }
+            (_, Some(refusal)) if ends(&refusal) => Err(refusal),
             (_, Some(_)) => Ok(Progress::Served),
             (Err(Codec::Disconnected | Codec::PartialMessage | Codec::SocketBroken(_)), None) => {
                 Ok(Progress::Disconnected)
@@ -271,26 +274,6 @@ impl<'d> Connection<'d> {
         self.require_feature(header, ProtocolFeatures::STATUS)?;
         let status = u64::from_ne_bytes(self.receive(header, &mut RecvAncillaryBuffer::default())?);
         let result = self.session().set_status(status);
-        self.acknowledge(header, result)
-    }
-
-    fn set_backend_channel(&mut self, header: Header) -> Result<(), Error> {
-        self.require_feature(header, ProtocolFeatures::BACKEND_REQ)?;
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let [] = self.receive(header, &mut control)?;
-        // Control messages are padded, so two descriptors may fit.
-        let mut sockets: Vec<OwnedFd> = Vec::new();
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(fds) = message {
-                sockets.extend(fds);
-            }
-        }
-        let problem = "exactly one file descriptor is required";
-        let (Some(socket), true) = (sockets.pop(), sockets.is_empty()) else {
-            return Err(Error::Descriptors { request: header.name(), problem });
-        };
-        let result = self.session().set_channel(socket);
         self.acknowledge(header, result)
     }
 

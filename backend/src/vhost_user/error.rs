@@ -3,6 +3,7 @@
 
 use std::io;
 
+use super::dirty_log::LogError;
 use crate::addr::{Bytes, Gpa, Qva, Span};
 use crate::engine::{EngineError, Layout};
 use crate::foreign_fd::{NotAnEventfd, UnusableFds};
@@ -134,9 +135,9 @@ pub enum Error {
         /// Required alignment, bytes.
         alignment: u64,
     },
-    /// SET_VRING_ADDR requested a dirty log.
-    #[error("virtqueue {0}: logging of the used ring was requested, which is not offered")]
-    RingLog(usize),
+    /// Dirty pages cannot be marked as requested.
+    #[error(transparent)]
+    Log(#[from] LogError),
     /// The request is not allowed while the ring runs.
     #[error("virtqueue {index}: {request} while the ring runs; GET_VRING_BASE stops it first")]
     RingRuns {
@@ -308,6 +309,11 @@ impl Error {
     /// For `map_err` on a system call of the control thread.
     pub(super) fn system<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Self {
         move |error| Self::System { step, source: error.into() }
+    }
+
+    /// True if the front-end would rely on marks that it does not get, unless it is told.
+    pub(super) fn concerns_log(&self) -> bool {
+        matches!(self, Self::Log(_))
     }
 
     /// True if the connection cannot continue after this error.

@@ -18,11 +18,12 @@
 //! | `RING_PACKED` | always | the engine implements both layouts |
 //! | `VERSION_1` | always | the device is not a legacy device |
 //! | `ACCESS_PLATFORM` | never | IOTLB messages are not implemented |
-//! | `LOG_ALL` | never | the device's DMA would not be logged |
+//! | `LOG_ALL` | always | each page that a request writes is marked when the request completes |
 //!
 //! | protocol | because |
 //! |---|---|
 //! | `MQ` | without it, a front-end uses a single virtqueue |
+//! | `LOG_SHMFD` | where pages are marked; without it QEMU neither migrates nor saves the guest |
 //! | `REPLY_ACK` | the only way to report that memory could not be mapped |
 //! | `CONFIG` | QEMU's vhost-user-blk requires it |
 //! | `INFLIGHT_SHMFD` | the requests in flight when this process ends are submitted again by the next |
@@ -71,6 +72,8 @@ bitflags! {
         const WRITE_ZEROES = 1 << 14;
         /// `VIRTIO_BLK_F_ZONED` (virtio 1.3 §5.2.3)
         const ZONED = 1 << 17;
+        /// `VHOST_F_LOG_ALL`: pages that are written are marked in the log. A front-end acknowledges it while it migrates.
+        const LOG_ALL = 1 << 26;
         /// `VIRTIO_F_RING_INDIRECT_DESC`
         const INDIRECT_DESC = 1 << 28;
         /// `VIRTIO_F_RING_EVENT_IDX`
@@ -90,6 +93,8 @@ bitflags! {
     pub struct ProtocolFeatures: u64 {
         /// Multiple queues.
         const MQ = 1;
+        /// `SET_LOG_BASE` comes with a file.
+        const LOG_SHMFD = 1 << 1;
         /// A message may request an acknowledgement.
         const REPLY_ACK = 1 << 3;
         /// A second socket, for messages of the back-end.
@@ -180,10 +185,10 @@ mod tests {
     #[test]
     fn only_implemented_bits_are_offered() {
         let offered = VirtioFeatures::offered(&geometry());
-        // SIZE_MAX SEG_MAX BLK_SIZE FLUSH TOPOLOGY CONFIG_WCE MQ DISCARD WRITE_ZEROES, ZONED, INDIRECT EVENT_IDX
+        // SIZE_MAX SEG_MAX BLK_SIZE FLUSH TOPOLOGY CONFIG_WCE MQ DISCARD WRITE_ZEROES, ZONED, LOG_ALL, INDIRECT EVENT_IDX
         // PROTOCOL_FEATURES, VERSION_1, PACKED.
-        assert_eq!(offered.bits(), 0x7e46 | 1 << 17 | 7 << 28 | 1 << 32 | 1 << 34);
-        assert_eq!(ProtocolFeatures::all().bits(), 0x21_b229);
+        assert_eq!(offered.bits(), 0x7e46 | 1 << 17 | 1 << 26 | 7 << 28 | 1 << 32 | 1 << 34);
+        assert_eq!(ProtocolFeatures::all().bits(), 0x21_b22b);
         // The codec once had another feature at this bit (rust-vmm/vhost#367).
         assert_eq!(VhostUserProtocolFeatures::GPA_ADDRESSES.bits(), ProtocolFeatures::GPA_ADDRESSES.bits());
     }

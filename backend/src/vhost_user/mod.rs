@@ -13,6 +13,7 @@ mod backend_channel;
 mod config;
 mod config_notifier;
 mod connection;
+mod dirty_log;
 mod error;
 mod features;
 mod guest_memory;
@@ -27,6 +28,7 @@ mod vring;
 use std::sync::Arc;
 
 pub use config_notifier::ConfigNotifier;
+pub use dirty_log::LogError;
 pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
 pub use hand_over::{HandOver, Inheritance, MovableFunction, OpenStoreFn, SettleFn, monotonic_ns};

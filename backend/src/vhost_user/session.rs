@@ -4,6 +4,7 @@
 //! The reason of a refusal is logged here, because the protocol cannot carry it.
 
 mod descriptor;
+mod dirty_log;
 mod handed_over;
 mod inflight;
 mod memory;
@@ -21,13 +22,14 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{GpuBackend, VhostUserBackendReqHandlerMut};
 
 use super::backend_channel::BackendChannel;
+use super::dirty_log::LogSetup;
 use super::features::{Names, ProtocolFeatures, VirtioFeatures};
 use super::guest_memory::GuestMemory;
 use super::inflight::InflightRegions;
 use super::logs::Logs;
 use super::vring::{Addresses, Vring, VringContext};
 use super::{Device, Error, config};
-use crate::addr::Qva;
+use crate::addr::{Gpa, Qva};
 use crate::engine::Layout;
 use crate::kvm::{DiscardMonitor, ShimLink};
 use crate::memory::MemTable;
@@ -54,6 +56,9 @@ pub(super) struct Session<'d> {
     memory: GuestMemory<'d>,
     /// For the rings that start from now on.
     inflight: Option<InflightRegions<'d>>,
+    log: LogSetup,
+    /// The engine marks pages.
+    is_logging: bool,
     rings: Vec<Vring>,
     /// The negotiated features have been logged.
     features_logged: bool,
@@ -79,6 +84,8 @@ impl<'d> Session<'d> {
             status: 0,
             memory: GuestMemory::new(&device.engine, &*device.space, &logs.memory),
             inflight: None,
+            log: LogSetup::default(),
+            is_logging: false,
             rings: (0..usize::from(device.queues)).map(Vring::new).collect(),
             features_logged: false,
             channel: None,
@@ -152,7 +159,9 @@ impl<'d> Session<'d> {
         self.features = None;
         self.inflight = None;
         let engine = &self.device.engine;
-        self.rings.iter_mut().map(|ring| ring.reset(engine)).fold(Ok(()), Result::and)
+        let stopped = self.rings.iter_mut().map(|ring| ring.reset(engine)).fold(Ok(()), Result::and);
+        self.drop_unused_log();
+        stopped
     }
 
     /// Logs and counts a refusal. Returns its reason, or [`Error::TooManyRefusals`].
@@ -180,19 +189,22 @@ impl<'d> Session<'d> {
     fn set_up_ring(&mut self, index: u32, change: impl FnOnce(&mut Vring) -> Result<(), Error>) -> Result<(), Error> {
         change(self.ring(index)?)?;
         let (engine, table, inflight) = (&self.device.engine, self.memory.table(), self.inflight.as_ref());
-        let context = VringContext { engine, table, inflight, features: self.features };
+        let log = self.log.log.as_deref();
+        let context = VringContext { engine, table, inflight, log, features: self.features };
         let position = usize::try_from(index).expect("`ring` has checked the index");
         if self.rings[position].start(context)? && !std::mem::replace(&mut self.features_logged, true) {
             let (virtio, protocol) = (Names(self.features.unwrap_or_default()), Names(self.protocol));
             self.logs.connections.info(|| format!("{}: virtio {virtio}; protocol {protocol}", self.peer));
         }
+        self.tell_of_missing_log(position);
         Ok(())
     }
 
     /// Starts every vring that can run now.
     fn start_rings(&mut self) {
         let (engine, table, inflight) = (&self.device.engine, self.memory.table(), self.inflight.as_ref());
-        let context = VringContext { engine, table, inflight, features: self.features };
+        let log = self.log.log.as_deref();
+        let context = VringContext { engine, table, inflight, log, features: self.features };
         for ring in &mut self.rings {
             // Not an error of this message. The next message about the vring reports it.
             if let Err(error) = ring.start(context) {
@@ -254,11 +266,11 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> HandlerResult<()> {
         let addresses = Addresses { desc: Qva(descriptor), avail: Qva(available), used: Qva(used) };
-        let logging = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
-        let result = self.set_up_ring(index, |ring| ring.set_addresses(addresses, logging));
+        let used_log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(Gpa(log));
+        let result = self.set_ring_addresses(index, addresses, used_log);
         self.answer(result)
     }
 
@@ -272,6 +284,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         let engine = &self.device.engine;
         let first = self.layout().unwrap_or(Layout::Split).first_base();
         let base = self.ring(index).and_then(|ring| ring.stop(engine));
+        self.drop_unused_log();
         self.answer(base).map(|base| VhostUserVringState::new(index, base.unwrap_or(first)))
     }
 
@@ -380,7 +393,8 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
         self.not_implemented("GET_SHMEM_CONFIG")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> HandlerResult<()> {
-        self.not_implemented("SET_LOG_BASE")
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> HandlerResult<()> {
+        let result = self.set_log(log, file);
+        self.answer(result)
     }
 }

@@ -15,6 +15,7 @@
 //! running vring pauses it; it stays in `Running`. The call and error descriptors are kept in every state, because QEMU
 //! sends them before the first reset and does not send the error descriptor again at a restart.
 
+mod dirty_log;
 mod handed_over;
 
 use std::io;
@@ -26,7 +27,7 @@ use super::inflight::InflightRegions;
 use crate::addr::{Address, Gpa, Qva, Span};
 use crate::engine::virtqueue::Area;
 use crate::engine::{Engine, Layout, VringSetup};
-use crate::memory::MemTable;
+use crate::memory::{DirtyLog, MemTable};
 use crate::rate_limited_log::SharedLog;
 
 /// The addresses of the three parts of a vring. In a packed ring, `avail` is the driver's event suppression structure and
@@ -131,6 +132,8 @@ pub(super) struct VringContext<'a> {
     pub(super) table: &'a MemTable,
     /// `None` if the front-end does not keep requests in flight over a crash.
     pub(super) inflight: Option<&'a InflightRegions<'a>>,
+    /// The log of dirty pages, which is wanted if LOG_ALL is among the features.
+    pub(super) log: Option<&'a DirtyLog>,
     /// `None` until SET_FEATURES, and again after a reset.
     pub(super) features: Option<VirtioFeatures>,
 }
@@ -143,13 +146,15 @@ pub(super) struct Vring {
     /// The vring has been drained and its base returned, since it ran last. So the base of the next start is right, also of a
     /// packed ring that the guest has reset, and the record of its requests says nothing more.
     drained: bool,
+    /// What the used ring is logged as (VHOST_VRING_F_LOG).
+    used_log: Option<Gpa>,
     call: Option<OwnedFd>,
     err: Option<OwnedFd>,
 }
 
 impl Vring {
     pub(super) fn new(index: usize) -> Self {
-        Self { index, state: State::default(), enabled: false, drained: false, call: None, err: None }
+        Self { index, state: State::default(), enabled: false, drained: false, used_log: None, call: None, err: None }
     }
 
     pub(super) fn is_running(&self) -> bool {
@@ -171,10 +176,7 @@ impl Vring {
     }
 
     /// SET_VRING_ADDR. `start` checks the alignment, on the guest-physical address.
-    pub(super) fn set_addresses(&mut self, addresses: Addresses, logging: bool) -> Result<(), Error> {
-        if logging {
-            return Err(Error::RingLog(self.index));
-        }
+    pub(super) fn set_addresses(&mut self, addresses: Addresses) -> Result<(), Error> {
         if let State::Running(Running { complete, .. }) = &self.state
             && complete.addresses == addresses
         {
@@ -251,6 +253,9 @@ impl Vring {
         let Some(features) = context.features else {
             return if self.enabled { Err(Error::NotNegotiated { index: self.index }) } else { Ok(false) };
         };
+        if features.contains(VirtioFeatures::LOG_ALL) && context.log.is_none() {
+            return Ok(false);
+        }
         // Without the feature, vrings are enabled from the beginning. vhost-user: "Ring states"
         if !self.enabled && features.contains(VirtioFeatures::PROTOCOL_FEATURES) {
             return Ok(false);
@@ -258,6 +263,9 @@ impl Vring {
         let layout = features.layout();
         let areas = complete.areas(self.index, layout, context.table)?;
         let [desc, avail, used] = areas;
+        if let Some(log) = context.log.filter(|_| features.contains(VirtioFeatures::LOG_ALL)) {
+            self.check_log(log, Some(layout))?;
+        }
         let inflight = context.inflight.and_then(|regions| regions.of(self.index, complete.size, layout));
         inflight.as_ref().filter(|_| self.drained).inspect(|record| record.retire());
         context.engine.start_ring(VringSetup {
@@ -268,6 +276,7 @@ impl Vring {
             avail,
             used,
             base: complete.base.unwrap_or(layout.first_base()),
+            used_log: self.used_log,
             event_idx: features.contains(VirtioFeatures::EVENT_IDX),
             indirect: features.contains(VirtioFeatures::INDIRECT_DESC),
             kick: complete.kick.duplicate().map_err(Error::system("duplicate a kick descriptor"))?,
@@ -317,7 +326,7 @@ impl Vring {
     pub(super) fn reset(&mut self, engine: &Engine) -> Result<(), Error> {
         let stopped = self.stop(engine);
         self.state = State::default();
-        self.enabled = false;
+        (self.enabled, self.used_log) = (false, None);
         stopped.map(|_| ())
     }
 }

@@ -2,6 +2,8 @@
 //! go. It does what QEMU does with a reconnecting character device, and nothing more: no request is submitted again, and no kick
 //! tells the new server of those that are in the rings already.
 
+mod log;
+
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -16,6 +18,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::ram::Ram;
 use super::{ANSWER_LIMIT, Error, Ring, Shape, negotiate, ring};
+
+pub use log::Copy;
 
 /// What the virtual machine does about its requests in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +47,8 @@ pub struct Guest {
     /// The virtio features of the last session.
     features: u64,
     inflight: Option<Inflight>,
+    /// The server marks dirty pages.
+    logged: bool,
     link: Option<(Frontend, UnixStream)>,
     /// The rings' calls and the end of the connection.
     wake: Epoll,
@@ -57,7 +63,7 @@ impl Guest {
         let ram = Ram::new(shape.queues * ring::bytes_needed(shape))?;
         let rings = Self::rings(&ram, shape)?;
         let wake = wake(&rings)?;
-        Ok(Self { rings, ram, shape, policy, features: 0, inflight: None, link: None, wake })
+        Ok(Self { rings, ram, shape, policy, features: 0, inflight: None, logged: false, link: None, wake })
     }
 
     fn rings(ram: &Ram, shape: Shape) -> Result<Vec<Ring>, Error> {
@@ -78,9 +84,10 @@ impl Guest {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        let always = VhostUserProtocolFeatures::RESET_DEVICE | VhostUserProtocolFeatures::LOG_SHMFD;
         match self.policy {
-            Region::Kept => VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::RESET_DEVICE,
-            Region::None => VhostUserProtocolFeatures::RESET_DEVICE,
+            Region::Kept => VhostUserProtocolFeatures::INFLIGHT_SHMFD | always,
+            Region::None => always,
         }
     }
 
@@ -91,10 +98,11 @@ impl Guest {
             frontend.set_features(self.features)?;
             self.hand_in(&mut frontend)?;
         }
-        frontend.set_features(self.features)?;
+        frontend.set_features(self.features | if self.logged { log::LOG_ALL } else { 0 })?;
         frontend.set_mem_table(&[self.ram.region()])?;
         for (index, ring) in self.rings.iter().enumerate() {
             ring.describe(&frontend, index)?;
+            ring.address(&frontend, index, self.logged)?;
             send_base(&socket, index, ring.base())?;
             ring.run(&mut frontend, index)?;
         }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost::VhostUserMemoryRegionInfo;
@@ -13,6 +13,7 @@ use super::Error;
 
 /// Guest address at which memory starts.
 const GUEST_BASE: u64 = 1 << 20;
+const PAGE: usize = 4096;
 /// An offset past the end is an error in the test itself.
 const INSIDE: &str = "inside the memory";
 
@@ -36,7 +37,24 @@ impl Buffer {
 
 /// Guest memory; clones share it.
 #[derive(Clone)]
-pub(super) struct Ram(Arc<MmapRegion>);
+pub(super) struct Ram(Arc<MmapRegion>, Arc<Written>);
+
+/// The pages that the guest itself has written, as its virtual machine would know. They are not tracked until somebody asks.
+struct Written {
+    tracked: AtomicBool,
+    pages: Box<[AtomicBool]>,
+}
+
+impl Written {
+    #[inline]
+    fn mark(&self, offset: usize, len: usize) {
+        if len != 0 && self.tracked.load(Ordering::Relaxed) {
+            self.pages[offset / PAGE..=(offset + len - 1) / PAGE]
+                .iter()
+                .for_each(|page| page.store(true, Ordering::Relaxed));
+        }
+    }
+}
 
 impl Ram {
     pub(super) const BASE: u64 = GUEST_BASE;
@@ -45,7 +63,9 @@ impl Ram {
     pub(super) fn new(bytes: usize) -> Result<Self, Error> {
         let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC)?);
         ftruncate(&file, bytes as u64)?;
-        Ok(Self(Arc::new(MmapRegion::from_file(FileOffset::new(file, 0), bytes)?)))
+        let pages = (0..bytes.div_ceil(PAGE)).map(|_| AtomicBool::new(false)).collect();
+        let written = Written { tracked: AtomicBool::new(false), pages };
+        Ok(Self(Arc::new(MmapRegion::from_file(FileOffset::new(file, 0), bytes)?), Arc::new(written)))
     }
 
     /// What the front-end tells the server of it.
@@ -85,6 +105,19 @@ impl Ram {
     #[inline]
     pub(super) fn store<T: AtomicAccess>(&self, offset: usize, value: T) {
         self.slice().store(value, offset, Ordering::Release).expect(INSIDE);
+        self.1.mark(offset, size_of::<T>());
+    }
+
+    /// Size, bytes.
+    pub(super) fn size(&self) -> usize {
+        self.0.size()
+    }
+
+    /// The numbers of the pages that the guest has written since the last call. The first call finds none.
+    pub(super) fn take_written(&self) -> Vec<usize> {
+        self.1.tracked.store(true, Ordering::Relaxed);
+        let pages = self.1.pages.iter().enumerate();
+        pages.filter(|(_, page)| page.swap(false, Ordering::Relaxed)).map(|(number, _)| number).collect()
     }
 
     /// Zeroes all of it.
@@ -95,6 +128,7 @@ impl Ram {
 
     pub(super) fn write(&self, offset: usize, bytes: &[u8]) {
         self.slice().write_slice(bytes, offset).expect(INSIDE);
+        self.1.mark(offset, bytes.len());
     }
 
     pub(super) fn read(&self, offset: usize, bytes: &mut [u8]) {

@@ -124,6 +124,7 @@ pub struct Ring {
     layout: Layout,
     size: u16,
     bytes: usize,
+    shift: usize,
     indirect: bool,
     free: Vec<u16>,
     /// Slots of requests in flight.
@@ -157,6 +158,7 @@ impl Ring {
             layout,
             size,
             bytes: shape.bytes,
+            shift: shape.shift,
             indirect: features & INDIRECT != 0,
             free: (0..shape.depth).rev().collect(),
             in_flight: vec![false; shape.depth.into()].into(),
@@ -201,7 +203,7 @@ impl Ring {
 
     #[inline]
     fn data_at(&self, slot: u16) -> usize {
-        self.offsets.data + usize::from(slot) * self.bytes
+        self.offsets.data + usize::from(slot) * self.bytes + self.shift
     }
 
     /// The chain of a well-formed request: header, `bytes` of data, status.

@@ -178,6 +178,11 @@ impl InflightTable {
         Some((inflight_request, &slot.data))
     }
 
+    /// The data in a slot, also of a request that has been removed and not followed by another.
+    pub(in crate::engine) fn data(&self, index: u32) -> &Data {
+        &self.slots[index as usize].data
+    }
+
     /// True if a request in flight accesses memory in `spans`.
     pub(in crate::engine) fn uses(&self, spans: &[Span<Gpa>]) -> bool {
         let in_use = |slot: &InflightSlot| {

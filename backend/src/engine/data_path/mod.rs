@@ -11,6 +11,7 @@ mod bounce;
 mod cache_maintenance;
 mod inflight;
 mod layout;
+mod logging;
 mod serve;
 mod submit;
 mod zones;
@@ -21,6 +22,7 @@ pub(super) use bounce::Bounce;
 pub(super) use cache_maintenance::CacheMaintenance;
 pub(super) use layout::{VringSlot, WorkerLayout};
 
+use super::dirty_log::DirtyLogging;
 use super::guest_memory::GuestMemoryView;
 use super::inflight_policy::InflightPolicy;
 use super::inflight_region::{InflightRegion, Tracking};
@@ -34,6 +36,7 @@ use crate::driver::{Command, Completion, Outcome, Queue};
 use crate::rate_limited_log::RateLimitedLog;
 use crate::sys::LostPages;
 use inflight::InflightTable;
+use logging::Dirtied;
 
 /// Set in the tag of a bounced command. The other bits are the bounce slot; without this flag, the index of the request.
 const BOUNCED: u32 = 1 << 31;
@@ -58,6 +61,8 @@ pub(in crate::engine) struct DataPath {
     /// True while no request is taken.
     pub(in crate::engine) held: bool,
     pub(in crate::engine) clock: RequestClock,
+    /// `None` while dirty pages are not logged.
+    logging: Option<DirtyLogging>,
     bounce: Bounce,
     caches: CacheMaintenance,
     disk: Disk,
@@ -98,6 +103,7 @@ impl DataPath {
             counters,
             held: false,
             clock: RequestClock::new(),
+            logging: None,
             bounce,
             caches,
             disk,
@@ -186,24 +192,6 @@ impl DataPath {
         self.fail_internal_flush()
     }
 
-    /// Publishes the used entries of every ring. Returns true if there were any.
-    #[inline]
-    pub(in crate::engine) fn publish(&mut self) -> bool {
-        let mut any = false;
-        for (slot, count) in self.slots.iter_mut().zip(&self.counters.rings) {
-            if let Some(ring) = &mut slot.ring
-                && ring.queue.has_unpublished()
-            {
-                ring.publish(&self.counters);
-                count.completed.add(ring.completed);
-                count.in_flight.set(ring.in_flight.into());
-                ring.completed = 0;
-                any = true;
-            }
-        }
-        any
-    }
-
     /// Lets others see how many requests each ring has in flight.
     pub(in crate::engine) fn report_depths(&self) {
         for (slot, count) in self.slots.iter().zip(&self.counters.rings) {
@@ -285,8 +273,11 @@ impl DataPath {
     #[inline]
     fn finish(&mut self, index: u32) {
         let Some((inflight_request, data)) = self.inflight.remove(index) else { return };
+        let mut dirtied = None;
         if inflight_request.operation == Operation::Read {
             self.caches.buffers(&self.guest, &data.buffers, 0, inflight_request.bytes);
+            // A read that fails may have written as well.
+            dirtied = Some(Dirtied { index, bytes: inflight_request.bytes });
         }
         if let Some(ns) = self.clock.since(inflight_request.started) {
             self.counters.latencies.record(inflight_request.operation, ns);
@@ -316,12 +307,20 @@ impl DataPath {
             Outcome::Failed => Status::IoError,
             Outcome::Zone(fault) => self.disk.zone_status(fault),
         };
-        self.answer(inflight_request.pending_used, inflight_request.ring, status, written);
+        self.answer(inflight_request.pending_used, inflight_request.ring, status, written, dirtied);
     }
 
-    /// Writes the status, then the used entry. `written` bytes of data were written to the chain before.
+    /// Writes the status, then the used entry. `written` bytes of data were written to the chain before, perhaps more than that:
+    /// `dirtied`.
     #[inline]
-    fn answer(&mut self, pending_used: PendingUsed, slot: usize, status: Status, written: u64) {
+    fn answer(
+        &mut self,
+        pending_used: PendingUsed,
+        slot: usize,
+        status: Status,
+        written: u64,
+        dirtied: Option<Dirtied>,
+    ) {
         if status != Status::Ok {
             self.counters.errors.add(1);
         }
@@ -332,6 +331,9 @@ impl DataPath {
             }
             None => 0,
         };
+        if self.logging.is_some() {
+            self.mark(&pending_used, dirtied);
+        }
         let head = pending_used.complete();
         if let Some(ring) = &mut self.slots[slot].ring {
             ring.queue.push_used(head, len);

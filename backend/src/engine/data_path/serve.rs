@@ -1,6 +1,7 @@
 //! Takes requests from a ring. Each is completed at once or submitted, until the device queue is full.
 
 use super::inflight::{InflightRequest, InflightSlot};
+use super::logging::Dirtied;
 use super::{Capacity, DataPath, VringSlot};
 use crate::driver::Queue;
 use crate::engine::request::{Job, RequestFault, Status, Transfer, parse};
@@ -102,7 +103,7 @@ impl DataPath {
         match if recovered { repeatable(job) } else { job } {
             Job::Device { operation, block, bytes } => {
                 let Some(queue) = queue else {
-                    self.answer(pending_used, slot, Status::IoError, 0);
+                    self.answer(pending_used, slot, Status::IoError, 0, None);
                     return Capacity::Available;
                 };
                 let unsure = recovered && self.disk.is_in_order(operation);
@@ -112,11 +113,12 @@ impl DataPath {
             }
             Job::Identify => {
                 let written = self.guest.scatter(&place.data.buffers, self.disk.id());
-                self.answer(pending_used, slot, Status::Ok, written as u64);
+                let written = written as u64;
+                self.answer(pending_used, slot, Status::Ok, written, Some(Dirtied { index, bytes: written }));
             }
-            Job::Answer(status) => self.answer(pending_used, slot, status, 0),
+            Job::Answer(status) => self.answer(pending_used, slot, status, 0, None),
             Job::Refuse(fault) => {
-                self.answer(pending_used, slot, Status::IoError, 0);
+                self.answer(pending_used, slot, Status::IoError, 0, None);
                 self.log_fault(slot, &fault);
             }
         }

@@ -34,6 +34,7 @@ pub(super) fn setup(layout: Layout, size: u16, areas: [u64; 3]) -> VringSetup {
         kick: None,
         call: None,
         err: None,
+        used_log: None,
         inflight: None,
     }
 }

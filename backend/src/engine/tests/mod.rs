@@ -4,6 +4,7 @@
 mod bare;
 mod coherent;
 mod crash;
+mod dirty_log;
 mod disk;
 mod fast_path;
 mod faults;

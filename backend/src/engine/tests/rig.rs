@@ -210,6 +210,7 @@ impl SplitDriver {
             kick: duplicate(&self.kick),
             call: duplicate(&self.call),
             err: duplicate(&self.err),
+            used_log: None,
             inflight: None,
         }
     }

@@ -15,6 +15,7 @@ pub mod split;
 pub use fast_path::{FastDescriptor, FastRequest};
 pub use layout::{Area, Layout, MAX_SIZE, RingFault};
 
+use super::dirty_log::RingLog;
 use super::error::EngineError;
 use super::guest_memory::GuestMemoryView;
 use super::inflight_region::{Contradiction, InflightRegion, Tracking};
@@ -31,6 +32,10 @@ pub enum Virtqueue {
     /// See [`Layout::Packed`].
     Packed(PackedRing),
 }
+
+/// Where the used entries begin that are not published, and how many ring slots they take: first slot, number.
+#[derive(Clone, Copy, Debug)]
+pub struct Unpublished((usize, usize));
 
 /// Evaluates one expression for either layout.
 macro_rules! either {
@@ -82,6 +87,23 @@ impl Virtqueue {
     /// Leaves them to the process that serves the ring next.
     pub fn forget_recovered(&mut self) {
         either!(self, ring => ring.forget_recovered());
+    }
+
+    /// Marks what is written to the ring in `log` from now on, and at once all that may have been written before.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        either!(self, ring => ring.set_log(log));
+    }
+
+    /// Marks these used entries: before [`Self::publish`], so that they are marked when the driver sees them, and after it, because
+    /// it writes once more.
+    pub fn mark_used(&self, entries: Unpublished) {
+        either!(self, ring => ring.mark_used(entries.0));
+    }
+
+    /// The used entries that are not published yet.
+    #[must_use]
+    pub fn unpublished(&self) -> Unpublished {
+        Unpublished(either!(self, ring => ring.unpublished()))
     }
 
     /// Number of descriptors.

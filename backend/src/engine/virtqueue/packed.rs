@@ -18,6 +18,7 @@ use super::descriptor::PackedDescriptor;
 use super::fast_path::{FastDescriptor, FastRequest};
 use super::layout::{MAX_SIZE, RingFault};
 use super::position::{Position, positions};
+use crate::engine::dirty_log::RingLog;
 use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::inflight_region::packed::PackedMarks;
@@ -72,6 +73,7 @@ pub struct PackedRing {
     /// `next_used` at the last decision about a notification. `None` until the first.
     signalled_used: Option<Position>,
     marks: Option<PackedMarks>,
+    log: Option<RingLog>,
     /// Requests to submit again, the first one last.
     recovered: Vec<PackedRequest>,
 }
@@ -100,6 +102,7 @@ impl PackedRing {
             unpublished: None,
             signalled_used: None,
             marks: None,
+            log: None,
             recovered: Vec::new(),
         })
     }
@@ -166,6 +169,35 @@ impl PackedRing {
     /// Leaves them to the process that serves the ring next.
     pub fn forget_recovered(&mut self) {
         self.recovered.clear();
+    }
+
+    /// Marks what is written to the ring in `log` from now on, and all of it at once.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        self.log = log;
+        self.mark_used((0, self.size.into()));
+        self.mark_device_event();
+    }
+
+    /// First slot and number of the slots in which there are unpublished used descriptors.
+    #[must_use]
+    pub fn unpublished(&self) -> (usize, usize) {
+        let entries = self.unpublished.map_or(0, |unpublished| usize::from(unpublished.entries));
+        let first = self.unpublished.map_or(0, |unpublished| unpublished.offset / DESCRIPTOR);
+        (first, entries)
+    }
+
+    /// Marks `count` descriptors from slot `first` on.
+    pub fn mark_used(&self, (first, count): (usize, usize)) {
+        let Some(log) = &self.log else { return };
+        let before_end = count.min(usize::from(self.size) - first);
+        log.mark_descriptors(DESCRIPTOR * first, DESCRIPTOR * before_end);
+        log.mark_descriptors(0, DESCRIPTOR * (count - before_end));
+    }
+
+    fn mark_device_event(&self) {
+        if let Some(log) = &self.log {
+            log.mark_used(0, 4);
+        }
     }
 
     /// Number of descriptors.
@@ -339,6 +371,7 @@ impl PackedRing {
     pub fn arm(&self) {
         let event = u32::from(self.next_avail.raw()) | u32::from(EVENT_FLAGS_DESC) << 16;
         self.device_event.write_u32(0, if self.event_idx { event } else { 0 });
+        self.mark_device_event();
         // Write the event suppression structure before the last poll, as the driver does before it reads used descriptors.
         fence(Ordering::SeqCst);
     }
@@ -346,6 +379,7 @@ impl PackedRing {
     /// Suppresses the driver's kicks. With EVENT_IDX too, because the next round passes an old event position again.
     pub fn disarm(&self) {
         self.device_event.write_u32(0, u32::from(EVENT_FLAGS_DISABLE) << 16);
+        self.mark_device_event();
     }
 }
 

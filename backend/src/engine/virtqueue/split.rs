@@ -13,6 +13,7 @@ use super::chain::{Chain, Head, WalkLimits};
 use super::descriptor::Descriptor;
 use super::fast_path::{FastDescriptor, FastRequest};
 use super::layout::{MAX_SIZE, RingFault};
+use crate::engine::dirty_log::RingLog;
 use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::inflight_region::split::SplitMarks;
@@ -47,6 +48,7 @@ pub struct SplitRing {
     /// used.idx at the last decision about a notification. `None` until the first.
     signalled_used: Option<u16>,
     marks: Option<SplitMarks>,
+    log: Option<RingLog>,
     /// The heads of requests to submit again, the first one last.
     recovered: Vec<u16>,
 }
@@ -77,6 +79,7 @@ impl SplitRing {
             published: next_used,
             signalled_used: None,
             marks: None,
+            log: None,
             recovered: Vec::new(),
         })
     }
@@ -113,6 +116,32 @@ impl SplitRing {
     /// Leaves them to the process that serves the ring next.
     pub fn forget_recovered(&mut self) {
         self.recovered.clear();
+    }
+
+    /// Marks what is written to the used ring in `log` from now on, and all of it at once.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        self.log = log;
+        self.mark(0, self.used.len());
+    }
+
+    /// First slot and number of the unpublished used entries.
+    #[must_use]
+    pub fn unpublished(&self) -> (usize, usize) {
+        (self.slot(self.published), self.next_used.wrapping_sub(self.published).into())
+    }
+
+    /// Marks used.idx and `count` used entries from slot `first` on.
+    pub fn mark_used(&self, (first, count): (usize, usize)) {
+        let before_end = count.min(usize::from(self.size) - first);
+        self.mark(IDX, 2);
+        self.mark(RING + 8 * first, 8 * before_end);
+        self.mark(RING, 8 * (count - before_end));
+    }
+
+    fn mark(&self, offset: usize, len: usize) {
+        if let Some(log) = &self.log {
+            log.mark_used(offset, len);
+        }
     }
 
     /// Number of descriptors.
@@ -247,9 +276,12 @@ impl SplitRing {
     /// sleeps.
     pub fn arm(&self) {
         if self.event_idx {
-            self.used.write_u16(RING + 8 * usize::from(self.size), self.next_avail);
+            let avail_event = RING + 8 * usize::from(self.size);
+            self.used.write_u16(avail_event, self.next_avail);
+            self.mark(avail_event, 2);
         } else {
             self.used.write_u16(0, 0);
+            self.mark(0, 2);
         }
         // Write avail_event or the flags before the last poll, as the driver does before it reads used.idx.
         fence(Ordering::SeqCst);
@@ -260,6 +292,7 @@ impl SplitRing {
     pub fn disarm(&self) {
         if !self.event_idx {
             self.used.write_u16(0, USED_F_NO_NOTIFY);
+            self.mark(0, 2);
         }
     }
 

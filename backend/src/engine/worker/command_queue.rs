@@ -10,6 +10,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::addr::{Gpa, Span};
 use crate::driver::Queue;
+use crate::engine::dirty_log::DirtyLogging;
 use crate::engine::error::EngineError;
 use crate::engine::inflight_policy::InflightPolicy;
 use crate::engine::setup::VringSetup;
@@ -27,6 +28,10 @@ pub(in crate::engine) enum WorkerCommand {
     Call(usize, Option<OwnedFd>, Sender<()>),
     Err(usize, Option<OwnedFd>, Sender<()>),
     Kick(usize, Option<OwnedFd>, Sender<()>),
+    /// See [`crate::engine::VringSetup::used_log`].
+    UsedLog(usize, Option<Gpa>, Sender<()>),
+    /// Mark dirty pages there, or no longer.
+    Log(Option<DirtyLogging>, Sender<()>),
     Publish(Arc<MemTable>, Sender<()>),
     /// The reply comes when no request in flight accesses the spans.
     RemoveMemory(Arc<MemTable>, Arc<[Span<Gpa>]>, Sender<()>),

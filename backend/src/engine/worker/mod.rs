@@ -16,6 +16,7 @@ mod command_queue;
 mod hold;
 mod poll_timer;
 mod reply;
+mod reset;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,7 +27,6 @@ use reply::{PendingReply, reply};
 
 use super::data_path::DataPath;
 use super::error::EngineError;
-use super::inflight_policy::InflightPolicy;
 use super::recovery::CommandClock;
 use super::setup::VringSetup;
 use super::vring::{State, Vring};
@@ -258,6 +258,14 @@ impl Worker {
                 });
                 reply(&answer, ());
             }
+            WorkerCommand::UsedLog(slot, used_log, answer) => {
+                self.path.set_used_log(slot, used_log);
+                reply(&answer, ());
+            }
+            WorkerCommand::Log(logging, answer) => {
+                self.path.set_logging(logging);
+                reply(&answer, ());
+            }
             WorkerCommand::Publish(table, answer) => {
                 self.path.guest.publish(table);
                 reply(&answer, ());
@@ -301,6 +309,7 @@ impl Worker {
         if let Some(region) = region {
             self.path.track(slot, &region);
         }
+        self.path.follow_log(slot);
         Ok(())
     }
 
@@ -360,30 +369,6 @@ impl Worker {
                 }
             }
         }
-    }
-
-    fn drop_queue(&mut self) {
-        if let Device::Live(queue) = std::mem::replace(&mut self.device, Device::Resetting)
-            && let Err(error) = self.poller.remove(queue.event())
-        {
-            LOG.error(|| format!("stop watching the device's event: {error}"));
-        }
-    }
-
-    fn adopt_queue(&mut self, queue: Option<Box<dyn Queue>>, policy: InflightPolicy) {
-        // A stop or a memory removal is waiting for these requests: fail them instead of submitting them again.
-        let wanted = queue.is_some() && self.nobody_waits_for_failure();
-        self.path.handle_reset(if wanted { policy } else { InflightPolicy::Fail });
-        self.device = match queue {
-            None => Device::Failed,
-            Some(queue) => {
-                if let Err(error) = self.poller.add(queue.event(), DEVICE) {
-                    LOG.error(|| format!("watch the device's event: {error}"));
-                }
-                Device::live(queue)
-            }
-        };
-        self.poll_pending();
     }
 }
 

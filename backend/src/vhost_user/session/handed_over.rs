@@ -4,12 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use vhost::vhost_user::message::{VhostUserInflight, VhostUserMemoryRegion};
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog, VhostUserMemoryRegion};
 
 use super::Session;
 use crate::addr::Address;
 use crate::engine::Layout;
-use crate::handover::{FrontEnd, Incoming, InflightState, Outgoing, RegionState};
+use crate::handover::{FrontEnd, Incoming, InflightState, LogState, Outgoing, RegionState};
 use crate::memory::RegionSpec;
 use crate::vhost_user::Error;
 use crate::vhost_user::inflight::InflightRegions;
@@ -69,6 +69,8 @@ impl Session<'_> {
             files,
             regions,
             inflight: self.inflight.as_ref().map(|regions| describe_inflight(regions, outgoing)).transpose()?,
+            log: self.log.describe(outgoing)?,
+            log_event: outgoing.push_some(self.log.event.as_deref())?,
             rings: self.rings.iter().map(|ring| ring.describe(outgoing)).collect::<io::Result<_>>()?,
             shim: self.shim.describe(outgoing)?,
         })
@@ -101,6 +103,13 @@ impl Session<'_> {
         let layout = self.layout();
         for (ring, state) in self.rings.iter_mut().zip(&state.rings) {
             ring.restore(state, descriptors, layout)?;
+        }
+        // After what it must have room for.
+        if let Some(event) = descriptors.take_some(state.log_event)? {
+            self.set_log_event(event)?;
+        }
+        if let Some(LogState { file, size: mmap_size, offset: mmap_offset }) = state.log {
+            self.adopt_log(&VhostUserLog { mmap_size, mmap_offset }, descriptors.take(file)?.into())?;
         }
         Ok(())
     }

@@ -62,6 +62,7 @@ impl Session<'_> {
     /// Applies `plan`. Vrings in memory that it removes are suspended meanwhile.
     fn change_memory(&mut self, plan: Plan) -> Result<(), Error> {
         if !plan.add.is_empty() {
+            self.check_log_room(plan.add.iter().map(|spec| spec.gpa.last()).max())?;
             self.shim.require_registration()?;
         }
         let engine = &self.device.engine;

@@ -19,8 +19,10 @@ impl Session<'_> {
         if self.offered.contains(VirtioFeatures::ZONED) && !acked.contains(VirtioFeatures::ZONED) {
             return Err(Error::ZonesUnknown);
         }
+        self.check_log_all(acked)?;
         (self.features, self.negotiation.1) = (Some(acked), Some(raw));
         config::apply_features(&self.device.engine, acked);
+        self.apply_log();
         self.start_rings();
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::io;
 
 use super::{Addresses, Complete, Kick, Running, Setup, State, Vring};
-use crate::addr::{Address, Qva};
+use crate::addr::{Address, Gpa, Qva};
 use crate::engine::{Engine, Layout};
 use crate::handover::{self, Incoming, Outgoing, RingState};
 use crate::memory::MemTable;
@@ -38,6 +38,7 @@ impl Vring {
         Ok(RingState {
             size: size.map(u32::from),
             addresses: addresses.map(|Addresses { desc, avail, used }| [desc.0, avail.0, used.0]),
+            used_log: self.used_log.map(|address| address.0),
             base,
             kick,
             call: outgoing.push_some(self.call.as_ref())?,
@@ -71,7 +72,7 @@ impl Vring {
             self.set_size(size, layout)?;
         }
         if let Some([desc, avail, used]) = state.addresses {
-            self.set_addresses(Addresses { desc: Qva(desc), avail: Qva(avail), used: Qva(used) }, false)?;
+            self.set_addresses(Addresses { desc: Qva(desc), avail: Qva(avail), used: Qva(used) })?;
         }
         if let Some(base) = state.base {
             self.set_base(base, layout)?;
@@ -79,7 +80,7 @@ impl Vring {
         if kick.is_some() {
             self.update("SET_VRING_KICK", |setup| setup.kick = kick)?;
         }
-        self.enabled = state.enabled;
+        (self.enabled, self.used_log) = (state.enabled, state.used_log.map(Gpa));
         Ok(())
     }
 

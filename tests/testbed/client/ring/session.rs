@@ -3,7 +3,7 @@
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
 
-use super::{Error, Layout, Ring};
+use super::{Error, Layout, Ram, Ring};
 
 impl Ring {
     /// Sets the new ring up on the server's side and enables it.
@@ -31,16 +31,22 @@ impl Ring {
     /// Tells the server the size and the addresses.
     pub(in crate::client) fn describe(&self, frontend: &Frontend, index: usize) -> Result<(), Error> {
         frontend.set_vring_num(index, self.size)?;
+        self.address(frontend, index, false)
+    }
+
+    /// Tells the server the addresses, and whether it marks the pages of the used ring.
+    pub(in crate::client) fn address(&self, frontend: &Frontend, index: usize, logged: bool) -> Result<(), Error> {
         frontend.set_vring_addr(
             index,
             &VringConfigData {
                 queue_max_size: self.size,
                 queue_size: self.size,
-                flags: 0,
+                // VHOST_VRING_F_LOG
+                flags: logged.into(),
                 desc_table_addr: self.ram.address(self.offsets.ring.desc),
                 used_ring_addr: self.ram.address(self.offsets.ring.device),
                 avail_ring_addr: self.ram.address(self.offsets.ring.driver),
-                log_addr: None,
+                log_addr: Some(Ram::guest(self.offsets.ring.device)),
             },
         )?;
         Ok(())
