@@ -2,15 +2,42 @@
 //! before that. Without a log, a request pays one comparison for it.
 
 use super::DataPath;
+use super::inflight::InflightRequest;
 use crate::addr::Gpa;
 use crate::engine::dirty_log::DirtyLogging;
-use crate::engine::request::pending_used::PendingUsed;
+use crate::engine::request::{Operation, pending_used::PendingUsed};
 
-/// Of the data of a request in this slot of the inflight table, this many bytes may have been written.
+/// What may have been written to the buffers of the request in this slot of the inflight table.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Dirtied {
-    pub(super) index: u32,
-    pub(super) bytes: u64,
+    index: u32,
+    part: Part,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Part {
+    /// This many bytes of the data.
+    Data(u64),
+    /// The sector at which an append has written (virtio 1.3 §5.2.6).
+    AppendSector,
+}
+
+impl Dirtied {
+    /// The first `bytes` of the data.
+    pub(super) fn data(index: u32, bytes: u64) -> Self {
+        Self { index, part: Part::Data(bytes) }
+    }
+
+    /// By a request in slot `index`, whether it has failed or not: a read that fails may have written as well.
+    #[inline]
+    pub(super) fn by(request: &InflightRequest, index: u32) -> Option<Self> {
+        let part = match request.operation {
+            Operation::Read | Operation::ZoneReport => Part::Data(request.bytes),
+            Operation::ZoneAppend => Part::AppendSector,
+            _ => return None,
+        };
+        Some(Self { index, part })
+    }
 }
 
 impl DataPath {
@@ -47,7 +74,13 @@ impl DataPath {
     #[inline(never)]
     pub(super) fn mark(&self, pending_used: &PendingUsed, dirtied: Option<Dirtied>) {
         let Some(logging) = &self.logging else { return };
-        let data = dirtied.map(|Dirtied { index, bytes }| (&*self.inflight.data(index).buffers, bytes));
+        let data = dirtied.map(|Dirtied { index, part }| {
+            let data = self.inflight.data(index);
+            match part {
+                Part::Data(bytes) => (&*data.buffers, bytes),
+                Part::AppendSector => (&*data.append_sector, u64::MAX),
+            }
+        });
         logging.mark_request(pending_used.status(), data.unwrap_or_default());
     }
 

@@ -273,12 +273,10 @@ impl DataPath {
     #[inline]
     fn finish(&mut self, index: u32) {
         let Some((inflight_request, data)) = self.inflight.remove(index) else { return };
-        let mut dirtied = None;
         if inflight_request.operation == Operation::Read {
             self.caches.buffers(&self.guest, &data.buffers, 0, inflight_request.bytes);
-            // A read that fails may have written as well.
-            dirtied = Some(Dirtied { index, bytes: inflight_request.bytes });
         }
+        let dirtied = Dirtied::by(&inflight_request, index);
         if let Some(ns) = self.clock.since(inflight_request.started) {
             self.counters.latencies.record(inflight_request.operation, ns);
         }

@@ -114,7 +114,7 @@ impl DataPath {
             Job::Identify => {
                 let written = self.guest.scatter(&place.data.buffers, self.disk.id());
                 let written = written as u64;
-                self.answer(pending_used, slot, Status::Ok, written, Some(Dirtied { index, bytes: written }));
+                self.answer(pending_used, slot, Status::Ok, written, Some(Dirtied::data(index, written)));
             }
             Job::Answer(status) => self.answer(pending_used, slot, status, 0, None),
             Job::Refuse(fault) => {

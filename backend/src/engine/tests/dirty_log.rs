@@ -1,6 +1,7 @@
 //! Each page that a request or the ring has written is marked when the driver sees the request's completion, and no other is.
 
 mod order;
+mod zones;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -7,8 +7,8 @@ use super::rig::*;
 use crate::emulated::{Commands, Effect, Fault, Mode, Options, Order, Status, Traits, ZoneOptions};
 use crate::engine::WatchdogOptions;
 
-const APPEND: u32 = 15;
-const REPORT: u32 = 16;
+pub(super) const APPEND: u32 = 15;
+pub(super) const REPORT: u32 = 16;
 const OPEN: u32 = 18;
 const CLOSE: u32 = 20;
 pub(super) const FINISH: u32 = 22;
