@@ -86,8 +86,8 @@ btrfs() {
 }
 read_by_the_host() {
     while read -r module; do insmod "$KERNEL/modules/$module" 2>/dev/null || true; done <"$KERNEL/modules/order"
-    bind_to_nvme "$FUNCTION" >/run/disk
-    mount -t btrfs "$(cat /run/disk)" /mnt
+    bind_to_nvme "$FUNCTION"
+    mount -t btrfs "$(block_device "$FUNCTION")" /mnt
     for n in 1 2 3 4 5; do equal "$(cat /run/sum)" "$(sha256sum </mnt/"$n")" "file $n"; done
     umount /mnt
 }
