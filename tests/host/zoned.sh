@@ -2,9 +2,10 @@
 # profiles: debian
 # minutes: 3
 # options: --qemu trixie-backports --guest-kernel trixie-backports --add /usr/sbin/blkzone --add /usr/sbin/mkfs.btrfs --qemu-arg -drive --qemu-arg if=none,id=zoned,snapshot=on,format=raw,file.driver=null-co,file.size=256M,file.read-zeroes=on --qemu-arg -device --qemu-arg nvme,id=zonedctl,serial=zoned,addr=9,zoned.zasl=5 --qemu-arg -device --qemu-arg nvme-ns,bus=zonedctl,drive=zoned,zoned=on,zoned.zone_size=16M,zoned.zone_capacity=12M,zoned.max_open=8,zoned.max_active=12,logical_block_size=4096,physical_block_size=4096
-# A zoned namespace in a guest, on Debian's kernel, because the testbed's own knows no zones: reports, sequential writes, zonefs, and
-# btrfs, which appends. Then the host's nvme driver and btrfs read what the guest wrote, so the host runs Debian's kernel as well. It
-# boots alone: no other test has the drive, and two guests boot on a kernel that is five times as slow to boot here.
+# A zoned namespace in a guest, on Debian's kernel, because the testbed's own knows no zones: reports, sequential writes,
+# zonefs, and btrfs, which appends. Then the host's nvme driver and btrfs read what the guest wrote, so the host runs Debian's
+# kernel as well. It boots alone: no other test has the drive, and two guests boot on a kernel that is five times as slow to
+# boot here.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
@@ -16,8 +17,8 @@ ZONE=32768
 
 # zoned_guest [OPTION of "guest start"]…: a guest with the backend's disk behind QEMU's generic device, which passes all features.
 zoned_guest() {
-    guest start --mem 256M --hugepages --smp 2 --timeout 400 --qemu-arg -chardev --qemu-arg "socket,id=zoned,path=$SOCKET" --qemu-arg \
-        -device --qemu-arg vhost-user-test-device-pci,virtio-id=2,config_size=96,num_vqs=2,vq_size=128,chardev=zoned "$@"
+    guest start --mem 256M --hugepages --smp 2 --timeout 400 --qemu-arg -chardev --qemu-arg "socket,id=zoned,path=$SOCKET" \
+        --qemu-arg -device --qemu-arg vhost-user-test-device-pci,virtio-id=2,config_size=96,num_vqs=2,vq_size=128,chardev=zoned "$@"
 }
 
 served() {
@@ -26,7 +27,7 @@ served() {
     logged "$FUNCTION: zones of 16M, appends up to 128K, most open 8, active 12"
 }
 stock_refused() {
-    ! guest_start >/run/said 2>&1
+    guest_start >/run/said 2>&1 && return 1
     logged 'refused: the drive is zoned, and this front-end gives its guest 57 bytes .*vhost-user-test-device-pci'
     guest kill 2>/dev/null || true
 }
@@ -86,9 +87,9 @@ btrfs() {
 }
 read_by_the_host() {
     while read -r module; do insmod "$KERNEL/modules/$module" 2>/dev/null || true; done <"$KERNEL/modules/order"
-    bind_to_nvme "$FUNCTION" >/run/disk
-    mount -t btrfs "$(cat /run/disk)" /mnt
-    for n in 1 2 3 4 5; do equal "$(cat /run/sum)" "$(sha256sum </mnt/$n)" "file $n"; done
+    bind_to_nvme "$FUNCTION"
+    mount -t btrfs "$(block_device "$FUNCTION")" /mnt
+    for n in 1 2 3 4 5; do equal "$(cat /run/sum)" "$(sha256sum </mnt/"$n")" "file $n"; done
     umount /mnt
 }
 

@@ -128,8 +128,8 @@ static LOG: SharedLog = SharedLog::new(module_path!());
 /// Reads `size` bytes of configuration space from `offset`; zero past its end.
 ///
 /// # Errors
-/// [`Error::ZonesUnread`]: QEMU reads the whole space of its device in one message when it creates the device. If that ends before
-/// the zones, the device can be refused there, before a guest waits for it.
+/// [`Error::ZonesUnread`]: QEMU reads the whole space of its device in one message when it creates the device. If that ends
+/// before the zones, the device can be refused there, before a guest waits for it.
 pub(super) fn read(device: &Device, offset: usize, size: usize) -> Result<Vec<u8>, Error> {
     let Device { engine, queues, .. } = device;
     let geometry = engine.geometry();

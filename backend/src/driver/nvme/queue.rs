@@ -172,8 +172,8 @@ impl IoQueue {
         self.warnings.warn(|| format!("{name}: {}", what()));
     }
 
-    /// A Read, Write (NVM Command Set 1.0 §3.2.4, §3.2.6) or Zone Append command, without its data pointer; `metadata` is its metadata
-    /// pointer.
+    /// A Read, Write (NVM Command Set 1.0 §3.2.4, §3.2.6) or Zone Append command, without its data pointer; `metadata` is
+    /// its metadata pointer.
     ///
     /// The length must match the buffers: the device would access memory beyond them otherwise.
     #[inline]

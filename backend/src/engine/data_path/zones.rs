@@ -50,8 +50,8 @@ fn copy(slot: &Slot<'_>) -> Vec<u8> {
     bytes
 }
 
-/// Learns from a report of its zone how much of a write has been executed. Nothing but this write can have moved the write pointer
-/// across its blocks. A full zone does not tell, and neither does a report that failed: then the device decides.
+/// Learns from a report of its zone how much of a write has been executed. Nothing but this write can have moved the write
+/// pointer across its blocks. A full zone does not tell, and neither does a report that failed: then the device decides.
 fn learn(disk: &Disk, request: &mut InflightRequest, report: &[u8]) {
     if let Some(pointer) = zones::write_pointer(report) {
         let executed = pointer.saturating_sub(request.block).min(request.bytes >> disk.block_shift());

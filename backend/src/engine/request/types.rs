@@ -309,8 +309,8 @@ pub struct Data {
 /// How a request is executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Job {
-    /// By the device, with `bytes` of data from `block` on (0 bytes for one without data). For a discard, `bytes` is the number of ranges;
-    /// for write-zeroes, the bytes in all ranges.
+    /// By the device, with `bytes` of data from `block` on (0 bytes for one without data). For a discard, `bytes` is the
+    /// number of ranges; for write-zeroes, the bytes in all ranges.
     Device {
         /// The operation.
         operation: Operation,

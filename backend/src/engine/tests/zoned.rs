@@ -225,8 +225,8 @@ fn appends_in_flight_together_each_tell_where_their_data_are() {
     let order = Order::Random { seed: 5 };
     let (drive, mut driver) = up(Options { latency: Duration::from_micros(200), order, ..options() });
     let (len, at) = (12 << 10, |n: u64| DATA + 0x1_0000 * n);
-    // Of some, PRPs cannot describe the buffers.
-    let cut = |n: u64| if n < 4 { vec![(at(n), len)] } else { vec![(at(n), 100), (at(n) + 0x8000, len - 100)] };
+    // Of some, PRPs can describe the first buffer only.
+    let cut = |n: u64| if n < 4 { vec![(at(n), len)] } else { vec![(at(n), 4096), (at(n) + 0x8064, len - 4096)] };
     for n in 0..8 {
         fill_parts(&driver, &cut(n), &pattern(n, len as usize));
     }
