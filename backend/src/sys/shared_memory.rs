@@ -19,7 +19,7 @@ mod array;
 #[cfg(test)]
 pub(crate) mod kill;
 
-pub use array::{SharedArray, Word};
+pub use array::{SharedArray, SharedEntry, Word};
 
 /// A bounds-checked view of shared memory. It keeps the mapping alive and is cheap to clone.
 ///
