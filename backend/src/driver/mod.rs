@@ -207,6 +207,11 @@ pub trait Queue: Send {
         bytes: u32,
         tag: u32,
     ) -> Result<(), Full>;
+    /// As [`Self::submit`] for all of one buffer, whole blocks, if that is short enough for a command without a list. Returns false
+    /// without effect if it is not, or if no entry is free: `extent` and `submit` then say what can be done.
+    fn submit_short(&mut self, _command: Command, _buffer: Span<Iova>, _tag: u32) -> bool {
+        false
+    }
     /// Queues one command that discards the contents of `ranges`, which must respect [`Geometry::discard`].
     ///
     /// # Errors

@@ -311,6 +311,21 @@ impl Queue for IoQueue {
         Ok(())
     }
 
+    fn submit_short(&mut self, command: Command, buffer: Span<Iova>, tag: u32) -> bool {
+        let (opcode, metadata, block, count) = match command {
+            Command::Read { block, count } => (io_opcode::READ, self.metadata[0], block, count),
+            Command::Write { block, count } => (io_opcode::WRITE, self.metadata[1], block, count),
+            Command::WriteZeroes { .. } | Command::Flush => return false,
+        };
+        let (Some((prp1, prp2)), Ok(index)) = (prp::two_entries(buffer, self.limits.transfer), self.free_slot()) else {
+            return false;
+        };
+        let bytes = u32::try_from(buffer.len()).expect("at most the longest transfer");
+        let entry = SubmissionEntry { prp1, prp2, ..self.transfer(opcode, metadata, block, count, bytes) };
+        self.enqueue(index, entry, tag);
+        true
+    }
+
     /// Dataset Management, with the ranges in the slot's list page (one PRP).
     fn discard(&mut self, ranges: &[Blocks], tag: u32) -> Result<(), Full> {
         assert!((1..=usize::from(MAX_RANGES)).contains(&ranges.len()), "{} ranges in one command", ranges.len());

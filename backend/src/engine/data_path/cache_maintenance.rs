@@ -26,6 +26,12 @@ impl CacheMaintenance {
         Self { flush, counters }
     }
 
+    /// True if nothing has to be flushed.
+    #[inline]
+    pub(in crate::engine) fn are_coherent(&self) -> bool {
+        self.flush.is_none()
+    }
+
     /// True if the data must be bounced because a buffer that the device writes shares a cache line with other data. A CPU that
     /// writes the rest of the line would later write old data back over the device's.
     #[inline]

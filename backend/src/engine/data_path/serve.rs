@@ -89,8 +89,18 @@ impl DataPath {
         data.ranges.clear();
         data.buffers.clear();
         data.buffers.push(transfer.data);
-        let command = (transfer.operation, transfer.block, transfer.data.len());
-        self.inflight.occupy(InflightRequest::new(transfer.pending_used(fast.head()), slot, command));
+        let bytes = transfer.data.len();
+        let command = (transfer.operation, transfer.block, bytes);
+        let mut inflight_request = InflightRequest::new(transfer.pending_used(fast.head()), slot, command);
+        if self.caches.are_coherent()
+            && let Some(command) = transfer.command(&self.disk)
+            && queue.submit_short(command, transfer.data, index)
+        {
+            inflight_request.add_command(bytes);
+            self.inflight.occupy(inflight_request);
+            return Some(Capacity::Available);
+        }
+        self.inflight.occupy(inflight_request);
         Some(self.advance(queue, index))
     }
 

@@ -3,6 +3,7 @@
 use super::pending_used::PendingUsed;
 use super::types::{Disk, Operation};
 use crate::addr::{Gpa, Iova, Span};
+use crate::driver::Command;
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::virtqueue::FastRequest;
 use crate::engine::virtqueue::chain::Head;
@@ -34,6 +35,14 @@ impl Transfer {
         let data = guest.data(buffers.data)?;
         let block = disk.block(sector, data.len()).ok()?;
         Some(Self { operation, block, data, status: buffers.status })
+    }
+
+    /// One command for all of it. `None` if that would cross a boundary.
+    #[inline]
+    pub(in crate::engine) fn command(&self, disk: &Disk) -> Option<Command> {
+        let bytes = u32::try_from(self.data.len()).ok()?;
+        let whole = disk.within_boundary(self.block, 0, bytes) == bytes;
+        whole.then(|| disk.transfer(self.operation, self.block, 0, bytes))
     }
 
     /// The pending used entry of this transfer's chain.
