@@ -105,6 +105,15 @@ pub enum Command {
     Flush,
 }
 
+/// The direction of a transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the medium to memory.
+    Read,
+    /// From memory to the medium.
+    Write,
+}
+
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -207,9 +216,10 @@ pub trait Queue: Send {
         bytes: u32,
         tag: u32,
     ) -> Result<(), Full>;
-    /// As [`Self::submit`] for all of one buffer, whole blocks, if that is short enough for a command without a list. Returns false
-    /// without effect if it is not, or if no entry is free: `extent` and `submit` then say what can be done.
-    fn submit_short(&mut self, _command: Command, _buffer: Span<Iova>, _tag: u32) -> bool {
+    /// Queues a transfer between the blocks from `block` on and all of `buffer`, if that is short enough for a command without a
+    /// list. Returns false without effect if it is not, or if no entry is free: [`Self::extent`] and [`Self::submit`] then say what
+    /// can be done.
+    fn submit_short(&mut self, _direction: Direction, _block: u64, _buffer: Span<Iova>, _tag: u32) -> bool {
         false
     }
     /// Queues one command that discards the contents of `ranges`, which must respect [`Geometry::discard`].

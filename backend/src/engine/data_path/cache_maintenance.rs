@@ -50,7 +50,9 @@ impl CacheMaintenance {
         position: u64,
         bytes: u64,
     ) {
-        self.timed(bytes, |flush| guest.flush(buffers, position, bytes, flush));
+        if !self.are_coherent() {
+            self.timed(bytes, |flush| guest.flush(buffers, position, bytes, flush));
+        }
     }
 
     /// The same for a bounce slot.

@@ -31,7 +31,7 @@ use super::vring::{State, Vring};
 use crate::driver::{Command, Completion, Outcome, Queue};
 use crate::rate_limited_log::RateLimitedLog;
 use crate::sys::LostPages;
-use inflight::InflightTable;
+use inflight::{Finished, InflightTable};
 
 /// Set in the tag of a bounced command. The other bits are the bounce slot; without this flag, the index of the request.
 const BOUNCED: u32 = 1 << 31;
@@ -213,7 +213,7 @@ impl DataPath {
                 }
                 inflight_request.outcome = Outcome::Failed;
             }
-            self.finish(index);
+            self.finish_now(index);
         }
     }
 
@@ -253,50 +253,64 @@ impl DataPath {
         }
     }
 
-    /// Completes a request that the device has finished.
-    #[inline]
+    /// Completes a request that the device has finished. Always inlined, like [`Self::answer`]: as calls they would copy the request.
+    #[inline(always)]
     fn finish(&mut self, index: u32) {
-        let Some((inflight_request, data)) = self.inflight.remove(index) else { return };
-        if inflight_request.operation == Operation::Read {
-            self.caches.buffers(&self.guest, &data.buffers, 0, inflight_request.bytes);
+        let Some((finished, data)) = self.inflight.remove(index) else { return };
+        let Finished { pending_used, ring, operation, bytes, outcome } = finished;
+        if operation == Operation::Read {
+            self.caches.buffers(&self.guest, &data.buffers, 0, bytes);
         }
-        let success = inflight_request.outcome == Outcome::Success;
-        let moved = if success { inflight_request.bytes } else { 0 };
-        let counters = &self.counters;
-        let (status, written) = match inflight_request.operation {
-            Operation::Read => {
-                counters.reads.add(1);
-                counters.bytes_read.add(moved);
-                (inflight_request.outcome, moved)
-            }
-            Operation::Write => {
-                counters.writes.add(1);
-                counters.bytes_written.add(moved);
-                (inflight_request.outcome, 0)
-            }
-            Operation::Flush => {
-                counters.flushes.add(1);
-                (inflight_request.outcome, 0)
-            }
-            Operation::Discard => {
-                counters.discards.add(1);
-                (inflight_request.outcome, 0)
-            }
-            Operation::WriteZeroes { .. } => {
-                counters.write_zeroes.add(1);
-                (inflight_request.outcome, 0)
-            }
-        };
-        let status = match status {
+        let moved = if outcome == Outcome::Success { bytes } else { 0 };
+        let written = if operation == Operation::Read { moved } else { 0 };
+        self.count(operation, moved);
+        let status = match outcome {
             Outcome::Success => Status::Ok,
             Outcome::Unsupported => Status::Unsupported,
             Outcome::Failed => Status::IoError,
         };
-        self.answer(inflight_request.pending_used, inflight_request.ring, status, written);
+        self.answer(pending_used, ring, status, written);
+    }
+
+    /// [`Self::finish`] where it is rare.
+    #[inline(never)]
+    fn finish_now(&mut self, index: u32) {
+        self.finish(index);
+    }
+
+    /// [`Self::answer`] where it is rare.
+    #[inline(never)]
+    fn answer_now(&mut self, pending_used: PendingUsed, slot: usize, status: Status, written: u64) {
+        self.answer(pending_used, slot, status, written);
+    }
+
+    /// Counts a request that has moved so many bytes.
+    #[inline]
+    fn count(&self, operation: Operation, moved: u64) {
+        let counters = &self.counters;
+        if operation == Operation::Read {
+            counters.reads.add(1);
+            counters.bytes_read.add(moved);
+        } else if operation == Operation::Write {
+            counters.writes.add(1);
+            counters.bytes_written.add(moved);
+        } else {
+            self.count_other(operation);
+        }
+    }
+
+    #[inline(never)]
+    fn count_other(&self, operation: Operation) {
+        match operation {
+            Operation::Flush => self.counters.flushes.add(1),
+            Operation::Discard => self.counters.discards.add(1),
+            Operation::WriteZeroes { .. } => self.counters.write_zeroes.add(1),
+            Operation::Read | Operation::Write => {}
+        }
     }
 
     /// Writes the status, then the used entry. `written` bytes of data were written to the chain before.
-    #[inline]
+    #[inline(always)]
     fn answer(&mut self, pending_used: PendingUsed, slot: usize, status: Status, written: u64) {
         if status != Status::Ok {
             self.counters.errors.add(1);

@@ -1,6 +1,6 @@
 //! Takes requests from a ring. Each is completed at once or submitted, until the device queue is full.
 
-use super::inflight::{InflightRequest, InflightSlot};
+use super::inflight::InflightRequest;
 use super::{Capacity, DataPath, VringSlot};
 use crate::driver::Queue;
 use crate::engine::request::{Job, Status, Transfer, parse};
@@ -85,46 +85,42 @@ impl DataPath {
         let transfer = Transfer::of(&fast, &mut self.guest, &self.disk)?;
         ring.queue.take_fast(&fast);
         ring.in_flight += 1;
-        let (index, InflightSlot { data, .. }) = self.inflight.vacant();
+        let mut vacancy = self.inflight.vacant();
+        let (index, data) = (vacancy.index(), vacancy.data());
         data.ranges.clear();
         data.buffers.clear();
         data.buffers.push(transfer.data);
-        let bytes = transfer.data.len();
-        let command = (transfer.operation, transfer.block, bytes);
-        let mut inflight_request = InflightRequest::new(transfer.pending_used(fast.head()), slot, command);
-        if self.caches.are_coherent()
-            && let Some(command) = transfer.command(&self.disk)
-            && queue.submit_short(command, transfer.data, index)
-        {
-            inflight_request.add_command(bytes);
-            self.inflight.occupy(inflight_request);
-            return Some(Capacity::Available);
-        }
-        self.inflight.occupy(inflight_request);
-        Some(self.advance(queue, index))
+        let submitted = self.caches.are_coherent()
+            && !transfer.crosses_boundary(&self.disk)
+            && queue.submit_short(transfer.direction(), transfer.block, transfer.data, index);
+        let command = (transfer.operation, transfer.block, transfer.data.len());
+        let inflight_request = InflightRequest::new(transfer.pending_used(fast.head()), slot, command);
+        vacancy.occupy(inflight_request.submitted_if(submitted));
+        Some(if submitted { Capacity::Available } else { self.advance(queue, index) })
     }
 
     /// Starts the request in `self.chain`.
     #[inline]
     fn begin(&mut self, queue: Option<&mut dyn Queue>, slot: usize) -> Capacity {
-        let (index, place) = self.inflight.vacant();
-        let (pending_used, job) = parse(&self.chain, &mut self.guest, &self.disk, &mut place.data);
+        let mut vacancy = self.inflight.vacant();
+        let index = vacancy.index();
+        let (pending_used, job) = parse(&self.chain, &mut self.guest, &self.disk, vacancy.data());
         match job {
             Job::Device { operation, block, bytes } => {
                 let Some(queue) = queue else {
-                    self.answer(pending_used, slot, Status::IoError, 0);
+                    self.answer_now(pending_used, slot, Status::IoError, 0);
                     return Capacity::Available;
                 };
-                self.inflight.occupy(InflightRequest::new(pending_used, slot, (operation, block, bytes)));
+                vacancy.occupy(InflightRequest::new(pending_used, slot, (operation, block, bytes)));
                 return self.advance(queue, index);
             }
             Job::Identify => {
-                let written = self.guest.scatter(&place.data.buffers, self.disk.id());
-                self.answer(pending_used, slot, Status::Ok, written as u64);
+                let written = self.guest.scatter(&vacancy.data().buffers, self.disk.id());
+                self.answer_now(pending_used, slot, Status::Ok, written as u64);
             }
-            Job::Answer(status) => self.answer(pending_used, slot, status, 0),
+            Job::Answer(status) => self.answer_now(pending_used, slot, status, 0),
             Job::Refuse(fault) => {
-                self.answer(pending_used, slot, Status::IoError, 0);
+                self.answer_now(pending_used, slot, Status::IoError, 0);
                 self.log_fault(slot, &fault);
             }
         }

@@ -238,19 +238,25 @@ impl PackedRing {
     #[inline]
     pub fn peek_fast(&mut self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         let front = self.offered()?;
-        let entry = |n| self.descriptors.read(self.next_avail.advance(n, self.size).slot.into());
         let (first, id) = FastDescriptor::packed(front);
         if first.is_linked() && self.size - self.taken >= 3 {
-            let back = [1, 2].map(entry);
-            let record = self.note([front, back[0], back[1]]);
+            let second = self.slot_after(self.next_avail.slot);
+            let back = [second, self.slot_after(second)].map(|slot| self.descriptors.read(slot.into()));
             let [(data, _), (status, id)] = back.map(FastDescriptor::packed);
-            let linked = data.is_linked() && !status.is_linked();
-            let head = Head::new(id, 3).recorded_at(record);
-            return if linked { FastRequest::new(head, [first, data, status]) } else { None };
+            if !data.is_linked() || status.is_linked() {
+                return None;
+            }
+            let request = FastRequest::new(Head::new(id, 3), [first, data, status])?;
+            return Some(request.recorded_at(self.note([front, back[0], back[1]])));
         }
         let table = guest.descriptors(first.table().filter(|_| self.indirect)?, 3)?;
         let request = [0, 1, 2].map(|n| FastDescriptor::packed(table.read(n)).0);
-        FastRequest::new(Head::new(id, 1).recorded_at(self.note([front])), request)
+        Some(FastRequest::new(Head::new(id, 1), request)?.recorded_at(self.note([front])))
+    }
+
+    #[inline]
+    fn slot_after(&self, slot: u16) -> u16 {
+        if slot + 1 == self.size { 0 } else { slot + 1 }
     }
 
     /// Keeps the descriptors of the next chain for its record. Returns where that starts.
