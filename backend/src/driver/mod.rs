@@ -216,9 +216,9 @@ pub trait Queue: Send {
         bytes: u32,
         tag: u32,
     ) -> Result<(), Full>;
-    /// Queues a transfer between the blocks from `block` on and all of `buffer`, if that is short enough for a command without a
-    /// list. Returns false without effect if it is not, or if no entry is free: [`Self::extent`] and [`Self::submit`] then say what
-    /// can be done.
+    /// Queues a transfer between the blocks from `block` on and all of `buffer`, if that is short enough for a command without
+    /// a list. Returns false without effect if it is not, or if no entry is free: [`Self::extent`] and [`Self::submit`] then
+    /// say what can be done.
     fn submit_short(&mut self, _direction: Direction, _block: u64, _buffer: Span<Iova>, _tag: u32) -> bool {
         false
     }

@@ -252,8 +252,8 @@ impl Window {
     }
 }
 
-/// The memory of `len` bytes at `address`, and the offset in it. `None` unless one window contains them all. `hint` is the index of
-/// the window used last, and may be stale.
+/// The memory of `len` bytes at `address`, and the offset in it. `None` unless one window contains them all. `hint` is the
+/// index of the window used last, and may be stale.
 #[inline]
 fn find<'w>(windows: &'w [Window], address: Gpa, len: usize, hint: &mut usize) -> Option<(&'w SharedMemory, usize)> {
     if let Some(window) = windows.get(*hint)

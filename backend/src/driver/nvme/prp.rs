@@ -121,8 +121,8 @@ pub fn build(buffers: &[Span<Iova>], position: u64, bytes: u32, list: Iova, put:
     build_from_list(buffers, position, bytes, list, put)
 }
 
-/// The PRP1 and PRP2 fields of a command for all of `buffer`. `None` if that needs a list, or cannot be described, or is longer than
-/// `limit`.
+/// The PRP1 and PRP2 fields of a command for all of `buffer`. `None` if that needs a list, or cannot be described, or is longer
+/// than `limit`.
 #[inline]
 pub(super) fn two_entries(buffer: Span<Iova>, limit: u32) -> Option<(u64, u64)> {
     let (start, bytes) = (buffer.start().raw(), buffer.len());

@@ -253,7 +253,8 @@ impl DataPath {
         }
     }
 
-    /// Completes a request that the device has finished. Always inlined, like [`Self::answer`]: as calls they would copy the request.
+    /// Completes a request that the device has finished. Always inlined, like [`Self::answer`]: as calls they would copy the
+    /// request.
     #[inline(always)]
     fn finish(&mut self, index: u32) {
         let Some((finished, data)) = self.inflight.remove(index) else { return };

@@ -242,8 +242,8 @@ impl PackedMarks {
         self.used = used;
     }
 
-    /// Puts the batch before the free entries, in its order: chains that are returned in the order in which they were taken follow
-    /// each other already. Returns the first entry.
+    /// Puts the batch before the free entries, in its order: chains that are returned in the order in which they were taken
+    /// follow each other already. Returns the first entry.
     #[inline]
     fn link_batch(&mut self) -> u16 {
         let mut chains = self.batch[..self.pushed.into()].iter();

@@ -94,8 +94,8 @@ pub struct FastRequest {
 }
 
 impl FastRequest {
-    /// The request of three consecutive descriptors, if they have the fast shape. Always inlined: as a call it would pass all of them
-    /// through memory.
+    /// The request of three consecutive descriptors, if they have the fast shape. Always inlined: as a call it would pass all
+    /// of them through memory.
     #[inline(always)]
     #[must_use]
     pub fn new(head: Head, [header, data, status]: [FastDescriptor; 3]) -> Option<Self> {

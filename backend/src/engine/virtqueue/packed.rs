@@ -190,8 +190,8 @@ impl PackedRing {
         if self.offered().is_some() { self.size - self.taken } else { 0 }
     }
 
-    /// The next descriptor, if it is available. The driver writes its flags last (virtio 1.2 §2.8.21), so they are read first, with
-    /// acquire ordering: all that the driver wrote before is visible.
+    /// The next descriptor, if it is available. The driver writes its flags last (virtio 1.2 §2.8.21), so they are read first,
+    /// with acquire ordering: all that the driver wrote before is visible.
     #[inline]
     fn offered(&self) -> Option<Descriptor> {
         if self.taken == self.size {
