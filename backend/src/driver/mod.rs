@@ -131,6 +131,15 @@ pub enum Command {
     },
 }
 
+/// The direction of a transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the medium to memory.
+    Read,
+    /// From memory to the medium.
+    Write,
+}
+
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -240,6 +249,12 @@ pub trait Queue: Send {
         bytes: u32,
         tag: u32,
     ) -> Result<(), Full>;
+    /// Queues a transfer between the blocks from `block` on and all of `buffer`, if that is short enough for a command without
+    /// a list. Returns false without effect if it is not, or if no entry is free: [`Self::extent`] and [`Self::submit`] then
+    /// say what can be done.
+    fn submit_short(&mut self, _direction: Direction, _block: u64, _buffer: Span<Iova>, _tag: u32) -> bool {
+        false
+    }
     /// Queues one command that discards the contents of `ranges`, which must respect [`Geometry::discard`].
     ///
     /// # Errors

@@ -18,6 +18,8 @@ use crate::sys::{SharedArray, SharedMemory};
 pub struct GuestMemoryView {
     table: Arc<MemTable>,
     previous: Option<Arc<MemTable>>,
+    /// The table's regions, as the fast path needs them.
+    windows: Vec<Window>,
     /// The table's regions, adjacent ones merged. Checking a data buffer against them follows no pointer.
     ranges: Vec<Span<Gpa>>,
     header_hint: usize,
@@ -35,15 +37,20 @@ impl GuestMemoryView {
 
     /// Checks requests against `table` from now on. It contains every region of the former table.
     pub fn publish(&mut self, table: Arc<MemTable>) {
-        self.ranges = ranges(&table);
-        self.table = table;
+        self.set_table(table);
     }
 
     /// Checks requests against `table` from now on. Requests in flight use the former table until
     /// [`Self::drop_previous_table`].
     pub fn replace_table(&mut self, table: Arc<MemTable>) {
+        self.previous = Some(self.set_table(table));
+    }
+
+    /// Returns the former table.
+    fn set_table(&mut self, table: Arc<MemTable>) -> Arc<MemTable> {
         self.ranges = ranges(&table);
-        self.previous = Some(std::mem::replace(&mut self.table, table));
+        self.windows = table.regions().iter().map(|region| Window::new(region)).collect();
+        std::mem::replace(&mut self.table, table)
     }
 
     /// Drops the former table when no request in flight needs it.
@@ -66,23 +73,22 @@ impl GuestMemoryView {
     /// True if the byte at `address` is guest memory.
     #[inline]
     pub fn has_status(&mut self, address: Gpa) -> bool {
-        Span::new(address, 1).is_some_and(|byte| self.table.host_memory(byte, &mut self.status_hint).is_some())
+        find(&self.windows, address, 1, &mut self.status_hint).is_some()
     }
 
     /// Writes a status byte that [`Self::has_status`] has found, possibly in the former table.
     #[inline]
     pub fn write_status(&mut self, address: Gpa, status: u8) {
-        let byte = Span::new(address, 1).expect("one byte never wraps");
-        match self.table.host_memory(byte, &mut self.status_hint) {
+        match find(&self.windows, address, 1, &mut self.status_hint) {
             Some((shared, offset)) => shared.write_u8(offset, status),
-            None => self.copy_in(byte, &[status]),
+            None => self.copy_in(Span::new(address, 1).expect("one byte never wraps"), &[status]),
         }
     }
 
     /// The memory of an indirect table, or of one entry. `None` unless all of it lies in one region.
     #[inline]
     pub fn table_memory(&mut self, span: Span<Gpa>) -> Option<(&SharedMemory, usize)> {
-        self.table.host_memory(span, &mut self.table_hint)
+        find(&self.windows, span.start(), usize::try_from(span.len()).ok()?, &mut self.table_hint)
     }
 
     /// The `entries` descriptors in `span`. `None` unless they lie in one region and are aligned to 8 bytes.
@@ -95,8 +101,7 @@ impl GuestMemoryView {
     /// (virtio 1.2 §5.2.6).
     #[inline]
     pub fn header(&mut self, address: Gpa) -> Option<(u32, u64)> {
-        let span = Span::new(address, 16)?;
-        let (shared, offset) = self.table.host_memory(span, &mut self.header_hint)?;
+        let (shared, offset) = find(&self.windows, address, 16, &mut self.header_hint)?;
         let [front, sector] = shared.array::<u64, 2>(offset, 1)?.read(0);
         Some((u32::try_from(front & 0xffff_ffff).expect("masked"), sector))
     }
@@ -104,8 +109,9 @@ impl GuestMemoryView {
     /// Reads a structure from the start of `spans`, whatever their boundaries.
     #[inline]
     pub fn read_header<T: FromBytes + IntoBytes>(&mut self, spans: &[Span<Gpa>]) -> Option<T> {
-        let front = spans.first()?.slice(0, size_of::<T>() as u64);
-        if let Some((shared, offset)) = front.and_then(|span| self.table.host_memory(span, &mut self.header_hint)) {
+        let bytes = size_of::<T>();
+        let front = spans.first().filter(|span| span.len() >= bytes as u64).map(Span::start);
+        if let Some((shared, offset)) = front.and_then(|at| find(&self.windows, at, bytes, &mut self.header_hint)) {
             return Some(shared.read(offset));
         }
         self.gather_header(spans)
@@ -222,6 +228,42 @@ impl GuestMemoryView {
         let tables = std::iter::once(&self.table).chain(&self.previous);
         tables.flat_map(|table| table.regions()).find(|region| region.gpa().contains(address)).map(|region| &**region)
     }
+}
+
+/// A region: its start, and exactly its memory. So one check of the bounds covers both sides.
+struct Window {
+    start: Gpa,
+    memory: SharedMemory,
+}
+
+impl Window {
+    fn new(region: &Region) -> Self {
+        let len = usize::try_from(region.gpa().len()).expect("a mapped region fits the address space");
+        let memory = region.memory().slice(0, len).expect("a region is mapped as a whole");
+        Self { start: region.gpa().start(), memory }
+    }
+
+    /// The offset of `len` bytes at `address`, if they are all inside.
+    #[inline]
+    fn offset(&self, address: Gpa, len: usize) -> Option<usize> {
+        // An address before the start wraps to an offset past the end.
+        let offset = usize::try_from(address.raw().wrapping_sub(self.start.raw())).ok()?;
+        self.memory.contains(offset, len).then_some(offset)
+    }
+}
+
+/// The memory of `len` bytes at `address`, and the offset in it. `None` unless one window contains them all. `hint` is the
+/// index of the window used last, and may be stale.
+#[inline]
+fn find<'w>(windows: &'w [Window], address: Gpa, len: usize, hint: &mut usize) -> Option<(&'w SharedMemory, usize)> {
+    if let Some(window) = windows.get(*hint)
+        && let Some(offset) = window.offset(address, len)
+    {
+        return Some((&window.memory, offset));
+    }
+    *hint = windows.partition_point(|window| window.start <= address).checked_sub(1)?;
+    let window = &windows[*hint];
+    window.offset(address, len).map(|offset| (&window.memory, offset))
 }
 
 /// The regions of `table`, sorted, adjacent ones merged: their IOVAs are contiguous, so a buffer may cross the boundary.

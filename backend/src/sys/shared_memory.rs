@@ -20,7 +20,7 @@ mod bits;
 #[cfg(test)]
 pub(crate) mod kill;
 
-pub use array::{SharedArray, Word};
+pub use array::{SharedArray, SharedEntry, Word};
 
 /// A bounds-checked view of shared memory. It keeps the mapping alive and is cheap to clone.
 ///
@@ -127,10 +127,17 @@ impl SharedMemory {
         pointer
     }
 
+    /// True if the `len` bytes at `offset` are all inside.
+    #[inline]
+    #[must_use]
+    pub fn contains(&self, offset: usize, len: usize) -> bool {
+        self.len.checked_sub(len).is_some_and(|last| offset <= last)
+    }
+
     /// Panics unless the `len` bytes at `offset` are inside.
     #[inline]
     fn check(&self, offset: usize, len: usize) {
-        if self.len.checked_sub(len).is_none_or(|last| offset > last) {
+        if !self.contains(offset, len) {
             self.outside(offset, len);
         }
     }

@@ -113,13 +113,22 @@ fn direct_prefix_of_list(buffers: &[Span<Iova>], position: u64, enough: u32) -> 
 #[inline]
 pub fn build(buffers: &[Span<Iova>], position: u64, bytes: u32, list: Iova, put: impl FnMut(u32, u64)) -> (u64, u64) {
     if let ([only], 0) = (buffers, position) {
-        let (start, bytes) = (only.start().raw(), u64::from(bytes));
-        let first = PAGE - (start & (PAGE - 1));
-        if bytes <= first + PAGE && bytes <= only.len() {
-            return (start, if bytes <= first { 0 } else { start + first });
+        let whole = only.slice(0, bytes.into()).and_then(|whole| two_entries(whole, MAX_TRANSFER));
+        if let Some(entries) = whole {
+            return entries;
         }
     }
     build_from_list(buffers, position, bytes, list, put)
+}
+
+/// The PRP1 and PRP2 fields of a command for all of `buffer`. `None` if that needs a list, or cannot be described, or is longer
+/// than `limit`.
+#[inline]
+pub(super) fn two_entries(buffer: Span<Iova>, limit: u32) -> Option<(u64, u64)> {
+    let (start, bytes) = (buffer.start().raw(), buffer.len());
+    let first = PAGE - (start & (PAGE - 1));
+    let fits = buffer.start().is_aligned(4) && bytes <= u64::from(limit) && bytes <= first + PAGE;
+    fits.then_some((start, if bytes <= first { 0 } else { start + first }))
 }
 
 /// [`build`] of any buffer list at any position.

@@ -17,8 +17,8 @@ use std::os::fd::BorrowedFd;
 pub use super::interrupts::QueueInterrupt;
 use super::prp::{self, Limits};
 use super::regs::PAGE_LEN;
-use super::rings::{CompletionRing, SubmissionRing, completion_bytes, submission_bytes};
-pub use super::rings::{Doorbells, QueueMemory};
+use super::rings::{CompletionRing, SubmissionRing, completion_bytes, lists_at, slots, submission_bytes};
+pub use super::rings::{Doorbells, QueueMemory, completions_at, memory_needed};
 use super::sgl::{self, Granularity};
 use super::spec::{
     CompletionEntry, DEALLOCATE, DEALLOCATE_ZEROED, DatasetRange, MAX_RANGES, SubmissionEntry, io_opcode,
@@ -27,7 +27,7 @@ use super::status::Status;
 pub use super::tags::Tags;
 use super::zones;
 use crate::addr::{Iova, Span};
-use crate::driver::{Blocks, Command, CommandId, Completion, Extent, Full, OverdueCommands, Queue};
+use crate::driver::{Blocks, Command, CommandId, Completion, Direction, Extent, Full, OverdueCommands, Queue};
 use crate::rate_limited_log::RateLimitedLog;
 
 /// Maximum entries of an I/O queue; fewer if the controller supports fewer.
@@ -61,28 +61,6 @@ pub struct QueueSetup {
     pub tags: Tags,
 }
 
-/// Memory that a queue of `depth` entries needs, bytes.
-#[must_use]
-pub fn memory_needed(depth: u16) -> usize {
-    lists_at(depth) + usize::from(slots(depth)) * PAGE_LEN
-}
-
-/// Offset of the completion ring in the queue's memory, bytes; the submission ring is at 0.
-#[must_use]
-pub fn completions_at(depth: u16) -> usize {
-    submission_bytes(depth)
-}
-
-fn lists_at(depth: u16) -> usize {
-    submission_bytes(depth) + completion_bytes(depth)
-}
-
-/// Maximum commands in flight: one entry of a ring stays unused. So slot 255 does not exist, and no command identifier is
-/// FFFFh, which is reserved (NVMe 2.0 §3.3.3.1).
-fn slots(depth: u16) -> u16 {
-    depth - 1
-}
-
 #[derive(Clone, Copy)]
 struct Slot {
     /// Identifier of the slot's command if busy, else of its next one.
@@ -106,6 +84,8 @@ pub struct IoQueue {
     lists: QueueMemory,
     namespace: u32,
     limits: Limits,
+    /// log2 of the bytes of a logical block.
+    block_shift: u32,
     sgl: Option<Granularity>,
     interrupt: QueueInterrupt,
     /// Device addresses to which metadata are read and from which they are written; 0 without metadata.
@@ -147,6 +127,7 @@ impl IoQueue {
             id,
             namespace,
             limits,
+            block_shift: limits.block.trailing_zeros(),
             sgl,
             interrupt,
             metadata: [Iova(0); 2],
@@ -172,17 +153,25 @@ impl IoQueue {
         self.warnings.warn(|| format!("{name}: {}", what()));
     }
 
-    /// A Read, Write (NVM Command Set 1.0 §3.2.4, §3.2.6) or Zone Append command, without its data pointer; `metadata` is
-    /// its metadata pointer.
-    ///
-    /// The length must match the buffers: the device would access memory beyond them otherwise.
+    /// A Read or Write command (NVM Command Set 1.0 §3.2.4, §3.2.6), without its data pointer.
     #[inline]
-    fn transfer(&self, opcode: u8, metadata: Iova, block: u64, count: u32, bytes: u32) -> SubmissionEntry {
+    fn transfer(&self, direction: Direction, block: u64, count: u32) -> SubmissionEntry {
+        let (opcode, metadata) = match direction {
+            Direction::Read => (io_opcode::READ, self.metadata[0]),
+            Direction::Write => (io_opcode::WRITE, self.metadata[1]),
+        };
+        SubmissionEntry { mptr: metadata.0, ..SubmissionEntry::on_blocks(opcode, block, count) }
+    }
+
+    /// [`Self::transfer`] with the number of bytes in the buffers, which must match: the device would access memory beyond them
+    /// otherwise.
+    #[inline]
+    fn checked_transfer(&self, direction: Direction, block: u64, count: u32, bytes: u32) -> SubmissionEntry {
         assert!(
             bytes != 0 && u64::from(bytes) == u64::from(count) * u64::from(self.limits.block),
             "a command of {count} blocks with {bytes} bytes of buffer"
         );
-        SubmissionEntry { mptr: metadata.0, ..SubmissionEntry::on_blocks(opcode, block, count) }
+        self.transfer(direction, block, count)
     }
 
     /// Offset and device address of the list page of `slot`.
@@ -297,8 +286,8 @@ impl Queue for IoQueue {
     ) -> Result<(), Full> {
         let index = self.free_slot()?;
         let mut entry = match command {
-            Command::Read { block, count } => self.transfer(io_opcode::READ, self.metadata[0], block, count, bytes),
-            Command::Write { block, count } => self.transfer(io_opcode::WRITE, self.metadata[1], block, count, bytes),
+            Command::Read { block, count } => self.checked_transfer(Direction::Read, block, count, bytes),
+            Command::Write { block, count } => self.checked_transfer(Direction::Write, block, count, bytes),
             Command::WriteZeroes { block, count, deallocate } => {
                 let mut entry = SubmissionEntry::on_blocks(io_opcode::WRITE_ZEROES, block, count);
                 entry.cdw12 |= if deallocate { DEALLOCATE_ZEROED } else { 0 };
@@ -306,7 +295,8 @@ impl Queue for IoQueue {
             }
             Command::Flush => SubmissionEntry { opcode: io_opcode::FLUSH, ..SubmissionEntry::default() },
             Command::ZoneAppend { block, count } => {
-                self.transfer(io_opcode::ZONE_APPEND, self.metadata[1], block, count, bytes)
+                let write = self.checked_transfer(Direction::Write, block, count, bytes);
+                SubmissionEntry { opcode: io_opcode::ZONE_APPEND, ..write }
             }
             Command::ZoneReport { block } => zones::report(block, bytes),
             Command::ManageZone { block, action } => zones::manage(block, action),
@@ -316,6 +306,15 @@ impl Queue for IoQueue {
         }
         self.enqueue(index, entry, tag);
         Ok(())
+    }
+
+    fn submit_short(&mut self, direction: Direction, block: u64, buffer: Span<Iova>, tag: u32) -> bool {
+        let whole_blocks = buffer.len() & u64::from(self.limits.block - 1) == 0;
+        let entries = prp::two_entries(buffer, self.limits.transfer).filter(|_| whole_blocks);
+        let (Some((prp1, prp2)), Ok(index)) = (entries, self.free_slot()) else { return false };
+        let count = u32::try_from(buffer.len() >> self.block_shift).expect("at most the longest transfer");
+        self.enqueue(index, SubmissionEntry { prp1, prp2, ..self.transfer(direction, block, count) }, tag);
+        true
     }
 
     /// Dataset Management, with the ranges in the slot's list page (one PRP).

@@ -95,6 +95,29 @@ pub(super) fn completion_bytes(entries: u16) -> usize {
     (usize::from(entries) * size_of::<CompletionEntry>()).next_multiple_of(PAGE_LEN)
 }
 
+/// Memory that a queue of `depth` entries needs, bytes.
+#[must_use]
+pub fn memory_needed(depth: u16) -> usize {
+    lists_at(depth) + usize::from(slots(depth)) * PAGE_LEN
+}
+
+/// Offset of the completion ring in the queue's memory, bytes; the submission ring is at 0.
+#[must_use]
+pub fn completions_at(depth: u16) -> usize {
+    submission_bytes(depth)
+}
+
+/// Offset of the list page of slot 0, bytes.
+pub(super) fn lists_at(depth: u16) -> usize {
+    submission_bytes(depth) + completion_bytes(depth)
+}
+
+/// Maximum commands in flight: one entry of a ring stays unused. So slot 255 does not exist, and no command identifier is
+/// FFFFh, which is reserved (NVMe 2.0 §3.3.3.1).
+pub(super) fn slots(depth: u16) -> u16 {
+    depth - 1
+}
+
 /// The driver's side of a submission queue.
 pub(super) struct SubmissionRing {
     memory: QueueMemory,

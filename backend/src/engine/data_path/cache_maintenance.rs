@@ -23,6 +23,12 @@ impl CacheMaintenance {
         Self { flush, counters }
     }
 
+    /// True if nothing has to be flushed.
+    #[inline]
+    pub(in crate::engine) fn are_coherent(&self) -> bool {
+        self.flush.is_none()
+    }
+
     /// True if the data must be bounced because a buffer that the device writes shares a cache line with other data. A CPU that
     /// writes the rest of the line would later write old data back over the device's.
     #[inline]
@@ -41,7 +47,9 @@ impl CacheMaintenance {
         position: u64,
         bytes: u64,
     ) {
-        self.timed(bytes, |flush| guest.flush(buffers, position, bytes, flush));
+        if !self.are_coherent() {
+            self.timed(bytes, |flush| guest.flush(buffers, position, bytes, flush));
+        }
     }
 
     /// The same for a bounce slot.

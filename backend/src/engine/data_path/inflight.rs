@@ -60,6 +60,13 @@ impl InflightRequest {
         }
     }
 
+    /// The same, after one command for all of it has been submitted.
+    #[inline]
+    pub(in crate::engine) fn submitted_if(self, submitted: bool) -> Self {
+        let position = if submitted { self.bytes } else { 0 };
+        Self { position, fully_submitted: submitted, outstanding: submitted.into(), ..self }
+    }
+
     /// True if every command has been submitted and has completed.
     #[inline]
     pub(in crate::engine) fn is_complete(&self) -> bool {
@@ -121,12 +128,50 @@ impl InflightRequest {
     }
 }
 
+/// What remains of a request when the device has finished it; see [`InflightRequest`].
+pub(in crate::engine) struct Finished {
+    pub(in crate::engine) pending_used: PendingUsed,
+    pub(in crate::engine) ring: usize,
+    pub(in crate::engine) operation: Operation,
+    pub(in crate::engine) bytes: u64,
+    pub(in crate::engine) outcome: Outcome,
+    pub(in crate::engine) started: u64,
+}
+
 /// A slot for a request.
 #[derive(Default)]
 pub(in crate::engine) struct InflightSlot {
     pub(in crate::engine) data: Data,
     /// `None` while the slot is free.
     pub(in crate::engine) inflight_request: Option<InflightRequest>,
+}
+
+/// A free slot, which stays free until [`Self::occupy`].
+pub(in crate::engine) struct Vacancy<'t> {
+    index: u32,
+    slot: &'t mut InflightSlot,
+    free: &'t mut Vec<u32>,
+}
+
+impl Vacancy<'_> {
+    /// The index of the slot.
+    #[inline]
+    pub(in crate::engine) fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// The data of the request that will occupy the slot.
+    #[inline]
+    pub(in crate::engine) fn data(&mut self) -> &mut Data {
+        &mut self.slot.data
+    }
+
+    /// Puts a request into the slot. Always inlined, so that the request is built in its place.
+    #[inline(always)]
+    pub(in crate::engine) fn occupy(self, inflight_request: InflightRequest) {
+        self.free.pop();
+        self.slot.inflight_request = Some(inflight_request);
+    }
 }
 
 /// A worker's requests in flight.
@@ -145,21 +190,14 @@ impl InflightTable {
         }
     }
 
-    /// A free slot and its index. It stays free until [`Self::occupy`].
+    /// A free slot.
     #[inline]
-    pub(in crate::engine) fn vacant(&mut self) -> (u32, &mut InflightSlot) {
+    pub(in crate::engine) fn vacant(&mut self) -> Vacancy<'_> {
         if self.free.is_empty() {
             self.reserve(1);
         }
         let index = *self.free.last().expect("reserved above");
-        (index, &mut self.slots[index as usize])
-    }
-
-    /// Puts a request into the slot that [`Self::vacant`] returned last.
-    #[inline]
-    pub(in crate::engine) fn occupy(&mut self, inflight_request: InflightRequest) {
-        let index = self.free.pop().expect("`vacant` has returned one");
-        self.slots[index as usize].inflight_request = Some(inflight_request);
+        Vacancy { index, slot: &mut self.slots[index as usize], free: &mut self.free }
     }
 
     /// The request and its data.
@@ -169,13 +207,14 @@ impl InflightTable {
         Some((slot.inflight_request.as_mut()?, &slot.data))
     }
 
-    /// Removes a request. Its data stay until the slot is reused.
-    #[inline]
-    pub(in crate::engine) fn remove(&mut self, index: u32) -> Option<(InflightRequest, &Data)> {
+    /// Removes a request. Its data stay until the slot is reused. Always inlined: the request would be copied otherwise.
+    #[inline(always)]
+    pub(in crate::engine) fn remove(&mut self, index: u32) -> Option<(Finished, &Data)> {
         let slot = self.slots.get_mut(index as usize)?;
-        let inflight_request = slot.inflight_request.take()?;
+        let InflightRequest { pending_used, ring, operation, bytes, outcome, started, .. } =
+            slot.inflight_request.take()?;
         self.free.push(index);
-        Some((inflight_request, &slot.data))
+        Some((Finished { pending_used, ring, operation, bytes, outcome, started }, &slot.data))
     }
 
     /// The data in a slot, also of a request that has been removed and not followed by another.

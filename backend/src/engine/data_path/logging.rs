@@ -2,7 +2,6 @@
 //! before that. Without a log, a request pays one comparison for it.
 
 use super::DataPath;
-use super::inflight::InflightRequest;
 use crate::addr::Gpa;
 use crate::engine::dirty_log::DirtyLogging;
 use crate::engine::request::{Operation, pending_used::PendingUsed};
@@ -28,11 +27,11 @@ impl Dirtied {
         Self { index, part: Part::Data(bytes) }
     }
 
-    /// By a request in slot `index`, whether it has failed or not: a read that fails may have written as well.
+    /// By a request for `bytes` in slot `index`, whether it has failed or not: a read that fails may have written as well.
     #[inline]
-    pub(super) fn by(request: &InflightRequest, index: u32) -> Option<Self> {
-        let part = match request.operation {
-            Operation::Read | Operation::ZoneReport => Part::Data(request.bytes),
+    pub(super) fn by(operation: Operation, bytes: u64, index: u32) -> Option<Self> {
+        let part = match operation {
+            Operation::Read | Operation::ZoneReport => Part::Data(bytes),
             Operation::ZoneAppend => Part::AppendSector,
             _ => return None,
         };

@@ -9,6 +9,7 @@
 
 mod bounce;
 mod cache_maintenance;
+mod finish;
 mod inflight;
 mod layout;
 mod logging;
@@ -27,8 +28,7 @@ use super::guest_memory::GuestMemoryView;
 use super::inflight_policy::InflightPolicy;
 use super::inflight_region::{InflightRegion, Tracking};
 use super::latency::RequestClock;
-use super::request::pending_used::PendingUsed;
-use super::request::{Disk, Operation, RequestFault, Status};
+use super::request::{Disk, Operation, RequestFault};
 use super::statistics::Counters;
 use super::virtqueue::chain::{Chain, ChainFault};
 use super::vring::{State, Vring};
@@ -36,7 +36,6 @@ use crate::driver::{Command, Completion, Outcome, Queue};
 use crate::rate_limited_log::RateLimitedLog;
 use crate::sys::LostPages;
 use inflight::InflightTable;
-use logging::Dirtied;
 
 /// Set in the tag of a bounced command. The other bits are the bounce slot; without this flag, the index of the request.
 const BOUNCED: u32 = 1 << 31;
@@ -217,7 +216,7 @@ impl DataPath {
                 }
                 inflight_request.outcome = Outcome::Failed;
             }
-            self.finish(index);
+            self.finish_now(index);
         }
     }
 
@@ -266,77 +265,6 @@ impl DataPath {
             self.finish(index);
         } else if inflight_request.outstanding == 0 {
             self.resubmit.push(index);
-        }
-    }
-
-    /// Completes a request that the device has finished.
-    #[inline]
-    fn finish(&mut self, index: u32) {
-        let Some((inflight_request, data)) = self.inflight.remove(index) else { return };
-        if inflight_request.operation == Operation::Read {
-            self.caches.buffers(&self.guest, &data.buffers, 0, inflight_request.bytes);
-        }
-        let dirtied = Dirtied::by(&inflight_request, index);
-        if let Some(ns) = self.clock.since(inflight_request.started) {
-            self.counters.latencies.record(inflight_request.operation, ns);
-        }
-        let success = inflight_request.outcome == Outcome::Success;
-        let moved = if success { inflight_request.bytes } else { 0 };
-        let counters = &self.counters;
-        let mut written = 0;
-        match inflight_request.operation {
-            Operation::Read => {
-                counters.reads.add(1);
-                counters.bytes_read.add(moved);
-                written = moved;
-            }
-            Operation::Write => {
-                counters.writes.add(1);
-                counters.bytes_written.add(moved);
-            }
-            Operation::Flush => counters.flushes.add(1),
-            Operation::Discard => counters.discards.add(1),
-            Operation::WriteZeroes { .. } => counters.write_zeroes.add(1),
-            operation => written = zones::count(counters, operation, moved, data),
-        }
-        let status = match inflight_request.outcome {
-            Outcome::Success => Status::Ok,
-            Outcome::Unsupported => Status::Unsupported,
-            Outcome::Failed => Status::IoError,
-            Outcome::Zone(fault) => self.disk.zone_status(fault),
-        };
-        self.answer(inflight_request.pending_used, inflight_request.ring, status, written, dirtied);
-    }
-
-    /// Writes the status, then the used entry. `written` bytes of data were written to the chain before, perhaps more than that:
-    /// `dirtied`.
-    #[inline]
-    fn answer(
-        &mut self,
-        pending_used: PendingUsed,
-        slot: usize,
-        status: Status,
-        written: u64,
-        dirtied: Option<Dirtied>,
-    ) {
-        if status != Status::Ok {
-            self.counters.errors.add(1);
-        }
-        let len = match pending_used.status() {
-            Some(byte) => {
-                self.guest.write_status(byte, status as u8);
-                u32::try_from(written + 1).unwrap_or(u32::MAX)
-            }
-            None => 0,
-        };
-        if self.logging.is_some() {
-            self.mark(&pending_used, dirtied);
-        }
-        let head = pending_used.complete();
-        if let Some(ring) = &mut self.slots[slot].ring {
-            ring.queue.push_used(head, len);
-            ring.in_flight -= 1;
-            ring.completed += 1;
         }
     }
 

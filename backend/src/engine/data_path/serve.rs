@@ -1,6 +1,6 @@
 //! Takes requests from a ring. Each is completed at once or submitted, until the device queue is full.
 
-use super::inflight::{InflightRequest, InflightSlot};
+use super::inflight::InflightRequest;
 use super::logging::Dirtied;
 use super::{Capacity, DataPath, VringSlot};
 use crate::driver::Queue;
@@ -86,39 +86,44 @@ impl DataPath {
         let transfer = Transfer::of(&fast, &mut self.guest, &self.disk)?;
         ring.queue.take_fast(&fast);
         ring.in_flight += 1;
-        let (index, InflightSlot { data, .. }) = self.inflight.vacant();
+        let mut vacancy = self.inflight.vacant();
+        let (index, data) = (vacancy.index(), vacancy.data());
         data.ranges.clear();
         data.buffers.clear();
         data.buffers.push(transfer.data);
+        let submitted = self.caches.are_coherent()
+            && !transfer.crosses_boundary(&self.disk)
+            && queue.submit_short(transfer.direction(), transfer.block, transfer.data, index);
         let command = (transfer.operation, transfer.block, transfer.data.len());
-        self.inflight.occupy(InflightRequest::new(transfer.pending_used(fast.head()), slot, command, self.clock.now));
-        Some(self.advance(queue, index))
+        let inflight_request = InflightRequest::new(transfer.pending_used(fast.head()), slot, command, self.clock.now);
+        vacancy.occupy(inflight_request.submitted_if(submitted));
+        Some(if submitted { Capacity::Available } else { self.advance(queue, index) })
     }
 
     /// Starts the request in `self.chain`, which the process before may have executed if it is `recovered`.
     #[inline]
     fn begin(&mut self, queue: Option<&mut dyn Queue>, slot: usize, recovered: bool) -> Capacity {
-        let (index, place) = self.inflight.vacant();
-        let (pending_used, job) = parse(&self.chain, &mut self.guest, &self.disk, &mut place.data);
+        let mut vacancy = self.inflight.vacant();
+        let index = vacancy.index();
+        let (pending_used, job) = parse(&self.chain, &mut self.guest, &self.disk, vacancy.data());
         match if recovered { repeatable(job) } else { job } {
             Job::Device { operation, block, bytes } => {
                 let Some(queue) = queue else {
-                    self.answer(pending_used, slot, Status::IoError, 0, None);
+                    self.answer_now(pending_used, slot, Status::IoError, 0, None);
                     return Capacity::Available;
                 };
                 let unsure = recovered && self.disk.is_in_order(operation);
                 let request = InflightRequest::new(pending_used, slot, (operation, block, bytes), self.clock.now);
-                self.inflight.occupy(InflightRequest { unsure, ..request });
+                vacancy.occupy(InflightRequest { unsure, ..request });
                 return self.advance(queue, index);
             }
             Job::Identify => {
-                let written = self.guest.scatter(&place.data.buffers, self.disk.id());
-                let written = written as u64;
-                self.answer(pending_used, slot, Status::Ok, written, Some(Dirtied::data(index, written)));
+                let written = self.guest.scatter(&vacancy.data().buffers, self.disk.id()) as u64;
+                self.answer_now(pending_used, slot, Status::Ok, written, Some(Dirtied::data(index, written)));
             }
-            Job::Answer(status) => self.answer(pending_used, slot, status, 0, None),
+            Job::Answer(status) => self.answer_now(pending_used, slot, status, 0, None),
             Job::Refuse(fault) => {
-                self.answer(pending_used, slot, Status::IoError, 0, None);
+                self.answer_now(pending_used, slot, Status::IoError, 0, None);
                 self.log_fault(slot, &fault);
             }
         }

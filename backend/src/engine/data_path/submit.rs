@@ -49,7 +49,7 @@ impl DataPath {
         }
         // A command has failed while the rest of the request waited.
         if inflight_request.is_complete() {
-            self.finish(index);
+            self.finish_now(index);
         }
         Capacity::Available
     }

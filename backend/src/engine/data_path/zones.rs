@@ -59,18 +59,23 @@ fn learn(disk: &Disk, request: &mut InflightRequest, report: &[u8]) {
     }
 }
 
-/// Counts a finished request of which `moved` bytes were transferred. Returns the bytes written to the chain before the status.
+/// Counts a finished request of which `moved` bytes were transferred.
 #[cold]
-pub(super) fn count(counters: &Counters, operation: Operation, moved: u64, data: &Data) -> u64 {
+pub(super) fn count(counters: &Counters, operation: Operation, moved: u64) {
+    if operation == Operation::ZoneAppend {
+        counters.writes.add(1);
+        counters.bytes_written.add(moved);
+    } else {
+        counters.zones.add(1);
+    }
+}
+
+/// The bytes that a finished request, of which `moved` were transferred, has written to the chain before the status.
+#[cold]
+pub(super) fn written(operation: Operation, moved: u64, data: &Data) -> u64 {
     match operation {
-        Operation::ZoneAppend => {
-            counters.writes.add(1);
-            counters.bytes_written.add(moved);
-            if moved == 0 { 0 } else { data.append_sector.iter().map(Span::len).sum() }
-        }
-        _ => {
-            counters.zones.add(1);
-            moved
-        }
+        Operation::ZoneAppend if moved != 0 => data.append_sector.iter().map(Span::len).sum(),
+        Operation::ZoneReport => moved,
+        _ => 0,
     }
 }

@@ -3,6 +3,7 @@
 use super::pending_used::PendingUsed;
 use super::types::{Disk, Operation};
 use crate::addr::{Gpa, Iova, Span};
+use crate::driver::Direction;
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::virtqueue::FastRequest;
 use crate::engine::virtqueue::chain::Head;
@@ -34,6 +35,18 @@ impl Transfer {
         let data = guest.data(buffers.data)?;
         let block = disk.block(sector, data.len()).ok()?;
         Some(Self { operation, block, data, status: buffers.status })
+    }
+
+    /// True if one command for all of it would cross a boundary of the disk, or be longer than any command.
+    #[inline]
+    pub(in crate::engine) fn crosses_boundary(&self, disk: &Disk) -> bool {
+        u32::try_from(self.data.len()).map_or(true, |bytes| disk.within_boundary(self.block, 0, bytes) != bytes)
+    }
+
+    /// Its direction.
+    #[inline]
+    pub(in crate::engine) fn direction(&self) -> Direction {
+        if self.operation == Operation::Read { Direction::Read } else { Direction::Write }
     }
 
     /// The pending used entry of this transfer's chain.

@@ -238,8 +238,8 @@ impl Disk {
     /// The first block of a transfer. All of it must be on the disk.
     #[inline]
     pub(in crate::engine) fn block(&self, sector: u64, bytes: u64) -> Result<u64, RequestFault> {
-        let sectors_per_block = 1 << (self.block_shift - SECTOR_SHIFT);
-        if bytes & u64::from(self.block_size - 1) != 0 || sector & (sectors_per_block - 1) != 0 {
+        // The bits that the shift loses are too high to matter for the alignment.
+        if (bytes | sector << SECTOR_SHIFT) & u64::from(self.block_size - 1) != 0 {
             return Err(RequestFault::Alignment { sector, bytes, block_size: self.block_size });
         }
         let sectors = self.live.blocks.load(Ordering::Relaxed) << (self.block_shift - SECTOR_SHIFT);

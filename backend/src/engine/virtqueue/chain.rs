@@ -10,48 +10,49 @@ use super::descriptor::{DESCRIPTOR, Descriptor, INDIRECT, NEXT, PackedDescriptor
 use crate::addr::{Gpa, Span};
 use crate::engine::guest_memory::GuestMemoryView;
 
-/// Identifies a chain in its used entry.
+/// Identifies a chain in its used entry. One word, from the lowest bits on: ID, number of descriptors, record.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Head {
-    id: u16,
-    entries: u16,
-    record: u16,
-}
+pub struct Head(u64);
 
 impl Head {
     /// A head with this ID, of a chain of `entries` descriptors.
     #[inline]
     #[must_use]
     pub fn new(id: u16, entries: u16) -> Self {
-        Self { id, entries, record: 0 }
+        Self(u64::from(id) | u64::from(entries) << 16)
     }
 
     /// The same, of a chain whose record in the inflight region starts at this entry.
     #[inline]
     #[must_use]
     pub fn recorded_at(self, record: u16) -> Self {
-        Self { record, ..self }
+        Self(self.0 & 0xffff_ffff | u64::from(record) << 32)
     }
 
     /// The first entry of its record. 0 if it has none, and for a split ring.
     #[inline]
     #[must_use]
     pub fn record(self) -> u16 {
-        self.record
+        self.part(32)
     }
 
     /// Split: index of the first descriptor. Packed: the buffer ID.
     #[inline]
     #[must_use]
     pub fn id(self) -> u16 {
-        self.id
+        self.part(0)
     }
 
     /// Number of descriptors that the chain occupies in a packed ring; 0 for a split ring.
     #[inline]
     #[must_use]
     pub fn entries(self) -> u16 {
-        self.entries
+        self.part(16)
+    }
+
+    #[inline]
+    fn part(self, shift: u32) -> u16 {
+        u16::try_from(self.0 >> shift & 0xffff).expect("masked")
     }
 }
 
@@ -137,7 +138,7 @@ impl Chain {
     /// The chain's record in the inflight region starts at this entry.
     #[inline]
     pub(super) fn set_record(&mut self, record: u16) {
-        self.head.record = record;
+        self.head = self.head.recorded_at(record);
     }
 
     /// Device-readable buffers, in order. Empty ones are left out, because framing carries no meaning (virtio 1.2 §2.7.4.1).
@@ -243,7 +244,7 @@ impl Chain {
         entry: impl Fn(u16) -> Descriptor,
         guest: &mut GuestMemoryView,
     ) -> Result<(), ChainFault> {
-        match self.follow(self.head.id, limits.size, |index| Ok(entry(index)))? {
+        match self.follow(self.head.id(), limits.size, |index| Ok(entry(index)))? {
             None => Ok(()),
             Some(table) => self.walk_table(limits, table, guest),
         }

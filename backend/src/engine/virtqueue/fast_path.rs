@@ -94,8 +94,9 @@ pub struct FastRequest {
 }
 
 impl FastRequest {
-    /// The request of three consecutive descriptors, if they have the fast shape.
-    #[inline]
+    /// The request of three consecutive descriptors, if they have the fast shape. Always inlined: as a call it would pass all
+    /// of them through memory.
+    #[inline(always)]
     #[must_use]
     pub fn new(head: Head, [header, data, status]: [FastDescriptor; 3]) -> Option<Self> {
         let shape = u64::from(header.len) == HEADER
@@ -113,6 +114,13 @@ impl FastRequest {
             writable: data.flags & WRITE != 0,
             status: Gpa(status.addr),
         })
+    }
+
+    /// The same, of a chain whose record in the inflight region starts at this entry.
+    #[inline]
+    #[must_use]
+    pub fn recorded_at(self, record: u16) -> Self {
+        Self { head: self.head.recorded_at(record), ..self }
     }
 
     /// Identifies the chain in its used entry.

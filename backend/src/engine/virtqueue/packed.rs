@@ -21,7 +21,7 @@ use super::position::{Position, positions};
 use crate::engine::dirty_log::RingLog;
 use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
-use crate::engine::inflight_region::packed::PackedMarks;
+use crate::engine::inflight_region::packed::{Descriptor, PackedMarks};
 use crate::engine::inflight_region::packed_recovery::{PackedRequest, PackedState};
 use crate::engine::inflight_region::{Claim, Contradiction, InflightRegion, Tracking};
 use crate::engine::setup::VringSetup;
@@ -40,6 +40,8 @@ const DESCRIPTOR: usize = 16;
 const LEN: usize = 8;
 const ID: usize = 12;
 const FLAGS: usize = 14;
+/// The flags in the second word of a descriptor; the buffer ID is before them, the length in the lower half.
+const FLAGS_SHIFT: u32 = 48;
 
 // desc_event_flags, virtio 1.2 §2.8.14. Both fields of the structure are accessed as one word, `off_wrap` in the lower half.
 const EVENT_FLAGS_DISABLE: u16 = 1;
@@ -49,7 +51,7 @@ const EVENT_FLAGS_MASK: u16 = 3;
 /// Used descriptors that are completely written except for the first one's flags, which publish them all.
 #[derive(Clone, Copy)]
 struct Unpublished {
-    offset: usize,
+    slot: u16,
     flags: u16,
     /// Number of descriptors that the driver gets back.
     entries: u16,
@@ -121,7 +123,7 @@ impl PackedRing {
         let Some((marks, plan)) = PackedMarks::start(region, state)? else { return Ok(Tracking::Off) };
         // Nothing is written at or after the used position before it is published, so the driver's descriptor is still there. In a
         // ring that has started anew it is not (virtio 1.2 §2.8.1).
-        let available = if plan.used.wrap { AVAIL } else { USED };
+        let available = available(plan.used.wrap);
         if plan.taken != 0 && self.flags(plan.used.slot) & (AVAIL | USED) != available {
             return Err(Claim::NotAvailable { slot: plan.used.slot }.into());
         }
@@ -139,7 +141,7 @@ impl PackedRing {
     fn retract_unpublished(&self) {
         for n in 1..self.taken {
             let Position { slot, wrap } = self.next_used.advance(n, self.size);
-            self.desc.write_u16(DESCRIPTOR * usize::from(slot) + FLAGS, if wrap { AVAIL } else { USED });
+            self.desc.write_u16(DESCRIPTOR * usize::from(slot) + FLAGS, available(wrap));
         }
     }
 
@@ -182,7 +184,7 @@ impl PackedRing {
     #[must_use]
     pub fn unpublished(&self) -> (usize, usize) {
         let entries = self.unpublished.map_or(0, |unpublished| usize::from(unpublished.entries));
-        let first = self.unpublished.map_or(0, |unpublished| unpublished.offset / DESCRIPTOR);
+        let first = self.unpublished.map_or(0, |unpublished| usize::from(unpublished.slot));
         (first, entries)
     }
 
@@ -220,15 +222,17 @@ impl PackedRing {
         if self.offered().is_some() { self.size - self.taken } else { 0 }
     }
 
-    /// The flags of the next descriptor, if it is available. An acquire load: all that the driver wrote before is visible.
+    /// The next descriptor, if it is available. The driver writes its flags last (virtio 1.2 §2.8.21), so they are read first,
+    /// with acquire ordering: all that the driver wrote before is visible.
     #[inline]
-    fn offered(&self) -> Option<u16> {
+    fn offered(&self) -> Option<Descriptor> {
         if self.taken == self.size {
             return None; // the next descriptor is one that we have taken
         }
-        let flags = self.desc.load_acquire_u16(offset(self.next_avail) + FLAGS);
-        let wrap = self.next_avail.wrap;
-        ((flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap).then_some(flags)
+        let Position { slot, wrap } = self.next_avail;
+        let descriptor @ [_, rest] = self.descriptors.read_acquire(slot.into());
+        let both = u64::from(AVAIL | USED) << FLAGS_SHIFT;
+        (rest & both == u64::from(available(wrap)) << FLAGS_SHIFT).then_some(descriptor)
     }
 
     /// Takes the next chain. Returns false if there is none.
@@ -237,18 +241,14 @@ impl PackedRing {
     /// [`RingFault::Endless`]. Nothing has been taken.
     #[inline]
     pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<bool, RingFault> {
-        let Some(flags) = self.offered() else { return Ok(false) };
+        let Some(first) = self.offered() else { return Ok(false) };
         let (descriptors, size, start) = (&self.descriptors, self.size, self.next_avail);
         let limits = WalkLimits { size: size - self.taken, indirect: self.indirect, longest_table: MAX_SIZE };
-        // Only the first descriptor's flags tell availability, because the driver writes them last (virtio 1.2 §2.8.21). They
-        // are not read again.
+        // Only the first descriptor's flags tell availability. It is not read again.
         let mut marks = self.marks.as_mut();
         let mut free = marks.as_ref().map_or(0, |marks| marks.next_entry());
         let entry = |n| {
-            let mut words = descriptors.read(start.advance(n, size).slot.into());
-            if n == 0 {
-                words = with_flags(words, flags);
-            }
+            let words = if n == 0 { first } else { descriptors.read(start.advance(n, size).slot.into()) };
             if let Some(marks) = &mut marks {
                 free = marks.note(free, words);
             }
@@ -257,71 +257,79 @@ impl PackedRing {
         if !chain.fill_packed(&limits, entry, guest) {
             return Err(RingFault::Endless { slot: start.slot, room: limits.size });
         }
-        if let Some(marks) = &self.marks {
+        let entries = chain.head().entries();
+        if let Some(marks) = &mut self.marks {
             chain.set_record(marks.next_entry());
+            marks.take(entries);
         }
-        self.take_fast(chain.head());
+        self.advance(entries);
         Ok(true)
     }
 
     /// Reads the next chain, without taking it. `None` if it does not have the fast shape.
     #[inline]
     pub fn peek_fast(&mut self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
-        let flags = self.offered()?;
-        let entry = |n| self.descriptors.read(self.next_avail.advance(n, self.size).slot.into());
-        // As in `take`, use the flags read by `offered`.
-        let front = with_flags(entry(0), flags);
+        let front = self.offered()?;
         let (first, id) = FastDescriptor::packed(front);
         if first.is_linked() && self.size - self.taken >= 3 {
-            let back = [1, 2].map(entry);
+            let second = self.slot_after(self.next_avail.slot);
+            let back = [second, self.slot_after(second)].map(|slot| self.descriptors.read(slot.into()));
             let [(data, _), (status, id)] = back.map(FastDescriptor::packed);
-            let linked = data.is_linked() && !status.is_linked();
-            let head = self.note(Head::new(id, 3), [front, back[0], back[1]]);
-            return if linked { FastRequest::new(head, [first, data, status]) } else { None };
+            if !data.is_linked() || status.is_linked() {
+                return None;
+            }
+            let request = FastRequest::new(Head::new(id, 3), [first, data, status])?;
+            return Some(request.recorded_at(self.note([front, back[0], back[1]])));
         }
         let table = guest.descriptors(first.table().filter(|_| self.indirect)?, 3)?;
         let request = [0, 1, 2].map(|n| FastDescriptor::packed(table.read(n)).0);
-        FastRequest::new(self.note(Head::new(id, 1), [front]), request)
+        Some(FastRequest::new(Head::new(id, 1), request)?.recorded_at(self.note([front])))
     }
 
-    /// Keeps the descriptors of the next chain for its record.
     #[inline]
-    fn note<const N: usize>(&mut self, head: Head, descriptors: [[u64; 2]; N]) -> Head {
-        let Some(marks) = &mut self.marks else { return head };
-        // By reference and index: the compiler unrolls it, and keeps the descriptors in registers.
-        let mut entry = marks.next_entry();
-        for descriptor in &descriptors {
-            entry = marks.note(entry, *descriptor);
-        }
-        head.recorded_at(marks.next_entry())
+    fn slot_after(&self, slot: u16) -> u16 {
+        if slot + 1 == self.size { 0 } else { slot + 1 }
+    }
+
+    /// Keeps the descriptors of the next chain for its record. Returns where that starts.
+    #[inline]
+    fn note<const N: usize>(&mut self, descriptors: [Descriptor; N]) -> u16 {
+        let Some(marks) = &mut self.marks else { return 0 };
+        marks.note_all(&descriptors);
+        marks.next_entry()
     }
 
     /// Takes the chain that [`Self::peek_fast`] returned.
     #[inline]
     pub fn take_fast(&mut self, head: Head) {
         if let Some(marks) = &mut self.marks {
-            marks.take(head.entries());
+            marks.take_noted();
         }
-        self.next_avail = self.next_avail.advance(head.entries(), self.size);
-        self.taken += head.entries();
+        self.advance(head.entries());
+    }
+
+    #[inline]
+    fn advance(&mut self, entries: u16) {
+        self.next_avail = self.next_avail.advance(entries, self.size);
+        self.taken += entries;
     }
 
     /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`], which writes the first used
     /// descriptor's flags. The driver does not read past a descriptor that is not used.
     #[inline]
     pub fn push_used(&mut self, head: Head, len: u32) {
-        let Position { wrap, .. } = self.next_used;
-        let offset = offset(self.next_used);
-        self.desc.write_u32(offset + LEN, len);
-        self.desc.write_u16(offset + ID, head.id());
+        let Position { slot, wrap } = self.next_used;
         let flags = if wrap { AVAIL | USED } else { 0 } | if len == 0 { 0 } else { WRITE };
         match &mut self.unpublished {
             Some(unpublished) => {
-                self.desc.write_u16(offset + FLAGS, flags);
+                let rest = u64::from(len) | u64::from(head.id()) << 32 | u64::from(flags) << FLAGS_SHIFT;
+                self.descriptors.write_part::<u64, LEN>(slot.into(), rest);
                 unpublished.entries += head.entries();
             }
             unpublished @ None => {
-                *unpublished = Some(Unpublished { offset: offset + FLAGS, flags, entries: head.entries() })
+                self.descriptors.write_part::<u32, LEN>(slot.into(), len);
+                self.descriptors.write_part::<u16, ID>(slot.into(), head.id());
+                *unpublished = Some(Unpublished { slot, flags, entries: head.entries() });
             }
         }
         self.next_used = self.next_used.advance(head.entries(), self.size);
@@ -340,11 +348,11 @@ impl PackedRing {
     /// Publishes all used descriptors. Returns true if the driver must be notified.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        if let Some(Unpublished { offset, flags, entries }) = self.unpublished.take() {
+        if let Some(Unpublished { slot, flags, entries }) = self.unpublished.take() {
             if let Some(marks) = &mut self.marks {
                 marks.before_publish(self.next_used);
             }
-            self.desc.store_release_u16(offset, flags);
+            self.desc.store_release_u16(DESCRIPTOR * usize::from(slot) + FLAGS, flags);
             self.taken -= entries;
         }
         // The driver writes its event suppression structure, then reads used descriptors; we write those, then read the
@@ -383,14 +391,8 @@ impl PackedRing {
     }
 }
 
-/// Replaces the flags of a descriptor by those read before.
+/// The AVAIL and USED flags of an available descriptor, virtio 1.2 §2.8.1.
 #[inline]
-fn with_flags([addr, rest]: [u64; 2], flags: u16) -> [u64; 2] {
-    [addr, rest & !(0xffff << 48) | u64::from(flags) << 48]
-}
-
-/// Offset of the descriptor at `position`.
-#[inline]
-fn offset(position: Position) -> usize {
-    DESCRIPTOR * usize::from(position.slot)
+fn available(wrap: bool) -> u16 {
+    if wrap { AVAIL } else { USED }
 }

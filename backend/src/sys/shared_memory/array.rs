@@ -31,7 +31,7 @@ macro_rules! word {
         )*
     };
 }
-word!(u16, u32, u64);
+word!(u8, u16, u32, u64);
 
 /// Entries of `N` words of type `W`. `O` keeps the memory mapped: it is a `&SharedMemory` or a [`SharedMemory`].
 ///
@@ -125,6 +125,42 @@ impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
             unsafe { entry.add(first + i).write_volatile(value.swap()) };
         }
     }
+
+    /// As [`SharedEntry::write_part`].
+    #[inline]
+    pub fn write_part<P: Word, const AT: usize>(&self, index: usize, value: P) {
+        SharedEntry::<_, W, N> { base: self.entry(index), _owner: self }.write_part::<P, AT>(value);
+    }
+}
+
+/// One entry, whose bounds and alignment have been checked.
+pub struct SharedEntry<O, W, const N: usize> {
+    base: NonNull<W>,
+    _owner: O,
+}
+
+// SAFETY: as for `SharedMemory`, of which this is a view.
+unsafe impl<O: Send, W: Word, const N: usize> Send for SharedEntry<O, W, N> {}
+
+impl<W: Word, const N: usize> SharedArray<SharedMemory, W, N> {
+    /// The entry at `index`, which keeps the mapping alive itself.
+    #[must_use]
+    pub fn into_entry(self, index: usize) -> SharedEntry<SharedMemory, W, N> {
+        SharedEntry { base: self.entry(index), _owner: self.owner }
+    }
+}
+
+impl<O, W: Word, const N: usize> SharedEntry<O, W, N> {
+    /// Writes one word, or a narrower part of one, that starts `AT` bytes into the entry. Without ordering.
+    #[inline]
+    pub fn write_part<P: Word, const AT: usize>(&self, value: P) {
+        const { assert!(AT.is_multiple_of(size_of::<P>()) && size_of::<P>() <= size_of::<W>() && AT < N * size_of::<W>()) };
+        #[cfg(test)]
+        super::kill::before_store();
+        // SAFETY: `base` is an entry of `_owner`, which keeps the mapping. The assertion checks that the part is inside one of
+        // the entry's words and aligned to its size.
+        unsafe { self.base.cast::<P>().byte_add(AT).write_volatile(value.swap()) };
+    }
 }
 
 impl<O> SharedArray<O, u64, 2> {
@@ -195,6 +231,23 @@ mod tests {
         assert_eq!(entries.read(2), [u64::MAX, 7]);
         assert_eq!(entries.read_acquire(2), [u64::MAX, 7]);
         assert_eq!(entries.read(3), [0; 2]);
+    }
+
+    #[test]
+    fn a_part_of_an_entry_is_written_alone() {
+        let shared = shared();
+        let entries = shared.array::<u64, 2>(8, 4).unwrap();
+
+        entries.write_part::<u8, 0>(1, 1);
+        entries.write_part::<u16, 2>(1, 0x0302);
+        entries.write_part::<u32, 12>(1, 0x0706_0504);
+
+        entries.into_owned().into_entry(3).write_part::<u64, 8>(8);
+
+        let entries = shared.array::<u64, 2>(8, 4).unwrap();
+        assert_eq!(entries.read(1), [0x0302_0001, 0x0706_0504_0000_0000]);
+        assert_eq!(entries.read(3), [0, 8]);
+        assert_eq!((entries.read(0), entries.read(2)), ([0; 2], [0; 2]));
     }
 
     #[test]

@@ -317,6 +317,48 @@ fn a_length_that_does_not_match_the_buffer_is_never_submitted() {
 }
 
 #[test]
+fn a_short_transfer_is_the_command_that_submit_writes_or_nothing() {
+    let mut harness = QueueHarness::new(8);
+    for (start, len) in [0x10_0000, 0x10_0004, 0x10_0e00, 0x10_0002_u64]
+        .into_iter()
+        .flat_map(|start| [512, 4096, 4608, 8192, 8704, 100].map(|len| (start, len)))
+    {
+        let buffer = Span::new(Iova(start), len.into()).unwrap();
+        let pages = ((start & 0xfff) + u64::from(len)).div_ceil(4096);
+
+        let submitted = harness.queue.submit_short(Direction::Write, 7, buffer, 1);
+
+        assert_eq!(submitted, start % 4 == 0 && len % 512 == 0 && pages <= 2, "{len} bytes at {start:#x}");
+        if submitted {
+            let command = Command::Write { block: 7, count: len / 512 };
+            harness.queue.submit(command, &[buffer], 0, len, 1).unwrap();
+            harness.queue.ring();
+            let [short, other] = [(); 2].map(|()| harness.fetch());
+            assert_eq!(SubmissionEntry { cid: other.cid, ..short }.words(), other.words());
+            [short, other].iter().for_each(|entry| harness.complete(entry.cid, 0));
+            assert_eq!(harness.reap(), [(1, Outcome::Success); 2]);
+        }
+    }
+}
+
+#[test]
+fn a_short_transfer_keeps_to_the_limit_and_to_the_free_entries() {
+    let mut harness = QueueHarness::new(2);
+    harness.queue.limits.transfer = 4096;
+    let buffer = |len| Span::new(Iova(0x10_0000), len).unwrap();
+
+    assert!(!harness.queue.submit_short(Direction::Read, 7, buffer(8192), 1));
+    assert!(harness.queue.submit_short(Direction::Read, 7, buffer(4096), 1));
+    assert!(!harness.queue.submit_short(Direction::Read, 7, buffer(512), 2));
+
+    harness.queue.ring();
+    let entry = harness.fetch();
+    assert_eq!((entry.opcode, entry.cdw12), (2, 7));
+    harness.complete(entry.cid, 0);
+    assert_eq!(harness.reap(), [(1, Outcome::Success)]);
+}
+
+#[test]
 fn a_command_is_stalled_then_expires_once_then_is_stuck() {
     let mut harness = QueueHarness::new(4);
     harness.read(1).unwrap();

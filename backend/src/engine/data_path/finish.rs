@@ -1,0 +1,116 @@
+//! The end of a request: counters, status, used entry.
+
+use super::inflight::Finished;
+use super::logging::Dirtied;
+use super::{DataPath, zones};
+use crate::driver::Outcome;
+use crate::engine::request::pending_used::PendingUsed;
+use crate::engine::request::{Operation, Status};
+
+impl DataPath {
+    /// Completes a request that the device has finished. Always inlined, like [`Self::answer`]: as calls they would copy the
+    /// request.
+    #[inline(always)]
+    pub(super) fn finish(&mut self, index: u32) {
+        let Some((finished, data)) = self.inflight.remove(index) else { return };
+        let Finished { pending_used, ring, operation, bytes, outcome, started } = finished;
+        if operation == Operation::Read {
+            self.caches.buffers(&self.guest, &data.buffers, 0, bytes);
+        }
+        let dirtied = Dirtied::by(operation, bytes, index);
+        if let Some(ns) = self.clock.since(started) {
+            self.counters.latencies.record(operation, ns);
+        }
+        let moved = if outcome == Outcome::Success { bytes } else { 0 };
+        let written = match operation {
+            Operation::Read => moved,
+            Operation::Write => 0,
+            _ => zones::written(operation, moved, data),
+        };
+        self.count(operation, moved);
+        let status = match outcome {
+            Outcome::Success => Status::Ok,
+            Outcome::Unsupported => Status::Unsupported,
+            Outcome::Failed => Status::IoError,
+            Outcome::Zone(fault) => self.disk.zone_status(fault),
+        };
+        self.answer(pending_used, ring, status, written, dirtied);
+    }
+
+    /// [`Self::finish`] where it is rare.
+    #[inline(never)]
+    pub(super) fn finish_now(&mut self, index: u32) {
+        self.finish(index);
+    }
+
+    /// [`Self::answer`] where it is rare.
+    #[inline(never)]
+    pub(super) fn answer_now(
+        &mut self,
+        pending_used: PendingUsed,
+        slot: usize,
+        status: Status,
+        written: u64,
+        dirtied: Option<Dirtied>,
+    ) {
+        self.answer(pending_used, slot, status, written, dirtied);
+    }
+
+    /// Counts a request that has moved so many bytes.
+    #[inline]
+    fn count(&self, operation: Operation, moved: u64) {
+        let counters = &self.counters;
+        if operation == Operation::Read {
+            counters.reads.add(1);
+            counters.bytes_read.add(moved);
+        } else if operation == Operation::Write {
+            counters.writes.add(1);
+            counters.bytes_written.add(moved);
+        } else {
+            self.count_other(operation, moved);
+        }
+    }
+
+    #[inline(never)]
+    fn count_other(&self, operation: Operation, moved: u64) {
+        match operation {
+            Operation::Flush => self.counters.flushes.add(1),
+            Operation::Discard => self.counters.discards.add(1),
+            Operation::WriteZeroes { .. } => self.counters.write_zeroes.add(1),
+            Operation::Read | Operation::Write => {}
+            operation => zones::count(&self.counters, operation, moved),
+        }
+    }
+
+    /// Writes the status, then the used entry. `written` bytes of data were written to the chain before, perhaps more than that:
+    /// `dirtied`.
+    #[inline(always)]
+    pub(super) fn answer(
+        &mut self,
+        pending_used: PendingUsed,
+        slot: usize,
+        status: Status,
+        written: u64,
+        dirtied: Option<Dirtied>,
+    ) {
+        if status != Status::Ok {
+            self.counters.errors.add(1);
+        }
+        let len = match pending_used.status() {
+            Some(byte) => {
+                self.guest.write_status(byte, status as u8);
+                u32::try_from(written + 1).unwrap_or(u32::MAX)
+            }
+            None => 0,
+        };
+        if self.logging.is_some() {
+            self.mark(&pending_used, dirtied);
+        }
+        let head = pending_used.complete();
+        if let Some(ring) = &mut self.slots[slot].ring {
+            ring.queue.push_used(head, len);
+            ring.in_flight -= 1;
+            ring.completed += 1;
+        }
+    }
+}
