@@ -15,7 +15,8 @@
 readonly ARM64_CASES=8
 # Tests that take minutes under emulation: kills at each store, every order, long properties.
 readonly ARM64_SKIPPED=(kill schedules rate_limited of_which_every_other_page thousand driver::nvme::tests::io fast_path oracle
-    emulated::tests::any engine::tests::packed no_stale_byte hostile)
+    emulated::tests::any engine::tests::packed no_stale_byte hostile transfers_of_every_shape every_kind_of_ring
+    bounced_requests_wait)
 
 arm64() {
     # shellcheck disable=SC2153 # scripts/test sets it
