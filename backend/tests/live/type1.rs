@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use vhost_device_vfio::acquire::AcquiredFunction;
 use vhost_device_vfio::acquire::hand_over::Served;
-use vhost_device_vfio::addr::{Iova, Span};
+use vhost_device_vfio::addr::{Gpa, Iova, Qva, Span};
 use vhost_device_vfio::coherency::{Personality, Policy};
 use vhost_device_vfio::hardware::{AddressSpace, Function, InterruptKind, MapError, SpaceStatistics};
 use vhost_device_vfio::iommu::Type1Space;
@@ -15,6 +15,11 @@ use vhost_device_vfio::sys::{CacheLines, Container};
 use vhost_device_vfio::vfio::{Attached, InterfaceChoice, Opened, VfioError};
 
 use super::{MIB, device, memory};
+
+/// Bytes.
+fn page() -> u64 {
+    rustix::param::page_size() as u64
+}
 
 fn join() -> Result<(Attached, Container), VfioError> {
     let opened = Opened::open(device())?;
@@ -109,6 +114,17 @@ fn memory_of_a_file_for_reading_is_mapped_for_reading_and_never_for_writing() {
 }
 
 #[test]
+fn a_region_that_cuts_a_page_of_this_host_is_refused_with_its_size() {
+    let file = memory(0, MIB).file().try_clone().unwrap();
+    let gpa = Span::new(Gpa(MIB + page() / 4), MIB / 2).unwrap();
+
+    let spec = RegionSpec { gpa, qva: Qva(0), offset: 0, file: file.into() };
+    let refused = Region::map_piece(spec, true).err().expect("refused").to_string();
+
+    assert!(refused.contains(&format!("page size of {}K", page() >> 10)), "{refused}");
+}
+
+#[test]
 fn an_unmap_is_exact() {
     let (_function, container) = join().unwrap();
     let region = memory(0, MIB);
@@ -136,7 +152,7 @@ fn more_mappings_than_the_kernel_allows_are_refused_with_the_parameter() {
 
     assert!(matches!(error, MapError::TooManyMappings { needed: 1, left: 0, .. }), "{error}");
     assert!(error.to_string().contains("vfio_iommu_type1.dma_entry_limit"), "{error}");
-    assert_eq!(pinned(), 8192);
+    assert_eq!(pinned(), 2 * page());
 }
 
 #[test]
@@ -157,7 +173,7 @@ fn a_released_space_pins_nothing_and_maps_all_its_memory_when_the_function_is_ba
         space.rejoin(container).unwrap();
 
         assert!(!space.is_released());
-        assert_eq!(pinned(), 6 * MIB + 4096);
+        assert_eq!(pinned(), 6 * MIB + page());
         assert_eq!(space.statistics().flushed_at_map, flushed, "what is mapped again is flushed, but counted once");
         space.remove(&first).unwrap();
         space.remove(&second).unwrap();
