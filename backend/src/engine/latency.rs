@@ -6,8 +6,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::counter::Counter;
 use super::request::Operation;
-use super::statistics::Counter;
 
 /// Buckets for each power of two, as a power of two.
 const SUB_BITS: u32 = 4;
