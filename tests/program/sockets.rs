@@ -96,16 +96,16 @@ fn the_socket_has_the_mode_the_group_and_the_user_that_were_given() {
     let user = rustix::process::geteuid().as_raw().to_string();
     let access = ["--socket-mode", "0620", "--socket-group", &own, "--socket-user", &user];
 
-    let process = Process::serve_with("size=1M", &access);
+    let mut process = Process::serve_with("size=1M", &access);
 
     let file = std::fs::symlink_metadata(process.path("socket")).unwrap();
     assert_eq!(file.permissions().mode() & 0o777, 0o620, "whatever the umask is");
     assert_eq!((file.gid().to_string(), file.uid().to_string()), (own.clone(), user.clone()));
     let line = format!("socket (mode 620, uid {user}, gid {own})");
-    assert!(process.log().contains(&line), "{}", process.log());
+    process.wait_until("the log has it", |process| process.log().contains(&line));
     check_served(UnixStream::connect(process.path("socket")).unwrap(), &process);
     let peer = format!("(pid {}, uid {user})", std::process::id());
-    assert!(process.log().contains(&peer), "{}", process.log());
+    process.wait_until("the log has the front-end", |process| process.log().contains(&peer));
 }
 
 #[test]

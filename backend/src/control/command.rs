@@ -3,6 +3,9 @@
 use clap::Subcommand;
 use serde::{Deserialize, Serialize};
 
+/// Version of the protocol; see the top of `control/mod.rs`.
+pub const VERSION: u32 = 1;
+
 /// Time that requests in flight have to complete unless the operator says otherwise, milliseconds.
 const DRAIN_MS: u32 = 5000;
 

@@ -6,8 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::VERSION;
-use super::command::Command;
+use super::command::{Command, VERSION};
 use super::subject::Subject;
 use crate::local_server::{Dialogue, Job, Step};
 

@@ -28,16 +28,15 @@
 
 mod answers;
 mod command;
+mod connection;
 mod ctl;
 mod dialogue;
 mod subject;
 mod top;
 
-pub use command::Command;
-pub use ctl::{CtlError, run};
+pub use command::{Command, VERSION};
+pub use connection::CtlError;
+pub use ctl::run;
 pub use dialogue::Lines;
 pub(crate) use subject::Snapshot;
 pub use subject::{Hooks, Personality, Subject};
-
-/// See the top of this file.
-pub const VERSION: u32 = 1;

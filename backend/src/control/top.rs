@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::Command;
-use super::ctl::{Connection, CtlError};
+use super::command::Command;
+use super::connection::{Connection, CtlError};
 
 const INTERVAL: Duration = Duration::from_secs(1);
 const COLUMNS: usize = 80;

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use super::{Finding, Host, Outcome};
+use super::finding::{Finding, Host, Outcome};
 use crate::acquire::AcquiredFunction;
 use crate::coherency::{Personality, Policy, Verdict, decide};
 use crate::vfio::{InterfaceChoice, Opened, PciAddress, VfioError};

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Finding, Host};
+use super::finding::{Finding, Host};
 use crate::addr::Bytes;
 use crate::sys::Container;
 use crate::vfio::{VfioError, open_iommufd};

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-use super::{Finding, Host};
+use super::finding::{Finding, Host};
 
 /// The first QEMU with vhost-user-blk that connects again (`reconnect`).
 const DISK_SINCE: (u32, u32) = (4, 2);

@@ -2,6 +2,8 @@
 
 use vmm_sys_util::tempdir::TempDir;
 
+use std::fs;
+
 use super::*;
 
 /// A host with these files. A name that ends with / is a directory.

@@ -1,14 +1,13 @@
 //! What an operator may see and ask of a running engine, from any thread. Reading the counters takes no lock and asks no worker;
 //! it only shares the cache lines that they write.
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::hold::{Held, Holds};
 use super::latency::{LatencySummary, OPERATIONS};
-use super::recovery::DeviceSupervisor;
+use super::recovery::{DeviceState, DeviceSupervisor};
 use super::statistics::{Counters, RingStatistics, Statistics};
 use super::worker::{CommandQueue, WorkerCommand};
 use super::{Engine, EngineError};
@@ -31,30 +30,6 @@ pub struct WorkerReport {
     pub rings: Vec<RingStatistics>,
     /// The times of its requests, in the order of [`OPERATIONS`].
     pub latencies: [LatencySummary; OPERATIONS.len()],
-}
-
-/// Whether the device serves requests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeviceState {
-    /// It does.
-    Up,
-    /// It is being reset, or executes an administrative command.
-    Busy,
-    /// It does not work, or the host has it back. Requests fail.
-    Down,
-    /// Another process has it, or it has been shut down.
-    Gone,
-}
-
-impl fmt::Display for DeviceState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Up => "up",
-            Self::Busy => "busy",
-            Self::Down => "down",
-            Self::Gone => "gone",
-        })
-    }
 }
 
 impl Engine {

@@ -6,8 +6,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::counter::Counter;
 use super::request::Operation;
-use super::statistics::Counter;
 
 /// Buckets for each power of two, as a power of two.
 const SUB_BITS: u32 = 4;
@@ -21,6 +21,7 @@ pub const OPERATIONS: [&str; 8] =
     ["read", "write", "flush", "discard", "write_zeroes", "zone_append", "zone_report", "zone_manage"];
 
 /// The bucket of a time in ns. Times below 16 have one each.
+#[expect(clippy::cast_possible_truncation, reason = "buckets are few, and a const function has no TryFrom")]
 const fn bucket(ns: u64) -> usize {
     if ns < SUB {
         return ns as usize;

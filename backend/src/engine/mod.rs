@@ -19,6 +19,7 @@
 //! | [`inflight_region`] | the record of requests in flight that outlives this process |
 //! | `recovery/` | command time-outs, reset and recovery of the device |
 
+mod counter;
 mod data_path;
 mod dirty_log;
 mod error;
@@ -49,12 +50,12 @@ use rustix::event::{EventfdFlags, eventfd};
 
 pub use dirty_log::{DirtyLogging, RingLog};
 pub use error::EngineError;
-pub use handle::{DeviceState, Handle, WorkerReport};
+pub use handle::{Handle, WorkerReport};
 pub use hold::Held;
 pub use inflight_region::InflightRegion;
 pub use latency::{LatencySummary, OPERATIONS};
 pub use live_geometry::LiveGeometry;
-pub use recovery::WatchdogOptions;
+pub use recovery::{DeviceState, WatchdogOptions};
 pub use setup::{Options, VringSetup};
 pub use statistics::{RingStatistics, Statistics};
 pub use virtqueue::Layout;

@@ -2,10 +2,10 @@
 //! slightly old values.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 
+use super::counter::Counter;
 use super::latency::Latencies;
 
 /// Counters since start, summed over workers.
@@ -61,28 +61,6 @@ impl fmt::Display for Statistics {
         write!(f, "doorbells={} aborts={} ", self.doorbells, self.aborts)?;
         write!(f, "recoveries={} resubmitted={} ", self.recoveries, self.resubmitted)?;
         write!(f, "flushed_bytes={} flush_us={}", self.flushed_bytes, self.flush_nanoseconds / 1000)
-    }
-}
-
-/// A counter with one writer.
-#[derive(Debug, Default)]
-pub(super) struct Counter(AtomicU64);
-
-impl Counter {
-    /// Only the owning worker calls this.
-    #[inline]
-    pub(super) fn add(&self, n: u64) {
-        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
-    }
-
-    /// For a value that goes up and down. Only the owning worker calls this.
-    #[inline]
-    pub(super) fn set(&self, value: u64) {
-        self.0.store(value, Ordering::Relaxed);
-    }
-
-    pub(super) fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-use super::{Dialogue, Job, Step};
+use super::dialogue::{Dialogue, Job, Step};
 
 /// Time for a request from its first byte to its last, and for a reply to be read.
 pub(super) const EXCHANGE_TIME: Duration = Duration::from_secs(5);

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::client::{Client, Outcome};
+use super::dialogue::{Dialogue, Job};
 use super::listener::LocalListener;
-use super::{Dialogue, Job};
 use crate::eventfd::{drain, signal};
 use crate::rate_limited_log::SharedLog;
 use crate::sys::Poller;

@@ -74,7 +74,8 @@ fn write_requests(text: &mut Exposition, snapshot: &Snapshot) {
         text.sample(&[("worker", worker), ("operation", "read")], counted.bytes_read);
         text.sample(&[("worker", worker), ("operation", "write")], counted.bytes_written);
     });
-    let counters: [(&str, &str, fn(&Statistics) -> u64); 7] = [
+    type Value = fn(&Statistics) -> u64;
+    let counters: [(&str, &str, Value); 7] = [
         ("vhost_device_vfio_request_errors", "Requests that ended in an error.", |s| s.errors),
         ("vhost_device_vfio_resubmitted_requests", "Requests that were submitted again.", |s| s.resubmitted),
         ("vhost_device_vfio_bounced_commands", "Commands whose data went through a bounce buffer.", |s| s.bounced),

@@ -20,7 +20,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use current::Current;
+use current::{Current, VERSION_TIMEOUT};
 
 use super::connection::{Connection, Received};
 use super::error::Error;
@@ -44,8 +44,6 @@ const HEARTBEAT: u64 = 5;
 /// Time-out for the virtual machine to unplug the function when the host wants it back. The kernel repeats its request every
 /// 10 s (`vfio_unregister_group_dev`), and the administrator's command blocks meanwhile.
 const UNPLUG_TIMEOUT: Duration = Duration::from_secs(10);
-/// Time-out for a front-end to negotiate a version, which QEMU does as soon as it has connected.
-const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time between two attempts to acquire a closed function anew while no front-end asks for it.
 const REACQUIRE_PAUSE: Duration = Duration::from_secs(1);
 /// Pause after `accept` has failed, as it does for lack of descriptors or memory.

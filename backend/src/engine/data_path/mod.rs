@@ -236,14 +236,14 @@ impl DataPath {
                 None => {
                     return self
                         .ring_fault_log
-                        .error(|| format!("the device completed a bounced command that was not submitted"));
+                        .error(|| "the device completed a bounced command that was not submitted".to_owned());
                 }
             }
         };
         let Some((inflight_request, data)) =
             self.inflight.get(index).filter(|(inflight_request, _)| inflight_request.outstanding != 0)
         else {
-            return self.ring_fault_log.error(|| format!("the device completed a command that was not submitted"));
+            return self.ring_fault_log.error(|| "the device completed a command that was not submitted".to_owned());
         };
         if inflight_request.unsure || inflight_request.operation.is_on_zones() {
             return self.complete_on_zones(index, piece, completion);

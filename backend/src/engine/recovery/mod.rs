@@ -8,6 +8,7 @@ mod supervisor;
 mod watchdog;
 
 pub(super) use overdue_reports::OverdueReports;
+pub use requests::DeviceState;
 pub(super) use supervisor::DeviceSupervisor;
 pub use watchdog::WatchdogOptions;
 pub(super) use watchdog::{CommandClock, Watchdog};

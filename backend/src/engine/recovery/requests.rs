@@ -1,12 +1,37 @@
 //! What an operator asks of the device. It takes the driver's lock, as resets do.
 
+use std::fmt;
+
 use anyhow::{Result, bail};
 
 use super::DeviceSupervisor;
 use super::supervisor::State;
 use crate::driver::Driver;
-use crate::engine::handle::DeviceState;
 use crate::engine::inflight_policy::InflightPolicy;
+
+/// Whether the device serves requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceState {
+    /// It does.
+    Up,
+    /// It is being reset, or executes an administrative command.
+    Busy,
+    /// It does not work, or the host has it back. Requests fail.
+    Down,
+    /// Another process has it, or it has been shut down.
+    Gone,
+}
+
+impl fmt::Display for DeviceState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Up => "up",
+            Self::Busy => "busy",
+            Self::Down => "down",
+            Self::Gone => "gone",
+        })
+    }
+}
 
 impl DeviceSupervisor {
     /// Whether the device serves requests. Does not wait for the lock.

@@ -1,11 +1,13 @@
 //! The front-end that is served, and what it must do by when.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::VERSION_TIMEOUT;
 use crate::vfio_user::connection::Connection;
 use crate::vfio_user::error::Error;
 use crate::vfio_user::session::Session;
+
+/// Time-out for a front-end to negotiate a version, which QEMU does as soon as it has connected.
+pub(super) const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The front-end that is served.
 pub(super) struct Current<'d> {
