@@ -33,7 +33,7 @@ verifies() {
     stress_stop
     stress_result
     guest exec -- 'dmesg | grep -iE "i/o error|blk_update_request" && exit 1; exit 0'
-    guest stop
+    guest kill
 }
 
 backend_start --queues 2 || exit
