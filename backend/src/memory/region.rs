@@ -13,7 +13,7 @@ use vm_memory::{FileOffset, MmapRegion};
 
 use super::error::RegionError;
 use super::file::{Backing, FileId};
-use crate::addr::{Address, Gpa, Qva, Span};
+use crate::addr::{Address, Gpa, Iova, IovaSlice, Qva, Span};
 use crate::sys::SharedMemory;
 
 /// Smallest page size of every IOMMU, in bytes.
@@ -59,6 +59,8 @@ fn access_mode(file: &File) -> Option<OFlags> {
 /// page belongs to the same file. (libblkio shares buffers of any size; QEMU's regions are always whole pages.)
 pub struct Region {
     gpa: Span<Gpa>,
+    iova: Span<Iova>,
+    slice: IovaSlice,
     announced: u64,
     qva: Span<Qva>,
     offset: u64,
@@ -71,12 +73,20 @@ pub struct Region {
 }
 
 impl Region {
-    /// Validates `spec` against its file and maps it (`MAP_SHARED`, readable and writable).
+    /// Validates `spec` against its file and maps it (`MAP_SHARED`, readable and writable). For the device it is at IOVA = GPA.
     ///
     /// # Errors
     /// See [`RegionError`]; nothing stays mapped.
     pub fn map(spec: RegionSpec) -> Result<Self, RegionError> {
-        Self::map_as(spec, true, None)
+        Self::map_in(spec, IovaSlice::WHOLE)
+    }
+
+    /// As [`Self::map`], of a guest that has `slice` of the device's address space.
+    ///
+    /// # Errors
+    /// See [`RegionError`]; nothing stays mapped.
+    pub fn map_in(spec: RegionSpec, slice: IovaSlice) -> Result<Self, RegionError> {
+        Self::map_as(spec, slice, true, None)
     }
 
     /// Like [`Self::map`], but needs only the alignment of an IOMMU page (4 KiB), not that of the file's pages: a virtual
@@ -86,14 +96,15 @@ impl Region {
     /// # Errors
     /// See [`RegionError`]; nothing stays mapped.
     pub fn map_piece(spec: RegionSpec, writable: bool) -> Result<Self, RegionError> {
-        Self::map_as(spec, writable, Some(IOMMU_PAGE))
+        Self::map_as(spec, IovaSlice::WHOLE, writable, Some(IOMMU_PAGE))
     }
 
-    fn map_as(spec: RegionSpec, writable: bool, unit: Option<u64>) -> Result<Self, RegionError> {
+    fn map_as(spec: RegionSpec, slice: IovaSlice, writable: bool, unit: Option<u64>) -> Result<Self, RegionError> {
         let announced = spec.gpa;
         let kernel = |call| move |source: io::Error| RegionError::Kernel { gpa: announced, call, source };
         let backing = Backing::of(&spec.file, announced)?;
         let gpa = check(&spec, &backing, unit.unwrap_or(backing.page_size))?;
+        let iova = slice.place(gpa).ok_or(RegionError::Slice { gpa, size: slice.size() })?;
         let range = |start: u64| RegionError::Range { start, len: gpa.len() };
         let qva = Span::new(spec.qva, announced.len()).ok_or(range(spec.qva.raw()))?;
         let len = usize::try_from(gpa.len()).map_err(|_| range(gpa.start().raw()))?;
@@ -103,6 +114,8 @@ impl Region {
         let shared = shared.slice(skip, len).expect("inside the mapping");
         Ok(Self {
             gpa,
+            iova,
+            slice,
             announced: announced.len(),
             qva,
             offset: spec.offset,
@@ -132,6 +145,20 @@ impl Region {
     #[must_use]
     pub fn gpa(&self) -> Span<Gpa> {
         self.gpa
+    }
+
+    /// The device's address range.
+    #[inline]
+    #[must_use]
+    pub fn iova(&self) -> Span<Iova> {
+        self.iova
+    }
+
+    /// The part of the device's address space that the guest has.
+    #[inline]
+    #[must_use]
+    pub fn slice(&self) -> IovaSlice {
+        self.slice
     }
 
     /// Front-end virtual range.

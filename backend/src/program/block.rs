@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use vhost_device_vfio::addr::IovaSlice;
 use vhost_device_vfio::coherency::{Facts, decide};
 use vhost_device_vfio::config::Config;
 use vhost_device_vfio::driver::DiskState;
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions, ReacquireFn};
 use vhost_device_vfio::engine::{Engine, Options};
 use vhost_device_vfio::handover::{Applicants, Incoming, Terms};
-use vhost_device_vfio::hardware::Function;
+use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::service_manager::{self, FdStore, SavedSession, Stored};
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::vhost_user::{Device, HandOver, Inheritance, OpenStoreFn, Server, SettleFn};
@@ -23,7 +24,16 @@ use super::{OwnedFunction, Signals};
 /// Time-out for commands in flight when a ring is stopped or memory is removed. The device is reset after it.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A drive that has been brought up, with its server.
+/// A drive that has been brought up.
+pub(crate) struct Drive {
+    /// One for each namespace, in the order of the command line.
+    pub(crate) engines: Vec<Engine>,
+    pub(crate) space: Arc<dyn AddressSpace>,
+    pub(crate) name: String,
+    pub(crate) facts: Facts,
+}
+
+/// A drive that has been brought up, with the server of its only disk.
 pub(crate) struct Disk {
     pub(crate) server: Server,
     name: String,
@@ -85,8 +95,8 @@ pub(crate) fn applicants(config: &Config, upgrade: OwnedFd) -> Result<Applicants
     Applicants::new(terms, upgrade).context("prepare for a successor")
 }
 
-impl Disk {
-    /// Brings the drive up and starts the engine. It must be the disk that `before` describes.
+impl Drive {
+    /// Brings the drive up and starts the engines. Its only disk must be the one that `before` describes.
     ///
     /// # Errors
     /// Why it cannot be served.
@@ -94,16 +104,15 @@ impl Disk {
         config: &Config,
         owned: OwnedFunction<dyn Function>,
         reacquire: Option<ReacquireFn>,
-        endpoint: Endpoint,
         before: Option<&DiskState>,
     ) -> Result<Self> {
         let (space, facts) = (Arc::clone(&owned.space), owned.facts);
         let name = owned.function.name().to_owned();
-        let vmm = owned.vmm(config, &name);
         let queues = config.queue_count();
+        let disks = u16::try_from(config.namespace.len().max(1)).unwrap_or(u16::MAX);
         let options = NvmeOptions {
-            namespace: config.namespace,
-            queues,
+            namespaces: config.namespace.clone(),
+            queues: queues.saturating_mul(disks),
             read_only: config.read_only,
             interrupts: config.interrupts.into(),
             avoid: config.avoid.iter().map(|&what| what.into()).collect(),
@@ -120,9 +129,28 @@ impl Disk {
             drain_timeout: DRAIN_TIMEOUT,
             watch: config.watchdog(),
         };
-        let engine = Engine::start(Box::new(nvme), &space, options)?;
-        let kib = space.statistics().mapped / 1024;
-        let server = Server::new(endpoint, Device { engine, space, queues, vmm })?;
+        let engines = Engine::start_all(Box::new(nvme), &space, options)?;
+        Ok(Self { engines, space, name, facts })
+    }
+}
+
+impl Disk {
+    /// Brings the drive up and starts the engine. It must be the disk that `before` describes.
+    ///
+    /// # Errors
+    /// Why it cannot be served.
+    pub(crate) fn bring_up(
+        config: &Config,
+        owned: OwnedFunction<dyn Function>,
+        reacquire: Option<ReacquireFn>,
+        endpoint: Endpoint,
+        before: Option<&DiskState>,
+    ) -> Result<Self> {
+        let vmm = owned.vmm(config, owned.function.name());
+        let Drive { mut engines, space, name, facts } = Drive::bring_up(config, owned, reacquire, before)?;
+        let engine = engines.pop().context("the drive has no disk")?;
+        let (queues, kib) = (config.queue_count(), space.statistics().mapped / 1024);
+        let server = Server::new(endpoint, Device { engine, space, slice: IovaSlice::WHOLE, queues, vmm })?;
         server.notify_config_changes();
         log::info!("serving {name} on {queues} virtqueues; {kib} KiB mapped");
         Ok(Self { server, name, facts })
@@ -149,13 +177,13 @@ impl Disk {
     }
 
     fn log_statistics(&self) {
-        let Device { engine, space, vmm, .. } = self.server.device();
-        let verdict = decide(&self.facts).word();
-        log::info!(
-            "statistics: {} {} verdict={verdict} {}",
-            engine.statistics(),
-            space.statistics(),
-            vmm.registrations()
-        );
+        log::info!("statistics: {}", statistics(self.server.device(), &self.facts));
     }
+}
+
+/// The statistics of a disk, of its drive's address space and of the registrations with KVM.
+pub(crate) fn statistics(device: &Device, facts: &Facts) -> String {
+    let Device { engine, space, vmm, .. } = device;
+    let verdict = decide(facts).word();
+    format!("{} {} verdict={verdict} {}", engine.statistics(), space.statistics(), vmm.registrations())
 }

@@ -76,7 +76,7 @@ impl<'d> Session<'d> {
             negotiation: (false, None),
             protocol: ProtocolFeatures::empty(),
             status: 0,
-            memory: GuestMemory::new(&device.engine, &*device.space, &logs.memory),
+            memory: GuestMemory::new(device, &logs.memory),
             inflight: None,
             rings: (0..usize::from(device.queues)).map(Vring::new).collect(),
             features_logged: false,

@@ -9,33 +9,33 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use super::admin::{AdminCommand, AdminQueue};
-use super::command_set;
 use super::controller::Controller;
 use super::error::NvmeErrorKind;
-use super::identify::{Identity, Namespace, active_namespaces, format_ids, range_limits, select_namespace};
+use super::identify::{Identity, Namespace};
 use super::interrupts::{Interrupts, QueueInterrupt, SharedVector, Wiring};
+use super::namespaces::{disk_of, find_namespaces, geometry};
 use super::options::{Avoid, NvmeOptions};
-use super::path;
 use super::prp::Limits;
 use super::queue::{IoQueue, MAX_DEPTH, QueueSetup, Tags, completions_at, memory_needed};
 use super::regs::{PAGE_LEN, Version};
 use super::sgl::Granularity;
-use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, cns};
+use super::spec::{IdentifyController, IdentifyNvmController, cns};
 use crate::addr::Bytes;
-use crate::driver::{DiscardLimits, Geometry, ZeroesLimits};
+use crate::driver::Geometry;
 
 /// Time-out of each admin command during initialization. Some drives complete Identify only after their own start-up.
-const BRING_UP_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const BRING_UP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What initialization yields.
 pub(super) struct BroughtUp {
     pub(super) admin: AdminQueue,
-    pub(super) geometry: Geometry,
+    /// Of each namespace.
+    pub(super) geometries: Vec<Geometry>,
     pub(super) queues: Vec<IoQueue>,
     pub(super) shutdown_limit: Duration,
     pub(super) identity: Identity,
-    /// The namespace to serve.
-    pub(super) namespace: Namespace,
+    /// The namespaces to serve, one disk each.
+    pub(super) namespaces: Vec<Namespace>,
     pub(super) wiring: Wiring,
 }
 
@@ -53,24 +53,26 @@ pub(super) fn bring_up(
     let data: IdentifyController = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
     let mut identity = Identity::decode(&data)?;
     identity.avoid(&options.avoid);
-    let namespace = find_namespace(controller, &mut admin, &identity, options.namespace)?;
+    let namespaces = find_namespaces(controller, &mut admin, &identity, &options.namespaces)?;
     let command_limits = identify_limits(controller, &mut admin)?;
-    let (discard, zeroes) = range_limits(&identity, &namespace, command_limits.as_ref());
     let cache_on = identity.write_cache && write_cache_is_on(controller, &mut admin);
     events.truncate(negotiate_queues(controller, &mut admin, events.len())?);
-    let limits = Limits { block: namespace.block_size, transfer: identity.max_transfer };
     let shared_tags = options.avoid.contains(&Avoid::Tags);
     if shared_tags {
         events.truncate(1);
     }
+    let (pairs, disks) = (events.len(), namespaces.len());
+    if pairs < disks {
+        return Err(NvmeErrorKind::TooFewQueues { queues: pairs, namespaces: disks });
+    }
     let depth = u16::try_from(controller.capabilities().max_queue_entries()).map_or(MAX_DEPTH, |n| n.min(MAX_DEPTH));
     let depth = if shared_tags { admin.share_tags(depth)? } else { depth };
-    let parameters = |id, interrupt| QueueParameters {
+    let parameters = |id, disk, interrupt| QueueParameters {
         id,
         depth,
-        namespace: namespace.id,
-        metadata: namespace.metadata,
-        limits,
+        disk,
+        namespace: &namespaces[disk],
+        transfer: identity.max_transfer,
         sgl: identity.sgl,
         vector: wiring.vector(id),
         interrupt,
@@ -79,11 +81,13 @@ pub(super) fn bring_up(
     let mut queues = Vec::new();
     for (id, event) in (1..).zip(events) {
         let interrupt = queue_interrupt(controller, &admin, (wiring, id), event, admin_event)?;
-        queues.push(create_queue(controller, &mut admin, parameters(id, interrupt))?);
+        let disk = disk_of(queues.len(), pairs, disks);
+        queues.push(create_queue(controller, &mut admin, parameters(id, disk, interrupt))?);
     }
-    let geometry = geometry(options, &identity, &namespace, cache_on, (discard, zeroes));
+    let geometry = |namespace| geometry(options, &identity, namespace, cache_on, command_limits.as_ref());
+    let geometries = namespaces.iter().map(geometry).collect();
     let shutdown_limit = identity.shutdown_limit;
-    let mut up = BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace, wiring };
+    let mut up = BroughtUp { admin, geometries, queues, shutdown_limit, identity, namespaces, wiring };
     log_summary(controller, &up, depth);
     if up.identity.namespace_notices {
         enable_namespace_events(controller, &mut up.admin)?;
@@ -91,50 +95,26 @@ pub(super) fn bring_up(
     Ok(up)
 }
 
-fn geometry(
-    options: &NvmeOptions,
-    identity: &Identity,
-    namespace: &Namespace,
-    cache_on: bool,
-    (discard, zeroes): (Option<DiscardLimits>, Option<ZeroesLimits>),
-) -> Geometry {
-    Geometry {
-        blocks: namespace.blocks,
-        block_size: namespace.block_size,
-        physical_block_size: namespace.physical_block_size,
-        alignment_offset: namespace.alignment_offset,
-        optimal_size: namespace.optimal_size,
-        boundary: namespace.boundary,
-        read_only: options.read_only || namespace.write_protected,
-        volatile_cache: identity.write_cache,
-        cache_on,
-        serial: identity.serial.clone(),
-        model: identity.model.clone(),
-        max_transfer: identity.max_transfer,
-        discard,
-        zeroes,
-    }
-}
-
 fn log_summary(controller: &Controller, up: &BroughtUp, depth: u16) {
-    let BroughtUp { identity, namespace, geometry, queues, wiring, .. } = up;
+    let BroughtUp { identity, namespaces, geometries, queues, wiring, .. } = up;
     let name = controller.function().name();
+    let blocks = |namespace: &Namespace| {
+        format!("namespace {}: {} blocks of {}, ", namespace.id, namespace.blocks, namespace.block_size)
+    };
     log::info!(
-        "{name}: {} (serial {}, firmware {}, NVMe {}), namespace {}: {} blocks of {}, write cache {}",
+        "{name}: {} (serial {}, firmware {}, NVMe {}), {}write cache {}",
         identity.model,
         identity.serial,
         identity.firmware,
         controller.version(),
-        namespace.id,
-        namespace.blocks,
-        namespace.block_size,
-        match (identity.write_cache, geometry.cache_on) {
+        namespaces.iter().map(blocks).collect::<String>(),
+        match (identity.write_cache, geometries.iter().any(|geometry| geometry.cache_on)) {
             (false, _) => "none",
             (true, false) => "off",
             (true, true) => "on",
         },
     );
-    let transfer = Bytes(geometry.max_transfer.into());
+    let transfer = Bytes(identity.max_transfer.into());
     let sgl = match identity.sgl {
         None => "",
         Some(Granularity::Byte) => ", SGLs",
@@ -149,70 +129,6 @@ fn enable_namespace_events(controller: &Controller, admin: &mut AdminQueue) -> R
         Ok(_) => admin.request_event(),
         Err(error @ NvmeErrorKind::CommandFailed { .. }) => {
             log::warn!("{}: {error}; size changes will not be noticed", controller.function().name());
-            Ok(())
-        }
-        Err(kind) => Err(kind),
-    }
-}
-
-/// Selects the namespace to serve and checks that this driver supports it.
-fn find_namespace(
-    controller: &Controller,
-    admin: &mut AdminQueue,
-    identity: &Identity,
-    wanted: Option<u32>,
-) -> Result<Namespace, NvmeErrorKind> {
-    // NVMe 1.0 has no list of active namespaces. Each of 1 to NN may be active, which NSZE tells.
-    if controller.version() < Version(0x0001_0100) {
-        let all = format!("1 to {}", identity.namespaces);
-        let id = match wanted {
-            Some(id) => id,
-            None if identity.namespaces <= 1 => 1,
-            None => return Err(NvmeErrorKind::SeveralNamespaces { existing: all }),
-        };
-        let valid = (1..=identity.namespaces).contains(&id);
-        let found = if valid { identify_namespace(controller, admin, identity, id)? } else { None };
-        return found.ok_or(NvmeErrorKind::NamespaceNotFound { wanted: id, existing: all });
-    }
-    let command = AdminCommand::identify("Identify (Active Namespace ID list)", cns::ACTIVE_NAMESPACES, 0);
-    let list: [u8; 4096] = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
-    let active = active_namespaces(&list);
-    let id = select_namespace(wanted, &active)?;
-    if active.len() > 1 {
-        log::info!("{}: serving namespace {id} of {}", controller.function().name(), format_ids(&active));
-    }
-    let found = identify_namespace(controller, admin, identity, id)?;
-    found.ok_or_else(|| NvmeErrorKind::NamespaceNotFound { wanted: id, existing: format_ids(&active) })
-}
-
-/// What a namespace is now; `None` if there is no such.
-pub(super) fn identify_namespace(
-    controller: &Controller,
-    admin: &mut AdminQueue,
-    identity: &Identity,
-    id: u32,
-) -> Result<Option<Namespace>, NvmeErrorKind> {
-    // A controller with one command set has no other, and need not know the descriptor.
-    if controller.capabilities().several_command_sets() {
-        let name = "Identify (Namespace Identification Descriptor list)";
-        let list = admin.identify(controller, AdminCommand::identify(name, cns::DESCRIPTORS, id), BRING_UP_TIMEOUT)?;
-        command_set::check(id, command_set::identifier(&list))?;
-    }
-    let command = AdminCommand::identify("Identify Namespace", cns::NAMESPACE, id);
-    let data: IdentifyNamespace = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
-    // Before the decoding: what cannot be reached reports no capacity.
-    if identity.path_states && data.anagrpid != 0 {
-        check_path(controller, admin, id, data.anagrpid)?;
-    }
-    Namespace::decode(id, &data, identity)
-}
-
-/// Checks that namespace `id`, of ANA group `group`, can be reached by this controller.
-fn check_path(controller: &Controller, admin: &mut AdminQueue, id: u32, group: u32) -> Result<(), NvmeErrorKind> {
-    match admin.identify(controller, AdminCommand::get_path_states(), BRING_UP_TIMEOUT) {
-        Ok(log) => path::check(id, path::state(&log, group).unwrap_or_default()),
-        Err(error @ NvmeErrorKind::CommandFailed { .. }) => {
-            log::warn!("{}: {error}; assuming that namespace {id} can be reached", controller.function().name());
             Ok(())
         }
         Err(kind) => Err(kind),
@@ -282,12 +198,13 @@ fn queue_interrupt(
     })
 }
 
-struct QueueParameters {
+struct QueueParameters<'n> {
     id: u16,
     depth: u16,
-    namespace: u32,
-    metadata: u16,
-    limits: Limits,
+    disk: usize,
+    namespace: &'n Namespace,
+    /// Longest transfer, bytes.
+    transfer: u32,
     sgl: Option<Granularity>,
     vector: Option<u16>,
     interrupt: QueueInterrupt,
@@ -297,9 +214,11 @@ struct QueueParameters {
 fn create_queue(
     controller: &mut Controller,
     admin: &mut AdminQueue,
-    wanted: QueueParameters,
+    wanted: QueueParameters<'_>,
 ) -> Result<IoQueue, NvmeErrorKind> {
-    let QueueParameters { id, depth, namespace, metadata, limits, sgl, vector, interrupt, tags } = wanted;
+    let QueueParameters { id, depth, disk, namespace, transfer, sgl, vector, interrupt, tags } = wanted;
+    let limits = Limits { block: namespace.block_size, transfer };
+    let metadata = namespace.metadata;
     let memory = controller.memory("an I/O queue", memory_needed(depth))?;
     let completions = memory.iova.0 + completions_at(depth) as u64;
     admin.execute(
@@ -315,7 +234,8 @@ fn create_queue(
         depth,
         memory,
         doorbells: controller.doorbells(),
-        namespace,
+        disk,
+        namespace: namespace.id,
         limits,
         sgl,
         interrupt,

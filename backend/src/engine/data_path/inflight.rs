@@ -3,6 +3,7 @@
 
 use crate::addr::{Gpa, Span};
 use crate::driver::Outcome;
+use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::request::pending_used::PendingUsed;
 use crate::engine::request::{Data, Operation};
 
@@ -149,12 +150,12 @@ impl InflightTable {
         Some((inflight_request, &slot.data))
     }
 
-    /// True if a request in flight accesses memory in `spans`.
-    pub(in crate::engine) fn uses(&self, spans: &[Span<Gpa>]) -> bool {
+    /// True if a request in flight accesses memory in `spans` of `guest`.
+    pub(in crate::engine) fn uses(&self, guest: &GuestMemoryView, spans: &[Span<Gpa>]) -> bool {
         let in_use = |slot: &InflightSlot| {
             let Some(inflight_request) = &slot.inflight_request else { return false };
             let status = inflight_request.pending_used.status();
-            let data = |span: &Span<Gpa>| slot.data.buffers.iter().any(|buffer| buffer.identity_gpa().overlaps(span));
+            let data = |span: &Span<Gpa>| slot.data.buffers.iter().any(|buffer| guest.gpa(*buffer).overlaps(span));
             spans.iter().any(|span| status.is_some_and(|byte| span.contains(byte)) || data(span))
         };
         self.slots.iter().any(in_use)

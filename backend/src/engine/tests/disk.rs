@@ -202,12 +202,12 @@ impl State {
 
 impl AddressSpace for FakeDisk {
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
-        self.state().memory.push((region.gpa().identity_iova(), region.memory().clone()));
+        self.state().memory.push((region.iova(), region.memory().clone()));
         Ok(())
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
-        self.state().memory.retain(|(span, _)| *span != region.gpa().identity_iova());
+        self.state().memory.retain(|(span, _)| *span != region.iova());
         Ok(())
     }
 
@@ -222,8 +222,8 @@ impl AddressSpace for FakeDisk {
 }
 
 impl Driver for FakeDisk {
-    fn geometry(&self) -> &Geometry {
-        &self.options.geometry
+    fn geometries(&self) -> &[Geometry] {
+        std::slice::from_ref(&self.options.geometry)
     }
 
     fn take_queues(&mut self) -> Vec<Box<dyn Queue>> {
