@@ -14,6 +14,7 @@ mod kills;
 mod limits;
 mod process;
 mod service_manager;
+mod several;
 mod sockets;
 mod vmm;
 mod whole;
