@@ -24,4 +24,5 @@ mod rig;
 mod round_trip;
 #[cfg(feature = "shuttle")]
 mod schedules;
+mod several_disks;
 mod traits;
