@@ -1,7 +1,7 @@
 //! A device with two disks, each with an engine and a guest. Both guests have their memory at the same addresses.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
 use super::disk::{DiskOptions, FakeDisk};
@@ -152,23 +152,41 @@ fn an_idle_device_has_no_command_of_any_disk() {
 }
 
 #[test]
-fn one_at_a_time_has_the_idle_device() {
-    let pair = Pair::new();
-    let users = AtomicUsize::new(0);
+fn two_users_of_the_idle_device_do_not_end_each_others_pause() {
+    let Pair { engines, disk, mut drivers, .. } = Pair::new();
+    let (ended, disk, engines) = (&AtomicBool::new(false), &disk, &engines);
+    disk.hold();
 
     std::thread::scope(|scope| {
-        for engine in &pair.engines {
+        let users = engines.iter().map(|engine| {
+            let act = || {
+                (0..5).for_each(|_| {
+                    assert_eq!(disk.held().len(), 0, "commands in flight");
+                    std::thread::sleep(Duration::from_micros(50));
+                });
+            };
+            scope.spawn(move || (0..50).for_each(|_| engine.while_idle(act).unwrap()))
+        });
+        let users: Vec<_> = users.collect();
+        for driver in &mut drivers {
             scope.spawn(|| {
-                for _ in 0..20 {
-                    let act = || {
-                        assert_eq!(users.fetch_add(1, SeqCst), 0, "the other has it");
-                        std::thread::sleep(Duration::from_micros(100));
-                        users.fetch_sub(1, SeqCst);
-                    };
-                    engine.while_idle(act).unwrap();
+                while !ended.load(SeqCst) {
+                    driver.send(FLUSH, 0, &[]);
+                    driver.wait(1);
                 }
             });
         }
+        let device = scope.spawn(|| {
+            while !ended.load(SeqCst) {
+                std::thread::sleep(Duration::from_micros(100));
+                (0..disk.held().len()).for_each(|_| disk.complete(0));
+            }
+        });
+        let acted: Vec<_> = users.into_iter().map(|user| user.join()).collect();
+        ended.store(true, SeqCst);
+        device.join().unwrap();
+        disk.resume();
+        assert!(acted.iter().all(Result::is_ok), "see above");
     });
 }
 
