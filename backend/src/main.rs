@@ -28,7 +28,15 @@ fn main() -> ExitCode {
         println!("{}", capabilities());
         return ExitCode::SUCCESS;
     }
-    env_logger::Builder::new().filter_level(config.log_level).parse_default_env().init();
+    let mut logger = env_logger::Builder::new();
+    logger.filter_level(config.log_level).parse_default_env();
+    if config.socket_path.len() > 1 {
+        logger.format(|line, record| {
+            let (time, level, target) = (line.timestamp(), record.level(), record.target());
+            writeln!(line, "[{time} {level:<5} {target}] {}{}", several::line_prefix(), record.args())
+        });
+    }
+    logger.init();
     if let Some(command) = &config.command {
         execute(command);
         return ExitCode::SUCCESS;

@@ -154,7 +154,7 @@ fn a_reset_under_load_loses_no_request_of_either_guest() {
 
 #[test]
 fn a_guest_that_leaves_with_requests_in_flight_leaves_the_other_untouched() {
-    for leaver in 0..2 {
+    for (leaver, socket) in SOCKETS.iter().enumerate() {
         let process = serve(&format!("size={},latency=100us,order=random,queues=4", Background::DISK), &[]);
         let [first, second] = loads(&process);
         first.progresses(200);
@@ -162,7 +162,7 @@ fn a_guest_that_leaves_with_requests_in_flight_leaves_the_other_untouched() {
         finish(leaves, &process);
         let from = lines(&process, "front-end disconnected");
         for _ in 0..10 {
-            let mut client = client(&process, SOCKETS[leaver]);
+            let mut client = client(&process, socket);
             for _ in 0..8 {
                 client.rings[0].submit(Request::Read { sector: 0, bytes: 4096 });
             }

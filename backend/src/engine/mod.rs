@@ -190,7 +190,8 @@ impl Engine {
         self.supervisor.add_worker(self.disk, Arc::clone(&command_queue));
         let name = match self.supervisor.disks() {
             1 => format!("vdv-worker-{number}"),
-            _ => format!("vdv-{}-worker-{number}", self.disk),
+            // The start of each line that it logs.
+            _ => format!("disk {} worker {number}", self.disk),
         };
         let thread = thread::Builder::new().name(name).spawn(move || worker.run()).map_err(failed)?;
         Ok(WorkerHandle { command_queue, counters, thread: Some(thread) })

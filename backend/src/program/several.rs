@@ -32,16 +32,17 @@ pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoints: Vec<Endpo
     let Drive { engines, space, name, facts } = Drive::bring_up(config, owned, reacquire, None)?;
     let queues = config.queue_count();
     let mut servers = Vec::new();
-    for (((engine, slice), endpoint), id) in engines.into_iter().zip(slices).zip(endpoints).zip(&config.namespace) {
+    let parts = engines.into_iter().zip(slices).zip(endpoints).zip(&config.namespace);
+    for (disk, (((engine, slice), endpoint), id)) in parts.enumerate() {
         log::info!(
-            "serving {name} namespace {id} on {queues} virtqueues, {endpoint}; IOVA = GPA + {}, up to {} of guest memory",
+            "serving {name} namespace {id}, disk {disk}, on {queues} virtqueues, {endpoint}; IOVA = GPA + {}, up to {} of guest memory",
             slice.start(),
             Bytes(slice.size()),
         );
         let device = Device { engine, space: space.clone(), slice, queues, vmm: Vmm::without_shim() };
         let server = Server::new(endpoint, device)?;
         server.notify_config_changes();
-        servers.push((*id, server));
+        servers.push((disk, *id, server));
     }
     run_all(servers, signals, &facts)
 }
@@ -60,13 +61,13 @@ fn slices(space: &dyn AddressSpace, count: usize) -> Result<Vec<IovaSlice>> {
 }
 
 /// Runs each server on its own thread until all have ended. When one ends, all do.
-fn run_all(servers: Vec<(u32, Server)>, signals: &Signals, facts: &Facts) -> Result<()> {
+fn run_all(servers: Vec<(usize, u32, Server)>, signals: &Signals, facts: &Facts) -> Result<()> {
     let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("eventfd");
     let (quit, ended) = (event()?, event()?);
     service_manager::ready();
     let mut threads = Vec::new();
-    for (id, server) in servers {
-        let spawned = spawn(id, server, &quit, &ended);
+    for (disk, id, server) in servers {
+        let spawned = spawn(disk, server, &quit, &ended);
         threads.push((id, spawned.inspect_err(|_| signal(&quit))?));
     }
     let waited = wait(signals, &ended);
@@ -81,6 +82,12 @@ fn run_all(servers: Vec<(u32, Server)>, signals: &Signals, facts: &Facts) -> Res
     // All are joined and shut down, whatever the first error.
     let results: Vec<Result<()>> = joined.collect();
     results.into_iter().fold(waited, Result::and)
+}
+
+/// What begins the lines of the current thread: the disk that it serves, if there are several.
+pub(crate) fn line_prefix() -> String {
+    let current = std::thread::current();
+    current.name().filter(|name| name.starts_with("disk ")).map(|name| format!("{name}: ")).unwrap_or_default()
 }
 
 type Served = (Server, Result<(), Error>);
@@ -100,7 +107,7 @@ fn signal(event: &OwnedFd) {
     }
 }
 
-fn spawn(id: u32, mut server: Server, quit: &OwnedFd, ended: &OwnedFd) -> Result<JoinHandle<Served>> {
+fn spawn(disk: usize, mut server: Server, quit: &OwnedFd, ended: &OwnedFd) -> Result<JoinHandle<Served>> {
     let duplicate = |fd: &OwnedFd| fd.try_clone().context("duplicate an eventfd");
     let (quit, ended) = (duplicate(quit)?, Ended(duplicate(ended)?));
     let run = move || {
@@ -108,7 +115,7 @@ fn spawn(id: u32, mut server: Server, quit: &OwnedFd, ended: &OwnedFd) -> Result
         let served = server.run(quit);
         (server, served)
     };
-    std::thread::Builder::new().name(format!("vdv-ns-{id}")).spawn(run).context("start a server")
+    std::thread::Builder::new().name(format!("disk {disk}")).spawn(run).context("start a server")
 }
 
 /// Waits until the process is to stop, or a server has ended.
