@@ -67,7 +67,8 @@ fn run(config: &Config) -> Result<()> {
     let mut endpoints = listens.into_iter().map(Listen::open).collect::<Result<Vec<_>, _>>()?;
     let source = spec.open(config.iommu.into())?;
     if endpoints.len() > 1 {
-        return several::serve(config, &source, endpoints, &signals);
+        let stored = passed.and_then(|passed| passed.stored);
+        return several::serve(config, &source, endpoints, stored, &signals);
     }
     let endpoint = endpoints.pop().context("no socket")?;
     log::info!("{endpoint}");

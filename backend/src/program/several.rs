@@ -12,7 +12,7 @@ use vhost_device_vfio::coherency::Facts;
 use vhost_device_vfio::config::Config;
 use vhost_device_vfio::hardware::AddressSpace;
 use vhost_device_vfio::kvm::Vmm;
-use vhost_device_vfio::service_manager;
+use vhost_device_vfio::service_manager::{self, FdStore, Stored};
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::vhost_user::{Device, Error, Server};
 
@@ -25,7 +25,14 @@ use super::origin::{Acquired, DeviceSource};
 ///
 /// # Errors
 /// Why they cannot be served, or one can no longer be served.
-pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoints: Vec<Endpoint>, signals: &Signals) -> Result<()> {
+pub(crate) fn serve(
+    config: &Config,
+    source: &DeviceSource,
+    endpoints: Vec<Endpoint>,
+    stored: Option<Stored>,
+    signals: &Signals,
+) -> Result<()> {
+    forget(config, stored);
     let Acquired { owned, reacquire, .. } = source.acquire_for_driver(config.no_snoop.into())?;
     // Before the drive is brought up: a lack of address space must not cost a controller reset.
     let slices = slices(&*owned.space, endpoints.len())?;
@@ -45,6 +52,15 @@ pub(crate) fn serve(config: &Config, source: &DeviceSource, endpoints: Vec<Endpo
         servers.push((disk, *id, server));
     }
     run_all(servers, signals, &facts)
+}
+
+/// Removes from the service manager's store what a process with one namespace has left there, whose front-end would wait for ever.
+fn forget(config: &Config, stored: Option<Stored>) {
+    let (Some(stored), Some(terms)) = (stored, config.terms()) else { return };
+    if let Some(mut store) = FdStore::open(terms, Some(&stored)) {
+        log::warn!("no session is kept with several namespaces; the front-end of the process before is disconnected");
+        store.clear();
+    }
 }
 
 /// Divides the device's address space.
