@@ -174,10 +174,11 @@ fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
 const AFTER_HELP: &str = "\
 Without --socket-path and --fd, a socket passed by systemd (LISTEN_FDS) is used.
 
-Several namespaces of one drive are served at once by --namespace A --socket-path PATH-A --namespace B
---socket-path PATH-B …, in the same order. Each socket has its own front-end, also of another virtual
-machine, and its own part of the IOMMU's address space. The drive's queues are divided evenly among the
-sockets, and the first have one more if that leaves some; each needs at least one.
+Several namespaces of one drive are served at once by
+  --namespace A --socket-path PATH-A --namespace B --socket-path PATH-B …
+in the same order. Each socket has a front-end of its own, also of another virtual machine, and
+its part of the IOMMU's address space. The drive's queues are divided evenly among the sockets;
+the first have one more if that leaves some, and each needs at least one.
 
 --device emulated needs no hardware and no privilege: a disk of 1 GiB in memory. Options:
   size=4G  namespaces=N (of that size each)  file=PATH,create=on  lba=512|4096  queues=N  medium=memory|null  latency=80us  wcache=on|off

@@ -1,5 +1,5 @@
-//! Several namespaces of one drive, each with a socket, a front-end and a disk of its own. All front-ends have their memory at the
-//! same guest physical addresses.
+//! Several namespaces of one drive, each with a socket, a front-end and a disk of its own. All front-ends have their memory at
+//! the same guest physical addresses.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -210,6 +210,8 @@ fn a_hostile_guest_has_errors_of_its_own_and_cannot_reach_the_others_memory() {
     let mut process = process;
     let log = process.stop().log;
     assert!(log.contains("statistics: namespace=1 ") && !log.contains("resetting the controller"), "{log}");
+    let refused: Vec<_> = log.lines().filter(|line| line.contains("request refused")).collect();
+    assert!(refused.len() >= 5 && refused.iter().all(|line| line.contains("] disk 1 worker ")), "{refused:?}");
     let of_first = log.lines().find(|line| line.contains("namespace=1 reads")).unwrap();
     assert!(of_first.contains(" errors=0 "), "{of_first}");
 }

@@ -2,11 +2,11 @@
 
 use super::{Address, Gpa, Iova, Span};
 
-/// The last IOVA that is used for more than guest memory of a single guest. AMD-Vi reports 64 bits of addresses but cannot map the
-/// highest. Every IOMMU page table of the kernel covers 47 bits.
+/// The last IOVA of buffers, and of guest memory if there are several guests. AMD-Vi reports 64 bits of addresses but cannot map
+/// the highest. Every IOMMU page table of the kernel covers 47 bits.
 pub const LAST_IOVA: Iova = Iova((1 << 47) - 1);
 
-/// Slices start at multiples of the largest IOMMU page, so that a guest's memory can be mapped with as large pages as in the first.
+/// Slices start at multiples of the largest IOMMU page, so that memory in each can be mapped with as large pages as in the first.
 const UNIT: u64 = 1 << 30;
 
 /// The part of the device's address space that one guest's memory has: IOVA = GPA + its start. Two guests have the same guest

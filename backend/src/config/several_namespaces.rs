@@ -11,7 +11,8 @@ pub(super) fn problem(config: &Config) -> Option<String> {
     if namespaces.len() != paths.len() {
         let (namespaces, paths) = (namespaces.len(), paths.len());
         return Some(format!(
-            "--namespace is given {namespaces} times and --socket-path {paths} times: each namespace needs a socket, in the same order"
+            "--namespace is given {namespaces} times and --socket-path {paths} times: each namespace needs a socket, in the same \
+             order"
         ));
     }
     if let Some(id) = repeated(namespaces) {

@@ -98,7 +98,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the engine of a device with one disk: one worker per queue of `driver`. Worker n mod `workers` serves virtqueue n.
+    /// Starts the engine of a device with one disk, and one worker per queue. Worker n mod `workers` serves virtqueue n.
     ///
     /// # Errors
     /// As for [`Self::start_all`].
@@ -112,8 +112,8 @@ impl Engine {
         Ok(engines.remove(0))
     }
 
-    /// Starts an engine for each disk of `driver`, with one worker per queue of the disk. Each has as many virtqueues as `options`
-    /// say. The last engine to be dropped shuts the device down.
+    /// Starts an engine for each disk of `driver`, with one worker per queue of the disk. Each has as many virtqueues as
+    /// `options` say. The last engine to be dropped shuts the device down.
     ///
     /// # Errors
     /// [`EngineError::NoQueues`], [`EngineError::Bounce`], [`EngineError::Watchdog`] or [`EngineError::Start`]. On error the

@@ -7,7 +7,8 @@
 //! off:  device: cache off -> one flush for earlier writes -> workers complete flushes themselves
 //! ```
 //!
-//! The disks of one device share its cache. It is on while no user wants it off; a user who wants it on sends flushes in any case.
+//! The disks of one device share its cache. It is on while no user wants it off. A user who wants it on sends flushes in any
+//! case.
 
 use std::sync::atomic::Ordering;
 

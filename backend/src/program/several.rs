@@ -1,5 +1,5 @@
-//! Serves several namespaces of one NVMe drive as virtio disks over vhost-user, each on a socket of its own. A server has a thread,
-//! an engine and a part of the device's address space; the drive, its watchdog and its recovery are common to all.
+//! Serves several namespaces of one NVMe drive as virtio disks over vhost-user, each on a socket of its own. A server has a
+//! thread, an engine and a part of the device's address space; the drive, its watchdog and its recovery are common to all.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread::JoinHandle;
@@ -20,8 +20,8 @@ use super::Signals;
 use super::block::{Drive, statistics};
 use super::origin::{Acquired, DeviceSource};
 
-/// Serves the namespaces of the command line on `endpoints`, in the same order, until `stop` is readable or one of the servers has
-/// ended.
+/// Serves the namespaces of the command line on `endpoints`, in the same order, until `stop` is readable or one of the servers
+/// has ended.
 ///
 /// # Errors
 /// Why they cannot be served, or one can no longer be served.
@@ -42,7 +42,8 @@ pub(crate) fn serve(
     let parts = engines.into_iter().zip(slices).zip(endpoints).zip(&config.namespace);
     for (disk, (((engine, slice), endpoint), id)) in parts.enumerate() {
         log::info!(
-            "serving {name} namespace {id}, disk {disk}, on {queues} virtqueues, {endpoint}; IOVA = GPA + {}, up to {} of guest memory",
+            "serving {name} namespace {id}, disk {disk}, on {queues} virtqueues, {endpoint}; IOVA = GPA + {}, up to {} of guest \
+             memory",
             slice.start(),
             Bytes(slice.size()),
         );
@@ -54,7 +55,8 @@ pub(crate) fn serve(
     run_all(servers, signals, &facts)
 }
 
-/// Removes from the service manager's store what a process with one namespace has left there, whose front-end would wait for ever.
+/// Removes from the service manager's store what a process with one namespace has left there. Its front-end would wait for
+/// ever.
 fn forget(config: &Config, stored: Option<Stored>) {
     let (Some(stored), Some(terms)) = (stored, config.terms()) else { return };
     if let Some(mut store) = FdStore::open(terms, Some(&stored)) {
@@ -69,8 +71,8 @@ fn slices(space: &dyn AddressSpace, count: usize) -> Result<Vec<IovaSlice>> {
     IovaSlice::divide(&allowed, count).with_context(|| {
         let bytes = allowed.iter().map(Span::len).fold(0, u64::saturating_add);
         format!(
-            "the IOMMU allows {} of I/O virtual addresses, which is less than 1G for each of {count} namespaces and for the driver; \
-             serve fewer namespaces",
+            "the IOMMU allows {} of I/O virtual addresses, which is less than 1G for each of {count} namespaces and for the \
+             driver; serve fewer namespaces",
             Bytes(bytes)
         )
     })

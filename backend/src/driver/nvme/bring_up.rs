@@ -13,7 +13,7 @@ use super::controller::Controller;
 use super::error::NvmeErrorKind;
 use super::identify::{Identity, Namespace};
 use super::interrupts::{Interrupts, QueueInterrupt, SharedVector, Wiring};
-use super::namespaces::{disk_of, find_namespaces, geometry};
+use super::namespaces::{divide, find_namespaces, geometry};
 use super::options::{Avoid, NvmeOptions};
 use super::prp::Limits;
 use super::queue::{IoQueue, MAX_DEPTH, QueueSetup, Tags, completions_at, memory_needed};
@@ -61,10 +61,7 @@ pub(super) fn bring_up(
     if shared_tags {
         events.truncate(1);
     }
-    let (pairs, disks) = (events.len(), namespaces.len());
-    if pairs < disks {
-        return Err(NvmeErrorKind::TooFewQueues { queues: pairs, namespaces: disks });
-    }
+    let disks = divide(events.len(), namespaces.len())?;
     let depth = u16::try_from(controller.capabilities().max_queue_entries()).map_or(MAX_DEPTH, |n| n.min(MAX_DEPTH));
     let depth = if shared_tags { admin.share_tags(depth)? } else { depth };
     let parameters = |id, disk, interrupt| QueueParameters {
@@ -79,9 +76,8 @@ pub(super) fn bring_up(
         tags: if shared_tags { Tags::Shared } else { Tags::Own },
     };
     let mut queues = Vec::new();
-    for (id, event) in (1..).zip(events) {
+    for ((id, event), disk) in (1..).zip(events).zip(disks) {
         let interrupt = queue_interrupt(controller, &admin, (wiring, id), event, admin_event)?;
-        let disk = disk_of(queues.len(), pairs, disks);
         queues.push(create_queue(controller, &mut admin, parameters(id, disk, interrupt))?);
     }
     let geometry = |namespace| geometry(options, &identity, namespace, cache_on, command_limits.as_ref());

@@ -16,10 +16,13 @@ use crate::driver::Geometry;
 /// Bytes of a serial number that a guest can ask for (virtio 1.2 §5.2.6, VIRTIO_BLK_T_GET_ID).
 const SERIAL_BYTES: usize = 20;
 
-/// The disk that the `index`-th of `queues` queues serves: each disk has consecutive ones, and the first have one more if they
-/// cannot be divided evenly.
-pub(super) fn disk_of(index: usize, queues: usize, disks: usize) -> usize {
-    index * disks / queues
+/// The disk that each of `queues` queues serves: each disk has consecutive ones, and the first have one more if they cannot be
+/// divided evenly.
+pub(super) fn divide(queues: usize, disks: usize) -> Result<Vec<usize>, NvmeErrorKind> {
+    if queues < disks {
+        return Err(NvmeErrorKind::TooFewQueues { queues, namespaces: disks });
+    }
+    Ok((0..queues).map(|index| index * disks / queues).collect())
 }
 
 /// Selects the namespaces to serve, the only one if none is `wanted`, and checks that this driver supports them.
@@ -138,13 +141,16 @@ mod tests {
 
     #[test]
     fn each_disk_has_consecutive_queues_and_the_first_the_odd_ones() {
-        let disks = |queues, disks| (0..queues).map(|index| disk_of(index, queues, disks)).collect::<Vec<_>>();
-
-        assert_eq!(disks(4, 1), [0, 0, 0, 0]);
-        assert_eq!(disks(4, 2), [0, 0, 1, 1]);
-        assert_eq!(disks(5, 2), [0, 0, 0, 1, 1]);
-        assert_eq!(disks(4, 3), [0, 0, 1, 2]);
-        assert_eq!(disks(3, 3), [0, 1, 2]);
+        for (queues, disks, expected) in [
+            (4, 1, &[0, 0, 0, 0][..]),
+            (4, 2, &[0, 0, 1, 1]),
+            (5, 2, &[0, 0, 0, 1, 1]),
+            (4, 3, &[0, 0, 1, 2]),
+            (3, 3, &[0, 1, 2]),
+        ] {
+            assert_eq!(divide(queues, disks).unwrap(), expected, "{queues} queues, {disks} disks");
+        }
+        assert!(divide(1, 2).is_err());
     }
 
     #[test]

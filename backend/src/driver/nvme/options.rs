@@ -9,8 +9,8 @@ use crate::hardware::InterruptKind;
 pub struct NvmeOptions {
     /// Identifiers of the namespaces to serve, one disk each, all different; empty: the only active one.
     pub namespaces: Vec<u32>,
-    /// Wanted number of I/O queues, at least one for each namespace, among which they are divided. Fewer are created if the function has fewer vectors or the controller
-    /// grants fewer.
+    /// Wanted number of I/O queues, at least one for each namespace, among which they are divided. Fewer are created if the
+    /// function has fewer vectors or the controller grants fewer.
     pub queues: u16,
     /// Report the disk as read-only.
     pub read_only: bool,
