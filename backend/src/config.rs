@@ -181,7 +181,8 @@ its part of the IOMMU's address space. The drive's queues are divided evenly amo
 the first have one more if that leaves some, and each needs at least one.
 
 --device emulated needs no hardware and no privilege: a disk of 1 GiB in memory. Options:
-  size=4G  namespaces=N (of that size each)  file=PATH,create=on  lba=512|4096  queues=N  medium=memory|null  latency=80us  wcache=on|off
+  size=4G  namespaces=N (of that size each)  file=PATH,create=on  lba=512|4096  queues=N
+  medium=memory|null  latency=80us  wcache=on|off
   mdts=N  sgl=on|off  serial=TEXT  mode=threaded|inline  no-snoop=never|controllable  snoop-enforced=on|off
   vectors=N (MSI-X)  msi=N  intx=on|off  command-set=N
   and limits and misbehaviours, see backend/src/emulated/traits.rs

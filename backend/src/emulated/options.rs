@@ -143,8 +143,8 @@ impl Options {
 
 /// The option names of [`Options::from_str`].
 const NAMES: &str = "size, namespaces, lba, queues, entries, mdts, sgl, stride, medium, file, create, sparse, wcache, \
-                     mode, latency, order, seed, command-set, vectors, msi, intx, interrupts, width, no-snoop, snoop- \
-                     enforced, faults, serial";
+                     mode, latency, order, seed, command-set, vectors, msi, intx, interrupts, width, no-snoop, \
+                     snoop-enforced, faults, serial";
 
 impl FromStr for Options {
     type Err = EmulatedError;

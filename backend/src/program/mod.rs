@@ -1,5 +1,6 @@
 //! The services of the program: a disk (`block.rs`), several of one drive (`several.rs`) and a whole function (`whole.rs`). Each
-//! combines a source of the function (`origin.rs`) with a protocol. Only the program knows all combinations; the modules of the library are independent.
+//! combines a source of the function (`origin.rs`) with a protocol. Only the program knows all combinations; the modules of the
+//! library are independent.
 
 pub(crate) mod block;
 pub(crate) mod limits;
