@@ -12,6 +12,9 @@ use crate::engine::{Engine, Options, WatchdogOptions};
 use crate::hardware::AddressSpace;
 use crate::memory::{MemTable, Region};
 
+/// Start of a second region of the second guest.
+const EXTRA: u64 = 0x1000_0000;
+
 /// Two engines on one device, each with two virtqueues on one worker.
 struct Pair {
     engines: Vec<Engine>,
@@ -94,12 +97,19 @@ fn data_of_two_guests_at_one_address_goes_to_the_right_memory() {
 #[test]
 fn removed_memory_of_a_guest_is_used_by_none_of_its_commands() {
     let mut pair = Pair::new();
-    pair.hold_one_of_each();
+    // Not where the rings and the status bytes are.
+    let extra = region_in(EXTRA, 4096, pair.regions[1].slice());
+    pair.disk.add(&extra).unwrap();
+    pair.engines[1].publish(table(&[&pair.regions[1], &extra]));
+    pair.disk.hold();
+    for (driver, at) in pair.drivers.iter_mut().zip([DATA, EXTRA]) {
+        driver.send(IN, 0, &[(at, 512)]);
+    }
+    wait_until("two commands", || pair.disk.held().len() == 2);
 
     std::thread::scope(|scope| {
         let removal = scope.spawn(|| {
-            let (engine, region) = (&pair.engines[1], &pair.regions[1]);
-            engine.remove_memory(Arc::default(), &[region.gpa()]).unwrap();
+            pair.engines[1].remove_memory(table(&[&pair.regions[1]]), &[extra.gpa()]).unwrap();
             assert!(pair.disk.held().iter().all(|command| command.queue == 0), "a command in flight uses it");
         });
         // Enough for a removal that does not wait.
@@ -135,8 +145,10 @@ fn a_bounced_read_ends_in_memory_that_is_being_removed() {
 #[test]
 fn an_idle_device_has_no_command_of_any_disk() {
     let mut pair = Pair::new();
-    pair.hold_one_of_each();
     let disk = pair.disk.clone();
+    disk.hold();
+    pair.drivers[1].send(IN, 0, &[(DATA, 512)]);
+    wait_until("a command", || disk.held().len() == 1);
 
     std::thread::scope(|scope| {
         let idle = scope.spawn(|| pair.engines[0].while_idle(|| assert_eq!(disk.held().len(), 0)));
@@ -145,10 +157,9 @@ fn an_idle_device_has_no_command_of_any_disk() {
         idle.join().unwrap().unwrap();
     });
 
-    for disk in 0..2 {
-        pair.drivers[disk].wait(1);
-        pair.serves(disk);
-    }
+    pair.drivers[1].wait(1);
+    pair.serves(0);
+    pair.serves(1);
 }
 
 #[test]
@@ -228,6 +239,7 @@ fn an_engine_that_ends_leaves_the_other_and_its_recovery() {
     pair.serves(1);
 
     let supervisor = Arc::clone(&pair.engines[0].supervisor);
+    assert_eq!(supervisor.command_queues().len(), 1, "the workers of the other engine");
     supervisor.reset_after_abort(supervisor.recoveries.load(SeqCst));
 
     assert_eq!(pair.disk.recoveries(), 1);
