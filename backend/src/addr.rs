@@ -1,5 +1,5 @@
 //! The kinds of address in this program. To confuse two of them means DMA to the wrong place, so each kind is a type. All
-//! arithmetic on addresses is in this file, so overflow is handled once.
+//! arithmetic on addresses is in this room, so overflow is handled once. [`IovaSlice`] translates between the first and the last.
 //!
 //! | type | address in | used in |
 //! |---|---|---|
@@ -9,7 +9,11 @@
 //!
 //! Virtual addresses of this process never appear as numbers: memory is accessed through [`crate::sys::SharedMemory`].
 
+mod iova_slice;
+
 use std::fmt;
+
+pub use iova_slice::{IovaSlice, LAST_IOVA};
 
 /// An address of one kind. Implemented by [`Gpa`], [`Qva`] and [`Iova`] only.
 pub trait Address: Copy + Ord + fmt::Debug + fmt::Display {
@@ -73,16 +77,6 @@ address!(
     /// I/O virtual address: the address in the device's DMA transactions.
     Iova
 );
-
-impl Gpa {
-    /// The IOVA of this guest address. Guest RAM is mapped at IOVA = GPA, so addresses in a ring can be given to the device
-    /// unchanged. This does not check that the range is mapped; the memory table does.
-    #[inline]
-    #[must_use]
-    pub const fn identity_iova(self) -> Iova {
-        Iova(self.0)
-    }
-}
 
 /// A non-empty range of addresses of one kind that does not wrap around.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -187,24 +181,6 @@ impl<A: Address> Span<A> {
             rest = span.slice(len, span.len - len);
             span.slice(0, len)
         })
-    }
-}
-
-impl Span<Gpa> {
-    /// The IOVA range of this guest memory; see [`Gpa::identity_iova`].
-    #[inline]
-    #[must_use]
-    pub fn identity_iova(self) -> Span<Iova> {
-        Span { start: self.start.identity_iova(), len: self.len }
-    }
-}
-
-impl Span<Iova> {
-    /// The guest physical range of guest RAM at this IOVA range; see [`Gpa::identity_iova`].
-    #[inline]
-    #[must_use]
-    pub fn identity_gpa(self) -> Span<Gpa> {
-        Span { start: Gpa(self.start.0), len: self.len }
     }
 }
 

@@ -1,17 +1,19 @@
 //! The command line. It follows QEMU's conventions for vhost-user programs (docs/interop/vhost-user.rst, "Backend program
 //! conventions").
 
-use std::fmt;
 mod choices;
 mod command;
+mod several_namespaces;
 
+use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use clap::builder::{PathBufValueParser, TypedValueParser};
-use clap::{Parser, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, ValueEnum};
 use rustix::net::SocketAddrUnix;
 
 use crate::engine::WatchdogOptions;
@@ -35,14 +37,14 @@ pub struct Config {
     pub print_capabilities: bool,
     /// Listen on this UNIX socket (at most 107 bytes); created at start, removed at exit
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
-    pub socket_path: Option<PathBuf>,
-    /// Mode of that socket's file, in octal, such as 0660 [default: 0777 less the umask]
+    pub socket_path: Vec<PathBuf>,
+    /// Mode of the sockets' files, in octal, such as 0660 [default: 0777 less the umask]
     #[arg(long, value_name = "OCTAL", requires = "socket_path", conflicts_with = "fd")]
     pub socket_mode: Option<SocketMode>,
-    /// Group of that socket's file, whose members may connect with mode 0660 [default: that of this process]
+    /// Group of the sockets' files, whose members may connect with mode 0660 [default: that of this process]
     #[arg(long, value_name = "NAME|GID", requires = "socket_path", conflicts_with = "fd")]
     pub socket_group: Option<GroupId>,
-    /// User of that socket's file, such as libvirt-qemu [default: that of this process]
+    /// User of the sockets' files, such as libvirt-qemu [default: that of this process]
     #[arg(long, value_name = "NAME|UID", requires = "socket_path", conflicts_with = "fd")]
     pub socket_user: Option<UserId>,
     /// Use this inherited descriptor of a listening or connected UNIX socket
@@ -61,10 +63,10 @@ pub struct Config {
     /// How the guest accesses the registers of a whole function
     #[arg(long, value_name = "HOW", value_enum, requires = "vfio_user")]
     pub bars: Option<Bars>,
-    /// The namespace to serve [default: the only one]
+    /// The namespace to serve [default: the only one]; several, each with a --socket-path, are disks of their own (see below)
     #[arg(long, value_name = "NSID")]
-    pub namespace: Option<u32>,
-    /// Number of virtqueues; they are shared among one worker per NVMe queue [default: one per CPU]
+    pub namespace: Vec<u32>,
+    /// Number of virtqueues of each socket; they are shared among one worker per NVMe queue [default: one per CPU]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub queues: Option<u16>,
     /// Refuse all writes of the guest
@@ -165,8 +167,15 @@ fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
 const AFTER_HELP: &str = "\
 Without --socket-path and --fd, a socket passed by systemd (LISTEN_FDS) is used.
 
+Several namespaces of one drive are served at once by
+  --namespace A --socket-path PATH-A --namespace B --socket-path PATH-B …
+in the same order. Each socket has a front-end of its own, also of another virtual machine, and
+its part of the IOMMU's address space. The drive's queues are divided evenly among the sockets;
+the first have one more if that leaves some, and each needs at least one.
+
 --device emulated needs no hardware and no privilege: a disk of 1 GiB in memory. Options:
-  size=4G  file=PATH,create=on  lba=512|4096  queues=N  medium=memory|null  latency=80us  wcache=on|off
+  size=4G  namespaces=N (of that size each)  file=PATH,create=on  lba=512|4096  queues=N
+  medium=memory|null  latency=80us  wcache=on|off
   mdts=N  sgl=on|off  serial=TEXT  mode=threaded|inline  no-snoop=never|controllable  snoop-enforced=on|off
   vectors=N (MSI-X)  msi=N  intx=on|off  command-set=N
   and limits and misbehaviours, see backend/src/emulated/traits.rs
@@ -178,6 +187,15 @@ QEMU:
   -device vhost-user-blk-pci,chardev=c0,num-queues=N";
 
 impl Config {
+    /// Checks what the options together must satisfy.
+    ///
+    /// # Errors
+    /// The problem, to be shown as one of the command line.
+    pub fn check(&self) -> Result<(), clap::Error> {
+        let problem = several_namespaces::problem(self);
+        problem.map_or(Ok(()), |text| Err(Self::command().error(ErrorKind::ArgumentConflict, text)))
+    }
+
     /// What a successor must have in common with this process; `None` without a device.
     #[must_use]
     pub fn terms(&self) -> Option<Terms> {
@@ -185,7 +203,7 @@ impl Config {
         Some(Terms {
             device: self.device.as_ref()?.to_string(),
             queues: self.queue_count(),
-            namespace: self.namespace,
+            namespace: self.namespace.first().copied(),
             read_only: self.read_only,
             no_snoop: value.get_name().to_owned(),
             kvm_socket: self.kvm_socket.clone(),
@@ -223,7 +241,10 @@ mod tests {
     use super::*;
 
     fn parse(words: &[&str]) -> Result<Config, String> {
-        Config::try_parse_from(["vhost-device-vfio"].iter().chain(words)).map_err(|error| error.to_string())
+        let config =
+            Config::try_parse_from(["vhost-device-vfio"].iter().chain(words)).map_err(|error| error.to_string())?;
+        config.check().map_err(|error| error.to_string())?;
+        Ok(config)
     }
 
     #[test]

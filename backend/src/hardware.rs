@@ -112,7 +112,14 @@ pub trait Function: Send + Sync {
 
 /// The device's address space: DMA reaches only what is mapped here.
 pub trait AddressSpace: Send + Sync {
-    /// Maps `region` at IOVA = GPA. After success the device may use it; on error nothing is mapped.
+    /// The ranges in which memory can be mapped, sorted. By default all.
+    ///
+    /// # Errors
+    /// See [`MapError`].
+    fn allowed(&self) -> Result<Vec<Span<Iova>>, MapError> {
+        Ok(Span::new(Iova(0), u64::MAX).into_iter().collect())
+    }
+    /// Maps `region` at [`Region::iova`]. After success the device may use it; on error nothing is mapped.
     ///
     /// # Errors
     /// See [`MapError`].

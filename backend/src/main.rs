@@ -10,7 +10,7 @@ use clap::Parser;
 
 use program::operator::Doors;
 use program::origin::DeviceSpec;
-use program::{Signals, block, limits, logging, takeover, whole};
+use program::{Signals, block, limits, logging, several, takeover, whole};
 use vhost_device_vfio::config::{Command, Config, CtlCommand};
 use vhost_device_vfio::control;
 use vhost_device_vfio::doctor::Diagnosis;
@@ -26,11 +26,12 @@ const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let config = Config::parse();
+    config.check().unwrap_or_else(|error| error.exit());
     if config.print_capabilities {
         println!("{}", capabilities());
         return ExitCode::SUCCESS;
     }
-    logging::start(config.log_level);
+    logging::start(config.log_level, config.socket_path.len() > 1);
     if let Some(command) = &config.command {
         return execute(command);
     }
@@ -53,13 +54,20 @@ fn run(config: &Config) -> Result<()> {
         return takeover::serve(config, link, signals);
     }
     let passed = Passed::take().context("take what the service manager has stored")?;
-    let listen = listen(config, passed.as_ref())?;
+    let listens = listens(config, passed.as_ref())?;
     let Some(device) = &config.device else { bail!("no device; give --device DOMAIN:BUS:DEVICE.FUNCTION") };
     let spec = DeviceSpec::new(device)?;
     // Before the device is opened or a backing file is created: a wrong path must not cost a controller reset.
-    let endpoint = listen.open_for(&config.socket_access())?;
+    let access = config.socket_access();
+    let open = |listen: Listen| listen.open_for(&access);
+    let mut endpoints = listens.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
     let doors = Doors::open(config)?;
     let source = spec.open(config.iommu.into())?;
+    if endpoints.len() > 1 {
+        let stored = passed.and_then(|passed| passed.stored);
+        return several::serve(config, &source, endpoints, stored, &signals);
+    }
+    let endpoint = endpoints.pop().context("no socket")?;
     log::info!("{endpoint}");
     if config.vfio_user {
         whole::serve(config, &source, endpoint, doors, &signals.stop)
@@ -69,15 +77,15 @@ fn run(config: &Config) -> Result<()> {
     }
 }
 
-/// The socket to serve: a path, a descriptor, or the one passed by systemd.
-fn listen(config: &Config, passed: Option<&Passed>) -> Result<Listen> {
-    match (&config.socket_path, config.fd) {
-        (Some(path), _) => Ok(Listen::Path(path.clone())),
-        (None, Some(number)) => Ok(Listen::inherited(number)?),
-        (None, None) => {
+/// The sockets to serve: paths, a descriptor, or the one passed by systemd.
+fn listens(config: &Config, passed: Option<&Passed>) -> Result<Vec<Listen>> {
+    match (&*config.socket_path, config.fd) {
+        ([_, ..], _) => Ok(config.socket_path.iter().cloned().map(Listen::Path).collect()),
+        ([], Some(number)) => Ok(vec![Listen::inherited(number)?]),
+        ([], None) => {
             let none = || anyhow!("no socket; give --socket-path or --fd, or start it by a systemd socket unit");
             let passed = passed.ok_or_else(none)?;
-            Ok(Listen::activated(&passed.sockets, &passed.count)?)
+            Ok(vec![Listen::activated(&passed.sockets, &passed.count)?])
         }
     }
 }

@@ -17,6 +17,7 @@ mod log_lines;
 mod operator;
 mod process;
 mod service_manager;
+mod several;
 mod sockets;
 mod vmm;
 mod whole;

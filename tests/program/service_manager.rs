@@ -57,6 +57,16 @@ impl Manager {
 
     /// Starts the program with everything that is stored.
     fn start(&self) -> Process {
+        let device = format!(
+            "emulated:file={},create=on,size={},latency=100us,order=random,seed=1",
+            self.path("disk").display(),
+            Background::DISK
+        );
+        self.start_with(&["--device", &device, "--queues", "2"])
+    }
+
+    /// The same with other arguments.
+    fn start_with(&self, arguments: &[&str]) -> Process {
         let kept = self.kept.lock().unwrap();
         let names: Vec<_> = kept.stored.iter().map(|(name, _)| name.as_str()).collect();
         let names = [&["disk.socket"], names.as_slice()].concat();
@@ -68,13 +78,8 @@ impl Manager {
         shell.arg("-c").arg(format!("{variables} exec \"$0\" \"$@\"")).arg(PROGRAM);
         shell.env("NOTIFY_SOCKET", self.path("notify")).env("FDSTORE", "500").env("WATCHDOG_USEC", "20000");
         shell.fd_mappings(mappings).unwrap();
-        let device = format!(
-            "emulated:file={},create=on,size={},latency=100us,order=random,seed=1",
-            self.path("disk").display(),
-            Background::DISK
-        );
         drop(kept);
-        let mut process = Process::spawn(shell, &["--device", &device, "--queues", "2"]);
+        let mut process = Process::spawn(shell, arguments);
         process.wait_until("it is ready", |process| process.log().contains("serving emulated"));
         process
     }
@@ -249,4 +254,24 @@ fn the_manager_is_told_who_is_served_and_that_the_program_is_alive() {
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
     kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+}
+
+#[test]
+fn a_process_with_several_namespaces_keeps_nothing_and_leaves_nothing_of_the_one_before() {
+    let manager = Manager::new();
+    let mut process = manager.start();
+    let client = Client::connect(&manager.path("socket"), Shape::default()).unwrap();
+    assert!(process.stop().status.success());
+    let kept = manager.stored();
+    drop(client);
+
+    let arguments =
+        "--device emulated:namespaces=2,size=1M --namespace 1 --socket-path DIR/a --namespace 2 --socket-path DIR/b";
+    let mut process = manager.start_with(&arguments.split(' ').collect::<Vec<_>>());
+    process.wait_until("it serves both", |process| process.log().contains("namespace 2, disk 1, on"));
+    let _client = Client::connect(&process.path("a"), Shape::default()).unwrap();
+
+    process.wait_until("nothing is kept but the empty text", |_| manager.stored() <= 1);
+    assert!(kept > 1, "{kept} descriptors were kept");
+    assert!(process.log().contains("no session is kept with several namespaces"), "{}", process.log());
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vhost_device_vfio::addr::{Iova, Span};
+use vhost_device_vfio::addr::{Iova, IovaSlice, Span};
 use vhost_device_vfio::driver::nvme::{InterruptPolicy, Nvme, NvmeOptions};
 use vhost_device_vfio::emulated::{Machine, Options};
 use vhost_device_vfio::engine::{self, Engine};
@@ -99,13 +99,13 @@ impl FailingSpace {
 
 impl AddressSpace for FailingSpace {
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
-        self.check(region.gpa().identity_iova())?;
+        self.check(region.iova())?;
         (self.on_change)(Change::BeforeMap);
         self.inner.add(region)
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
-        let span = region.gpa().identity_iova();
+        let span = region.iova();
         self.check(span)?;
         if self.plan.while_idle.lock().unwrap().is_some() {
             return Err(MapError::DeviceMustBeIdle { span });
@@ -261,7 +261,7 @@ fn device(machine: &Machine, plan: Arc<FailurePlan>, environment: Environment) -
     let Environment { vmm, pins, on_change, .. } = environment;
     let space: Arc<dyn AddressSpace> = Arc::new(FailingSpace { inner: machine.space(), plan, pins, on_change });
     let options = NvmeOptions {
-        namespace: None,
+        namespaces: Vec::new(),
         queues: 2,
         read_only: false,
         interrupts: InterruptPolicy::Auto,
@@ -275,7 +275,7 @@ fn device(machine: &Machine, plan: Arc<FailurePlan>, environment: Environment) -
         watch: engine::WatchdogOptions::default(),
     };
     let engine = Engine::start(Box::new(driver), &space, options).unwrap();
-    Device { engine, space, queues: QUEUES, vmm }
+    Device { engine, space, slice: IovaSlice::WHOLE, queues: QUEUES, vmm }
 }
 
 /// A new memory file, as a front-end creates one.

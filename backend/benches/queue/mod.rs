@@ -52,6 +52,7 @@ pub(crate) fn pair(caches: Option<Arc<dyn CacheFlush>>) -> (IoQueue, Controller)
         memory: QueueMemory { memory: memory.clone(), iova: Iova(0x7000_0000), caches },
         doorbells: Doorbells { registers: Arc::new(IgnoredDoorbells), stride: 4 },
         namespace: 1,
+        disk: 0,
         limits: LIMITS,
         sgl: None,
         interrupt: QueueInterrupt::own(eventfd(0, EventfdFlags::CLOEXEC).unwrap(), None),

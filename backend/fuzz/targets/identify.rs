@@ -22,7 +22,7 @@ fuzz_target!(|input: &[u8]| {
         rest = after;
     }
     let options = NvmeOptions {
-        namespace: None,
+        namespaces: Vec::new(),
         queues: 1,
         read_only: false,
         interrupts: InterruptPolicy::Auto,

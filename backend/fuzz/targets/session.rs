@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{EventfdFlags, eventfd};
+use vhost_device_vfio::addr::IovaSlice;
 use vhost_device_vfio::driver::nvme::{InterruptPolicy, Nvme, NvmeOptions};
 use vhost_device_vfio::emulated::{Machine, Medium, Options};
 use vhost_device_vfio::engine::{self, Engine};
@@ -20,7 +21,7 @@ fn device() -> Device {
     let machine = Machine::new(options).unwrap();
     let space = machine.space();
     let options = NvmeOptions {
-        namespace: None,
+        namespaces: Vec::new(),
         queues: 2,
         read_only: false,
         interrupts: InterruptPolicy::Auto,
@@ -34,7 +35,7 @@ fn device() -> Device {
         watch: engine::WatchdogOptions::default(),
     };
     let engine = Engine::start(Box::new(nvme), &space, options).unwrap();
-    Device { engine, space, queues: 2, vmm: Vmm::without_shim() }
+    Device { engine, space, slice: IovaSlice::WHOLE, queues: 2, vmm: Vmm::without_shim() }
 }
 
 fuzz_target!(|input: &[u8]| {

@@ -232,6 +232,10 @@ pub struct Full;
 /// `submit` writes commands to memory and `ring` notifies the device. Data that a non-coherent device accesses is flushed
 /// between the two. Any number of commands share one `ring`.
 pub trait Queue: Send {
+    /// The number of the disk whose blocks the commands mean.
+    fn disk(&self) -> usize {
+        0
+    }
     /// How many bytes of `buffers`, starting `position` bytes in, the next command can transfer. The total length of
     /// `buffers` is a whole number of logical blocks, and `position` lies inside. A bounced extent has at most
     /// `bounce_limit` bytes.
@@ -280,14 +284,19 @@ pub trait Queue: Send {
     fn set_interrupt_wanted(&self, interrupt_wanted: bool);
 }
 
-/// A device that has been brought up.
+/// A device that has been brought up. It has one or more disks, numbered from 0.
 pub trait Driver: Send {
-    /// The disk's current properties.
-    fn geometry(&self) -> &Geometry;
-    /// Moves the queues out, one per worker; a second call returns none.
+    /// The disks' current properties; at least one.
+    fn geometries(&self) -> &[Geometry];
+    /// The properties of the first disk.
+    fn geometry(&self) -> &Geometry {
+        &self.geometries()[0]
+    }
+    /// Moves the queues out, one per worker; a second call returns none. Each serves one disk, [`Queue::disk`].
     fn take_queues(&mut self) -> Vec<Box<dyn Queue>>;
-    /// Stops all DMA by resetting the device, and brings it up again with the same number of new queues. Called when
-    /// commands do not complete, and then at intervals until it succeeds. A released device is reacquired first. The disk
+    /// Stops all DMA by resetting the device, and brings it up again with the same number of new queues, which serve
+    /// the same disks in the same order. Called when
+    /// commands do not complete, and then at intervals until it succeeds. A released device is reacquired first. A disk
     /// may have a different size afterwards. All former queues must have been dropped.
     ///
     /// # Errors
@@ -328,7 +337,7 @@ pub trait Driver: Send {
     ///
     /// # Errors
     /// This driver does not know.
-    fn identification(&self) -> anyhow::Result<Identification> {
+    fn identification(&self, _disk: usize) -> anyhow::Result<Identification> {
         anyhow::bail!("this driver does not identify its device")
     }
     /// Asks the device for its health.
@@ -340,7 +349,7 @@ pub trait Driver: Send {
     }
     /// Stops the device and closes it, so that the host can unbind it. All queues must have been dropped.
     fn release(&mut self);
-    /// What a successor must find and keep; `None` if there is no device that could be handed over.
+    /// What a successor must find and keep; `None` if there is no device that could be handed over, or it has several disks.
     fn disk_state(&self) -> Option<DiskState> {
         None
     }
@@ -362,7 +371,7 @@ pub trait Driver: Send {
     }
     /// Ends the driver after [`Self::quiesce`], without any access to the device: another process drives it.
     fn leave(self: Box<Self>, _left: &LeftToSuccessor) {}
-    /// Turns the volatile write cache on or off; [`Self::recover`] keeps the setting. Turning it off does not make
+    /// Turns the volatile write cache of all disks on or off; [`Self::recover`] keeps the setting. Turning it off does not make
     /// earlier writes durable.
     ///
     /// # Errors

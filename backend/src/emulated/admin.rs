@@ -59,19 +59,21 @@ impl Controller {
         let mut page = [0; IDENTIFY_BYTES];
         let cns = entry.cdw(10).to_le_bytes()[0];
         match cns {
-            0x00 => match entry.nsid() {
-                super::nvm::NAMESPACE => identify::namespace(self, &mut page),
-                super::nvm::BROADCAST | 0 => return Err(Status::INVALID_NAMESPACE),
-                _ => {}
+            0x00 => match (self.namespaces.get(entry.nsid()), entry.nsid()) {
+                (Some(namespace), _) => identify::namespace(self, namespace, &mut page),
+                (None, super::nvm::BROADCAST | 0) => return Err(Status::INVALID_NAMESPACE),
+                (None, _) => {}
             },
             0x01 => identify::controller(self, &mut page),
             0x02 if entry.nsid() >= 0xffff_fffe => return Err(Status::INVALID_NAMESPACE),
-            0x02 => identify::active_namespaces(entry.nsid(), &mut page),
-            0x03 if entry.nsid() != super::nvm::NAMESPACE => return Err(Status::INVALID_NAMESPACE),
-            0x03 => identify::descriptors(self, &mut page),
+            0x02 => identify::active_namespaces(self, entry.nsid(), &mut page),
+            0x03 if self.namespaces.get(entry.nsid()).is_none() => return Err(Status::INVALID_NAMESPACE),
+            0x03 => identify::descriptors(self, entry.nsid(), &mut page),
             0x06 if entry.cdw(11) >> 24 == 0 => identify::command_limits(self, &mut page), // of the NVM command set
             0x05 | 0x06 if entry.cdw(11) >> 24 == 2 => match &self.zones {
-                Some(_) if cns == 5 && entry.nsid() != super::nvm::NAMESPACE => return Err(Status::INVALID_NAMESPACE),
+                Some(_) if cns == 5 && self.namespaces.get(entry.nsid()).is_none() => {
+                    return Err(Status::INVALID_NAMESPACE);
+                }
                 Some(zones) if cns == 5 => identify::zoned_namespace(zones, &mut page),
                 Some(zones) => identify::zoned_controller(zones, &mut page),
                 None => return Err(Status::INVALID_FIELD),

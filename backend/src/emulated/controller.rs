@@ -13,7 +13,7 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Mutex, OnceLock};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use super::fault::Faults;
 use super::interrupts::Interrupts;
 use super::iommu::SoftIommu;
 use super::medium::Store;
+use super::namespaces::Namespaces;
 use super::order::Latency;
 use super::queue::{Cq, CqSlot, Sq, SqSlot};
 use super::register_file::{CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN_DONE, CSTS_SHUTDOWN_MASK, RegisterFile};
@@ -34,8 +35,7 @@ use super::{EmulatedError, Medium, Mode, Options, lock};
 
 pub(super) struct Controller {
     pub(super) options: Options,
-    /// Size of the disk, logical blocks.
-    pub(super) blocks: AtomicU64,
+    pub(super) namespaces: Namespaces,
     pub(super) store: Store,
     /// The zones, if the namespace has them.
     pub(super) zones: Option<Zones>,
@@ -75,19 +75,11 @@ pub(super) struct Controller {
 
 impl Controller {
     pub(super) fn new(options: Options, iommu: SoftIommu) -> Result<Self, EmulatedError> {
-        let (store, size) = match &options.adopted {
-            Some(file) => Store::adopt(Arc::clone(file), options.size)?,
-            None => Store::open(&options.medium, options.size)?,
-        };
-        let blocks = size / u64::from(options.lba);
-        if blocks == 0 || !size.is_multiple_of(options.lba.into()) {
-            let wanted = "a file of whole logical blocks, at least one";
-            return Err(EmulatedError::Option { option: "size", wanted, found: size });
-        }
-        let zones = open_zones(&options, blocks)?;
+        let (store, namespaces) = Namespaces::open(&options)?;
+        let zones = open_zones(&options, namespaces.blocks_of_first())?;
         let pairs = usize::from(options.queues) + 1;
         Ok(Self {
-            blocks: blocks.into(),
+            namespaces,
             store,
             zones,
             iommu,

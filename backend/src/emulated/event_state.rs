@@ -1,6 +1,6 @@
 //! State of asynchronous events and of the error log (NVMe 2.0 §5.2, §5.16.1.2).
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use super::wire::Status;
 
@@ -49,6 +49,8 @@ pub(super) struct Events {
     pub(super) masked: bool,
     /// Set while the Changed Namespace List is not empty.
     pub(super) changed: Option<Notice>,
+    /// What the Changed Namespace List has, in order.
+    pub(super) changed_namespaces: BTreeSet<u32>,
 }
 
 /// State of a Namespace Attribute Notice.
@@ -71,9 +73,16 @@ impl Events {
         self.masked = false;
     }
 
-    /// Clears the Changed Namespace List. True if it had an entry.
-    pub(super) fn take_changes(&mut self) -> bool {
-        self.changed.take().is_some()
+    /// Adds an entry to the Changed Namespace List.
+    pub(super) fn change(&mut self, namespace: u32) {
+        self.changed.get_or_insert(Notice::Pending);
+        self.changed_namespaces.insert(namespace);
+    }
+
+    /// Clears the Changed Namespace List, and returns what it had.
+    pub(super) fn take_changes(&mut self) -> BTreeSet<u32> {
+        self.changed = None;
+        std::mem::take(&mut self.changed_namespaces)
     }
 
     pub(super) fn pending(&self) -> bool {

@@ -4,13 +4,13 @@
 //! event --> pending --(a request is outstanding)--> reported, masked --(its log page is read)--> unmasked
 //! ```
 //!
-//! There are two kinds of events: an invalid doorbell write, and a change of the namespace's size.
+//! There are two kinds of events: an invalid doorbell write, and a change of a namespace's size.
 
 use std::io;
 use std::sync::atomic::Ordering::SeqCst;
 
 use super::controller::Controller;
-use super::event_state::{BadDoorbell, ERRORS_KEPT, EVENT_LIMIT, ErrorEntry, Notice};
+use super::event_state::{BadDoorbell, ERRORS_KEPT, EVENT_LIMIT, ErrorEntry};
 use super::lock;
 use super::queue::Completion;
 use super::run::Pass;
@@ -63,18 +63,17 @@ impl Controller {
         }
     }
 
-    /// Changes the size of the namespace, in bytes. If the host has enabled notices, one becomes pending; it is reported later,
+    /// Changes the size of namespace `id`, in bytes. If the host has enabled notices, one becomes pending; it is reported later,
     /// when no queue is locked.
-    pub(super) fn resize(&self, bytes: u64) -> io::Result<()> {
+    pub(super) fn resize(&self, id: u32, bytes: u64) -> io::Result<()> {
         let lba = u64::from(self.options.lba);
         if bytes == 0 || !bytes.is_multiple_of(lba) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        self.store.resize(bytes)?;
-        self.blocks.store(bytes / lba, SeqCst);
+        self.namespaces.resize(id, bytes, self.options.lba, &self.store)?;
         let admin = &mut *lock(&self.admin);
         if admin.features.notices() {
-            admin.events.changed.get_or_insert(Notice::Pending);
+            admin.events.change(id);
             self.event_pending.store(true, SeqCst);
         }
         Ok(())

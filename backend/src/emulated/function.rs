@@ -171,8 +171,8 @@ impl EmulatedFunction {
         self.controller.faults.removed.load(SeqCst)
     }
 
-    pub(super) fn resize(&self, bytes: u64) -> io::Result<()> {
-        self.controller.resize(bytes)?;
+    pub(super) fn resize(&self, namespace: u32, bytes: u64) -> io::Result<()> {
+        self.controller.resize(namespace, bytes)?;
         self.controller.report_events();
         Ok(())
     }

@@ -6,7 +6,7 @@ use super::FIRMWARE;
 use super::config::VENDOR;
 use super::controller::Controller;
 use super::event_state::{ERRORS_KEPT, EVENT_LIMIT, NAMESPACE_NOTICES};
-use super::nvm::NAMESPACE;
+use super::namespaces::Namespace;
 use super::register_file::VERSION;
 use super::sgl;
 use super::traits::{AnaState, Support};
@@ -18,7 +18,12 @@ pub(super) const IDENTIFY_BYTES: usize = 4096;
 type Page = [u8; IDENTIFY_BYTES];
 
 const MODEL: &str = "vhost-device-vfio emulated NVMe";
-const EUI64: [u8; 8] = [0x02, 0, 0, 0xff, 0xfe, 0, 0, 0x01]; // locally administered
+
+/// EUI-64 of a namespace, locally administered.
+fn eui64(namespace: u32) -> [u8; 8] {
+    let [.., high, low] = namespace.to_be_bytes();
+    [0x02, 0, 0, 0xff, 0xfe, 0, high, low]
+}
 
 fn put(page: &mut Page, offset: usize, bytes: &[u8]) {
     page[offset..offset + bytes.len()].copy_from_slice(bytes);
@@ -51,7 +56,7 @@ pub(super) fn controller(controller: &Controller, page: &mut Page) {
     put(page, 268, &353_u16.to_le_bytes()); // CCTEMP, kelvin
     page[512] = 0x66; // SQES: 64 bytes, no other
     page[513] = 0x44; // CQES: 16 bytes, no other
-    put(page, 516, &NAMESPACE.to_le_bytes()); // NN
+    put(page, 516, &controller.namespaces.count().to_le_bytes()); // NN
     let has = |support: Support| u16::from(support != Support::No);
     let commands = has(options.traits.deallocate) << 2 | has(options.traits.write_zeroes) << 3;
     put(page, 520, &commands.to_le_bytes()); // ONCS: Dataset Management, Write Zeroes
@@ -70,8 +75,8 @@ pub(super) fn controller(controller: &Controller, page: &mut Page) {
 }
 
 /// CNS 00h: Identify Namespace.
-pub(super) fn namespace(controller: &Controller, page: &mut Page) {
-    let blocks = controller.blocks.load(SeqCst);
+pub(super) fn namespace(controller: &Controller, namespace: &Namespace, page: &mut Page) {
+    let blocks = namespace.blocks.load(SeqCst);
     for offset in [0, 8, 16] {
         put(page, offset, &blocks.to_le_bytes()); // NSZE, NCAP, NUSE
     }
@@ -92,16 +97,16 @@ pub(super) fn namespace(controller: &Controller, page: &mut Page) {
     page[33] = 0b1001; // DLFEAT: Write Zeroes deallocates, deallocated blocks read as zero
     let capacity = u128::from(blocks) * u128::from(controller.options.lba);
     put(page, 48, &capacity.to_le_bytes()); // NVMCAP
-    put(page, 120, &EUI64);
+    put(page, 120, &eui64(namespace.id));
     let shift = controller.options.lba.trailing_zeros();
     put(page, 128, &(shift << 16 | u32::from(traits.metadata)).to_le_bytes()); // LBAF0: LBADS, MS
     page[27] = u8::from(traits.metadata != 0) << 1; // MC: metadata in a buffer of their own
 }
 
 /// CNS 02h: active namespace IDs greater than `after`.
-pub(super) fn active_namespaces(after: u32, page: &mut Page) {
-    if after < NAMESPACE {
-        put(page, 0, &NAMESPACE.to_le_bytes());
+pub(super) fn active_namespaces(controller: &Controller, after: u32, page: &mut Page) {
+    for (id, at) in controller.namespaces.ids_after(after).zip((0..).step_by(4)) {
+        put(page, at, &id.to_le_bytes());
     }
 }
 
@@ -115,9 +120,9 @@ pub(super) fn command_limits(controller: &Controller, page: &mut Page) {
 }
 
 /// CNS 03h: Namespace Identification Descriptors.
-pub(super) fn descriptors(controller: &Controller, page: &mut Page) {
+pub(super) fn descriptors(controller: &Controller, namespace: u32, page: &mut Page) {
     put(page, 0, &[0x01, 8]); // NIDT: EUI-64
-    put(page, 4, &EUI64);
+    put(page, 4, &eui64(namespace));
     if let Some(set) = controller.options.command_set {
         put(page, 12, &[0x04, 1, 0, 0, set]); // NIDT: Command Set Identifier
     }

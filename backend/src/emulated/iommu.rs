@@ -224,12 +224,16 @@ fn check_free(mappings: &[Mapping], span: Span<Iova>) -> Result<(), MapError> {
 }
 
 impl AddressSpace for SoftIommu {
+    fn allowed(&self) -> Result<Vec<Span<Iova>>, MapError> {
+        Ok(self.inner.allowed.clone())
+    }
+
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
-        self.map_as(region.gpa().identity_iova(), region.memory().clone(), region.writable())
+        self.map_as(region.iova(), region.memory().clone(), region.writable())
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
-        self.unmap(region.gpa().identity_iova())
+        self.unmap(region.iova())
     }
 
     fn statistics(&self) -> SpaceStatistics {

@@ -2,7 +2,7 @@
 
 use super::controller::Controller;
 use super::event_state::{CHANGED_LOG, ERROR_LOG, ERRORS_KEPT};
-use super::nvm::{BROADCAST, NAMESPACE};
+use super::nvm::BROADCAST;
 use super::traffic::Traffic;
 use super::wire::{Entry, Status};
 use super::{FIRMWARE, lock};
@@ -28,7 +28,7 @@ impl Controller {
         let mut page = [0; PAGE_BYTES];
         let size = match page_id {
             ERROR_LOG => self.error_log(&mut page),
-            SMART if entry.nsid() == NAMESPACE => return Err(Status::INVALID_FIELD), // LPA: no page per namespace
+            SMART if self.namespaces.get(entry.nsid()).is_some() => return Err(Status::INVALID_FIELD), // LPA: no page per namespace
             SMART if !matches!(entry.nsid(), 0 | BROADCAST) => return Err(Status::INVALID_NAMESPACE),
             SMART => self.smart(&mut page),
             FIRMWARE_SLOT => firmware_slot(&mut page),
@@ -68,7 +68,7 @@ impl Controller {
         PAGE_BYTES
     }
 
-    /// Asymmetric Namespace Access (§5.16.1.13): one group with one namespace.
+    /// Asymmetric Namespace Access (§5.16.1.13): one group with all namespaces.
     fn path_states(&self, groups_only: bool, page: &mut Page) -> usize {
         put(page, 8, &1_u16.to_le_bytes()); // number of groups
         put(page, 16, &1_u32.to_le_bytes()); // ANAGRPID
@@ -76,15 +76,19 @@ impl Controller {
         if groups_only {
             return 48;
         }
-        put(page, 20, &1_u32.to_le_bytes()); // number of namespaces
-        put(page, 48, &NAMESPACE.to_le_bytes());
-        52
+        put(page, 20, &self.namespaces.count().to_le_bytes());
+        let mut size = 48;
+        for id in self.namespaces.ids_after(0) {
+            put(page, size, &id.to_le_bytes());
+            size += 4;
+        }
+        size
     }
 
     /// Changed Namespace List (§5.16.1.5). Reading it clears it.
     fn changed_namespaces(&self, page: &mut Page) -> usize {
-        if lock(&self.admin).events.take_changes() {
-            put(page, 0, &NAMESPACE.to_le_bytes());
+        for (id, at) in lock(&self.admin).events.take_changes().into_iter().zip((0..).step_by(4)) {
+            put(page, at, &id.to_le_bytes());
         }
         PAGE_BYTES
     }

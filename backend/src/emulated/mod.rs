@@ -9,7 +9,7 @@
 //! ```
 //!
 //! It is strict. DMA reaches only mapped memory and needs bus master. Commands are decoded with offsets of its own, not with
-//! those of the driver. It is simple because it has one namespace and its commands never block.
+//! those of the driver. It is simple because its commands never block.
 
 mod admin;
 mod admin_state;
@@ -30,6 +30,7 @@ mod iommu;
 mod logs;
 mod mapping;
 mod medium;
+mod namespaces;
 mod nvm;
 mod options;
 mod order;
@@ -289,13 +290,22 @@ impl Machine {
         self.function.inject(fault);
     }
 
-    /// Changes the size of the disk in bytes, as an administrator does with a namespace. A host that has enabled Namespace
-    /// Attribute Notices gets an event.
+    /// Changes the size of the first namespace in bytes, as an administrator does. A host that has enabled Namespace Attribute
+    /// Notices gets an event.
     ///
     /// # Errors
-    /// If the size is not a multiple of the block size, or the medium cannot grow: a memory medium keeps its initial size.
+    /// If the size is not a multiple of the block size, or the medium cannot grow: a memory medium keeps its initial size, and so
+    /// does one that several namespaces share.
     pub fn resize(&self, bytes: u64) -> io::Result<()> {
-        self.function.resize(bytes)
+        self.resize_namespace(1, bytes)
+    }
+
+    /// As [`Self::resize`], of any namespace.
+    ///
+    /// # Errors
+    /// The same, or there is no such namespace.
+    pub fn resize_namespace(&self, namespace: u32, bytes: u64) -> io::Result<()> {
+        self.function.resize(namespace, bytes)
     }
 
     /// Changes the state of the path to the namespace; [`Traits::ana`] must have been set.

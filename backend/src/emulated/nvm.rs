@@ -1,13 +1,14 @@
 //! I/O commands (NVM Command Set 1.0 §3.2). Each is executed synchronously by the thread that fetched it.
 
 use std::io;
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::Ordering::Relaxed;
 
 use crate::addr::{Iova, Span};
 
 use super::controller::Controller;
 use super::dma::Dma;
 use super::mapping::Access;
+use super::namespaces::{Extent, Namespace};
 use super::prp::Prps;
 use super::queue::{Hints, Sq};
 use super::sgl::Sgl;
@@ -15,20 +16,12 @@ use super::traffic::Traffic;
 use super::traits::{Support, Traits};
 use super::wire::{Entry, Status, nvm};
 
-/// The only namespace.
-pub(super) const NAMESPACE: u32 = 1;
 /// All namespaces (NVMe 2.0 §3.2.1.2).
 pub(super) const BROADCAST: u32 = u32::MAX;
 /// Force Unit Access, in command dword 12.
 const FUA: u32 = 1 << 30;
 /// Deallocate, in command dword 12 of Write Zeroes.
 const DEALLOCATE: u32 = 1 << 25;
-
-/// A range of logical blocks as byte offset and length on the disk.
-pub(super) struct Extent {
-    pub(super) offset: u64,
-    pub(super) len: u64,
-}
 
 impl Controller {
     /// Executes one I/O command. Also returns dwords 0 and 1 of its completion.
@@ -93,17 +86,13 @@ impl Controller {
 
     /// The block range in dwords 10 to 12, checked against the namespace.
     fn extent(&self, entry: &Entry) -> Result<Extent, Status> {
-        self.check_namespace(entry)?;
-        self.blocks(entry.u64(40), u64::from(entry.cdw(12) & 0xffff) + 1)
+        let count = u64::from(entry.cdw(12) & 0xffff) + 1;
+        self.blocks(entry, entry.u64(40), count)
     }
 
-    pub(super) fn blocks(&self, first: u64, count: u64) -> Result<Extent, Status> {
-        let end = first.checked_add(count).ok_or(Status::LBA_OUT_OF_RANGE)?;
-        if end > self.blocks.load(SeqCst) {
-            return Err(Status::LBA_OUT_OF_RANGE);
-        }
-        let lba = u64::from(self.options.lba);
-        Ok(Extent { offset: first * lba, len: count * lba })
+    /// Blocks of the namespace of `entry`.
+    pub(super) fn blocks(&self, entry: &Entry, first: u64, count: u64) -> Result<Extent, Status> {
+        self.namespace(entry)?.extent(first, count, self.options.lba)
     }
 
     /// The blocks of a transfer.
@@ -144,8 +133,8 @@ impl Controller {
         if bytes.iter().all(|&byte| byte == 0) { Ok(()) } else { Err(Status::WRITE_FAULT) }
     }
 
-    pub(super) fn check_namespace(&self, entry: &Entry) -> Result<(), Status> {
-        if entry.nsid() == NAMESPACE { Ok(()) } else { Err(Status::INVALID_NAMESPACE) }
+    pub(super) fn namespace(&self, entry: &Entry) -> Result<&Namespace, Status> {
+        self.namespaces.get(entry.nsid()).ok_or(Status::INVALID_NAMESPACE)
     }
 
     /// Checks `len` against MDTS (NVMe 2.0 §5.17.2.1, byte 77), whose unit is CAP.MPSMIN, 4096 bytes.
@@ -219,7 +208,7 @@ impl Controller {
 
     fn flush(&self, entry: &Entry) -> Result<(), Status> {
         if entry.nsid() != BROADCAST {
-            self.check_namespace(entry)?;
+            self.namespace(entry)?;
         }
         self.store.flush().map_err(|error| failed("flush", &error, Status::WRITE_FAULT))
     }
@@ -239,7 +228,7 @@ impl Controller {
     /// Dataset Management; deallocated blocks read as zero (NVM Command Set 1.0 §3.2.3).
     fn deallocate(&self, entry: &Entry, hints: &mut Hints, dma: &Dma<'_>) -> Result<(), Status> {
         const RANGE_BYTES: usize = 16;
-        self.check_namespace(entry)?;
+        let namespace = self.namespace(entry)?;
         let count = (usize::from(entry.cdw(10).to_le_bytes()[0]) + 1) * RANGE_BYTES;
         let wanted = entry.cdw(11) & 0b100 != 0;
         let mut ranges = [0; 256 * RANGE_BYTES];
@@ -256,7 +245,7 @@ impl Controller {
         for range in ranges.chunks_exact(RANGE_BYTES) {
             let count = u32::from_le_bytes(range[4..8].try_into().expect("four bytes"));
             let first = u64::from_le_bytes(range[8..16].try_into().expect("eight bytes"));
-            let extent = self.blocks(first, count.into())?;
+            let extent = namespace.extent(first, count.into(), self.options.lba)?;
             if wanted && count != 0 {
                 self.store
                     .zero(extent.offset, extent.len, true)

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use crate::addr::{Iova, Span};
 
-use super::{EmulatedError, Fault, Medium, Order, Traits, ZoneOptions, fault_file, traits, units, zone_options};
+use super::{
+    EmulatedError, Fault, Medium, Order, Traits, ZoneOptions, fault_file, namespaces, traits, units, zone_options,
+};
 
 /// When commands run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,8 +25,10 @@ pub enum Mode {
 /// Options of the emulated function.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Size of the disk in bytes; a multiple of `lba`. Zero means the size of an existing file.
+    /// Size of each namespace in bytes; a multiple of `lba`. Zero means that they share an existing file.
     pub size: u64,
+    /// Number of namespaces, which are equal parts of the medium: 1 to 128.
+    pub namespaces: u16,
     /// Logical block size in bytes: 512 or 4096.
     pub lba: u32,
     /// Maximum number of I/O queue pairs.
@@ -84,6 +88,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             size: 1 << 30,
+            namespaces: 1,
             lba: 512,
             queues: 4,
             queue_entries: 1024,
@@ -124,6 +129,10 @@ impl Options {
         check(matches!(self.lba, 512 | 4096), "lba", "512 or 4096", self.lba.into())?;
         check(self.size != 0 || from_file, "size", "at least one logical block", self.size)?;
         check(self.size.is_multiple_of(self.lba.into()), "size", "a multiple of the logical block", self.size)?;
+        let several = (1..=namespaces::MOST).contains(&self.namespaces);
+        check(several, "namespaces", "1 to 128", self.namespaces.into())?;
+        let zoned = self.zones.size != 0 && self.namespaces > 1;
+        check(!zoned, "namespaces", "1 with zone-size", self.namespaces.into())?;
         check((1..=1023).contains(&self.queues), "queues", "1 to 1023", self.queues.into())?;
         check(self.queue_entries >= 2, "queue entries", "at least 2", self.queue_entries.into())?;
         check(self.mdts <= 15, "mdts", "0 to 15", self.mdts.into())?;
@@ -141,9 +150,9 @@ impl Options {
 }
 
 /// The option names of [`Options::from_str`].
-const NAMES: &str = "size, lba, queues, entries, mdts, sgl, stride, medium, file, create, sparse, wcache, mode, latency, \
-                     order, seed, command-set, vectors, msi, intx, interrupts, width, no-snoop, snoop-enforced, faults, \
-                     serial";
+const NAMES: &str = "size, namespaces, lba, queues, entries, mdts, sgl, stride, medium, file, create, sparse, wcache, \
+                     mode, latency, order, seed, command-set, vectors, msi, intx, interrupts, width, no-snoop, \
+                     snoop-enforced, faults, serial";
 
 impl FromStr for Options {
     type Err = EmulatedError;
@@ -160,6 +169,7 @@ impl FromStr for Options {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             match name {
                 "size" => options.size = disk_size(value)?,
+                "namespaces" => options.namespaces = number("namespaces", value)?,
                 "lba" => options.lba = number("lba", value)?,
                 "queues" => options.queues = number("queues", value)?,
                 "entries" => options.queue_entries = number("entries", value)?,

@@ -195,7 +195,8 @@ impl Controller {
                 return None;
             }
             Some(Effect::Resize(bytes)) => {
-                if let Err(error) = self.resize(bytes) {
+                // Of the command's namespace; an admin command may have none.
+                if let Err(error) = self.resize(entry.nsid().clamp(1, self.namespaces.count()), bytes) {
                     log::error!("emulated function: resize the disk to {bytes} bytes: {error}");
                 }
                 (latency, None)

@@ -162,16 +162,14 @@ impl Steps for Spaces {
 }
 
 fn whole(region: &Region) -> Piece<'_> {
-    Piece {
-        span: region.gpa().identity_iova(),
-        shared: region.memory(),
-        offset: 0,
-        file: None,
-        writable: region.writable(),
-    }
+    Piece { span: region.iova(), shared: region.memory(), offset: 0, file: None, writable: region.writable() }
 }
 
 impl AddressSpace for StagedSpace {
+    fn allowed(&self) -> Result<Vec<Span<Iova>>, MapError> {
+        self.0.iommu.allowed()
+    }
+
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
         let whole = whole(region);
         self.0.iommu.check(whole.span)?;

@@ -9,5 +9,6 @@ mod host;
 mod interrupts;
 mod io;
 mod iommu;
+mod namespaces;
 mod space;
 mod threads;

@@ -10,7 +10,7 @@ impl Controller {
     /// completion.
     #[cold]
     pub(super) fn zoned(&self, entry: &Entry, hints: &mut Hints, dma: &Dma<'_>) -> Result<u64, Status> {
-        self.check_namespace(entry)?;
+        self.namespace(entry)?;
         match entry.opcode() {
             nvm::ZONE_APPEND => self.append(entry, hints, dma),
             nvm::ZONE_MANAGEMENT_SEND => {
@@ -34,7 +34,7 @@ impl Controller {
         }
         let mut zones = zones.lock();
         let block = zones.admit_append(zone, count)?;
-        self.store(entry, self.blocks(block, count)?, hints, dma)?;
+        self.store(entry, self.blocks(entry, block, count)?, hints, dma)?;
         zones.written(block, count);
         Ok(block)
     }

@@ -13,6 +13,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use super::guest_memory::GuestMemoryView;
 use crate::addr::{Gpa, Iova, Span};
 use crate::eventfd::{make_nonblocking, signal};
 use crate::memory::{DirtyLog, LogFault};
@@ -36,8 +37,13 @@ impl DirtyLogging {
     /// Marks what a request has written: its status byte, and the first `bytes` of `buffers`.
     #[cold]
     #[inline(never)]
-    pub(super) fn mark_request(&self, status: Option<Gpa>, (buffers, bytes): (&[Span<Iova>], u64)) {
-        first_bytes(buffers, bytes).for_each(|span| self.log.mark(span));
+    pub(super) fn mark_request(
+        &self,
+        guest: &GuestMemoryView,
+        status: Option<Gpa>,
+        (buffers, bytes): (&[Span<Iova>], u64),
+    ) {
+        first_bytes(buffers, bytes).for_each(|span| self.log.mark(guest.gpa(span)));
         if let Some(byte) = status.and_then(|address| Span::new(address, 1)) {
             self.log.mark(byte);
         }
@@ -61,13 +67,13 @@ impl DirtyLogging {
     }
 }
 
-fn first_bytes(buffers: &[Span<Iova>], bytes: u64) -> impl Iterator<Item = Span<Gpa>> {
+fn first_bytes(buffers: &[Span<Iova>], bytes: u64) -> impl Iterator<Item = Span<Iova>> {
     let part = |left: &mut u64, buffer: &Span<Iova>| {
         let len = buffer.len().min(*left);
         *left -= len;
         Some(buffer.slice(0, len))
     };
-    buffers.iter().scan(bytes, part).flatten().map(|part| part.identity_gpa())
+    buffers.iter().scan(bytes, part).flatten()
 }
 
 /// Where writes to a ring are marked.

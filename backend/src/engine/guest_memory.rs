@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::addr::{Address, Gpa, Iova, Span};
+use crate::addr::{Address, Gpa, Iova, IovaSlice, Span};
 use crate::hardware::CacheFlush;
 use crate::memory::{MemTable, Region};
 use crate::sys::{SharedArray, SharedMemory};
@@ -22,6 +22,8 @@ pub struct GuestMemoryView {
     windows: Vec<Window>,
     /// The table's regions, adjacent ones merged. Checking a data buffer against them follows no pointer.
     ranges: Vec<Span<Gpa>>,
+    /// Where the device has the memory. That of the last table with regions: requests in flight may still use it.
+    slice: IovaSlice,
     header_hint: usize,
     data_hint: usize,
     status_hint: usize,
@@ -40,6 +42,18 @@ impl GuestMemoryView {
         self.set_table(table);
     }
 
+    fn check_against(&mut self, table: &MemTable) {
+        self.ranges = ranges(table);
+        self.slice = table.slice().unwrap_or(self.slice);
+    }
+
+    /// The guest physical range of guest memory that [`Self::data`] has translated.
+    #[inline]
+    #[must_use]
+    pub fn gpa(&self, data: Span<Iova>) -> Span<Gpa> {
+        self.slice.gpa(data)
+    }
+
     /// Checks requests against `table` from now on. Requests in flight use the former table until
     /// [`Self::drop_previous_table`].
     pub fn replace_table(&mut self, table: Arc<MemTable>) {
@@ -48,7 +62,7 @@ impl GuestMemoryView {
 
     /// Returns the former table.
     fn set_table(&mut self, table: Arc<MemTable>) -> Arc<MemTable> {
-        self.ranges = ranges(&table);
+        self.check_against(&table);
         self.windows = table.regions().iter().map(|region| Window::new(region)).collect();
         std::mem::replace(&mut self.table, table)
     }
@@ -62,12 +76,12 @@ impl GuestMemoryView {
     #[inline]
     pub fn data(&mut self, span: Span<Gpa>) -> Option<Span<Iova>> {
         if self.ranges.get(self.data_hint).is_some_and(|range| range.covers(&span)) {
-            return Some(span.identity_iova());
+            return Some(self.slice.iova(span));
         }
         let after = self.ranges.partition_point(|range| range.start() <= span.start());
         let index = after.checked_sub(1)?;
         self.data_hint = index;
-        self.ranges[index].covers(&span).then(|| span.identity_iova())
+        self.ranges[index].covers(&span).then(|| self.slice.iova(span))
     }
 
     /// True if the byte at `address` is guest memory.
@@ -151,7 +165,7 @@ impl GuestMemoryView {
         let mut done = 0_usize;
         for span in spans {
             let end = bytes.len().min(done.saturating_add(usize::try_from(span.len()).unwrap_or(usize::MAX)));
-            self.copy_in(span.identity_gpa(), &bytes[done..end]);
+            self.copy_in(self.gpa(*span), &bytes[done..end]);
             done = end;
         }
         done
@@ -160,7 +174,7 @@ impl GuestMemoryView {
     /// Copies the start of `spans`, which are guest memory, to `bytes`.
     pub fn gather(&self, spans: &[Span<Iova>], bytes: &mut [u8]) {
         let mut done = 0;
-        for (shared, offset, len) in spans.iter().flat_map(|span| self.pieces(span.identity_gpa())) {
+        for (shared, offset, len) in spans.iter().flat_map(|span| self.pieces(self.gpa(*span))) {
             let Some(shared) = shared else { return };
             let part = len.min(bytes.len() - done);
             shared.copy_to(offset, &mut bytes[done..done + part]);
@@ -179,7 +193,7 @@ impl GuestMemoryView {
             let len = (span.len() - skip).min((slot.len - done) as u64);
             let Some(part) = span.slice(skip, len) else { return };
             skip = 0;
-            for (shared, offset, len) in self.pieces(part.identity_gpa()) {
+            for (shared, offset, len) in self.pieces(self.gpa(part)) {
                 let Some(shared) = shared else { return };
                 if to_guest {
                     slot.shared.copy_to_shared(slot.offset + done, shared, offset, len);
@@ -202,7 +216,7 @@ impl GuestMemoryView {
             let Some(part) = span.slice(skip, (span.len() - skip).min(left)) else { return };
             skip = 0;
             left -= part.len();
-            for (shared, offset, len) in self.pieces(part.identity_gpa()) {
+            for (shared, offset, len) in self.pieces(self.gpa(part)) {
                 let Some(shared) = shared else { return };
                 caches.flush(shared, offset, len);
             }

@@ -18,6 +18,8 @@ use crate::driver::{Geometry, Health, Identification};
 pub struct Handle {
     workers: Vec<(Arc<CommandQueue>, Arc<Counters>)>,
     supervisor: Arc<DeviceSupervisor>,
+    /// The number of the disk.
+    disk: usize,
     holds: Holds,
 }
 
@@ -38,7 +40,8 @@ impl Engine {
     pub fn handle(&self) -> Handle {
         let workers =
             self.workers.iter().map(|worker| (Arc::clone(&worker.command_queue), Arc::clone(&worker.counters)));
-        Handle { workers: workers.collect(), supervisor: Arc::clone(&self.supervisor), holds: self.holds.clone() }
+        let (supervisor, holds) = (Arc::clone(&self.supervisor), self.holds.clone());
+        Handle { workers: workers.collect(), supervisor, disk: self.disk, holds }
     }
 }
 
@@ -81,7 +84,7 @@ impl Handle {
     /// The current geometry of the disk.
     #[must_use]
     pub fn geometry(&self) -> Geometry {
-        self.supervisor.geometry()
+        self.supervisor.geometry(self.disk)
     }
 
     /// Measures how long requests take, or no longer. What was measured stays.
@@ -113,7 +116,7 @@ impl Handle {
     /// # Errors
     /// There is no device that could be asked.
     pub fn identify(&self) -> anyhow::Result<Identification> {
-        self.supervisor.ask(|driver| driver.identification())
+        self.supervisor.ask(|driver| driver.identification(self.disk))
     }
 
     /// Asks the device for its health. Waits for a reset.

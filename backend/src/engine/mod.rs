@@ -1,5 +1,6 @@
 //! The block engine: it turns requests from vrings into commands for a device queue, and completions into used entries.
-//! Workers own everything they touch. [`Engine`] is the control thread's handle on them.
+//! Workers own everything they touch. [`Engine`] is the control thread's handle on those of one disk. A device with several disks
+//! has several engines, which share the driver, its supervisor and the watchdog.
 //!
 //! ```text
 //!  control thread            worker n (one thread; virtqueues n, n + N, n + 2N …)
@@ -44,7 +45,7 @@ mod write_cache;
 mod tests;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -64,11 +65,12 @@ use crate::addr::{Gpa, Span};
 use crate::driver::{Driver, Geometry, Queue};
 use crate::hardware::AddressSpace;
 use crate::memory::MemTable;
+use crate::sync::Mutex;
 use crate::sync::mpsc::Sender;
 use crate::sync::thread::{self, JoinHandle};
 use data_path::{Bounce, CacheMaintenance, DataPath, WorkerLayout};
 use hold::Holds;
-use recovery::{DeviceSupervisor, OverdueReports, Watchdog};
+use recovery::{CommandClock, DeviceSupervisor, OverdueReports, Watchdog};
 use request::Disk;
 use statistics::Counters;
 use worker::{CommandQueue, Worker, WorkerCommand};
@@ -80,44 +82,87 @@ struct WorkerHandle {
     thread: Option<JoinHandle<()>>,
 }
 
-/// All workers, and the device.
+/// What the engines of one device share.
+struct Drive {
+    supervisor: Arc<DeviceSupervisor>,
+    /// Absent until every worker has its queue, and during shutdown: nothing resets the device then.
+    watchdog: OnceLock<Watchdog>,
+    /// Held by the user of the idle device, see [`Engine::while_idle`].
+    idle: Mutex<()>,
+}
+
+/// The workers of one disk, and the device.
 ///
 /// A virtqueue is served while it is both started and enabled. The enabled state belongs to the virtqueue, not to the ring:
 /// it is false initially, may be set before the start, and survives a stop (vhost-user: "Ring states").
 pub struct Engine {
     workers: Vec<WorkerHandle>,
+    /// The number of the disk.
+    disk: usize,
+    drive: Arc<Drive>,
     supervisor: Arc<DeviceSupervisor>,
-    /// `None` only during shutdown.
-    watchdog: Option<Watchdog>,
     options: Options,
     live: Arc<LiveGeometry>,
     holds: Holds,
 }
 
 impl Engine {
-    /// Starts one worker per queue of `driver`. Worker n mod `workers` serves virtqueue n.
+    /// Starts the engine of a device with one disk, and one worker per queue. Worker n mod `workers` serves virtqueue n.
+    ///
+    /// # Errors
+    /// As for [`Self::start_all`].
+    pub fn start(
+        driver: Box<dyn Driver>,
+        space: &Arc<dyn AddressSpace>,
+        options: Options,
+    ) -> Result<Self, EngineError> {
+        let mut engines = Self::start_all(driver, space, options)?;
+        debug_assert_eq!(engines.len(), 1, "a device with one disk");
+        Ok(engines.remove(0))
+    }
+
+    /// Starts an engine for each disk of `driver`, with one worker per queue of the disk. Each has as many virtqueues as
+    /// `options` say. The last engine to be dropped shuts the device down.
     ///
     /// # Errors
     /// [`EngineError::NoQueues`], [`EngineError::Bounce`], [`EngineError::Watchdog`] or [`EngineError::Start`]. On error the
     /// device has been shut down.
-    pub fn start(
+    pub fn start_all(
         mut driver: Box<dyn Driver>,
         space: &Arc<dyn AddressSpace>,
         options: Options,
-    ) -> Result<Self, EngineError> {
-        let geometry = driver.geometry().clone();
-        let queues = driver.take_queues();
+    ) -> Result<Vec<Self>, EngineError> {
+        let mut queues = driver.take_queues();
         let reports = Arc::new(OverdueReports::new().map_err(EngineError::Watchdog)?);
         let released = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| EngineError::Watchdog(error.into()))?;
-        let live = Arc::new(LiveGeometry::of(&geometry));
-        let supervisor = Arc::new(DeviceSupervisor::new(driver, Arc::clone(&live), Arc::clone(&reports), released));
-        let watchdog =
-            Watchdog::start(Arc::clone(&supervisor), reports, options.watch).map_err(EngineError::Watchdog)?;
+        let supervisor = Arc::new(DeviceSupervisor::new(driver, Arc::clone(&reports), released));
+        let drive = Arc::new(Drive { supervisor, watchdog: OnceLock::new(), idle: Mutex::default() });
+        let mut engines = Vec::new();
+        for disk in 0..drive.supervisor.disks() {
+            let others = queues.iter().position(|queue| queue.disk() != disk).unwrap_or(queues.len());
+            let rest = queues.split_off(others);
+            engines.push(Self::start_disk(disk, &drive, std::mem::replace(&mut queues, rest), space, options)?);
+        }
+        let watchdog = Watchdog::start(Arc::clone(&drive.supervisor), reports, options.watch);
+        let set = drive.watchdog.set(watchdog.map_err(EngineError::Watchdog)?);
+        debug_assert!(set.is_ok(), "started once");
+        Ok(engines)
+    }
+
+    fn start_disk(
+        disk: usize,
+        drive: &Arc<Drive>,
+        queues: Vec<Box<dyn Queue>>,
+        space: &Arc<dyn AddressSpace>,
+        options: Options,
+    ) -> Result<Self, EngineError> {
+        let supervisor = Arc::clone(&drive.supervisor);
         let mut engine = Self {
             workers: Vec::with_capacity(queues.len()),
+            disk,
+            drive: Arc::clone(drive),
+            live: supervisor.live(disk),
             supervisor,
-            watchdog: Some(watchdog),
-            live,
             holds: Holds::default(),
             // If a worker cannot be started, the drop of `engine` must not stop rings of workers that do not exist.
             options: Options { rings: 0, ..options },
@@ -149,24 +194,28 @@ impl Engine {
         let caches = CacheMaintenance::new(space.caches(), Arc::clone(&counters));
         let disk = Disk::new(&self.geometry(), Arc::clone(&self.live));
         let path = DataPath::new(&layout, disk, bounce, caches, Arc::clone(&counters));
-        let clock = self.watchdog.as_ref().expect("present until shutdown").clock();
+        let clock = CommandClock::new(&self.supervisor.reports, self.options.watch);
         let worker =
             Worker::new(path, queue, Arc::clone(&command_queue), (self.options.spin, clock)).map_err(failed)?;
-        self.supervisor.add_worker(Arc::clone(&command_queue));
-        let thread =
-            thread::Builder::new().name(format!("vdv-worker-{number}")).spawn(move || worker.run()).map_err(failed)?;
+        self.supervisor.add_worker(self.disk, Arc::clone(&command_queue));
+        let name = match self.supervisor.disks() {
+            1 => format!("vdv-worker-{number}"),
+            // The start of each line that it logs.
+            _ => format!("disk {} worker {number}", self.disk),
+        };
+        let thread = thread::Builder::new().name(name).spawn(move || worker.run()).map_err(failed)?;
         Ok(WorkerHandle { command_queue, counters, thread: Some(thread) })
     }
 
     /// The current geometry of the disk.
     #[must_use]
     pub fn geometry(&self) -> Geometry {
-        self.supervisor.geometry()
+        self.supervisor.geometry(self.disk)
     }
 
     /// Calls `listener` from a thread of the engine each time the disk's size has changed. Only the first listener is kept.
     pub fn on_change(&self, listener: impl Fn() + Send + Sync + 'static) {
-        self.supervisor.on_change(Box::new(listener));
+        self.supervisor.on_change(self.disk, Box::new(listener));
     }
 
     /// Becomes readable when the device has been released to the host for the first time. It can do no DMA by then.
@@ -263,13 +312,13 @@ impl Engine {
         Ok(())
     }
 
-    /// Counters since start.
+    /// Counters since start. Recoveries and aborts are those of the whole device.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
         self.handle().statistics()
     }
 
-    /// Completes or fails all requests in flight, stops the workers, and shuts the device down.
+    /// Completes or fails all requests in flight, and stops the workers. The last engine of a device shuts it down.
     pub fn shut_down(self) {
         drop(self);
     }

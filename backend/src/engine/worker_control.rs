@@ -1,11 +1,11 @@
 //! How the control thread waits for workers: for a reply, and for requests to drain. If they do not drain, it resets the
 //! device.
 
+use std::sync::PoisonError;
 use std::time::Instant;
 
-use super::inflight_policy::InflightPolicy;
 use super::worker::WorkerCommand;
-use super::{Engine, EngineError};
+use super::{Drive, Engine, EngineError};
 use crate::rate_limited_log::SharedLog;
 use crate::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use crate::sync::recv_until;
@@ -45,7 +45,8 @@ impl Engine {
         Instant::now() + self.options.drain_timeout
     }
 
-    /// Waits for a reply that comes when requests have drained. Resets the device at `deadline`.
+    /// Waits for a reply that comes when requests have drained. Resets the device at `deadline`, and fails the requests of this
+    /// engine's disk.
     pub(super) fn await_drained<T>(
         &self,
         worker: usize,
@@ -64,21 +65,24 @@ impl Engine {
             return Ok(value);
         }
         LOG.error(|| format!(
-            "{action}: commands have not completed within {:?}; resetting the device and failing every request in flight",
+            "{action}: commands have not completed within {:?}; resetting the device and failing the requests in flight",
             self.options.drain_timeout
         ));
-        self.supervisor.reset(&mut device, InflightPolicy::Fail);
+        self.supervisor.reset(&mut device, Some(self.disk));
         drop(device);
         answer.recv().map_err(|_| EngineError::WorkerGone(worker))
     }
 
-    /// Pauses all workers until `act` has run, so that the device is idle. Requests wait in their rings.
+    /// Pauses the workers of all disks until `act` has run, so that the device is idle. Requests wait in their rings.
     ///
     /// # Errors
     /// [`EngineError::WorkerGone`]. `act` has not run.
     pub fn while_idle<T>(&self, act: impl FnOnce() -> T) -> Result<T, EngineError> {
+        // One at a time: the workers go on as soon as one user of the idle device is done.
+        let _one = self.drive.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let command_queues = self.supervisor.command_queues();
         let answers: Vec<_> =
-            self.workers.iter().map(|handle| handle.command_queue.post(WorkerCommand::Pause)).collect();
+            command_queues.iter().map(|command_queue| command_queue.post(WorkerCommand::Pause)).collect();
         let deadline = self.deadline();
         let waits = answers.iter().enumerate();
         let paused = waits.map(|(worker, answer)| self.await_drained(worker, answer, deadline, "pause the device"));
@@ -88,24 +92,31 @@ impl Engine {
             let _device = self.supervisor.lock();
             act()
         });
-        self.workers.iter().for_each(|handle| handle.command_queue.push(WorkerCommand::Resume));
+        command_queues.iter().for_each(|command_queue| command_queue.push(WorkerCommand::Resume));
         acted
     }
 
-    /// Stops every ring, joins every thread, and shuts the device down, in this order.
+    /// Stops every ring and joins every worker. The last engine of the device then drops its [`Drive`].
     fn close(&mut self) {
         for index in 0..self.options.rings {
             if let Err(error) = self.stop_ring(index) {
                 LOG.error(|| format!("stop virtqueue {index}: {error}"));
             }
         }
-        self.watchdog = None;
+        self.supervisor.retire(self.disk);
         for handle in &mut self.workers {
             handle.command_queue.push(WorkerCommand::Quit);
             if handle.thread.take().is_some_and(|thread| thread.join().is_err()) {
                 log::error!("bug: a worker thread panicked");
             }
         }
+    }
+}
+
+impl Drop for Drive {
+    /// Joins the watchdog and shuts the device down, in this order. No worker has a queue any more.
+    fn drop(&mut self) {
+        drop(self.watchdog.take());
         self.supervisor.shut_down();
     }
 }

@@ -3,9 +3,12 @@
 //! has confirmed that the cache is off.
 //!
 //! ```text
-//! on:   workers send flushes to the device -> device: cache on
+//! on:   workers send flushes to the device -> device: cache on, unless the user of another disk wants it off
 //! off:  device: cache off -> one flush for earlier writes -> workers complete flushes themselves
 //! ```
+//!
+//! The disks of one device share its cache. It is on while no user wants it off. A user who wants it on sends flushes in any
+//! case.
 
 use std::sync::atomic::Ordering;
 
@@ -38,8 +41,7 @@ impl Engine {
         if on {
             self.live.cache_on.store(true, Ordering::Relaxed);
         }
-        let switched = self.supervisor.lock().driver.set_write_cache(on);
-        switched.map_err(failed)?;
+        self.switch(on).map_err(failed)?;
         if !on {
             let answer = self.workers[0].command_queue.post(WorkerCommand::Flush);
             if !self.await_drained(0, &answer, self.deadline(), "flush the write cache")? {
@@ -49,5 +51,19 @@ impl Engine {
         }
         LOG.info(|| format!("write cache {}", if on { "on" } else { "off" }));
         Ok(())
+    }
+
+    /// Records what the user of this disk wants, and switches the device's cache if that changes what all of them want.
+    fn switch(&self, on: bool) -> anyhow::Result<()> {
+        let mut device = self.supervisor.lock();
+        let before = std::mem::replace(&mut device.write_through[self.disk], !on);
+        if on && device.write_through.contains(&true) {
+            return Ok(());
+        }
+        let switched = device.driver.set_write_cache(on);
+        if switched.is_err() {
+            device.write_through[self.disk] = before;
+        }
+        switched
     }
 }

@@ -8,13 +8,9 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::mapped_memory::MappedMemory;
-use crate::addr::{Iova, Span};
+use crate::addr::{Iova, LAST_IOVA, Span};
 use crate::hardware::MapError;
 use crate::sys::SharedMemory;
-
-/// The last IOVA of the driver's own buffers. AMD-Vi reports 64 bits of addresses but cannot map the highest. Every IOMMU page
-/// table of the kernel covers 47 bits.
-const LAST_IOVA: Iova = Iova((1 << 47) - 1);
 
 /// Zeroed memory of at least `bytes`: its file, and a view of whole pages.
 pub(super) fn memory(bytes: usize) -> Result<(OwnedFd, SharedMemory), MapError> {

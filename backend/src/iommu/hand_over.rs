@@ -35,7 +35,7 @@ impl Live {
 
     /// True if another process keeps what is mapped here: then nothing is unmapped, and the session just forgets `region`.
     pub(super) fn keeps_mapped(&self, region: &Region) -> bool {
-        let span = region.gpa().identity_iova();
+        let span = region.iova();
         let mut state = self.hand_over.state();
         match self.owner() {
             Owner::ThisProcess => return false,
@@ -56,7 +56,7 @@ impl Live {
     /// # Errors
     /// [`MapError::HandOver`] if it may not be mapped now; [`MapError::Kernel`] if it cannot be flushed.
     pub(super) fn adopt(&self, region: &Region) -> Result<bool, MapError> {
-        let (span, wanted) = (region.gpa().identity_iova(), MappedRegion::of(region));
+        let (span, wanted) = (region.iova(), MappedRegion::of(region));
         let mut state = self.hand_over.state();
         if state.inherited.get(&span.start()) != Some(&wanted) {
             let free = self.owner() == Owner::ThisProcess && state.window.is_none();

@@ -47,7 +47,7 @@ impl HandOver {
 
     /// `region` has been mapped.
     pub(super) fn mapped(&self, region: &Region) {
-        self.state().regions.insert(region.gpa().identity_iova().start(), MappedRegion::of(region));
+        self.state().regions.insert(region.iova().start(), MappedRegion::of(region));
     }
 
     /// The region at `span` has been unmapped.

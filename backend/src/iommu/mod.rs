@@ -273,10 +273,14 @@ fn explain(mapped: &MappedMemory, whose: &'static str, span: Span<Iova>, (step, 
 /// All of a region.
 fn whole(region: &Region) -> Piece<'_> {
     let file = region.pinnable().then(|| (region.file().as_fd(), region.offset()));
-    Piece { span: region.gpa().identity_iova(), shared: region.memory(), offset: 0, file, writable: region.writable() }
+    Piece { span: region.iova(), shared: region.memory(), offset: 0, file, writable: region.writable() }
 }
 
 impl AddressSpace for LiveSpace {
+    fn allowed(&self) -> Result<Vec<Span<Iova>>, MapError> {
+        self.0.allowed(Span::new(Iova(0), u64::MAX).expect("not empty"))
+    }
+
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
         let live = &*self.0;
         if live.adopt(region)? {

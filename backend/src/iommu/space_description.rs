@@ -124,7 +124,7 @@ impl MappedRange {
 
 impl MappedRegion {
     pub(super) fn of(region: &Region) -> Self {
-        let range = region.gpa().identity_iova().into();
+        let range = region.iova().into();
         Self { range, file: region.id(), offset: region.offset(), writable: region.writable() }
     }
 }

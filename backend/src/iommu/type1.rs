@@ -165,6 +165,10 @@ impl Steps for OnContainer<'_> {
 }
 
 impl AddressSpace for Type1Space {
+    fn allowed(&self) -> Result<Vec<Span<Iova>>, MapError> {
+        Ok(self.0.state().ranges.clone())
+    }
+
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
         let (inner, whole) = (&*self.0, whole(region));
         let mut state = inner.state();

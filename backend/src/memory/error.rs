@@ -51,6 +51,18 @@ pub enum RegionError {
         /// File size found, in bytes.
         found: u64,
     },
+    /// The region does not fit the part of the device's address space that its guest has.
+    #[error(
+        "memory region {gpa} ends above the first {} of guest addresses, and this socket has no more of the IOMMU's address \
+         space, which the namespaces of one process share; give the guest less memory, serve fewer namespaces in one process, or \
+         use a machine whose IOMMU has more address bits", Bytes(*size)
+    )]
+    Slice {
+        /// Guest physical range.
+        gpa: Span<Gpa>,
+        /// Bytes that the guest has.
+        size: u64,
+    },
     /// Two regions overlap.
     #[error("memory region {added} overlaps {other}")]
     Overlap {

@@ -23,10 +23,10 @@ pub use plan::Plan;
 pub use region::{Region, RegionSpec};
 pub use shared_file::{SharedFileError, map_shared_file};
 
-use crate::addr::{Address, Gpa, Iova, Qva, Span};
+use crate::addr::{Address, Gpa, Iova, IovaSlice, Qva, Span};
 use crate::sys::SharedMemory;
 
-/// Guest memory regions, sorted and disjoint.
+/// Guest memory regions of one guest, sorted and disjoint.
 #[derive(Clone, Default)]
 pub struct MemTable {
     regions: Vec<Arc<Region>>,
@@ -38,6 +38,7 @@ impl MemTable {
     /// # Errors
     /// [`RegionError::Overlap`] if two regions overlap in guest physical or front-end virtual addresses.
     pub fn new(mut regions: Vec<Arc<Region>>) -> Result<Self, RegionError> {
+        debug_assert!(regions.windows(2).all(|pair| pair[0].slice() == pair[1].slice()), "one guest has one slice");
         regions.sort_by_key(|region| region.gpa().start());
         for pair in regions.windows(2) {
             if pair[0].gpa().overlaps(&pair[1].gpa()) {
@@ -58,6 +59,12 @@ impl MemTable {
     #[must_use]
     pub fn regions(&self) -> &[Arc<Region>] {
         &self.regions
+    }
+
+    /// The part of the device's address space that the guest has; `None` without regions.
+    #[must_use]
+    pub fn slice(&self) -> Option<IovaSlice> {
+        self.regions.first().map(|region| region.slice())
     }
 
     /// True if there are no regions.
@@ -85,7 +92,7 @@ impl MemTable {
             }
             last = next.gpa().last();
         }
-        (span.last() <= last).then(|| span.identity_iova())
+        (span.last() <= last).then(|| self.regions[index].slice().iova(span))
     }
 
     /// This process's mapping of `span`: the region's memory and the offset in it. `None` unless one region contains all of

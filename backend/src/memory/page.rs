@@ -35,6 +35,7 @@ mod tests {
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
     use super::HostPage;
+    use crate::addr::IovaSlice;
     use crate::addr::{Gpa, Qva, Span};
     use crate::memory::region::{Region, RegionSpec, Unit};
     use crate::memory::{MemTable, RegionError};
@@ -47,7 +48,7 @@ mod tests {
         ftruncate(&fd, 256 << 10).unwrap();
         let gpa = Span::new(Gpa(gpa), len).unwrap();
         let spec = RegionSpec { gpa, qva: Qva(gpa.start().0), offset, file: Arc::new(File::from(fd)) };
-        Region::map_as(spec, true, unit, HOST)
+        Region::map_as(spec, IovaSlice::WHOLE, true, unit, HOST)
     }
 
     #[test]
@@ -79,7 +80,7 @@ mod tests {
             ftruncate(&*file, 256 << 10).unwrap();
             let spec =
                 RegionSpec { gpa: Span::new(Gpa(0x1_0000), 0x2_0000).unwrap(), qva: Qva(0), offset: 0x1_0000, file };
-            Region::map_as(spec, true, unit, HostPage::of(4096))
+            Region::map_as(spec, IovaSlice::WHOLE, true, unit, HostPage::of(4096))
         };
         assert_eq!(region(Unit::PageOfFile).unwrap().gpa().len(), 0x2_0000);
         assert_eq!(region(Unit::PageOfHost).unwrap().gpa().len(), 0x2_0000);

@@ -14,7 +14,7 @@ use vm_memory::{FileOffset, MmapRegion};
 use super::error::RegionError;
 use super::file::{Backing, FileId};
 use super::page::HostPage;
-use crate::addr::{Address, Gpa, Qva, Span};
+use crate::addr::{Address, Gpa, Iova, IovaSlice, Qva, Span};
 use crate::sys::SharedMemory;
 
 /// A region as announced by the front-end (vhost-user: "Memory region description"), not yet validated.
@@ -66,6 +66,8 @@ pub(super) enum Unit {
 /// page belongs to the same file. (libblkio shares buffers of any size; QEMU's regions are always whole pages.)
 pub struct Region {
     gpa: Span<Gpa>,
+    iova: Span<Iova>,
+    slice: IovaSlice,
     announced: u64,
     qva: Span<Qva>,
     offset: u64,
@@ -78,12 +80,20 @@ pub struct Region {
 }
 
 impl Region {
-    /// Validates `spec` against its file and maps it (`MAP_SHARED`, readable and writable).
+    /// Validates `spec` against its file and maps it (`MAP_SHARED`, readable and writable). For the device it is at IOVA = GPA.
     ///
     /// # Errors
     /// See [`RegionError`]; nothing stays mapped.
     pub fn map(spec: RegionSpec) -> Result<Self, RegionError> {
-        Self::map_as(spec, true, Unit::PageOfFile, HostPage::of_system())
+        Self::map_in(spec, IovaSlice::WHOLE)
+    }
+
+    /// As [`Self::map`], of a guest that has `slice` of the device's address space.
+    ///
+    /// # Errors
+    /// See [`RegionError`]; nothing stays mapped.
+    pub fn map_in(spec: RegionSpec, slice: IovaSlice) -> Result<Self, RegionError> {
+        Self::map_as(spec, slice, true, Unit::PageOfFile, HostPage::of_system())
     }
 
     /// Like [`Self::map`], but needs only the alignment of a page of this host, not that of the file's pages: a virtual machine
@@ -92,11 +102,17 @@ impl Region {
     /// # Errors
     /// See [`RegionError`]; nothing stays mapped.
     pub fn map_piece(spec: RegionSpec, writable: bool) -> Result<Self, RegionError> {
-        Self::map_as(spec, writable, Unit::PageOfHost, HostPage::of_system())
+        Self::map_as(spec, IovaSlice::WHOLE, writable, Unit::PageOfHost, HostPage::of_system())
     }
 
     /// As on a host with pages of `host`, which may be any multiple of this one's.
-    pub(super) fn map_as(spec: RegionSpec, writable: bool, unit: Unit, host: HostPage) -> Result<Self, RegionError> {
+    pub(super) fn map_as(
+        spec: RegionSpec,
+        slice: IovaSlice,
+        writable: bool,
+        unit: Unit,
+        host: HostPage,
+    ) -> Result<Self, RegionError> {
         let announced = spec.gpa;
         let kernel = |call| move |source: io::Error| RegionError::Kernel { gpa: announced, call, source };
         let backing = Backing::of(&spec.file, announced, host)?;
@@ -105,6 +121,7 @@ impl Region {
             Unit::PageOfHost => host.bytes(),
         };
         let gpa = check(&spec, &backing, unit)?;
+        let iova = slice.place(gpa).ok_or(RegionError::Slice { gpa, size: slice.size() })?;
         let range = |start: u64| RegionError::Range { start, len: gpa.len() };
         let qva = Span::new(spec.qva, announced.len()).ok_or(range(spec.qva.raw()))?;
         let len = usize::try_from(gpa.len()).map_err(|_| range(gpa.start().raw()))?;
@@ -114,6 +131,8 @@ impl Region {
         let shared = shared.slice(skip, len).expect("inside the mapping");
         Ok(Self {
             gpa,
+            iova,
+            slice,
             announced: announced.len(),
             qva,
             offset: spec.offset,
@@ -143,6 +162,20 @@ impl Region {
     #[must_use]
     pub fn gpa(&self) -> Span<Gpa> {
         self.gpa
+    }
+
+    /// The device's address range.
+    #[inline]
+    #[must_use]
+    pub fn iova(&self) -> Span<Iova> {
+        self.iova
+    }
+
+    /// The part of the device's address space that the guest has.
+    #[inline]
+    #[must_use]
+    pub fn slice(&self) -> IovaSlice {
+        self.slice
     }
 
     /// Front-end virtual range.

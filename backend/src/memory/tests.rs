@@ -55,6 +55,20 @@ mod a_region {
     }
 
     #[test]
+    fn is_at_its_guests_part_of_the_devices_addresses_and_is_refused_beyond() {
+        const GIB: u64 = 1 << 30;
+        let allowed = Span::new(Iova(0), 5 * GIB).unwrap();
+        let slice = IovaSlice::divide(&[allowed], 2).unwrap()[1];
+        let file = memory(2 * PAGE);
+
+        let region = Region::map_in(spec(&file, GIB, PAGE, 0, 0), slice).unwrap();
+        let beyond = Region::map_in(spec(&file, 2 * GIB - PAGE, 2 * PAGE, 0, 0), slice).err().unwrap().to_string();
+
+        assert_eq!((region.iova(), region.slice()), (Span::new(Iova(3 * GIB), PAGE).unwrap(), slice));
+        assert!(beyond.contains("0x7ffff000+8K ends above the first 2G of guest addresses"), "{beyond}");
+    }
+
+    #[test]
     fn that_would_overflow_is_refused() {
         let file = memory(PAGE);
         let top = u64::MAX - PAGE + 1;
@@ -229,7 +243,7 @@ mod a_table {
         let gap = Span::new(Gpa(3 * PAGE - 8), 16).unwrap();
         let mut hint = 99;
 
-        assert_eq!(table.iova(crossing, &mut hint), Some(crossing.identity_iova()));
+        assert_eq!(table.iova(crossing, &mut hint), Some(IovaSlice::WHOLE.iova(crossing)));
         assert!(table.host_memory(crossing, &mut hint).is_none());
         assert_eq!(table.iova(gap, &mut hint), None);
         assert_eq!(table.to_string(), "0x1000+4K, 0x2000+4K, 0x4000+4K");

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use vhost_device_vfio::addr::IovaSlice;
 use vhost_device_vfio::board::Board;
 use vhost_device_vfio::coherency::{Facts, decide};
 use vhost_device_vfio::config::Config;
@@ -26,7 +27,16 @@ use super::{OwnedFunction, Signals};
 /// Time-out for commands in flight when a ring is stopped or memory is removed. The device is reset after it.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A drive that has been brought up, with its server.
+/// A drive that has been brought up.
+pub(crate) struct Drive {
+    /// One for each namespace, in the order of the command line.
+    pub(crate) engines: Vec<Engine>,
+    pub(crate) space: Arc<dyn AddressSpace>,
+    pub(crate) name: String,
+    pub(crate) facts: Facts,
+}
+
+/// A drive that has been brought up, with the server of its only disk.
 pub(crate) struct Disk {
     pub(crate) server: Server,
     pub(crate) subject: Arc<Subject>,
@@ -104,8 +114,8 @@ fn subject(
     Arc::new(Subject::new(named, facts, Arc::clone(board), Arc::clone(space), Some(engine), hooks))
 }
 
-impl Disk {
-    /// Brings the drive up and starts the engine. It must be the disk that `before` describes.
+impl Drive {
+    /// Brings the drive up and starts the engines. Its only disk must be the one that `before` describes.
     ///
     /// # Errors
     /// Why it cannot be served.
@@ -113,16 +123,15 @@ impl Disk {
         config: &Config,
         owned: OwnedFunction<dyn Function>,
         reacquire: Option<ReacquireFn>,
-        endpoint: Endpoint,
         before: Option<&DiskState>,
     ) -> Result<Self> {
         let (space, facts) = (Arc::clone(&owned.space), owned.facts);
         let name = owned.function.name().to_owned();
-        let vmm = owned.vmm(config, &name);
         let queues = config.queue_count();
+        let disks = u16::try_from(config.namespace.len().max(1)).unwrap_or(u16::MAX);
         let options = NvmeOptions {
-            namespace: config.namespace,
-            queues,
+            namespaces: config.namespace.clone(),
+            queues: queues.saturating_mul(disks),
             read_only: config.read_only,
             interrupts: config.interrupts.into(),
             avoid: config.avoid.iter().map(|&what| what.into()).collect(),
@@ -139,15 +148,34 @@ impl Disk {
             drain_timeout: DRAIN_TIMEOUT,
             watch: config.watchdog(),
         };
-        let engine = Engine::start(Box::new(nvme), &space, options)?;
-        let kib = space.statistics().mapped / 1024;
+        let engines = Engine::start_all(Box::new(nvme), &space, options)?;
+        Ok(Self { engines, space, name, facts })
+    }
+}
+
+impl Disk {
+    /// Brings the drive up and starts the engine. It must be the disk that `before` describes.
+    ///
+    /// # Errors
+    /// Why it cannot be served.
+    pub(crate) fn bring_up(
+        config: &Config,
+        owned: OwnedFunction<dyn Function>,
+        reacquire: Option<ReacquireFn>,
+        endpoint: Endpoint,
+        before: Option<&DiskState>,
+    ) -> Result<Self> {
+        let vmm = owned.vmm(config, owned.function.name());
+        let Drive { mut engines, space, name, facts } = Drive::bring_up(config, owned, reacquire, before)?;
+        let engine = engines.pop().context("the drive has no disk")?;
+        let (queues, kib) = (config.queue_count(), space.statistics().mapped / 1024);
         let board = Arc::<Board>::default();
         report_front_ends(&board, &name, decide(&facts).word());
         let subject = subject(&name, facts, &board, &space, engine.handle());
         if config.latency {
             subject.measure(true).map_err(anyhow::Error::msg)?;
         }
-        let mut server = Server::new(endpoint, Device { engine, space, queues, vmm })?;
+        let mut server = Server::new(endpoint, Device { engine, space, slice: IovaSlice::WHOLE, queues, vmm })?;
         server.post_on(&board);
         let heartbeat = Heartbeat::wanted(before.is_some()).context("watchdog of the service manager")?;
         server.beat(heartbeat);
@@ -179,13 +207,13 @@ impl Disk {
     }
 
     fn log_statistics(&self) {
-        let Device { engine, space, vmm, .. } = self.server.device();
-        let verdict = decide(&self.facts).word();
-        log::info!(
-            "statistics: {} {} verdict={verdict} {}",
-            engine.statistics(),
-            space.statistics(),
-            vmm.registrations()
-        );
+        log::info!("statistics: {}", statistics(self.server.device(), &self.facts));
     }
+}
+
+/// The statistics of a disk, of its drive's address space and of the registrations with KVM.
+pub(crate) fn statistics(device: &Device, facts: &Facts) -> String {
+    let Device { engine, space, vmm, .. } = device;
+    let verdict = decide(facts).word();
+    format!("{} {} verdict={verdict} {}", engine.statistics(), space.statistics(), vmm.registrations())
 }

@@ -9,6 +9,8 @@ use env_logger::{Builder, Logger};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use rustix::fs::fstat;
 
+use super::several::line_prefix;
+
 /// True from the first change of the level on.
 static CHANGED: AtomicBool = AtomicBool::new(false);
 
@@ -36,8 +38,9 @@ impl Log for Switch {
     fn flush(&self) {}
 }
 
-/// Starts the log with `level`, or with what RUST_LOG says.
-pub(crate) fn start(level: LevelFilter) {
+/// Starts the log with `level`, or with what RUST_LOG says. `several`: each line names the disk that its thread serves.
+pub(crate) fn start(level: LevelFilter, several: bool) {
+    let builder = || builder(several);
     let filtered = builder().filter_level(level).parse_default_env().build();
     let most = filtered.filter();
     let unfiltered = builder().filter_level(LevelFilter::Trace).build();
@@ -54,12 +57,18 @@ pub(crate) fn set_level(level: LevelFilter) {
     log::set_max_level(level);
 }
 
-fn builder() -> Builder {
+fn builder(several: bool) -> Builder {
     let mut builder = Builder::new();
+    let disk = move || if several { line_prefix() } else { String::new() };
     if is_journal() {
-        builder.format(|out, record| {
-            let text = record.args().to_string();
-            text.lines().try_for_each(|line| writeln!(out, "<{}>{}: {line}", priority(record.level()), record.target()))
+        builder.format(move |out, record| {
+            let (text, priority) = (record.args().to_string(), priority(record.level()));
+            text.lines().try_for_each(|line| writeln!(out, "<{priority}>{}: {}{line}", record.target(), disk()))
+        });
+    } else if several {
+        builder.format(move |out, record| {
+            let (time, level, target) = (out.timestamp(), record.level(), record.target());
+            writeln!(out, "[{time} {level:<5} {target}] {}{}", disk(), record.args())
         });
     }
     builder

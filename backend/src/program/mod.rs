@@ -1,5 +1,6 @@
-//! The two services of the program: a disk (`block.rs`) and a whole function (`whole.rs`). Each combines a source of the function
-//! (`origin.rs`) with a protocol. Only the program knows all combinations; the modules of the library are independent.
+//! The services of the program: a disk (`block.rs`), several of one drive (`several.rs`) and a whole function (`whole.rs`). Each
+//! combines a source of the function (`origin.rs`) with a protocol. Only the program knows all combinations; the modules of the
+//! library are independent.
 
 pub(crate) mod block;
 pub(crate) mod limits;
@@ -7,6 +8,7 @@ pub(crate) mod logging;
 pub(crate) mod movable;
 pub(crate) mod operator;
 pub(crate) mod origin;
+pub(crate) mod several;
 pub(crate) mod takeover;
 pub(crate) mod whole;
 

@@ -12,9 +12,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::Error;
 use super::error::MAX_SLOTS;
-use crate::addr::{Bytes, Gpa, Span};
+use super::{Device, Error};
+use crate::addr::{Bytes, Gpa, IovaSlice, Span};
 use crate::engine::Engine;
 use crate::hardware::{AddressSpace, MapError};
 use crate::memory::{MemTable, Plan, Region, RegionSpec};
@@ -28,6 +28,7 @@ const FASTER: &str = "prealloc=on lets QEMU touch its memory before, and hugetlb
 pub(super) struct GuestMemory<'d> {
     engine: &'d Engine,
     space: &'d dyn AddressSpace,
+    slice: IovaSlice,
     log: &'d SharedLog,
     table: Arc<MemTable>,
 }
@@ -39,8 +40,13 @@ enum Step {
 }
 
 impl<'d> GuestMemory<'d> {
-    pub(super) fn new(engine: &'d Engine, space: &'d dyn AddressSpace, log: &'d SharedLog) -> Self {
-        Self { engine, space, log, table: Arc::default() }
+    pub(super) fn new(device: &'d Device, log: &'d SharedLog) -> Self {
+        let Device { engine, space, slice, .. } = device;
+        Self { engine, space: &**space, slice: *slice, log, table: Arc::default() }
+    }
+
+    fn map(&self, spec: RegionSpec) -> Result<Arc<Region>, Error> {
+        Ok(Arc::new(Region::map_in(spec, self.slice)?))
     }
 
     pub(super) fn table(&self) -> &MemTable {
@@ -52,7 +58,8 @@ impl<'d> GuestMemory<'d> {
     /// # Errors
     /// Memory is unchanged, except after [`Error::NotUndone`].
     pub(super) fn apply(&mut self, mut plan: Plan) -> Result<(), Error> {
-        let added = std::mem::take(&mut plan.add).into_iter().map(map).collect::<Result<Vec<_>, _>>()?;
+        let added =
+            std::mem::take(&mut plan.add).into_iter().map(|spec| self.map(spec)).collect::<Result<Vec<_>, _>>()?;
         let table = Arc::new(plan.table(&added)?);
         if table.regions().len() > MAX_SLOTS {
             return Err(Error::TooManyRegions(table.regions().len()));
@@ -70,7 +77,7 @@ impl<'d> GuestMemory<'d> {
     /// # Errors
     /// The memory is not what that process had, or is not mapped for the device.
     pub(super) fn inherit(&mut self, specs: Vec<RegionSpec>, inodes: impl Iterator<Item = u64>) -> Result<(), Error> {
-        let regions = specs.into_iter().map(map).collect::<Result<Vec<_>, _>>()?;
+        let regions = specs.into_iter().map(|spec| self.map(spec)).collect::<Result<Vec<_>, _>>()?;
         for (region, inode) in regions.iter().zip(inodes) {
             if region.id().inode() != inode {
                 return Err(Error::OtherFile { gpa: region.gpa(), found: region.id(), inode });
@@ -181,10 +188,6 @@ impl<'d> GuestMemory<'d> {
         }
         Ok(drained?)
     }
-}
-
-fn map(spec: RegionSpec) -> Result<Arc<Region>, Error> {
-    Ok(Arc::new(Region::map(spec)?))
 }
 
 fn describe(region: &Region) -> String {

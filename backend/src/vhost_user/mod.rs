@@ -1,6 +1,7 @@
 //! The vhost-user back-end: serves one front-end at a time, and applies its messages to memory, address space and engine.
 //!
-//! Everything here runs on one thread, in one loop ([`Server::run`]), so no state is shared. A front-end is not trusted:
+//! Everything here runs on one thread, in one loop ([`Server::run`]), so no state is shared. A drive with several disks has a
+//! server for each; they share the address space and the device, not a session. A front-end is not trusted:
 //! each message is answered or ends the connection. When the connection ends, for whatever reason, its vrings are stopped,
 //! its memory is unmapped and its descriptors are closed.
 //!
@@ -34,6 +35,7 @@ pub use features::{ProtocolFeatures, VirtioFeatures};
 pub use hand_over::{HandOver, Inheritance, MovableFunction, OpenStoreFn, SettleFn, monotonic_ns};
 pub use server::Server;
 
+use crate::addr::IovaSlice;
 use crate::engine::Engine;
 use crate::hardware::AddressSpace;
 use crate::kvm::Vmm;
@@ -44,6 +46,8 @@ pub struct Device {
     pub engine: Engine,
     /// The device's address space, into which guest memory is mapped.
     pub space: Arc<dyn AddressSpace>,
+    /// The part of it that front-ends of this server have. No other server has any of it.
+    pub slice: IovaSlice,
     /// Number of virtqueues offered, at most 256: as many as the engine was started with.
     pub queues: u16,
     /// The VMM process, in which the device is registered with KVM.

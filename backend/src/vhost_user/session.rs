@@ -82,7 +82,7 @@ impl<'d> Session<'d> {
             negotiation: (false, None),
             protocol: ProtocolFeatures::empty(),
             status: 0,
-            memory: GuestMemory::new(&device.engine, &*device.space, &logs.memory),
+            memory: GuestMemory::new(device, &logs.memory),
             inflight: None,
             log: LogSetup::default(),
             is_logging: false,

@@ -42,7 +42,7 @@ impl Drive {
     pub(super) fn bring_up(function: Arc<dyn Function>, space: &LiveSpace, facts: &Facts) -> Self {
         let function = no_snoop::apply(function, decide(facts)).unwrap();
         let options = NvmeOptions {
-            namespace: None,
+            namespaces: Vec::new(),
             queues: 2,
             read_only: false,
             interrupts: InterruptPolicy::Auto,

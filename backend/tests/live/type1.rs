@@ -103,7 +103,7 @@ fn memory_of_a_file_for_reading_is_mapped_for_reading_and_never_for_writing() {
     let spec =
         RegionSpec { gpa: file.gpa(), qva: file.qva().start(), offset: 0, file: fs::File::open(path).unwrap().into() };
     let rom = Region::map_piece(spec, false).unwrap();
-    let span = rom.gpa().identity_iova();
+    let span = rom.iova();
 
     let for_writing = container.map((rom.memory(), 0), span, true).unwrap_err();
     container.map((rom.memory(), 0), span, false).unwrap();
@@ -128,7 +128,7 @@ fn a_region_that_cuts_a_page_of_this_host_is_refused_with_its_size() {
 fn an_unmap_is_exact() {
     let (_function, container) = join().unwrap();
     let region = memory(0, MIB);
-    let (whole, half) = (region.gpa().identity_iova(), Span::new(Iova(0), MIB / 2).unwrap());
+    let (whole, half) = (region.iova(), Span::new(Iova(0), MIB / 2).unwrap());
     container.map((region.memory(), 0), whole, true).unwrap();
 
     let a_half = container.unmap(half).unwrap_err();

@@ -9,37 +9,35 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use super::admin::{AdminCommand, AdminQueue};
-use super::command_set;
+use super::command_limits::command_limits;
 use super::controller::Controller;
 use super::error::NvmeErrorKind;
-use super::identify::{
-    Identity, Namespace, active_namespaces, format_ids, format_index, range_limits, select_namespace,
-};
+use super::identify::{Identity, Namespace};
 use super::interrupts::{Interrupts, QueueInterrupt, SharedVector, Wiring};
 use super::logs::RESETS;
+use super::namespaces::{divide, find_namespaces, geometry};
 use super::options::{Avoid, NvmeOptions};
-use super::path;
 use super::prp::Limits;
 use super::queue::{IoQueue, MAX_DEPTH, QueueSetup, Tags, completions_at, memory_needed};
-use super::regs::{PAGE_LEN, Version};
+use super::regs::PAGE_LEN;
 use super::sgl::Granularity;
-use super::spec::{IdentifyController, IdentifyNamespace, IdentifyNvmController, cns};
-use super::zones::{IdentifyZonedNamespace, Zones, longest_append};
+use super::spec::{IdentifyController, cns};
 use crate::addr::Bytes;
-use crate::driver::{DiscardLimits, Geometry, ZeroesLimits, ZoneGeometry};
+use crate::driver::Geometry;
 
 /// Time-out of each admin command during initialization. Some drives complete Identify only after their own start-up.
-const BRING_UP_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const BRING_UP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What initialization yields.
 pub(super) struct BroughtUp {
     pub(super) admin: AdminQueue,
-    pub(super) geometry: Geometry,
+    /// Of each namespace.
+    pub(super) geometries: Vec<Geometry>,
     pub(super) queues: Vec<IoQueue>,
     pub(super) shutdown_limit: Duration,
     pub(super) identity: Identity,
-    /// The namespace to serve.
-    pub(super) namespace: Namespace,
+    /// The namespaces to serve, one disk each.
+    pub(super) namespaces: Vec<Namespace>,
     pub(super) wiring: Wiring,
 }
 
@@ -57,36 +55,37 @@ pub(super) fn bring_up(
     let data: IdentifyController = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
     let mut identity = Identity::decode(&data)?;
     identity.avoid(&options.avoid);
-    let namespace = find_namespace(controller, &mut admin, &identity, options.namespace)?;
-    let limits = command_limits(controller, &mut admin, &identity, &namespace)?;
+    let namespaces = find_namespaces(controller, &mut admin, &identity, &options.namespaces)?;
+    let limits = command_limits(controller, &mut admin, &identity, &namespaces)?;
     let cache_on = identity.write_cache && write_cache_is_on(controller, &mut admin);
     events.truncate(negotiate_queues(controller, &mut admin, events.len())?);
-    let transfers = Limits { block: namespace.block_size, transfer: identity.max_transfer };
     let shared_tags = options.avoid.contains(&Avoid::Tags);
     if shared_tags {
         events.truncate(1);
     }
+    let disks = divide(events.len(), namespaces.len())?;
     let depth = u16::try_from(controller.capabilities().max_queue_entries()).map_or(MAX_DEPTH, |n| n.min(MAX_DEPTH));
     let depth = if shared_tags { admin.share_tags(depth)? } else { depth };
-    let parameters = |id, interrupt| QueueParameters {
+    let parameters = |id, disk, interrupt| QueueParameters {
         id,
         depth,
-        namespace: namespace.id,
-        metadata: namespace.metadata,
-        limits: transfers,
+        disk,
+        namespace: &namespaces[disk],
+        transfer: identity.max_transfer,
         sgl: identity.sgl,
         vector: wiring.vector(id),
         interrupt,
         tags: if shared_tags { Tags::Shared } else { Tags::Own },
     };
     let mut queues = Vec::new();
-    for (id, event) in (1..).zip(events) {
+    for ((id, event), disk) in (1..).zip(events).zip(disks) {
         let interrupt = queue_interrupt(controller, &admin, (wiring, id), event, admin_event)?;
-        queues.push(create_queue(controller, &mut admin, parameters(id, interrupt))?);
+        queues.push(create_queue(controller, &mut admin, parameters(id, disk, interrupt))?);
     }
-    let geometry = geometry(options, &identity, &namespace, cache_on, limits);
+    let geometry = |(namespace, limits)| geometry(options, &identity, namespace, cache_on, limits);
+    let geometries = namespaces.iter().zip(limits).map(geometry).collect();
     let shutdown_limit = identity.shutdown_limit;
-    let mut up = BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace, wiring };
+    let mut up = BroughtUp { admin, geometries, queues, shutdown_limit, identity, namespaces, wiring };
     log_summary(controller, &up, depth);
     if up.identity.namespace_notices {
         enable_namespace_events(controller, &mut up.admin)?;
@@ -94,67 +93,29 @@ pub(super) fn bring_up(
     Ok(up)
 }
 
-fn geometry(
-    options: &NvmeOptions,
-    identity: &Identity,
-    namespace: &Namespace,
-    cache_on: bool,
-    CommandLimits { discard, zeroes, zones }: CommandLimits,
-) -> Geometry {
-    Geometry {
-        blocks: namespace.blocks,
-        block_size: namespace.block_size,
-        physical_block_size: namespace.physical_block_size,
-        alignment_offset: namespace.alignment_offset,
-        optimal_size: namespace.optimal_size,
-        boundary: boundary(namespace),
-        read_only: options.read_only || namespace.write_protected,
-        volatile_cache: identity.write_cache,
-        cache_on,
-        serial: identity.serial.clone(),
-        model: identity.model.clone(),
-        max_transfer: identity.max_transfer,
-        discard,
-        zeroes,
-        zones,
-    }
-}
-
-/// A transfer that crosses from one zone into the next fails, so zones are a boundary unless NOIOB divides them.
-fn boundary(namespace: &Namespace) -> u32 {
-    let zone = namespace.zones.map_or(0, |zones| u32::try_from(zones.blocks).expect("checked by Zones::decode"));
-    let preferred = namespace.boundary;
-    if zone == 0 || preferred != 0 && zone.is_multiple_of(preferred) { preferred } else { zone }
-}
-
 fn log_summary(controller: &Controller, up: &BroughtUp, depth: u16) {
-    let BroughtUp { identity, namespace, geometry, queues, wiring, .. } = up;
+    let BroughtUp { identity, namespaces, geometries, queues, wiring, .. } = up;
     let name = controller.function().name();
+    let blocks = |namespace: &Namespace| {
+        format!("namespace {}: {} blocks of {}, ", namespace.id, namespace.blocks, namespace.block_size)
+    };
     RESETS.info(|| {
         format!(
-            "{name}: {} (serial {}, firmware {}, NVMe {}), namespace {}: {} blocks of {}, write cache {}",
+            "{name}: {} (serial {}, firmware {}, NVMe {}), {}write cache {}",
             identity.model,
             identity.serial,
             identity.firmware,
             controller.version(),
-            namespace.id,
-            namespace.blocks,
-            namespace.block_size,
-            match (identity.write_cache, geometry.cache_on) {
+            namespaces.iter().map(blocks).collect::<String>(),
+            match (identity.write_cache, geometries.iter().any(|geometry| geometry.cache_on)) {
                 (false, _) => "none",
                 (true, false) => "off",
                 (true, true) => "on",
             },
         )
     });
-    if let Some(zones) = geometry.zones {
-        let (size, append) = (Bytes(zones.blocks * u64::from(geometry.block_size)), Bytes(zones.max_append.into()));
-        let (open, active) = (zones.max_open, zones.max_active);
-        RESETS.info(|| {
-            format!("{name}: zones of {size}, appends up to {append}, most open {open}, active {active} (0: no limit)")
-        });
-    }
-    let transfer = Bytes(geometry.max_transfer.into());
+    geometries.iter().for_each(|geometry| log_zones(name, geometry));
+    let transfer = Bytes(identity.max_transfer.into());
     let sgl = match identity.sgl {
         None => "",
         Some(Granularity::Byte) => ", SGLs",
@@ -162,6 +123,16 @@ fn log_summary(controller: &Controller, up: &BroughtUp, depth: u16) {
     };
     RESETS.info(|| {
         format!("{name}: {} queues of {depth} entries, {wiring}, transfers up to {transfer}{sgl}", queues.len())
+    });
+}
+
+/// The zones of a zoned namespace.
+fn log_zones(name: &str, geometry: &Geometry) {
+    let Some(zones) = geometry.zones else { return };
+    let (size, append) = (Bytes(zones.blocks * u64::from(geometry.block_size)), Bytes(zones.max_append.into()));
+    let (open, active) = (zones.max_open, zones.max_active);
+    RESETS.info(|| {
+        format!("{name}: zones of {size}, appends up to {append}, most open {open}, active {active} (0: no limit)")
     });
 }
 
@@ -173,130 +144,6 @@ fn enable_namespace_events(controller: &Controller, admin: &mut AdminQueue) -> R
             RESETS.warn(|| format!("{}: {error}; size changes will not be noticed", controller.function().name()));
             Ok(())
         }
-        Err(kind) => Err(kind),
-    }
-}
-
-/// Selects the namespace to serve and checks that this driver supports it.
-fn find_namespace(
-    controller: &Controller,
-    admin: &mut AdminQueue,
-    identity: &Identity,
-    wanted: Option<u32>,
-) -> Result<Namespace, NvmeErrorKind> {
-    // NVMe 1.0 has no list of active namespaces. Each of 1 to NN may be active, which NSZE tells.
-    if controller.version() < Version(0x0001_0100) {
-        let all = format!("1 to {}", identity.namespaces);
-        let id = match wanted {
-            Some(id) => id,
-            None if identity.namespaces <= 1 => 1,
-            None => return Err(NvmeErrorKind::SeveralNamespaces { existing: all }),
-        };
-        let valid = (1..=identity.namespaces).contains(&id);
-        let found = if valid { identify_namespace(controller, admin, identity, id)? } else { None };
-        return found.ok_or(NvmeErrorKind::NamespaceNotFound { wanted: id, existing: all });
-    }
-    let command = AdminCommand::identify("Identify (Active Namespace ID list)", cns::ACTIVE_NAMESPACES, 0);
-    let list: [u8; 4096] = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
-    let active = active_namespaces(&list);
-    let id = select_namespace(wanted, &active)?;
-    if active.len() > 1 {
-        RESETS.info(|| format!("{}: serving namespace {id} of {}", controller.function().name(), format_ids(&active)));
-    }
-    let found = identify_namespace(controller, admin, identity, id)?;
-    found.ok_or_else(|| NvmeErrorKind::NamespaceNotFound { wanted: id, existing: format_ids(&active) })
-}
-
-/// What a namespace is now; `None` if there is no such.
-pub(super) fn identify_namespace(
-    controller: &Controller,
-    admin: &mut AdminQueue,
-    identity: &Identity,
-    id: u32,
-) -> Result<Option<Namespace>, NvmeErrorKind> {
-    let mut set = command_set::NVM;
-    // A controller with one command set has no other, and need not know the descriptor.
-    if controller.capabilities().several_command_sets() {
-        let name = "Identify (Namespace Identification Descriptor list)";
-        let list = admin.identify(controller, AdminCommand::identify(name, cns::DESCRIPTORS, id), BRING_UP_TIMEOUT)?;
-        set = command_set::identifier(&list);
-        command_set::check(id, set)?;
-    }
-    let command = AdminCommand::identify("Identify Namespace", cns::NAMESPACE, id);
-    let data: IdentifyNamespace = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
-    // Before the decoding: what cannot be reached reports no capacity.
-    if identity.path_states && data.anagrpid != 0 {
-        check_path(controller, admin, id, data.anagrpid)?;
-    }
-    let namespace = Namespace::decode(id, &data, identity)?;
-    match namespace {
-        Some(namespace) if set == command_set::ZONED => {
-            let name = "Identify (Zoned Namespace)";
-            let command = AdminCommand::identify_of_set(name, cns::COMMAND_SET_NAMESPACE, id, set);
-            let zoned: IdentifyZonedNamespace = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
-            let zones = Some(Zones::decode(&zoned, format_index(&data), namespace.block_size)?);
-            Ok(Some(Namespace { zones, ..namespace }))
-        }
-        other => Ok(other),
-    }
-}
-
-/// Checks that namespace `id`, of ANA group `group`, can be reached by this controller.
-fn check_path(controller: &Controller, admin: &mut AdminQueue, id: u32, group: u32) -> Result<(), NvmeErrorKind> {
-    match admin.identify(controller, AdminCommand::get_path_states(), BRING_UP_TIMEOUT) {
-        Ok(log) => path::check(id, path::state(&log, group).unwrap_or_default()),
-        Err(error @ NvmeErrorKind::CommandFailed { .. }) => {
-            RESETS.warn(|| {
-                format!("{}: {error}; assuming that namespace {id} can be reached", controller.function().name())
-            });
-            Ok(())
-        }
-        Err(kind) => Err(kind),
-    }
-}
-
-/// Limits of the commands other than transfers.
-struct CommandLimits {
-    discard: Option<DiscardLimits>,
-    zeroes: Option<ZeroesLimits>,
-    zones: Option<ZoneGeometry>,
-}
-
-/// Limits of commands on `namespace`. Discards have no use on zones, which are reset, and VIRTIO_BLK_F_DISCARD is forbidden with
-/// them (virtio 1.3 §5.2.5.1). Zeroes would have to be written in order, which the guest's own writes do as well.
-fn command_limits(
-    controller: &Controller,
-    admin: &mut AdminQueue,
-    identity: &Identity,
-    namespace: &Namespace,
-) -> Result<CommandLimits, NvmeErrorKind> {
-    let Some(Zones { blocks, max_open, max_active }) = namespace.zones else {
-        let limits = identify_limits(controller, admin)?;
-        let (discard, zeroes) = range_limits(identity, namespace, limits.as_ref());
-        return Ok(CommandLimits { discard, zeroes, zones: None });
-    };
-    let name = "Identify (Zoned Namespace command set, controller)";
-    let command = AdminCommand::identify_of_set(name, cns::COMMAND_SET_CONTROLLER, 0, command_set::ZONED);
-    let data = admin.identify(controller, command, BRING_UP_TIMEOUT)?;
-    let max_append = longest_append(&data, identity.max_transfer);
-    let zones = Some(ZoneGeometry { blocks, max_open, max_active, max_append });
-    Ok(CommandLimits { discard: None, zeroes: None, zones })
-}
-
-/// The controller's limits of commands without data transfer. The data structure is newer than NVMe 1.4 and no capability
-/// bit announces it, so an error status means only that the controller does not have it.
-fn identify_limits(
-    controller: &Controller,
-    admin: &mut AdminQueue,
-) -> Result<Option<IdentifyNvmController>, NvmeErrorKind> {
-    if controller.version() < Version(0x0001_0400) {
-        return Ok(None);
-    }
-    let name = "Identify (I/O Command Set Specific Controller)";
-    let command = AdminCommand::identify(name, cns::COMMAND_SET_CONTROLLER, 0);
-    match admin.identify(controller, command, BRING_UP_TIMEOUT) {
-        Ok(limits) => Ok(Some(limits)),
-        Err(NvmeErrorKind::CommandFailed { .. }) => Ok(None),
         Err(kind) => Err(kind),
     }
 }
@@ -346,12 +193,13 @@ fn queue_interrupt(
     })
 }
 
-struct QueueParameters {
+struct QueueParameters<'n> {
     id: u16,
     depth: u16,
-    namespace: u32,
-    metadata: u16,
-    limits: Limits,
+    disk: usize,
+    namespace: &'n Namespace,
+    /// Longest transfer, bytes.
+    transfer: u32,
     sgl: Option<Granularity>,
     vector: Option<u16>,
     interrupt: QueueInterrupt,
@@ -361,9 +209,11 @@ struct QueueParameters {
 fn create_queue(
     controller: &mut Controller,
     admin: &mut AdminQueue,
-    wanted: QueueParameters,
+    wanted: QueueParameters<'_>,
 ) -> Result<IoQueue, NvmeErrorKind> {
-    let QueueParameters { id, depth, namespace, metadata, limits, sgl, vector, interrupt, tags } = wanted;
+    let QueueParameters { id, depth, disk, namespace, transfer, sgl, vector, interrupt, tags } = wanted;
+    let limits = Limits { block: namespace.block_size, transfer };
+    let metadata = namespace.metadata;
     let memory = controller.memory("an I/O queue", memory_needed(depth))?;
     let completions = memory.iova.0 + completions_at(depth) as u64;
     admin.execute(
@@ -379,7 +229,8 @@ fn create_queue(
         depth,
         memory,
         doorbells: controller.doorbells(),
-        namespace,
+        disk,
+        namespace: namespace.id,
         limits,
         sgl,
         interrupt,

@@ -151,6 +151,17 @@ pub enum NvmeErrorKind {
         /// Metadata bytes per block.
         metadata: u16,
     },
+    /// Fewer I/O queues can be created than namespaces are to be served.
+    #[error(
+        "can have {queues} I/O queues, but {namespaces} namespaces need one each: the limit is the number of interrupt vectors, the \
+         controller's number of queues, or --avoid; serve fewer namespaces, or try --interrupts poll"
+    )]
+    TooFewQueues {
+        /// I/O queues.
+        queues: usize,
+        /// Namespaces.
+        namespaces: usize,
+    },
     /// After a reset the disk is not the one that the guest has.
     #[error("is no longer what it was: {0}")]
     Changed(

@@ -7,9 +7,9 @@ use crate::driver::{DiskState, Driver};
 
 impl Nvme {
     pub(super) fn state_for_successor(&self) -> Option<DiskState> {
-        let namespace = &self.namespace;
+        let [namespace] = &*self.namespaces else { return None };
         (!self.is_released()).then(|| DiskState {
-            serial: self.geometry.serial.clone(),
+            serial: self.identity.serial.clone(),
             namespace: namespace.id,
             identifiers: namespace.identifiers,
             block_size: namespace.block_size,

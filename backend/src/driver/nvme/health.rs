@@ -7,8 +7,10 @@ use super::{COMMAND_TIMEOUT, Nvme};
 use crate::driver::{Health, Identification};
 
 impl Nvme {
-    pub(super) fn identify_for_operator(&self) -> Identification {
-        let Self { identity, namespace, geometry, queue_count, .. } = self;
+    /// Of namespace `disk`, in the order in which they are served.
+    pub(super) fn identify_for_operator(&self, disk: usize) -> Identification {
+        let Self { identity, namespaces, geometries, queue_count, .. } = self;
+        let (namespace, geometry) = (&namespaces[disk], &geometries[disk]);
         let hexadecimal = |bytes: &[u8]| {
             let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
             if bytes.iter().all(|&byte| byte == 0) { String::new() } else { digits }

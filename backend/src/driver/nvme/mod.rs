@@ -11,6 +11,7 @@
 
 mod admin;
 mod bring_up;
+mod command_limits;
 mod command_set;
 mod controller;
 mod error;
@@ -19,6 +20,7 @@ mod health;
 mod identify;
 mod interrupts;
 mod logs;
+mod namespaces;
 mod options;
 mod path;
 pub mod prp;
@@ -75,10 +77,10 @@ pub struct Nvme {
     admin_event: OwnedFd,
     wiring: Wiring,
     identity: Identity,
-    /// The namespace served, as last identified.
-    namespace: Namespace,
+    /// The namespaces served, as last identified, and what their users see.
+    namespaces: Vec<Namespace>,
+    geometries: Vec<Geometry>,
     options: NvmeOptions,
-    geometry: Geometry,
     /// `None` while the controller is stopped.
     admin: Option<AdminQueue>,
     queues: Vec<Box<dyn Queue>>,
@@ -114,7 +116,6 @@ impl Nvme {
         };
         let (controller, up, removal_request, admin_event) =
             up().map_err(|kind| NvmeError { function: name.clone(), kind })?;
-        let geometry = up.geometry.clone();
         let mut nvme = Self {
             name,
             space,
@@ -124,9 +125,9 @@ impl Nvme {
             admin_event,
             wiring: up.wiring,
             identity: up.identity.clone(),
-            namespace: up.namespace.clone(),
+            namespaces: Vec::new(),
+            geometries: Vec::new(),
             options,
-            geometry,
             admin: None,
             queues: Vec::new(),
             queue_count: 0,
@@ -145,24 +146,25 @@ impl Nvme {
     }
 
     fn install(&mut self, up: BroughtUp) {
-        let BroughtUp { admin, geometry, queues, shutdown_limit, identity, namespace, wiring } = up;
+        let BroughtUp { admin, geometries, queues, shutdown_limit, identity, namespaces, wiring } = up;
         self.wiring = wiring;
         self.queue_count = u16::try_from(queues.len()).expect("queue identifiers have 16 bits");
         self.queues = queues.into_iter().map(|queue| Box::new(queue) as Box<dyn Queue>).collect();
         self.admin = Some(admin);
-        self.geometry = geometry;
+        self.geometries = geometries;
         self.shutdown_limit = shutdown_limit;
         self.identity = identity;
-        self.namespace = namespace;
+        self.namespaces = namespaces;
     }
 
-    /// Checks that the guest keeps the disk it has: same serial number and namespace. The size may differ.
+    /// Checks that each guest keeps the disk it has: same serial number and namespace. The size may differ.
     fn check_unchanged(&self, up: &BroughtUp) -> Result<(), NvmeErrorKind> {
-        let (before, now) = (&self.geometry.serial, &up.geometry.serial);
+        let (before, now) = (&self.identity.serial, &up.identity.serial);
         if before != now {
             return Err(NvmeErrorKind::Changed(format!("serial {now} instead of {before}")));
         }
-        if let Some(difference) = up.namespace.difference(&self.namespace) {
+        let mut pairs = up.namespaces.iter().zip(&self.namespaces);
+        if let Some(difference) = pairs.find_map(|(now, before)| now.difference(before)) {
             return Err(NvmeErrorKind::Changed(difference));
         }
         if up.queues.len() < usize::from(self.queue_count) {
@@ -185,9 +187,9 @@ impl Nvme {
         }
         let controller = self.controller.as_mut().expect("reacquired above");
         controller.stop()?;
-        // Keep the namespace, even if others have become active since.
-        let options =
-            NvmeOptions { namespace: Some(self.namespace.id), queues: self.queue_count, ..self.options.clone() };
+        // Keep the namespaces, even if others have become active since.
+        let namespaces = self.namespaces.iter().map(|namespace| namespace.id).collect();
+        let options = NvmeOptions { namespaces, queues: self.queue_count, ..self.options.clone() };
         let up = bring_up::bring_up(controller, &options, self.admin_event.as_fd())?;
         self.check_unchanged(&up)?;
         self.install(up);
@@ -195,23 +197,24 @@ impl Nvme {
         self.write_cache.map_or(Ok(()), |on| self.switch_write_cache(on))
     }
 
-    /// Identifies the namespace again. Fails if it is not the same one any more; recovery then fails as well until the
-    /// former namespace is back.
-    fn refresh_namespace(&mut self) -> Result<(), NvmeErrorKind> {
+    /// Identifies the namespaces again. Fails if one is not the same any more; recovery then fails as well until the former
+    /// namespace is back.
+    fn refresh_namespaces(&mut self) -> Result<(), NvmeErrorKind> {
         let (Some(admin), Some(controller)) = (&mut self.admin, &self.controller) else {
             return Err(NvmeErrorKind::Stopped);
         };
-        let namespace = bring_up::identify_namespace(controller, admin, &self.identity, self.namespace.id)?;
-        match namespace {
-            Some(namespace) => match namespace.difference(&self.namespace) {
-                Some(difference) => return Err(NvmeErrorKind::Changed(difference)),
-                None => {
-                    self.geometry.blocks = namespace.blocks;
-                    self.namespace = namespace;
-                }
-            },
-            // No error: the device fails each further command to it.
-            None => self.log.error(|| format!("{}: namespace {} is no longer active", self.name, self.namespace.id)),
+        for (before, geometry) in self.namespaces.iter_mut().zip(&mut self.geometries) {
+            match namespaces::identify_namespace(controller, admin, &self.identity, before.id)? {
+                Some(now) => match now.difference(before) {
+                    Some(difference) => return Err(NvmeErrorKind::Changed(difference)),
+                    None => {
+                        geometry.blocks = now.blocks;
+                        *before = now;
+                    }
+                },
+                // No error: the device fails each further command to it.
+                None => self.log.error(|| format!("{}: namespace {} is no longer active", self.name, before.id)),
+            }
         }
         Ok(())
     }
@@ -224,7 +227,7 @@ impl Nvme {
             let (Some(admin), Some(controller)) = (&mut self.admin, &self.controller) else { return Ok(()) };
             match admin.next_event(controller, COMMAND_TIMEOUT)? {
                 None => return Ok(()),
-                Some(event) if event & 0xff07 == NAMESPACE_CHANGED => self.refresh_namespace()?,
+                Some(event) if event & 0xff07 == NAMESPACE_CHANGED => self.refresh_namespaces()?,
                 Some(event) => self.log.warn(|| format!("{}: unhandled asynchronous event {event:#08x}", self.name)),
             }
         }
@@ -274,8 +277,8 @@ impl Nvme {
 }
 
 impl Driver for Nvme {
-    fn geometry(&self) -> &Geometry {
-        &self.geometry
+    fn geometries(&self) -> &[Geometry] {
+        &self.geometries
     }
 
     fn take_queues(&mut self) -> Vec<Box<dyn Queue>> {
@@ -354,8 +357,8 @@ impl Driver for Nvme {
         self.controller = None;
     }
 
-    fn identification(&self) -> anyhow::Result<Identification> {
-        Ok(self.identify_for_operator())
+    fn identification(&self, disk: usize) -> anyhow::Result<Identification> {
+        Ok(self.identify_for_operator(disk))
     }
 
     fn health(&mut self) -> anyhow::Result<Health> {

@@ -51,6 +51,8 @@ pub struct QueueSetup {
     pub doorbells: Doorbells,
     /// Namespace identifier of all commands.
     pub namespace: u32,
+    /// The number of its disk.
+    pub disk: usize,
     /// Limits of one command.
     pub limits: Limits,
     /// Granularity of SGLs; `None` if the controller does not support them.
@@ -83,6 +85,7 @@ pub struct IoQueue {
     free: Vec<u16>,
     lists: QueueMemory,
     namespace: u32,
+    disk: usize,
     limits: Limits,
     /// log2 of the bytes of a logical block.
     block_shift: u32,
@@ -105,7 +108,7 @@ impl IoQueue {
     /// If the depth or the longest transfer is out of range, or the memory is too small.
     #[must_use]
     pub fn new(setup: QueueSetup) -> Self {
-        let QueueSetup { name, id, depth, memory, doorbells, namespace, limits, sgl, interrupt, tags } = setup;
+        let QueueSetup { name, id, depth, memory, doorbells, namespace, disk, limits, sgl, interrupt, tags } = setup;
         let (first_cid, generation) = tags.numbering();
         assert!((2..=MAX_DEPTH).contains(&depth), "queue depth {depth}");
         assert!(limits.transfer <= prp::MAX_TRANSFER, "a transfer of {} bytes", limits.transfer);
@@ -126,6 +129,7 @@ impl IoQueue {
             name,
             id,
             namespace,
+            disk,
             limits,
             block_shift: limits.block.trailing_zeros(),
             sgl,
@@ -265,6 +269,9 @@ impl IoQueue {
 }
 
 impl Queue for IoQueue {
+    fn disk(&self) -> usize {
+        self.disk
+    }
     fn extent(&self, buffers: &[Span<Iova>], position: u64, bounce_limit: u32) -> Extent {
         let pages = prp::extent(buffers, position, self.limits, bounce_limit);
         let Some(granularity) = self.sgl else { return pages };

@@ -9,4 +9,5 @@ mod interrupts;
 mod io;
 mod lifecycle;
 pub(super) mod rig;
+mod several_namespaces;
 mod traits;

@@ -3,6 +3,7 @@
 
 use crate::addr::{Gpa, Span};
 use crate::driver::Outcome;
+use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::request::pending_used::PendingUsed;
 use crate::engine::request::{Data, Operation};
 
@@ -222,13 +223,13 @@ impl InflightTable {
         &self.slots[index as usize].data
     }
 
-    /// True if a request in flight accesses memory in `spans`.
-    pub(in crate::engine) fn uses(&self, spans: &[Span<Gpa>]) -> bool {
+    /// True if a request in flight accesses memory in `spans` of `guest`.
+    pub(in crate::engine) fn uses(&self, guest: &GuestMemoryView, spans: &[Span<Gpa>]) -> bool {
         let in_use = |slot: &InflightSlot| {
             let Some(inflight_request) = &slot.inflight_request else { return false };
             let status = inflight_request.pending_used.status();
             let buffers = || slot.data.buffers.iter().chain(&slot.data.append_sector);
-            let data = |span: &Span<Gpa>| buffers().any(|buffer| buffer.identity_gpa().overlaps(span));
+            let data = |span: &Span<Gpa>| buffers().any(|buffer| guest.gpa(*buffer).overlaps(span));
             spans.iter().any(|span| status.is_some_and(|byte| span.contains(byte)) || data(span))
         };
         self.slots.iter().any(in_use)

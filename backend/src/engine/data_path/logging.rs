@@ -80,7 +80,7 @@ impl DataPath {
                 Part::AppendSector => (&*data.append_sector, u64::MAX),
             }
         });
-        logging.mark_request(pending_used.status(), data.unwrap_or_default());
+        logging.mark_request(&self.guest, pending_used.status(), data.unwrap_or_default());
     }
 
     /// Marks pages in another log from now on, or no longer.

@@ -15,7 +15,6 @@ use super::DeviceSupervisor;
 use super::supervisor::State;
 use crate::driver::{CommandId, DiskState, Driver, Geometry, Queue};
 use crate::engine::Engine;
-use crate::engine::inflight_policy::InflightPolicy;
 use crate::hardware::LeftToSuccessor;
 
 impl DeviceSupervisor {
@@ -29,7 +28,7 @@ impl DeviceSupervisor {
         };
         self.drop_queues();
         if let Err(error) = device.driver.quiesce() {
-            self.reset(&mut device, InflightPolicy::Resubmit);
+            self.reset(&mut device, None);
             return Err(error.context("the device cannot be stopped, so it has been reset and is not handed over"));
         }
         self.recoveries.fetch_add(1, Ordering::SeqCst);
@@ -49,15 +48,15 @@ impl DeviceSupervisor {
         }
         unmap();
         device.state = State::Up;
-        self.reset(&mut device, InflightPolicy::Resubmit);
+        self.reset(&mut device, None);
     }
 
     /// Ends the driver of a device that another process owns now.
     pub(in crate::engine) fn leave(&self, left: &LeftToSuccessor) {
         let mut device = self.lock();
-        let geometry = device.driver.geometry().clone();
+        let geometries = device.driver.geometries().to_vec();
         device.state = State::Left;
-        std::mem::replace(&mut device.driver, Box::new(LeftDriver(geometry))).leave(left);
+        std::mem::replace(&mut device.driver, Box::new(LeftDriver(geometries))).leave(left);
     }
 }
 
@@ -86,10 +85,10 @@ impl Engine {
 }
 
 /// In the place of the driver of a device that another process owns.
-struct LeftDriver(Geometry);
+struct LeftDriver(Vec<Geometry>);
 
 impl Driver for LeftDriver {
-    fn geometry(&self) -> &Geometry {
+    fn geometries(&self) -> &[Geometry] {
         &self.0
     }
     fn take_queues(&mut self) -> Vec<Box<dyn Queue>> {

@@ -7,7 +7,6 @@ use anyhow::{Result, bail};
 use super::DeviceSupervisor;
 use super::supervisor::State;
 use crate::driver::Driver;
-use crate::engine::inflight_policy::InflightPolicy;
 
 /// Whether the device serves requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +46,7 @@ impl DeviceSupervisor {
     pub(in crate::engine) fn reset_on_request(&self) -> Result<()> {
         let mut device = self.lock();
         check_up(device.state)?;
-        self.reset(&mut device, InflightPolicy::Resubmit);
+        self.reset(&mut device, None);
         if device.state == State::Up {
             Ok(())
         } else {

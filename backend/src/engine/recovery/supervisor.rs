@@ -1,4 +1,5 @@
-//! Owns the driver, and resets and recovers the device for all workers: it takes their device queues and gives them new ones.
+//! Owns the driver, and resets and recovers the device for all workers of all disks: it takes their device queues and gives them
+//! new ones.
 //! It holds the driver's lock meanwhile, so the control thread and the watchdog exclude each other. Workers never take that
 //! lock.
 //!
@@ -21,7 +22,7 @@ use crate::engine::live_geometry::LiveGeometry;
 use crate::engine::worker::{CommandQueue, WorkerCommand};
 use crate::eventfd::signal;
 use crate::rate_limited_log::{Limit, SharedLog};
-use crate::sync::mpsc::Sender;
+use crate::sync::mpsc::{Sender, channel};
 use crate::sync::{Mutex, MutexGuard};
 
 /// A device that fails again and again.
@@ -48,71 +49,115 @@ pub(in crate::engine) struct SupervisedDevice {
     pub(super) state: State,
     /// The error of the last failed recovery, to log a repeated one at debug level.
     last_error: String,
+    /// The disks whose user wants no volatile write cache, which all of them share.
+    pub(in crate::engine) write_through: Vec<bool>,
+}
+
+/// What is known of one disk without the driver's lock.
+struct SupervisedDisk {
+    /// Its size is also in `live`, for the workers.
+    geometry: Mutex<Geometry>,
+    live: Arc<LiveGeometry>,
+    size_listener: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+/// A worker, and the disk that it serves.
+struct SupervisedWorker {
+    disk: usize,
+    /// `None` when the disk is no longer served.
+    command_queue: Option<Arc<CommandQueue>>,
 }
 
 /// Owner of the driver. See the top of this file.
 pub(in crate::engine) struct DeviceSupervisor {
     device: Mutex<SupervisedDevice>,
-    command_queues: Mutex<Vec<Arc<CommandQueue>>>,
-    reports: Arc<OverdueReports>,
+    /// In the order of the driver's queues.
+    workers: Mutex<Vec<SupervisedWorker>>,
+    pub(in crate::engine) reports: Arc<OverdueReports>,
     /// Signalled when the device has been released.
     pub(in crate::engine) released: OwnedFd,
-    /// The disk's geometry. Its size is also in `live`, for the workers.
-    geometry: Mutex<Geometry>,
-    live: Arc<LiveGeometry>,
-    size_listener: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    disks: Vec<SupervisedDisk>,
     pub(in crate::engine) recoveries: AtomicU64,
     pub(in crate::engine) aborts: AtomicU64,
 }
 
 impl DeviceSupervisor {
-    pub(in crate::engine) fn new(
-        driver: Box<dyn Driver>,
-        live: Arc<LiveGeometry>,
-        reports: Arc<OverdueReports>,
-        released: OwnedFd,
-    ) -> Self {
-        Self {
-            geometry: Mutex::new(driver.geometry().clone()),
-            live,
+    pub(in crate::engine) fn new(driver: Box<dyn Driver>, reports: Arc<OverdueReports>, released: OwnedFd) -> Self {
+        let disk = |geometry: &Geometry| SupervisedDisk {
+            geometry: Mutex::new(geometry.clone()),
+            live: Arc::new(LiveGeometry::of(geometry)),
             size_listener: OnceLock::new(),
-            device: Mutex::new(SupervisedDevice { driver, state: State::Up, last_error: String::new() }),
+        };
+        let disks: Vec<_> = driver.geometries().iter().map(disk).collect();
+        let write_through = driver.geometries().iter().map(|geometry| !geometry.cache_on).collect();
+        let device = SupervisedDevice { driver, state: State::Up, last_error: String::new(), write_through };
+        Self {
+            device: Mutex::new(device),
+            disks,
             released,
-            command_queues: Mutex::default(),
+            workers: Mutex::default(),
             reports,
             recoveries: AtomicU64::new(0),
             aborts: AtomicU64::new(0),
         }
     }
 
-    /// Adds a worker.
-    pub(in crate::engine) fn add_worker(&self, command_queue: Arc<CommandQueue>) {
-        self.command_queues.lock().unwrap_or_else(PoisonError::into_inner).push(command_queue);
+    /// Adds a worker, which has the next one of the driver's queues.
+    pub(in crate::engine) fn add_worker(&self, disk: usize, command_queue: Arc<CommandQueue>) {
+        self.workers().push(SupervisedWorker { disk, command_queue: Some(command_queue) });
     }
 
-    pub(in crate::engine) fn on_change(&self, listener: Box<dyn Fn() + Send + Sync>) {
-        if self.size_listener.set(listener).is_err() {
+    /// Forgets the workers of a disk, which are about to end: they get no more commands, and no queues.
+    pub(in crate::engine) fn retire(&self, disk: usize) {
+        let _no_reset = self.lock();
+        let mut workers = self.workers();
+        workers.iter_mut().filter(|worker| worker.disk == disk).for_each(|worker| worker.command_queue = None);
+    }
+
+    /// The workers of all disks.
+    pub(in crate::engine) fn command_queues(&self) -> Vec<Arc<CommandQueue>> {
+        self.workers().iter().filter_map(|worker| worker.command_queue.clone()).collect()
+    }
+
+    fn workers(&self) -> MutexGuard<'_, Vec<SupervisedWorker>> {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(in crate::engine) fn on_change(&self, disk: usize, listener: Box<dyn Fn() + Send + Sync>) {
+        if self.disks[disk].size_listener.set(listener).is_err() {
             log::warn!("a listener for the disk size is set already; the new one is ignored");
         }
     }
 
     /// The disk's geometry. Unlike [`Self::lock`] this does not wait for the device.
-    pub(in crate::engine) fn geometry(&self) -> Geometry {
-        self.geometry.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(in crate::engine) fn geometry(&self, disk: usize) -> Geometry {
+        self.disks[disk].geometry.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Adopts the driver's geometry. Only the size may have changed.
-    fn update_geometry(&self, device: &SupervisedDevice) {
-        let blocks = device.driver.geometry().blocks;
-        let geometry = &mut *self.geometry.lock().unwrap_or_else(PoisonError::into_inner);
-        if geometry.blocks == blocks {
-            return;
-        }
-        LOG.warn(|| format!("the disk has {blocks} blocks now, {} before", geometry.blocks));
-        geometry.blocks = blocks;
-        self.live.blocks.store(blocks, Ordering::Relaxed);
-        if let Some(listener) = self.size_listener.get() {
-            listener();
+    /// The part of the disk's geometry that its workers read.
+    pub(in crate::engine) fn live(&self, disk: usize) -> Arc<LiveGeometry> {
+        Arc::clone(&self.disks[disk].live)
+    }
+
+    /// Number of disks.
+    pub(in crate::engine) fn disks(&self) -> usize {
+        self.disks.len()
+    }
+
+    /// Adopts the driver's geometries. Only the sizes may have changed.
+    fn update_geometries(&self, device: &SupervisedDevice) {
+        for (disk, now) in self.disks.iter().zip(device.driver.geometries()) {
+            let geometry = &mut *disk.geometry.lock().unwrap_or_else(PoisonError::into_inner);
+            if geometry.blocks == now.blocks {
+                continue;
+            }
+            let before = geometry.blocks;
+            LOG.warn(|| format!("the disk {} has {} blocks now, {before} before", now.serial, now.blocks));
+            geometry.blocks = now.blocks;
+            disk.live.blocks.store(now.blocks, Ordering::Relaxed);
+            if let Some(listener) = disk.size_listener.get() {
+                listener();
+            }
         }
     }
 
@@ -123,10 +168,10 @@ impl DeviceSupervisor {
             return;
         }
         match device.driver.handle_events() {
-            Ok(()) => self.update_geometry(&device),
+            Ok(()) => self.update_geometries(&device),
             Err(error) => {
                 LOG.error(|| format!("{error:#}; resetting it"));
-                self.reset(&mut device, InflightPolicy::Resubmit);
+                self.reset(&mut device, None);
             }
         }
     }
@@ -157,8 +202,8 @@ impl DeviceSupervisor {
     }
 
     /// Resets the device for all workers. No request in flight is completed before the reset, because the device may still
-    /// write to its buffers.
-    pub(in crate::engine) fn reset(&self, device: &mut SupervisedDevice, policy: InflightPolicy) {
+    /// write to its buffers. Those of the disk `failing` fail then, all others are submitted again.
+    pub(in crate::engine) fn reset(&self, device: &mut SupervisedDevice, failing: Option<usize>) {
         if device.state != State::Up {
             return;
         }
@@ -166,13 +211,16 @@ impl DeviceSupervisor {
         self.recoveries.fetch_add(1, Ordering::SeqCst);
         match device.driver.recover() {
             Ok(queues) => {
-                self.update_geometry(device);
-                self.adopt_queues(queues, policy);
+                self.update_geometries(device);
+                self.adopt_queues(queues, |disk| match failing {
+                    Some(failing) if failing == disk => InflightPolicy::Fail,
+                    _ => InflightPolicy::Resubmit,
+                });
             }
             Err(error) => {
                 LOG.error(|| format!("the device did not come back: {error:#}; requests fail until it does"));
                 device.state = State::Down;
-                self.adopt_queues(Vec::new(), InflightPolicy::Fail);
+                self.adopt_queues(Vec::new(), |_| InflightPolicy::Fail);
             }
         }
     }
@@ -188,8 +236,8 @@ impl DeviceSupervisor {
             Ok(queues) => {
                 LOG.warn(|| "the device is back; requests are served again".to_owned());
                 device.state = State::Up;
-                self.update_geometry(&device);
-                self.adopt_queues(queues, InflightPolicy::Fail);
+                self.update_geometries(&device);
+                self.adopt_queues(queues, |_| InflightPolicy::Fail);
             }
             Err(error) => {
                 let why = format!("{error:#}");
@@ -214,7 +262,7 @@ impl DeviceSupervisor {
         self.drop_queues();
         device.driver.release();
         device.state = State::Down;
-        self.adopt_queues(Vec::new(), InflightPolicy::Fail);
+        self.adopt_queues(Vec::new(), |_| InflightPolicy::Fail);
         signal(&self.released);
     }
 
@@ -230,7 +278,7 @@ impl DeviceSupervisor {
         let Some(mut device) = self.lock_if_current(recoveries) else { return };
         if let Err(error) = device.driver.check() {
             LOG.error(|| format!("{error:#}; resetting it, with commands in flight"));
-            self.reset(&mut device, InflightPolicy::Resubmit);
+            self.reset(&mut device, None);
         }
     }
 
@@ -245,14 +293,14 @@ impl DeviceSupervisor {
                 Err(error) => LOG.error(|| format!("{error:#}")),
             }
         }
-        self.reset(&mut device, InflightPolicy::Resubmit);
+        self.reset(&mut device, None);
     }
 
     /// Resets a device that has not completed aborted commands.
     pub(in crate::engine) fn reset_after_abort(&self, recoveries: u64) {
         let Some(mut device) = self.lock_if_current(recoveries) else { return };
         LOG.error(|| "aborted commands have not completed; resetting the device".to_owned());
-        self.reset(&mut device, InflightPolicy::Resubmit);
+        self.reset(&mut device, None);
     }
 
     /// Takes the queues from the workers. Reports about them are obsolete then. One that was taken already fails the check of
@@ -262,18 +310,29 @@ impl DeviceSupervisor {
         self.reports.clear();
     }
 
-    fn adopt_queues(&self, queues: Vec<Box<dyn Queue>>, policy: InflightPolicy) {
+    /// Gives each worker the next queue, or none if there are no more. The queue of a worker that has been retired is dropped.
+    fn adopt_queues(&self, queues: Vec<Box<dyn Queue>>, policy: impl Fn(usize) -> InflightPolicy) {
         let mut queues = queues.into_iter();
-        self.command_all(|_, answer| WorkerCommand::AdoptQueue(queues.next(), policy, answer));
+        self.command_all(|disk, answer| {
+            let queue = queues.next();
+            debug_assert!(queue.as_ref().is_none_or(|queue| queue.disk() == disk), "in the order of the start");
+            WorkerCommand::AdoptQueue(queue, policy(disk), answer)
+        });
     }
 
     /// Sends a command to every worker and waits for the replies, which come at once.
     fn command_all(&self, mut command: impl FnMut(usize, Sender<()>) -> WorkerCommand) {
-        let command_queues = self.command_queues.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let posts = command_queues.iter().enumerate();
-        let answers: Vec<_> = posts.map(|(n, command_queue)| command_queue.post(|answer| command(n, answer))).collect();
+        let post = |worker: &SupervisedWorker| {
+            let (answer, reply) = channel();
+            let command = command(worker.disk, answer);
+            worker.command_queue.as_ref().map(|command_queue| {
+                command_queue.push(command);
+                reply
+            })
+        };
+        let answers: Vec<_> = self.workers().iter().map(post).collect();
         for (worker, answer) in answers.iter().enumerate() {
-            if answer.recv().is_err() {
+            if answer.as_ref().is_some_and(|answer| answer.recv().is_err()) {
                 log::error!("{}", EngineError::WorkerGone(worker));
             }
         }

@@ -61,6 +61,13 @@ pub(in crate::engine) struct CommandClock {
 }
 
 impl CommandClock {
+    /// The clock of one worker, which reports to `reports`.
+    pub(in crate::engine) fn new(reports: &Arc<OverdueReports>, watch: WatchdogOptions) -> Self {
+        let tick = (watch.timeout / FEWEST_TICKS).clamp(Duration::from_millis(1), LONGEST_TICK);
+        let limit = u32::try_from(watch.timeout.as_nanos().div_ceil(tick.as_nanos())).unwrap_or(u32::MAX);
+        Self { reports: Arc::clone(reports), tick, limit, next: Instant::now() }
+    }
+
     /// Longest time between two checks of commands in flight.
     pub(in crate::engine) fn tick(&self) -> Duration {
         self.tick
@@ -82,7 +89,6 @@ impl CommandClock {
 /// The control thread's handle on the watchdog.
 pub(in crate::engine) struct Watchdog {
     reports: Arc<OverdueReports>,
-    watch: WatchdogOptions,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -115,14 +121,7 @@ impl Watchdog {
         let thread = thread::Builder::new()
             .name("vdv-watchdog".to_owned())
             .spawn(move || while watchdog.handle_one_event() {})?;
-        Ok(Self { reports, watch, thread: Some(thread) })
-    }
-
-    /// The clock of one worker.
-    pub(in crate::engine) fn clock(&self) -> CommandClock {
-        let tick = (self.watch.timeout / FEWEST_TICKS).clamp(Duration::from_millis(1), LONGEST_TICK);
-        let limit = u32::try_from(self.watch.timeout.as_nanos().div_ceil(tick.as_nanos())).unwrap_or(u32::MAX);
-        CommandClock { reports: Arc::clone(&self.reports), tick, limit, next: Instant::now() }
+        Ok(Self { reports, thread: Some(thread) })
     }
 }
 

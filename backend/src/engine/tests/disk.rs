@@ -55,6 +55,7 @@ struct State {
 pub(super) struct FakeDisk {
     state: Arc<Mutex<State>>,
     options: Arc<DiskOptions>,
+    geometries: Arc<[Geometry]>,
 }
 
 impl FakeDisk {
@@ -62,7 +63,8 @@ impl FakeDisk {
         let geometry = &options.geometry;
         let medium = vec![0; geometry.blocks as usize * geometry.block_size as usize];
         let state = State { medium, next_iova: 1 << 44, ..State::default() };
-        Self { state: Arc::new(Mutex::new(state)), options: Arc::new(options) }
+        let geometries = vec![geometry.clone(); options.disks].into();
+        Self { state: Arc::new(Mutex::new(state)), options: Arc::new(options), geometries }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -118,6 +120,10 @@ impl FakeDisk {
 
     pub(super) fn most_in_flight(&self) -> usize {
         self.state().most_in_flight
+    }
+
+    pub(super) fn cache_switches(&self) -> Vec<bool> {
+        self.state().cache_switches.clone()
     }
 
     pub(super) fn doorbells(&self) -> usize {
@@ -204,12 +210,12 @@ impl State {
 
 impl AddressSpace for FakeDisk {
     fn add(&self, region: &Arc<Region>) -> Result<(), MapError> {
-        self.state().memory.push((region.gpa().identity_iova(), region.memory().clone()));
+        self.state().memory.push((region.iova(), region.memory().clone()));
         Ok(())
     }
 
     fn remove(&self, region: &Region) -> Result<(), MapError> {
-        self.state().memory.retain(|(span, _)| *span != region.gpa().identity_iova());
+        self.state().memory.retain(|(span, _)| *span != region.iova());
         Ok(())
     }
 
@@ -224,8 +230,8 @@ impl AddressSpace for FakeDisk {
 }
 
 impl Driver for FakeDisk {
-    fn geometry(&self) -> &Geometry {
-        &self.options.geometry
+    fn geometries(&self) -> &[Geometry] {
+        &self.geometries
     }
 
     fn take_queues(&mut self) -> Vec<Box<dyn Queue>> {
@@ -316,6 +322,9 @@ fn cut(buffers: &[Span<Iova>], mut position: u64, mut bytes: u64) -> Vec<Span<Io
 }
 
 impl Queue for FakeDiskQueue {
+    fn disk(&self) -> usize {
+        self.number * self.disk.options.disks / self.disk.options.queues
+    }
     fn extent(&self, buffers: &[Span<Iova>], position: u64, bounce_limit: u32) -> Extent {
         let total: u64 = buffers.iter().map(Span::len).sum();
         let options = &self.disk.options;

@@ -8,7 +8,7 @@ use proptest::test_runner::TestCaseError;
 
 use super::bare;
 use super::rig::{Desc, INDIRECT, NEXT, WRITE};
-use crate::addr::{Gpa, Span};
+use crate::addr::{Gpa, IovaSlice, Span};
 use crate::driver::Geometry;
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::request::Transfer;
@@ -202,7 +202,7 @@ proptest! {
         let (transfer, ..) = fast_transfer(&request).ok_or_else(|| TestCaseError::fail("not accepted"))?;
 
         let operation = if write { Operation::Write } else { Operation::Read };
-        let data = Span::new(Gpa(at), u64::from(blocks) * 512).unwrap().identity_iova();
+        let data = IovaSlice::WHOLE.iova(Span::new(Gpa(at), u64::from(blocks) * 512).unwrap());
         prop_assert_eq!(transfer, Transfer { operation, block: sector, data, status: Gpa(HEADER + 16) });
     }
 }

@@ -17,7 +17,7 @@ fn drive() -> Drive {
 
 fn successor(drive: &Drive) -> Nvme {
     let wanted = NvmeOptions {
-        namespace: None,
+        namespaces: Vec::new(),
         queues: 1,
         read_only: false,
         interrupts: InterruptPolicy::Auto,

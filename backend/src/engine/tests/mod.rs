@@ -26,6 +26,7 @@ mod rig;
 mod round_trip;
 #[cfg(feature = "shuttle")]
 mod schedules;
+mod several_disks;
 mod traits;
 mod zoned;
 mod zoned_recovery;

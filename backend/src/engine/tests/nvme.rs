@@ -69,7 +69,7 @@ impl Drive {
         let queues = options.queues;
         let machine = Machine::new(options).unwrap();
         let wanted =
-            NvmeOptions { namespace: None, queues, read_only: false, interrupts: InterruptPolicy::Auto, avoid };
+            NvmeOptions { namespaces: Vec::new(), queues, read_only: false, interrupts: InterruptPolicy::Auto, avoid };
         let space = machine.staged_space();
         let nvme = finish(Nvme::bring_up(machine.function(), Arc::clone(&space), wanted).unwrap(), &machine);
         let engine = Engine::start(Box::new(nvme), &space, engine).unwrap();

@@ -9,7 +9,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::disk::{DiskOptions, FakeDisk};
-use crate::addr::{Gpa, Qva, Span};
+use crate::addr::{Gpa, IovaSlice, Qva, Span};
 use crate::engine::{Engine, Layout, Options, VringSetup};
 use crate::hardware::AddressSpace;
 use crate::memory::{MemTable, Region, RegionSpec};
@@ -34,11 +34,15 @@ pub(super) const DATA: u64 = BASE + 0x20_0000;
 const LIMIT: Duration = Duration::from_secs(20);
 
 pub(super) fn region(gpa: u64, len: u64) -> Arc<Region> {
+    region_in(gpa, len, IovaSlice::WHOLE)
+}
+
+pub(super) fn region_in(gpa: u64, len: u64, slice: IovaSlice) -> Arc<Region> {
     let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
     ftruncate(&file, len).unwrap();
     let gpa = Span::new(Gpa(gpa), len).unwrap();
     let spec = RegionSpec { gpa, qva: Qva(gpa.start().0), offset: 0, file: Arc::new(file) };
-    Arc::new(Region::map(spec).unwrap())
+    Arc::new(Region::map_in(spec, slice).unwrap())
 }
 
 pub(super) fn event() -> OwnedFd {

@@ -27,9 +27,10 @@ impl Worker {
         self.pending.retain(|pending| !matches!(pending, PendingReply::Hold(_)));
     }
 
-    /// True if requests may be submitted again after a reset. A hold waits for them however long they take.
+    /// True if requests may be submitted again after a reset. A hold waits for them however long they take, and a pause ends
+    /// before they are submitted.
     pub(super) fn nobody_waits_for_failure(&self) -> bool {
-        self.pending.iter().all(|pending| matches!(pending, PendingReply::Hold(_)))
+        self.pending.iter().all(|pending| matches!(pending, PendingReply::Hold(_) | PendingReply::Pause(_)))
     }
 
     /// True if the device has no command of this worker.

@@ -360,7 +360,7 @@ impl Worker {
                 PendingReply::Hold(answer) if self.is_drained() => reply(&answer, ()),
                 waiting @ (PendingReply::Pause(_) | PendingReply::Hold(_)) => self.pending.push(waiting),
                 PendingReply::RemoveMemory(removed, answer) => {
-                    if self.path.inflight.uses(&removed) {
+                    if self.path.inflight.uses(&self.path.guest, &removed) {
                         self.pending.push(PendingReply::RemoveMemory(removed, answer));
                     } else {
                         self.path.guest.drop_previous_table();

@@ -119,7 +119,7 @@ impl AddressSpace for Sticky {
             return self.inner.remove(region);
         }
         let source = io::Error::from_raw_os_error(libc::EIO);
-        Err(MapError::Kernel { step: "unmap", span: region.gpa().identity_iova(), source })
+        Err(MapError::Kernel { step: "unmap", span: region.iova(), source })
     }
     fn statistics(&self) -> SpaceStatistics {
         self.inner.statistics()

@@ -54,6 +54,7 @@ impl QueueHarness {
             memory: QueueMemory { memory: memory.clone(), iova: LISTS, caches: None },
             doorbells: Doorbells { registers: Arc::new(doorbell), stride: STRIDE },
             namespace: 5,
+            disk: 0,
             limits: Limits { block: 512, transfer: 1 << 20 },
             sgl: None,
             interrupt: QueueInterrupt::own(eventfd(0, EventfdFlags::CLOEXEC).unwrap(), None),

@@ -55,6 +55,7 @@ impl QueueHarness {
             memory: QueueMemory::new(&memory, space.caches()),
             doorbells: Doorbells { registers: Arc::new(doorbell), stride: 4 },
             namespace: 1,
+            disk: 0,
             limits: Limits { block: 512, transfer: 1 << 20 },
             sgl,
             interrupt: QueueInterrupt::own(eventfd(0, EventfdFlags::CLOEXEC).unwrap(), None),

@@ -190,12 +190,12 @@ fn the_read_only_option_makes_the_disk_read_only() {
 fn a_missing_namespace_is_reported_with_the_active_ones() {
     let rig = Rig::new(small());
 
-    let error = rig.bring_up(NvmeOptions { namespace: Some(7), ..nvme_options(1) }).err().unwrap();
+    let error = rig.bring_up(NvmeOptions { namespaces: vec![7], ..nvme_options(1) }).err().unwrap();
 
     assert_eq!(error.to_string(), "0000:00:04.0: has no active namespace 7; it has: 1");
     assert!(matches!(error.kind, NvmeErrorKind::NamespaceNotFound { wanted: 7, .. }));
     rig.assert_stopped();
-    assert!(rig.bring_up(NvmeOptions { namespace: Some(1), ..nvme_options(1) }).is_ok());
+    assert!(rig.bring_up(NvmeOptions { namespaces: vec![1], ..nvme_options(1) }).is_ok());
 }
 
 #[test]

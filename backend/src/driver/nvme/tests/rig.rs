@@ -24,7 +24,13 @@ pub(super) fn small() -> Options {
 }
 
 pub(super) fn nvme_options(queues: u16) -> NvmeOptions {
-    NvmeOptions { namespace: None, queues, read_only: false, interrupts: InterruptPolicy::Auto, avoid: Vec::new() }
+    NvmeOptions {
+        namespaces: Vec::new(),
+        queues,
+        read_only: false,
+        interrupts: InterruptPolicy::Auto,
+        avoid: Vec::new(),
+    }
 }
 
 pub(super) fn span(offset: u64, len: u64) -> Span<Iova> {

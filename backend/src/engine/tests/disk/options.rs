@@ -6,6 +6,8 @@ use crate::driver::{DiscardLimits, Geometry, ZeroesLimits};
 #[derive(Clone)]
 pub(in crate::engine::tests) struct DiskOptions {
     pub(in crate::engine::tests) queues: usize,
+    /// Disks, among which the queues are divided. They share one medium.
+    pub(in crate::engine::tests) disks: usize,
     pub(in crate::engine::tests) depth: usize,
     pub(in crate::engine::tests) max_transfer: u32,
     /// Alignment of addresses and lengths that need no bouncing, bytes.
@@ -28,6 +30,6 @@ impl Default for DiskOptions {
             zeroes: Some(ZeroesLimits { blocks: 16, deallocates: true }),
             ..Geometry::default()
         };
-        Self { queues: 1, depth: 64, max_transfer: 128 << 10, alignment: 4, geometry }
+        Self { queues: 1, disks: 1, depth: 64, max_transfer: 128 << 10, alignment: 4, geometry }
     }
 }
