@@ -75,7 +75,7 @@ fn memory_that_cannot_be_locked_is_a_problem_unless_a_capability_lifts_the_limit
 #[test]
 fn a_disk_that_the_host_uses_is_found_by_mount_swap_and_holder() {
     let (host, _directory) = host(&[
-        ("proc/self/mounts", "/dev/nvme0n1p2 / ext4 rw 0 0\n/dev/nvme10n1 /data xfs rw 0 0\n"),
+        ("proc/self/mounts", "/dev/nvme0n1p2 / ext4 rw 0 0\n/dev/nvme1n10 /data xfs rw 0 0\n"),
         ("proc/swaps", "Filename Type\n/dev/nvme2n1 partition 1 0 -2\n"),
         ("sys/class/block/nvme3n1/holders/dm-0/", ""),
         ("sys/class/block/nvme4n1/holders/", ""),
@@ -84,7 +84,7 @@ fn a_disk_that_the_host_uses_is_found_by_mount_swap_and_holder() {
     assert_eq!(function::user_of(&host, "nvme2n1").unwrap(), "/dev/nvme2n1 is used for swap");
     assert_eq!(function::user_of(&host, "nvme3n1").unwrap(), "/dev/nvme3n1 is used by dm-0");
     assert_eq!(function::user_of(&host, "nvme4n1"), None);
-    assert_eq!(function::user_of(&host, "nvme1n1"), None, "not nvme10n1");
+    assert_eq!(function::user_of(&host, "nvme1n1"), None, "not nvme1n10");
 }
 
 #[test]
