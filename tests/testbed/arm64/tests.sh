@@ -135,6 +135,6 @@ FUNCTIONS
 arm64_in_host() {
     local test=$1 kernel=$2 status=0 began=$SECONDS log=$LOGS/arm64-$2.log
     arm64_host "$test" "$kernel" "$WORK/arm64" >"$log" 2>&1 || status=$?
-    judge "arm64/$test $kernel" "$log" "$status"
-    part $((SECONDS - began)) "arm64/$test $kernel"
+    judge "$test, $kernel" "$log" "$status"
+    part $((SECONDS - began)) "arm64: $test, $kernel"
 }
