@@ -16,7 +16,8 @@ TESTBED_DIR=$TESTBED_ROOT/tests/testbed
 
 TARGET=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}
 PROGRAM=$TARGET/release/vhost-device-vfio
-UNIT=vhost-device-vfio.service
+INSTANCE=0000:00:04.0
+UNIT=vhost-device-vfio@$INSTANCE.service SOCKET_UNIT=vhost-device-vfio@$INSTANCE.socket
 WORK=$(mktemp -d)
 ORDERS=$WORK/orders ANSWERS=$WORK/answers
 
@@ -41,19 +42,19 @@ installed() {
 
 systemd_starts() {
     within 20 test -s "$WORK/pid"
-    within 20 inside systemctl start vhost-device-vfio.socket
+    within 20 inside systemctl start "$SOCKET_UNIT"
     is ActiveState inactive
 }
 no_fault() {
-    inside systemd-analyze verify --man=no /run/units/vhost-device-vfio.{service,socket} >"$WORK/verified" 2>&1 ||
+    inside systemd-analyze verify --man=no /run/units/vhost-device-vfio@.{service,socket} >"$WORK/verified" 2>&1 ||
         cat "$WORK/verified"
     equal '' "$(cat "$WORK/verified")" "remarks of systemd-analyze verify"
 }
 
 # connects LAYOUT: a new front-end with an empty disk.
 connects() {
-    rm -f "$WORK/run/disk"
-    "$TARGET/debug/examples/front-end" "$WORK/run/vhost-device-vfio.sock" "$@" <"$ORDERS" >"$ANSWERS" 2>&1 &
+    rm -f "$WORK/run/vhost-device-vfio/disk"
+    "$TARGET/debug/examples/front-end" "$WORK/run/vhost-device-vfio/$INSTANCE.sock" "$@" <"$ORDERS" >"$ANSWERS" 2>&1 &
     echo $! >"$WORK/front-end.pid"
     progresses
     is ActiveState active
@@ -137,7 +138,7 @@ mkfifo "$ORDERS" "$ANSWERS"
 # Open at both ends, so that neither side waits for the other.
 exec 8<>"$ORDERS" 9<>"$ANSWERS"
 mkdir "$WORK/run"
-DRIVE=emulated:file=/run/disk,create=on,size=64M,latency=100us,order=random
+DRIVE=emulated:file=/run/vhost-device-vfio/disk,create=on,size=64M,latency=100us,order=random
 cat >"$WORK/drop-in.conf" <<END
 [Service]
 ExecStart=
@@ -145,7 +146,7 @@ ExecStart=/usr/local/bin/vhost-device-vfio --queues 2 --device $DRIVE --control 
 StandardOutput=append:/run/log
 StandardError=append:/run/log
 END
-unshare --mount sh "$TESTBED_DIR/own_systemd.sh" start "$WORK" "$PROGRAM" scripts/$UNIT scripts/vhost-device-vfio.socket \
+unshare --mount sh "$TESTBED_DIR/own_systemd.sh" start "$WORK" "$PROGRAM" scripts/systemd/* \
     >"$WORK/start.log" 2>&1 8>&- 9>&- &
 
 claim "systemd starts, and the socket waits for a front-end" systemd_starts

@@ -40,6 +40,8 @@ first() {
     # It creates a machine-id.
     mkdir "$work/etc"
     cp /etc/passwd /etc/group /etc/ld.so.cache "$work/etc/"
+    # The group that the socket belongs to.
+    grep -q '^vhost-device-vfio:' "$work/etc/group" || echo 'vhost-device-vfio:x:64000:' >>"$work/etc/group"
     echo 0123456789abcdef0123456789abcdef >"$work/etc/machine-id"
     mount --bind "$work/etc" /etc
     mount -t tmpfs tmpfs /usr/local/bin

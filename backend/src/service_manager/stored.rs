@@ -49,19 +49,31 @@ impl Passed {
         let Ok(number) = count.parse::<u16>() else {
             return Ok(Some(Self { count, sockets: Vec::new(), stored: None }));
         };
-        let names = names.unwrap_or_default();
-        let (sockets, stored) = split(number, &names);
+        let (sockets, stored) = split(number, names.as_deref())?;
         let stored = if stored.is_empty() { None } else { Some(Stored::inherit(&stored)?) };
         Ok(Some(Self { count: sockets.len().to_string(), sockets, stored }))
     }
 }
 
 /// The sockets, and the stored descriptors with their names.
-fn split(count: u16, names: &str) -> (Vec<RawFd>, Vec<(RawFd, String)>) {
-    let names = names.split(':').map(str::to_owned).chain(std::iter::repeat(String::new()));
-    let all = (LISTEN_FDS_START..).zip(names).take(count.into());
+type Split = (Vec<RawFd>, Vec<(RawFd, String)>);
+
+/// Tells them apart. Without names all are sockets.
+fn split(count: u16, names: Option<&str>) -> io::Result<Split> {
+    let count = usize::from(count);
+    let names = names.map_or_else(|| vec![""; count], |names| names.split(':').collect());
+    // A socket is named after its unit, if nothing else is said, and the instance may be a PCI address.
+    if count != 0 && names.len() != count {
+        return Err(io::Error::other(format!(
+            "LISTEN_FDNAMES has {} names for {count} descriptors, so one of them contains a colon; give the socket unit \
+             FileDescriptorName=socket",
+            names.len()
+        )));
+    }
+    let all = (LISTEN_FDS_START..).zip(names).take(count);
     let (stored, sockets): (Vec<_>, Vec<_>) = all.partition(|(_, name)| name.starts_with(PREFIX));
-    (sockets.into_iter().map(|(number, _)| number).collect(), stored)
+    let stored = stored.into_iter().map(|(number, name)| (number, name.to_owned())).collect();
+    Ok((sockets.into_iter().map(|(number, _)| number).collect(), stored))
 }
 
 impl Stored {
@@ -146,10 +158,18 @@ mod tests {
 
     #[test]
     fn sockets_and_stored_descriptors_are_told_apart_by_their_names() {
-        let (sockets, stored) = split(4, "disk.socket:vdv.session.0:vdv.3");
+        let (sockets, stored) = split(4, Some("disk.socket:vdv.session.0:vdv.3:")).unwrap();
         assert_eq!(sockets, [3, 6], "one has no name");
         assert_eq!(stored, [(4, "vdv.session.0".to_owned()), (5, "vdv.3".to_owned())]);
-        assert_eq!(split(1, ""), (vec![3], Vec::new()));
+        assert_eq!(split(1, Some("")).unwrap(), (vec![3], Vec::new()));
+        assert_eq!(split(2, None).unwrap().0, [3, 4]);
+    }
+
+    #[test]
+    fn a_name_with_colons_is_refused_with_the_setting_that_avoids_it() {
+        let error = split(1, Some("disk@0000:00:04.0.socket")).unwrap_err().to_string();
+        assert!(error.contains("has 3 names for 1 descriptors"), "{error}");
+        assert!(error.contains("FileDescriptorName=socket"), "{error}");
     }
 
     #[test]

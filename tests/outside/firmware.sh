@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# minutes: 1.5
+# Two disks of two processes in one virtual machine, which QEMU gives no kernel: SeaBIOS and OVMF boot from the disk that comes
+# first by its bootindex. Under TCG, without root but to install packages.
+# shellcheck disable=SC2317 # functions are called by name, through claim
+set -u
+
+cd "$(dirname "$0")/../.." || exit
+TESTBED_ROOT=$PWD
+TESTBED_DIR=$TESTBED_ROOT/tests/testbed
+# shellcheck source=tests/testbed/lib.sh
+. "$TESTBED_DIR/lib.sh"
+# shellcheck source=tests/testbed/image.sh
+. "$TESTBED_DIR/image.sh"
+# shellcheck source=tests/testbed/debian_kernel.sh
+. "$TESTBED_DIR/debian_kernel.sh"
+# shellcheck source=tests/testbed/claims.sh
+. "$TESTBED_DIR/claims.sh"
+
+BACKEND=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release/vhost-device-vfio
+WORK=$(mktemp -d)
+# Offset of the only partition, in bytes.
+readonly PARTITION=1048576
+
+clean_up() {
+    local file
+    for file in "$WORK"/*.pid; do
+        [[ ! -s $file ]] || kill -9 "$(<"$file")" 2>/dev/null
+    done
+    rm -rf "$WORK"
+}
+trap clean_up EXIT
+
+# The guest says which disk it was booted from, by its kernel's arguments, and which disks it sees.
+make_initrd() {
+    local root=$WORK/guest
+    place_base "$root"
+    mkdir -p "$root/modules"
+    cp "$KERNEL"/modules/* "$root/modules/"
+    cat >"$root/init" <<'END'
+#!/bin/sh
+export PATH=/bin:/usr/bin:/usr/sbin:/sbin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+while read -r module; do insmod "/modules/$module"; done </modules/order
+n=0
+until [ -e /sys/block/vdb/serial ] || [ $n -ge 100 ]; do n=$((n + 1)) && usleep 100000; done
+echo "booted from $(sed 's/.*booted=//; s/ .*//' /proc/cmdline), sees $(cat /sys/block/vd?/serial | tr '\n' ' ')"
+[ ! -d /sys/firmware/efi ] || echo "by UEFI"
+poweroff -f
+END
+    chmod +x "$root/init"
+    archive "$root" >"$WORK/initrd"
+}
+
+# make_disk NAME: one partition that both firmwares can boot.
+make_disk() {
+    local image=$WORK/$1.img partition=$WORK/$1.img@@$PARTITION
+    truncate -s 128M "$image"
+    echo 'start=1MiB, type=ef, bootable' | sfdisk --quiet --label dos "$image"
+    mkfs.vfat -F 16 --offset $((PARTITION / 512)) -h 2048 -g 255/63 "$image" $((127 * 1024)) >/dev/null
+    dd if=/usr/lib/syslinux/mbr/mbr.bin of="$image" conv=notrunc status=none
+    syslinux --offset "$PARTITION" --install "$image"
+    # Without a prompt the loader waits forever for a BIOS that has no screen.
+    printf '%s\n' 'PROMPT 1' 'TIMEOUT 1' 'DEFAULT linux' 'LABEL linux' 'KERNEL /vmlinuz' 'INITRD /initrd' \
+        "APPEND console=ttyS0 quiet panic=-1 booted=$1" >"$WORK/syslinux.cfg"
+    mmd -i "$partition" ::/EFI ::/EFI/BOOT
+    mcopy -i "$partition" "$KERNEL/vmlinuz" "$WORK/initrd" "$WORK/syslinux.cfg" ::/
+    mcopy -i "$partition" /usr/lib/SYSLINUX.EFI/efi64/syslinux.efi ::/EFI/BOOT/BOOTX64.EFI
+    mcopy -i "$partition" /usr/lib/syslinux/modules/efi64/ldlinux.e64 ::/EFI/BOOT/
+}
+
+serve() {
+    "$BACKEND" --socket-path "$WORK/$1.sock" --device "emulated:file=$WORK/$1.img,serial=$1" --queues 1 \
+        >"$WORK/$1.log" 2>&1 &
+    echo $! >"$WORK/$1.pid"
+}
+two_processes_serve() {
+    make_initrd
+    for disk in one two; do make_disk "$disk"; done
+    for disk in one two; do serve "$disk"; done
+    for disk in one two; do within 20 test -S "$WORK/$disk.sock"; done
+}
+
+# boots FIRST SECOND [QEMU OPTION…]: boots FIRST.
+boots() {
+    local first=$1 second=$2
+    shift 2
+    timeout --kill-after=5 170 qemu-system-x86_64 -M q35,memory-backend=mem -accel tcg -cpu max -m 512M -nodefaults \
+        -display none -no-reboot -serial "file:$WORK/console" -object memory-backend-memfd,id=mem,size=512M,share=on "$@" \
+        -chardev "socket,id=one,path=$WORK/one.sock" -chardev "socket,id=two,path=$WORK/two.sock" \
+        -device "vhost-user-blk-pci,chardev=$first,bootindex=1" -device "vhost-user-blk-pci,chardev=$second,bootindex=2" \
+        </dev/null >"$WORK/qemu.log" 2>&1 || cat "$WORK/qemu.log"
+    tr -d '\r' <"$WORK/console" >"$WORK/said"
+    contains "booted from $first, sees " "$WORK/said"
+    contains "$first" <(sed -n 's/.*, sees //p' "$WORK/said")
+    contains "$second" <(sed -n 's/.*, sees //p' "$WORK/said")
+}
+boots_by_bios() { boots "$@" && lacks 'by UEFI' "$WORK/said"; }
+boots_by_uefi() {
+    cp /usr/share/OVMF/OVMF_VARS_4M.fd "$WORK/vars"
+    boots "$@" -drive if=pflash,unit=0,format=raw,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd \
+        -drive "if=pflash,unit=1,format=raw,file=$WORK/vars"
+    contains 'by UEFI' "$WORK/said"
+}
+
+need_image_programs
+need /usr/share/OVMF/OVMF_CODE_4M.fd=ovmf syslinux=syslinux /usr/lib/syslinux/mbr/mbr.bin=syslinux-common \
+    /usr/lib/SYSLINUX.EFI/efi64/syslinux.efi=syslinux-efi mcopy=mtools mkfs.vfat=dosfstools sfdisk=fdisk
+KERNEL=$(debian_kernel)
+claim "two processes serve two disks that can be booted" two_processes_serve
+((BROKEN == 0)) || finished
+claim "SeaBIOS boots from the first by bootindex" boots_by_bios one two
+claim "SeaBIOS boots from the other if that is the first" boots_by_bios two one
+claim "OVMF boots from the first by bootindex" boots_by_uefi one two
+claim "OVMF boots from the other if that is the first" boots_by_uefi two one
+finished
