@@ -278,11 +278,12 @@ fn check_open_metrics(text: &str) {
     }
 }
 
-/// Debian's package `prometheus` has promtool. Without it the rules above must do.
+/// `scripts/test` names the promtool of Debian's package `prometheus`. Without it the rules above must do.
 fn check_with_promtool(text: &str) {
-    let mut promtool = Command::new("promtool");
+    let Some(path) = std::env::var_os("PROMTOOL") else { return };
+    let mut promtool = Command::new(path);
     promtool.args(["check", "metrics"]).stdin(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
-    let Ok(mut child) = promtool.spawn() else { return };
+    let mut child = promtool.spawn().unwrap();
     child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -292,7 +293,8 @@ fn check_with_promtool(text: &str) {
 fn metrics_on_a_port_are_for_this_machine_only() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let address = format!("127.0.0.1:{port}");
-    let process = Process::serve_with("size=1M", &["--vfio-user", "--metrics", &address]);
+    let mut process = Process::serve_with("size=1M", &["--vfio-user", "--metrics", &address]);
+    process.wait_until("metrics are served", |_| TcpStream::connect(&address).is_ok());
 
     let (head, body) = get(&mut TcpStream::connect(&address).unwrap(), "*/*");
 

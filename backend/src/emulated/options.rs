@@ -120,6 +120,18 @@ impl Default for Options {
 }
 
 impl Options {
+    /// The medium is `file`, or memory of the default size if none is given.
+    fn set_medium(&mut self, file: Option<Medium>) {
+        match file {
+            Some(file) => self.medium = file,
+            None if self.size == 0 => self.size = Self::default().size,
+            None => {}
+        }
+        if self.zones.size != 0 {
+            self.command_set = Some(2);
+        }
+    }
+
     /// Checks all values before any file is opened.
     pub(super) fn check(&self) -> Result<(), EmulatedError> {
         let check = |valid: bool, option, wanted, found| {
@@ -202,14 +214,7 @@ impl FromStr for Options {
                 }
             }
         }
-        match file {
-            Some(path) => options.medium = Medium::File { path, create, sparse },
-            None if options.size == 0 => options.size = Self::default().size,
-            None => {}
-        }
-        if options.zones.size != 0 {
-            options.command_set = Some(2);
-        }
+        options.set_medium(file.map(|path| Medium::File { path, create, sparse }));
         options.order = if random { Order::Random { seed } } else { Order::Fetched };
         options.check()?;
         Ok(options)

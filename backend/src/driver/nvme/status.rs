@@ -90,14 +90,7 @@ impl Status {
             (1, 0x0c) => "Invalid Queue Deletion",
             (1, 0x80) => "Conflicting Attributes",
             (1, 0x82) => "Attempted Write to Read Only Range",
-            (1, 0xb8) => "Zone Boundary Error",
-            (1, 0xb9) => "Zone Is Full",
-            (1, 0xba) => "Zone Is Read Only",
-            (1, 0xbb) => "Zone Is Offline",
-            (1, 0xbc) => "Zone Invalid Write",
-            (1, 0xbd) => "Too Many Active Zones",
-            (1, 0xbe) => "Too Many Open Zones",
-            (1, 0xbf) => "Invalid Zone State Transition",
+            (1, code @ 0xb8..=0xbf) => zone_name(code),
             (2, 0x80) => "Write Fault",
             (2, 0x81) => "Unrecovered Read Error",
             (2, 0x82) => "End-to-end Guard Check Error",
@@ -109,6 +102,20 @@ impl Status {
             (3, 0x03) => "Asymmetric Access Transition",
             _ => return None,
         })
+    }
+}
+
+/// The status codes of the Zoned Namespace command set, B8h to BFh. ZNS Command Set 1.1 §3.1.2
+const fn zone_name(code: u16) -> &'static str {
+    match code {
+        0xb8 => "Zone Boundary Error",
+        0xb9 => "Zone Is Full",
+        0xba => "Zone Is Read Only",
+        0xbb => "Zone Is Offline",
+        0xbc => "Zone Invalid Write",
+        0xbd => "Too Many Active Zones",
+        0xbe => "Too Many Open Zones",
+        _ => "Invalid Zone State Transition",
     }
 }
 

@@ -271,6 +271,13 @@ impl Worker {
                 reply(&answer, ());
             }
             WorkerCommand::RemoveMemory(table, removed, answer) => self.remove_memory(table, removed, answer),
+            other => self.handle_device(other),
+        }
+    }
+
+    /// Handles what does not concern a ring or guest memory.
+    fn handle_device(&mut self, command: WorkerCommand) {
+        match command {
             WorkerCommand::Flush(answer) => {
                 self.path.request_flush();
                 self.pending.push(PendingReply::Flush(answer));
@@ -289,6 +296,7 @@ impl Worker {
                 reply(&answer, ());
             }
             WorkerCommand::Quit => self.quit = true,
+            _ => unreachable!("handled by the caller"),
         }
     }
 
