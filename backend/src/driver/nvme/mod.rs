@@ -47,7 +47,7 @@ pub use self::error::{NvmeError, NvmeErrorKind};
 use self::identify::{Identity, Namespace};
 use self::interrupts::Wiring;
 use self::logs::RESETS;
-pub use self::options::{Avoid, InterruptPolicy, NvmeOptions};
+pub use self::options::{Avoid, InterruptPolicy, NvmeOptions, ReacquireFn};
 pub use self::status::Status;
 use super::{CommandId, DiskState, Driver, Geometry, Health, Identification, Queue};
 use crate::eventfd::signal;
@@ -60,9 +60,6 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
 /// Asynchronous events handled at a time. A controller reports an event, waits until its log page has been read, and reports
 /// the next; one that has more than these ready does not follow the protocol.
 const MAX_EVENTS: u32 = 64;
-
-/// Reacquires a released function once it is available again.
-pub type ReacquireFn = Box<dyn FnMut() -> anyhow::Result<Arc<dyn Function>> + Send>;
 
 /// An initialized NVMe controller. Dropping it stops the controller without a shutdown notification.
 pub struct Nvme {

@@ -1,8 +1,12 @@
 //! What the operator configures.
 
 use std::fmt;
+use std::sync::Arc;
 
-use crate::hardware::InterruptKind;
+use crate::hardware::{Function, InterruptKind};
+
+/// Reacquires a released function once it is available again.
+pub type ReacquireFn = Box<dyn FnMut() -> anyhow::Result<Arc<dyn Function>> + Send>;
 
 /// Options of [`Nvme::bring_up`](super::Nvme::bring_up).
 #[derive(Clone, Debug)]

@@ -12,6 +12,8 @@
 //! yet. The device is not trusted: a completion counts only if its command identifier is that of a busy slot. Identifiers
 //! contain a generation, so a duplicate completion does not complete the next command of the slot.
 
+mod setup;
+
 use std::os::fd::BorrowedFd;
 
 pub use super::interrupts::QueueInterrupt;
@@ -29,6 +31,7 @@ use super::zones;
 use crate::addr::{Iova, Span};
 use crate::driver::{Blocks, Command, CommandId, Completion, Direction, Extent, Full, OverdueCommands, Queue};
 use crate::rate_limited_log::RateLimitedLog;
+pub use setup::QueueSetup;
 
 /// Maximum entries of an I/O queue; fewer if the controller supports fewer.
 pub const MAX_DEPTH: u16 = 256;
@@ -36,32 +39,6 @@ pub const MAX_DEPTH: u16 = 256;
 pub(super) const SLOT_BITS: u32 = 8;
 const SLOT_MASK: u16 = MAX_DEPTH - 1;
 const _: () = assert!(MAX_DEPTH == 1 << SLOT_BITS);
-
-/// Parameters of [`IoQueue::new`].
-pub struct QueueSetup {
-    /// Name in the log, such as `0000:00:04.0 queue 1`.
-    pub name: String,
-    /// Queue identifier of both rings, at least 1.
-    pub id: u16,
-    /// Entries in each ring: 2 to [`MAX_DEPTH`].
-    pub depth: u16,
-    /// Zeroed memory, [`memory_needed`] bytes.
-    pub memory: QueueMemory,
-    /// The controller's doorbells.
-    pub doorbells: Doorbells,
-    /// Namespace identifier of all commands.
-    pub namespace: u32,
-    /// The number of its disk.
-    pub disk: usize,
-    /// Limits of one command.
-    pub limits: Limits,
-    /// Granularity of SGLs; `None` if the controller does not support them.
-    pub sgl: Option<Granularity>,
-    /// The completion queue's interrupt.
-    pub interrupt: QueueInterrupt,
-    /// Whose the command identifiers are.
-    pub tags: Tags,
-}
 
 #[derive(Clone, Copy)]
 struct Slot {

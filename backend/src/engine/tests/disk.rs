@@ -393,10 +393,8 @@ impl Queue for FakeDiskQueue {
     fn in_flight(&self) -> usize {
         self.in_flight
     }
-
     fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
-
     fn set_interrupt_wanted(&self, _: bool) {}
 }
