@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# minutes: 1.5
+# minutes: 1
 # The Debian package in a root directory of its own, which Debian's installer has made: installed, used and removed. Needs root.
 # shellcheck disable=SC2317 # functions are called by name, through claim
 set -u
@@ -56,11 +56,12 @@ installed() {
 }
 runs() {
     equal "vhost-device-vfio $VERSION" "$(inside vhost-device-vfio --version)" "version"
-    inside vhost-device-vfio --socket-path /tmp/disk.sock --device emulated:size=1M >"$WORK/log" 2>&1 &
-    within 10 test -S "$ROOT/tmp/disk.sock"
+    # The program itself is the child, so that it gets the signal.
+    (exec chroot "$ROOT" /usr/bin/vhost-device-vfio --socket-path /tmp/disk.sock --device emulated:size=1M) >"$WORK/log" 2>&1 &
+    within 10 grep -q 'serving emulated' "$WORK/log"
     kill %1
     wait %1
-    contains 'serving emulated' "$WORK/log"
+    [[ ! -e $ROOT/tmp/disk.sock ]]
 }
 found_by_qemu() {
     local program
@@ -72,18 +73,18 @@ found_by_qemu() {
 documented() {
     local page
     for page in vhost-device-vfio vhost-device-vfio-inspect vhost-device-vfio-list; do
-        gzip -dc "$ROOT/usr/share/man/man1/$page.1.gz" | groff -man -Tutf8 -ww >"$WORK/page" 2>"$WORK/remarks"
+        gzip -dc "$ROOT/usr/share/man/man1/$page.1.gz" | groff -K utf8 -man -Tutf8 -ww >"$WORK/page" 2>"$WORK/remarks"
         equal '' "$(cat "$WORK/remarks")" "remarks of groff about $page"
-        contains 'NAME' "$WORK/page"
+        [[ -s $WORK/page ]]
     done
     bash -c '. "$1" && complete -p vhost-device-vfio' - "$ROOT/usr/share/bash-completion/completions/vhost-device-vfio" \
         >"$WORK/log"
 }
-units_verified() {
-    inside sh -c 'cd /usr/lib/systemd/system && systemd-analyze verify --man=no vhost-device-vfio@.service vhost-device-vfio@.socket' \
-        >"$WORK/log" 2>&1
-    equal '' "$(cat "$WORK/log")" "remarks of systemd-analyze verify"
-    inside getent passwd vhost-device-vfio >"$WORK/log"
+# tests/outside/systemd.sh runs the units.
+units_installed() {
+    contains 'ExecStart=/usr/bin/vhost-device-vfio ' "$ROOT/usr/lib/systemd/system/vhost-device-vfio@.service"
+    contains 'SocketGroup=vhost-device-vfio' "$ROOT/usr/lib/systemd/system/vhost-device-vfio@.socket"
+    contains 'vhost-device-vfio:' "$ROOT/etc/group"
 }
 removed() {
     inside dpkg --purge vhost-device-vfio >"$WORK/log" 2>&1 || { cat "$WORK/log" && return 1; }
@@ -112,7 +113,7 @@ claim "dpkg installs the package there" installed
 claim "the installed program serves a disk" runs
 claim "QEMU's description of back-ends names the program" found_by_qemu
 claim "groff finds no fault in the manual pages, and bash takes the completions" documented
-claim "systemd finds no fault in the units, and their user exists" units_verified
+claim "the units are there, and so is their group" units_installed
 claim "purged, it leaves no file" removed
 claim "cargo install --path backend works" cargo_installs
 claim "cargo package accepts the shim's crate" shim_packaged

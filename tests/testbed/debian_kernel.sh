@@ -8,7 +8,7 @@ readonly DEBIAN_MODULES=(virtio_pci virtio_blk crc32c_generic ext4)
 # shellcheck disable=SC2034 # used by scripts/testbed
 readonly DEBIAN_HOST_MODULES=(virtio_pci virtio_console 9p 9pnet_virtio kvm_amd nvme vfio_iommu_type1 vfio_pci)
 # shellcheck disable=SC2034 # the same
-readonly DEBIAN_ZONED_MODULES=(virtio_pci virtio_console virtio_blk zonefs btrfs)
+readonly DEBIAN_GUEST_MODULES=(virtio_pci virtio_console virtio_blk ext4 zonefs btrfs)
 
 # debian_kernel [SUITE MODULE…]: prints a directory with vmlinuz, the modules (default: DEBIAN_MODULES), and their names in
 # modules/order. Without SUITE it is this machine's release.
