@@ -12,7 +12,7 @@ use rustix::time::{
 
 use super::notify;
 
-/// A timer, readable when [`Self::beat`] is due.
+/// A timer, readable when the next sign of life is due.
 pub struct Heartbeat(OwnedFd);
 
 impl Heartbeat {

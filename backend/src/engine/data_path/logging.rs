@@ -30,12 +30,10 @@ impl Dirtied {
     /// By a request for `bytes` in slot `index`, whether it has failed or not: a read that fails may have written as well.
     #[inline]
     pub(super) fn by(operation: Operation, bytes: u64, index: u32) -> Option<Self> {
-        let part = match operation {
-            Operation::Read | Operation::ZoneReport => Part::Data(bytes),
-            Operation::ZoneAppend => Part::AppendSector,
-            _ => return None,
-        };
-        Some(Self { index, part })
+        if operation == Operation::Read || operation == Operation::ZoneReport {
+            return Some(Self::data(index, bytes));
+        }
+        (operation == Operation::ZoneAppend).then_some(Self { index, part: Part::AppendSector })
     }
 }
 
