@@ -16,10 +16,12 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::sigbus::{Watch, lost_pages_at};
 
 mod array;
+mod cursor;
 #[cfg(test)]
 pub(crate) mod kill;
 
 pub use array::{SharedArray, SharedEntry, Word};
+pub use cursor::SharedCursor;
 
 /// A bounds-checked view of shared memory. It keeps the mapping alive and is cheap to clone.
 ///
