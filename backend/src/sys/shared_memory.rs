@@ -17,10 +17,12 @@ use super::sigbus::{LossCounter, Watch, lost_pages_at};
 
 mod array;
 mod bits;
+mod cursor;
 #[cfg(test)]
 pub(crate) mod kill;
 
 pub use array::{SharedArray, SharedEntry, Word};
+pub use cursor::SharedCursor;
 
 /// A bounds-checked view of shared memory. It keeps the mapping alive and is cheap to clone.
 ///

@@ -12,6 +12,7 @@
 
 mod contradiction;
 pub(in crate::engine) mod packed;
+mod packed_layout;
 pub mod packed_recovery;
 pub(in crate::engine) mod split;
 pub mod split_recovery;
@@ -55,7 +56,7 @@ impl InflightRegion {
     pub fn bytes(layout: Layout, entries: u16) -> usize {
         match layout {
             Layout::Split => split::HEADER + split::ENTRY * usize::from(entries),
-            Layout::Packed => packed::HEADER + packed::ENTRY * usize::from(entries),
+            Layout::Packed => packed_layout::HEADER + packed_layout::ENTRY * usize::from(entries),
         }
     }
 

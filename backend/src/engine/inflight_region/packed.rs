@@ -3,113 +3,47 @@
 //! Each group of fields that belongs together is written by one store: both free heads, and both used positions. So a crash never
 //! leaves a position with the wrap counter of another.
 
-use std::mem::offset_of;
-
-use zerocopy::{FromBytes, IntoBytes};
-
-use super::packed_recovery::{PackedEntry, PackedPlan, PackedRecord, PackedRecovery, PackedState, recover};
+use super::packed_layout::{COUNTER, FREE, FREE_HEADS, HEADER, INFLIGHT, LINKS, NEXT, REST, USED, read};
+use super::packed_recovery::{PackedPlan, PackedRecovery, PackedState, recover};
 use super::{Contradiction, InflightRegion, VERSION};
 use crate::engine::virtqueue::position::Position;
-use crate::sys::{SharedArray, SharedEntry, SharedMemory};
-
-/// vhost-user: `QueueRegionPacked`, without its array.
-#[derive(FromBytes, IntoBytes)]
-#[repr(C)]
-struct Header {
-    features: u64,
-    version: u16,
-    desc_num: u16,
-    free_head: u16,
-    old_free_head: u16,
-    used_idx: u16,
-    old_used_idx: u16,
-    used_wrap_counter: u8,
-    old_used_wrap_counter: u8,
-    padding: [u8; 7],
-    /// The array is aligned to 8 bytes.
-    alignment: [u8; 3],
-}
-
-/// vhost-user: `DescStatePacked`.
-#[derive(FromBytes, IntoBytes)]
-#[repr(C)]
-struct Entry {
-    inflight: u8,
-    padding: u8,
-    next: u16,
-    last: u16,
-    num: u16,
-    counter: u64,
-    id: u16,
-    flags: u16,
-    len: u32,
-    addr: u64,
-}
-
-/// Bytes before the array.
-pub(super) const HEADER: usize = size_of::<Header>();
-/// Bytes of one entry.
-pub(super) const ENTRY: usize = size_of::<Entry>();
-const _: () = assert!(HEADER == 32 && ENTRY == 32);
+use crate::sys::{SharedArray, SharedCursor, SharedEntry, SharedMemory};
 
 /// Both are four words.
 type Words<O> = SharedArray<O, u64, 4>;
 
-// Words of the header.
-/// Version, number of entries and both free heads.
-const FREE: usize = 1;
-/// Both free heads, in bytes.
-const FREE_HEADS: usize = offset_of!(Header, free_head);
-/// Both used positions, in bytes.
-const USED: usize = offset_of!(Header, used_idx);
-const _: () = assert!(offset_of!(Header, version) == 8 && offset_of!(Header, desc_num) == 10);
-const _: () = assert!(offset_of!(Header, free_head) == 12 && offset_of!(Header, old_free_head) == 14);
-const _: () = assert!(offset_of!(Header, used_idx) == 16 && offset_of!(Header, old_used_idx) == 18);
-const _: () = assert!(offset_of!(Header, used_wrap_counter) == 20 && offset_of!(Header, old_used_wrap_counter) == 21);
+/// Descriptors of the longest chain that [`PackedMarks::note_all`] copies.
+const LONGEST: usize = 3;
 
-// Words of an entry.
-/// `inflight`, `next`, `last` and `num`. The counter follows.
-const MARK: usize = 0;
-/// ID, flags and length: the second word of a ring's descriptor, with its halves exchanged. The address follows.
-const REST: usize = 2;
-const INFLIGHT: usize = offset_of!(Entry, inflight);
-const NEXT: usize = offset_of!(Entry, next);
-const _: () = assert!(INFLIGHT == 0 && NEXT == 2 && offset_of!(Entry, last) == 4 && offset_of!(Entry, num) == 6);
-const _: () = assert!(offset_of!(Entry, counter) == 8 && offset_of!(Entry, id) == 16 && offset_of!(Entry, flags) == 18);
-const _: () = assert!(offset_of!(Entry, len) == 20 && offset_of!(Entry, addr) == 24);
+/// The index of no entry.
+const NONE: u16 = u16::MAX;
 
-/// One number for each entry. As long as a number has values, so that an index needs no comparison. Pages beyond the last entry
+/// As long as a number of an entry has values, and a chain more, so that an index needs no comparison. Pages beyond the last entry
 /// are never touched.
-type PerEntry = Box<[u16; 1 << u16::BITS]>;
+type PerEntry<T> = Box<[T; (1 << u16::BITS) + LONGEST]>;
 
 /// A descriptor as in the ring: address; length, ID and flags.
 pub(in crate::engine) type Descriptor = [u64; 2];
 
-/// Offset of an entry.
-#[inline]
-fn at(entry: u16) -> usize {
-    HEADER + ENTRY * usize::from(entry)
-}
-
 /// Marks the requests that a packed ring takes and publishes. It never reads the record: the list of free entries is kept here.
 pub(in crate::engine) struct PackedMarks {
     header: SharedEntry<SharedMemory, u64, 4>,
-    entries: Words<SharedMemory>,
+    /// The current entry is the first of the chain noted.
+    entries: SharedCursor<u64, 4>,
     /// The text's global counter.
     counter: u64,
     free_head: u16,
-    /// The entry of the descriptor noted last, and its successor.
+    /// [`Self::note`]: the entry of the descriptor noted last.
     noted: u16,
+    /// The first free entry after the chain noted.
     after: u16,
-    /// The first word of the chain's first entry, once all of it has been noted.
-    mark: u64,
     /// How many chains are pushed and not yet published, and which.
     pushed: u16,
-    batch: PerEntry,
+    batch: PerEntry<u16>,
     /// For each entry its successor, in the list of free entries or in its chain: the `next` of the record.
-    next: PerEntry,
-    /// For the first entry of each chain, the last.
-    last: PerEntry,
+    next: PerEntry<u16>,
+    /// For the first entry of each chain, the successor of the last.
+    ends: PerEntry<u16>,
     /// The position before the next publication.
     used: Position,
 }
@@ -133,20 +67,25 @@ impl PackedMarks {
             PackedRecovery::Resume(plan) => plan,
         };
         let mut marks = Self {
-            header: header(region).into_owned().into_entry(0),
-            entries: entries(region).into_owned(),
+            header: words(region, 0, 1).into_owned().into_entry(0),
+            entries: words(region, HEADER, region.entries).into_owned().into_cursor(),
             counter: plan.next_counter,
             free_head: plan.free_head,
             noted: plan.free_head,
             after: plan.free_head,
-            mark: 0,
             pushed: 0,
             batch: per_entry([]),
             next: per_entry(record.entries.iter().map(|entry| entry.next)),
-            last: per_entry(record.entries.iter().map(|entry| entry.last)),
+            ends: per_entry([]),
             used: plan.used,
         };
         marks.settle(&plan);
+        for request in &plan.requests {
+            // What follows a chain in flight means nothing. It may even be an entry of the chain, which `link` would stop at.
+            let last = record.entries[usize::from(request.entry)].last;
+            set_next(&mut marks.next, &marks.entries, last, NONE);
+            marks.ends[usize::from(request.entry)] = NONE;
+        }
         Ok(Some((marks, plan)))
     }
 
@@ -174,50 +113,85 @@ impl PackedMarks {
     /// the one after it. The first is at [`Self::next_entry`].
     #[inline]
     pub(in crate::engine) fn note(&mut self, entry: u16, descriptor: Descriptor) -> u16 {
-        self.after = self.copy(entry, descriptor);
+        let [addr, rest] = descriptor;
+        self.entries.array().write_words(entry.into(), REST, [rest.rotate_left(32), addr]);
         self.noted = entry;
+        self.after = self.next[usize::from(entry)];
         self.after
     }
 
-    /// [`Self::note`] for all descriptors of a chain.
-    #[inline]
-    pub(in crate::engine) fn note_all<const N: usize>(&mut self, descriptors: &[Descriptor; N]) {
-        let mut chain = [self.free_head; N];
-        // By reference: the compiler unrolls it, and keeps the descriptors in registers.
-        for (n, descriptor) in descriptors.iter().enumerate() {
-            self.after = self.copy(chain[n], *descriptor);
-            if let Some(next) = chain.get_mut(n + 1) {
-                *next = self.after;
-            }
+    /// [`Self::note`] for all descriptors of a chain. Returns its first entry.
+    #[inline(always)]
+    pub(in crate::engine) fn note_all<const N: usize>(&mut self, descriptors: &[Descriptor; N]) -> u16 {
+        let head = self.free_head;
+        if !self.note_neighbours(head, descriptors) {
+            // A copy: the descriptors themselves stay in registers.
+            self.note_scattered(*descriptors);
         }
-        self.finish(chain.get(1).map_or(self.after, |&second| second), chain[N - 1], N as u64);
+        head
     }
 
-    #[inline]
-    fn copy(&self, entry: u16, [addr, rest]: Descriptor) -> u16 {
-        let next = self.next[usize::from(entry)];
-        self.entries.write_words(entry.into(), REST, [rest.rotate_left(32), addr]);
-        next
+    /// The same, if the next `N` free entries are neighbours: one check, and offsets that are constants. Chains return to the list
+    /// as they were taken, so neighbours remain neighbours while all chains have one length.
+    #[inline(always)]
+    fn note_neighbours<const N: usize>(&mut self, head: u16, descriptors: &[Descriptor; N]) -> bool {
+        const { assert!(N == 1 || N == LONGEST) };
+        let head = usize::from(head);
+        // 16 bits for each successor. None of those wanted needs more, if all of them are entries.
+        let successors = (1..N).fold(0, |word, n| word | u64::from(self.next[head + n - 1]) << (16 * (n - 1)));
+        let wanted = if N == 1 { 0 } else { head as u64 * 0x1_0001 + 0x2_0001 };
+        if successors != wanted {
+            return false;
+        }
+        let Some(run) = self.entries.select_run::<N>(head) else { return false };
+        // By reference: the compiler unrolls it, and keeps the descriptors in registers.
+        for (n, &[addr, rest]) in descriptors.iter().enumerate() {
+            run.write_words(n, REST, [rest.rotate_left(32), addr]);
+        }
+        self.after = self.next[head + N - 1];
+        self.ends[head] = self.after;
+        self.write_links(if N == 1 { u64::from(self.after) | (head as u64) << 16 } else { wanted }, N as u64);
+        true
     }
 
-    /// All of the chain has been noted.
+    #[cold]
+    #[inline(never)]
+    fn note_scattered<const N: usize>(&mut self, descriptors: [Descriptor; N]) {
+        let mut entry = self.free_head;
+        for descriptor in descriptors {
+            entry = self.note(entry, descriptor);
+        }
+        self.finish(N as u64);
+    }
+
+    /// All of the chain of `entries` descriptors has been noted.
     #[inline]
-    fn finish(&mut self, second: u16, last: u16, entries: u64) {
-        self.last[usize::from(self.free_head)] = last;
-        self.mark = 1 | u64::from(second) << 16 | u64::from(last) << 32 | entries << 48;
+    fn finish(&mut self, entries: u64) {
+        let head = usize::from(self.free_head);
+        self.entries.select(head);
+        self.ends[head] = self.after;
+        self.write_links(u64::from(self.next[head]) | u64::from(self.noted) << 16, entries);
+    }
+
+    /// Writes all of the current entry but its descriptor, and does not mark it yet: it is still free. The successor in `links` is
+    /// the one that it has. The last entry follows.
+    #[inline]
+    fn write_links(&mut self, links: u64, entries: u64) {
+        self.entries.current().write_part::<u64, LINKS>(links << 16 | entries << 48);
+        self.entries.current().write_part::<u64, COUNTER>(self.counter);
     }
 
     /// The chain noted, of `entries` descriptors, has been taken.
     #[inline]
     pub(in crate::engine) fn take(&mut self, entries: u16) {
-        self.finish(self.next[usize::from(self.free_head)], self.noted, entries.into());
+        self.finish(entries.into());
         self.take_noted();
     }
 
     /// The chain of [`Self::note_all`] has been taken. It is marked before anything is done for it.
     #[inline]
     pub(in crate::engine) fn take_noted(&mut self) {
-        self.entries.write_words(self.free_head.into(), MARK, [self.mark, self.counter]);
+        self.entries.current().write_part::<u8, INFLIGHT>(1);
         self.counter = self.counter.wrapping_add(1);
         // The chain counts as taken when its entries have left the list.
         self.free_head = self.after;
@@ -246,23 +220,29 @@ impl PackedMarks {
     /// follow each other already. Returns the first entry.
     #[inline]
     fn link_batch(&mut self) -> u16 {
-        let mut chains = self.batch[..self.pushed.into()].iter();
-        let Some(&first) = chains.next() else { return self.free_head };
-        let mut last = self.last[usize::from(first)];
-        for &chain in chains {
-            link(&mut self.next, &self.entries, last, chain);
-            last = self.last[usize::from(chain)];
-        }
-        link(&mut self.next, &self.entries, last, self.free_head);
+        let Some((&first, others)) = self.batch[..self.pushed.into()].split_first() else { return self.free_head };
+        let mut before = first;
+        // Four at a time: most of the instructions of a plain loop would count and compare.
+        let (fours, rest) = others.as_chunks::<4>();
+        let mut follow = |next: u16| {
+            let end = &self.ends[usize::from(before)];
+            if *end != next {
+                link(&mut self.next, &self.entries, (before, *end), next);
+            }
+            before = next;
+        };
+        fours.iter().for_each(|four| four.iter().for_each(|&chain| follow(chain)));
+        rest.iter().for_each(|&chain| follow(chain));
+        follow(self.free_head);
         first
     }
 
     /// The batch has been published. There must be a full fence between that and this.
     #[inline]
     pub(in crate::engine) fn after_publish(&mut self) {
-        for &entry in &self.batch[..self.pushed.into()] {
-            self.clear(entry);
-        }
+        let (fours, rest) = self.batch[..self.pushed.into()].as_chunks::<4>();
+        fours.iter().for_each(|four| four.iter().for_each(|&entry| self.clear(entry)));
+        rest.iter().for_each(|&entry| self.clear(entry));
         self.pushed = 0;
         self.set_free(self.free_head, self.free_head);
         self.set_used(self.used, self.used);
@@ -270,7 +250,7 @@ impl PackedMarks {
 
     #[inline]
     fn clear(&self, entry: u16) {
-        self.entries.write_part::<u8, INFLIGHT>(entry.into(), 0);
+        self.entries.array().write_part::<u8, INFLIGHT>(entry.into(), 0);
     }
 
     /// Writes both free heads by one store.
@@ -285,14 +265,20 @@ impl PackedMarks {
     }
 }
 
-/// Lets `next` follow `entry`. The record says so already if it does.
+/// Lets `next` follow the chain from `first` up to `end`, which follows it so far.
 #[inline]
-fn link(successors: &mut PerEntry, entries: &Words<SharedMemory>, entry: u16, next: u16) {
-    let successor = &mut successors[usize::from(entry)];
-    if *successor != next {
-        *successor = next;
-        entries.write_part::<u16, NEXT>(entry.into(), next);
+fn link(successors: &mut PerEntry<u16>, entries: &SharedCursor<u64, 4>, (first, end): (u16, u16), next: u16) {
+    let mut last = first;
+    while successors[usize::from(last)] != end {
+        last = successors[usize::from(last)];
     }
+    set_next(successors, entries, last, next);
+}
+
+#[inline]
+fn set_next(successors: &mut PerEntry<u16>, entries: &SharedCursor<u64, 4>, entry: u16, next: u16) {
+    successors[usize::from(entry)] = next;
+    entries.array().write_part::<u16, NEXT>(entry.into(), next);
 }
 
 /// With entry 0 as both free heads.
@@ -306,48 +292,20 @@ fn used_word(new: Position, old: Position) -> u64 {
     slots | u64::from(new.wrap) << 32 | u64::from(old.wrap) << 40
 }
 
-fn per_entry(first: impl IntoIterator<Item = u16>) -> PerEntry {
-    let mut numbers = vec![0; 1 << u16::BITS];
-    numbers.iter_mut().zip(first).for_each(|(number, first)| *number = first);
-    numbers.try_into().expect("as long as the type says")
+fn per_entry<T: Clone + Default>(first: impl IntoIterator<Item = T>) -> PerEntry<T> {
+    let mut all = vec![T::default(); (1 << u16::BITS) + LONGEST].into_boxed_slice();
+    all.iter_mut().zip(first).for_each(|(value, first)| *value = first);
+    all.try_into().unwrap_or_else(|_| unreachable!("as long as the type says"))
 }
 
-fn header(region: &InflightRegion) -> Words<&SharedMemory> {
-    region.memory.array(0, 1).expect("`InflightRegion::new` has checked size and alignment")
-}
-
-fn entries(region: &InflightRegion) -> Words<&SharedMemory> {
-    let entries = region.memory.array(HEADER, region.entries.into());
-    entries.expect("`InflightRegion::new` has checked size and alignment")
-}
-
-/// Reads the whole record, each value once.
-fn read(region: &InflightRegion) -> PackedRecord {
-    let header: Header = region.memory.read(0);
-    let entry = |index| {
-        let Entry { inflight, next, last, num, counter, id, flags, len, addr, .. } = region.memory.read(at(index));
-        PackedEntry { inflight, next, last, num, counter, id, flags, len, addr }
-    };
-    let entries = (0..region.entries).map(entry).collect();
-    let Header { features, version, desc_num, free_head, old_free_head, used_idx, old_used_idx, .. } = header;
-    let Header { used_wrap_counter, old_used_wrap_counter, .. } = header;
-    PackedRecord {
-        features,
-        version,
-        desc_num,
-        free_head,
-        old_free_head,
-        used_idx,
-        old_used_idx,
-        used_wrap_counter,
-        old_used_wrap_counter,
-        entries,
-    }
+fn words(region: &InflightRegion, at: usize, count: u16) -> Words<&SharedMemory> {
+    region.memory.array(at, count.into()).expect("`InflightRegion::new` has checked size and alignment")
 }
 
 /// Makes a record without marks, whose entries are all free. It counts once its version is written.
 fn initialize(region: &InflightRegion, used: Position) {
-    let (header, entries, count) = (header(region), entries(region), region.entries);
+    let count = region.entries;
+    let (header, entries) = (words(region, 0, 1), words(region, HEADER, count));
     header.write_word(0, FREE, 0);
     header.write(0, [0, 0, used_word(used, used), 0]);
     for entry in 0..count {

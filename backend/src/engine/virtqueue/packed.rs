@@ -295,8 +295,7 @@ impl PackedRing {
     #[inline]
     fn note<const N: usize>(&mut self, descriptors: [Descriptor; N]) -> u16 {
         let Some(marks) = &mut self.marks else { return 0 };
-        marks.note_all(&descriptors);
-        marks.next_entry()
+        marks.note_all(&descriptors)
     }
 
     /// Takes the chain that [`Self::peek_fast`] returned.

@@ -39,7 +39,7 @@ word!(u8, u16, u32, u64);
 /// this program.
 pub struct SharedArray<O, W, const N: usize> {
     base: NonNull<W>,
-    count: usize,
+    pub(super) count: usize,
     owner: O,
 }
 
@@ -74,7 +74,7 @@ impl<W: Word, const N: usize> SharedArray<&SharedMemory, W, N> {
 impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
     /// Pointer to the first word of entry `index`.
     #[inline]
-    fn entry(&self, index: usize) -> NonNull<W> {
+    pub(super) fn entry(&self, index: usize) -> NonNull<W> {
         if index >= self.count {
             outside(index, self.count);
         }
@@ -135,8 +135,8 @@ impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
 
 /// One entry, whose bounds and alignment have been checked.
 pub struct SharedEntry<O, W, const N: usize> {
-    base: NonNull<W>,
-    _owner: O,
+    pub(super) base: NonNull<W>,
+    pub(super) _owner: O,
 }
 
 // SAFETY: as for `SharedMemory`, of which this is a view.

@@ -1,6 +1,7 @@
 //! Packed rings, from the text of the protocol alone.
 
 use super::super::packed::PackedMarks;
+use super::super::packed_layout::at;
 use super::super::packed_recovery::*;
 use super::super::{Claim, Contradiction, InflightRegion};
 use super::memory;
@@ -212,4 +213,63 @@ fn the_bytes_of_another_writer_are_understood_and_continued() {
     let mut bytes = [0; 96];
     memory.copy_to(0, &mut bytes);
     assert_eq!((taken, bytes), (1, expected));
+}
+
+/// Seven free entries, in a record that has just been initialized.
+fn new_marks() -> (InflightRegion, PackedMarks) {
+    let bytes = InflightRegion::bytes(Layout::Packed, 7);
+    let region = InflightRegion::new(memory(&vec![0; bytes]), Layout::Packed, 7).unwrap();
+    let (marks, _) = PackedMarks::start(&region, |_| PackedState { size: 7, ..RING }).unwrap().unwrap();
+    (region, marks)
+}
+
+fn recovered(region: &InflightRegion) -> (PackedMarks, PackedPlan) {
+    PackedMarks::start(region, |_| PackedState { size: 7, base: None, ..RING }).unwrap().unwrap()
+}
+
+fn chain_of_three(addr: u64) -> [[u64; 2]; 3] {
+    let rest = |flags: u16| u64::from(AVAILABLE | flags) << 48;
+    [[addr, rest(NEXT)], [addr + 1, rest(NEXT)], [addr + 2, rest(0)]]
+}
+
+fn publish(marks: &mut PackedMarks, chains: &[u16], slot: u16) {
+    chains.iter().for_each(|&chain| marks.push(chain));
+    marks.before_publish(Position { slot, wrap: true });
+    marks.after_publish();
+}
+
+#[test]
+fn a_chain_is_recorded_in_free_entries_wherever_they_are() {
+    let (region, mut marks) = new_marks();
+    for addr in [1, 2, 3] {
+        marks.note_all(&[[addr, u64::from(AVAILABLE) << 48]]);
+        marks.take_noted();
+    }
+    publish(&mut marks, &[1, 0], 2);
+
+    assert_eq!(marks.note_all(&chain_of_three(8)), 1);
+    marks.take_noted();
+    assert_eq!(marks.note_all(&chain_of_three(16)), 4);
+    marks.take_noted();
+
+    let (_, plan) = recovered(&region);
+    let taken: Vec<_> = plan.requests.iter().map(|request| (request.entry, request.descriptors.clone())).collect();
+    let single = vec![[3, u64::from(AVAILABLE) << 48]];
+    assert_eq!(taken, [(2, single), (1, chain_of_three(8).to_vec()), (4, chain_of_three(16).to_vec())]);
+    assert_eq!((plan.free_head, plan.taken), (7, 7));
+}
+
+#[test]
+fn a_recovered_chain_is_freed_whole_whatever_follows_its_last_entry() {
+    let (region, mut marks) = new_marks();
+    marks.note_all(&chain_of_three(8));
+    marks.take_noted();
+    // Another writer's last entry has the second as its successor.
+    region.memory.write_u16(at(2) + 2, 1);
+
+    let (mut marks, _) = recovered(&region);
+    publish(&mut marks, &[0], 3);
+
+    let (_, plan) = recovered(&region);
+    assert_eq!((plan.free_head, plan.taken), (0, 0));
 }
