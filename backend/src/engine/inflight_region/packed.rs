@@ -265,13 +265,14 @@ impl PackedMarks {
     }
 }
 
-/// Lets `next` follow the chain from `first` up to `end`, which follows it so far.
+/// Lets `next` follow the chain from `first` up to `end`, which follows it so far. A chain without that end is a bug in this
+/// program: it panics, and does not walk for ever.
 #[inline]
 fn link(successors: &mut PerEntry<u16>, entries: &SharedCursor<u64, 4>, (first, end): (u16, u16), next: u16) {
-    let mut last = first;
-    while successors[usize::from(last)] != end {
-        last = successors[usize::from(last)];
-    }
+    let mut chain =
+        std::iter::successors(Some(first), |&entry| Some(successors[usize::from(entry)])).take(successors.len());
+    let last = chain.find(|&entry| successors[usize::from(entry)] == end);
+    let last = last.unwrap_or_else(|| panic!("the chain of entry {first} does not end before entry {end}"));
     set_next(successors, entries, last, next);
 }
 
