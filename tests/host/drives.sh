@@ -46,7 +46,7 @@ zoned() {
     guest stop
     backend_stop
     backend_start --namespace 3
-    logged 'zones of 16M'
+    within 20 logged 'zones of 16M'
     guest_start >/run/said 2>&1 && return 1
     logged 'refused: the drive is zoned, and this front-end gives its guest 57 bytes'
     backend_stop
