@@ -228,6 +228,8 @@ fn what_was_in_flight_at_a_disconnect_is_done_after_the_reconnection() {
     first.boot();
     let Qemu { ram, wire, inflight, .. } = first;
     drop(wire);
+    // Once another is served, the rings of the first have stopped.
+    rig.connect().sync();
     // A back-end that ended in between has taken the second request: entry 0 is marked.
     put(&ram, BLK_IN, 1);
     let region = File::from(inflight.borrow().as_ref().unwrap().1.try_clone().unwrap());
