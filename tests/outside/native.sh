@@ -32,20 +32,8 @@ clean_up() {
     rm -rf "$WORK"
 }
 trap clean_up EXIT
-
-# Runs the guest of the emulated host here, without KVM.
-export GUEST_PARTS=$WORK/parts GUEST_RUN=$WORK GUEST_ACCEL='-accel tcg,thread=multi -cpu max'
-prepare_guest() {
-    local applet
-    mkdir -p "$GUEST_PARTS" "$WORK/bin"
-    cpio --extract --quiet --to-stdout testbed/guest.cpio <"$(host_image)" >"$GUEST_PARTS/guest.cpio"
-    ln -s "$(kernel_image)" "$GUEST_PARTS/bzImage"
-    ln -s "$TESTBED_DIR/guest/init" "$GUEST_PARTS/guest-init"
-    ln -s "$TESTBED_DIR/host/bin/guest" "$WORK/bin/guest"
-    for applet in usleep awk; do ln -s "$(command -v busybox)" "$WORK/bin/$applet"; done
-    # Not earlier: the images are built with this machine's QEMU.
-    PATH=$WORK/bin:${TESTBED_QEMU:+$TESTBED_QEMU/bin:}$PATH
-}
+# shellcheck source=tests/testbed/native_guest.sh
+. "$TESTBED_DIR/native_guest.sh"
 
 # backend_start OPTIONS: serves an emulated drive with these options, and waits for its socket.
 backend_start() {

@@ -23,7 +23,6 @@ WORK=$(mktemp -d)
 SOCKET=$WORK/disk.sock
 STATE=$WORK/state
 PATH=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release:$PATH
-export GUEST_PARTS=$WORK/parts GUEST_RUN=$WORK GUEST_ACCEL='-accel tcg,thread=multi -cpu max'
 
 # Kills what was started here, by process id.
 clean_up() {
@@ -34,18 +33,8 @@ clean_up() {
     rm -rf "$WORK"
 }
 trap clean_up EXIT
-
-prepare_guest() {
-    local applet
-    mkdir -p "$GUEST_PARTS" "$WORK/bin"
-    cpio --extract --quiet --to-stdout testbed/guest.cpio <"$(host_image)" >"$GUEST_PARTS/guest.cpio"
-    ln -s "$(kernel_image)" "$GUEST_PARTS/bzImage"
-    ln -s "$TESTBED_DIR/guest/init" "$GUEST_PARTS/guest-init"
-    ln -s "$TESTBED_DIR/host/bin/guest" "$WORK/bin/guest"
-    for applet in usleep awk; do ln -s "$(command -v busybox)" "$WORK/bin/$applet"; done
-    # Not earlier: the images are built with this machine's QEMU.
-    PATH=$WORK/bin:${TESTBED_QEMU:+$TESTBED_QEMU/bin:}$PATH
-}
+# shellcheck source=tests/testbed/native_guest.sh
+. "$TESTBED_DIR/native_guest.sh"
 
 backend_starts() {
     (
