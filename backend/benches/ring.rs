@@ -230,13 +230,14 @@ fn take(
     disk: &Disk,
     (chain, data): &mut (Chain, Data),
 ) -> Option<PendingUsed> {
-    if let Some(fast) = ring.peek_fast(guest)
-        && let Some(transfer) = Transfer::of(&fast, guest, disk)
-    {
-        ring.take_fast(&fast);
-        assert_eq!(transfer.data.len(), 4096);
-        black_box(&transfer.data);
-        return Some(transfer.pending_used(fast.head()));
+    if let Some(fast) = ring.peek_fast(guest) {
+        if let Some(transfer) = Transfer::of(&fast, guest, disk) {
+            let head = ring.take_fast(fast);
+            assert_eq!(transfer.data.len(), 4096);
+            black_box(&transfer.data);
+            return Some(transfer.pending_used(head));
+        }
+        ring.leave_fast(fast);
     }
     if !ring.take(guest, chain).unwrap() {
         return None;

@@ -31,7 +31,7 @@ pub use ownership::{Owner, Ownership};
 pub use poller::{Event, Poller};
 #[cfg(test)]
 pub(crate) use shared_memory::kill::{before_each_store, killed_after};
-pub use shared_memory::{SharedArray, SharedCursor, SharedEntry, SharedMemory, Word};
+pub use shared_memory::{SharedArray, SharedEntry, SharedMemory, SharedRun, Word};
 pub use sigbus::{LossCounter, LostPages, MAX_WATCHED};
 pub use signals::signal_fd;
 pub use type1::{Container, ContainerInfo, Group};

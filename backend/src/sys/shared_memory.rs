@@ -17,12 +17,12 @@ use super::sigbus::{LossCounter, Watch, lost_pages_at};
 
 mod array;
 mod bits;
-mod cursor;
 #[cfg(test)]
 pub(crate) mod kill;
+mod run;
 
 pub use array::{SharedArray, SharedEntry, Word};
-pub use cursor::SharedCursor;
+pub use run::SharedRun;
 
 /// A bounds-checked view of shared memory. It keeps the mapping alive and is cheap to clone.
 ///

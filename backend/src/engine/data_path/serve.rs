@@ -83,8 +83,11 @@ impl DataPath {
     fn begin_fast(&mut self, queue: &mut dyn Queue, slot: usize) -> Option<Capacity> {
         let ring = self.slots[slot].ring.as_mut()?;
         let fast = ring.queue.peek_fast(&mut self.guest)?;
-        let transfer = Transfer::of(&fast, &mut self.guest, &self.disk)?;
-        ring.queue.take_fast(&fast);
+        let Some(transfer) = Transfer::of(&fast, &mut self.guest, &self.disk) else {
+            ring.queue.leave_fast(fast);
+            return None;
+        };
+        let head = ring.queue.take_fast(fast);
         ring.in_flight += 1;
         let mut vacancy = self.inflight.vacant();
         let (index, data) = (vacancy.index(), vacancy.data());
@@ -95,7 +98,7 @@ impl DataPath {
             && !transfer.crosses_boundary(&self.disk)
             && queue.submit_short(transfer.direction(), transfer.block, transfer.data, index);
         let command = (transfer.operation, transfer.block, transfer.data.len());
-        let inflight_request = InflightRequest::new(transfer.pending_used(fast.head()), slot, command, self.clock.now);
+        let inflight_request = InflightRequest::new(transfer.pending_used(head), slot, command, self.clock.now);
         vacancy.occupy(inflight_request.submitted_if(submitted));
         Some(if submitted { Capacity::Available } else { self.advance(queue, index) })
     }

@@ -13,6 +13,7 @@
 mod contradiction;
 pub(in crate::engine) mod packed;
 mod packed_layout;
+mod packed_list;
 pub mod packed_recovery;
 pub(in crate::engine) mod split;
 pub mod split_recovery;

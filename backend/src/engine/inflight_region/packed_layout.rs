@@ -60,18 +60,19 @@ const _: () = assert!(offset_of!(Header, used_idx) == 16 && offset_of!(Header, o
 const _: () = assert!(offset_of!(Header, used_wrap_counter) == 20 && offset_of!(Header, old_used_wrap_counter) == 21);
 
 // Of an entry.
-/// `inflight`, `next`, `last` and `num`, in bytes.
-pub(super) const LINKS: usize = offset_of!(Entry, inflight);
+/// The word of `inflight`, `next`, `last` and `num`.
+pub(super) const LINKS: usize = 0;
+/// The word of the counter.
+pub(super) const COUNTER: usize = 1;
 /// The word of ID, flags and length: the second word of a ring's descriptor, with its halves exchanged. The address follows.
 pub(super) const REST: usize = 2;
 /// In bytes.
 pub(super) const INFLIGHT: usize = offset_of!(Entry, inflight);
 /// In bytes.
 pub(super) const NEXT: usize = offset_of!(Entry, next);
-/// In bytes.
-pub(super) const COUNTER: usize = offset_of!(Entry, counter);
 const _: () = assert!(INFLIGHT == 0 && NEXT == 2 && offset_of!(Entry, last) == 4 && offset_of!(Entry, num) == 6);
-const _: () = assert!(COUNTER == 8 && offset_of!(Entry, id) == 16 && offset_of!(Entry, flags) == 18);
+const _: () =
+    assert!(offset_of!(Entry, counter) == 8 * COUNTER && offset_of!(Entry, id) == 16 && offset_of!(Entry, flags) == 18);
 const _: () = assert!(offset_of!(Entry, len) == 20 && offset_of!(Entry, addr) == 24);
 
 /// Offset of an entry.

@@ -117,9 +117,12 @@ fn fast_transfer(request: &TestRequest) -> Option<(Transfer, u16, u32)> {
     let mut queue = Virtqueue::new(&setup(request), guest.table()).unwrap();
     assert_ne!(queue.available().unwrap(), 0);
     let fast = queue.peek_fast(&mut guest)?;
-    let transfer = Transfer::of(&fast, &mut guest, &disk(request))?;
-    queue.take_fast(&fast);
-    Some((transfer, fast.head().id(), queue.base()))
+    let Some(transfer) = Transfer::of(&fast, &mut guest, &disk(request)) else {
+        queue.leave_fast(fast);
+        return None;
+    };
+    let head = queue.take_fast(fast);
+    Some((transfer, head.id(), queue.base()))
 }
 
 /// The same from the general path, if the request is a transfer of one buffer.

@@ -84,7 +84,8 @@ pub struct FastBuffers {
 }
 
 /// A request of the fast shape, not yet checked against guest memory.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
+#[must_use = "it is taken or left"]
 pub struct FastRequest {
     head: Head,
     header: Gpa,
@@ -97,7 +98,6 @@ impl FastRequest {
     /// The request of three consecutive descriptors, if they have the fast shape. Always inlined: as a call it would pass all
     /// of them through memory.
     #[inline(always)]
-    #[must_use]
     pub fn new(head: Head, [header, data, status]: [FastDescriptor; 3]) -> Option<Self> {
         let shape = u64::from(header.len) == HEADER
             && header.flags & (WRITE | INDIRECT) == 0
@@ -118,7 +118,6 @@ impl FastRequest {
 
     /// The same, of a chain whose record in the inflight region starts at this entry.
     #[inline]
-    #[must_use]
     pub fn recorded_at(self, record: u16) -> Self {
         Self { head: self.head.recorded_at(record), ..self }
     }
@@ -134,7 +133,7 @@ impl FastRequest {
     #[inline]
     #[must_use]
     pub fn buffers(&self) -> FastBuffers {
-        let Self { header, data, writable, status, .. } = *self;
+        let &Self { header, data, writable, status, .. } = self;
         FastBuffers { header, data, writable, status }
     }
 }

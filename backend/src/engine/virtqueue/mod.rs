@@ -151,16 +151,25 @@ impl Virtqueue {
         }
     }
 
-    /// Reads the next chain, without taking it. `None` if it does not have the fast shape. [`Self::available`] must not be 0.
+    /// Reads the next chain. `None` if it does not have the fast shape. [`Self::available`] must not be 0. The caller passes it to
+    /// [`Self::take_fast`] or to [`Self::leave_fast`] before it calls anything else here: the record may have it as taken.
     #[inline]
     pub fn peek_fast(&mut self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         either!(self, ring => ring.peek_fast(guest))
     }
 
-    /// Takes the chain that [`Self::peek_fast`] returned last.
+    /// Takes the chain that [`Self::peek_fast`] returned.
     #[inline]
-    pub fn take_fast(&mut self, fast: &FastRequest) {
+    pub fn take_fast(&mut self, fast: FastRequest) -> Head {
         either!(self, ring => ring.take_fast(fast.head()));
+        fast.head()
+    }
+
+    /// Leaves the chain that [`Self::peek_fast`] returned in the ring.
+    pub fn leave_fast(&mut self, fast: FastRequest) {
+        if let Self::Packed(ring) = self {
+            ring.leave_fast(fast.head());
+        }
     }
 
     /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`].

@@ -266,7 +266,7 @@ impl PackedRing {
         Ok(true)
     }
 
-    /// Reads the next chain, without taking it. `None` if it does not have the fast shape.
+    /// As [`super::Virtqueue::peek_fast`].
     #[inline]
     pub fn peek_fast(&mut self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         let front = self.offered()?;
@@ -279,11 +279,19 @@ impl PackedRing {
                 return None;
             }
             let request = FastRequest::new(Head::new(id, 3), [first, data, status])?;
-            return Some(request.recorded_at(self.note([front, back[0], back[1]])));
+            return Some(request.recorded_at(self.record([front, back[0], back[1]])?));
         }
-        let table = guest.descriptors(first.table().filter(|_| self.indirect)?, 3)?;
-        let request = [0, 1, 2].map(|n| FastDescriptor::packed(table.read(n)).0);
-        Some(FastRequest::new(Head::new(id, 1), request)?.recorded_at(self.note([front])))
+        let table = first.table().filter(|_| self.indirect)?;
+        // Before the table is read, for there is less to remember.
+        let entry = self.record([front])?;
+        let request = guest.descriptors(table, 3).and_then(|table| {
+            let request = [0, 1, 2].map(|n| FastDescriptor::packed(table.read(n)).0);
+            FastRequest::new(Head::new(id, 1), request)
+        });
+        if request.is_none() {
+            self.unrecord(entry);
+        }
+        Some(request?.recorded_at(entry))
     }
 
     #[inline]
@@ -291,20 +299,29 @@ impl PackedRing {
         if slot + 1 == self.size { 0 } else { slot + 1 }
     }
 
-    /// Keeps the descriptors of the next chain for its record. Returns where that starts.
+    /// Records the next chain as taken, if there is a record. Returns where it starts, or `None` if only [`Self::take`] can.
     #[inline]
-    fn note<const N: usize>(&mut self, descriptors: [Descriptor; N]) -> u16 {
-        let Some(marks) = &mut self.marks else { return 0 };
-        marks.note_all(&descriptors)
+    fn record<const N: usize>(&mut self, descriptors: [Descriptor; N]) -> Option<u16> {
+        let Some(marks) = &mut self.marks else { return Some(0) };
+        marks.take_neighbours(&descriptors)
     }
 
-    /// Takes the chain that [`Self::peek_fast`] returned.
+    fn unrecord(&mut self, entry: u16) {
+        if let Some(marks) = &mut self.marks {
+            marks.untake(entry);
+        }
+    }
+
+    /// Takes the chain that [`Self::peek_fast`] returned, and has recorded already.
     #[inline]
     pub fn take_fast(&mut self, head: Head) {
-        if let Some(marks) = &mut self.marks {
-            marks.take_noted();
-        }
         self.advance(head.entries());
+    }
+
+    /// Leaves the chain that [`Self::peek_fast`] returned in the ring.
+    #[cold]
+    pub fn leave_fast(&mut self, head: Head) {
+        self.unrecord(head.record());
     }
 
     #[inline]

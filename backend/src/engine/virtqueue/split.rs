@@ -202,7 +202,7 @@ impl SplitRing {
         }
     }
 
-    /// Reads the next chain, without taking it. `None` if it does not have the fast shape. [`Self::available`] must not be 0.
+    /// As [`super::Virtqueue::peek_fast`].
     #[inline]
     pub fn peek_fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         let [head] = self.avail_ring.read(self.slot(self.next_avail));

@@ -242,15 +242,16 @@ fn publish(marks: &mut PackedMarks, chains: &[u16], slot: u16) {
 fn a_chain_is_recorded_in_free_entries_wherever_they_are() {
     let (region, mut marks) = new_marks();
     for addr in [1, 2, 3] {
-        marks.note_all(&[[addr, u64::from(AVAILABLE) << 48]]);
-        marks.take_noted();
+        marks.take_neighbours(&[[addr, u64::from(AVAILABLE) << 48]]).unwrap();
     }
     publish(&mut marks, &[1, 0], 2);
 
-    assert_eq!(marks.note_all(&chain_of_three(8)), 1);
-    marks.take_noted();
-    assert_eq!(marks.note_all(&chain_of_three(16)), 4);
-    marks.take_noted();
+    assert_eq!(marks.take_neighbours(&chain_of_three(8)), None);
+    let first = marks.next_entry();
+    chain_of_three(8).into_iter().fold(first, |entry, descriptor| marks.note(entry, descriptor));
+    marks.take(3);
+    assert_eq!(first, 1);
+    assert_eq!(marks.take_neighbours(&chain_of_three(16)), Some(4));
 
     let (_, plan) = recovered(&region);
     let taken: Vec<_> = plan.requests.iter().map(|request| (request.entry, request.descriptors.clone())).collect();
@@ -262,8 +263,7 @@ fn a_chain_is_recorded_in_free_entries_wherever_they_are() {
 #[test]
 fn a_recovered_chain_is_freed_whole_whatever_follows_its_last_entry() {
     let (region, mut marks) = new_marks();
-    marks.note_all(&chain_of_three(8));
-    marks.take_noted();
+    marks.take_neighbours(&chain_of_three(8)).unwrap();
     // Another writer's last entry has the second as its successor.
     region.memory.write_u16(at(2) + 2, 1);
 
