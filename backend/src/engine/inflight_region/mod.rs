@@ -15,10 +15,12 @@ pub(in crate::engine) mod packed;
 mod packed_layout;
 mod packed_list;
 pub mod packed_recovery;
+mod recorded;
 pub(in crate::engine) mod split;
 pub mod split_recovery;
 
 pub use contradiction::{Claim, Contradiction};
+pub use recorded::Recorded;
 
 use super::virtqueue::layout::Layout;
 use crate::sys::SharedMemory;

@@ -3,21 +3,17 @@
 //! Each group of fields that belongs together is written by one store: the mark and the links of a chain, both free heads, and
 //! both used positions. So a crash never leaves a position with the wrap counter of another.
 
-use super::packed_layout::{COUNTER, FREE, FREE_HEADS, HEADER, INFLIGHT, LINKS, REST, USED, read};
-use super::packed_list::{FreeHeads, List, PerEntry, links, per_entry};
+use super::packed_layout::{COUNTER, FREE, FREE_HEADS, HEADER, INFLIGHT, LINKS, REST, USED, Words, read};
+use super::packed_list::{List, PerEntry, links, per_entry};
 use super::packed_recovery::{PackedPlan, PackedRecovery, PackedState, recover};
+use super::recorded::{FreeHeads, Recorded};
 use super::{Contradiction, InflightRegion, VERSION};
+use crate::engine::virtqueue::descriptor::PackedWords;
 use crate::engine::virtqueue::position::Position;
-use crate::sys::{SharedArray, SharedEntry, SharedMemory};
-
-/// Header and entries are four words.
-pub(super) type Words<O> = SharedArray<O, u64, 4>;
+use crate::sys::{SharedEntry, SharedMemory};
 
 /// The index of no entry.
 const NONE: u16 = u16::MAX;
-
-/// A descriptor as in the ring: address; length, ID and flags.
-pub(in crate::engine) type Descriptor = [u64; 2];
 
 /// Marks the requests that a packed ring takes and publishes. It never reads the record: the list of free entries is kept here.
 pub(in crate::engine) struct PackedMarks {
@@ -31,7 +27,7 @@ pub(in crate::engine) struct PackedMarks {
     noted: u16,
     /// How many chains are pushed and not yet published, and which.
     pushed: u16,
-    batch: PerEntry<u16>,
+    batch: PerEntry<Recorded>,
     /// The position before the next publication.
     used: Position,
 }
@@ -69,7 +65,6 @@ impl PackedMarks {
             // What follows a chain in flight means nothing. It may even be an entry of the chain, which `link` would stop at.
             let last = record.entries[usize::from(request.entry)].last;
             marks.list.set_next(last, NONE);
-            marks.list.set_end(request.entry, NONE);
         }
         Ok(Some((marks, plan)))
     }
@@ -97,7 +92,7 @@ impl PackedMarks {
     /// Copies the next descriptor of a chain, as it was read from the ring, to `entry`, which is still free. Returns the entry of
     /// the one after it. The first is at [`Self::next_entry`].
     #[inline]
-    pub(in crate::engine) fn note(&mut self, entry: u16, descriptor: Descriptor) -> u16 {
+    pub(in crate::engine) fn note(&mut self, entry: u16, descriptor: PackedWords) -> u16 {
         self.list.array().write_words(entry.into(), REST, swapped(descriptor));
         self.noted = entry;
         self.list.next(entry).entry()
@@ -105,21 +100,24 @@ impl PackedMarks {
 
     /// The chain of `entries` descriptors that has been noted is taken. It is marked before anything is done for it.
     #[inline]
-    pub(in crate::engine) fn take(&mut self, entries: u16) {
+    pub(in crate::engine) fn take(&mut self, entries: u16) -> Recorded {
         let (head, after) = (self.free.entry(), self.list.next(self.noted));
-        self.list.set_end(head, after.entry());
         let marked = links(self.list.next(head).entry(), self.noted, entries);
         self.list.array().write_words(head.into(), COUNTER, [self.counter]);
         self.list.array().write_words(head.into(), LINKS, [marked]);
         self.leave_list(after);
+        Recorded::new(head, after)
     }
 
     /// [`Self::note`] for all descriptors of a chain, and [`Self::take`], if the next `N` free entries are neighbours: one check, and
-    /// offsets that are constants. Returns the first entry, or `None`: then nothing has been written.
+    /// offsets that are constants. `None` if they are not: then nothing has been written.
     ///
     /// Chains return to the list as they were taken, so neighbours remain neighbours while all chains have one length.
     #[inline(always)]
-    pub(in crate::engine) fn take_neighbours<const N: usize>(&mut self, descriptors: &[Descriptor; N]) -> Option<u16> {
+    pub(in crate::engine) fn take_neighbours<const N: usize>(
+        &mut self,
+        descriptors: &[PackedWords; N],
+    ) -> Option<Recorded> {
         let head = self.free.entry();
         let (marked, after) = self.list.neighbours::<N>(head)?;
         let run = self.list.array().run::<N>(head.into())?;
@@ -129,9 +127,8 @@ impl PackedMarks {
         }
         run.write_words(0, COUNTER, [self.counter]);
         run.write_words(0, LINKS, [marked]);
-        self.list.set_end(head, after.entry());
         self.leave_list(after);
-        Some(head)
+        Some(Recorded::new(head, after))
     }
 
     /// The chain marked counts as taken when its entries have left the list, which starts at `after` then.
@@ -142,21 +139,21 @@ impl PackedMarks {
         self.set_free(after);
     }
 
-    /// The chain of the last [`Self::take_neighbours`], at `entry`, stays in the ring. Killed in between, it is in flight: then it is the
+    /// The chain of the last [`Self::take_neighbours`] stays in the ring. Killed in between, it is in flight: then it is the
     /// last one taken, and the next one of the ring follows it.
     #[cold]
-    pub(in crate::engine) fn untake(&mut self, entry: u16) {
+    pub(in crate::engine) fn untake(&mut self, chain: Recorded) {
         self.counter = self.counter.wrapping_sub(1);
-        self.free = FreeHeads::both(entry);
+        self.free = FreeHeads::both(chain.first());
         self.set_free(self.free);
-        self.clear(entry);
+        self.clear(chain.first());
     }
 
-    /// The chain that starts at `entry` is in the ring as used, and not yet published. Nothing is written: a chain may be taken
+    /// The chain is in the ring as used, and not yet published. Nothing is written: a chain may be taken
     /// before the publication, and the list must not have grown then.
     #[inline]
-    pub(in crate::engine) fn push(&mut self, entry: u16) {
-        self.batch[usize::from(self.pushed)] = entry;
+    pub(in crate::engine) fn push(&mut self, chain: Recorded) {
+        self.batch[usize::from(self.pushed)] = chain;
         self.pushed += 1;
     }
 
@@ -175,8 +172,8 @@ impl PackedMarks {
     #[inline]
     pub(in crate::engine) fn after_publish(&mut self) {
         let (eights, rest) = self.batch[..self.pushed.into()].as_chunks::<8>();
-        eights.iter().for_each(|eight| eight.iter().for_each(|&entry| self.clear(entry)));
-        rest.iter().for_each(|&entry| self.clear(entry));
+        eights.iter().for_each(|eight| eight.iter().for_each(|&chain| self.clear(chain.first())));
+        rest.iter().for_each(|&chain| self.clear(chain.first()));
         self.pushed = 0;
         self.set_free(self.free);
         self.set_used(self.used, self.used);
@@ -201,7 +198,7 @@ impl PackedMarks {
 
 /// The descriptor as the record has it: its second word first, with its halves exchanged.
 #[inline]
-fn swapped([addr, rest]: Descriptor) -> [u64; 2] {
+fn swapped([addr, rest]: PackedWords) -> [u64; 2] {
     [rest.rotate_left(32), addr]
 }
 

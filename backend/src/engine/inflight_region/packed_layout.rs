@@ -6,6 +6,10 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::InflightRegion;
 use super::packed_recovery::{PackedEntry, PackedRecord};
+use crate::sys::SharedArray;
+
+/// Header and entries are four words.
+pub(super) type Words<O> = SharedArray<O, u64, 4>;
 
 /// vhost-user: `QueueRegionPacked`, without its array.
 #[derive(FromBytes, IntoBytes)]

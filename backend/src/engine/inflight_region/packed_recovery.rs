@@ -1,9 +1,8 @@
 //! What a new process does with the record of a packed ring. A pure function of values that have been read once.
 
 use super::contradiction::{Claim, Contradiction};
-use super::packed::Descriptor;
 use super::{VERSION, in_order};
-use crate::engine::virtqueue::descriptor::{INDIRECT, NEXT};
+use crate::engine::virtqueue::descriptor::{INDIRECT, NEXT, PackedWords};
 use crate::engine::virtqueue::position::Position;
 
 /// VIRTQ_DESC_F_USED, virtio 1.2 §2.8.1.
@@ -85,7 +84,7 @@ pub struct PackedRequest {
     /// Its first entry.
     pub entry: u16,
     /// Its descriptors, as they were in the ring.
-    pub descriptors: Vec<Descriptor>,
+    pub descriptors: Vec<PackedWords>,
 }
 
 /// How a ring continues.

@@ -9,6 +9,7 @@
 use super::descriptor::{DESCRIPTOR, Descriptor, INDIRECT, NEXT, PackedDescriptor, WRITE};
 use crate::addr::{Gpa, Span};
 use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::inflight_region::Recorded;
 
 /// Identifies a chain in its used entry. One word, from the lowest bits on: ID, number of descriptors, record.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,18 +23,18 @@ impl Head {
         Self(u64::from(id) | u64::from(entries) << 16)
     }
 
-    /// The same, of a chain whose record in the inflight region starts at this entry.
+    /// The same, of a chain that is recorded in the inflight region of a packed ring.
     #[inline]
     #[must_use]
-    pub fn recorded_at(self, record: u16) -> Self {
-        Self(self.0 & 0xffff_ffff | u64::from(record) << 32)
+    pub fn recorded(self, record: Recorded) -> Self {
+        Self(self.0 & 0xffff_ffff | u64::from(record.word()) << 32)
     }
 
-    /// The first entry of its record. 0 if it has none, and for a split ring.
+    /// Its record. The default if it has none, and for a split ring.
     #[inline]
     #[must_use]
-    pub fn record(self) -> u16 {
-        self.part(32)
+    pub fn record(self) -> Recorded {
+        Recorded::from_word(u32::try_from(self.0 >> 32).expect("shifted"))
     }
 
     /// Split: index of the first descriptor. Packed: the buffer ID.
@@ -137,8 +138,8 @@ impl Chain {
 
     /// The chain's record in the inflight region starts at this entry.
     #[inline]
-    pub(super) fn set_record(&mut self, record: u16) {
-        self.head = self.head.recorded_at(record);
+    pub(super) fn set_record(&mut self, record: Recorded) {
+        self.head = self.head.recorded(record);
     }
 
     /// Device-readable buffers, in order. Empty ones are left out, because framing carries no meaning (virtio 1.2 §2.7.4.1).

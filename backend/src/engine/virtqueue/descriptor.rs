@@ -22,6 +22,9 @@ pub struct Descriptor {
     pub(super) next: u16,
 }
 
+/// A descriptor of a packed ring, as read: address; length, ID and flags.
+pub(in crate::engine) type PackedWords = [u64; 2];
+
 /// One entry of a packed ring or of its indirect tables, virtio 1.2 §2.8.13.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

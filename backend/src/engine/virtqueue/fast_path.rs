@@ -10,6 +10,7 @@
 use super::chain::Head;
 use super::descriptor::{INDIRECT, NEXT, WRITE};
 use crate::addr::{Gpa, Span};
+use crate::engine::inflight_region::Recorded;
 
 /// Bytes of a request's header (virtio 1.2 §5.2.6).
 const HEADER: u64 = 16;
@@ -116,10 +117,10 @@ impl FastRequest {
         })
     }
 
-    /// The same, of a chain whose record in the inflight region starts at this entry.
+    /// The same, of a chain that is recorded in the inflight region.
     #[inline]
-    pub fn recorded_at(self, record: u16) -> Self {
-        Self { head: self.head.recorded_at(record), ..self }
+    pub fn recorded(self, record: Recorded) -> Self {
+        Self { head: self.head.recorded(record), ..self }
     }
 
     /// Identifies the chain in its used entry.

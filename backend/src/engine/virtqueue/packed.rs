@@ -14,16 +14,16 @@ use std::sync::atomic::{Ordering, fence};
 
 use super::areas::map_areas;
 use super::chain::{Chain, Head, WalkLimits};
-use super::descriptor::PackedDescriptor;
+use super::descriptor::{PackedDescriptor, PackedWords};
 use super::fast_path::{FastDescriptor, FastRequest};
 use super::layout::{MAX_SIZE, RingFault};
 use super::position::{Position, positions};
 use crate::engine::dirty_log::RingLog;
 use crate::engine::error::EngineError;
 use crate::engine::guest_memory::GuestMemoryView;
-use crate::engine::inflight_region::packed::{Descriptor, PackedMarks};
+use crate::engine::inflight_region::packed::PackedMarks;
 use crate::engine::inflight_region::packed_recovery::{PackedRequest, PackedState};
-use crate::engine::inflight_region::{Claim, Contradiction, InflightRegion, Tracking};
+use crate::engine::inflight_region::{Claim, Contradiction, InflightRegion, Recorded, Tracking};
 use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
 use crate::sys::{SharedArray, SharedMemory};
@@ -164,7 +164,7 @@ impl PackedRing {
         let limits = WalkLimits { size, indirect: self.indirect, longest_table: MAX_SIZE };
         let ends = chain.fill_packed(&limits, |n| PackedDescriptor::from_words(descriptors[usize::from(n)]), guest);
         debug_assert!(ends, "the recovery has checked where it ends");
-        chain.set_record(entry);
+        chain.set_record(Recorded::without_end(entry));
         true
     }
 
@@ -225,7 +225,7 @@ impl PackedRing {
     /// The next descriptor, if it is available. The driver writes its flags last (virtio 1.2 §2.8.21), so they are read first,
     /// with acquire ordering: all that the driver wrote before is visible.
     #[inline]
-    fn offered(&self) -> Option<Descriptor> {
+    fn offered(&self) -> Option<PackedWords> {
         if self.taken == self.size {
             return None; // the next descriptor is one that we have taken
         }
@@ -259,8 +259,7 @@ impl PackedRing {
         }
         let entries = chain.head().entries();
         if let Some(marks) = &mut self.marks {
-            chain.set_record(marks.next_entry());
-            marks.take(entries);
+            chain.set_record(marks.take(entries));
         }
         self.advance(entries);
         Ok(true)
@@ -279,19 +278,19 @@ impl PackedRing {
                 return None;
             }
             let request = FastRequest::new(Head::new(id, 3), [first, data, status])?;
-            return Some(request.recorded_at(self.record([front, back[0], back[1]])?));
+            return Some(request.recorded(self.record([front, back[0], back[1]])?));
         }
         let table = first.table().filter(|_| self.indirect)?;
         // Before the table is read, for there is less to remember.
-        let entry = self.record([front])?;
+        let record = self.record([front])?;
         let request = guest.descriptors(table, 3).and_then(|table| {
             let request = [0, 1, 2].map(|n| FastDescriptor::packed(table.read(n)).0);
             FastRequest::new(Head::new(id, 1), request)
         });
         if request.is_none() {
-            self.unrecord(entry);
+            self.unrecord(record);
         }
-        Some(request?.recorded_at(entry))
+        Some(request?.recorded(record))
     }
 
     #[inline]
@@ -299,16 +298,16 @@ impl PackedRing {
         if slot + 1 == self.size { 0 } else { slot + 1 }
     }
 
-    /// Records the next chain as taken, if there is a record. Returns where it starts, or `None` if only [`Self::take`] can.
+    /// Records the next chain as taken, if there is a record. Returns `None` if only [`Self::take`] can.
     #[inline]
-    fn record<const N: usize>(&mut self, descriptors: [Descriptor; N]) -> Option<u16> {
-        let Some(marks) = &mut self.marks else { return Some(0) };
+    fn record<const N: usize>(&mut self, descriptors: [PackedWords; N]) -> Option<Recorded> {
+        let Some(marks) = &mut self.marks else { return Some(Recorded::default()) };
         marks.take_neighbours(&descriptors)
     }
 
-    fn unrecord(&mut self, entry: u16) {
+    fn unrecord(&mut self, record: Recorded) {
         if let Some(marks) = &mut self.marks {
-            marks.untake(entry);
+            marks.untake(record);
         }
     }
 

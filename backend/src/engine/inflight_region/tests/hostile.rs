@@ -10,7 +10,7 @@ use super::super::packed::PackedMarks;
 use super::super::packed_recovery::PackedState;
 use super::super::split::SplitMarks;
 use super::super::split_recovery::SplitState;
-use super::super::{Contradiction, InflightRegion};
+use super::super::{Contradiction, InflightRegion, Recorded};
 use super::memory;
 use crate::engine::Layout;
 use crate::engine::virtqueue::position::Position;
@@ -49,12 +49,12 @@ fn write_split(region: &InflightRegion) {
 fn write_packed(region: &InflightRegion) {
     let ring = |_| PackedState { size: SIZE, old_used_flags: 0, base: Some(BASE) };
     let (mut marks, _) = PackedMarks::start(region, ring).unwrap().unwrap();
-    for descriptors in [&[0_u64][..], &[0], &[1, 0]] {
+    let taken = [&[0_u64][..], &[0], &[1, 0]].map(|descriptors| {
         let len = u16::try_from(descriptors.len()).unwrap();
         descriptors.iter().fold(marks.next_entry(), |entry, flags| marks.note(entry, [0, flags << 48]));
-        marks.take(len);
-    }
-    marks.push(1);
+        marks.take(len)
+    });
+    marks.push(taken[1]);
     marks.before_publish(Position { slot: 1, wrap: true });
     marks.after_publish();
 }
@@ -121,14 +121,13 @@ fn a_hostile_packed_record_is_refused_or_resumed_consistently() {
             prop_assert!(descriptors == usize::from(plan.taken) && plan.taken <= SIZE && plan.used.slot < SIZE);
             prop_assert!(distinct(plan.requests.iter().map(|request| request.entry).collect()));
             // As many as are free can be taken, and all can be returned.
-            let mut heads: Vec<_> = plan.requests.iter().map(|request| request.entry).collect();
+            let mut chains: Vec<_> = plan.requests.iter().map(|request| Recorded::without_end(request.entry)).collect();
             for _ in plan.taken..SIZE {
-                heads.push(marks.next_entry());
                 marks.note(marks.next_entry(), [0; 2]);
-                marks.take(1);
+                chains.push(marks.take(1));
             }
-            prop_assert!(distinct(heads.clone()));
-            heads.into_iter().for_each(|head| marks.push(head));
+            prop_assert!(distinct(chains.iter().map(|chain| chain.first()).collect()));
+            chains.into_iter().for_each(|chain| marks.push(chain));
             marks.before_publish(BASE);
             marks.after_publish();
         }

@@ -3,7 +3,7 @@
 use super::super::packed::PackedMarks;
 use super::super::packed_layout::at;
 use super::super::packed_recovery::*;
-use super::super::{Claim, Contradiction, InflightRegion};
+use super::super::{Claim, Contradiction, InflightRegion, Recorded};
 use super::memory;
 use crate::engine::Layout;
 use crate::engine::virtqueue::position::Position;
@@ -195,7 +195,7 @@ fn the_bytes_of_another_writer_are_understood_and_continued() {
     let taken = marks.next_entry();
     marks.note(taken, [0x200_0000, 0x80_5678 << 32 | 0x400]);
     marks.take(1);
-    marks.push(0);
+    marks.push(Recorded::without_end(0));
     marks.before_publish(Position { slot: 0, wrap: false });
     marks.after_publish();
 
@@ -232,7 +232,7 @@ fn chain_of_three(addr: u64) -> [[u64; 2]; 3] {
     [[addr, rest(NEXT)], [addr + 1, rest(NEXT)], [addr + 2, rest(0)]]
 }
 
-fn publish(marks: &mut PackedMarks, chains: &[u16], slot: u16) {
+fn publish(marks: &mut PackedMarks, chains: &[Recorded], slot: u16) {
     chains.iter().for_each(|&chain| marks.push(chain));
     marks.before_publish(Position { slot, wrap: true });
     marks.after_publish();
@@ -241,17 +241,14 @@ fn publish(marks: &mut PackedMarks, chains: &[u16], slot: u16) {
 #[test]
 fn a_chain_is_recorded_in_free_entries_wherever_they_are() {
     let (region, mut marks) = new_marks();
-    for addr in [1, 2, 3] {
-        marks.take_neighbours(&[[addr, u64::from(AVAILABLE) << 48]]).unwrap();
-    }
-    publish(&mut marks, &[1, 0], 2);
+    let taken = [1, 2, 3].map(|addr| marks.take_neighbours(&[[addr, u64::from(AVAILABLE) << 48]]).unwrap());
+    publish(&mut marks, &[taken[1], taken[0]], 2);
 
     assert_eq!(marks.take_neighbours(&chain_of_three(8)), None);
     let first = marks.next_entry();
     chain_of_three(8).into_iter().fold(first, |entry, descriptor| marks.note(entry, descriptor));
-    marks.take(3);
-    assert_eq!(first, 1);
-    assert_eq!(marks.take_neighbours(&chain_of_three(16)), Some(4));
+    assert_eq!(marks.take(3).first(), 1);
+    assert_eq!(marks.take_neighbours(&chain_of_three(16)).map(Recorded::first), Some(4));
 
     let (_, plan) = recovered(&region);
     let taken: Vec<_> = plan.requests.iter().map(|request| (request.entry, request.descriptors.clone())).collect();
@@ -268,8 +265,24 @@ fn a_recovered_chain_is_freed_whole_whatever_follows_its_last_entry() {
     region.memory.write_u16(at(2) + 2, 1);
 
     let (mut marks, _) = recovered(&region);
-    publish(&mut marks, &[0], 3);
+    publish(&mut marks, &[Recorded::without_end(0)], 3);
 
     let (_, plan) = recovered(&region);
     assert_eq!((plan.free_head, plan.taken), (0, 0));
+}
+
+#[test]
+fn a_chain_that_stays_in_the_ring_leaves_the_record_as_it_was() {
+    let (region, mut marks) = new_marks();
+    let taken = marks.take_neighbours(&chain_of_three(8)).unwrap();
+    let left = marks.take_neighbours(&chain_of_three(16)).unwrap();
+    marks.untake(left);
+    marks.note(marks.next_entry(), [24, u64::from(AVAILABLE) << 48]);
+    let next = marks.take(1);
+
+    let (_, plan) = recovered(&region);
+
+    let entries: Vec<_> = plan.requests.iter().map(|request| request.entry).collect();
+    assert_eq!((entries, plan.stale.len(), plan.next_counter), (vec![taken.first(), next.first()], 0, 2));
+    assert_eq!((next.first(), plan.taken, plan.free_head), (3, 4, 4));
 }
