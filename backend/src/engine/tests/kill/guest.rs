@@ -1,9 +1,10 @@
 //! A guest with one ring and numbered requests. It makes as many available as there is room for, and fails the test if one is
-//! used twice. Request n has one descriptor if n is even, else two.
+//! used twice. Request n has one descriptor if n is even, else two; or all have three, as the fast path wants them.
 
 use std::collections::HashMap;
 
 use super::super::bare::setup;
+use crate::addr::Gpa;
 use crate::engine::virtqueue::chain::Chain;
 use crate::engine::{Layout, VringSetup};
 use crate::sys::SharedMemory;
@@ -23,17 +24,20 @@ const PACKED_USED: u16 = 0x8000;
 
 /// The request that a chain carries.
 pub(super) fn number(chain: &Chain) -> u64 {
-    (chain.readable()[0].start().0 - DATA) / 16
+    number_at(chain.readable()[0].start())
 }
 
-fn descriptors(number: u64) -> u64 {
-    1 + number % 2
+/// The request whose data are here.
+pub(super) fn number_at(data: Gpa) -> u64 {
+    (data.0 - DATA) / 16
 }
 
 #[derive(Clone)]
 pub(super) struct Guest {
     layout: Layout,
     size: u64,
+    /// True if all requests have three descriptors.
+    pub(super) fast: bool,
     memory: SharedMemory,
     /// Requests made available, of `total`.
     pub(super) offered: u64,
@@ -50,10 +54,11 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    pub(super) fn new(layout: Layout, size: u16, total: u64, memory: &SharedMemory) -> Self {
+    pub(super) fn new((layout, size): (Layout, u16), fast: bool, total: u64, memory: &SharedMemory) -> Self {
         let mut guest = Self {
             layout,
             size: size.into(),
+            fast,
             memory: memory.clone(),
             offered: 0,
             total,
@@ -83,18 +88,22 @@ impl Guest {
         VringSetup { base, ..setup(self.layout, size, [DESC, AVAIL, USED]) }
     }
 
+    fn descriptors(&self, number: u64) -> u64 {
+        if self.fast { 3 } else { 1 + number % 2 }
+    }
+
     fn room(&self) -> u64 {
         match self.layout {
             Layout::Split => self.free.len() as u64,
             Layout::Packed => {
-                let outstanding: u64 = self.outstanding.values().map(|(number, _)| descriptors(*number)).sum();
+                let outstanding: u64 = self.outstanding.values().map(|(number, _)| self.descriptors(*number)).sum();
                 self.size - outstanding
             }
         }
     }
 
     fn offer(&mut self) {
-        while self.offered < self.total && self.room() >= descriptors(self.offered) {
+        while self.offered < self.total && self.room() >= self.descriptors(self.offered) {
             match self.layout {
                 Layout::Split => self.offer_split(self.offered),
                 Layout::Packed => self.offer_packed(self.offered),
@@ -104,17 +113,17 @@ impl Guest {
     }
 
     /// Address, length and flags of each descriptor of a request.
-    fn parts(number: u64) -> impl Iterator<Item = (u64, u32, u16)> {
-        let count = descriptors(number);
+    fn parts(&self, number: u64) -> impl Iterator<Item = (u64, u32, u16)> + use<> {
+        let count = self.descriptors(number);
         (0..count).map(move |n| {
             let more = if n + 1 < count { NEXT } else { 0 };
-            if n == 0 { (DATA + 16 * number, 16, more) } else { (DATA + 0x4000, 1, WRITE) }
+            if n == 0 { (DATA + 16 * number, 16, more) } else { (DATA + 0x4000, 1, WRITE | more) }
         })
     }
 
     fn offer_split(&mut self, number: u64) {
-        let slots: Vec<u16> = (0..descriptors(number)).map(|_| self.free.pop().unwrap()).collect();
-        for (n, (addr, len, flags)) in Self::parts(number).enumerate() {
+        let slots: Vec<u16> = (0..self.descriptors(number)).map(|_| self.free.pop().unwrap()).collect();
+        for (n, (addr, len, flags)) in self.parts(number).enumerate() {
             let desc = at(DESC) + 16 * usize::from(slots[n]);
             self.memory.write_u64(desc, addr);
             self.memory.write_u32(desc + 8, len);
@@ -129,7 +138,7 @@ impl Guest {
 
     fn offer_packed(&mut self, number: u64) {
         let id = u16::try_from(number).unwrap();
-        let parts: Vec<_> = Self::parts(number).collect();
+        let parts: Vec<_> = self.parts(number).collect();
         for (n, (addr, len, flags)) in (0..).zip(parts).collect::<Vec<_>>().into_iter().rev() {
             let desc = at(DESC) + 16 * self.slot(self.avail + n);
             self.memory.write_u64(desc, addr);
@@ -138,7 +147,7 @@ impl Guest {
             let owner = if self.wrap(self.avail + n) { PACKED_AVAIL } else { PACKED_USED };
             self.memory.write_u16(desc + 14, flags | owner);
         }
-        self.avail += descriptors(number);
+        self.avail += self.descriptors(number);
         assert_eq!(self.outstanding.insert(id, (number, Vec::new())), None);
     }
 
@@ -147,7 +156,7 @@ impl Guest {
         while let Some(id) = self.next_used() {
             let (number, slots) = self.outstanding.remove(&id).expect("a request is used that is not outstanding");
             self.free.extend(slots.iter().rev());
-            self.seen += if self.layout == Layout::Packed { descriptors(number) } else { 1 };
+            self.seen += if self.layout == Layout::Packed { self.descriptors(number) } else { 1 };
             self.used.push(number);
         }
         self.offer();
