@@ -277,6 +277,7 @@ fn a_chain_that_stays_in_the_ring_leaves_the_record_as_it_was() {
     let taken = marks.take_neighbours(&chain_of_three(8)).unwrap();
     let left = marks.take_neighbours(&chain_of_three(16)).unwrap();
     marks.untake(left);
+    let mark = region.memory.read_u16(at(left.first()));
     marks.note(marks.next_entry(), [24, u64::from(AVAILABLE) << 48]);
     let next = marks.take(1);
 
@@ -284,5 +285,5 @@ fn a_chain_that_stays_in_the_ring_leaves_the_record_as_it_was() {
 
     let entries: Vec<_> = plan.requests.iter().map(|request| request.entry).collect();
     assert_eq!((entries, plan.stale.len(), plan.next_counter), (vec![taken.first(), next.first()], 0, 2));
-    assert_eq!((next.first(), plan.taken, plan.free_head), (3, 4, 4));
+    assert_eq!((mark, next.first(), plan.taken, plan.free_head), (0, 3, 4, 4));
 }
