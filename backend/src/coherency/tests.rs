@@ -2,10 +2,11 @@
 
 use super::*;
 
-const NO_SNOOPS: [NoSnoop; 6] = [
+const NO_SNOOPS: [NoSnoop; 7] = [
     NoSnoop::NeverSet,
     NoSnoop::Controllable,
     NoSnoop::NotOurs(NotOurs::VirtualFunction),
+    NoSnoop::NotOurs(NotOurs::MaybeVirtualFunction),
     NoSnoop::NotOurs(NotOurs::NoCapability),
     NoSnoop::NotOurs(NotOurs::IntegratedGraphics),
     NoSnoop::NotOurs(NotOurs::StaysSet),

@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 
 use super::EmulatedError;
 use super::controller::Controller;
+use crate::sandbox::{self, Role};
 
 /// The controller's thread; dropping it stops the thread.
 pub(super) struct Worker {
@@ -18,6 +19,7 @@ impl Worker {
         let stop = Arc::new(AtomicBool::new(false));
         let (until, served) = (Arc::clone(&stop), Arc::clone(controller));
         let body = move || {
+            sandbox::enter(Role::Emulation);
             while !until.load(SeqCst) {
                 match served.run_all() {
                     None => std::thread::park(),

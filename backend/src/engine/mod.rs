@@ -65,6 +65,7 @@ use crate::addr::{Gpa, Span};
 use crate::driver::{Driver, Geometry, Queue};
 use crate::hardware::AddressSpace;
 use crate::memory::MemTable;
+use crate::sandbox::{self, Role};
 use crate::sync::Mutex;
 use crate::sync::mpsc::Sender;
 use crate::sync::thread::{self, JoinHandle};
@@ -203,7 +204,13 @@ impl Engine {
             // The start of each line that it logs.
             _ => format!("disk {} worker {number}", self.disk),
         };
-        let thread = thread::Builder::new().name(name).spawn(move || worker.run()).map_err(failed)?;
+        let thread = thread::Builder::new()
+            .name(name)
+            .spawn(move || {
+                sandbox::enter(Role::Worker);
+                worker.run();
+            })
+            .map_err(failed)?;
         Ok(WorkerHandle { command_queue, counters, thread: Some(thread) })
     }
 
