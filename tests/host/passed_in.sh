@@ -29,8 +29,6 @@ start_unprivileged() {
     while [ "$1" != -- ]; do passed="$passed $1" && shift; done
     shift
     rm -f "$BACKEND_STATUS" "$SOCKET" "$CONTROL"
-    # A failed claim may have left a backend.
-    [ ! -s "$BACKEND_PID" ] || kill -KILL "$(cat "$BACKEND_PID")" 2>/dev/null || true
     : >"$BACKEND_LOG"
     (
         status=0
@@ -45,7 +43,15 @@ start_unprivileged() {
         return 1
     }
 }
+# end_left: ends the backend that a failed claim has left.
+end_left() {
+    [ -s "$BACKEND_PID" ] || return 0
+    kill -KILL "$(cat "$BACKEND_PID")" 2>/dev/null || true
+    within 5 ended
+}
+ended() { [ ! -e "/proc/$(cat "$BACKEND_PID")" ]; }
 everything() {
+    end_left
     start_unprivileged "device=$CDEV" iommu=/dev/iommu "socket=listen:$SOCKET" "control=listen:$CONTROL" -- --device fd "$@"
 }
 
@@ -62,7 +68,7 @@ serves_verified() {
     front-end "$SOCKET" </run/orders >/run/answers 2>&1 &
     exec 4>/run/orders
     echo 2000 >&4
-    within 60 grep -q . /run/answers
+    within 60 grep -q progressed /run/answers || { cat /run/answers "$BACKEND_LOG" && return 1; }
     echo end >&4
     exec 4>&-
     within 60 grep -q 'nothing lost, doubled or reordered' /run/answers || {
@@ -78,7 +84,7 @@ empty_drive() {
 }
 
 served_as_nobody() {
-    everything --queues 2
+    everything --queues 2 --sandbox strict
     rights_of_backend
     logged 'DMA is coherent'
     serves_verified
@@ -93,6 +99,7 @@ nothing_at_all_pinned() { equal "$(cat /run/pins)" "$(pages_pinned)" "pages pinn
 
 # Without procfs and sysfs nothing says whether it is a virtual function, except that it has an interrupt pin.
 by_number() {
+    end_left
     start_unprivileged "other=$CDEV" "other=/dev/iommu" "socket=listen:$SOCKET" -- --device fd=3 --iommu-fd 4 --fd 5 --queues 1
     rights_of_backend
     load "$SOCKET" --requests 200 || { cat "$BACKEND_LOG" && return 1; }
@@ -107,6 +114,7 @@ no_device() {
     grep -q 'it is no VFIO device; pass an open /dev/vfio/devices/vfioN' /run/answer
 }
 bound_by_another() {
+    end_left
     backend_start
     used=$(cat "$BACKEND_PID")
     cp "$BACKEND_LOG" /run/first.log

@@ -28,7 +28,8 @@ pub(crate) fn prepare(config: &Config) -> Result<()> {
         _ => None,
     };
     helper::start(address).context("start the helper process; --sandbox off serves without it")?;
-    sandbox::prepare(mode, &paths(config)).context("--sandbox")
+    let locks = !matches!(config.device, Some(DeviceArg::Emulated(_)));
+    sandbox::prepare(mode, &paths(config), locks).context("--sandbox")
 }
 
 fn paths(config: &Config) -> Paths {

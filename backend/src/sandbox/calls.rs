@@ -167,9 +167,9 @@ const DEVICE_IOCTLS: &[u64] = &[
     iommufd(iommufd_bindings::iommufd::IOMMUFD_CMD_HWPT_ALLOC),
     iommufd(iommufd_bindings::iommufd::IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING),
     iommufd(iommufd_bindings::iommufd::IOMMUFD_CMD_GET_HW_INFO),
-    // FIONBIO, with which the standard library makes a socket non-blocking; TCGETS, with which it asks whether a file is a terminal.
+    // FIONBIO, with which the standard library makes a socket non-blocking; FIONREAD: how many bytes wait in one.
     0x5421,
-    0x5401,
+    0x541b,
 ];
 
 /// Of those who handle the device, clients or front-ends: reads of what landlock allows, messages over sockets, threads.

@@ -33,7 +33,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use landlock::RulesetCreated;
 use seccompiler::BpfProgram;
 
-use crate::sys::report_violations;
+use crate::sys::{has_seccomp_trap, report_violations, settle_allocator};
 use capabilities::Kept;
 pub use paths::Paths;
 
@@ -103,17 +103,18 @@ static PLAN: OnceLock<Plan> = OnceLock::new();
 /// The control thread has entered its role, and every later thread has that of the one which starts it.
 static ENTERED: AtomicBool = AtomicBool::new(false);
 
-/// Prepares the roles, with `paths` as the files that can be named. To be called before any thread is started and before any memory
+/// Prepares the roles, with `paths` as the files that can be named. `locks`: memory will be locked for a device. To be called before any thread is started and before any memory
 /// is locked. Only the first call has an effect.
 ///
 /// # Errors
 /// See [`SandboxError`]. With [`Mode::Auto`], only a step that fails on a kernel which has what it needs.
-pub fn prepare(mode: Mode, paths: &Paths) -> Result<(), SandboxError> {
+pub fn prepare(mode: Mode, paths: &Paths, locks: bool) -> Result<(), SandboxError> {
     let step = |step| {
         move |error: &dyn std::error::Error| SandboxError::Step { step, source: io::Error::other(error.to_string()) }
     };
     let strict = mode == Mode::Strict;
-    let kept = capabilities::prepare().map_err(|error| step("read the capabilities")(&error))?;
+    let kept = if locks { capabilities::prepare() } else { Ok(Kept::Nothing) };
+    let kept = kept.map_err(|error| step("read the capabilities")(&error))?;
     if strict && kept != Kept::Nothing {
         return Err(SandboxError::Memlock);
     }
@@ -128,13 +129,14 @@ pub fn prepare(mode: Mode, paths: &Paths) -> Result<(), SandboxError> {
         (None, None)
     };
     let filters = match filters() {
-        _ if !has_seccomp() => None,
+        _ if !has_seccomp_trap() => None,
         Ok(filters) => Some(filters),
         Err(error) => return Err(step("seccomp")(&error)),
     };
     if strict && filters.is_none() {
         return Err(SandboxError::Missing("seccomp with SECCOMP_RET_TRAP"));
     }
+    settle_allocator();
     report_violations().map_err(|source| SandboxError::Step { step: "handle SIGSYS", source })?;
     // A second call would be one of a test.
     let _ = PLAN.set(Plan { mode, kept, named, nothing, filters });
@@ -145,10 +147,6 @@ fn filters() -> Result<Filters, seccompiler::BackendError> {
     let process = std::process::id();
     let roles = ROLES.into_iter().map(|role| filter::of(role, process)).collect::<Result<_, _>>()?;
     Ok(Filters { without_clone3: filter::without_clone3()?, roles })
-}
-
-fn has_seccomp() -> bool {
-    crate::sys::has_seccomp_trap()
 }
 
 /// Gives up what the role of this thread does not need. Without [`prepare`] nothing changes. In a thread that another one of a

@@ -6,6 +6,8 @@
 //! therefore offers only bounds-checked volatile or atomic copies, and all other modules work on the copies.
 #![expect(unsafe_code, reason = "the only module where it is allowed")]
 
+#[cfg(test)]
+pub(crate) mod attempt;
 mod barrier;
 mod cache;
 mod device_number;
@@ -33,7 +35,7 @@ pub use iommufd::{DeviceId, HwInfo, HwptId, Iommufd};
 pub use mmio::Mmio;
 pub use ownership::{Owner, Ownership};
 pub use poller::{Event, Poller};
-pub use seccomp::has_seccomp_trap;
+pub use seccomp::{has_seccomp_trap, settle_allocator};
 #[cfg(test)]
 pub(crate) use shared_memory::kill::{before_each_store, killed_after};
 pub use shared_memory::{SharedArray, SharedCursor, SharedEntry, SharedMemory, Word};
