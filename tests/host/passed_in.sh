@@ -92,7 +92,7 @@ served_as_nobody() {
     grep -q '"coherent"' /run/ctl-status || cat /run/ctl-status
 }
 held_by_nobody_else() {
-    backend_stop
+    backend_stop || { tail -n 3 "$BACKEND_LOG" && return 1; }
     within 5 nothing_at_all_pinned
 }
 nothing_at_all_pinned() { equal "$(cat /run/pins)" "$(pages_pinned)" "pages pinned in this machine"; }
@@ -121,7 +121,8 @@ bound_by_another() {
     start_unprivileged "device=$CDEV" iommu=/dev/iommu "socket=listen:/run/second.sock" -- --device fd >/run/answer && return 1
     grep -q 'another process uses it' /run/answer
     echo "$used" >"$BACKEND_PID"
-    backend_stop
+    kill -TERM "$used"
+    within 20 ended
 }
 
 # A drive that goes away is released. It cannot be opened by its path when it is back, and the log says what to do.

@@ -26,9 +26,9 @@ mod paths;
 #[cfg(test)]
 mod tests;
 
+use std::cell::Cell;
 use std::io;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use landlock::RulesetCreated;
 use seccompiler::BpfProgram;
@@ -100,8 +100,20 @@ struct Filters {
 }
 
 static PLAN: OnceLock<Plan> = OnceLock::new();
-/// The control thread has entered its role, and every later thread has that of the one which starts it.
-static ENTERED: AtomicBool = AtomicBool::new(false);
+
+thread_local! {
+    /// This thread has entered a role, and those that it starts from now on have that role.
+    static ENTERED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The role of a thread that is about to be started.
+#[derive(Clone, Copy, Debug)]
+#[must_use = "the new thread must enter it"]
+pub struct Entry {
+    role: Role,
+    /// It has the role of the thread that starts it.
+    inherited: bool,
+}
 
 /// Prepares the roles, with `paths` as the files that can be named. `locks`: memory will be locked for a device. To be called before any thread is started and before any memory
 /// is locked. Only the first call has an effect.
@@ -149,17 +161,27 @@ fn filters() -> Result<Filters, seccompiler::BackendError> {
     Ok(Filters { without_clone3: filter::without_clone3()?, roles })
 }
 
-/// Gives up what the role of this thread does not need. Without [`prepare`] nothing changes. In a thread that another one of a
-/// role has started, that role remains.
+impl Entry {
+    /// Of a thread that this thread is about to start: `role`, unless this thread has entered one itself. Whether it has must be
+    /// known before the new thread runs.
+    pub fn new(role: Role) -> Self {
+        Self { role, inherited: ENTERED.get() }
+    }
+
+    /// In the new thread, its first statement.
+    pub fn enter(self) {
+        ENTERED.set(true);
+        if !self.inherited {
+            enter(self.role);
+        }
+    }
+}
+
+/// Gives up what the role of this thread does not need. Without [`prepare`] nothing changes.
 pub fn enter(role: Role) {
     let Some(plan) = PLAN.get() else { return };
-    if ENTERED.load(Relaxed) {
-        return;
-    }
     let entered = plan.enter(role);
-    if role == Role::Control {
-        ENTERED.store(true, Relaxed);
-    }
+    ENTERED.set(true);
     match entered {
         Ok(line) if role == Role::Control => log::info!("sandbox: {line}"),
         Ok(_) => {}

@@ -290,3 +290,27 @@ fn a_kernel_that_lacks_a_layer_is_named() {
         "this kernel lacks landlock; --sandbox auto serves without that"
     );
 }
+
+#[test]
+fn a_thread_that_runs_late_enters_its_role_although_the_one_that_started_it_has_entered_another_by_then() {
+    use testbed::own_process::in_own_process;
+    let name = "sandbox::tests::a_thread_that_runs_late_enters_its_role_although_the_one_that_started_it_has_entered_another_by_then";
+    if !in_own_process(name) {
+        return;
+    }
+    prepare(Mode::Strict, &Paths { readable: vec!["/proc".into()], ..Paths::default() }, false).unwrap();
+    let status = std::thread::spawn(|| {
+        let entry = Entry::new(Role::Guard);
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let late = std::thread::spawn(move || {
+            wait.recv().unwrap();
+            entry.enter();
+            std::fs::read_to_string("/proc/thread-self/status").unwrap()
+        });
+        enter(Role::Control);
+        go.send(()).unwrap();
+        late.join().unwrap()
+    });
+    let status = status.join().unwrap();
+    assert!(status.lines().any(|line| line == "Seccomp:\t2"), "{status}");
+}

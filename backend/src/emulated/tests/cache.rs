@@ -288,6 +288,22 @@ fn a_function_whose_enable_no_snoop_means_nothing_is_not_ours() {
     assert_eq!(why(&*conventional, Some(false)), NotOurs::NoCapability);
 }
 
+/// The emulated function has no interrupt pin with these options, as virtual functions have none.
+#[test]
+fn a_bit_that_reads_zero_proves_nothing_of_a_function_that_may_be_virtual() {
+    let pin = |pin: u8| {
+        patched_config(move |offset, bytes| match offset {
+            0x3d => bytes[0] = pin,
+            // The bit stays clear.
+            DEVICE_CONTROL => bytes[1] &= !8,
+            _ => {}
+        })
+    };
+    assert_eq!(probe(&*pin(0), None).unwrap(), NoSnoop::NotOurs(NotOurs::MaybeVirtualFunction));
+    assert_eq!(probe(&*pin(1), None).unwrap(), NoSnoop::NeverSet, "it has a pin");
+    assert_eq!(probe(&*pin(0), Some(false)).unwrap(), NoSnoop::NeverSet, "sysfs tells");
+}
+
 #[test]
 fn enable_no_snoop_is_not_probed_while_bus_master_is_on() {
     let function = Machine::new(non_coherent()).unwrap().function();

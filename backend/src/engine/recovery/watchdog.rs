@@ -18,7 +18,7 @@ use super::overdue_reports::{OverdueReports, Reports};
 use super::supervisor::DeviceSupervisor;
 use crate::driver::{OverdueCommands, Queue};
 use crate::eventfd::drain;
-use crate::sandbox::{self, Role};
+use crate::sandbox::{Entry, Role};
 use crate::sync::thread::{self, JoinHandle};
 use crate::sys::Poller;
 
@@ -119,8 +119,9 @@ impl Watchdog {
             retry: watch.retry,
             watch,
         };
+        let entry = Entry::new(Role::Guard);
         let thread = thread::Builder::new().name("vdv-watchdog".to_owned()).spawn(move || {
-            sandbox::enter(Role::Guard);
+            entry.enter();
             while watchdog.handle_one_event() {}
         })?;
         Ok(Self { reports, thread: Some(thread) })
