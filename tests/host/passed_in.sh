@@ -32,11 +32,12 @@ start_unprivileged() {
     : >"$BACKEND_LOG"
     (
         status=0
+        # shellcheck disable=SC3045 # busybox has it
         ulimit -l unlimited
         # shellcheck disable=SC2086 # several words
         unshare -m sh -c "echo \$\$ >$BACKEND_PID; exec \"\$@\"" - \
             unprivileged $ROOT $passed -- /program "$@" || status=$?
-        echo $status >"$BACKEND_STATUS"
+        echo "$status" >"$BACKEND_STATUS"
     ) </dev/null >>"$BACKEND_LOG" 2>&1 &
     within 20 logged 'serving ' || {
         cat "$BACKEND_LOG"
