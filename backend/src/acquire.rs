@@ -14,11 +14,16 @@ use std::sync::Arc;
 use crate::coherency::{CacheOps, Facts, NoSnoop, Personality, Policy, Refusal, Verdict, decide};
 use crate::iommu::{HandOverError, Interface, KernelSpace, LiveSpace, PageTable, Snoop, Type1Space};
 use crate::sys::{CacheLines, Container, Instruction, Ioas, Iommufd};
-use crate::vfio::{Attached, FoundInterface, InterfaceChoice, NotAnAddress, Opened, PciAddress, VfioError, no_snoop};
+use crate::vfio::{
+    Attached, Bound, FoundInterface, FunctionName, InterfaceChoice, Opened, PassedIn, PciAddress, VfioError, no_snoop,
+};
+
+/// Why iommufd is used.
+const PASSED_IN: &str = "through the iommufd that was passed in, or that this process could open";
 
 /// A function that this process owns, attached to an empty address space.
 pub struct AcquiredFunction {
-    address: PciAddress,
+    name: FunctionName,
     function: Attached,
     mappings: Mappings,
     evidence: Evidence,
@@ -49,10 +54,10 @@ pub enum AcquireError {
     #[error(transparent)]
     Vfio(#[from] VfioError),
     /// A step that failed in the kernel.
-    #[error("{address}: {step}: {source}")]
+    #[error("{name}: {step}: {source}")]
     Kernel {
         /// The function.
-        address: PciAddress,
+        name: FunctionName,
         /// The step.
         step: &'static str,
         /// The errno.
@@ -60,25 +65,25 @@ pub enum AcquireError {
     },
     /// The verdict is a refusal.
     #[error("{0}: {1}")]
-    Refused(PciAddress, Refusal),
+    Refused(FunctionName, Refusal),
     /// The description of a function that is handed over does not name one.
-    #[error(transparent)]
-    Address(NotAnAddress),
+    #[error("`{0}` is not the name of a function")]
+    NoName(String),
     /// The address space cannot be handed over, or not be accepted.
-    #[error("{address}: hand over the address space: {source}")]
+    #[error("{name}: hand over the address space: {source}")]
     HandOver {
         /// The function.
-        address: PciAddress,
+        name: FunctionName,
         /// Why not.
         source: HandOverError,
     },
     /// The successor of a hand-over would treat the caches in another way.
     #[error(
-        "{address}: its DMA was {before} and would now be {now}; give the same --no-snoop, or restart instead of handing over"
+        "{name}: its DMA was {before} and would now be {now}; give the same --no-snoop, or restart instead of handing over"
     )]
     AnotherVerdict {
         /// The function.
-        address: PciAddress,
+        name: FunctionName,
         /// The predecessor's verdict.
         before: Verdict,
         /// The successor's.
@@ -96,15 +101,42 @@ impl AcquiredFunction {
         let found = opened.find_interface(choice)?;
         let why = found.to_string();
         let acquired = match found {
-            FoundInterface::Iommufd(iommufd) => {
-                let iommufd = Arc::new(iommufd);
-                let step = "allocate an address space (IOMMU_IOAS_ALLOC)";
-                let ioas = iommufd.alloc_ioas().map_err(|source| AcquireError::Kernel { address, step, source })?;
-                Self::attach(address, opened, iommufd, ioas)
-            }
+            FoundInterface::Iommufd(iommufd) => Self::bind_and_attach(address, opened, iommufd),
             FoundInterface::Type1(container, _) => Self::attach_by_group(address, opened, container),
         };
         acquired.map(|acquired| Self { why, ..acquired })
+    }
+
+    /// The same through an open `/dev/iommu` that was passed to this process.
+    ///
+    /// # Errors
+    /// See [`AcquireError`]; the function is closed.
+    pub fn acquire_by(address: PciAddress, iommufd: Iommufd) -> Result<Self, AcquireError> {
+        let acquired = Self::bind_and_attach(address, Opened::open(address)?, iommufd)?;
+        Ok(Self { why: PASSED_IN.to_owned(), ..acquired })
+    }
+
+    /// Acquires the function whose open character device was passed to this process, through an open `/dev/iommu`.
+    ///
+    /// # Errors
+    /// See [`AcquireError`]; the function is closed.
+    pub fn acquire_passed_in(device: PassedIn, iommufd: Iommufd) -> Result<Self, AcquireError> {
+        let name = device.name();
+        let (iommufd, ioas) = Self::new_space(name, iommufd)?;
+        let acquired = Self::attach(name, device.bind(&iommufd, &ioas)?, iommufd, ioas)?;
+        Ok(Self { why: PASSED_IN.to_owned(), ..acquired })
+    }
+
+    fn new_space(name: FunctionName, iommufd: Iommufd) -> Result<(Arc<Iommufd>, Ioas), AcquireError> {
+        let iommufd = Arc::new(iommufd);
+        let step = "allocate an address space (IOMMU_IOAS_ALLOC)";
+        let ioas = iommufd.alloc_ioas().map_err(|source| AcquireError::Kernel { name, step, source })?;
+        Ok((iommufd, ioas))
+    }
+
+    fn bind_and_attach(address: PciAddress, opened: Opened, iommufd: Iommufd) -> Result<Self, AcquireError> {
+        let (iommufd, ioas) = Self::new_space(address.into(), iommufd)?;
+        Self::attach(address.into(), opened.bind(&iommufd, &ioas)?, iommufd, ioas)
     }
 
     /// Reacquires a released function into its former address space: what is mapped there is pinned again.
@@ -116,7 +148,7 @@ impl AcquiredFunction {
         match space {
             KernelSpace::Iommufd(space) => {
                 let (iommufd, ioas) = space.iommufd_and_ioas();
-                Self::attach(address, opened, iommufd, ioas)
+                Self::attach(address.into(), opened.bind(&iommufd, &ioas)?, iommufd, ioas)
             }
             KernelSpace::Type1(_) => {
                 let container = opened.open_container()?;
@@ -125,39 +157,44 @@ impl AcquiredFunction {
         }
     }
 
-    fn attach(address: PciAddress, opened: Opened, iommufd: Arc<Iommufd>, ioas: Ioas) -> Result<Self, AcquireError> {
-        let error = |step| move |source| AcquireError::Kernel { address, step, source };
-        let bound = opened.bind(&iommufd, &ioas)?;
+    fn attach(name: FunctionName, bound: Bound, iommufd: Arc<Iommufd>, ioas: Ioas) -> Result<Self, AcquireError> {
+        let error = |step| move |source| AcquireError::Kernel { name, step, source };
         let table = PageTable::new(iommufd, ioas, bound.device_id());
         let table = Arc::new(table.map_err(error("allocate a page table (IOMMU_HWPT_ALLOC)"))?);
         let function = bound.attach(Arc::clone(&table))?;
         let snoop = table.snoop().clone();
-        Self::with_evidence(address, function, Mappings::PageTable(table), snoop)
+        Self::with_evidence(name, function, Mappings::PageTable(table), snoop)
     }
 
     fn attach_by_group(address: PciAddress, opened: Opened, container: Container) -> Result<Self, AcquireError> {
         let function = opened.attach_by_group(&container)?;
         let snoop = Snoop::of_container(&container, address.iommu_hardware());
-        Self::with_evidence(address, function, Mappings::Container(container), snoop)
+        Self::with_evidence(address.into(), function, Mappings::Container(container), snoop)
     }
 
     fn with_evidence(
-        address: PciAddress,
+        name: FunctionName,
         function: Attached,
         mappings: Mappings,
         snoop: Snoop,
     ) -> Result<Self, AcquireError> {
-        let no_snoop = no_snoop::probe(&function, address.is_virtual_function());
+        let no_snoop = no_snoop::probe(&function, name.is_virtual_function());
         let step = "probe the Enable No Snoop bit";
-        let no_snoop = no_snoop.map_err(|source| AcquireError::Kernel { address, step, source })?;
+        let no_snoop = no_snoop.map_err(|source| AcquireError::Kernel { name, step, source })?;
         let evidence = Evidence { snoop, no_snoop, lines: CacheLines::detect() };
-        Ok(Self { address, function, mappings, evidence, why: String::new() })
+        Ok(Self { name, function, mappings, evidence, why: String::new() })
     }
 
     /// The interface, and why it is used, as text.
     #[must_use]
     pub fn why(&self) -> &str {
         &self.why
+    }
+
+    /// Which function it is.
+    #[must_use]
+    pub fn name(&self) -> FunctionName {
+        self.name
     }
 
     /// See [`Evidence`].
@@ -172,14 +209,14 @@ impl AcquiredFunction {
     /// # Errors
     /// See [`AcquireError`]; the function is closed.
     pub fn into_address_space(self, facts: &Facts) -> Result<(Attached, KernelSpace), AcquireError> {
-        let Self { address, function, mappings, evidence, .. } = self;
+        let Self { name, function, mappings, evidence, .. } = self;
         let lines = match (decide(facts), evidence.lines) {
             (Verdict::Coherent(_), _) => None,
             (Verdict::Flush(_), Some(lines)) => Some(lines),
-            (Verdict::Flush(_), None) => return Err(AcquireError::Refused(address, Refusal::NoCacheOps)),
-            (Verdict::Refuse(refusal), _) => return Err(AcquireError::Refused(address, refusal)),
+            (Verdict::Flush(_), None) => return Err(AcquireError::Refused(name, Refusal::NoCacheOps)),
+            (Verdict::Refuse(refusal), _) => return Err(AcquireError::Refused(name, refusal)),
         };
-        let error = |step| move |source| AcquireError::Kernel { address, step, source };
+        let error = |step| move |source| AcquireError::Kernel { name, step, source };
         let space = match (mappings, lines) {
             (Mappings::PageTable(table), None) => KernelSpace::Iommufd(LiveSpace::coherent(&table)),
             (Mappings::PageTable(table), Some(lines)) => {
@@ -199,7 +236,7 @@ impl AcquiredFunction {
     /// # Errors
     /// See [`AcquireError`]; the function is closed.
     pub fn into_former_address_space(self, space: &KernelSpace) -> Result<Attached, AcquireError> {
-        let Self { address, function, mappings, .. } = self;
+        let Self { name, function, mappings, .. } = self;
         let (step, joined) = match (mappings, space) {
             (Mappings::PageTable(table), KernelSpace::Iommufd(space)) => {
                 ("allocate a staging page table", space.rejoin(&table, function.device_file()))
@@ -209,7 +246,7 @@ impl AcquiredFunction {
             }
             _ => ("map its former memory", Err(io::Error::other("acquired through the other interface"))),
         };
-        joined.map_err(|source| AcquireError::Kernel { address, step, source })?;
+        joined.map_err(|source| AcquireError::Kernel { name, step, source })?;
         Ok(function)
     }
 }

@@ -21,7 +21,7 @@ use crate::handover::Terms;
 use crate::local_server::LocalAddress;
 use crate::socket::{Access, GroupId, SocketMode, UserId};
 use crate::vfio::{NotAnAddress, PciAddress};
-pub use choices::{Avoided, Bars, Interrupts, Iommu, NoSnoopPolicy};
+pub use choices::{Avoided, Bars, Interrupts, Iommu, NoSnoopPolicy, SandboxChoice};
 pub use command::{Command, CtlCommand};
 
 /// The parsed command line.
@@ -50,10 +50,11 @@ pub struct Config {
     /// Use this inherited descriptor of a listening or connected UNIX socket
     #[arg(long, value_name = "FDNUM")]
     pub fd: Option<RawFd>,
-    /// The NVMe function to serve: one bound to vfio-pci, or one emulated in this process
+    /// The NVMe function to serve: one bound to vfio-pci, by its address or as an inherited descriptor of its open
+    /// /dev/vfio/devices/vfioN (without a number: the one that is named `device`), or one emulated in this process
     #[arg(
         long,
-        value_name = "DOMAIN:BUS:DEV.FN|emulated[:NAME=VALUE,…]",
+        value_name = "DOMAIN:BUS:DEV.FN|fd[=FDNUM]|emulated[:NAME=VALUE,…]",
         required_unless_present = "print_capabilities"
     )]
     pub device: Option<DeviceArg>,
@@ -84,6 +85,9 @@ pub struct Config {
     /// The kernel's interface for the device and its memory
     #[arg(long, value_name = "INTERFACE", value_enum, default_value_t)]
     pub iommu: Iommu,
+    /// Use this inherited descriptor of an open /dev/iommu
+    #[arg(long, value_name = "FDNUM")]
+    pub iommu_fd: Option<RawFd>,
     /// Register the device with the shim in the VM's process, which listens on this socket (see README)
     #[arg(long, value_name = "PATH")]
     pub kvm_socket: Option<PathBuf>,
@@ -108,6 +112,9 @@ pub struct Config {
     /// Serve metrics for Prometheus on this UNIX socket or loopback port, such as 127.0.0.1:9100
     #[arg(long, value_name = "PATH|ADDR:PORT")]
     pub metrics: Option<LocalAddress>,
+    /// What to give up once this process serves: capabilities, files, system calls (see README)
+    #[arg(long, value_name = "HOW", value_enum, default_value_t)]
+    pub sandbox: SandboxChoice,
     /// Measure how long requests take; ctl latency does so at run time
     #[arg(long, conflicts_with = "vfio_user")]
     pub latency: bool,
@@ -127,19 +134,29 @@ pub struct Config {
 pub enum DeviceArg {
     /// A function bound to vfio-pci.
     Pci(PciAddress),
+    /// A function whose open file was passed in: its number, or `None` for the one that the service manager names `device`.
+    PassedIn(Option<RawFd>),
     /// A function emulated in this process, with the text of its [options](crate::emulated::Options).
     Emulated(String),
 }
 
-/// The argument is neither a PCI address nor `emulated`.
+/// The argument is neither a PCI address, nor a descriptor, nor `emulated`.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}; or emulated[:NAME=VALUE,…]")]
-pub struct NotADevice(NotAnAddress);
+pub enum NotADevice {
+    /// It looks like an address.
+    #[error("{0}; or fd=FDNUM, or emulated[:NAME=VALUE,…]")]
+    Address(NotAnAddress),
+    /// It looks like a descriptor.
+    #[error("`{0}` is not the number of a descriptor; give fd=FDNUM, such as fd=5")]
+    Number(String),
+}
 
 impl fmt::Display for DeviceArg {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pci(address) => write!(f, "{address}"),
+            // The number is another one in each process.
+            Self::PassedIn(_) => f.write_str("fd"),
             Self::Emulated(options) => write!(f, "emulated:{options}"),
         }
     }
@@ -149,9 +166,14 @@ impl FromStr for DeviceArg {
     type Err = NotADevice;
 
     fn from_str(text: &str) -> Result<Self, NotADevice> {
+        if let Some(number) = text.strip_prefix("fd=") {
+            let wrong = |_| NotADevice::Number(number.to_owned());
+            return number.parse::<u16>().map(|number| Self::PassedIn(Some(number.into()))).map_err(wrong);
+        }
         match text.split_once(':').unwrap_or((text, "")) {
+            ("fd", "") => Ok(Self::PassedIn(None)),
             ("emulated", options) => Ok(Self::Emulated(options.to_owned())),
-            _ => text.parse().map(Self::Pci).map_err(NotADevice),
+            _ => text.parse().map(Self::Pci).map_err(NotADevice::Address),
         }
     }
 }
@@ -165,7 +187,12 @@ fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
 }
 
 const AFTER_HELP: &str = "\
-Without --socket-path and --fd, a socket passed by systemd (LISTEN_FDS) is used.
+Without --socket-path and --fd, a socket passed by systemd (LISTEN_FDS) is used. What was passed
+with these names (LISTEN_FDNAMES, OpenFile=) is used in place of a path:
+  device   an open /dev/vfio/devices/vfioN, with --device fd
+  iommu    an open /dev/iommu
+  kvm      a second /dev/vfio/devices/vfioN, to tell KVM with --kvm-socket
+  control  a listening socket for ctl
 
 Several namespaces of one drive are served at once by
   --namespace A --socket-path PATH-A --namespace B --socket-path PATH-B …
@@ -261,7 +288,7 @@ mod tests {
     #[test]
     fn a_bad_address_is_refused_with_an_example() {
         let error = parse(&["--socket-path", "/run/s", "--device", "nvme0"]).unwrap_err();
-        assert!(error.contains("such as 0000:00:04.0; or emulated"), "{error}");
+        assert!(error.contains("such as 0000:00:04.0; or fd=FDNUM"), "{error}");
     }
 
     #[test]
@@ -271,6 +298,12 @@ mod tests {
         assert_eq!(device("emulated"), DeviceArg::Emulated(String::new()));
         assert_eq!(device("emulated:file=/a:b"), DeviceArg::Emulated("file=/a:b".to_owned()));
         assert!(parse(&["--device", "emulatedx"]).is_err());
+        assert_eq!(device("fd"), DeviceArg::PassedIn(None));
+        assert_eq!(device("fd=5"), DeviceArg::PassedIn(Some(5)));
+        assert_eq!(device("fd=5").to_string(), device("fd").to_string(), "a successor has other numbers");
+        for wrong in ["fd=", "fd=-1", "fd=five"] {
+            assert!(parse(&["--device", wrong]).unwrap_err().contains("give fd=FDNUM, such as fd=5"), "{wrong}");
+        }
     }
 
     #[test]

@@ -3,13 +3,14 @@
 //! so does `close` (FUSE_FLUSH). So the kind of a descriptor is found out first, by calls that ask no file system, and what
 //! is of no use is closed on a thread of its own.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{Sender, channel};
 
-use rustix::fs::fcntl_get_seals;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{AtFlags, StatxFlags, fcntl_get_seals, statx};
 use rustix::net::{AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, sockopt};
 
 /// Descriptors of no use that may wait to be closed. The closing waits only for a file system that does not answer.
@@ -58,7 +59,7 @@ impl Kind {
     pub(crate) fn of(fd: impl AsFd) -> Self {
         if is_memory(&fd) {
             Self::Memory
-        } else if link(&fd).as_deref() == Some(Path::new("anon_inode:[eventfd]")) {
+        } else if is_event(&fd) {
             Self::Event
         } else if sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX) {
             Self::Socket
@@ -103,6 +104,27 @@ impl ReceivedFds {
             self.fds.push(fd);
         }
     }
+}
+
+/// True for an eventfd: by its name, or, where procfs is not mounted, by what it does.
+fn is_event(fd: impl AsFd) -> bool {
+    match link(&fd) {
+        Some(link) => link == Path::new("anon_inode:[eventfd]"),
+        None => behaves_like_an_eventfd(fd),
+    }
+}
+
+/// True if `fd` is of no file system, as an eventfd is not, and takes a zero. An eventfd adds it to its counter and never waits for
+/// that (`eventfd_write`). Of the other files of the kernel, a VFIO device takes it as well, as a write to its first BAR, which whoever
+/// has passed the device can do himself. The question which file system it is of is answered without asking that.
+fn behaves_like_an_eventfd(fd: impl AsFd) -> bool {
+    let file_system = |fd: BorrowedFd<'_>| {
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        statx(fd, "", flags, StatxFlags::INO).map(|found| (found.stx_dev_major, found.stx_dev_minor, found.stx_ino))
+    };
+    let Ok(own) = eventfd(0, EventfdFlags::CLOEXEC) else { return false };
+    let same = file_system(own.as_fd()).is_ok_and(|own| file_system(fd.as_fd()) == Ok(own));
+    same && rustix::io::write(fd, &0_u64.to_ne_bytes()) == Ok(8)
 }
 
 /// True for a file of shmem (memfd, tmpfs) or hugetlbfs. The kernel knows seals for no other.
@@ -156,7 +178,6 @@ pub(crate) fn close_elsewhere(fd: OwnedFd) -> usize {
 mod tests {
     use std::os::unix::net::UnixStream;
 
-    use rustix::event::{EventfdFlags, eventfd};
     use rustix::fs::{MemfdFlags, memfd_create};
 
     use super::*;
@@ -171,6 +192,23 @@ mod tests {
         assert_eq!(Kind::of(eventfd(0, EventfdFlags::CLOEXEC).unwrap()), Kind::Event);
         assert_eq!(Kind::of(socket), Kind::Socket);
         assert_eq!([Kind::of(pipe), Kind::of(writer), Kind::of(procfs)], [Kind::Other; 3]);
+    }
+
+    #[test]
+    fn without_procfs_an_eventfd_is_recognized_by_what_it_does() {
+        let event = eventfd(3, EventfdFlags::CLOEXEC).unwrap();
+        let full = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        let epoll = rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC).unwrap();
+        let (pipe, writer) = rustix::pipe::pipe().unwrap();
+        let memory = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+
+        assert!(behaves_like_an_eventfd(&event) && behaves_like_an_eventfd(&full), "full, and it did not wait");
+        assert!(!behaves_like_an_eventfd(epoll) && !behaves_like_an_eventfd(pipe) && !behaves_like_an_eventfd(memory));
+        assert!(!behaves_like_an_eventfd(writer), "nothing is written to it");
+        let mut count = [0; 8];
+        rustix::io::read(&event, &mut count).unwrap();
+        assert_eq!(u64::from_ne_bytes(count), 3, "unchanged");
     }
 
     #[test]

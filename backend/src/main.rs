@@ -10,7 +10,8 @@ use clap::Parser;
 
 use program::operator::Doors;
 use program::origin::DeviceSpec;
-use program::{Signals, block, limits, logging, several, takeover, whole};
+use program::vfio_source::PassedFiles;
+use program::{Signals, block, confined, limits, logging, several, takeover, whole};
 use vhost_device_vfio::config::{Command, Config, CtlCommand};
 use vhost_device_vfio::control;
 use vhost_device_vfio::doctor::Diagnosis;
@@ -50,6 +51,7 @@ fn run(config: &Config) -> Result<()> {
     let upgrade = signal_fd(&[libc::SIGUSR2]).context("catch SIGUSR2")?;
     let signals = Signals { stop, upgrade };
     limits::raise_open_files();
+    confined::prepare(config)?;
     if let Some(link) = takeover::link(config)? {
         return takeover::serve(config, link, signals);
     }
@@ -61,8 +63,9 @@ fn run(config: &Config) -> Result<()> {
     let access = config.socket_access();
     let open = |listen: Listen| listen.open_for(&access);
     let mut endpoints = listens.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
-    let doors = Doors::open(config)?;
-    let source = spec.open(config.iommu.into())?;
+    let doors = Doors::open(config, passed.as_ref())?;
+    let files = PassedFiles::take(config, passed.as_ref())?;
+    let source = spec.open(config.iommu.into(), files)?;
     if endpoints.len() > 1 {
         let stored = passed.and_then(|passed| passed.stored);
         return several::serve(config, &source, endpoints, stored, &signals);

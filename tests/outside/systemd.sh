@@ -54,7 +54,7 @@ no_fault() {
 # connects LAYOUT: a new front-end with an empty disk.
 connects() {
     rm -f "$WORK/run/vhost-device-vfio/disk"
-    "$TARGET/debug/examples/front-end" "$WORK/run/vhost-device-vfio/$INSTANCE.sock" "$@" <"$ORDERS" >"$ANSWERS" 2>&1 &
+    "$TARGET/debug/front-end" "$WORK/run/vhost-device-vfio/$INSTANCE.sock" "$@" <"$ORDERS" >"$ANSWERS" 2>&1 &
     echo $! >"$WORK/front-end.pid"
     progresses
     is ActiveState active
@@ -133,7 +133,7 @@ stop_empties_store() {
 
 need unshare=util-linux nsenter=util-linux /lib/systemd/systemd=systemd
 ((EUID == 0)) || die "systemd in its own namespaces needs root; run: sudo scripts/test outside/systemd"
-cargo build --quiet --locked --workspace --example front-end
+cargo build --quiet --locked --workspace --bins
 mkfifo "$ORDERS" "$ANSWERS"
 # Open at both ends, so that neither side waits for the other.
 exec 8<>"$ORDERS" 9<>"$ANSWERS"

@@ -16,7 +16,7 @@ fn capabilities_are_printed_without_a_device_or_a_socket() {
 fn every_usage_error_has_its_message_and_status_2() {
     for (arguments, message) in [
         (&["--device"][..], "a value is required"),
-        (&["--device", "nvme0"], "such as 0000:00:04.0; or emulated"),
+        (&["--device", "nvme0"], "such as 0000:00:04.0; or fd=FDNUM, or emulated"),
         (&["--socket-path", "DIR/socket"], "--device"),
         (&["--device", "emulated", "--socket-path", "DIR/socket", "--fd", "3"], "cannot be used with"),
         (&["--device", "emulated", "--queues", "0"], "0 is not in 1..=64"),

@@ -16,6 +16,7 @@ mod limits;
 mod log_lines;
 mod operator;
 mod process;
+mod sandbox;
 mod service_manager;
 mod several;
 mod sockets;

@@ -105,6 +105,10 @@ impl Process {
         std::fs::read_to_string(self.path("log")).unwrap()
     }
 
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The number of its descriptors and of its threads.
     pub(crate) fn usage(&self) -> [usize; 2] {
         ["fd", "task"].map(|kind| std::fs::read_dir(format!("/proc/{}/{kind}", self.child.id())).unwrap().count())

@@ -28,11 +28,11 @@ use crate::coherency::{Facts, Personality, Policy, Refusal, Verdict, decide};
 use crate::hardware::LeftToSuccessor;
 use crate::iommu::{HandOverError, KernelSpace, LiveSpace, PageTable, SpaceDescription};
 use crate::sys::{CacheLines, Iommufd, Owner, Ownership};
-use crate::vfio::{Attached, PciAddress, no_snoop};
+use crate::vfio::{Attached, FunctionName, no_snoop};
 
 /// A function that is served, as far as a hand-over needs it. It does not keep the function open.
 pub struct Served {
-    address: PciAddress,
+    name: FunctionName,
     function: Mutex<Weak<Attached>>,
     space: KernelSpace,
     facts: Facts,
@@ -41,7 +41,7 @@ pub struct Served {
 /// What the successor must know. It goes with the descriptors of [`Exported::descriptors`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FunctionDescription {
-    /// The function, such as `0000:00:04.0`.
+    /// The function, such as `0000:00:04.0`; see [`FunctionName::in_description`].
     pub address: String,
     /// Its address space.
     pub space: SpaceDescription,
@@ -59,6 +59,8 @@ pub struct Exported {
 
 /// A function and its address space as the successor has them, with what remains to be done.
 pub struct Accepted {
+    /// Which function it is.
+    pub name: FunctionName,
     /// The function, with bus master off.
     pub function: Attached,
     /// Its address space. A region that the predecessor had mapped is added without a call to the kernel; no other region can be
@@ -77,9 +79,9 @@ pub struct TakeOver(LiveSpace);
 impl Served {
     /// `function` is attached to the page table or container of `space`; `facts` are those of its verdict.
     #[must_use]
-    pub fn new(address: PciAddress, function: &Arc<Attached>, space: &KernelSpace, facts: &Facts) -> Self {
+    pub fn new(name: FunctionName, function: &Arc<Attached>, space: &KernelSpace, facts: &Facts) -> Self {
         let function = Mutex::new(Arc::downgrade(function));
-        Self { address, function, space: space.clone(), facts: *facts }
+        Self { name, function, space: space.clone(), facts: *facts }
     }
 
     /// The function has been reacquired: it is `function` now.
@@ -98,9 +100,7 @@ impl Served {
     fn iommufd(&self) -> Result<&LiveSpace, AcquireError> {
         match &self.space {
             KernelSpace::Iommufd(live) => Ok(live),
-            KernelSpace::Type1(_) => {
-                Err(AcquireError::HandOver { address: self.address, source: HandOverError::Type1 })
-            }
+            KernelSpace::Type1(_) => Err(AcquireError::HandOver { name: self.name, source: HandOverError::Type1 }),
         }
     }
 
@@ -111,8 +111,8 @@ impl Served {
     /// # Errors
     /// [`AcquireError::HandOver`]; nothing has changed.
     pub fn export(&self, flushed: bool) -> Result<Exported, AcquireError> {
-        let address = self.address;
-        let failed = |source| AcquireError::HandOver { address, source };
+        let name = self.name;
+        let failed = |source| AcquireError::HandOver { name, source };
         let kernel = |what| move |source| failed(HandOverError::Kernel { what, source });
         let live = self.iommufd()?;
         let function = self.function.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
@@ -121,7 +121,7 @@ impl Served {
         let device = function.duplicate_file().map_err(kernel("duplicate the device's file"))?;
         let descriptors = [device, iommufd.duplicate().map_err(kernel("duplicate the iommufd"))?];
         let space = live.describe(flushed).map_err(failed)?;
-        let description = FunctionDescription { address: address.to_string(), space, facts: self.facts };
+        let description = FunctionDescription { address: name.in_description(), space, facts: self.facts };
         Ok(Exported { description, descriptors, space: live.clone(), ownership: iommufd.ownership().clone() })
     }
 }
@@ -200,23 +200,24 @@ pub fn accept(
     (personality, policy, shim): (Personality, Policy, bool),
 ) -> Result<Accepted, AcquireError> {
     let [device, iommufd] = descriptors;
-    let address: PciAddress = description.address.parse().map_err(AcquireError::Address)?;
-    let failed = |source| AcquireError::HandOver { address, source };
+    let name = FunctionName::of_description(&description.address, &device);
+    let name = name.ok_or_else(|| AcquireError::NoName(description.address.clone()))?;
+    let failed = |source| AcquireError::HandOver { name, source };
     let kernel = |what| move |source| failed(HandOverError::Kernel { what, source });
     let iommufd = Arc::new(Iommufd::handed_over(iommufd).map_err(kernel("check the iommufd that was handed over"))?);
     let table = Arc::new(PageTable::handed_over(&iommufd, &description.space).map_err(failed)?);
-    let function = Attached::handed_over(address, device, Arc::clone(&table))?;
-    let no_snoop = no_snoop::probe(&function, address.is_virtual_function());
+    let function = Attached::handed_over(name, device, Arc::clone(&table))?;
+    let no_snoop = no_snoop::probe(&function, name.is_virtual_function());
     let no_snoop = no_snoop.map_err(kernel("probe the Enable No Snoop bit"))?;
     let evidence = Evidence { snoop: table.snoop().clone(), no_snoop, lines: CacheLines::detect() };
     let facts = evidence.facts(personality, policy, shim);
     let (before, now) = (decide(&description.facts), decide(&facts));
     match now {
-        Verdict::Refuse(refusal) => return Err(AcquireError::Refused(address, refusal)),
+        Verdict::Refuse(refusal) => return Err(AcquireError::Refused(name, refusal)),
         Verdict::Flush(_) if evidence.lines.is_none() => {
-            return Err(AcquireError::Refused(address, Refusal::NoCacheOps));
+            return Err(AcquireError::Refused(name, Refusal::NoCacheOps));
         }
-        _ if now != before => return Err(AcquireError::AnotherVerdict { address, before, now }),
+        _ if now != before => return Err(AcquireError::AnotherVerdict { name, before, now }),
         Verdict::Flush(_) if description.space.staging.is_none() => {
             let why = "the verdict is to flush, and it has no staging space".to_owned();
             return Err(failed(HandOverError::Description(why)));
@@ -225,5 +226,5 @@ pub fn accept(
     }
     let space = LiveSpace::handed_over(&description.space, &table, function.device_file(), evidence.lines);
     let space = space.map_err(failed)?;
-    Ok(Accepted { function, take_over: TakeOver(space.clone()), space, facts })
+    Ok(Accepted { name, function, take_over: TakeOver(space.clone()), space, facts })
 }

@@ -42,6 +42,8 @@ pub enum NoSnoop {
 pub enum NotOurs {
     /// A virtual function: its bit is reserved, and the physical function's bit applies (PCIe 6.0 §9.3.5.4).
     VirtualFunction,
+    /// Perhaps a virtual function: nothing that can be read here tells.
+    MaybeVirtualFunction,
     /// No PCI Express capability, so no such bit.
     NoCapability,
     /// Intel integrated graphics, which ignores the bit.
@@ -208,6 +210,9 @@ impl fmt::Display for NoSnoop {
             Self::NeverSet => "No Snoop never set (the bit is hardwired to 0)",
             Self::Controllable => "No Snoop controllable (the bit can be set and cleared)",
             Self::NotOurs(NotOurs::VirtualFunction) => "No Snoop governed by the physical function",
+            Self::NotOurs(NotOurs::MaybeVirtualFunction) => {
+                "No Snoop unknown (it may be a virtual function; mount /sys and /proc to tell)"
+            }
             Self::NotOurs(NotOurs::NoCapability) => "No Snoop unknown (no PCI Express capability)",
             Self::NotOurs(NotOurs::StaysSet) => "No Snoop uncontrollable (the bit reads 1 after it was cleared)",
             Self::NotOurs(NotOurs::IntegratedGraphics) => "No Snoop unknown (integrated graphics ignores the bit)",

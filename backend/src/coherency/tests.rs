@@ -2,10 +2,11 @@
 
 use super::*;
 
-const NO_SNOOPS: [NoSnoop; 6] = [
+const NO_SNOOPS: [NoSnoop; 7] = [
     NoSnoop::NeverSet,
     NoSnoop::Controllable,
     NoSnoop::NotOurs(NotOurs::VirtualFunction),
+    NoSnoop::NotOurs(NotOurs::MaybeVirtualFunction),
     NoSnoop::NotOurs(NotOurs::NoCapability),
     NoSnoop::NotOurs(NotOurs::IntegratedGraphics),
     NoSnoop::NotOurs(NotOurs::StaysSet),
@@ -93,7 +94,7 @@ fn every_combination_of_facts_gets_the_cell_of_the_table() {
         assert_eq!(cell(decide(&facts)), expected, "{facts:?}");
         combinations += 1;
     }
-    assert_eq!(combinations, 2 * 6 * 4 * 3 * 4 * 2 * 2);
+    assert_eq!(combinations, 2 * 7 * 4 * 3 * 4 * 2 * 2);
 }
 
 #[test]

@@ -49,6 +49,18 @@ impl From<Iommu> for InterfaceChoice {
     }
 }
 
+/// `--sandbox`: what the process gives up once it serves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum SandboxChoice {
+    /// All that it does not need, as far as the kernel can take it away
+    #[default]
+    Auto,
+    /// The same; the process does not start if the kernel lacks a part
+    Strict,
+    /// Nothing
+    Off,
+}
+
 /// `--interrupts`: how the drive tells of finished commands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Interrupts {

@@ -1,5 +1,7 @@
 //! What the host must have for any function.
 
+use std::fs::File;
+use std::io;
 use std::path::Path;
 
 use super::finding::{Finding, Host};
@@ -101,7 +103,7 @@ fn interface() -> Finding {
         Ok(_) => return Finding::ok("interface", "/dev/iommu can be opened"),
         Err(error) => error,
     };
-    match Container::open(Path::new("/dev/vfio/vfio")) {
+    match open_container() {
         Ok(_) => {
             Finding::note("interface", "/dev/vfio/vfio can be opened", format!("type1 is used, because {iommufd}"))
         }
@@ -110,6 +112,10 @@ fn interface() -> Finding {
             Finding::problem_of("interface", &format!("{iommufd}; nor can VFIO type1 be used: {type1}"))
         }
     }
+}
+
+fn open_container() -> io::Result<Container> {
+    Container::new(File::options().read(true).write(true).open("/dev/vfio/vfio")?.into())
 }
 
 pub(super) fn vfio_pci(host: &Host) -> Finding {

@@ -259,7 +259,7 @@ impl Machine {
     pub fn facts(&self, policy: Policy) -> io::Result<Facts> {
         Ok(Facts {
             snoop_enforced: self.cache.is_none(),
-            no_snoop: no_snoop::probe(&*self.function, false)?,
+            no_snoop: no_snoop::probe(&*self.function, Some(false))?,
             policy,
             personality: Personality::Mediated,
             cache_ops: CacheOps::ClflushOpt,

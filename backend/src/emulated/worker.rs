@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 
 use super::EmulatedError;
 use super::controller::Controller;
+use crate::sandbox::{Entry, Role};
 
 /// The controller's thread; dropping it stops the thread.
 pub(super) struct Worker {
@@ -17,7 +18,9 @@ impl Worker {
     pub(super) fn start(controller: &Arc<Controller>) -> Result<Self, EmulatedError> {
         let stop = Arc::new(AtomicBool::new(false));
         let (until, served) = (Arc::clone(&stop), Arc::clone(controller));
+        let entry = Entry::new(Role::Emulation);
         let body = move || {
+            entry.enter();
             while !until.load(SeqCst) {
                 match served.run_all() {
                     None => std::thread::park(),

@@ -65,6 +65,7 @@ use crate::addr::{Gpa, Span};
 use crate::driver::{Driver, Geometry, Queue};
 use crate::hardware::AddressSpace;
 use crate::memory::MemTable;
+use crate::sandbox::{Entry, Role};
 use crate::sync::Mutex;
 use crate::sync::mpsc::Sender;
 use crate::sync::thread::{self, JoinHandle};
@@ -79,7 +80,7 @@ use worker::{CommandQueue, Worker, WorkerCommand};
 struct WorkerHandle {
     command_queue: Arc<CommandQueue>,
     counters: Arc<Counters>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Worker>>,
 }
 
 /// What the engines of one device share.
@@ -203,7 +204,14 @@ impl Engine {
             // The start of each line that it logs.
             _ => format!("disk {} worker {number}", self.disk),
         };
-        let thread = thread::Builder::new().name(name).spawn(move || worker.run()).map_err(failed)?;
+        let entry = Entry::new(Role::Worker);
+        let thread = thread::Builder::new()
+            .name(name)
+            .spawn(move || {
+                entry.enter();
+                worker.run()
+            })
+            .map_err(failed)?;
         Ok(WorkerHandle { command_queue, counters, thread: Some(thread) })
     }
 

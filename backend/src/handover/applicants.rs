@@ -18,7 +18,7 @@ use super::memory_file;
 use super::message::{Hello, Message};
 use super::predecessor::Successor;
 use super::process::SuccessorProcess;
-use super::spawn::spawn;
+use super::spawn::start;
 use super::terms::Terms;
 use crate::rate_limited_log::SharedLog;
 use crate::sys::Poller;
@@ -156,7 +156,7 @@ impl Applicants {
         }
         let started = || -> io::Result<Predecessor> {
             let (link, theirs) = Link::pair()?;
-            Ok(Predecessor { link, process: SuccessorProcess::of_child(spawn(theirs.into_socket())?)? })
+            Ok(Predecessor { link, process: start(theirs.into_socket())? })
         };
         match started() {
             Ok(predecessor) => {

@@ -50,5 +50,7 @@ pub use descriptors::{DescriptorError, FdKey, Incoming, Outgoing};
 pub use link::{Link, LinkError};
 pub use predecessor::{Outcome, Owner, Successor, hand_over};
 pub use process::SuccessorProcess;
+pub(crate) use spawn::start_here;
+pub use spawn::{StartFn, start_by};
 pub use successor::{NotTaken, Offered, Restored, apply};
 pub use terms::Terms;

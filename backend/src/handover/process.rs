@@ -39,6 +39,19 @@ impl SuccessorProcess {
         Ok(Self { pid: child.id(), pidfd: open(child.id())?, child: Some(child) })
     }
 
+    /// A process that another one has started, and waits for.
+    pub(super) fn of_pidfd(pid: u32, pidfd: OwnedFd) -> Self {
+        Self { pid, pidfd, child: None }
+    }
+
+    /// Its pidfd, for another process.
+    ///
+    /// # Errors
+    /// The errno of `fcntl`.
+    pub(super) fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
+    }
+
     /// Its process id.
     #[must_use]
     pub fn pid(&self) -> u32 {

@@ -6,15 +6,47 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::OnceLock;
+
+use super::process::SuccessorProcess;
 
 /// What the kernel appends to the name of a running file that was replaced (proc_pid_exe(5)).
 const DELETED: &[u8] = b" (deleted)";
 
-/// Starts it, with `socket` as its standard input.
+/// Starts a successor with a socket as its standard input. Returns its number and a pidfd.
+pub type StartFn = dyn Fn(OwnedFd) -> io::Result<(u32, OwnedFd)> + Send + Sync;
+
+static STARTER: OnceLock<Box<StartFn>> = OnceLock::new();
+
+/// From now on `start` starts successors, in place of this process. Only the first call has an effect.
+pub fn start_by(start: Box<StartFn>) {
+    // A second one would be for the same process.
+    let _ = STARTER.set(start);
+}
+
+/// Starts it, by way of [`start_by`] if that was called.
 ///
 /// # Errors
 /// The errno, and the program.
-pub(super) fn spawn(socket: OwnedFd) -> io::Result<Child> {
+pub(super) fn start(socket: OwnedFd) -> io::Result<SuccessorProcess> {
+    match STARTER.get() {
+        Some(start) => start(socket).map(|(pid, pidfd)| SuccessorProcess::of_pidfd(pid, pidfd)),
+        None => SuccessorProcess::of_child(spawn(socket)?),
+    }
+}
+
+/// Starts it as a child of this process, and waits for its end in the background. Returns its number and a pidfd.
+///
+/// # Errors
+/// The errno, and the program.
+pub(crate) fn start_here(socket: OwnedFd) -> io::Result<(u32, OwnedFd)> {
+    // Dropping it starts the thread that waits.
+    let process = SuccessorProcess::of_child(spawn(socket)?)?;
+    Ok((process.pid(), process.duplicate()?))
+}
+
+/// Starts it, with `socket` as its standard input.
+fn spawn(socket: OwnedFd) -> io::Result<Child> {
     let mut arguments = std::env::args_os();
     let program = program(arguments.next().as_deref(), std::fs::read_link("/proc/self/exe"))?;
     let mut command = Command::new(&program);

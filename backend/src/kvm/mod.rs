@@ -30,6 +30,7 @@
 //! seen. Serving after a refusal would make the answer wrong, and only this process would know.
 
 mod discard_monitor;
+mod second_file;
 mod shim_link;
 
 use std::fmt;
@@ -42,6 +43,7 @@ use std::time::{Duration, SystemTime};
 use kvm_vfio_shim::{Refused, Status};
 
 pub(crate) use discard_monitor::DiscardMonitor;
+pub use second_file::SecondFile;
 pub(crate) use shim_link::ShimLink;
 
 use crate::coherency::{Facts, Refusal, Verdict, decide};
@@ -66,9 +68,9 @@ pub struct Shim {
     pub device: String,
     /// The facts behind the verdict; `shim` is replaced according to what is found at the socket.
     pub facts: Facts,
-    /// The VFIO device file, for a second open that is never bound to iommufd. `None` for an emulated device: KVM cannot be told
-    /// of it and need not be, since its DMA is loads and stores of this process.
-    pub file: Option<PathBuf>,
+    /// The VFIO device file, opened a second time. `None` for an emulated device: KVM cannot be told of it and need not be, since
+    /// its DMA is loads and stores of this process.
+    pub file: Option<SecondFile>,
 }
 
 /// Counters since the start.
@@ -101,12 +103,12 @@ pub enum RegistrationError {
         refused: Refused,
     },
     /// The device file that KVM must be given cannot be opened.
-    #[error("{device}: KVM must be told of its non-coherent DMA before memory is mapped; open {}: {source}", file.display())]
+    #[error("{device}: KVM must be told of its non-coherent DMA before memory is mapped; open {file}: {source}")]
     File {
         /// The device.
         device: String,
         /// Its file.
-        file: PathBuf,
+        file: String,
         /// The errno.
         source: io::Error,
     },

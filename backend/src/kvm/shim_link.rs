@@ -8,7 +8,6 @@
 //!     └─────────────────────────────────▶ NoShim
 //! ```
 
-use std::fs::File;
 use std::io;
 use std::mem::replace;
 use std::os::fd::BorrowedFd;
@@ -246,13 +245,13 @@ fn register(shim: &Shim, client: &mut Client, log: &SharedLog) -> Result<(Regist
         Ok(registration) => Ok((registration, false)),
         Err(error) => Err(RegisterFailure::Unregistered(error)),
     };
-    let Some(path) = shim.file.as_ref().filter(|_| shim.must_tell_kvm()) else { return block_discards(client) };
+    let Some(second) = shim.file.as_ref().filter(|_| shim.must_tell_kvm()) else { return block_discards(client) };
     let device = shim.device.clone();
-    // A second open that is not bound to an iommufd: the VMM cannot use the device with it, and it keeps nothing pinned.
-    let file = match File::options().read(true).write(true).open(path) {
+    let file = match second.open() {
         Ok(file) => file,
         Err(source) => {
-            return Err(RegisterFailure::Refused(RegistrationError::File { device, file: path.clone(), source }));
+            let file = second.to_string();
+            return Err(RegisterFailure::Refused(RegistrationError::File { device, file, source }));
         }
     };
     match client.register_non_coherent(&file) {

@@ -3,14 +3,14 @@
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 
-use crate::socket::{Access, Listener, SocketError};
+use crate::socket::{Access, Listener, SocketError, take_inherited};
 use crate::sys::peer_credentials;
 
 /// Why nobody can connect.
@@ -98,6 +98,14 @@ impl LocalListener {
                 Ok(Self(Kind::Tcp(listen().map_err(failed)?)))
             }
         }
+    }
+
+    /// Takes a listening UNIX socket that was open when this program started.
+    ///
+    /// # Errors
+    /// [`SocketError::NotASocket`].
+    pub fn inherit(number: RawFd) -> Result<Self, LocalSocketError> {
+        Ok(Self(Kind::Unix(Listener::adopt(take_inherited(number)?)?)))
     }
 
     /// Listens at a path at which another process of this program may still listen, and takes its place: who connects reaches

@@ -15,6 +15,7 @@ use super::dialogue::{Dialogue, Job};
 use super::listener::LocalListener;
 use crate::eventfd::{drain, signal};
 use crate::rate_limited_log::SharedLog;
+use crate::sandbox::{Entry, Role};
 use crate::sys::Poller;
 
 /// Clients served at a time. More are sent away.
@@ -66,7 +67,11 @@ impl LocalServer {
         let jobs = Jobs { sender, replies, done: job_done, client: None };
         let (clients, next, again) = (HashMap::new(), FIRST_CLIENT, Vec::new());
         let mut serving = Serving { listener, admission, dialogue, poller, clients, next, again, jobs };
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || serving.run())?;
+        let entry = Entry::new(Role::Guard);
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            entry.enter();
+            serving.run();
+        })?;
         Ok(Self { stop, thread: Some(thread) })
     }
 }

@@ -16,6 +16,7 @@ use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions, ReacquireFn};
 use vhost_device_vfio::engine::{Engine, Handle, Options};
 use vhost_device_vfio::handover::{Applicants, Incoming, Terms};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
+use vhost_device_vfio::sandbox::{self, Role};
 use vhost_device_vfio::service_manager::{self, FdStore, Heartbeat, SavedSession, Stored};
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::vhost_user::{Device, HandOver, Inheritance, OpenStoreFn, Server, SettleFn};
@@ -189,6 +190,7 @@ impl Disk {
     /// # Errors
     /// Why the drive can no longer be served.
     pub(crate) fn run(mut self, stop: OwnedFd, inheritance: Option<Inheritance>) -> Result<()> {
+        sandbox::enter(Role::Control);
         service_manager::ready();
         let served = self.server.run_with(stop, inheritance);
         self.log_statistics();

@@ -3,6 +3,7 @@
 //! library are independent.
 
 pub(crate) mod block;
+pub(crate) mod confined;
 pub(crate) mod limits;
 pub(crate) mod logging;
 pub(crate) mod movable;
@@ -10,16 +11,16 @@ pub(crate) mod operator;
 pub(crate) mod origin;
 pub(crate) mod several;
 pub(crate) mod takeover;
+pub(crate) mod vfio_source;
 pub(crate) mod whole;
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use vhost_device_vfio::coherency::Facts;
 use vhost_device_vfio::config::Config;
 use vhost_device_vfio::hardware::AddressSpace;
-use vhost_device_vfio::kvm::{Shim, Vmm};
+use vhost_device_vfio::kvm::{SecondFile, Shim, Vmm};
 
 /// The signals that this process handles, as descriptors.
 pub(crate) struct Signals {
@@ -36,7 +37,7 @@ pub(crate) struct OwnedFunction<F: ?Sized> {
     /// The facts that decide the verdict on its DMA.
     pub(crate) facts: Facts,
     /// The VFIO device file, by which KVM can be told of it; `None` if it is emulated.
-    pub(crate) file: Option<PathBuf>,
+    pub(crate) file: Option<SecondFile>,
 }
 
 impl<F: ?Sized> OwnedFunction<F> {

@@ -14,6 +14,7 @@ use vhost_device_vfio::vfio::InterfaceChoice;
 use vhost_device_vfio::vhost_user::MovableFunction;
 
 use super::origin::{Acquired, DeviceSource, DeviceSpec, of_attached};
+use super::vfio_source::second_file_of;
 
 /// An emulated drive: its medium moves.
 pub(crate) struct EmulatedDrive {
@@ -94,20 +95,24 @@ pub(crate) fn take(
             let source = DeviceSource::Emulated(Box::new(Machine::new(*options)?));
             Ok((source.acquire_for_driver(policy)?, None))
         }
-        (DeviceSpec::Vfio(address), FunctionState::Vfio { function: description, device, iommufd }) => {
-            if description.address != address.to_string() {
-                bail!("{} was handed over, not {address}", description.address);
+        (spec @ (DeviceSpec::Vfio(_) | DeviceSpec::PassedIn), FunctionState::Vfio { function, device, iommufd }) => {
+            let (description, wanted) = (function, spec.in_description());
+            if description.address != wanted {
+                bail!("{} was handed over, not {wanted}", description.address);
             }
             if choice == InterfaceChoice::Type1 {
                 bail!(
-                    "{address}: it is handed over through iommufd, which --iommu=type1 excludes; leave that argument out"
+                    "{wanted}: it is handed over through iommufd, which --iommu=type1 excludes; leave that argument out"
                 );
             }
             let fds = [descriptors.take(device)?, descriptors.take(iommufd)?];
             let accepted = accept(&description, fds, (Personality::Mediated, policy, false))?;
-            let Accepted { function, space, facts, take_over } = accepted;
-            log::info!("{address}: taken over with its address space; DMA is {}", decide(&facts));
-            Ok((of_attached(address, function, KernelSpace::Iommufd(space), facts)?, Some(take_over)))
+            let Accepted { name, function, space, facts, take_over } = accepted;
+            log::info!("{name}: taken over with its address space; DMA is {}", decide(&facts));
+            Ok((
+                of_attached((name, second_file_of(name)), function, KernelSpace::Iommufd(space), facts)?,
+                Some(take_over),
+            ))
         }
         _ => bail!("what was handed over is another kind of function"),
     }

@@ -3,14 +3,14 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustix::process::{Signal, getpid, kill_process};
 
 use vhost_device_vfio::config::Config;
 use vhost_device_vfio::control::{Hooks, Lines, Personality, Subject};
 use vhost_device_vfio::local_server::{Admission, LocalAddress, LocalListener, LocalServer};
 use vhost_device_vfio::metrics::Http;
-use vhost_device_vfio::service_manager;
+use vhost_device_vfio::service_manager::{self, Passed};
 use vhost_device_vfio::socket::{Access, SocketMode};
 
 use super::logging;
@@ -39,12 +39,18 @@ impl Doors {
     /// Opens the sockets that the command line names.
     ///
     /// # Errors
-    /// Which one cannot be opened, and why.
-    pub(crate) fn open(config: &Config) -> Result<Self> {
-        let control = config
-            .control
-            .as_ref()
-            .map(|path| LocalListener::open(&LocalAddress::Path(path.clone()), &for_owner()).context("--control"));
+    /// Which one cannot be opened, and why. A path and a passed-in socket exclude each other.
+    pub(crate) fn open(config: &Config, passed: Option<&Passed>) -> Result<Self> {
+        let control = match (&config.control, passed.and_then(|passed| passed.named("control"))) {
+            (Some(path), None) => {
+                Some(LocalListener::open(&LocalAddress::Path(path.clone()), &for_owner()).context("--control"))
+            }
+            (None, Some(number)) => Some(LocalListener::inherit(number).context("the socket named control")),
+            (None, None) => None,
+            (Some(_), Some(_)) => {
+                bail!("--control: a socket named control was passed as well; leave that argument out")
+            }
+        };
         let metrics = config.metrics.as_ref();
         let metrics = metrics.map(|address| LocalListener::open(address, &Access::default()).context("--metrics"));
         Ok(Self { control: control.transpose()?, metrics: metrics.transpose()? })

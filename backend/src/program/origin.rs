@@ -14,13 +14,15 @@ use vhost_device_vfio::driver::nvme::ReacquireFn;
 use vhost_device_vfio::emulated::{Machine, Options};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::iommu::KernelSpace;
+use vhost_device_vfio::kvm::SecondFile;
 use vhost_device_vfio::passthrough::{self, ReacquireError, Reacquired};
-use vhost_device_vfio::vfio::{Attached, InterfaceChoice, PciAddress, VfioError, no_snoop};
+use vhost_device_vfio::vfio::{Attached, FunctionName, InterfaceChoice, PciAddress, VfioError, no_snoop};
 use vhost_device_vfio::vhost_user::MovableFunction;
 use vhost_device_vfio::whole_function::WholeFunction;
 
 use super::OwnedFunction;
 use super::movable::{EmulatedDrive, VfioFunction};
+use super::vfio_source::{PassedFiles, VfioSource};
 
 /// A function for a driver in this process.
 pub(crate) struct Acquired {
@@ -36,15 +38,20 @@ pub(crate) struct Acquired {
 const NO_FILE_FOR_KVM: &str = "KVM cannot be told of its DMA, also with --kvm-socket: this kernel has no character device for \
                                it, and the file of its group would give QEMU the device";
 
+/// What an operator must do who has passed the device in.
+const CANNOT_OPEN_AGAIN: &str = "its file was passed in, so this process cannot open it again; when the device is back, start this \
+                                 program again with a new file";
+
 /// `--device`, parsed. Nothing has been opened.
 pub(crate) enum DeviceSpec {
     Vfio(PciAddress),
+    PassedIn,
     Emulated(Box<Options>),
 }
 
 /// Where the function comes from.
 pub(crate) enum DeviceSource {
-    Vfio(PciAddress, InterfaceChoice),
+    Vfio(VfioSource),
     Emulated(Box<Machine>),
 }
 
@@ -54,17 +61,27 @@ impl DeviceSpec {
     pub(crate) fn new(device: &DeviceArg) -> Result<Self> {
         Ok(match device {
             DeviceArg::Pci(address) => Self::Vfio(*address),
+            DeviceArg::PassedIn(_) => Self::PassedIn,
             DeviceArg::Emulated(options) => Self::Emulated(Box::new(options.parse()?)),
         })
+    }
+
+    /// How a description of a hand-over names it.
+    pub(crate) fn in_description(&self) -> String {
+        match self {
+            Self::Vfio(address) => FunctionName::from(*address).in_description(),
+            Self::PassedIn | Self::Emulated(_) => FunctionName::PassedIn(None).in_description(),
+        }
     }
 
     /// Creates the emulated function. A VFIO function is not opened yet.
     ///
     /// # Errors
     /// Why the emulated function cannot be created.
-    pub(crate) fn open(self, choice: InterfaceChoice) -> Result<DeviceSource> {
+    pub(crate) fn open(self, choice: InterfaceChoice, files: PassedFiles) -> Result<DeviceSource> {
         Ok(match self {
-            Self::Vfio(address) => DeviceSource::Vfio(address, choice),
+            Self::Vfio(address) => DeviceSource::Vfio(VfioSource::new(Some(address), files, choice)),
+            Self::PassedIn => DeviceSource::Vfio(VfioSource::new(None, files, choice)),
             Self::Emulated(options) => DeviceSource::Emulated(Box::new(Machine::new(*options)?)),
         })
     }
@@ -77,16 +94,17 @@ impl DeviceSource {
     /// Why it cannot be acquired, or cannot be served coherently.
     pub(crate) fn acquire_for_driver(&self, policy: Policy) -> Result<Acquired> {
         match self {
-            Self::Vfio(address, choice) => {
-                let acquired = AcquiredFunction::acquire(*address, *choice)?;
+            Self::Vfio(source) => {
+                let acquired = source.acquire()?;
+                let (name, file) = (acquired.name(), source.second_file());
                 let facts = acquired.evidence().facts(Personality::Mediated, policy, false);
-                log::info!("{address}: {}", acquired.why());
-                log_verdict(address, &acquired.evidence().snoop, &facts);
+                log::info!("{name}: {}", acquired.why());
+                log_verdict(&name, &acquired.evidence().snoop, &facts);
                 let (function, space) = acquired.into_address_space(&facts)?;
-                if address.cdev().is_none() && matches!(decide(&facts), Verdict::Flush(_)) {
-                    log::warn!("{address}: {NO_FILE_FOR_KVM}");
+                if file.is_none() && matches!(decide(&facts), Verdict::Flush(_)) {
+                    log::warn!("{name}: {NO_FILE_FOR_KVM}");
                 }
-                of_attached(*address, function, space, facts)
+                of_attached((name, file), function, space, facts)
             }
             Self::Emulated(machine) => {
                 let facts = machine.facts(policy)?;
@@ -109,17 +127,17 @@ impl DeviceSource {
         shim: bool,
     ) -> Result<(OwnedFunction<dyn WholeFunction>, Option<passthrough::ReacquireFn>)> {
         match self {
-            Self::Vfio(address, choice) => {
-                let acquired = AcquiredFunction::acquire(*address, *choice)?;
+            Self::Vfio(source) => {
+                let acquired = source.acquire()?;
+                let (name, file) = (acquired.name(), source.second_file());
                 let facts = acquired.evidence().facts(Personality::WholeFunction, policy, shim);
-                log::info!("{address}: {}", acquired.why());
-                log_verdict(address, &acquired.evidence().snoop, &facts);
+                log::info!("{name}: {}", acquired.why());
+                log_verdict(&name, &acquired.evidence().snoop, &facts);
                 let (function, space) = acquired.into_address_space(&facts)?;
-                let (address, former) = (*address, space.clone());
+                let former = space.clone();
                 let function: Arc<dyn WholeFunction> = Arc::new(function);
-                let reacquire: passthrough::ReacquireFn = Box::new(move || reacquire_whole(address, &former, &facts));
-                let owned = OwnedFunction { function, space: space.address_space(), facts, file: address.cdev() };
-                Ok((owned, Some(reacquire)))
+                let reacquire: passthrough::ReacquireFn = Box::new(move || reacquire_whole(name, &former, &facts));
+                Ok((OwnedFunction { function, space: space.address_space(), facts, file }, Some(reacquire)))
             }
             Self::Emulated(machine) => {
                 // `shim: true`, because KVM need not be told of an emulated function.
@@ -136,22 +154,31 @@ impl DeviceSource {
 /// # Errors
 /// The Enable No Snoop bit cannot be cleared.
 pub(crate) fn of_attached(
-    address: PciAddress,
+    (name, file): (FunctionName, Option<SecondFile>),
     function: Attached,
     space: KernelSpace,
     facts: Facts,
 ) -> Result<Acquired> {
     let attached = Arc::new(function);
-    let served = Arc::new(Served::new(address, &attached, &space, &facts));
+    let served = Arc::new(Served::new(name, &attached, &space, &facts));
     let (former, again) = (space.clone(), Arc::clone(&served));
     let function = disable_no_snoop(attached, decide(&facts))?;
-    let reacquire: ReacquireFn = Box::new(move || reacquire(address, &former, &facts, &again));
-    let owned = OwnedFunction { function, space: space.address_space(), facts, file: address.cdev() };
+    let reacquire: ReacquireFn = Box::new(move || reacquire(name, &former, &facts, &again));
+    let owned = OwnedFunction { function, space: space.address_space(), facts, file };
     Ok(Acquired { owned, reacquire: Some(reacquire), movable: Box::new(VfioFunction::new(served)) })
 }
 
+/// The address at which a function can be opened again.
+fn path_of(name: FunctionName) -> Result<PciAddress> {
+    match name {
+        FunctionName::Address(address) => Ok(address),
+        FunctionName::PassedIn(_) => bail!("{name}: {CANNOT_OPEN_AGAIN}"),
+    }
+}
+
 /// Reacquires a function that the host has had back. The verdict must be the same as before.
-fn reacquire(address: PciAddress, space: &KernelSpace, before: &Facts, served: &Served) -> Result<Arc<dyn Function>> {
+fn reacquire(name: FunctionName, space: &KernelSpace, before: &Facts, served: &Served) -> Result<Arc<dyn Function>> {
+    let address = path_of(name)?;
     let acquired = AcquiredFunction::reacquire(address, space)?;
     let facts = acquired.evidence().facts(before.personality, before.policy, before.shim);
     let (was, verdict) = (decide(before), decide(&facts));
@@ -165,7 +192,8 @@ fn reacquire(address: PciAddress, space: &KernelSpace, before: &Facts, served: &
 }
 
 /// Acquires a whole function anew, after its own file has been handed out.
-fn reacquire_whole(address: PciAddress, space: &KernelSpace, before: &Facts) -> Result<Reacquired, ReacquireError> {
+fn reacquire_whole(name: FunctionName, space: &KernelSpace, before: &Facts) -> Result<Reacquired, ReacquireError> {
+    let address = path_of(name).map_err(ReacquireError::Failed)?;
     let acquired = AcquiredFunction::reacquire(address, space).map_err(explain)?;
     let facts = acquired.evidence().facts(before.personality, before.policy, before.shim);
     let function = acquired.into_former_address_space(space).map_err(explain)?;

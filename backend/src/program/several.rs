@@ -12,6 +12,7 @@ use vhost_device_vfio::coherency::Facts;
 use vhost_device_vfio::config::Config;
 use vhost_device_vfio::hardware::AddressSpace;
 use vhost_device_vfio::kvm::Vmm;
+use vhost_device_vfio::sandbox::{self, Role};
 use vhost_device_vfio::service_manager::{self, FdStore, Stored};
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::vhost_user::{Device, Error, Server};
@@ -82,6 +83,7 @@ fn slices(space: &dyn AddressSpace, count: usize) -> Result<Vec<IovaSlice>> {
 fn run_all(servers: Vec<(usize, u32, Server)>, signals: &Signals, facts: &Facts) -> Result<()> {
     let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("eventfd");
     let (quit, ended) = (event()?, event()?);
+    sandbox::enter(Role::Control);
     service_manager::ready();
     let mut threads = Vec::new();
     for (disk, id, server) in servers {

@@ -11,6 +11,7 @@ use vhost_device_vfio::config::Config;
 use vhost_device_vfio::control::{Personality, Subject};
 use vhost_device_vfio::passthrough::Passthrough;
 use vhost_device_vfio::qmp::Monitor;
+use vhost_device_vfio::sandbox::{self, Role};
 use vhost_device_vfio::service_manager::{self, Heartbeat};
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::vfio_user::{EndReason, Server};
@@ -54,6 +55,7 @@ pub(crate) fn serve(
     let subject = Arc::new(Subject::new(named, facts, board, space, None, hooks(Personality::VfioUser)));
     let operator = doors.serve(&subject)?;
     log::info!("serving {name}, the whole function, over vfio-user");
+    sandbox::enter(Role::Control);
     service_manager::ready();
     let ended = server.run(stop);
     service_manager::stopping();

@@ -13,6 +13,10 @@ use crate::sys::{inherit, take_variable};
 /// The first descriptor that is passed (sd_listen_fds(3)).
 const LISTEN_FDS_START: RawFd = 3;
 
+/// Names of descriptors that are not sockets for front-ends: the device's file, an open `/dev/iommu`, the device's second file, and a
+/// listening socket for the operator.
+const NAMES: [&str; 4] = ["device", "iommu", "kvm", "control"];
+
 /// The descriptors that the service manager has passed to this process.
 #[derive(Debug)]
 pub struct Passed {
@@ -20,6 +24,8 @@ pub struct Passed {
     pub count: String,
     /// Those to listen on.
     pub sockets: Vec<RawFd>,
+    /// Those that have one of [`NAMES`].
+    named: Vec<(RawFd, String)>,
     /// What was stored.
     pub stored: Option<Stored>,
 }
@@ -39,7 +45,7 @@ impl Passed {
     /// Takes what was passed; `None` if nothing was.
     ///
     /// # Errors
-    /// A stored descriptor cannot be taken.
+    /// A stored descriptor cannot be taken, or two have the same name.
     pub fn take() -> io::Result<Option<Self>> {
         let [count, pid, names] = ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"].map(take_variable);
         let (Some(count), Some(pid)) = (count, pid) else { return Ok(None) };
@@ -47,15 +53,23 @@ impl Passed {
             return Ok(None);
         }
         let Ok(number) = count.parse::<u16>() else {
-            return Ok(Some(Self { count, sockets: Vec::new(), stored: None }));
+            return Ok(Some(Self { count, sockets: Vec::new(), named: Vec::new(), stored: None }));
         };
         let (sockets, stored) = split(number, names.as_deref())?;
+        let (named, stored): (Vec<_>, Vec<_>) =
+            stored.into_iter().partition(|(_, name)| NAMES.contains(&name.as_str()));
         let stored = if stored.is_empty() { None } else { Some(Stored::inherit(&stored)?) };
-        Ok(Some(Self { count: sockets.len().to_string(), sockets, stored }))
+        Ok(Some(Self { count: sockets.len().to_string(), sockets, named, stored }))
+    }
+
+    /// The descriptor that was passed with this name.
+    #[must_use]
+    pub fn named(&self, name: &str) -> Option<RawFd> {
+        self.named.iter().find(|(_, found)| found == name).map(|(number, _)| *number)
     }
 }
 
-/// The sockets, and the stored descriptors with their names.
+/// The sockets, and the other descriptors with their names.
 type Split = (Vec<RawFd>, Vec<(RawFd, String)>);
 
 /// Tells them apart. Without names all are sockets.
@@ -71,9 +85,14 @@ fn split(count: u16, names: Option<&str>) -> io::Result<Split> {
         )));
     }
     let all = (LISTEN_FDS_START..).zip(names).take(count);
-    let (stored, sockets): (Vec<_>, Vec<_>) = all.partition(|(_, name)| name.starts_with(PREFIX));
-    let stored = stored.into_iter().map(|(number, name)| (number, name.to_owned())).collect();
-    Ok((sockets.into_iter().map(|(number, _)| number).collect(), stored))
+    let (others, sockets): (Vec<_>, Vec<_>) =
+        all.partition(|(_, name)| name.starts_with(PREFIX) || NAMES.contains(name));
+    let twice = NAMES.into_iter().find(|wanted| others.iter().filter(|(_, name)| name == wanted).count() > 1);
+    if let Some(name) = twice {
+        return Err(io::Error::other(format!("LISTEN_FDNAMES has the name {name} twice")));
+    }
+    let others = others.into_iter().map(|(number, name)| (number, name.to_owned())).collect();
+    Ok((sockets.into_iter().map(|(number, _)| number).collect(), others))
 }
 
 impl Stored {
@@ -163,6 +182,15 @@ mod tests {
         assert_eq!(stored, [(4, "vdv.session.0".to_owned()), (5, "vdv.3".to_owned())]);
         assert_eq!(split(1, Some("")).unwrap(), (vec![3], Vec::new()));
         assert_eq!(split(2, None).unwrap().0, [3, 4]);
+    }
+
+    #[test]
+    fn the_device_and_what_belongs_to_it_are_no_sockets() {
+        let (sockets, others) = split(6, Some("device:disk.socket:iommu:kvm:control:vdv.3")).unwrap();
+        assert_eq!(sockets, [4]);
+        let others: Vec<_> = others.iter().map(|(number, name)| (*number, name.as_str())).collect();
+        assert_eq!(others, [(3, "device"), (5, "iommu"), (6, "kvm"), (7, "control"), (8, "vdv.3")]);
+        assert!(split(2, Some("device:device")).unwrap_err().to_string().contains("the name device twice"));
     }
 
     #[test]

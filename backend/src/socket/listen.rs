@@ -65,11 +65,7 @@ impl Listen {
     /// # Errors
     /// [`SocketError::NotASocket`] if the descriptor is not open, or was opened by this process itself.
     pub fn inherited(number: i32) -> Result<Self, SocketError> {
-        let found = |error: io::Error| match error.kind() {
-            ErrorKind::PermissionDenied => "it was not passed to this process".into(),
-            _ => error.to_string(),
-        };
-        inherit(number).map(Self::Fd).map_err(|error| SocketError::NotASocket { number, found: found(error) })
+        take_inherited(number).map(Self::Fd)
     }
 
     /// Opens it. Front-ends can connect from now on; they wait until they are served.
@@ -98,16 +94,8 @@ impl Endpoint {
     /// # Errors
     /// [`SocketError::NotASocket`] if it is not a listening UNIX stream socket.
     pub fn inherit(socket: OwnedFd, name: String, file: Option<SocketFileState>) -> Result<Self, SocketError> {
-        match adopt(socket)?.0 {
-            Socket::Listening(Listener { socket, .. }) => {
-                let file = file.map(SocketFile::inherit);
-                Ok(Self(Socket::Listening(Listener { socket, name, file })))
-            }
-            Socket::Connected(socket) => {
-                let number = socket.as_raw_fd();
-                Err(SocketError::NotASocket { number, found: "a socket that does not listen".into() })
-            }
-        }
+        let Listener { socket, .. } = Listener::adopt(socket)?;
+        Ok(Self(Socket::Listening(Listener { socket, name, file: file.map(SocketFile::inherit) })))
     }
 
     /// The front-end's connection, if there will never be another.
@@ -124,6 +112,15 @@ impl fmt::Display for Endpoint {
             Socket::Connected(_) => f.write_str("serving the front-end of an inherited, connected socket"),
         }
     }
+}
+
+/// Takes a descriptor that was open when this program started.
+pub(crate) fn take_inherited(number: i32) -> Result<OwnedFd, SocketError> {
+    let found = |error: io::Error| match error.kind() {
+        ErrorKind::PermissionDenied => "it was not passed to this process".into(),
+        _ => error.to_string(),
+    };
+    inherit(number).map_err(|error| SocketError::NotASocket { number, found: found(error) })
 }
 
 /// Takes an inherited socket, which may be listening or connected.
@@ -148,6 +145,17 @@ fn adopt(fd: OwnedFd) -> Result<Endpoint, SocketError> {
 }
 
 impl Listener {
+    /// Takes a listening socket that was opened elsewhere. Its file is not this process's.
+    pub(crate) fn adopt(socket: OwnedFd) -> Result<Self, SocketError> {
+        match adopt(socket)?.0 {
+            Socket::Listening(listener) => Ok(listener),
+            Socket::Connected(socket) => {
+                let number = socket.as_raw_fd();
+                Err(SocketError::NotASocket { number, found: "a socket that does not listen".into() })
+            }
+        }
+    }
+
     /// Nobody can connect before the file has its mode and its owner.
     pub(crate) fn bind(path: PathBuf, access: &Access) -> Result<Self, SocketError> {
         let socket = match bind(&path, access.mode) {

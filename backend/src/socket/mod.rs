@@ -12,5 +12,6 @@ pub use error::SocketError;
 pub(crate) use file::SocketFile;
 pub use file::SocketFileState;
 pub use listen::{Endpoint, Listen};
-pub(crate) use listen::{Listener, Socket};
-pub(crate) use peer::Peer;
+pub(crate) use listen::{Listener, Socket, take_inherited};
+pub use peer::{MapsFn, look_at_maps_by};
+pub(crate) use peer::{Peer, maps_privately};

@@ -7,7 +7,7 @@ mod handed_over;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -76,9 +76,15 @@ impl Iommufd {
     /// # Errors
     /// The errno of `open`.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::options().read(true).write(true).open(path)?;
+        Ok(Self::passed_in(File::options().read(true).write(true).open(path)?.into()))
+    }
+
+    /// An open `/dev/iommu` that was passed to this process. It is checked when it is used first.
+    #[must_use]
+    pub fn passed_in(file: OwnedFd) -> Self {
+        let file = File::from(file);
         let (fd, busy) = (Arc::new(IommuFd::new_from_fd(file)), Mutex::default());
-        Ok(Self { fd, busy, ownership: Ownership::new(Owner::ThisProcess) })
+        Self { fd, busy, ownership: Ownership::new(Owner::ThisProcess) }
     }
 
     pub(super) fn inner(&self) -> &Arc<IommuFd> {

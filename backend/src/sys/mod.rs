@@ -6,29 +6,36 @@
 //! therefore offers only bounds-checked volatile or atomic copies, and all other modules work on the copies.
 #![expect(unsafe_code, reason = "the only module where it is allowed")]
 
+#[cfg(test)]
+pub(crate) mod attempt;
 mod barrier;
 mod cache;
 mod device_number;
+mod fork;
 mod inherited_fds;
 mod ioas;
 mod iommufd;
 mod mmio;
 mod ownership;
 mod poller;
+mod seccomp;
 mod shared_memory;
 mod sigbus;
 mod signals;
 mod type1;
 mod vfio;
+mod violation;
 
 pub use cache::{CacheLines, Instruction};
 pub use device_number::device_number;
+pub use fork::fork;
 pub use inherited_fds::{Credentials, inherit, peer_credentials, redirect, take_variable};
 pub use ioas::Ioas;
 pub use iommufd::{DeviceId, HwInfo, HwptId, Iommufd};
 pub use mmio::Mmio;
 pub use ownership::{Owner, Ownership};
 pub use poller::{Event, Poller};
+pub use seccomp::{has_seccomp_trap, settle_allocator};
 #[cfg(test)]
 pub(crate) use shared_memory::kill::{before_each_store, killed_after};
 pub use shared_memory::{SharedArray, SharedEntry, SharedMemory, SharedRun, Word};
@@ -36,3 +43,4 @@ pub use sigbus::{LossCounter, LostPages, MAX_WATCHED};
 pub use signals::signal_fd;
 pub use type1::{Container, ContainerInfo, Group};
 pub use vfio::Cdev;
+pub use violation::report_violations;

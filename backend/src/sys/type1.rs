@@ -7,8 +7,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
-use std::path::Path;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use vfio_bindings::bindings::vfio::{
     VFIO_API_VERSION, VFIO_BASE, VFIO_DMA_CC_IOMMU, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE,
@@ -59,12 +58,12 @@ pub struct ContainerInfo {
 }
 
 impl Container {
-    /// Opens `path`, normally `/dev/vfio/vfio`.
+    /// Takes an open `/dev/vfio/vfio`.
     ///
     /// # Errors
-    /// The errno of `open`; [`io::ErrorKind::Unsupported`] for another version of the interface.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::options().read(true).write(true).open(path)?;
+    /// The errno of the call; [`io::ErrorKind::Unsupported`] for another version of the interface.
+    pub fn new(file: OwnedFd) -> io::Result<Self> {
+        let file = File::from(file);
         // SAFETY: the ioctl takes no argument.
         match checked(unsafe { ioctl(&file, VFIO_GET_API_VERSION()) })? {
             version if version == VFIO_API_VERSION.cast_signed() => Ok(Self { file }),
@@ -162,12 +161,10 @@ impl Container {
 }
 
 impl Group {
-    /// Opens `path`, normally `/dev/vfio/N`.
-    ///
-    /// # Errors
-    /// The errno of `open`: EBUSY while anyone has the group's file, or the file of a function in it.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        Ok(Self { file: File::options().read(true).write(true).open(path)? })
+    /// Takes an open `/dev/vfio/N`. Its `open` fails with EBUSY while anyone has the group's file, or the file of a function in it.
+    #[must_use]
+    pub fn new(file: OwnedFd) -> Self {
+        Self { file: file.into() }
     }
 
     /// True if no function of the group belongs to a driver of the host (`VFIO_GROUP_GET_STATUS`).

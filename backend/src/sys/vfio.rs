@@ -6,10 +6,10 @@ mod handle;
 mod whole;
 
 use std::ffi::CStr;
+use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::path::Path;
 use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::{
@@ -47,14 +47,14 @@ struct IrqSetBuffer {
 }
 
 impl Cdev {
-    /// Opens the cdev of the device at `sysfs` (such as `/sys/bus/pci/devices/0000:00:04.0`) and binds it. The device is not
-    /// registered with KVM, which only the virtual machine's own process can do.
+    /// Binds the device whose open character device is `file`. The device is not registered with KVM, which only the virtual
+    /// machine's own process can do.
     ///
     /// # Errors
     /// The errno of the failed step: EPERM, EBUSY, EINVAL or ENODEV. The meaning depends on the device's state.
-    pub fn bind(sysfs: &Path, iommufd: &Iommufd, ioas: &Ioas) -> io::Result<Self> {
+    pub fn bind(file: OwnedFd, iommufd: &Iommufd, ioas: &Ioas) -> io::Result<Self> {
         let context = VfioIommufd::new(Arc::clone(iommufd.inner()), ioas.for_bind(), None).map_err(errno)?;
-        let device = VfioDevice::new(sysfs, Arc::new(context), false).map_err(errno)?;
+        let device = VfioDevice::new_from_fd(File::from(file), Arc::new(context), false).map_err(errno)?;
         let id = device.iommufd_dev_id().ok_or_else(|| io::Error::other("bound, but without an iommufd device id"))?;
         let ownership = iommufd.ownership().clone();
         Ok(Self { device: Handle::Cdev(ManuallyDrop::new(device), DeviceId(id)), ownership })

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::address::PciAddress;
+use super::name::FunctionName;
 
 /// Why a PCI function cannot be acquired.
 #[derive(Debug, thiserror::Error)]
@@ -88,10 +89,10 @@ pub enum VfioError {
         source: io::Error,
     },
     /// Another process uses it.
-    #[error("{address}: in use by {holder}; only one process can use a function ({source})")]
+    #[error("{name}: in use by {holder}; only one process can use a function ({source})")]
     InUse {
         /// The function.
-        address: PciAddress,
+        name: FunctionName,
         /// The process, as far as this user can see.
         holder: String,
         /// The errno of the bind.
@@ -99,11 +100,11 @@ pub enum VfioError {
     },
     /// A function of the same IOMMU group is bound to a host driver.
     #[error(
-        "{address}: IOMMU group {group} is not viable: {siblings} must be bound to vfio-pci or to no driver as well ({source})"
+        "{name}: IOMMU group {group} is not viable: {siblings} must be bound to vfio-pci or to no driver as well ({source})"
     )]
     NotViable {
         /// The function.
-        address: PciAddress,
+        name: FunctionName,
         /// Its group.
         group: String,
         /// The functions bound to host drivers, as `ADDRESS (DRIVER)`.
@@ -113,12 +114,12 @@ pub enum VfioError {
     },
     /// The platform cannot isolate interrupts.
     #[error(
-        "{address}: {step}: {source}; its group is viable, so the cause is that this platform does not isolate \
+        "{name}: {step}: {source}; its group is viable, so the cause is that this platform does not isolate \
              interrupts (no interrupt remapping). If every guest is trusted, boot with {module}.allow_unsafe_interrupts=1"
     )]
     UnsafeInterrupts {
         /// The function.
-        address: PciAddress,
+        name: FunctionName,
         /// The step.
         step: &'static str,
         /// The module whose parameter allows it.
@@ -126,11 +127,24 @@ pub enum VfioError {
         /// The errno of the bind.
         source: io::Error,
     },
+    /// A passed-in file is not the open character device of a function.
+    #[error("the passed-in device: {0}; pass an open /dev/vfio/devices/vfioN")]
+    NotADevice(String),
+    /// A passed-in file cannot be bound, and nothing tells why.
+    #[error("{name}: bind its passed-in file to iommufd: {source}; {advice}")]
+    PassedIn {
+        /// The function.
+        name: FunctionName,
+        /// The possible causes, and what to do.
+        advice: &'static str,
+        /// The errno of the bind.
+        source: io::Error,
+    },
     /// Another step failed.
-    #[error("{address}: {step}: {source}")]
+    #[error("{name}: {step}: {source}")]
     Kernel {
         /// The function.
-        address: PciAddress,
+        name: FunctionName,
         /// The step.
         step: &'static str,
         /// The errno.
@@ -157,27 +171,46 @@ impl VfioError {
     }
 
     /// Explains why binding the function to iommufd failed (`vfio_df_ioctl_bind_iommufd`, `iommufd_device_bind`).
-    pub(super) fn bind(address: PciAddress, source: io::Error) -> Self {
+    pub(super) fn bind(name: FunctionName, source: io::Error) -> Self {
         let step = "bind to iommufd";
+        let Some(address) = name.address().filter(|address| address.sysfs().exists()) else {
+            return Self::bind_without_sysfs(name, source);
+        };
         match source.raw_os_error() {
             Some(libc::EPERM) if !address.host_owned_siblings().is_empty() => Self::not_viable(address, source),
             Some(libc::EPERM) => match holder(address) {
-                Some(holder) => Self::InUse { address, holder, source },
-                None => Self::UnsafeInterrupts { address, step, module: "iommufd", source },
+                Some(holder) => Self::InUse { name, holder, source },
+                None => Self::UnsafeInterrupts { name, step, module: "iommufd", source },
             },
             Some(libc::EBUSY | libc::EINVAL) => Self::in_use(address, source),
-            _ => Self::Kernel { address, step, source },
+            _ => Self::Kernel { name, step, source },
         }
+    }
+
+    /// The same where nothing tells the causes of an errno apart.
+    fn bind_without_sysfs(name: FunctionName, source: io::Error) -> Self {
+        let advice = match source.raw_os_error() {
+            Some(libc::EPERM) => {
+                "another process uses it, a function of its IOMMU group is bound to a host driver, or this platform does not \
+                 isolate interrupts; `vhost-device-vfio doctor` tells, where /sys and /proc are mounted"
+            }
+            Some(libc::EBUSY | libc::EINVAL) => {
+                "another process uses it, or its file was bound before; pass a file that was opened for this process alone"
+            }
+            Some(libc::ENOTTY) => "it is no VFIO device; pass an open /dev/vfio/devices/vfioN",
+            _ => "pass an open /dev/vfio/devices/vfioN, and an open /dev/iommu",
+        };
+        Self::PassedIn { name, advice, source }
     }
 
     pub(super) fn not_viable(address: PciAddress, source: io::Error) -> Self {
         let group = address.group().unwrap_or_default();
-        Self::NotViable { address, group, siblings: address.host_owned_siblings().join(", "), source }
+        Self::NotViable { name: address.into(), group, siblings: address.host_owned_siblings().join(", "), source }
     }
 
     fn in_use(address: PciAddress, source: io::Error) -> Self {
         let holder = holder(address).unwrap_or_else(|| "another process".to_owned());
-        Self::InUse { address, holder, source }
+        Self::InUse { name: address.into(), holder, source }
     }
 
     /// Explains why `/dev/vfio/vfio` cannot be used.
@@ -208,8 +241,10 @@ impl VfioError {
     pub(super) fn enable(address: PciAddress, source: io::Error) -> Self {
         let step = "turn IOMMU type 1 on (VFIO_SET_IOMMU)";
         match source.raw_os_error() {
-            Some(libc::EPERM) => Self::UnsafeInterrupts { address, step, module: "vfio_iommu_type1", source },
-            _ => Self::Kernel { address, step, source },
+            Some(libc::EPERM) => {
+                Self::UnsafeInterrupts { name: address.into(), step, module: "vfio_iommu_type1", source }
+            }
+            _ => Self::Kernel { name: address.into(), step, source },
         }
     }
 }

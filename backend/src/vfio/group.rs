@@ -3,9 +3,9 @@
 
 use std::ffi::CString;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use super::{Attached, Opened, VfioError};
+use super::{Attached, DeviceFile, FunctionName, Opened, VfioError};
 use crate::sys::{Cdev, Container, Group};
 
 impl Opened {
@@ -14,15 +14,14 @@ impl Opened {
     /// # Errors
     /// What is missing, and how to fix it.
     pub fn open_container(&self) -> Result<Container, VfioError> {
-        let container = Container::open(Path::new("/dev/vfio/vfio")).map_err(VfioError::no_container)?;
+        let file = DeviceFile::Container.open(self.address).map_err(VfioError::no_container)?;
+        let container = Container::new(file).map_err(VfioError::no_container)?;
         if !container.has_type1() {
             return Err(VfioError::no_container(io::Error::from_raw_os_error(libc::EOPNOTSUPP)));
         }
         let path = self.group_file()?;
-        match rustix::fs::access(&path, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK) {
-            Ok(()) => Ok(container),
-            Err(errno) => Err(VfioError::group(self.address, path, errno.into())),
-        }
+        self.check_group(&path).map_err(|source| VfioError::group(self.address, path, source))?;
+        Ok(container)
     }
 
     fn group_file(&self) -> Result<PathBuf, VfioError> {
@@ -36,16 +35,18 @@ impl Opened {
     /// Why it cannot be used, such as the process that uses its group.
     pub fn attach_by_group(self, container: &Container) -> Result<Attached, VfioError> {
         let address = self.address;
-        let error = |step| move |source| VfioError::Kernel { address, step, source };
+        let name = FunctionName::from(address);
+        let error = |step| move |source| VfioError::Kernel { name, step, source };
         let path = self.group_file()?;
-        let group = Group::open(&path).map_err(|source| VfioError::group(address, path, source))?;
+        let file = DeviceFile::Group.open(address).map_err(|source| VfioError::group(address, path, source))?;
+        let group = Group::new(file);
         if !group.is_viable().map_err(error("check its group (VFIO_GROUP_GET_STATUS)"))? {
             return Err(VfioError::not_viable(address, io::Error::from_raw_os_error(libc::EPERM)));
         }
         group.join(container).map_err(error("put its group into a container (VFIO_GROUP_SET_CONTAINER)"))?;
         container.enable().map_err(|source| VfioError::enable(address, source))?;
-        let name = CString::new(address.to_string()).expect("a PCI address has no zero byte");
-        let cdev = Cdev::of_group(group, &name).map_err(error("open it (VFIO_GROUP_GET_DEVICE_FD)"))?;
-        Attached::new(address, None, cdev)
+        let text = CString::new(address.to_string()).expect("a PCI address has no zero byte");
+        let cdev = Cdev::of_group(group, &text).map_err(error("open it (VFIO_GROUP_GET_DEVICE_FD)"))?;
+        Attached::new(name, None, cdev)
     }
 }

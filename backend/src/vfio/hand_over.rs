@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 
-use super::{Attached, COMMAND, COMMAND_BUS_MASTER, COMMAND_MEMORY, PciAddress, VfioError};
+use super::passed_in::check_device;
+use super::{Attached, COMMAND, COMMAND_BUS_MASTER, COMMAND_MEMORY, FunctionName, PciAddress, VfioError};
 use crate::iommu::PageTable;
 use crate::sys::{Cdev, Owner, device_number};
 
@@ -15,18 +16,18 @@ const ANOTHER_DEVICE: &str = "check the device file that was handed over";
 const BUS_MASTER_ON: &str = "the predecessor has not stopped the function: bus master is on";
 
 impl Attached {
-    /// Takes the function at `address`, whose open and bound device file is `file`. It is attached to `table` already, and
+    /// Takes the function `name`, whose open and bound device file is `file`. It is attached to `table` already, and
     /// stays bound and attached when it is dropped, until this process owns the iommufd of `table`.
     ///
     /// # Errors
     /// The step that failed, such as the check that the file is that of the function, or that bus master is off.
-    pub fn handed_over(address: PciAddress, file: OwnedFd, table: Arc<PageTable>) -> Result<Self, VfioError> {
-        let error = |step| move |source| VfioError::Kernel { address, step, source };
-        check_file(address, &file).map_err(error(ANOTHER_DEVICE))?;
+    pub fn handed_over(name: FunctionName, file: OwnedFd, table: Arc<PageTable>) -> Result<Self, VfioError> {
+        let error = |step| move |source| VfioError::Kernel { name, step, source };
+        check_file(name, &file).map_err(error(ANOTHER_DEVICE))?;
         let cdev = Cdev::handed_over(file, table.iommufd(), table.device());
         let cdev = Arc::new(cdev.map_err(error("look at the device that was handed over"))?);
         let page_table = table.id();
-        let attached = Self { name: address.to_string(), table: Some(table), cdev };
+        let attached = Self { name: name.to_string(), table: Some(table), cdev };
         attached.check_stopped().map_err(error("read the command register"))?;
         attached.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER).map_err(error("write the command register"))?;
         // It is attached to this page table already: then the kernel changes nothing. It refuses the page table of another
@@ -61,8 +62,17 @@ impl Attached {
     }
 }
 
-/// Fails unless `file` is an open character device of the function at `address`.
-fn check_file(address: PciAddress, file: &OwnedFd) -> io::Result<()> {
+/// Fails unless `file` is an open character device of the function `name`. For one that was passed in, that is the only thing that
+/// is known of it.
+fn check_file(name: FunctionName, file: &OwnedFd) -> io::Result<()> {
+    let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidInput, text);
+    match name {
+        FunctionName::Address(address) => check_number(address, file),
+        FunctionName::PassedIn(_) => check_device(file).map_err(invalid),
+    }
+}
+
+fn check_number(address: PciAddress, file: &OwnedFd) -> io::Result<()> {
     let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidInput, text);
     let cdev = address.cdev().ok_or_else(|| invalid("the function has no character device".to_owned()))?;
     let name = cdev.file_name().unwrap_or_default();

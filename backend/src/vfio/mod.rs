@@ -9,15 +9,18 @@
 //! ```
 
 mod address;
+mod device_files;
 mod error;
 mod group;
 mod hand_over;
 mod interface;
+mod name;
 pub mod no_snoop;
+mod passed_in;
 mod whole;
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Weak};
 
@@ -27,8 +30,11 @@ use vfio_bindings::bindings::vfio::{
 };
 
 pub use address::{NotAnAddress, PciAddress};
+pub use device_files::{DeviceFile, OpenFn, open_by};
 pub use error::VfioError;
 pub use interface::{FoundInterface, InterfaceChoice};
+pub use name::FunctionName;
+pub use passed_in::PassedIn;
 
 use crate::hardware::{Function, InterruptKind, Registers};
 use crate::iommu::PageTable;
@@ -81,38 +87,32 @@ impl Opened {
         Ok(Self { address })
     }
 
-    /// Checks the access to its character device.
-    ///
-    /// # Errors
-    /// [`VfioError::NoCdev`] or [`VfioError::NoAccess`].
-    fn check_cdev(&self) -> Result<(), VfioError> {
-        let path = self.address.cdev().ok_or(VfioError::NoCdev(self.address))?;
-        let access = rustix::fs::access(&path, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK);
-        access.map_err(|errno| VfioError::NoAccess { path, subsystem: "vfio-dev", source: errno.into() })
-    }
-
     /// Opens the device and binds it to iommufd. Its DMA is blocked until it is attached.
     ///
     /// # Errors
     /// Why it cannot be bound, such as the process that uses it.
     pub fn bind(self, iommufd: &Iommufd, ioas: &Ioas) -> Result<Bound, VfioError> {
-        self.check_cdev()?;
-        let address = self.address;
-        let cdev = Cdev::bind(&address.sysfs(), iommufd, ioas).map_err(|source| VfioError::bind(address, source))?;
-        let no_id = || VfioError::bind(address, io::Error::other("a cdev without an iommufd id"));
-        let id = cdev.id().ok_or_else(no_id)?;
-        Ok(Bound { address, cdev, id })
+        let file = self.open_cdev()?;
+        Bound::new(self.address.into(), file, iommufd, ioas)
     }
 }
 
 /// A function that this process owns, with DMA blocked.
 pub struct Bound {
-    address: PciAddress,
+    name: FunctionName,
     cdev: Cdev,
     id: DeviceId,
 }
 
 impl Bound {
+    /// Binds the device whose open character device is `file`.
+    fn new(name: FunctionName, file: OwnedFd, iommufd: &Iommufd, ioas: &Ioas) -> Result<Self, VfioError> {
+        let cdev = Cdev::bind(file, iommufd, ioas).map_err(|source| VfioError::bind(name, source))?;
+        let no_id = || VfioError::bind(name, io::Error::other("a cdev without an iommufd id"));
+        let id = cdev.id().ok_or_else(no_id)?;
+        Ok(Self { name, cdev, id })
+    }
+
     /// Its iommufd id, for the allocation of a page table.
     #[must_use]
     pub fn device_id(&self) -> DeviceId {
@@ -124,9 +124,9 @@ impl Bound {
     /// # Errors
     /// The errno of the step that failed.
     pub fn attach(self, table: Arc<PageTable>) -> Result<Attached, VfioError> {
-        let (address, id) = (self.address, table.id());
-        let attached = Attached::new(address, Some(table), self.cdev)?;
-        let error = |source| VfioError::Kernel { address, step: "attach to its page table", source };
+        let (name, id) = (self.name, table.id());
+        let attached = Attached::new(name, Some(table), self.cdev)?;
+        let error = |source| VfioError::Kernel { name, step: "attach to its page table", source };
         attached.cdev.attach(id).map_err(error)?;
         Ok(attached)
     }
@@ -143,10 +143,10 @@ pub struct Attached {
 
 impl Attached {
     /// Turns bus master off, so that the function does no DMA yet.
-    fn new(address: PciAddress, table: Option<Arc<PageTable>>, cdev: Cdev) -> Result<Self, VfioError> {
-        let attached = Self { name: address.to_string(), table, cdev: Arc::new(cdev) };
+    fn new(name: FunctionName, table: Option<Arc<PageTable>>, cdev: Cdev) -> Result<Self, VfioError> {
+        let attached = Self { name: name.to_string(), table, cdev: Arc::new(cdev) };
         let off = attached.set_command(COMMAND_MEMORY, COMMAND_BUS_MASTER);
-        off.map_err(|source| VfioError::Kernel { address, step: "write the command register", source })?;
+        off.map_err(|source| VfioError::Kernel { name, step: "write the command register", source })?;
         Ok(attached)
     }
 

@@ -22,6 +22,8 @@ const STATUS: u16 = 0x06;
 const BASE_CLASS: u16 = 0x0b;
 /// Capabilities pointer @ 0x34 : u8.
 const CAPABILITIES: u16 = 0x34;
+/// Interrupt pin @ 0x3d : u8; 0 is none (PCI Local Bus 3.0 §6.2.4).
+const INTERRUPT_PIN: u16 = 0x3d;
 /// PCI Express capability id (PCIe 6.0 §7.5.3.1).
 const EXPRESS: u8 = 0x10;
 /// Offset of Device Control in that capability (PCIe 6.0 §7.5.3.4).
@@ -31,12 +33,14 @@ const ENABLE_NO_SNOOP: u16 = 1 << 11;
 const INTEL: u16 = 0x8086;
 const STAYS_SET: &str = "its Enable No Snoop bit reads 1 after it was cleared; use --no-snoop=assume to flush instead";
 
-/// Probes the function's Enable No Snoop bit. `virtual_function`: it is a virtual function, according to sysfs.
+/// Probes the function's Enable No Snoop bit. `virtual_function`: whether it is a virtual function, according to sysfs; `None` if
+/// sysfs does not tell. The bit of a virtual function reads zero, whatever the one of its physical function is (PCIe 6.0 §9.3.5.4).
+/// So a zero of a function that may be one proves nothing.
 ///
 /// # Errors
 /// The errno of the configuration access that failed; [`io::ErrorKind::ResourceBusy`] if bus master is on.
-pub fn probe(function: &dyn Function, virtual_function: bool) -> io::Result<NoSnoop> {
-    if virtual_function {
+pub fn probe(function: &dyn Function, virtual_function: Option<bool>) -> io::Result<NoSnoop> {
+    if virtual_function == Some(true) {
         return Ok(NoSnoop::NotOurs(NotOurs::VirtualFunction));
     }
     if word(function, VENDOR)? == INTEL && byte(function, BASE_CLASS)? == 0x03 {
@@ -51,9 +55,12 @@ pub fn probe(function: &dyn Function, virtual_function: bool) -> io::Result<NoSn
     let set = word(function, capability + DEVICE_CONTROL)? & ENABLE_NO_SNOOP != 0;
     let cleared = disable(function)?;
     set_word(function, capability + DEVICE_CONTROL, control)?;
+    // Virtual functions have no interrupt pin (PCIe 6.0 §9.3.4.1.18), and VFIO shows none.
+    let may_be_virtual = virtual_function.is_none() && byte(function, INTERRUPT_PIN)? == 0;
     Ok(match (set, cleared) {
         (_, false) => NoSnoop::NotOurs(NotOurs::StaysSet),
         (true, true) => NoSnoop::Controllable,
+        (false, true) if may_be_virtual => NoSnoop::NotOurs(NotOurs::MaybeVirtualFunction),
         (false, true) => NoSnoop::NeverSet,
     })
 }

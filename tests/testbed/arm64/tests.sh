@@ -68,13 +68,13 @@ arm64_long_lines() {
 # arm64_drive TARGET: both processes are emulated.
 arm64_drive() {
     local target=$1 work server status=0
-    cargo build --locked -p vhost-device-vfio && cargo build --locked -p testbed --example front-end || return
+    cargo build --locked -p vhost-device-vfio && cargo build --locked -p testbed --bin front-end || return
     work=$(mktemp -d)
     qemu-aarch64 -L "$ARM64_LIBC" "$target/vhost-device-vfio" --socket-path "$work/s" --queues 2 \
         --device emulated:size=64M,queues=2,order=random,latency=300us &
     server=$!
     until [[ -S $work/s ]]; do kill -0 "$server" && sleep 0.2 || return 1; done
-    { echo 3000 && sleep 1 && echo end; } | qemu-aarch64 -L "$ARM64_LIBC" "$target/examples/front-end" "$work/s" |
+    { echo 3000 && sleep 1 && echo end; } | qemu-aarch64 -L "$ARM64_LIBC" "$target/front-end" "$work/s" |
         tee "$work/said" || status=$?
     kill "$server" && wait "$server" || status=$?
     grep -q 'nothing lost, doubled or reordered' "$work/said" || status=1
@@ -104,7 +104,7 @@ arm64_programs() {
         hooks | kvm_vfio_shim) cp "$program" "$tree/shim/deps/$name" ;;
         esac
     done <"$WORK/arm64-programs"
-    cp "$target"/{vhost-device-vfio,iommu-probe,examples/front-end} "$tree/bin/" &&
+    cp "$target"/{vhost-device-vfio,iommu-probe,front-end} "$tree/bin/" &&
         cp "$target/libkvm_vfio_shim.so" "$tree/shim/" && cp "$target/examples/toy_vmm" "$tree/shim/examples/" &&
         aarch64-linux-gnu-strip "$tree"/bin/* "$tree"/shim/*.so "$tree"/shim/*/*
 }

@@ -206,7 +206,7 @@ fn enable_no_snoop_is_set_at_power_on_and_after_a_reset_unless_hardwired() {
     for (no_snoop, bit, found) in [(false, 0, NoSnoop::NeverSet), (true, NO_SNOOP, NoSnoop::Controllable)] {
         let function = Machine::new(Options { no_snoop, ..small() }).unwrap().function();
         assert_eq!(control(&*function) & NO_SNOOP, bit);
-        assert_eq!(probe(&*function, false).unwrap(), found);
+        assert_eq!(probe(&*function, Some(false)).unwrap(), found);
         function.config_write(DEVICE_CONTROL, &0_u16.to_le_bytes()).unwrap();
         assert_eq!(control(&*function) & NO_SNOOP, 0);
         function.reset().unwrap();
@@ -283,16 +283,32 @@ fn a_function_whose_enable_no_snoop_means_nothing_is_not_ours() {
         }
     });
 
-    assert_eq!(why(&*patched_config(|_, _| {}), true), NotOurs::VirtualFunction);
-    assert_eq!(why(&*graphics, false), NotOurs::IntegratedGraphics);
-    assert_eq!(why(&*conventional, false), NotOurs::NoCapability);
+    assert_eq!(why(&*patched_config(|_, _| {}), Some(true)), NotOurs::VirtualFunction);
+    assert_eq!(why(&*graphics, Some(false)), NotOurs::IntegratedGraphics);
+    assert_eq!(why(&*conventional, Some(false)), NotOurs::NoCapability);
+}
+
+/// The emulated function has no interrupt pin with these options, as virtual functions have none.
+#[test]
+fn a_bit_that_reads_zero_proves_nothing_of_a_function_that_may_be_virtual() {
+    let pin = |pin: u8| {
+        patched_config(move |offset, bytes| match offset {
+            0x3d => bytes[0] = pin,
+            // The bit stays clear.
+            DEVICE_CONTROL => bytes[1] &= !8,
+            _ => {}
+        })
+    };
+    assert_eq!(probe(&*pin(0), None).unwrap(), NoSnoop::NotOurs(NotOurs::MaybeVirtualFunction));
+    assert_eq!(probe(&*pin(1), None).unwrap(), NoSnoop::NeverSet, "it has a pin");
+    assert_eq!(probe(&*pin(0), Some(false)).unwrap(), NoSnoop::NeverSet, "sysfs tells");
 }
 
 #[test]
 fn enable_no_snoop_is_not_probed_while_bus_master_is_on() {
     let function = Machine::new(non_coherent()).unwrap().function();
     function.set_bus_master(true).unwrap();
-    assert_eq!(probe(&*function, false).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+    assert_eq!(probe(&*function, Some(false)).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
 }
 
 fn bus_master(function: &dyn Function) -> bool {
@@ -341,7 +357,7 @@ fn a_function_whose_no_snoop_becomes_stuck_gets_no_bus_master() {
 #[test]
 fn a_stuck_no_snoop_changes_the_verdict_to_flush() {
     let function = with_stuck_bit(&Arc::new(AtomicBool::new(true)));
-    let no_snoop = probe(&*function, false).unwrap();
+    let no_snoop = probe(&*function, Some(false)).unwrap();
     assert_eq!(no_snoop, NoSnoop::NotOurs(NotOurs::StaysSet));
 
     let facts = Facts { no_snoop, ..Machine::new(non_coherent()).unwrap().facts(Policy::Suppress).unwrap() };
@@ -355,7 +371,7 @@ fn probing_enable_no_snoop_restores_it() {
     for before in [0, NO_SNOOP] {
         let function = Machine::new(non_coherent()).unwrap().function();
         function.config_write(DEVICE_CONTROL, &before.to_le_bytes()).unwrap();
-        assert_eq!(probe(&*function, false).unwrap(), NoSnoop::Controllable);
+        assert_eq!(probe(&*function, Some(false)).unwrap(), NoSnoop::Controllable);
         assert_eq!(control(&*function) & NO_SNOOP, before);
     }
 }

@@ -320,8 +320,8 @@ impl DeviceSupervisor {
         });
     }
 
-    /// Sends a command to every worker and waits for the replies, which come at once.
-    fn command_all(&self, mut command: impl FnMut(usize, Sender<()>) -> WorkerCommand) {
+    /// Sends a command to every worker and waits for the replies, which come at once and are dropped here.
+    fn command_all<T>(&self, mut command: impl FnMut(usize, Sender<T>) -> WorkerCommand) {
         let post = |worker: &SupervisedWorker| {
             let (answer, reply) = channel();
             let command = command(worker.disk, answer);

@@ -18,6 +18,7 @@ use super::overdue_reports::{OverdueReports, Reports};
 use super::supervisor::DeviceSupervisor;
 use crate::driver::{OverdueCommands, Queue};
 use crate::eventfd::drain;
+use crate::sandbox::{Entry, Role};
 use crate::sync::thread::{self, JoinHandle};
 use crate::sys::Poller;
 
@@ -118,9 +119,11 @@ impl Watchdog {
             retry: watch.retry,
             watch,
         };
-        let thread = thread::Builder::new()
-            .name("vdv-watchdog".to_owned())
-            .spawn(move || while watchdog.handle_one_event() {})?;
+        let entry = Entry::new(Role::Guard);
+        let thread = thread::Builder::new().name("vdv-watchdog".to_owned()).spawn(move || {
+            entry.enter();
+            while watchdog.handle_one_event() {}
+        })?;
         Ok(Self { reports, thread: Some(thread) })
     }
 }

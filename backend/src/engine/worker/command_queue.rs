@@ -47,8 +47,8 @@ pub(in crate::engine) enum WorkerCommand {
     Release,
     /// Measure how long requests take, or no longer.
     Measure(bool),
-    /// Drop the device queue; the device is about to be reset.
-    DropQueue(Sender<()>),
+    /// Give the device queue back, which is dropped there; the device is about to be reset.
+    DropQueue(Sender<Option<Box<dyn Queue>>>),
     /// The device has been reset: continue with this queue, or without a device.
     AdoptQueue(Option<Box<dyn Queue>>, InflightPolicy, Sender<()>),
     /// End the thread. All rings have been stopped.

@@ -99,8 +99,9 @@ impl Worker {
         Ok(Self { path, device, event_stale, command_queue, poller, pending, paused, spin, clock, poll_timer, quit })
     }
 
-    /// The thread's body.
-    pub(in crate::engine) fn run(mut self) {
+    /// The thread's body. Returns this worker to whoever waits for the thread: its buffers are unmapped there, which the worker's
+    /// own thread may not do.
+    pub(in crate::engine) fn run(mut self) -> Self {
         let mut idle_since = None;
         let mut passes = 0_u32;
         while !self.quit {
@@ -130,6 +131,7 @@ impl Worker {
                 idle_since = None;
             }
         }
+        self
     }
 
     /// One pass: new requests, doorbell, completions, used rings. A request gets its used entry in the pass that reaps its last
@@ -288,8 +290,8 @@ impl Worker {
             WorkerCommand::Release => self.release(),
             WorkerCommand::Measure(on) => self.path.clock.measure(on),
             WorkerCommand::DropQueue(answer) => {
-                self.drop_queue();
-                reply(&answer, ());
+                let queue = self.give_queue();
+                reply(&answer, queue);
             }
             WorkerCommand::AdoptQueue(queue, policy, answer) => {
                 self.adopt_queue(queue, policy);

@@ -5,12 +5,13 @@ use crate::driver::Queue;
 use crate::engine::inflight_policy::InflightPolicy;
 
 impl Worker {
-    pub(super) fn drop_queue(&mut self) {
-        if let Device::Live(queue) = std::mem::replace(&mut self.device, Device::Resetting)
-            && let Err(error) = self.poller.remove(queue.event())
-        {
+    /// The queue, to be dropped by whoever resets the device: this thread may not unmap its memory.
+    pub(super) fn give_queue(&mut self) -> Option<Box<dyn Queue>> {
+        let Device::Live(queue) = std::mem::replace(&mut self.device, Device::Resetting) else { return None };
+        if let Err(error) = self.poller.remove(queue.event()) {
             LOG.error(|| format!("stop watching the device's event: {error}"));
         }
+        Some(queue)
     }
 
     pub(super) fn adopt_queue(&mut self, queue: Option<Box<dyn Queue>>, policy: InflightPolicy) {

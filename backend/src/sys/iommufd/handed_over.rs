@@ -43,10 +43,14 @@ impl Iommufd {
     /// An open `/dev/iommu` that was received from another process, which owns its objects until [`Ownership::pass_to`].
     ///
     /// # Errors
-    /// [`io::ErrorKind::InvalidInput`] if it is another file; else the errno of `fstat` or of reading sysfs.
+    /// [`io::ErrorKind::InvalidInput`] if it is another file; else the errno of `fstat` or of reading sysfs. Where sysfs is not
+    /// mounted, another file shows when its first object is looked up (ENOTTY).
     pub fn handed_over(fd: OwnedFd) -> io::Result<Self> {
-        if rustix::fs::fstat(&fd)?.st_rdev != device_number("/sys/class/misc/iommu/dev")? {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not an open /dev/iommu"));
+        match device_number("/sys/class/misc/iommu/dev") {
+            Ok(number) if number == rustix::fs::fstat(&fd)?.st_rdev => {}
+            Ok(_) => return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not an open /dev/iommu")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
         }
         let (fd, busy) = (Arc::new(IommuFd::new_from_fd(File::from(fd))), Mutex::default());
         Ok(Self { fd, busy, ownership: Ownership::new(Owner::Predecessor) })
