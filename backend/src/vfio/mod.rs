@@ -16,6 +16,7 @@ mod interface;
 pub mod no_snoop;
 mod whole;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
@@ -84,11 +85,12 @@ impl Opened {
     /// Checks the access to its character device.
     ///
     /// # Errors
-    /// [`VfioError::NoCdev`] or [`VfioError::NoAccess`].
+    /// [`VfioError::NoCdev`], [`VfioError::NotPassedIn`], [`VfioError::NotAllowed`] or [`VfioError::NoAccess`].
     fn check_cdev(&self) -> Result<(), VfioError> {
         let path = self.address.cdev().ok_or(VfioError::NoCdev(self.address))?;
-        let access = rustix::fs::access(&path, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK);
-        access.map_err(|errno| VfioError::NoAccess { path, subsystem: "vfio-dev", source: errno.into() })
+        // Only `open` asks the control group. It does not claim the device.
+        let opened = File::options().read(true).write(true).open(&path);
+        opened.map(drop).map_err(|source| VfioError::node(path, "vfio-dev", source))
     }
 
     /// Opens the device and binds it to iommufd. Its DMA is blocked until it is attached.
