@@ -1,5 +1,5 @@
-//! `cdi`: a description of functions for container runtimes, by the specification of the Container Device Interface (CDI), version
-//! 0.5.0. Older versions allow no name that starts with a digit. The runtime gives a container that asks for
+//! `cdi`: a description of functions for container runtimes, by the specification of the Container Device Interface (CDI),
+//! version 0.5.0. Older versions allow no name that starts with a digit. The runtime gives a container that asks for
 //! `vhost-device-vfio/function=0000:00:04.0` the device nodes that serving the function needs, and lets its control group open
 //! them.
 

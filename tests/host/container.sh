@@ -94,7 +94,8 @@ confined() {
     equal 0000000000000000 "$(awk '/^CapBnd:/ { print $2 }' "$at/status")" "capabilities"
     equal 1 "$(awk '/^NoNewPrivs:/ { print $2 }' "$at/status")" "no_new_privs"
     # The runtime's own are memory devices, terminals and what refers to them.
-    (cd "$at/root" && find dev -type c | grep -vE '^dev/(null|zero|full|random|urandom|tty|console|ptmx|pts/.*)$' | sort) >/run/found
+    (cd "$at/root" && find dev -type c) | grep -vE '^dev/(null|zero|full|random|urandom|tty|console|ptmx|pts/.*)$' |
+        sort >/run/found
     sort /run/nodes | sed 's/^.//' >/run/wanted
     equal "$(cat /run/wanted)" "$(cat /run/found)" "devices in the container"
     [ ! -e "$at/root/bin/sh" ]
@@ -103,7 +104,8 @@ guest_uses_it() {
     guest_start --queues 2 --smp 2 --mem 160M --hugepages
     guest exec -- 'dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
         dd if=/tmp/data of=/dev/vda bs=256k seek=128 oflag=direct 2>/dev/null && sync && sha256sum </tmp/data' >/run/sum
-    equal "$(cat /run/sum)" "$(guest exec -- 'dd if=/dev/vda bs=256k skip=128 count=32 iflag=direct 2>/dev/null | sha256sum')" "data"
+    equal "$(cat /run/sum)" \
+        "$(guest exec -- 'dd if=/dev/vda bs=256k skip=128 count=32 iflag=direct 2>/dev/null | sha256sum')" "data"
     verify --size=8M
     [ "$(pinned)" -ge 163840 ]
     guest stop

@@ -146,7 +146,8 @@ starts() {
 writes() {
     guest exec -- "dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
         dd if=/tmp/data of=/dev/$1 bs=256k seek=16 oflag=direct 2>/dev/null && sync && sha256sum </tmp/data" >"$WORK/$1.sum"
-    equal "$(cat "$WORK/$1.sum")" "$(dd if="$WORK/$2.img" bs=1M skip=4 count=8 status=none | sha256sum)" "the file behind the drive"
+    equal "$(cat "$WORK/$1.sum")" \
+        "$(dd if="$WORK/$2.img" bs=1M skip=4 count=8 status=none | sha256sum)" "the file behind the drive"
 }
 reads() {
     equal "$(cat "$WORK/$1.sum")" \
@@ -156,7 +157,9 @@ reads() {
 load_starts() {
     guest exec -- '(stress /dev/vda --until /tmp/enough --seconds 3000 --threads 32 >/tmp/stress.log 2>&1
             echo $? >/tmp/stressed) >/dev/null 2>&1 &
-        until grep -qs "^ended=[1-9]" /tmp/stress.log; do [ ! -e /tmp/stressed ] || { cat /tmp/stress.log; exit 1; }; sleep 0.2; done'
+        until grep -qs "^ended=[1-9]" /tmp/stress.log; do
+            [ ! -e /tmp/stressed ] || { cat /tmp/stress.log; exit 1; }; sleep 0.2
+        done'
 }
 progresses() {
     guest exec -- 'n=$(grep -c ^ended= /tmp/stress.log)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # minutes: 0.3
-# QEMU's own block layer as the client of the emulated drive, through libblkio's virtio-blk-vhost-user, and nbdkit, through the same
-# library. These clients share no code with this project.
+# QEMU's own block layer as the client of the emulated drive, through libblkio's virtio-blk-vhost-user, and nbdkit, through the
+# same library. These clients share no code with this project.
 # shellcheck disable=SC2317 # functions are called by name, through claim
 set -u
 
@@ -71,7 +71,8 @@ image_round_trip() {
 }
 bench_runs() { qemu-img bench --image-opts -c 20000 -d 32 -s 4096 "$IMAGE"; }
 
-# nbdkit and its plugin for libblkio. Debian 12 builds it without, so there it is the next Debian's, with the libraries of that QEMU.
+# nbdkit and its plugin for libblkio. Debian 12 builds it without, so there it is the next Debian's, with the libraries of that
+# Debian's QEMU.
 prepare_nbdkit() {
     local dir=$TESTBED_CACHE/nbdkit
     NBDKIT=(nbdkit) PLUGIN=blkio
