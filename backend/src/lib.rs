@@ -18,6 +18,7 @@ compile_error!("vhost-device-vfio needs 64-bit little-endian Linux");
 pub mod acquire;
 pub mod addr;
 pub mod board;
+pub mod cdi;
 pub mod coherency;
 pub mod config;
 pub mod control;

@@ -12,6 +12,7 @@ use program::operator::Doors;
 use program::origin::DeviceSpec;
 use program::vfio_source::PassedFiles;
 use program::{Signals, block, confined, limits, logging, several, takeover, whole};
+use vhost_device_vfio::cdi::Description;
 use vhost_device_vfio::config::{Command, Config, CtlCommand};
 use vhost_device_vfio::control;
 use vhost_device_vfio::doctor::Diagnosis;
@@ -105,6 +106,13 @@ fn execute(command: &Command) -> ExitCode {
                 return ExitCode::FAILURE;
             }
         }
+        Command::Cdi { addresses, iommu } => match Description::new(addresses, (*iommu).into()) {
+            Ok(description) => println!("{}", description.json()),
+            Err(error) => {
+                let _ = writeln!(std::io::stderr(), "vhost-device-vfio: {error}");
+                return ExitCode::FAILURE;
+            }
+        },
         Command::List { json: true } => println!("{}", list_json(&list())),
         Command::List { json: false } => list().iter().for_each(|line| println!("{line}")),
         Command::Doctor { address, json } => {

@@ -102,6 +102,18 @@ shim_packaged() {
     equal '' "$(grep warning "$WORK/log")" "warnings of cargo package"
 }
 
+# Compiled from their own directories alone, the other two would take a minute.
+crates_packaged() {
+    local crate
+    cargo package --quiet --locked --offline --allow-dirty --no-verify --workspace --exclude testbed >"$WORK/log" 2>&1 ||
+        { tail -n 20 "$WORK/log" && return 1; }
+    for crate in vhost-device-vfio kvm-vfio-shim kvm-vfio-shim-preload; do
+        tar -tf "${CARGO_TARGET_DIR:-target}/package/$crate-$VERSION.crate" >"$WORK/contents"
+        contains "$crate-$VERSION/README.md" "$WORK/contents"
+        contains "$crate-$VERSION/src/lib.rs" "$WORK/contents"
+    done
+}
+
 need debootstrap=debootstrap groff=groff
 ((EUID == 0)) || die "a root directory of its own needs root; run: sudo scripts/test outside/package"
 claim "scripts/package builds a package whose files belong to root" built
@@ -117,4 +129,5 @@ claim "the units are there, and so is their group" units_installed
 claim "purged, it leaves no file" removed
 claim "cargo install --path backend works" cargo_installs
 claim "cargo package accepts the shim's crate" shim_packaged
+claim "and all crates together, with their README" crates_packaged
 finished

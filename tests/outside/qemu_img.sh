@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # minutes: 0.3
-# QEMU's own block layer as the client of the emulated drive, through libblkio's virtio-blk-vhost-user. This client shares no code
-# with this project.
+# QEMU's own block layer as the client of the emulated drive, through libblkio's virtio-blk-vhost-user, and nbdkit, through the
+# same library. These clients share no code with this project.
 # shellcheck disable=SC2317 # functions are called by name, through claim
 set -u
 
@@ -20,7 +20,10 @@ PATH=${TESTBED_QEMU:+$TESTBED_QEMU/bin:}$PATH
 IMAGE=driver=virtio-blk-vhost-user,path=$SOCKET,cache.direct=on
 
 clean_up() {
-    [[ ! -s $WORK/pid ]] || kill -9 "$(<"$WORK/pid")" 2>/dev/null
+    local file
+    for file in "$WORK"/*pid; do
+        [[ ! -s $file ]] || kill -9 "$(<"$file")" 2>/dev/null
+    done
     rm -rf "$WORK"
 }
 trap clean_up EXIT
@@ -67,6 +70,34 @@ image_round_trip() {
     cmp "$WORK/image" "$WORK/back"
 }
 bench_runs() { qemu-img bench --image-opts -c 20000 -d 32 -s 4096 "$IMAGE"; }
+
+# nbdkit and its plugin for libblkio. Debian 12 builds it without, so there it is the next Debian's, with the libraries of that
+# Debian's QEMU.
+prepare_nbdkit() {
+    local dir=$TESTBED_CACHE/nbdkit
+    NBDKIT=(nbdkit) PLUGIN=blkio
+    [[ -n ${QEMU:-} ]] || { need nbdkit=nbdkit && return; }
+    if [[ ! -x $dir/usr/bin/nbdkit ]]; then
+        mkdir -p "$dir"
+        apt_private qemu-trixie deb trixie
+        (cd "$dir" && apt-get "${APT_PRIVATE[@]}" download nbdkit && dpkg-deb --extract nbdkit_*.deb . && rm nbdkit_*.deb)
+    fi
+    NBDKIT=("$QEMU/loader/qemu-img" --library-path "$QEMU/lib" --argv0 nbdkit "$dir/usr/bin/nbdkit")
+    PLUGIN=$dir/usr/lib/x86_64-linux-gnu/nbdkit/plugins/nbdkit-blkio-plugin.so
+}
+nbdkit_serves() {
+    "${NBDKIT[@]}" --foreground --unix "$WORK/nbd" "$PLUGIN" virtio-blk-vhost-user "path=$SOCKET" >"$WORK/nbdkit.log" 2>&1 &
+    echo $! >"$WORK/nbdkit.pid"
+    within 20 test -S "$WORK/nbd" || { cat "$WORK/nbdkit.log" && return 1; }
+    IMAGE=driver=nbd,server.type=unix,server.path=$WORK/nbd
+    size_is_seen
+    # The patterns need a zero there.
+    io 'write -z 2M 1M'
+    patterns
+    zeroes_and_discards
+    many_at_once
+    kill "$(<"$WORK/nbdkit.pid")"
+}
 ends() {
     kill -TERM "$(<"$WORK/pid")"
     within 20 grep -q 'statistics: ' "$WORK/log"
@@ -79,10 +110,11 @@ ends() {
 if ! knows_driver; then
     # Debian 12 and its backports build QEMU without libblkio, so use the next Debian's QEMU there.
     case $(debian_codename) in
-    bookworm) PATH=$(scripts/testbed qemu trixie)/bin:$PATH ;;
+    bookworm) QEMU=$(scripts/testbed qemu trixie) && PATH=$QEMU/bin:$PATH ;;
     *) install_packages qemu-block-extra ;;
     esac
 fi
+prepare_nbdkit
 claim "an emulated drive is served" serves
 claim "qemu-img sees its size" size_is_seen
 claim "patterns that qemu-io writes are read back, and are in the file" patterns
@@ -90,5 +122,6 @@ claim "zeroed and discarded blocks read as zero, and their neighbours are unchan
 claim "64 concurrent writes each go to the right place" many_at_once
 claim "an image converted to the drive reads back the same" image_round_trip
 claim "qemu-img bench succeeds" bench_runs
+claim "nbdkit passes the same on, by NBD" nbdkit_serves
 claim "the backend ends without errors" ends
 finished

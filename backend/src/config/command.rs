@@ -43,6 +43,15 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Describe functions to container runtimes: print a file for /etc/cdi
+    Cdi {
+        /// The functions, which are bound to vfio-pci
+        #[arg(value_name = "DOMAIN:BUS:DEV.FN", required = true)]
+        addresses: Vec<PciAddress>,
+        /// The kernel's interface for the devices
+        #[arg(long, value_name = "INTERFACE", value_enum, default_value_t)]
+        iommu: Iommu,
+    },
     /// Ask a running program for something, on its control socket
     Ctl {
         /// Its socket, as given to --control

@@ -62,10 +62,10 @@ impl Opened {
     /// Opens its character device.
     ///
     /// # Errors
-    /// [`VfioError::NoCdev`] or [`VfioError::NoAccess`].
+    /// [`VfioError::NoCdev`], [`VfioError::NotPassedIn`], [`VfioError::NotAllowed`] or [`VfioError::NoAccess`].
     pub(super) fn open_cdev(&self) -> Result<OwnedFd, VfioError> {
         let path = self.address.cdev().ok_or(VfioError::NoCdev(self.address))?;
-        DeviceFile::Cdev.open(self.address).map_err(|source| no_access(path, source))
+        DeviceFile::Cdev.open(self.address).map_err(|source| VfioError::node(path, "vfio-dev", source))
     }
 
     /// Checks the access to its character device.
@@ -73,9 +73,8 @@ impl Opened {
     /// # Errors
     /// As for [`Self::open_cdev`].
     pub(super) fn check_cdev(&self) -> Result<(), VfioError> {
-        let path = self.address.cdev().ok_or(VfioError::NoCdev(self.address))?;
-        let access = rustix::fs::access(&path, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK);
-        access.map_err(|errno| no_access(path, errno.into()))
+        // Only `open` asks the control group. It does not claim the device.
+        self.open_cdev().map(drop)
     }
 
     /// Checks the access to the file of its group, without opening it: only one process can have it open. Who opens it by way of
@@ -86,8 +85,4 @@ impl Opened {
         }
         Ok(rustix::fs::access(path, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK)?)
     }
-}
-
-fn no_access(path: PathBuf, source: io::Error) -> VfioError {
-    VfioError::NoAccess { path, subsystem: "vfio-dev", source }
 }

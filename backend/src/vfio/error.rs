@@ -88,6 +88,28 @@ pub enum VfioError {
         /// The errno of `open`.
         source: io::Error,
     },
+    /// A device node is missing, although the kernel has the device.
+    #[error(
+        "{}: {source}; the kernel has this device, but its node was not passed in here; a container needs --device {}",
+        path.display(), path.display()
+    )]
+    NotPassedIn {
+        /// The file.
+        path: PathBuf,
+        /// The errno of `open`.
+        source: io::Error,
+    },
+    /// The device's control group forbids it.
+    #[error(
+        "{}: {source}; the node is there, but the control group of this process does not allow the device; a container needs \
+             --device {}:{}:rw, a unit DeviceAllow={} rw", path.display(), path.display(), path.display(), path.display()
+    )]
+    NotAllowed {
+        /// The file.
+        path: PathBuf,
+        /// The errno of `open`.
+        source: io::Error,
+    },
     /// Another process uses it.
     #[error("{name}: in use by {holder}; only one process can use a function ({source})")]
     InUse {
@@ -153,8 +175,21 @@ pub enum VfioError {
 }
 
 impl VfioError {
+    /// Explains why a device node could not be opened. The file's mode leads to EACCES, a control group to EPERM
+    /// (`devcgroup_check_permission`).
+    pub(super) fn node(path: PathBuf, subsystem: &'static str, source: io::Error) -> Self {
+        match source.raw_os_error() {
+            Some(libc::ENOENT) => Self::NotPassedIn { path, source },
+            Some(libc::EPERM) => Self::NotAllowed { path, source },
+            _ => Self::NoAccess { path, subsystem, source },
+        }
+    }
+
     /// Explains why `/dev/iommu` could not be opened.
     pub(super) fn no_iommufd(path: &Path, source: io::Error) -> Self {
+        if source.raw_os_error() == Some(libc::EPERM) {
+            return Self::NotAllowed { path: path.to_owned(), source };
+        }
         let advice = if source.kind() == io::ErrorKind::PermissionDenied {
             "give this user read and write access, for example with a udev rule KERNEL==\"iommu\", GROUP=\"vfio\", MODE=\"0660\""
                 .to_owned()
@@ -215,6 +250,9 @@ impl VfioError {
 
     /// Explains why `/dev/vfio/vfio` cannot be used.
     pub(crate) fn no_container(source: io::Error) -> Self {
+        if source.raw_os_error() == Some(libc::EPERM) {
+            return Self::NotAllowed { path: Path::new("/dev/vfio/vfio").to_owned(), source };
+        }
         let advice = match source.kind() {
             io::ErrorKind::PermissionDenied => {
                 "give this user read and write access, for example with a udev rule KERNEL==\"vfio\", MODE=\"0666\""
@@ -232,7 +270,7 @@ impl VfioError {
     pub(super) fn group(address: PciAddress, path: PathBuf, source: io::Error) -> Self {
         match source.raw_os_error() {
             Some(libc::EBUSY) => Self::in_use(address, source),
-            Some(libc::EACCES | libc::EPERM) => Self::NoAccess { path, subsystem: "vfio", source },
+            Some(libc::EACCES | libc::EPERM) => Self::node(path, "vfio", source),
             _ => Self::NoGroup { path, source },
         }
     }
@@ -305,6 +343,8 @@ mod tests {
             (group(libc::EACCES), "SUBSYSTEM==\"vfio\""),
             (group(libc::ENOENT), "--device /dev/vfio/7 --device /dev/vfio/vfio"),
             (group(libc::EBUSY), "in use by another process"),
+            (group(libc::EPERM), "DeviceAllow=/dev/vfio/7 rw"),
+            (VfioError::no_container(errno(libc::EPERM)).to_string(), "DeviceAllow=/dev/vfio/vfio rw"),
             (VfioError::enable(address, errno(libc::EPERM)).to_string(), "vfio_iommu_type1.allow_unsafe_interrupts=1"),
             (VfioError::enable(address, errno(libc::ENOMEM)).to_string(), "VFIO_SET_IOMMU"),
             (VfioError::no_container(errno(libc::EACCES)).to_string(), "KERNEL==\"vfio\""),
@@ -314,6 +354,19 @@ mod tests {
         for (text, part) in texts {
             assert!(text.contains(part), "{part} in: {text}");
         }
+    }
+
+    #[test]
+    fn a_device_node_that_is_missing_forbidden_or_of_another_user_has_its_own_fix() {
+        let text = |number| {
+            let source = io::Error::from_raw_os_error(number);
+            VfioError::node(PathBuf::from("/dev/vfio/devices/vfio7"), "vfio-dev", source).to_string()
+        };
+        assert!(text(libc::ENOENT).ends_with("not passed in here; a container needs --device /dev/vfio/devices/vfio7"));
+        assert!(text(libc::EPERM).contains("control group of this process does not allow the device"));
+        assert!(text(libc::EACCES).contains("SUBSYSTEM==\"vfio-dev\""));
+        let iommufd = VfioError::no_iommufd(Path::new("/dev/iommu"), io::Error::from_raw_os_error(libc::EPERM));
+        assert!(iommufd.to_string().contains("DeviceAllow=/dev/iommu rw"), "{iommufd}");
     }
 
     #[test]
