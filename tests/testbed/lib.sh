@@ -56,6 +56,9 @@ watched() {
     say "  done in $((SECONDS - began)) s"
 }
 
+# fetched: the progress of a download by a private apt, for watched.
+fetched() { du -sh "$TESTBED_CACHE/apt" | sed 's/\s.*/ fetched/'; }
+
 # need NAME=PACKAGE…: installs the packages whose NAME is missing. NAME is a program in PATH, or a file if it starts with a
 # slash.
 need() {

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# An emulated arm64 host with an SMMUv3, a GICv3 with an ITS, and empty NVMe drives at 0000:00:04.0 and 0000:00:05.0. It runs
-# Debian's own arm64 kernel of backports, which has no iommufd, on TCG. Its programs are busybox, this checkout's, and Debian's
-# libc. Everything is unpacked from Debian packages into the cache, and nothing is installed but QEMU. Needs lib.sh and
-# debian_kernel.sh.
+# An emulated arm64 host with an IOMMU, a GICv3 with an ITS, and empty NVMe drives at 0000:00:04.0 and 0000:00:05.0, on TCG. It runs
+# Debian's own arm64 kernel of backports, which has no iommufd, or that of kernel.sh. Its programs are busybox, this checkout's,
+# and Debian's libc. Everything is unpacked from Debian packages into the cache, and nothing is installed but QEMU. Needs lib.sh,
+# debian_kernel.sh and kernel.sh.
 
 readonly ARM64_HOST_SUITE=trixie-backports
 # What is built into one kernel is a module in the next.
@@ -49,25 +49,37 @@ unpack_arm64_host() {
 }
 
 # arm64_host TEST KERNEL TREE: boots it with the files of TREE, runs tests/arm64/TEST.sh there, prints what that prints, and
-# returns its status.
+# returns its status. KERNEL is a package of Debian, or the page size of a kernel with iommufd.
 arm64_host() {
-    local test=$1 files=$2 tree=$3 work status=$EXIT_TESTBED
+    local test=$1 kernel=$2 tree=$3 files image work status=$EXIT_TESTBED
     need_qemu_program qemu-system-aarch64 qemu-system-arm
     need cpio=cpio
     work=$(mktemp -d "${TMPDIR:-/tmp}/arm64.XXXXXX")
-    files=$(arm64_host_files "$files")
+    case $kernel in
+    *K)
+        files=$(arm64_host_files linux-image-arm64)
+        image=$(arm64_kernel_image "$kernel")
+        ;;
+    *)
+        files=$(arm64_host_files "$kernel")
+        image=$files/vmlinuz
+        ;;
+    esac
     cp -r "$files/root" "$work/root"
+    # Ours has no modules.
+    [[ $kernel != *K ]] || : >"$work/root/testbed/modules/order"
     cp -r "$tree/." "$work/root/"
     cp "$TESTBED_DIR/arm64/init" "$work/root/init"
     cp "$TESTBED_DIR/claims.sh" "$work/root/testbed/"
     cp "$TESTBED_ROOT/tests/host/lib.sh" "$work/root/testbed/tests/"
-    cp "$TESTBED_ROOT/tests/arm64/$test.sh" "$work/root/testbed/command"
+    cp -r "$TESTBED_ROOT/tests/arm64" "$work/root/testbed/"
+    echo "sh /testbed/arm64/$test.sh" >"$work/root/testbed/command"
     (cd "$work/root" && find . -print0 | cpio --null --create --format=newc --owner=0:0 --quiet) >"$work/initrd"
     truncate -s 64M "$work/drive" "$work/second"
     # pauth: the emulation computes each signature of a return address.
     timeout 400 qemu-system-aarch64 -machine virt,iommu=smmuv3,gic-version=3,virtualization=on -cpu max,pauth=off \
         -accel tcg -smp 2 -m 2G -nodefaults -no-user-config -display none -no-reboot \
-        -kernel "$files/vmlinuz" -initrd "$work/initrd" -append "console=ttyAMA0 panic=-1 oops=panic quiet" \
+        -kernel "$image" -initrd "$work/initrd" -append "console=ttyAMA0 panic=-1 oops=panic quiet" \
         -serial "file:$work/console" -drive "if=none,id=drive,format=raw,cache=unsafe,file=$work/drive" \
         -device nvme,drive=drive,serial=testbed,addr=4 \
         -drive "if=none,id=second,format=raw,cache=unsafe,file=$work/second" \
