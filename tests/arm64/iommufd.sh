@@ -11,7 +11,7 @@
 flushed() {
     FUNCTION=0000:00:05.0
     oracle assume --packed
-    for name in staged flushed_bytes map_flushed_bytes unmap_flushed_bytes; do [ "$(statistic $name)" -gt 0 ]; done
+    for name in staged flushed_bytes map_flushed_bytes unmap_flushed_bytes; do [ "$(statistic "$name")" -gt 0 ]; done
 }
 whole_refused() {
     killed_before

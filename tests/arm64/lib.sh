@@ -51,7 +51,7 @@ oracle() {
 nothing_flushed() {
     FUNCTION=$1
     oracle suppress
-    for name in flushed_bytes map_flushed_bytes unmap_flushed_bytes staged; do equal 0 "$(statistic $name)" $name; done
+    for name in flushed_bytes map_flushed_bytes unmap_flushed_bytes staged; do equal 0 "$(statistic "$name")" "$name"; done
 }
 
 # live_tests PATTERN [REGIME]: those of backend/tests/live.rs.

@@ -25,10 +25,10 @@ processors() {
 # hash_of TEXT: a short hash of TEXT.
 hash_of() { printf '%s' "$1" | sha256sum | cut -c1-16; }
 
-# take_lock: serializes builds in one cache. The second build waits and then finds the results of the first.
+# take_lock [NAME]: serializes builds in one cache. The second build waits and then finds the results of the first.
 take_lock() {
     mkdir -p "$TESTBED_CACHE"
-    exec {TESTBED_LOCK}>"$TESTBED_CACHE/lock"
+    exec {TESTBED_LOCK}>"$TESTBED_CACHE/${1:-lock}"
     flock -n "$TESTBED_LOCK" && return
     say "another build is using $TESTBED_CACHE; waiting for it"
     flock "$TESTBED_LOCK"

@@ -20,16 +20,15 @@ readonly ARM64_SKIPPED=(kill schedules rate_limited of_which_every_other_page th
     emulated::tests::any engine::tests::packed no_stale_byte hostile transfers_of_every_shape every_kind_of_ring
     bounced_requests_wait)
 
-# arm64_prepare: what the steps need. Packages come before anything that runs in parallel: apt allows one process at a time.
-# shellcheck disable=SC2317 # called by step
-arm64_toolchain() { (need_arm64_toolchain); }
-arm64_prepare() {
-    step "arm64: a Rust toolchain, a linker and a user emulation" arm64_toolchain
-    [[ ! -e $(arm64_rust)/made-of ]] || say "arm64: $(cat "$(arm64_rust)/made-of")"
+# arm64_packages: installs what Debian has as packages, before anything runs in parallel: apt allows one process at a time.
+arm64_packages() {
+    # In a subshell, so that what cannot be had fails this step and not the whole run.
+    step "arm64: a linker and a user emulation" eval '(need_arm64_packages)'
 }
 
-# arm64_cargo_tests: what "scripts/test" without a name includes. Without the toolchain one step has failed already.
+# arm64_cargo_tests: what "scripts/test" without a name includes. Without its tools one step has failed.
 arm64_cargo_tests() {
+    step "arm64: rustc and clippy of Debian, with the arm64 library" eval '(need_arm64_rust)'
     [[ -e $(arm64_rust)/made-of ]] || return 0
     step "arm64: compiles, and clippy: no warning" arm64_clippy
     step "arm64: unit and property tests, emulated" arm64_units
@@ -51,17 +50,16 @@ arm64_cargo() {
 arm64() {
     # shellcheck disable=SC2153 # scripts/test sets it
     local target=$TARGET/arm64/$ARM64_TARGET/debug
-    arm64_prepare
-    [[ -e $(arm64_rust)/made-of ]] || return 0
+    arm64_packages
     arm64_cargo_tests
+    [[ -e $(arm64_rust)/made-of ]] || return 0
     step "arm64: the emulated drive serves the oracle's front-end" arm64_drive "$target"
     step "arm64: the programs for the emulated host" arm64_programs "$target"
     step "arm64: the barriers are those that a device needs" arm64_barriers "$target"
     arm64_in_host smmuv3 linux-image-arm64
     arm64_in_host smmuv3 linux-image-arm64-16k
-    step "arm64: kernels with iommufd, with pages of 4 and of 64 KiB" arm64_kernels 4K 64K
-    arm64_in_host iommufd 4K
-    arm64_in_host iommufd 64K
+    step "arm64: a kernel with iommufd and pages of 64 KiB" arm64_kernel
+    arm64_in_host iommufd iommufd
 }
 
 # By the fetched clippy, which reads the fetched library. Cargo's own subcommand would start this machine's.

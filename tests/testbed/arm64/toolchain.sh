@@ -9,19 +9,25 @@ readonly ARM64_TARGET=aarch64-unknown-linux-gnu
 readonly ARM64_SUITES=(sid testing)
 readonly ARM64_LIBC=/usr/aarch64-linux-gnu
 
+# arm64_rust: the directory of the toolchain, which may not exist yet.
 arm64_rust() {
-    echo "$TESTBED_CACHE/arm64/rust-$(hash_of "$(cat "$TESTBED_DIR/arm64/toolchain.sh" "$TESTBED_DIR/arm64/rust-program")")"
+    echo "$TESTBED_CACHE/arm64/rust-$(hash_of "$(declare -f fetch_arm64_rust download_arm64_rust unpack_arm64_rust
+        cat "$TESTBED_DIR/arm64/rust-program")")"
 }
 
-# need_arm64_toolchain: installs and fetches what is missing, and says which versions there are.
-need_arm64_toolchain() {
-    local dir
-    dir=$(arm64_rust)
+# need_arm64_packages: installs the linker and the user emulation.
+need_arm64_packages() {
     need aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu "$ARM64_LIBC/include/stdio.h=libc6-dev-arm64-cross"
     # QEMU 7.2 answers EINVAL to a shared mapping of huge pages, where the kernel would answer ENOMEM. QEMU 10 is right.
     need_qemu_program qemu-aarch64 qemu-user
+}
+
+# need_arm64_rust: fetches the toolchain if it is missing. It takes a lock of its own, because a kernel may be under construction.
+need_arm64_rust() {
+    local dir
+    dir=$(arm64_rust)
     if [[ ! -e $dir/made-of ]]; then
-        take_lock
+        take_lock arm64-lock
         [[ -e $dir/made-of ]] || fetch_arm64_rust "$dir"
         drop_lock
     fi

@@ -14,6 +14,7 @@ mod hold;
 mod hostile;
 mod kill;
 mod lifecycle;
+mod litmus;
 mod matrix;
 mod notify;
 mod nvme;
