@@ -238,7 +238,7 @@ fn buffers_are_above_guest_memory_and_unmapped_when_dropped() {
     assert!(!high.overlaps(&low));
     let wanted = [page(), 8192_u64.next_multiple_of(page())];
     assert_eq!([high.len(), low.len()], wanted);
-    assert_eq!(pinned() - before, wanted.iter().sum());
+    assert_eq!(pinned() - before, wanted.iter().sum::<u64>());
     drop((first, second));
     assert_eq!(pinned(), before);
 }

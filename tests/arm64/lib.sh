@@ -56,6 +56,7 @@ nothing_flushed() {
 
 # live_tests PATTERN [REGIME]: those of backend/tests/live.rs.
 live_tests() {
+    killed_before
     live --list 2>/dev/null | sed -n 's/: test$//p' | grep -E "$1" >/run/names
     claim "there are tests of $1" test -s /run/names
     while read -r name; do

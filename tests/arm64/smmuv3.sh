@@ -42,7 +42,6 @@ guest_verifies() {
     within 10 logged 'unmapped'
     backend_stop
     [ "$(statistic map_flushed_bytes)" -ge $((256 << 20)) ] && [ "$(statistic bytes_written)" -ge $((4 << 20)) ]
-    echo "# a guest with pages of $pages on a host with pages of $(page_size)"
 }
 # AT_PAGESZ of getauxval(3).
 page_size() { od -A n -t d8 -v -w16 /proc/self/auxv | awk '$1 == 6 { print $2 / 1024 "K" }'; }

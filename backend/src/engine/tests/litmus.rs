@@ -1,6 +1,6 @@
 //! The two places where each side stores and then loads what the other has stored: kicks and calls. Without a full fence on both
 //! sides each can miss the other's store, on x86 as well. Two threads do nothing else, many times, because a request does so much
-//! more that the window is hardly ever hit. Without one of the four fences in `virtqueue/` these tests fail within a few thousand
+//! more that the window is hardly ever hit. Without one of the four fences in `virtqueue/` these tests fail within a few hundred
 //! rounds, if the threads have a processor each.
 
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::engine::virtqueue::chain::Chain;
 use crate::memory::MemTable;
 use crate::sys::SharedMemory;
 
-const ROUNDS: usize = 20_000;
+const ROUNDS: usize = 2_000;
 
 /// What a driver does in a round.
 trait Driver: Send {
