@@ -54,6 +54,13 @@ nothing_flushed() {
     for name in flushed_bytes map_flushed_bytes unmap_flushed_bytes staged; do equal 0 "$(statistic "$name")" "$name"; done
 }
 
+# flushed_and_staged: through iommufd, on the second drive, which is empty still.
+flushed_and_staged() {
+    FUNCTION=0000:00:05.0
+    oracle assume --packed
+    for name in staged flushed_bytes map_flushed_bytes unmap_flushed_bytes; do [ "$(statistic "$name")" -gt 0 ]; done
+}
+
 # live_tests PATTERN [REGIME]: those of backend/tests/live.rs.
 live_tests() {
     killed_before

@@ -64,6 +64,8 @@ arm64_guest_files() {
 # returns its status. KERNEL is a package of Debian, or "iommufd".
 arm64_host() {
     local test=$1 kernel=$2 tree=$3 files image='' work status=$EXIT_TESTBED
+    local machine=(-machine "virt,iommu=smmuv3,gic-version=3,virtualization=on")
+    [[ $test != virtio_iommu ]] || machine=(-machine "virt,gic-version=3,virtualization=on" -device virtio-iommu-pci,addr=2)
     need_qemu_program qemu-system-aarch64 qemu-system-arm
     need cpio=cpio
     work=$(mktemp -d "${TMPDIR:-/tmp}/arm64.XXXXXX")
@@ -87,7 +89,7 @@ arm64_host() {
     (cd "$work/root" && find . -print0 | cpio --null --create --format=newc --owner=0:0 --quiet) >"$work/initrd"
     truncate -s 64M "$work/drive" "$work/second"
     # pauth: the emulation computes each signature of a return address.
-    timeout 900 qemu-system-aarch64 -machine virt,iommu=smmuv3,gic-version=3,virtualization=on -cpu max,pauth=off \
+    timeout 900 qemu-system-aarch64 "${machine[@]}" -cpu max,pauth=off \
         -accel tcg -smp 2 -m 2G -nodefaults -no-user-config -display none -no-reboot \
         -kernel "${image:-$files/vmlinuz}" -initrd "$work/initrd" -append "console=ttyAMA0 panic=-1 oops=panic quiet" \
         -serial "file:$work/console" -drive "if=none,id=drive,format=raw,cache=unsafe,file=$work/drive" \

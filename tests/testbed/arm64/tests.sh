@@ -60,6 +60,7 @@ arm64() {
     arm64_in_host smmuv3 linux-image-arm64-16k
     step "arm64: a kernel with iommufd and pages of 64 KiB" arm64_kernel
     arm64_in_host iommufd iommufd
+    arm64_in_host virtio_iommu iommufd
 }
 
 # By the fetched clippy, which reads the fetched library. Cargo's own subcommand would start this machine's.
@@ -159,7 +160,7 @@ FUNCTIONS
 
 # arm64_in_host TEST KERNEL
 arm64_in_host() {
-    local test=$1 kernel=$2 status=0 began=$SECONDS log=$LOGS/arm64-$2.log
+    local test=$1 kernel=$2 status=0 began=$SECONDS log=$LOGS/arm64-$1-$2.log
     arm64_host "$test" "$kernel" "$WORK/arm64" >"$log" 2>&1 || status=$?
     judge "$test, $kernel" "$log" "$status"
     part $((SECONDS - began)) "arm64: $test, $kernel"

@@ -14,7 +14,6 @@ mod hold;
 mod hostile;
 mod kill;
 mod lifecycle;
-mod litmus;
 mod matrix;
 mod notify;
 mod nvme;
