@@ -19,7 +19,7 @@ whole_refused() {
 answers_are iommu=smmuv3 hw_type=2 dma_cc=0 iova_ranges=0x0-0x7ffffff,0x8100000-0xffffffffffff
 verdicts
 claim "split rings: the oracle finds nothing wrong, and nothing is flushed or staged" nothing_flushed "$FUNCTION"
-claim "packed rings under a flushing verdict: staged, flushed with DC CIVAC, and the oracle finds nothing wrong" flushed_and_staged
+claim "packed rings under a flushing verdict: staged and flushed, and the oracle finds nothing wrong" flushed_and_staged
 claim "a whole function is refused under a flushing verdict without the shim: KVM cannot be told" whole_refused
 live_tests '^[^:]*$' coherent
 live_tests '^[^:]*$' flushing

@@ -64,7 +64,8 @@ flushed_and_staged() {
 # live_tests PATTERN [REGIME]: those of backend/tests/live.rs.
 live_tests() {
     killed_before
-    live --list 2>/dev/null | sed -n 's/: test$//p' | grep -E "$1" >/run/names
+    # A predecessor and a successor are processes that the tests of a hand-over start.
+    live --list 2>/dev/null | sed -n '/::\(predecessor\|successor\):/d; s/: test$//p' | grep -E "$1" >/run/names
     claim "there are tests of $1" test -s /run/names
     while read -r name; do
         claim "$(echo "$name" | sed 's/::/: /' | tr _ ' ')${2:+, $2}" \

@@ -1,7 +1,7 @@
 #!/bin/sh
 # An emulated arm64 host with an SMMUv3 and Debian's own kernel, which has VFIO type1 and no iommufd: what the kernel answers, the
-# verdict under each policy, data that goes through the SMMU, and a guest. TCG emulates no caches: DC CIVAC runs here, and what it achieves
-# is not seen.
+# verdict under each policy, data that goes through the SMMU, and a guest. TCG emulates no caches: DC CIVAC runs here, and what it
+# achieves is not seen.
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh

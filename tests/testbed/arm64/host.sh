@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# An emulated arm64 host with an IOMMU, a GICv3 with an ITS, and empty NVMe drives at 0000:00:04.0 and 0000:00:05.0, on TCG. It runs
-# Debian's own arm64 kernel of backports, which has no iommufd, or that of kernel.sh. Its programs are busybox, this checkout's,
+# An emulated arm64 host with an IOMMU, a GICv3 with an ITS, and empty NVMe drives at 0000:00:04.0 and 0000:00:05.0, on TCG. It
+# runs Debian's own arm64 kernel of backports, which has no iommufd, or that of kernel.sh. Its programs are busybox, this checkout's,
 # and Debian's libc. Everything is unpacked from Debian packages into the cache, and nothing is installed but QEMU. Needs lib.sh,
 # debian_kernel.sh, kernel.sh and guest_qemu.sh.
 
@@ -88,10 +88,12 @@ arm64_host() {
     echo "sh /testbed/arm64/$test.sh" >"$work/root/testbed/command"
     (cd "$work/root" && find . -print0 | cpio --null --create --format=newc --owner=0:0 --quiet) >"$work/initrd"
     truncate -s 64M "$work/drive" "$work/second"
-    # pauth: the emulation computes each signature of a return address.
+    # resource_alignment: a BAR is mapped only if it has its pages to itself, and NVMe's has 16 KiB. pauth: the emulation computes
+    # each signature of a return address.
     timeout 900 qemu-system-aarch64 "${machine[@]}" -cpu max,pauth=off \
         -accel tcg -smp 2 -m 2G -nodefaults -no-user-config -display none -no-reboot \
-        -kernel "${image:-$files/vmlinuz}" -initrd "$work/initrd" -append "console=ttyAMA0 panic=-1 oops=panic quiet" \
+        -kernel "${image:-$files/vmlinuz}" -initrd "$work/initrd" \
+        -append "console=ttyAMA0 panic=-1 oops=panic quiet pci=resource_alignment=0000:00:04.0;0000:00:05.0" \
         -serial "file:$work/console" -drive "if=none,id=drive,format=raw,cache=unsafe,file=$work/drive" \
         -device nvme,drive=drive,serial=testbed,addr=4 \
         -drive "if=none,id=second,format=raw,cache=unsafe,file=$work/second" \

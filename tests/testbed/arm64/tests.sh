@@ -8,10 +8,13 @@
 # | unit and property tests under qemu-aarch64 | the arm64 code computes the same; not its memory ordering | 100 |
 # | the emulated drive under qemu-aarch64, the oracle's front-end too | a disk is served | 10 |
 # | the compiled barriers | they are those for a device | 1 |
-# | the emulated host, tests/arm64/smmuv3.sh, with pages of 4 and of 16 KiB | VFIO behind an SMMUv3 | 40 and 50 |
+# | the emulated host, tests/arm64/smmuv3.sh, with pages of 4 and of 16 KiB | VFIO type1 behind an SMMUv3, a guest | 60 each |
+# | a kernel with iommufd and pages of 64 KiB | built once | five minutes |
+# | the emulated host, tests/arm64/iommufd.sh | iommufd behind an SMMUv3 | 40 |
+# | the emulated host, tests/arm64/virtio_iommu.sh | the same behind the paravirtual IOMMU | 30 |
 #
-# That is about three minutes of two processors, and once per cache 350 MB to fetch. It is not part of "scripts/test" without a
-# name. Needs lib.sh, debian_kernel.sh, and step and judge of scripts/test.
+# "scripts/test" without a name includes the first three: two minutes of two processors, and 150 MB to fetch, once per cache. The
+# others need 250 MB more. Needs lib.sh, debian_kernel.sh, kernel.sh, and step and judge of scripts/test.
 
 # Property tests repeat what the native ones have done with other inputs; a few cases run every line.
 readonly ARM64_CASES=8

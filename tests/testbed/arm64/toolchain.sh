@@ -51,7 +51,7 @@ fetch_arm64_rust() {
         version=''
     done
     [[ -n $version ]] || die "arm64: no rustc with the same version of its arm64 library in ${ARM64_SUITES[*]};" \
-        "Debian builds it within days"
+        "after an upload Debian has it within days (or the mirror cannot be reached: $work/update.log)"
     library=$(apt-cache "${APT_PRIVATE[@]}" depends rustc rust-clippy | sed -n 's/^ *Depends: \(libstd-rust-[0-9.]*\)$/\1/p')
     watched "fetching rustc $version of $suite with the arm64 library (150 MB)" "$work/fetch.log" fetched \
         download_arm64_rust "$work" "$version" "$library"
