@@ -35,7 +35,7 @@ build_kernel() {
     unpack_kernel_source "$dir"
     KERNEL_OBJECTS=$dir/objects
     watched "configuring Linux $(cut -d ' ' -f 2 "$TESTBED_CACHE/linux-source/version")" "$dir/configure.log" \
-        kernel_progress configure_kernel "$dir"
+        kernel_progress configure_kernel "$dir/source" "$dir/objects" "$TESTBED_DIR/kernel.config"
     watched "building the kernel (once)" "$dir/build.log" \
         kernel_progress make -C "$dir/source" O="$dir/objects" -j"$(nproc)" bzImage
     mkdir -p "${image%/bzImage}"
@@ -90,20 +90,22 @@ unpack_deb() {
 }
 unpack_progress() { echo "unpacking"; }
 
+# configure_kernel SOURCE OBJECTS CONFIG [VARIABLE=VALUE]…: the variables are make's, for another architecture.
 configure_kernel() {
-    local source=$1/source objects=$1/objects
-    make -C "$source" O="$objects" tinyconfig &&
-        (cd "$source" && scripts/kconfig/merge_config.sh -m -O "$objects" "$objects/.config" "$TESTBED_DIR/kernel.config") &&
-        make -C "$source" O="$objects" olddefconfig && check_configuration "$objects/.config"
+    local source=$1 objects=$2 config=$3
+    shift 3
+    make -C "$source" O="$objects" "$@" tinyconfig &&
+        (cd "$source" && scripts/kconfig/merge_config.sh -m -O "$objects" "$objects/.config" "$config") &&
+        make -C "$source" O="$objects" "$@" olddefconfig && check_configuration "$objects/.config" "$config"
 }
 
-# merge_config silently drops options whose dependencies are not met.
+# check_configuration FOUND WANTED: merge_config silently drops options whose dependencies are not met.
 check_configuration() {
     local wanted refused=0
     while read -r wanted; do
         [[ $wanted == CONFIG_*=* && $wanted != *=n ]] || continue
         grep -qxF "$wanted" "$1" || { echo "this kernel does not accept $wanted" && refused=1; }
-    done <"$TESTBED_DIR/kernel.config"
+    done <"$2"
     return "$refused"
 }
 

@@ -25,10 +25,10 @@ processors() {
 # hash_of TEXT: a short hash of TEXT.
 hash_of() { printf '%s' "$1" | sha256sum | cut -c1-16; }
 
-# take_lock: serializes builds in one cache. The second build waits and then finds the results of the first.
+# take_lock [NAME]: serializes builds in one cache. The second build waits and then finds the results of the first.
 take_lock() {
     mkdir -p "$TESTBED_CACHE"
-    exec {TESTBED_LOCK}>"$TESTBED_CACHE/lock"
+    exec {TESTBED_LOCK}>"$TESTBED_CACHE/${1:-lock}"
     flock -n "$TESTBED_LOCK" && return
     say "another build is using $TESTBED_CACHE; waiting for it"
     flock "$TESTBED_LOCK"
@@ -55,6 +55,9 @@ watched() {
     fi
     say "  done in $((SECONDS - began)) s"
 }
+
+# fetched: the progress of a download by a private apt, for watched.
+fetched() { du -sh "$TESTBED_CACHE/apt" | sed 's/\s.*/ fetched/'; }
 
 # need NAME=PACKAGE…: installs the packages whose NAME is missing. NAME is a program in PATH, or a file if it starts with a
 # slash.

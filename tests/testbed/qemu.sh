@@ -41,8 +41,6 @@ cached_qemu() {
     if [[ -e $dir/made-of ]]; then echo "$dir"; else fetch_qemu "$1"; fi
 }
 
-fetched() { du -sh "$TESTBED_CACHE/apt" | sed 's/\s.*/ fetched/'; }
-
 download_qemu() {
     rm -rf "$1/cache/archives"
     mkdir -p "$1/cache/archives/partial"

@@ -115,7 +115,7 @@ impl Cdev {
     pub fn map_region(&self, index: u32) -> io::Result<Mmio> {
         let region = self.device.region(index);
         if region.flags & VFIO_REGION_INFO_FLAG_MMAP == 0 {
-            return Err(io::ErrorKind::Unsupported.into());
+            return Err(not_mappable(region.size, rustix::param::page_size() as u64));
         }
         let len = usize::try_from(region.size).map_err(io::Error::other)?;
         Mmio::map(self.as_fd(), region.offset, len)
@@ -223,6 +223,21 @@ fn irqs_set(result: i32) -> io::Result<()> {
     }
 }
 
+/// Why a region of `size` bytes cannot be mapped, in pages of `page` bytes. A BAR of NVMe has 16 KiB or so, an arm64 host pages of
+/// up to 64 KiB: the rest of the page could belong to another function, so VFIO maps it only if it is free.
+fn not_mappable(size: u64, page: u64) -> io::Error {
+    if size.is_multiple_of(page) {
+        return io::ErrorKind::Unsupported.into();
+    }
+    let reason = format!(
+        "has {}K and shares a page of {}K, which the kernel does not map; start the kernel with \
+         pci=resource_alignment=ADDRESS for the function's PCI address, which gives it pages of its own",
+        size >> 10,
+        page >> 10
+    );
+    io::Error::new(io::ErrorKind::Unsupported, reason)
+}
+
 /// The errno inside an error of `vfio-ioctls`.
 fn errno(error: VfioError) -> io::Error {
     use VfioError as E;
@@ -240,6 +255,19 @@ fn errno(error: VfioError) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bar_that_shares_a_page_of_the_host_is_refused_with_the_kernels_argument() {
+        let error = not_mappable(16 << 10, 64 << 10);
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+        assert!(error.to_string().starts_with("has 16K and shares a page of 64K"), "{error}");
+        assert!(error.to_string().contains("pci=resource_alignment="), "{error}");
+        // Another reason, which the kernel does not tell.
+        assert_eq!(
+            not_mappable(16 << 10, 4 << 10).to_string(),
+            io::Error::from(io::ErrorKind::Unsupported).to_string()
+        );
+    }
 
     #[test]
     fn a_number_of_vectors_in_place_of_success_is_enospc() {

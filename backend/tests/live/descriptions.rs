@@ -4,7 +4,7 @@ use vhost_device_vfio::acquire::hand_over::{FunctionDescription, accept};
 use vhost_device_vfio::coherency::{Personality, Policy};
 use vhost_device_vfio::hardware::{AddressSpace, Function, MapError};
 
-use super::super::MIB;
+use super::super::{MIB, page};
 use super::{acquire, guest_memory, new_file, pinned_pages, policy, served};
 
 /// What is wrong in a description, and what the error says. The device is attached and has memory mapped.
@@ -16,7 +16,7 @@ const LIES: [Lie; 9] = [
     (|d| d.space.device = d.space.ioas, "look up the device: No such file"),
     (|d| d.space.page_table = d.space.device, "look up the page table: No such file"),
     (|d| d.space.regions[0].range.start += MIB, "is not mapped as it says"),
-    (|d| d.space.buffers[0].len += 4096, "is not mapped as it says"),
+    (|d| d.space.buffers[0].len += page(), "is not mapped as it says"),
     (|d| d.space.window = d.space.regions[0].range, "overlaps"),
     (
         |d| d.facts.policy = if d.facts.policy == Policy::Assume { Policy::Allow } else { Policy::Assume },

@@ -25,7 +25,7 @@ use vhost_device_vfio::memory::{Region, RegionSpec};
 use vhost_device_vfio::vfio::{Attached, InterfaceChoice, no_snoop};
 
 use self::drive::{BASE, Drive, receive, send};
-use super::{MIB, device, pinned};
+use super::{MIB, device, page, pinned};
 
 const GUEST: u64 = 64 * MIB;
 /// What the predecessor writes to the disk.
@@ -197,7 +197,7 @@ fn hand_over_in_vain(drive: &mut Drive, served: &Served, file: &Arc<File>, regio
     assert_eq!(pinned_pages(), before, "pages pinned, after {step}");
     let released = pins().1 - released;
     say(&format!("went on after {step}, unpinned {released}"));
-    assert!(released < GUEST / 4096, "{released} pages were unpinned after {step}: more than the drivers' own");
+    assert!(released < GUEST / page(), "{released} pages were unpinned after {step}: more than the drivers' own");
 }
 
 #[test]
@@ -323,7 +323,7 @@ fn the_drive_and_its_memory_pass_to_another_process_without_unpinning_guest_memo
     let text = run("success");
     assert!(text.contains("said: ended"), "the successor ends by itself");
     let unpinned = said(&text, "unpinned until the predecessor's end");
-    assert!(unpinned < GUEST / 4096 / 4, "{unpinned} pages were unpinned");
+    assert!(unpinned < GUEST / page() / 4, "{unpinned} pages were unpinned");
 }
 
 #[test]

@@ -8,10 +8,13 @@
 # | unit and property tests under qemu-aarch64 | the arm64 code computes the same; not its memory ordering | 100 |
 # | the emulated drive under qemu-aarch64, the oracle's front-end too | a disk is served | 10 |
 # | the compiled barriers | they are those for a device | 1 |
-# | the emulated host, tests/arm64/smmuv3.sh, with pages of 4 and of 16 KiB | VFIO behind an SMMUv3 | 40 and 50 |
+# | the emulated host, tests/arm64/smmuv3.sh, with pages of 4 and of 16 KiB | VFIO type1 behind an SMMUv3, a guest | 60 each |
+# | a kernel with iommufd and pages of 64 KiB | built once | five minutes |
+# | the emulated host, tests/arm64/iommufd.sh | iommufd behind an SMMUv3 | 40 |
+# | the emulated host, tests/arm64/virtio_iommu.sh | the same behind the paravirtual IOMMU | 30 |
 #
-# That is about three minutes of two processors, and once per cache 350 MB to fetch. It is not part of "scripts/test" without a
-# name. Needs lib.sh, debian_kernel.sh, and step and judge of scripts/test.
+# "scripts/test" without a name includes the first three: two minutes of two processors, and 150 MB to fetch, once per cache. The
+# others need 250 MB more. Needs lib.sh, debian_kernel.sh, kernel.sh, and step and judge of scripts/test.
 
 # Property tests repeat what the native ones have done with other inputs; a few cases run every line.
 readonly ARM64_CASES=8
@@ -20,27 +23,53 @@ readonly ARM64_SKIPPED=(kill schedules rate_limited of_which_every_other_page th
     emulated::tests::any engine::tests::packed no_stale_byte hostile transfers_of_every_shape every_kind_of_ring
     bounced_requests_wait)
 
-arm64() {
-    # shellcheck disable=SC2153 # scripts/test sets it
-    local target=$TARGET/arm64
-    need_arm64_toolchain
-    # In a directory of its own: another Cargo at work does not hold it up.
-    export CARGO_TARGET_DIR=$target
-    target=$target/$ARM64_TARGET/debug
+# arm64_packages: installs what Debian has as packages, before anything runs in parallel: apt allows one process at a time.
+arm64_packages() {
+    # In a subshell, so that what cannot be had fails this step and not the whole run.
+    step "arm64: a linker and a user emulation" eval '(need_arm64_packages)'
+}
+
+# arm64_cargo_tests: what "scripts/test" without a name includes. Without its tools one step has failed.
+arm64_cargo_tests() {
+    step "arm64: rustc and clippy of Debian, with the arm64 library" eval '(need_arm64_rust)'
+    [[ -e $(arm64_rust)/made-of ]] || return 0
     step "arm64: compiles, and clippy: no warning" arm64_clippy
     step "arm64: unit and property tests, emulated" arm64_units
     step "arm64: cache lines and their granule on a processor with lines of 256 bytes" arm64_long_lines
+}
+
+# arm64_cargo [VARIABLE=VALUE]… ARGUMENT…: Cargo compiles for arm64, and runs tests under user emulation. It has a target
+# directory of its own, so another Cargo at work does not hold it up.
+arm64_cargo() {
+    local variables=() dir
+    dir=$(arm64_rust)
+    while [[ ${1:-} == *=* ]]; do variables+=("$1") && shift; done
+    # shellcheck disable=SC2153 # scripts/test sets TARGET
+    env RUSTC="$dir/bin/rustc" CARGO_BUILD_TARGET="$ARM64_TARGET" CARGO_TARGET_DIR="$TARGET/arm64" \
+        CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+        CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L $ARM64_LIBC" "${variables[@]}" cargo "$@"
+}
+
+arm64() {
+    # shellcheck disable=SC2153 # scripts/test sets it
+    local target=$TARGET/arm64/$ARM64_TARGET/debug
+    arm64_packages
+    arm64_cargo_tests
+    [[ -e $(arm64_rust)/made-of ]] || return 0
     step "arm64: the emulated drive serves the oracle's front-end" arm64_drive "$target"
     step "arm64: the programs for the emulated host" arm64_programs "$target"
     step "arm64: the barriers are those that a device needs" arm64_barriers "$target"
     arm64_in_host smmuv3 linux-image-arm64
     arm64_in_host smmuv3 linux-image-arm64-16k
+    step "arm64: a kernel with iommufd and pages of 64 KiB" arm64_kernel
+    arm64_in_host iommufd iommufd
+    arm64_in_host virtio_iommu iommufd
 }
 
 # By the fetched clippy, which reads the fetched library. Cargo's own subcommand would start this machine's.
 arm64_clippy() {
-    RUSTC_WORKSPACE_WRAPPER=$ARM64_CLIPPY CLIPPY_ARGS=-Dwarnings \
-        cargo check --workspace --all-targets --locked
+    arm64_cargo RUSTC_WORKSPACE_WRAPPER="$(arm64_rust)/bin/clippy-driver" CLIPPY_ARGS=-Dwarnings \
+        check --workspace --all-targets --locked
 }
 
 # Where the emulator is not the kernel: it makes /proc/self/maps a memfd, and "/" the directory of the libraries. The last gives a
@@ -48,17 +77,16 @@ arm64_clippy() {
 readonly ARM64_EMULATOR=(each_kind_is_recognized that_is_not_a_file_is_refused whose_file_system_need_not_answer
     a_monitor_that_floods)
 
-# arm64_test OPTION… -- ARGUMENT…: the library's tests.
-arm64_test() { PROPTEST_CASES=$ARM64_CASES cargo test --locked --lib -p vhost-device-vfio "$@"; }
 arm64_units() {
     local name skipped=()
     for name in "${ARM64_SKIPPED[@]}" "${ARM64_EMULATOR[@]}"; do skipped+=(--skip "$name"); done
-    arm64_test -- "${skipped[@]}" && cargo test --locked --lib -p kvm-vfio-shim
+    arm64_cargo "PROPTEST_CASES=$ARM64_CASES" test --locked --lib -p vhost-device-vfio -- "${skipped[@]}" &&
+        arm64_cargo test --locked --lib -p kvm-vfio-shim
 }
 arm64_long_lines() {
     # shellcheck disable=SC2153 # scripts/test sets WORK
-    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -cpu a64fx -L $ARM64_LIBC" \
-        arm64_test -- --nocapture sys::cache cache_maintenance >"$WORK/arm64-lines" 2>&1 || {
+    arm64_cargo CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -cpu a64fx -L $ARM64_LIBC" \
+        test --locked --lib -p vhost-device-vfio -- --nocapture sys::cache cache_maintenance >"$WORK/arm64-lines" 2>&1 || {
         cat "$WORK/arm64-lines"
         return 1
     }
@@ -68,7 +96,7 @@ arm64_long_lines() {
 # arm64_drive TARGET: both processes are emulated.
 arm64_drive() {
     local target=$1 work server status=0
-    cargo build --locked -p vhost-device-vfio && cargo build --locked -p testbed --bin front-end || return
+    arm64_cargo build --locked -p vhost-device-vfio && arm64_cargo build --locked -p testbed --bin front-end || return
     work=$(mktemp -d)
     qemu-aarch64 -L "$ARM64_LIBC" "$target/vhost-device-vfio" --socket-path "$work/s" --queues 2 \
         --device emulated:size=64M,queues=2,order=random,latency=300us &
@@ -83,7 +111,9 @@ arm64_drive() {
 }
 
 # arm64_executables OPTION…: builds the test programs and prints their paths.
-arm64_executables() { cargo test --locked --no-run --message-format=json "$@" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p'; }
+arm64_executables() {
+    arm64_cargo test --locked --no-run --message-format=json "$@" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p'
+}
 
 # arm64_programs TARGET: builds them, and places them in WORK/arm64 as the host has them. The shim's tests find each other in
 # Cargo's layout.
@@ -92,7 +122,7 @@ arm64_programs() {
     local target=$1 tree=$WORK/arm64/usr/local program name
     mkdir -p "$tree"/{bin,shim/deps,shim/examples}
     # The preloaded library has the name of the shim's, so one call for each.
-    cargo build --locked -p vhost-device-vfio -p testbed -p kvm-vfio-shim-preload --lib --bins --examples &&
+    arm64_cargo build --locked -p vhost-device-vfio -p testbed -p kvm-vfio-shim-preload --lib --bins --examples &&
         {
             arm64_executables -p vhost-device-vfio --test live && arm64_executables -p kvm-vfio-shim --lib &&
                 arm64_executables -p kvm-vfio-shim-preload --test hooks
@@ -133,7 +163,7 @@ FUNCTIONS
 
 # arm64_in_host TEST KERNEL
 arm64_in_host() {
-    local test=$1 kernel=$2 status=0 began=$SECONDS log=$LOGS/arm64-$2.log
+    local test=$1 kernel=$2 status=0 began=$SECONDS log=$LOGS/arm64-$1-$2.log
     arm64_host "$test" "$kernel" "$WORK/arm64" >"$log" 2>&1 || status=$?
     judge "$test, $kernel" "$log" "$status"
     part $((SECONDS - began)) "arm64: $test, $kernel"

@@ -1,50 +1,62 @@
 # shellcheck shell=bash
-# A Rust toolchain for aarch64-unknown-linux-gnu: rustc, clippy and the standard library of Debian unstable, unpacked into the
-# cache without an installation, and Debian's cross gcc as the linker. Cargo is this machine's. Other suites' rustc is older
-# than this workspace, and a rustup toolchain brings no second target along. Needs lib.sh.
+# A Rust toolchain for aarch64-unknown-linux-gnu: rustc, clippy and the standard library of Debian unstable or testing, unpacked
+# into the cache without an installation, and Debian's cross gcc as the linker. Cargo is this machine's. Older suites' rustc is
+# older than this workspace, and a rustup toolchain brings no second target along. Needs lib.sh.
 
 readonly ARM64_TARGET=aarch64-unknown-linux-gnu
-readonly ARM64_SUITE=sid
+# A compiler reads only the library of its own version, and after an upload Debian has the two architectures' versions for some
+# days in only one of the suites.
+readonly ARM64_SUITES=(sid testing)
 readonly ARM64_LIBC=/usr/aarch64-linux-gnu
 
-# need_arm64_toolchain: sets the variables by which cargo compiles for arm64, runs tests under user emulation, and calls clippy.
-need_arm64_toolchain() {
-    local dir
-    dir=$TESTBED_CACHE/arm64/rust-$(hash_of "$(cat "$TESTBED_DIR/arm64/toolchain.sh" "$TESTBED_DIR/arm64/rust-program")")
+# arm64_rust: the directory of the toolchain, which may not exist yet.
+arm64_rust() {
+    echo "$TESTBED_CACHE/arm64/rust-$(hash_of "$(declare -f fetch_arm64_rust download_arm64_rust unpack_arm64_rust
+        cat "$TESTBED_DIR/arm64/rust-program")")"
+}
+
+# need_arm64_packages: installs the linker and the user emulation.
+need_arm64_packages() {
     need aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu "$ARM64_LIBC/include/stdio.h=libc6-dev-arm64-cross"
     # QEMU 7.2 answers EINVAL to a shared mapping of huge pages, where the kernel would answer ENOMEM. QEMU 10 is right.
     need_qemu_program qemu-aarch64 qemu-user
+}
+
+# need_arm64_rust: fetches the toolchain if it is missing. It takes a lock of its own, because a kernel may be under construction.
+need_arm64_rust() {
+    local dir
+    dir=$(arm64_rust)
     if [[ ! -e $dir/made-of ]]; then
-        take_lock
+        take_lock arm64-lock
         [[ -e $dir/made-of ]] || fetch_arm64_rust "$dir"
         drop_lock
     fi
     say "arm64: $(cat "$dir/made-of"), $(aarch64-linux-gnu-gcc --version | head -n 1), $(qemu-aarch64 --version | head -n 1)"
-    export RUSTC=$dir/bin/rustc CARGO_BUILD_TARGET=$ARM64_TARGET
-    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
-    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L $ARM64_LIBC"
-    # shellcheck disable=SC2034 # read by tests.sh
-    ARM64_CLIPPY=$dir/bin/clippy-driver
 }
 
-# fetch_arm64_rust DIR: the same version of both architectures, or none: a compiler reads only its own library.
+# fetch_arm64_rust DIR
 fetch_arm64_rust() {
-    local dir=$1 work=$TESTBED_CACHE/apt/arm64-rust version library
-    apt_private arm64-rust deb "$ARM64_SUITE"
-    # With an empty status file apt downloads every library.
-    : >"$work/nothing-installed"
-    APT_PRIVATE+=(-o "Dir::State::status=$work/nothing-installed" -o APT::Install-Recommends=no -o Debug::NoLocking=yes
-        -o APT::Architectures::=amd64 -o APT::Architectures::=arm64 -o Acquire::Languages=none)
-    watched "reading the package list of $ARM64_SUITE" "$work/update.log" true apt-get "${APT_PRIVATE[@]}" update
-    version=$(apt-cache "${APT_PRIVATE[@]}" show --no-all-versions rustc:amd64 | sed -n 's/^Version: //p')
-    [[ -n $version ]] || die "arm64: no package rustc in $ARM64_SUITE"
+    local dir=$1 suite work version='' library
+    for suite in "${ARM64_SUITES[@]}"; do
+        work=$TESTBED_CACHE/apt/arm64-rust-$suite
+        apt_private "arm64-rust-$suite" deb "$suite"
+        # With an empty status file apt downloads every library.
+        : >"$work/nothing-installed"
+        APT_PRIVATE+=(-o "Dir::State::status=$work/nothing-installed" -o APT::Install-Recommends=no -o Debug::NoLocking=yes
+            -o APT::Architectures::=amd64 -o APT::Architectures::=arm64 -o Acquire::Languages=none)
+        watched "reading the package list of $suite" "$work/update.log" true apt-get "${APT_PRIVATE[@]}" update
+        version=$(apt-cache "${APT_PRIVATE[@]}" show --no-all-versions rustc:amd64 | sed -n 's/^Version: //p')
+        ! apt-cache "${APT_PRIVATE[@]}" show "libstd-rust-dev:arm64=$version" >/dev/null 2>&1 || break
+        say "arm64: $suite has rustc '$version' for amd64, and its library not for arm64"
+        version=''
+    done
+    [[ -n $version ]] || die "arm64: no rustc with the same version of its arm64 library in ${ARM64_SUITES[*]};" \
+        "after an upload Debian has it within days (or the mirror cannot be reached: $work/update.log)"
     library=$(apt-cache "${APT_PRIVATE[@]}" depends rustc rust-clippy | sed -n 's/^ *Depends: \(libstd-rust-[0-9.]*\)$/\1/p')
-    apt-cache "${APT_PRIVATE[@]}" show "libstd-rust-dev:arm64=$version" >/dev/null 2>&1 ||
-        die "arm64: $ARM64_SUITE has rustc $version but not libstd-rust-dev $version of arm64; Debian builds it within days"
-    watched "fetching rustc $version of $ARM64_SUITE with the arm64 library (150 MB)" "$work/fetch.log" fetched \
+    watched "fetching rustc $version of $suite with the arm64 library (150 MB)" "$work/fetch.log" fetched \
         download_arm64_rust "$work" "$version" "$library"
     watched "unpacking it" "$work/unpack.log" fetched unpack_arm64_rust "$work" "$dir.new"
-    echo "rustc $version of Debian $ARM64_SUITE" >"$dir.new/made-of"
+    echo "rustc $version of Debian $suite" >"$dir.new/made-of"
     rm -rf "$work/cache/archives" "$dir"
     mv "$dir.new" "$dir"
 }
