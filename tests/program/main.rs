@@ -19,5 +19,6 @@ mod process;
 mod service_manager;
 mod several;
 mod sockets;
+mod succession;
 mod vmm;
 mod whole;

@@ -24,6 +24,7 @@ mod logs;
 mod server;
 mod session;
 mod stored;
+mod succession;
 mod vring;
 
 use std::sync::Arc;
@@ -34,6 +35,7 @@ pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
 pub use hand_over::{HandOver, Inheritance, MovableFunction, OpenStoreFn, SettleFn, monotonic_ns};
 pub use server::Server;
+pub use succession::Succession;
 
 use crate::addr::IovaSlice;
 use crate::engine::Engine;
