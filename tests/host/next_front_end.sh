@@ -33,11 +33,12 @@ front_end_ends() {
     exec 7>&-
     within 20 logged 'front-end disconnected: .*: it has left'
 }
-# replaced MAPS: since the mark the page table has been replaced once, and memory was mapped that often.
+# replaced: since the mark the page table has been replaced once, and before that nothing was mapped or unmapped.
 replaced() {
     equal 1 "$(hits_since_mark iommufd_device_replace)" "page tables replaced"
-    equal "$1" "$(($(hits_since_mark iommufd_ioas_map_file) + $(hits_since_mark iommufd_ioas_copy)))" "pieces mapped"
     equal 0 "$(hits_since_mark iommufd_device_detach)" "detaches"
+    sed -n 's/.* \(iommufd_[a-z_]*\): .*/\1/p' "$TRACING/trace" >/run/traced
+    equal iommufd_device_replace "$(head -n 1 /run/traced)" "first of: $(tr '\n' ' ' </run/traced)"
 }
 
 # A disk must be empty when the load starts.
@@ -49,10 +50,11 @@ changes_early() {
     tell "next $1 early" waiting
     logged 'front-end waits for its turn'
     tell 200 progressed
-    before=$(times_logged 'has its turn')
+    before=$(times_logged 'has its turn' || true)
     mark
+    echo >$TRACING/trace
     tell change changed
-    replaced 0
+    replaced
     equal $((before + 1)) "$(times_logged 'has its turn: moved to its memory')" "turns"
     tell 200 progressed
     pinned_as_before
@@ -106,7 +108,7 @@ if [ ! -e /dev/iommu ]; then
     finished
     exit
 fi
-probe iommufd_device_replace iommufd_device_detach iommufd_ioas_map_file iommufd_ioas_copy
+probe iommufd_device_replace iommufd_device_detach iommufd_ioas_map_file iommufd_ioas_copy iommufd_ioas_unmap
 for verdict in suppress assume; do
     served --no-snoop "$verdict" || { cat "$BACKEND_LOG" "$ANSWERS"; exit 1; }
     claim "the next front-end goes on, its memory was mapped before; verdict $verdict" changes_early copied

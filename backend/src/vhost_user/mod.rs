@@ -25,6 +25,8 @@ mod server;
 mod session;
 mod stored;
 mod succession;
+#[cfg(test)]
+mod tests;
 mod vring;
 
 use std::sync::Arc;

@@ -27,7 +27,7 @@ use crate::board::Board;
 use crate::service_manager::{FdStore, Heartbeat};
 use crate::socket::{Endpoint, Listener, Socket};
 use crate::sys::Poller;
-use next::{Downtime, Next};
+use next::{Downtime, Former, Next};
 
 const STOP: u64 = 0;
 const LISTENER: u64 = 1;
@@ -171,6 +171,7 @@ impl Server {
             succession,
             next: None,
             downtime: None,
+            former: None,
         };
         let served = control.serve(inheritance);
         // Its socket file is not removed before the server is dropped, which it is not if the session was handed over.
@@ -211,6 +212,8 @@ pub(super) struct ControlLoop<'d> {
     /// The front-end that waits.
     pub(super) next: Option<Next<'d>>,
     downtime: Option<Downtime>,
+    /// The front-end that has given way to the one that is served.
+    former: Option<Former<'d>>,
 }
 
 impl ControlLoop<'_> {
@@ -271,12 +274,17 @@ impl ControlLoop<'_> {
     /// Leaves the session to the next process if the service manager keeps it, else ends it.
     fn stop(&mut self) -> Result<(), Error> {
         self.send_next_away("stopping")?;
+        self.end_former()?;
         if self.leave_stored()? { Ok(()) } else { self.disconnect("stopping") }
     }
 
     /// Hears successors. True if one has taken the session.
     fn is_handed_over(&mut self, ready: &Ready) -> bool {
         if ready.successor {
+            // The address space moves with guest memory of one front-end.
+            if let Err(error) = self.end_former() {
+                self.logs.connections.error(|| error.to_string());
+            }
             *self.successor = self.hear_successors();
         }
         self.successor.is_some()

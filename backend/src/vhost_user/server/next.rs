@@ -7,6 +7,7 @@
 //!  GET_VRING_BASE: drained         rings are set up, and do not run
 //!                                  the function is moved to its memory (idle, in one step)
 //!                                  rings run
+//!                                  its first request completes
 //!  memory unmapped, disconnected
 //! ```
 //!
@@ -41,6 +42,21 @@ impl Next<'_> {
     }
 }
 
+/// A front-end that has given way. Its memory is unmapped only when the next one is at work, because that can take long.
+pub(super) struct Former<'d> {
+    connection: Connection<'d>,
+    // After the connection, which unmaps its memory here.
+    second: Arc<dyn SecondSpace>,
+    since: Instant,
+    /// Who has taken its place.
+    by: String,
+}
+
+impl Former<'_> {
+    /// How long the next one may take to complete a request. Its guest may have none.
+    const PATIENCE: Duration = Duration::from_secs(1);
+}
+
 /// Waits for the first request of a front-end that has taken another one's place.
 pub(super) struct Downtime {
     /// When the last vring of the former one had stopped.
@@ -52,7 +68,7 @@ pub(super) struct Downtime {
 impl Downtime {
     /// How often it is checked.
     pub(super) const INTERVAL: Duration = Duration::from_millis(1);
-    /// How long.
+    /// How long it is waited for.
     const PATIENCE: Duration = Duration::from_secs(5);
 }
 
@@ -66,6 +82,7 @@ impl ControlLoop<'_> {
     pub(super) fn let_wait(&mut self, socket: UnixStream) -> Result<(), Error> {
         let peer = Peer::of(&socket).map_err(Error::system("SO_PEERCRED"))?;
         let name = peer.to_string();
+        self.end_former()?;
         let (second, kvm_socket) = match self.room_for(&peer) {
             Ok(found) => found,
             Err(reason) => {
@@ -105,6 +122,7 @@ impl ControlLoop<'_> {
     /// Serves one message of the front-end that waits, and lets it take its turn if it can.
     pub(super) fn serve_next(&mut self, ready: &Ready) -> Result<(), Error> {
         self.check_downtime();
+        self.end_former_in_time()?;
         let Some(next) = &mut self.next else { return Ok(()) };
         if next.pending || ready.next {
             match next.connection.serve() {
@@ -149,7 +167,8 @@ impl ControlLoop<'_> {
         self.poller.add_edge(next.connection.socket().as_fd(), FRONT_END).map_err(Error::system("epoll_ctl"))?;
         if let Some(former) = former {
             self.poller.remove(former.socket().as_fd()).map_err(Error::system("epoll_ctl"))?;
-            end(former, self.logs, &format!("{name} has taken its place"))?;
+            let (second, since, by) = (Arc::clone(&next.second), Instant::now(), name);
+            self.former = Some(Former { connection: former, second, since, by });
         }
         let Next { connection, .. } = next;
         (self.connection, self.pending) = (Some(connection), true);
@@ -165,6 +184,21 @@ impl ControlLoop<'_> {
         self.poller.remove(connection.socket().as_fd()).map_err(Error::system("epoll_ctl"))?;
         self.board.post_next(None);
         let ended = end(connection, self.logs, &format!("{reason}; it has not had its turn"));
+        drop(second);
+        ended
+    }
+
+    /// Ends the connection of a front-end that has given way, unless the next one is still about to start.
+    fn end_former_in_time(&mut self) -> Result<(), Error> {
+        let Some(former) = &self.former else { return Ok(()) };
+        let starts = self.pending || self.downtime.is_some() && former.since.elapsed() < Former::PATIENCE;
+        if starts && self.connection.is_some() { Ok(()) } else { self.end_former() }
+    }
+
+    /// Unmaps the memory of a front-end that has given way, and closes its socket.
+    pub(super) fn end_former(&mut self) -> Result<(), Error> {
+        let Some(Former { connection, second, by, .. }) = self.former.take() else { return Ok(()) };
+        let ended = end(connection, self.logs, &format!("{by} has taken its place"));
         drop(second);
         ended
     }
