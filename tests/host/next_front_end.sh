@@ -52,7 +52,7 @@ changes_early() {
     tell 200 progressed
     before=$(times_logged 'has its turn' || true)
     mark
-    echo >$TRACING/trace
+    echo >"$TRACING/trace"
     tell change changed
     replaced
     equal $((before + 1)) "$(times_logged 'has its turn: moved to its memory')" "turns"
