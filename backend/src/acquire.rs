@@ -218,7 +218,9 @@ impl AcquiredFunction {
         };
         let error = |step| move |source| AcquireError::Kernel { name, step, source };
         let space = match (mappings, lines) {
-            (Mappings::PageTable(table), None) => KernelSpace::Iommufd(LiveSpace::coherent(&table)),
+            (Mappings::PageTable(table), None) => {
+                KernelSpace::Iommufd(LiveSpace::coherent(&table, function.device_file()))
+            }
             (Mappings::PageTable(table), Some(lines)) => {
                 let space = LiveSpace::flushing(&table, lines, function.device_file());
                 KernelSpace::Iommufd(space.map_err(error("allocate a staging page table"))?)

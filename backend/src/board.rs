@@ -23,6 +23,8 @@ type Listener = Box<dyn Fn(Option<&FrontEnd>) + Send + Sync>;
 pub struct Posted {
     /// Who is connected.
     pub front_end: Option<FrontEnd>,
+    /// Who waits to take its place, as one text.
+    pub next: Option<String>,
     /// How many front-ends have been served, including this one.
     pub front_ends: u64,
     /// The memory that a front-end shares over vhost-user.
@@ -76,6 +78,10 @@ impl Board {
         let mut posted = self.lock();
         posted.front_end = Some(front_end);
         posted.front_ends += 1;
+    }
+
+    pub(crate) fn post_next(&self, next: Option<&Peer>) {
+        self.lock().next = next.map(ToString::to_string);
     }
 
     pub(crate) fn clear_front_end(&self) {

@@ -106,6 +106,9 @@ pub struct Config {
     /// The same, with an inherited connection to it; used by a process that starts its successor on SIGUSR2
     #[arg(long, value_name = "FDNUM", conflicts_with_all = ["vfio_user", "takeover"], hide = true)]
     pub takeover_fd: Option<RawFd>,
+    /// Let a front-end of the same user connect while another one is served, and take its place; see ctl successor
+    #[arg(long, conflicts_with_all = ["vfio_user", "kvm_socket"])]
+    pub successor: bool,
     /// Let an operator see and control this process on this UNIX socket, for this user and root (see ctl)
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
@@ -334,6 +337,15 @@ mod tests {
             assert!(error.contains("cannot be used with"), "{error}");
             assert!(parse(&["--device", "00:04.0", option, "/run/h"]).is_ok());
         }
+    }
+
+    #[test]
+    fn a_successor_needs_a_disk_and_a_shim_of_its_own_is_named_later() {
+        for option in [&["--vfio-user"][..], &["--kvm-socket", "/run/k"]] {
+            let words = [&["--device", "00:04.0", "--successor"], option].concat();
+            assert!(parse(&words).unwrap_err().contains("cannot be used with"), "{option:?}");
+        }
+        assert!(parse(&["--device", "00:04.0", "--successor"]).unwrap().successor);
     }
 
     #[test]

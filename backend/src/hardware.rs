@@ -151,6 +151,13 @@ pub trait AddressSpace: Send + Sync {
     fn statistics(&self) -> SpaceStatistics {
         SpaceStatistics::default()
     }
+    /// Allocates a second address space for the same function, which goes on with this one. There is one at a time.
+    ///
+    /// # Errors
+    /// [`MapError::NoSecondSpace`], or the call that failed.
+    fn second(&self) -> Result<Arc<dyn SecondSpace>, MapError> {
+        Err(MapError::NoSecondSpace { why: "the interface that maps memory for the function has none".into() })
+    }
     /// Must be called before the device is given back to the host, when it does no DMA any more. The mappings are kept until it
     /// is back, but nothing stays pinned.
     fn release(&self) {}
@@ -171,6 +178,19 @@ pub trait AddressSpace: Send + Sync {
     /// # Errors
     /// See [`MapError`].
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError>;
+}
+
+/// A second address space of a function, for the memory of the virtual machine that comes next. The driver's buffers are mapped in
+/// both, at the same addresses. Guest memory is not: two virtual machines have theirs at the same addresses.
+pub trait SecondSpace: Send + Sync {
+    /// Where memory is mapped and unmapped. All of it must have been unmapped before this value is dropped.
+    fn space(&self) -> Arc<dyn AddressSpace>;
+    /// Exchanges the two: the function uses what was mapped here, in one step, and what it used before is mapped here from now on.
+    /// The function and its driver must be idle.
+    ///
+    /// # Errors
+    /// Nothing has changed.
+    fn exchange(&self) -> Result<(), MapError>;
 }
 
 /// Flushes CPU caches, for a device whose DMA bypasses them.
@@ -284,6 +304,15 @@ pub enum MapError {
         /// The errno.
         source: io::Error,
     },
+    /// The function can have no second address space.
+    #[error("no second address space for the function: {why}")]
+    NoSecondSpace {
+        /// Why not.
+        why: String,
+    },
+    /// The function could not be moved to its second address space.
+    #[error("attach the function to its second page table (VFIO_DEVICE_ATTACH_IOMMUFD_PT): {0}")]
+    Exchange(io::Error),
     /// Another process is taking the address space over, or has done so.
     #[error(
         "map {span} for DMA: the address space is being handed over to another process; what it has mapped cannot change now"

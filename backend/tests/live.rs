@@ -49,7 +49,7 @@ fn attach_with(flushing: bool) -> Result<(LiveSpace, Attached), VfioError> {
         let lines = CacheLines::detect().expect("cache ops");
         LiveSpace::flushing(&table, lines, attached.device_file()).expect("staging")
     } else {
-        LiveSpace::coherent(&table)
+        LiveSpace::coherent(&table, attached.device_file())
     };
     Ok((space, attached))
 }

@@ -20,5 +20,6 @@ mod sandbox;
 mod service_manager;
 mod several;
 mod sockets;
+mod succession;
 mod vmm;
 mod whole;

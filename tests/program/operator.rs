@@ -13,7 +13,7 @@ use crate::process::{Output, PROGRAM, Process};
 const CONTROL: [&str; 2] = ["--control", "DIR/control"];
 
 /// Runs `ctl` and returns its result, or its error.
-fn ctl(process: &Process, words: &[&str]) -> Result<Value, String> {
+pub(crate) fn ctl(process: &Process, words: &[&str]) -> Result<Value, String> {
     let socket = process.path("control").display().to_string();
     let Output { status, stdout, log } = Process::run(&[&["ctl", "--json", "--socket", &socket], words].concat());
     if status.success() { Ok(serde_json::from_str(&stdout).unwrap()) } else { Err(log) }

@@ -22,6 +22,7 @@ mod rig;
 mod rings;
 mod shim;
 mod sockets;
+mod succession;
 mod vmm;
 mod wire;
 mod zoned;

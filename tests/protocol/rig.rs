@@ -15,11 +15,11 @@ use vhost_device_vfio::addr::{Iova, IovaSlice, Span};
 use vhost_device_vfio::driver::nvme::{InterruptPolicy, Nvme, NvmeOptions};
 use vhost_device_vfio::emulated::{Machine, Options};
 use vhost_device_vfio::engine::{self, Engine};
-use vhost_device_vfio::hardware::{AddressSpace, DmaBuffer, MapError};
+use vhost_device_vfio::hardware::{AddressSpace, DmaBuffer, MapError, SecondSpace};
 use vhost_device_vfio::kvm::Vmm;
 use vhost_device_vfio::memory::Region;
 use vhost_device_vfio::socket::{Listen, SocketError};
-use vhost_device_vfio::vhost_user::{ConfigNotifier, Device, Error, Server};
+use vhost_device_vfio::vhost_user::{ConfigNotifier, Device, Error, Server, Succession};
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::wire::Wire;
@@ -32,7 +32,7 @@ pub(crate) struct FailingSpace {
     inner: Arc<dyn AddressSpace>,
     plan: Arc<FailurePlan>,
     pins: bool,
-    on_change: OnChange,
+    on_change: Arc<dyn Fn(Change) + Send + Sync>,
 }
 
 type OnChange = Box<dyn Fn(Change) + Send + Sync>;
@@ -47,6 +47,8 @@ pub(crate) struct Environment {
     pub(crate) on_change: OnChange,
     /// The drive.
     pub(crate) drive: Options,
+    /// Who may wait while another front-end is served.
+    pub(crate) succession: Succession,
 }
 
 /// A change of guest memory.
@@ -59,7 +61,8 @@ pub(crate) enum Change {
 impl Default for Environment {
     fn default() -> Self {
         let drive = Options { size: 16 << 20, queues: 2, ..Options::default() };
-        Self { vmm: Vmm::without_shim(), pins: false, on_change: Box::new(|_| ()), drive }
+        let (vmm, succession) = (Vmm::without_shim(), Succession::default());
+        Self { vmm, pins: false, on_change: Box::new(|_| ()), drive, succession }
     }
 }
 
@@ -128,8 +131,30 @@ impl AddressSpace for FailingSpace {
         self.pins
     }
 
+    fn second(&self) -> Result<Arc<dyn SecondSpace>, MapError> {
+        let (inner, pins, on_change) = (self.inner.second()?, self.pins, Arc::clone(&self.on_change));
+        let space = Arc::new(Self { inner: inner.space(), plan: FailurePlan::none(), pins, on_change });
+        Ok(Arc::new(WatchedSecond { inner, space }))
+    }
+
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
         self.inner.buffer(bytes)
+    }
+}
+
+/// A second address space whose changes are reported.
+struct WatchedSecond {
+    inner: Arc<dyn SecondSpace>,
+    space: Arc<FailingSpace>,
+}
+
+impl SecondSpace for WatchedSecond {
+    fn space(&self) -> Arc<dyn AddressSpace> {
+        Arc::clone(&self.space) as Arc<dyn AddressSpace>
+    }
+
+    fn exchange(&self) -> Result<(), MapError> {
+        self.inner.exchange()
     }
 }
 
@@ -171,9 +196,11 @@ impl Rig {
         let path = directory.as_path().join("socket");
         let machine = Machine::new(environment.drive.clone()).unwrap();
         let failures = FailurePlan::none();
+        let succession = environment.succession.clone();
         let device = device(&machine, Arc::clone(&failures), environment);
         let driver_memory = machine.iommu().mapped();
         let mut server = Server::new(listen(path.clone()).open().unwrap(), device).unwrap();
+        server.allow_succession(&succession);
         let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let server_stop = stop.try_clone().unwrap();
         let notifier = server.config_notifier();
@@ -259,6 +286,7 @@ pub(crate) fn open(listen: Listen) -> Result<Server, SocketError> {
 
 fn device(machine: &Machine, plan: Arc<FailurePlan>, environment: Environment) -> Device {
     let Environment { vmm, pins, on_change, .. } = environment;
+    let on_change = Arc::from(on_change);
     let space: Arc<dyn AddressSpace> = Arc::new(FailingSpace { inner: machine.space(), plan, pins, on_change });
     let options = NvmeOptions {
         namespaces: Vec::new(),

@@ -22,7 +22,7 @@ use crate::wire::{MemoryRegion, Wire};
 const PAGE: u64 = 4096;
 
 /// All DMA snoops the caches.
-const COHERENT: Facts = Facts {
+pub(crate) const COHERENT: Facts = Facts {
     snoop_enforced: true,
     no_snoop: NoSnoop::NeverSet,
     policy: coherency::Policy::Suppress,

@@ -22,7 +22,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
 use ram::Ram;
 
-pub use guest::{Copy, Guest, Region};
+pub use guest::{Copy, Guest, NextFrontEnd, NextMemory, Region};
 pub use ram::Buffer;
 pub use ring::{Completion, Request, Ring};
 

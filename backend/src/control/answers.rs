@@ -19,6 +19,8 @@ pub(super) struct Status {
     /// Requests wait in their rings because an operator wants it.
     pub(super) drained: bool,
     pub(super) front_end: Option<FrontEnd>,
+    /// Who waits to take its place.
+    pub(super) next_front_end: Option<String>,
     pub(super) front_ends_served: u64,
     /// `coherent`, `flush` or `refuse`.
     pub(super) verdict: &'static str,

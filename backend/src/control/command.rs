@@ -1,5 +1,7 @@
 //! The commands, as they are written in a request and on the command line.
 
+use std::path::PathBuf;
+
 use clap::Subcommand;
 use serde::{Deserialize, Serialize};
 
@@ -49,6 +51,17 @@ pub enum Command {
     Smart {},
     /// Start the installed program as successor, as SIGUSR2 does
     Takeover {},
+    /// Let the next front-end of the same user connect while this one is served, and take its place: a VM changes its QEMU
+    Successor {
+        /// Where the KVM shim of that VM listens; required with --kvm-socket
+        #[arg(long, value_name = "PATH")]
+        #[serde(default)]
+        kvm_socket: Option<PathBuf>,
+        /// No longer
+        #[arg(long)]
+        #[serde(default)]
+        off: bool,
+    },
 }
 
 fn default_drain() -> u32 {

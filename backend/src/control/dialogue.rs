@@ -102,6 +102,10 @@ impl Lines {
             Command::Latency { on } => subject.measure(on).map(|()| json!({ "latency_measured": on })),
             Command::Resume {} => subject.resume().map(|()| json!({ "drained": false })),
             Command::Takeover {} => subject.start_successor().map(|()| json!({ "started": true })),
+            Command::Successor { kvm_socket, off } => {
+                let permitted = subject.permit_successor((!off).then_some(kvm_socket));
+                permitted.map(|()| json!({ "successor": if off { "nobody" } else { "the next front-end" } }))
+            }
             Command::Drain { .. } | Command::ResetDevice {} | Command::Identify {} | Command::Smart {} => {
                 return Step::Later(job(Arc::clone(subject), id, command));
             }

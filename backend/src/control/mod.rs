@@ -22,6 +22,7 @@
 //! | `resume` | | takes requests again |
 //! | `reset-device` | | resets the device; requests in flight are submitted again |
 //! | `identify`, `smart` | | the device's model and health |
+//! | `successor` | `kvm_socket`, `off` | lets a front-end wait while another is served, or no longer |
 //! | `takeover` | | starts the installed program as successor, as SIGUSR2 does |
 //!
 //! A drain ends with the process: neither a successor nor a restart continues it.
@@ -39,4 +40,4 @@ pub use connection::CtlError;
 pub use ctl::run;
 pub use dialogue::Lines;
 pub(crate) use subject::Snapshot;
-pub use subject::{Hooks, Personality, Subject};
+pub use subject::{Hooks, PermitFn, Personality, Subject};

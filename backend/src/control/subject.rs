@@ -1,5 +1,6 @@
 //! What is looked at and controlled: one device, and whoever is served.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,7 +29,12 @@ pub struct Hooks {
     pub set_log_level: Box<dyn Fn(log::LevelFilter) + Send + Sync>,
     /// Starts a successor; the error says why that is not possible.
     pub start_successor: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
+    /// Lets a front-end wait while another is served, with the socket of its VM's shim, or no longer.
+    pub permit_successor: PermitFn,
 }
+
+/// See [`Hooks::permit_successor`].
+pub type PermitFn = Box<dyn Fn(Option<Option<PathBuf>>) -> Result<(), String> + Send + Sync>;
 
 /// See the top of this file.
 pub struct Subject {
@@ -155,6 +161,7 @@ impl Subject {
                 uid: front_end.uid,
                 connected_s: front_end.since.elapsed().as_secs(),
             }),
+            next_front_end: posted.next,
             front_ends_served: posted.front_ends,
             verdict: self.verdict_word(),
             mapped_bytes: self.space().mapped,
@@ -242,6 +249,10 @@ impl Subject {
     pub(super) fn smart(&self) -> Result<answers::Smart, String> {
         let health = self.engine()?.health().map_err(|error| format!("{error:#}"))?;
         Ok(answers::Smart { health })
+    }
+
+    pub(super) fn permit_successor(&self, permission: Option<Option<PathBuf>>) -> Result<(), String> {
+        (self.hooks.permit_successor)(permission)
     }
 
     pub(super) fn start_successor(&self) -> Result<(), String> {

@@ -6,12 +6,12 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use vm_memory::MmapRegion;
 
 use crate::addr::{Address, Iova, Span};
-use crate::hardware::{AddressSpace, DmaBuffer, MapError, SpaceStatistics};
+use crate::hardware::{AddressSpace, DmaBuffer, MapError, SecondSpace, SpaceStatistics};
 use crate::memory::Region;
 use crate::sys::SharedMemory;
 
@@ -19,6 +19,7 @@ use super::cache::Cache;
 use super::dma::Dma;
 use super::lock;
 use super::mapping::{DmaFault, FaultLog, Mapping};
+use super::second::SoftSecond;
 
 /// IOMMU page size in bytes. All mappings are multiples of it.
 const PAGE: u64 = 4096;
@@ -35,6 +36,15 @@ struct Inner {
     no_snoop: AtomicBool,
     /// True if the function is detached: all its DMA faults.
     detached: AtomicBool,
+    /// The driver's buffers, and the second address space, which has them as well. The lock is held while either changes.
+    shared: Mutex<Shared>,
+}
+
+/// What this address space and the second one share.
+#[derive(Default)]
+struct Shared {
+    buffers: Vec<(Span<Iova>, SharedMemory)>,
+    second: Weak<Inner>,
 }
 
 /// A handle to the IOMMU. Clones refer to the same IOMMU.
@@ -67,6 +77,10 @@ impl SoftIommu {
         if let Some(start) = next {
             allowed.extend(Span::inclusive(Iova(start), Iova(last)));
         }
+        Self::of(allowed, cache)
+    }
+
+    fn of(allowed: Vec<Span<Iova>>, cache: Option<Arc<Cache>>) -> Self {
         Self {
             inner: Arc::new(Inner {
                 allowed,
@@ -76,8 +90,21 @@ impl SoftIommu {
                 cache,
                 no_snoop: AtomicBool::new(false),
                 detached: AtomicBool::new(false),
+                shared: Mutex::default(),
             }),
         }
+    }
+
+    /// Another address space of the same function, which does not use it. It has no buffers.
+    pub(super) fn another(&self) -> Self {
+        Self::of(self.inner.allowed.clone(), self.inner.cache.clone())
+    }
+
+    /// Exchanges all mappings with those of `other`. No transfer runs meanwhile.
+    pub(super) fn exchange(&self, other: &Self) {
+        let mut mine = self.inner.mappings.write().unwrap_or_else(PoisonError::into_inner);
+        let mut others = other.inner.mappings.write().unwrap_or_else(PoisonError::into_inner);
+        std::mem::swap(&mut *mine, &mut *others);
     }
 
     /// Maps `shared` at `span`.
@@ -157,9 +184,9 @@ impl SoftIommu {
         lock(&self.inner.faults).total
     }
 
-    /// The highest free span of `len` bytes, which must be a multiple of the page size.
-    pub(super) fn free_span(&self, len: u64) -> Option<Span<Iova>> {
-        let dma = self.dma();
+    /// The highest span of `len` bytes that is free here and not among `taken`. The length must be a multiple of the page size.
+    pub(super) fn free_span(&self, len: u64, taken: &[Span<Iova>]) -> Option<Span<Iova>> {
+        let taken = [&self.mapped()[..], taken].concat();
         for allowed in self.inner.allowed.iter().rev() {
             let mut last = allowed.last();
             loop {
@@ -168,10 +195,10 @@ impl SoftIommu {
                 if !allowed.covers(&candidate) {
                     break;
                 }
-                let Some(taken) = dma.mappings.iter().rev().find(|m| m.span.overlaps(&candidate)) else {
+                let Some(taken) = taken.iter().rev().find(|span| span.overlaps(&candidate)) else {
                     return Some(candidate);
                 };
-                let Some(below) = taken.span.start().raw().checked_sub(1) else { break };
+                let Some(below) = taken.start().raw().checked_sub(1) else { break };
                 last = Iova(below);
             }
         }
@@ -241,7 +268,22 @@ impl AddressSpace for SoftIommu {
         SpaceStatistics { maps: self.maps(), mapped, ..SpaceStatistics::default() }
     }
 
+    fn second(&self) -> Result<Arc<dyn SecondSpace>, MapError> {
+        let mut shared = lock(&self.inner.shared);
+        if shared.second.strong_count() != 0 {
+            return Err(MapError::NoSecondSpace { why: "there is one already".into() });
+        }
+        let second = self.another();
+        for (span, memory) in &shared.buffers {
+            second.map(*span, memory.clone())?;
+        }
+        shared.second = Arc::downgrade(&second.inner);
+        Ok(Arc::new(SoftSecond { first: self.clone(), second }))
+    }
+
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
+        let mut state = lock(&self.inner.shared);
+        let second = state.second.upgrade().map(|inner| Self { inner });
         let len = (bytes.max(1) as u64).checked_next_multiple_of(PAGE).ok_or(MapError::NoIova(bytes))?;
         let size = usize::try_from(len).map_err(|_| MapError::NoIova(bytes))?;
         let memory =
@@ -249,11 +291,14 @@ impl AddressSpace for SoftIommu {
         let shared = SharedMemory::of(Arc::new(memory));
         // Another thread may map the same span between the search and the map. Then search again.
         loop {
-            let span = self.free_span(len).ok_or(MapError::NoIova(bytes))?;
+            let taken = second.as_ref().map(Self::mapped).unwrap_or_default();
+            let span = self.free_span(len, &taken).ok_or(MapError::NoIova(bytes))?;
             match self.map(span, shared.clone()) {
                 Err(MapError::Overlap { .. }) => {}
                 other => {
                     other?;
+                    second.iter().try_for_each(|second| second.map(span, shared.clone()))?;
+                    state.buffers.push((span, shared.clone()));
                     return Ok(DmaBuffer::new(shared, span, Box::new(Unmap { iommu: self.clone(), span })));
                 }
             }
@@ -269,6 +314,11 @@ struct Unmap {
 
 impl Drop for Unmap {
     fn drop(&mut self) {
+        let mut shared = lock(&self.iommu.inner.shared);
+        shared.buffers.retain(|(span, _)| *span != self.span);
+        if let Some(inner) = shared.second.upgrade() {
+            SoftIommu { inner }.unmap(self.span).expect("mapped in both");
+        }
         self.iommu.unmap(self.span).expect("only this value unmaps the driver's buffer");
     }
 }

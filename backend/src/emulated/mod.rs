@@ -39,6 +39,7 @@ mod queue;
 mod register_file;
 mod registers;
 mod run;
+mod second;
 mod sgl;
 mod staged_space;
 #[cfg(test)]

@@ -5,17 +5,18 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use vm_memory::MmapRegion;
 
 use crate::addr::{Iova, Span};
-use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError, SpaceStatistics};
+use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError, SecondSpace, SpaceStatistics};
 use crate::iommu::{MappedMemory, Piece, Space, Steps, flush};
 use crate::memory::Region;
 use crate::sys::SharedMemory;
 
 use super::cache::{Cache, StaleLines};
+use super::second::StagedSecond;
 use super::{SoftIommu, lock};
 
 /// Piece size in bytes. Small, so that small test memory has several pieces.
@@ -36,6 +37,15 @@ struct Spaces {
     pinned: Mutex<[Mapped; 2]>,
     mapped: MappedMemory,
     faults: SpaceFaults,
+    /// The driver's buffers, and the second address space, which has them as well. The lock is held while either changes.
+    shared: Mutex<Shared>,
+}
+
+/// What this address space and the second one share.
+#[derive(Default)]
+struct Shared {
+    buffers: Vec<(Span<Iova>, SharedMemory)>,
+    second: Weak<Spaces>,
 }
 
 /// Faults of the kernel's address spaces, and the function's last write. May be set at any time.
@@ -59,7 +69,8 @@ pub const LAST_WRITE: u8 = 0xa5;
 impl StagedSpace {
     pub(super) fn new(iommu: SoftIommu, cache: Arc<Cache>) -> Self {
         let (mapped, faults) = (MappedMemory::new(true, CHUNK), SpaceFaults::default());
-        Self(Arc::new(Spaces { iommu, cache, pinned: Mutex::default(), mapped, faults }))
+        let (pinned, shared) = (Mutex::default(), Mutex::default());
+        Self(Arc::new(Spaces { iommu, cache, pinned, mapped, faults, shared }))
     }
 
     pub(super) fn faults(&self) -> &SpaceFaults {
@@ -68,6 +79,14 @@ impl StagedSpace {
 
     pub(super) fn stale_lines(&self) -> StaleLines {
         self.0.cache.stale_lines()
+    }
+
+    /// Exchanges all mappings with those of `other`. No transfer runs meanwhile.
+    pub(super) fn exchange(&self, other: &Self) {
+        let (mine, others) = (&*self.0, &*other.0);
+        mine.iommu.exchange(&others.iommu);
+        std::mem::swap(&mut *lock(&mine.pinned), &mut *lock(&others.pinned));
+        mine.mapped.exchange(&others.mapped);
     }
 
     pub(super) fn order(&self) -> &'static str {
@@ -79,6 +98,27 @@ impl Spaces {
     /// True if either space maps `span`.
     fn is_pinned(&self, span: Span<Iova>) -> bool {
         lock(&self.pinned).iter().any(|space| space.contains_key(&span.start()))
+    }
+
+    /// Maps a buffer that is pinned already.
+    fn share(&self, span: Span<Iova>, shared: &SharedMemory) -> Result<(), MapError> {
+        let whole = Piece { span, shared, offset: 0, file: None, writable: true };
+        for piece in span.chunks(CHUNK).map(|span| whole.part(span)) {
+            let part = shared.slice(piece.offset, piece.bytes()).expect("a piece lies in its memory");
+            self.iommu.map_as(piece.span, part.clone(), true)?;
+            lock(&self.pinned)[Space::Live as usize].insert(piece.span.start(), (piece.span, part, true));
+            self.mapped.inherit(piece.span);
+        }
+        Ok(())
+    }
+
+    /// Undoes [`Self::share`].
+    fn unshare(&self, span: Span<Iova>) {
+        for piece in span.chunks(CHUNK) {
+            lock(&self.pinned)[Space::Live as usize].remove(&piece.start());
+            self.iommu.unmap(piece).expect("mapped in both");
+            self.mapped.forget(piece);
+        }
     }
 
     /// Performs [`SpaceFaults::last_write`] if the function is about to lose access to its address.
@@ -197,13 +237,31 @@ impl AddressSpace for StagedSpace {
         Some(Arc::clone(&self.0.cache) as Arc<dyn CacheFlush>)
     }
 
+    fn second(&self) -> Result<Arc<dyn SecondSpace>, MapError> {
+        let mut shared = lock(&self.0.shared);
+        if shared.second.strong_count() != 0 {
+            return Err(MapError::NoSecondSpace { why: "there is one already".into() });
+        }
+        let second = Self::new(self.0.iommu.another(), Arc::clone(&self.0.cache));
+        for (span, memory) in &shared.buffers {
+            second.0.share(*span, memory)?;
+        }
+        shared.second = Arc::downgrade(&second.0);
+        Ok(Arc::new(StagedSecond { first: self.clone(), second }))
+    }
+
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
+        let mut state = lock(&self.0.shared);
+        let second = state.second.upgrade();
         let len = bytes.max(1).checked_next_multiple_of(PAGE).ok_or(MapError::NoIova(bytes))?;
         let memory = MmapRegion::new(len).map_err(|e| MapError::Allocate { bytes, source: io::Error::other(e) })?;
         let shared = SharedMemory::of(Arc::new(memory));
-        let span = self.0.iommu.free_span(len as u64).ok_or(MapError::NoIova(bytes))?;
+        let taken = second.as_ref().map(|second| second.iommu.mapped()).unwrap_or_default();
+        let span = self.0.iommu.free_span(len as u64, &taken).ok_or(MapError::NoIova(bytes))?;
         let added = self.0.mapped.add(&*self.0, Piece { span, shared: &shared, offset: 0, file: None, writable: true });
         added.map_err(|(span, (step, source))| MapError::Kernel { step, span, source })?;
+        second.iter().try_for_each(|second| second.share(span, &shared))?;
+        state.buffers.push((span, shared.clone()));
         let mapping = Buffer { space: self.clone(), span, shared: shared.clone() };
         Ok(DmaBuffer::new(shared, span, Box::new(mapping)))
     }
@@ -219,6 +277,11 @@ struct Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let spaces = &*self.space.0;
+        let mut shared = lock(&spaces.shared);
+        shared.buffers.retain(|(span, _)| *span != self.span);
+        if let Some(second) = shared.second.upgrade() {
+            second.unshare(self.span);
+        }
         let whole = Piece { span: self.span, shared: &self.shared, offset: 0, file: None, writable: true };
         let removed = match spaces.mapped.remove(spaces, whole) {
             Err(MapError::DeviceMustBeIdle { .. }) => spaces.mapped.remove_while_idle(spaces, whole),

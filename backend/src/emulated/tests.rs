@@ -10,5 +10,6 @@ mod interrupts;
 mod io;
 mod iommu;
 mod namespaces;
+mod second;
 mod space;
 mod threads;

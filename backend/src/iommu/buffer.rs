@@ -7,6 +7,7 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{FileOffset, MmapRegion};
 
+use super::ledger::Ledger;
 use super::mapped_memory::MappedMemory;
 use crate::addr::{Iova, LAST_IOVA, Span};
 use crate::hardware::MapError;
@@ -30,7 +31,11 @@ pub(super) fn ranges(allowed: &[Span<Iova>]) -> Vec<Span<Iova>> {
     allowed.iter().filter_map(below).collect()
 }
 
-/// Where a buffer of `len` bytes can be mapped: above guest memory, if there is room.
-pub(super) fn gap(mapped: &MappedMemory, allowed: &[Span<Iova>], len: u64) -> Option<Span<Iova>> {
-    mapped.ledger().highest_gap(&ranges(allowed), len, rustix::param::page_size() as u64)
+/// Where a buffer of `len` bytes can be mapped in all of `spaces`: above guest memory, if there is room.
+pub(super) fn gap(spaces: &[&MappedMemory], allowed: &[Span<Iova>], len: u64) -> Option<Span<Iova>> {
+    let mut taken = Ledger::default();
+    for space in spaces {
+        space.ledger().spans().for_each(|span| taken.cover(span));
+    }
+    taken.highest_gap(&ranges(allowed), len, rustix::param::page_size() as u64)
 }

@@ -19,6 +19,7 @@ use super::hand_over_state::State;
 use super::ledger::list;
 use super::mapped_memory::CHUNK;
 use super::page_table::PageTable;
+use super::sequence::Space;
 use super::space_description::{
     HandOverError, MappedRange, MappedRegion, SpaceDescription, StagingDescription, WINDOW, page,
 };
@@ -111,8 +112,7 @@ impl LiveSpace {
         let staging = match &live.staging {
             None => None,
             Some(staging) => {
-                let table =
-                    staging.device().staging_table.as_ref().map(PageTable::id).ok_or(HandOverError::Released)?;
+                let table = staging.table().as_ref().map(PageTable::id).ok_or(HandOverError::Released)?;
                 Some(StagingDescription { ioas: staging.ioas.number(), page_table: table.number(), flushed })
             }
         };
@@ -121,7 +121,7 @@ impl LiveSpace {
         state.window = Some(window);
         Ok(SpaceDescription {
             device: device.number(),
-            ioas: live.ioas.number(),
+            ioas: live.ioas(Space::Live).number(),
             page_table: page_table.number(),
             staging,
             regions: state.regions.values().cloned().collect(),
@@ -140,7 +140,10 @@ impl LiveSpace {
         let live = &*self.0;
         let Some(window) = live.hand_over.state().window.take() else { return Ok(()) };
         let error = |what| move |source| HandOverError::Kernel { what, source };
-        let unmapped = live.iommufd.unmap_window(&live.ioas, window).map_err(error("unmap the successor's memory"))?;
+        let unmapped = live
+            .iommufd
+            .unmap_window(&live.ioas(Space::Live), window)
+            .map_err(error("unmap the successor's memory"))?;
         if let Some(staging) = &live.staging {
             live.iommufd.unmap_all(&staging.ioas).map_err(error("unmap what the successor has staged"))?;
         }
@@ -171,7 +174,7 @@ impl LiveSpace {
             (std::mem::take(&mut state.foreign), state.accounted)
         };
         for span in foreign {
-            match live.iommufd.unmap(&live.ioas, span) {
+            match live.iommufd.unmap(&live.ioas(Space::Live), span) {
                 Ok(()) => live.mapped.forget(span),
                 Err(error) => log::error!("unmap {span} of the predecessor: {error}; it stays mapped"),
             }
@@ -191,7 +194,7 @@ impl LiveSpace {
 
 impl Live {
     /// The mapped ranges that are no guest memory.
-    fn buffers(&self, state: &State) -> Result<Vec<Span<Iova>>, HandOverError> {
+    pub(super) fn buffers(&self, state: &State) -> Result<Vec<Span<Iova>>, HandOverError> {
         let mut spans: BTreeMap<_, _> = self.mapped.ledger().spans().map(|span| (span.start(), span)).collect();
         for region in state.regions.values() {
             let whole = region.range.span()?;
@@ -205,7 +208,8 @@ impl Live {
     /// A free range for the successor's buffers.
     fn window(&self) -> Result<Span<Iova>, HandOverError> {
         let what = "IOMMU_IOAS_IOVA_RANGES";
-        let allowed = self.iommufd.iova_ranges(&self.ioas).map_err(|source| HandOverError::Kernel { what, source })?;
+        let allowed = self.iommufd.iova_ranges(&self.ioas(Space::Live));
+        let allowed = allowed.map_err(|source| HandOverError::Kernel { what, source })?;
         let allowed = buffer::ranges(&allowed);
         let ledger = self.mapped.ledger();
         let sizes = std::iter::successors(Some(WINDOW.0), |size| Some(size / 2)).take_while(|size| *size >= WINDOW.1);

@@ -1,13 +1,15 @@
 //! The address space as the successor receives it: numbers of objects in an iommufd, checked against the kernel.
 
 use std::io;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 
 use super::hand_over_state::{HandOver, State};
 use super::mapped_memory::{CHUNK, MappedMemory};
 use super::page_table::PageTable;
+use super::second::Twin;
 use super::space_description::{HandOverError, SpaceDescription, StagingDescription, wrong};
-use super::{Device, Live, LiveSpace, Staging};
+use super::staging::Staging;
+use super::{Attachment, Live, LiveSpace};
 use crate::sys::{CacheLines, Cdev, Iommufd};
 
 fn failed(what: &'static str) -> impl FnOnce(io::Error) -> HandOverError {
@@ -22,16 +24,16 @@ impl LiveSpace {
     /// See [`HandOverError`]; nothing has changed.
     pub(crate) fn handed_over(
         description: &SpaceDescription,
-        table: &PageTable,
+        table: &Arc<PageTable>,
         device: Weak<Cdev>,
         lines: Option<CacheLines>,
     ) -> Result<Self, HandOverError> {
         let staging = match (&description.staging, lines) {
             (None, _) => None,
             (Some(_), None) => return Err(wrong("it flushes, and this processor cannot flush its caches")),
-            (Some(staging), Some(lines)) => Some(Staging::handed_over(staging, table, device, lines)?),
+            (Some(staging), Some(lines)) => Some(Staging::handed_over(staging, table, lines)?),
         };
-        let (iommufd, ioas) = (Arc::clone(table.iommufd()), table.ioas.clone());
+        let (iommufd, ioas) = (Arc::clone(table.iommufd()), table.ioas());
         let allowed = iommufd.iova_ranges(&ioas).map_err(failed("IOMMU_IOAS_IOVA_RANGES"))?;
         let inherited = description.check(&allowed)?;
         let absent = iommufd.not_mapped(&ioas, &inherited.pieces).map_err(failed("check what is mapped"))?;
@@ -49,7 +51,8 @@ impl LiveSpace {
             accounted: description.accounted,
             ..State::default()
         });
-        Ok(Self(Arc::new(Live { iommufd, ioas, staging, mapped, released_ranges: Mutex::default(), hand_over })))
+        let attachment = Attachment { file: device, table: Arc::downgrade(table) };
+        Ok(Self(Arc::new(Live::new(table, attachment, (staging, mapped), hand_over, Twin::default()))))
     }
 }
 
@@ -57,14 +60,12 @@ impl Staging {
     fn handed_over(
         description: &StagingDescription,
         table: &PageTable,
-        device: Weak<Cdev>,
         lines: CacheLines,
     ) -> Result<Self, HandOverError> {
         let ioas = table.iommufd().existing_ioas(description.ioas).map_err(failed("look up the staging space"))?;
         let staged = PageTable::existing(table.iommufd(), &ioas, table.device(), description.page_table);
-        let staging_table = Some(staged.map_err(failed("look up the staging page table"))?);
-        let device = Device { file: device, hwpt: table.id(), staging_table };
-        Ok(Self { lines, ioas, device: Mutex::new(device), flushable: Mutex::default() })
+        let staged = staged.map_err(failed("look up the staging page table"))?;
+        Ok(Self::new(lines, ioas, staged))
     }
 }
 

@@ -24,6 +24,17 @@ impl Ledger {
         self.taken.insert(span.start(), span);
     }
 
+    /// Adds a span that may overlap others: one span covers them all then.
+    pub(super) fn cover(&mut self, span: Span<Iova>) {
+        let mut whole = span;
+        while let Some(taken) = self.conflict(whole) {
+            self.taken.remove(&taken.start());
+            let (start, last) = (whole.start().min(taken.start()), whole.last().max(taken.last()));
+            whole = Span::inclusive(start, last).expect("it has both");
+        }
+        self.insert(whole);
+    }
+
     /// Removes exactly `span`; false if there is no such entry.
     pub(super) fn remove(&mut self, span: Span<Iova>) -> bool {
         let known = self.contains(span);
@@ -91,6 +102,15 @@ mod tests {
         assert_eq!(ledger.conflict(span(0x7fff, 1)), Some(span(0x4000, 0x4000)));
         assert_eq!(ledger.conflict(span(0x1000, 0x3000)), None);
         assert_eq!(ledger.conflict(span(0x8000, u64::MAX - 0x8000)), None);
+    }
+
+    #[test]
+    fn spans_that_overlap_are_covered_by_one() {
+        let mut ledger = ledger(&[span(0, 0x1000), span(0x4000, 0x4000), span(0xa000, 0x1000)]);
+        ledger.cover(span(0x6000, 0x5000));
+        ledger.cover(span(0x2000, 0x1000));
+        let all = [span(0, 0x1000), span(0x2000, 0x1000), span(0x4000, 0x7000)];
+        assert_eq!(ledger.spans().collect::<Vec<_>>(), all);
     }
 
     #[test]

@@ -97,7 +97,7 @@ impl MappedMemory {
     }
 
     /// Enters one piece that another process has mapped. It overlaps no other.
-    pub(super) fn inherit(&self, piece: Span<Iova>) {
+    pub fn inherit(&self, piece: Span<Iova>) {
         self.ledger().insert(piece);
     }
 
@@ -110,8 +110,13 @@ impl MappedMemory {
     }
 
     /// Removes the entry of one piece that [`Self::inherit`] has entered.
-    pub(super) fn forget(&self, piece: Span<Iova>) {
+    pub fn forget(&self, piece: Span<Iova>) {
         self.ledger().remove(piece);
+    }
+
+    /// Exchanges what is mapped with `other`.
+    pub fn exchange(&self, other: &Self) {
+        std::mem::swap(&mut *self.ledger(), &mut *other.ledger());
     }
 
     fn mapped_pieces(&self, whole: Span<Iova>) -> Vec<Span<Iova>> {

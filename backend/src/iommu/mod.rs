@@ -7,6 +7,7 @@
 //! remove   for each piece: unmap, remove from the ledger
 //! stop     bus master off, reset ── detach ── unmap buffers ── destroy the page table
 //! release  (the host wants the device) as stop, but the mappings stay in the IOAS, unpinned, until the device is back
+//! exchange the device is attached to the page table of another IOAS, see `second.rs`
 //! ```
 //!
 //! That is `LiveSpace`, on iommufd. `type1.rs` is the same on a container of VFIO, without a page table of its own.
@@ -23,11 +24,12 @@ mod kernel_space;
 mod ledger;
 mod mapped_memory;
 mod page_table;
+mod second;
 mod sequence;
 mod space_description;
+mod staging;
 mod type1;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -43,13 +45,15 @@ pub use space_description::{HandOverError, MappedRange, MappedRegion, SpaceDescr
 pub use type1::Type1Space;
 
 use crate::addr::{Iova, Span};
-use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError, SpaceStatistics};
+use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError, SecondSpace, SpaceStatistics};
 use crate::memory::Region;
-use crate::sys::{CacheLines, Cdev, HwptId, Ioas, Iommufd, SharedMemory};
+use crate::sys::{CacheLines, Cdev, Ioas, Iommufd, SharedMemory};
 use hand_over_state::HandOver;
 use ledger::list;
 use mapped_memory::CHUNK;
+use second::Twin;
 use sequence::Failed;
+use staging::Staging;
 
 /// The address space of one device. Its buffers keep it alive.
 #[derive(Clone)]
@@ -58,63 +62,39 @@ pub struct LiveSpace(Arc<Live>);
 struct Live {
     // Not the page table, which belongs to the device: the device can be released and reacquired.
     iommufd: Arc<Iommufd>,
-    ioas: Ioas,
+    /// The live IOAS. [`SecondSpace`](crate::hardware::SecondSpace) exchanges it.
+    ioas: Mutex<Ioas>,
+    attachment: Mutex<Attachment>,
     /// `Some` if the device's DMA may bypass the CPU caches.
     staging: Option<Staging>,
     mapped: MappedMemory,
     /// While the device is released: the ranges it allowed. The kernel allows any range then.
     released_ranges: Mutex<Option<Vec<Span<Iova>>>>,
     hand_over: HandOver,
+    twin: Twin,
 }
 
-/// What flushing needs.
-struct Staging {
-    lines: CacheLines,
-    ioas: Ioas,
-    device: Mutex<Device>,
-    /// All mapped memory, which is flushed when the device is released or reacquired. The lock is held across each map and
-    /// unmap, so neither runs during that flush.
-    flushable: Mutex<BTreeMap<Iova, (Span<Iova>, SharedMemory)>>,
-}
-
-/// The device to which the live page table is attached.
-struct Device {
+/// The device, and the page table that it is attached to. Both are gone while it is released.
+#[derive(Clone, Default)]
+struct Attachment {
     /// Its file. Once it is closed, the device does no DMA.
     file: Weak<Cdev>,
-    hwpt: HwptId,
-    /// The staging page table, which is never attached. `None` while the device is released: nothing is pinned then.
-    staging_table: Option<PageTable>,
-}
-
-impl Staging {
-    fn device(&self) -> MutexGuard<'_, Device> {
-        self.device.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn flushable(&self) -> MutexGuard<'_, BTreeMap<Iova, (Span<Iova>, SharedMemory)>> {
-        self.flushable.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn flush_all(&self, flushable: &BTreeMap<Iova, (Span<Iova>, SharedMemory)>) {
-        for (_, shared) in flushable.values() {
-            flush(&self.lines, shared, 0, shared.len());
-        }
-    }
+    table: Weak<PageTable>,
 }
 
 impl LiveSpace {
-    /// For a device whose DMA is coherent.
+    /// For `device`, whose DMA is coherent. It is attached to `table`.
     #[must_use]
-    pub fn coherent(table: &PageTable) -> Self {
-        Self::with(table, None)
+    pub fn coherent(table: &Arc<PageTable>, device: Weak<Cdev>) -> Self {
+        Self::with(table, device, None)
     }
 
-    fn with(table: &PageTable, staging: Option<Staging>) -> Self {
-        let (iommufd, ioas) = (Arc::clone(table.iommufd()), table.ioas.clone());
+    fn with(table: &Arc<PageTable>, file: Weak<Cdev>, staging: Option<Staging>) -> Self {
         let mapped = MappedMemory::new(staging.is_some(), CHUNK);
+        let attachment = Attachment { file, table: Arc::downgrade(table) };
         let hand_over = HandOver::default();
         hand_over.attached_to(Some((table.device(), table.id())));
-        Self(Arc::new(Live { iommufd, ioas, staging, mapped, released_ranges: Mutex::default(), hand_over }))
+        Self(Arc::new(Live::new(table, attachment, (staging, mapped), hand_over, Twin::default())))
     }
 
     /// For `device`, whose DMA may bypass the CPU caches. Memory is flushed with `lines` before the device can reach it, and
@@ -122,36 +102,27 @@ impl LiveSpace {
     ///
     /// # Errors
     /// The errno of allocating the staging page table.
-    pub fn flushing(table: &PageTable, lines: CacheLines, device: Weak<Cdev>) -> io::Result<Self> {
-        let ioas = table.iommufd().alloc_ioas()?;
-        let device = Device { file: device, hwpt: table.id(), staging_table: Some(table.for_staging(&ioas)?) };
-        let staging = Staging { lines, ioas, device: Mutex::new(device), flushable: Mutex::default() };
-        Ok(Self::with(table, Some(staging)))
+    pub fn flushing(table: &Arc<PageTable>, lines: CacheLines, device: Weak<Cdev>) -> io::Result<Self> {
+        let staging = Staging::for_device_of(table, lines)?;
+        Ok(Self::with(table, device, Some(staging)))
     }
 
     /// Where to allocate the page table of a reacquired device: a page table of this IOAS maps, and pins, what is mapped here.
     #[must_use]
     pub fn iommufd_and_ioas(&self) -> (Arc<Iommufd>, Ioas) {
-        (Arc::clone(&self.0.iommufd), self.0.ioas.clone())
+        (Arc::clone(&self.0.iommufd), self.0.ioas(Space::Live))
     }
 
     /// Takes a reacquired device, which is attached to `table` and does no DMA yet.
     ///
     /// # Errors
     /// The errno of allocating another staging page table, or that memory cannot be flushed.
-    pub fn rejoin(&self, table: &PageTable, device: Weak<Cdev>) -> io::Result<()> {
-        if let Some(staging) = &self.0.staging {
-            let flushable = staging.flushable();
-            let staging_table = Some(table.for_staging(&staging.ioas)?);
-            *staging.device() = Device { file: device, hwpt: table.id(), staging_table };
-            staging.flush_all(&flushable);
-            if flushable.values().any(|(_, shared)| shared.lost_pages() != 0) {
-                staging.device().staging_table = None;
-                return Err(io::Error::other("the front-end has truncated its memory, so it cannot be flushed"));
-            }
-        }
+    pub fn rejoin(&self, table: &Arc<PageTable>, device: Weak<Cdev>) -> io::Result<()> {
+        self.0.staging.as_ref().map_or(Ok(()), |staging| staging.rejoin(table))?;
+        *self.0.attachment() = Attachment { file: device, table: Arc::downgrade(table) };
         self.0.hand_over.attached_to(Some((table.device(), table.id())));
         *self.0.released_ranges() = None;
+        self.0.rejoin_second(table.device());
         Ok(())
     }
 
@@ -165,22 +136,22 @@ impl LiveSpace {
 impl Steps for Live {
     fn map(&self, space: Space, piece: Piece<'_>) -> io::Result<()> {
         if let Some((file, offset)) = piece.file {
-            match self.iommufd.map_file(self.ioas(space), file, offset, piece.span, piece.writable) {
+            match self.iommufd.map_file(&self.ioas(space), file, offset, piece.span, piece.writable) {
                 // Linux before 6.13 has no IOMMU_IOAS_MAP_FILE.
                 Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {}
                 other => return other,
             }
         }
         let Piece { span, shared, offset, writable, .. } = piece;
-        self.iommufd.map_memory(self.ioas(space), (shared, offset), span, writable)
+        self.iommufd.map_memory(&self.ioas(space), (shared, offset), span, writable)
     }
 
     fn copy(&self, from: Space, to: Space, piece: Piece<'_>) -> io::Result<()> {
-        self.iommufd.copy(self.ioas(from), self.ioas(to), piece.span, piece.writable)
+        self.iommufd.copy(&self.ioas(from), &self.ioas(to), piece.span, piece.writable)
     }
 
     fn unmap(&self, space: Space, span: Span<Iova>) -> io::Result<()> {
-        self.iommufd.unmap(self.ioas(space), span)
+        self.iommufd.unmap(&self.ioas(space), span)
     }
 
     fn flush(&self, piece: Piece<'_>) {
@@ -189,23 +160,39 @@ impl Steps for Live {
     }
 
     fn detach(&self) -> io::Result<()> {
-        let device = self.staging.as_ref().and_then(|staging| staging.device().file.upgrade());
+        let device = self.attachment().file.upgrade();
         device.map_or(Ok(()), |device| device.detach())
     }
 
     fn attach(&self) -> io::Result<()> {
-        let Some(staging) = &self.staging else { return Ok(()) };
-        let device = staging.device();
-        device.file.upgrade().map_or(Ok(()), |file| file.attach(device.hwpt))
+        let Attachment { file, table } = self.attachment().clone();
+        let attached = file.upgrade().zip(table.upgrade());
+        attached.map_or(Ok(()), |(file, table)| file.attach(table.id()))
     }
 }
 
 impl Live {
-    fn ioas(&self, space: Space) -> &Ioas {
+    fn new(
+        table: &PageTable,
+        attachment: Attachment,
+        (staging, mapped): (Option<Staging>, MappedMemory),
+        hand_over: HandOver,
+        twin: Twin,
+    ) -> Self {
+        let (iommufd, ioas) = (Arc::clone(table.iommufd()), Mutex::new(table.ioas()));
+        let (attachment, released_ranges) = (Mutex::new(attachment), Mutex::default());
+        Self { iommufd, ioas, attachment, staging, mapped, released_ranges, hand_over, twin }
+    }
+
+    fn ioas(&self, space: Space) -> Ioas {
         match (space, &self.staging) {
-            (Space::Staging, Some(staging)) => &staging.ioas,
-            _ => &self.ioas,
+            (Space::Staging, Some(staging)) => staging.ioas.clone(),
+            _ => self.ioas.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
+    }
+
+    fn attachment(&self) -> MutexGuard<'_, Attachment> {
+        self.attachment.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn released_ranges(&self) -> MutexGuard<'_, Option<Vec<Span<Iova>>>> {
@@ -250,11 +237,14 @@ impl Live {
 
     /// The ranges that this address space allows now. Queried each time, because attaching a device narrows them.
     fn allowed(&self, about: Span<Iova>) -> Result<Vec<Span<Iova>>, MapError> {
+        if let Some(first) = self.twin.first() {
+            return first.allowed(about);
+        }
         if let Some(ranges) = &*self.released_ranges() {
             return Ok(ranges.clone());
         }
         let kernel = |source| MapError::Kernel { step: "IOMMU_IOAS_IOVA_RANGES for", span: about, source };
-        self.iommufd.iova_ranges(&self.ioas).map_err(kernel)
+        self.iommufd.iova_ranges(&self.ioas(Space::Live)).map_err(kernel)
     }
 }
 
@@ -288,7 +278,9 @@ impl AddressSpace for LiveSpace {
         }
         let whole = whole(region);
         check_free(&live.mapped, &live.allowed(whole.span)?, whole.span)?;
-        live.add_mapping(whole)?;
+        if !live.copy_from_first(region)? {
+            live.add_mapping(whole)?;
+        }
         live.hand_over.mapped(region);
         Ok(())
     }
@@ -306,17 +298,15 @@ impl AddressSpace for LiveSpace {
     }
 
     fn release(&self) {
-        let ranges = self.0.iommufd.iova_ranges(&self.0.ioas).unwrap_or_else(|error| {
+        let ranges = self.0.iommufd.iova_ranges(&self.0.ioas(Space::Live)).unwrap_or_else(|error| {
             log::error!("IOMMU_IOAS_IOVA_RANGES: {error}; no memory can be mapped while the device is released");
             Vec::new()
         });
         *self.0.released_ranges() = Some(ranges);
         self.0.hand_over.attached_to(None);
-        if let Some(staging) = &self.0.staging {
-            let flushable = staging.flushable();
-            staging.flush_all(&flushable);
-            staging.device().staging_table = None;
-        }
+        *self.0.attachment() = Attachment::default();
+        self.0.staging.iter().for_each(Staging::release);
+        self.0.release_second();
     }
 
     fn is_released(&self) -> bool {
@@ -335,15 +325,22 @@ impl AddressSpace for LiveSpace {
         Some(Arc::new(self.0.staging.as_ref()?.lines))
     }
 
+    fn second(&self) -> Result<Arc<dyn SecondSpace>, MapError> {
+        self.allocate_second()
+    }
+
     fn buffer(&self, bytes: usize) -> Result<DmaBuffer, MapError> {
         let live = &*self.0;
+        let second = live.twin.second();
         let (file, shared) = buffer::memory(bytes)?;
         let len = shared.len() as u64;
         let zero = Span::new(Iova(0), len).ok_or(MapError::NoIova(bytes))?;
         let allowed = live.room_for_buffers(live.allowed(zero)?, zero)?;
-        let span = buffer::gap(&live.mapped, &allowed, len).ok_or(MapError::NoIova(bytes))?;
+        let spaces: Vec<_> = [Some(live), second.get()].into_iter().flatten().map(|live| &live.mapped).collect();
+        let span = buffer::gap(&spaces, &allowed, len).ok_or(MapError::NoIova(bytes))?;
         let whole = Piece { span, shared: &shared, offset: 0, file: Some((file.as_fd(), 0)), writable: true };
         live.add_mapping(whole)?;
+        second.share_buffer(live, whole)?;
         let mapping = BufferMapping { space: Arc::clone(&self.0), span, shared: shared.clone() };
         Ok(DmaBuffer::new(shared, span, Box::new(mapping)))
     }
@@ -362,6 +359,7 @@ impl Drop for BufferMapping {
         if !live.unmaps_buffers() {
             return;
         }
+        live.twin.second().forget_buffer(self.span);
         let whole = Piece { span: self.span, shared: &self.shared, offset: 0, file: None, writable: true };
         let removed = live.remove_mapping(whole, || match live.mapped.remove(live, whole) {
             // The driver frees its memory only when nothing is in flight.

@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Interface;
 use crate::sys::{Container, DeviceId, HwInfo, HwptId, Ioas, Iommufd};
@@ -17,9 +17,9 @@ const ECAP_SC: u64 = 1 << 7;
 /// One address space and its page table for one device. Destroyed on drop; the device must be detached by then.
 pub struct PageTable {
     iommufd: Arc<Iommufd>,
-    pub(super) ioas: Ioas,
+    /// What [`Self::exchange`] exchanges.
+    objects: Mutex<(Ioas, HwptId)>,
     device: DeviceId,
-    hwpt: HwptId,
     snoop: Snoop,
 }
 
@@ -75,15 +75,29 @@ impl PageTable {
             Err(error) => format!("IOMMU hardware unknown ({error})"),
         };
         let snoop = Snoop { interface: Interface::Iommufd, enforced: false, hardware };
-        let mut made = Self { iommufd, ioas, device, hwpt, snoop };
-        made.snoop.enforced = made.iommufd.snoop_enforced(&made.ioas, hwpt)?;
-        Ok(made)
+        let enforced = iommufd.snoop_enforced(&ioas, hwpt)?;
+        Ok(Self { iommufd, objects: Mutex::new((ioas, hwpt)), device, snoop: Snoop { enforced, ..snoop } })
+    }
+
+    fn objects(&self) -> MutexGuard<'_, (Ioas, HwptId)> {
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The address space that fills it.
+    pub(super) fn ioas(&self) -> Ioas {
+        self.objects().0.clone()
+    }
+
+    /// Exchanges address space and page table with those of `other`, which is of the same device. Whoever has one of the two
+    /// destroys the other's from now on.
+    pub(super) fn exchange(&self, other: &Self) {
+        std::mem::swap(&mut *self.objects(), &mut *other.objects());
     }
 
     /// The id to attach the device to.
     #[must_use]
     pub fn id(&self) -> HwptId {
-        self.hwpt
+        self.objects().1
     }
 
     /// The device for which it was allocated.
@@ -119,7 +133,7 @@ impl Drop for PageTable {
         if !self.iommufd.ownership().is_ours() {
             return;
         }
-        if let Err(error) = self.iommufd.destroy_hwpt(self.hwpt) {
+        if let Err(error) = self.iommufd.destroy_hwpt(self.id()) {
             log::error!("destroy the page table: {error}; the next one that is allocated tries again");
         }
     }

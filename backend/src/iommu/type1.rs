@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::sequence::{Piece, Space, Steps};
 use super::{CHUNK, MappedMemory, buffer, check_free, explain, flush, whole};
 use crate::addr::{Iova, Span};
-use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError, SpaceStatistics};
+use crate::hardware::{AddressSpace, CacheFlush, DmaBuffer, MapError, SecondSpace, SpaceStatistics};
 use crate::memory::Region;
 use crate::sys::{CacheLines, Container, SharedMemory};
 
@@ -180,6 +180,12 @@ impl AddressSpace for Type1Space {
         self.0.remove(whole(region))
     }
 
+    fn second(&self) -> Result<Arc<dyn SecondSpace>, MapError> {
+        let why = "VFIO type1 has one page table for a container, and a function cannot change it while it is open; serve with \
+                   --iommu iommufd";
+        Err(MapError::NoSecondSpace { why: why.into() })
+    }
+
     fn require_flush_before_map(&self) {
         self.0.mapped.require_flush_before_map();
     }
@@ -213,7 +219,7 @@ impl AddressSpace for Type1Space {
         let inner = &*self.0;
         let (_, shared) = buffer::memory(bytes)?;
         let mut state = inner.state();
-        let span = buffer::gap(&inner.mapped, &state.ranges, shared.len() as u64).ok_or(MapError::NoIova(bytes))?;
+        let span = buffer::gap(&[&inner.mapped], &state.ranges, shared.len() as u64).ok_or(MapError::NoIova(bytes))?;
         inner.add(&mut state, Piece { span, shared: &shared, offset: 0, file: None, writable: true })?;
         let mapping = BufferMapping { space: Arc::clone(&self.0), span, shared: shared.clone() };
         Ok(DmaBuffer::new(shared, span, Box::new(mapping)))

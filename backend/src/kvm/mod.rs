@@ -35,7 +35,7 @@ mod shim_link;
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -52,6 +52,8 @@ use crate::rate_limited_log::{Limit, SharedLog};
 /// The process that runs the VM.
 pub struct Vmm {
     shim: Option<Shim>,
+    /// The shim's socket of the VM that is served now, if it is not that of `shim`.
+    moved_to: Mutex<Option<PathBuf>>,
     registrations: Mutex<RegistrationStatistics>,
     /// The host has the device back, for good: there is nothing left to register or to monitor.
     released: AtomicBool,
@@ -122,13 +124,30 @@ impl Vmm {
     #[must_use]
     pub fn without_shim() -> Self {
         let log = SharedLog::with_limit(module_path!(), Limit::CONNECTIONS);
-        Self { shim: None, registrations: Mutex::default(), released: AtomicBool::new(false), log }
+        let (registrations, moved_to) = (Mutex::default(), Mutex::default());
+        Self { shim: None, moved_to, registrations, released: AtomicBool::new(false), log }
     }
 
     /// A process with a shim, which listens as soon as the VM exists.
     #[must_use]
     pub fn with_shim(shim: Shim) -> Self {
         Self { shim: Some(shim), ..Self::without_shim() }
+    }
+
+    /// True if the device is registered with the VM's process.
+    pub(crate) fn registers(&self) -> bool {
+        self.shim.is_some()
+    }
+
+    /// The shim of the VM that is served now, or that of the next VM at `next`.
+    fn shim(&self, next: Option<PathBuf>) -> Option<Shim> {
+        let socket = next.or_else(|| self.moved_to.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        self.shim.clone().map(|shim| Shim { socket: socket.unwrap_or(shim.socket.clone()), ..shim })
+    }
+
+    /// The VM whose shim listens at `socket` is the one that is served now.
+    fn move_to(&self, socket: &Path) {
+        *self.moved_to.lock().unwrap_or_else(PoisonError::into_inner) = Some(socket.to_owned());
     }
 
     /// Counters since the start.

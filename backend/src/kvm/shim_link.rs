@@ -11,6 +11,8 @@
 use std::io;
 use std::mem::replace;
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use kvm_vfio_shim::{Client, ClientError, Reason, Registration};
 
@@ -23,6 +25,7 @@ use crate::sys::peer_credentials;
 /// See the top of this file.
 pub(crate) struct ShimLink<'d> {
     vmm: &'d Vmm,
+    shim: Option<Arc<Shim>>,
     /// The front-end's process id, if it is visible in this PID namespace.
     front_end: Option<u32>,
     state: State,
@@ -52,28 +55,43 @@ enum RegisterFailure {
 impl<'d> ShimLink<'d> {
     /// `front_end` is its process id, if that is known.
     pub(crate) fn new(vmm: &'d Vmm, front_end: Option<u32>) -> Self {
-        Self { vmm, front_end, state: State::Waiting(None), new_socket: false, disconnected: false }
+        Self::with(vmm, vmm.shim(None), front_end)
+    }
+
+    /// The same for the next VM, whose shim listens at `socket`. [`Self::succeed`] makes it the one that is served.
+    pub(crate) fn of_next(vmm: &'d Vmm, front_end: Option<u32>, socket: Option<PathBuf>) -> Self {
+        Self::with(vmm, vmm.shim(socket), front_end)
+    }
+
+    fn with(vmm: &'d Vmm, shim: Option<Shim>, front_end: Option<u32>) -> Self {
+        let (shim, state) = (shim.map(Arc::new), State::Waiting(None));
+        Self { vmm, shim, front_end, state, new_socket: false, disconnected: false }
+    }
+
+    /// The VM of this link is the one that is served from now on.
+    pub(crate) fn succeed(&self) {
+        self.shim.iter().for_each(|shim| self.vmm.move_to(&shim.socket));
     }
 
     /// Connects to the shim and registers with it, unless that has been tried with a final result. Costs one `connect` while
     /// nobody listens, and at most [`Client::DEFAULT_TIMEOUT`] if no answer comes.
     pub(crate) fn register(&mut self) {
-        let (State::Waiting(_), Some(shim), false) = (&self.state, &self.vmm.shim, self.vmm.is_released()) else {
+        let (State::Waiting(_), Some(shim), false) = (&self.state, self.shim.clone(), self.vmm.is_released()) else {
             return;
         };
         self.state = match Client::connect(&shim.socket, Client::DEFAULT_TIMEOUT) {
             Ok((client, status)) => {
                 self.vmm.log.info(|| format!("{}: KVM shim: {}", shim.device, describe(&status)));
-                self.compare_processes(shim, &client);
+                self.compare_processes(&shim, &client);
                 self.new_socket = true;
-                let (state, outcome) = self.register_device(shim, client);
+                let (state, outcome) = self.register_device(&shim, client);
                 if let Err(why) = outcome {
                     self.vmm.log.warn(|| why.to_string());
                 }
                 state
             }
             Err(error @ ClientError::NotListening(..)) => State::Waiting(Some(error)),
-            Err(error) => serve_unregistered(shim, &error, &self.vmm.log),
+            Err(error) => serve_unregistered(&shim, &error, &self.vmm.log),
         };
     }
 
@@ -83,11 +101,11 @@ impl<'d> ShimLink<'d> {
     /// Why memory must not be mapped.
     pub(crate) fn require_registration(&mut self) -> Result<(), RegistrationError> {
         self.register();
-        let (Some(shim), false) = (&self.vmm.shim, self.vmm.is_released()) else { return Ok(()) };
+        let (Some(shim), false) = (self.shim.clone(), self.vmm.is_released()) else { return Ok(()) };
         let (state, outcome) = match replace(&mut self.state, State::NoShim) {
-            State::Waiting(Some(error)) => (serve_unregistered(shim, &error, &self.vmm.log), Ok(())),
+            State::Waiting(Some(error)) => (serve_unregistered(&shim, &error, &self.vmm.log), Ok(())),
             // The reason for the refusal may no longer exist.
-            State::Connected(client, None) => self.register_device(shim, client),
+            State::Connected(client, None) => self.register_device(&shim, client),
             state => (state, Ok(())),
         };
         self.state = state;
@@ -103,7 +121,7 @@ impl<'d> ShimLink<'d> {
     /// # Errors
     /// Why the device must be taken from the front-end.
     pub(crate) fn check_registration(&self) -> Result<(), RegistrationError> {
-        let (Some(shim), false) = (&self.vmm.shim, self.vmm.is_released()) else { return Ok(()) };
+        let (Some(shim), false) = (self.shim.clone(), self.vmm.is_released()) else { return Ok(()) };
         match (&self.state, shim.verdict(false)) {
             (State::Connected(_, Some(_)), _) => Ok(()),
             (_, Verdict::Refuse(refusal)) => Err(RegistrationError::Verdict(shim.device.clone(), refusal)),
@@ -127,7 +145,7 @@ impl<'d> ShimLink<'d> {
     /// The shim's socket is readable without a request, most likely because the shim has closed the connection. Unless the
     /// front-end leaves as well, one more attempt is made to register.
     pub(crate) fn on_shim_event(&mut self, front_end_goes: bool) {
-        let (State::Connected(client, _), Some(shim)) = (&mut self.state, &self.vmm.shim) else { return };
+        let (State::Connected(client, _), Some(shim)) = (&mut self.state, self.shim.clone()) else { return };
         let error = match client.query() {
             Ok(status) => return self.vmm.count(|registrations| registrations.last = Some(status)),
             Err(error) => error,
@@ -138,13 +156,13 @@ impl<'d> ShimLink<'d> {
             return self.vmm.log.info(|| format!("{}: {error}", shim.device));
         }
         if replace(&mut self.disconnected, true) {
-            self.state = serve_unregistered(shim, &error, &self.vmm.log);
+            self.state = serve_unregistered(&shim, &error, &self.vmm.log);
             return;
         }
         self.vmm.log.warn(|| format!("{}: {error}", shim.device));
         self.register();
         if let State::Waiting(Some(error)) = &self.state {
-            self.state = serve_unregistered(shim, error, &self.vmm.log);
+            self.state = serve_unregistered(&shim, error, &self.vmm.log);
         }
     }
 
@@ -161,7 +179,7 @@ impl<'d> ShimLink<'d> {
         state: Option<&ShimState>,
         descriptors: &mut Incoming,
     ) -> Result<(), DescriptorError> {
-        let (Some(state), Some(shim)) = (state, &self.vmm.shim) else { return Ok(()) };
+        let (Some(state), Some(shim)) = (state, &self.shim) else { return Ok(()) };
         let socket = descriptors.take(state.socket)?;
         let client = Client::resume(&shim.socket, Client::DEFAULT_TIMEOUT, socket, state.serial);
         (self.state, self.new_socket) = (State::Connected(client, state.handle), true);
@@ -172,8 +190,7 @@ impl<'d> ShimLink<'d> {
     /// the statistics, and to register again if the shim has gone meanwhile.
     pub(crate) fn confirm(&mut self) {
         self.on_shim_event(false);
-        let (State::Connected(..), Some(shim), Some(status)) =
-            (&self.state, &self.vmm.shim, self.vmm.registrations().last)
+        let (State::Connected(..), Some(shim), Some(status)) = (&self.state, &self.shim, self.vmm.registrations().last)
         else {
             return;
         };
@@ -183,7 +200,7 @@ impl<'d> ShimLink<'d> {
     /// Unregisters the device, which must no longer reach any memory of the front-end.
     pub(crate) fn unregister(&mut self) {
         let state = replace(&mut self.state, State::NoShim);
-        let (State::Connected(mut client, Some(handle)), Some(shim)) = (state, &self.vmm.shim) else { return };
+        let (State::Connected(mut client, Some(handle)), Some(shim)) = (state, &self.shim) else { return };
         match client.unregister(handle) {
             Ok(status) => {
                 self.vmm.count(|registrations| registrations.last = Some(status));

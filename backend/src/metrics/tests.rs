@@ -10,7 +10,8 @@ use crate::emulated::{Machine, Options};
 fn http() -> Http {
     let machine = Machine::new(Options { size: 1 << 20, ..Options::default() }).unwrap();
     let facts = machine.facts(Policy::Suppress).unwrap();
-    let hooks = Hooks { set_log_level: Box::new(|_| ()), start_successor: Box::new(|| Ok(())) };
+    let (set_log_level, start_successor) = (Box::new(|_| ()), Box::new(|| Ok(())));
+    let hooks = Hooks { set_log_level, start_successor, permit_successor: Box::new(|_| Ok(())) };
     let named = (Personality::VfioUser, "emulated".to_owned());
     Http::new(Arc::new(Subject::new(named, facts, Arc::<Board>::default(), machine.space(), None, hooks)))
 }

@@ -255,9 +255,10 @@ fn map_errno(error: &MapError) -> i32 {
         MapError::Overlap { .. } => libc::EEXIST,
         MapError::NotMapped { .. } => libc::ENOENT,
         MapError::HandOver { .. } => libc::EBUSY,
+        MapError::NoSecondSpace { .. } => libc::EOPNOTSUPP,
         MapError::TooManyMappings { .. } => libc::ENOSPC,
         MapError::MemLock { .. } | MapError::DeviceMustBeIdle { .. } | MapError::NoIova(_) => libc::ENOMEM,
-        MapError::Kernel { source, .. } | MapError::Allocate { source, .. } => {
+        MapError::Kernel { source, .. } | MapError::Allocate { source, .. } | MapError::Exchange(source) => {
             source.raw_os_error().unwrap_or(libc::EIO)
         }
     }

@@ -19,7 +19,7 @@ use vhost_device_vfio::hardware::{AddressSpace, Function};
 use vhost_device_vfio::sandbox::{self, Role};
 use vhost_device_vfio::service_manager::{self, FdStore, Heartbeat, SavedSession, Stored};
 use vhost_device_vfio::socket::Endpoint;
-use vhost_device_vfio::vhost_user::{Device, HandOver, Inheritance, OpenStoreFn, Server, SettleFn};
+use vhost_device_vfio::vhost_user::{Device, HandOver, Inheritance, OpenStoreFn, Server, SettleFn, Succession};
 
 use super::operator::{Doors, Operator, hooks, report_front_ends};
 use super::origin::{Acquired, DeviceSource};
@@ -108,10 +108,10 @@ fn subject(
     facts: Facts,
     board: &Arc<Board>,
     space: &Arc<dyn AddressSpace>,
-    engine: Handle,
+    (engine, succession): (Handle, &Succession),
 ) -> Arc<Subject> {
     let named = (Personality::VhostUserBlk, name.to_owned());
-    let hooks = hooks(Personality::VhostUserBlk);
+    let hooks = hooks(Personality::VhostUserBlk, succession);
     Arc::new(Subject::new(named, facts, Arc::clone(board), Arc::clone(space), Some(engine), hooks))
 }
 
@@ -172,12 +172,17 @@ impl Disk {
         let (queues, kib) = (config.queue_count(), space.statistics().mapped / 1024);
         let board = Arc::<Board>::default();
         report_front_ends(&board, &name, decide(&facts).word());
-        let subject = subject(&name, facts, &board, &space, engine.handle());
+        let succession = Succession::default();
+        if config.successor {
+            succession.allow_always();
+        }
+        let subject = subject(&name, facts, &board, &space, (engine.handle(), &succession));
         if config.latency {
             subject.measure(true).map_err(anyhow::Error::msg)?;
         }
         let mut server = Server::new(endpoint, Device { engine, space, slice: IovaSlice::WHOLE, queues, vmm })?;
         server.post_on(&board);
+        server.allow_succession(&succession);
         let heartbeat = Heartbeat::wanted(before.is_some()).context("watchdog of the service manager")?;
         server.beat(heartbeat);
         server.notify_config_changes();

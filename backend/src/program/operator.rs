@@ -7,11 +7,12 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Signal, getpid, kill_process};
 
 use vhost_device_vfio::config::Config;
-use vhost_device_vfio::control::{Hooks, Lines, Personality, Subject};
+use vhost_device_vfio::control::{Hooks, Lines, PermitFn, Personality, Subject};
 use vhost_device_vfio::local_server::{Admission, LocalAddress, LocalListener, LocalServer};
 use vhost_device_vfio::metrics::Http;
 use vhost_device_vfio::service_manager::{self, Passed};
 use vhost_device_vfio::socket::{Access, SocketMode};
+use vhost_device_vfio::vhost_user::Succession;
 
 use super::logging;
 
@@ -133,12 +134,29 @@ impl Operator {
 }
 
 /// What an operator may ask of the program itself.
-pub(crate) fn hooks(personality: Personality) -> Hooks {
+pub(crate) fn hooks(personality: Personality, succession: &Succession) -> Hooks {
     let start_successor = move || match personality {
         Personality::VhostUserBlk => kill_process(getpid(), Signal::USR2).map_err(|errno| format!("SIGUSR2: {errno}")),
         Personality::VfioUser => Err("a whole function is not handed over".into()),
     };
-    Hooks { set_log_level: Box::new(logging::set_level), start_successor: Box::new(start_successor) }
+    let (set_log_level, start_successor) = (Box::new(logging::set_level), Box::new(start_successor));
+    Hooks { set_log_level, start_successor, permit_successor: permit(personality, succession.clone()) }
+}
+
+fn permit(personality: Personality, succession: Succession) -> PermitFn {
+    Box::new(move |permission| {
+        if personality == Personality::VfioUser {
+            return Err("a whole function changes its front-end only after the one before has left".into());
+        }
+        match permission {
+            Some(kvm_socket) => {
+                log::info!("the operator lets the next front-end wait while this one is served");
+                succession.allow_once(kvm_socket);
+            }
+            None => succession.withdraw(),
+        }
+        Ok(())
+    })
 }
 
 /// Tells the service manager who is served.

@@ -15,6 +15,7 @@ use vhost_device_vfio::sandbox::{self, Role};
 use vhost_device_vfio::service_manager::{self, Heartbeat};
 use vhost_device_vfio::socket::Endpoint;
 use vhost_device_vfio::vfio_user::{EndReason, Server};
+use vhost_device_vfio::vhost_user::Succession;
 
 use super::operator::{Doors, hooks, report_front_ends};
 use super::origin::DeviceSource;
@@ -52,7 +53,8 @@ pub(crate) fn serve(
     server.beat(Heartbeat::wanted(false).context("watchdog of the service manager")?);
     report_front_ends(&board, &name, decide(&facts).word());
     let named = (Personality::VfioUser, name.clone());
-    let subject = Arc::new(Subject::new(named, facts, board, space, None, hooks(Personality::VfioUser)));
+    let subject =
+        Arc::new(Subject::new(named, facts, board, space, None, hooks(Personality::VfioUser, &Succession::default())));
     let operator = doors.serve(&subject)?;
     log::info!("serving {name}, the whole function, over vfio-user");
     sandbox::enter(Role::Control);

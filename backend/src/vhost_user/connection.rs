@@ -96,9 +96,15 @@ pub(super) struct Connection<'d> {
 
 impl<'d> Connection<'d> {
     pub(super) fn new(socket: UnixStream, device: &'d Device, logs: &'d Logs) -> io::Result<Self> {
+        let peer = Peer::of(&socket)?;
+        Self::of(socket, Session::new(device, logs, peer))
+    }
+
+    /// A front-end whose session has begun.
+    pub(super) fn of(socket: UnixStream, session: Session<'d>) -> io::Result<Self> {
         // The codec requires a blocking socket. An inherited one may be non-blocking.
         socket.set_nonblocking(false)?;
-        let session = Arc::new(Mutex::new(Session::new(device, logs, Peer::of(&socket)?)));
+        let session = Arc::new(Mutex::new(session));
         let codec = BackendReqHandler::from_stream(socket.try_clone()?, Arc::clone(&session));
         Ok(Self { socket, session, codec })
     }

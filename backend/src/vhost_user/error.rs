@@ -97,6 +97,12 @@ pub enum Error {
     /// SET_CONFIG of anything but `writeback`, or with a value other than 0 or 1.
     #[error("SET_CONFIG: only writeback can be written, with 0 or 1")]
     ReadOnlyConfig,
+    /// The message would affect the guest of the front-end that is served.
+    #[error("{request} from a front-end that waits while another one is served")]
+    NotServedYet {
+        /// The name of the request.
+        request: &'static str,
+    },
     /// There is no such virtqueue.
     #[error("virtqueue {index} does not exist, there are {queues}; give the device num-queues={queues} or fewer")]
     NoSuchRing {

@@ -27,7 +27,10 @@ const FASTER: &str = "prealloc=on lets QEMU touch its memory before, and hugetlb
 /// The memory of the current front-end.
 pub(super) struct GuestMemory<'d> {
     engine: &'d Engine,
-    space: &'d dyn AddressSpace,
+    /// That of the device, or the second one while another front-end is served.
+    space: Arc<dyn AddressSpace>,
+    /// The workers use this memory, and no other.
+    published: bool,
     slice: IovaSlice,
     log: &'d SharedLog,
     table: Arc<MemTable>,
@@ -41,8 +44,17 @@ enum Step {
 
 impl<'d> GuestMemory<'d> {
     pub(super) fn new(device: &'d Device, log: &'d SharedLog) -> Self {
-        let Device { engine, space, slice, .. } = device;
-        Self { engine, space: &**space, slice: *slice, log, table: Arc::default() }
+        Self::mapped_in(Arc::clone(&device.space), device, log)
+    }
+
+    /// The memory of a front-end that waits while another is served. It is mapped in `second`.
+    pub(super) fn of_next(second: Arc<dyn AddressSpace>, device: &'d Device, log: &'d SharedLog) -> Self {
+        Self { published: false, ..Self::mapped_in(second, device, log) }
+    }
+
+    fn mapped_in(space: Arc<dyn AddressSpace>, device: &'d Device, log: &'d SharedLog) -> Self {
+        let Device { engine, slice, .. } = device;
+        Self { engine, space, published: true, slice: *slice, log, table: Arc::default() }
     }
 
     fn map(&self, spec: RegionSpec) -> Result<Arc<Region>, Error> {
@@ -94,14 +106,42 @@ impl<'d> GuestMemory<'d> {
     }
 
     fn publish(&mut self, table: Arc<MemTable>) {
-        self.engine.publish(Arc::clone(&table));
+        if self.published {
+            self.engine.publish(Arc::clone(&table));
+        }
         self.table = table;
+    }
+
+    fn remove_from_workers(&self, table: Arc<MemTable>, removed: &[Span<Gpa>]) -> Result<(), Error> {
+        if self.published { Ok(self.engine.remove_memory(table, removed)?) } else { Ok(()) }
+    }
+
+    /// Lets `next`, which is mapped in the space `second`, be what the device uses instead of this memory. `exchange` exchanges the
+    /// two spaces. The device must be idle, and no ring may run.
+    ///
+    /// # Errors
+    /// Nothing has changed.
+    pub(super) fn give_way(
+        &mut self,
+        next: &mut Self,
+        exchange: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let all: Vec<Span<Gpa>> = self.table.regions().iter().map(|region| region.gpa()).collect();
+        self.remove_from_workers(Arc::default(), &all)?;
+        if let Err(error) = exchange() {
+            self.publish(Arc::clone(&self.table));
+            return Err(error);
+        }
+        std::mem::swap(&mut self.space, &mut next.space);
+        std::mem::swap(&mut self.published, &mut next.published);
+        next.publish(Arc::clone(&next.table));
+        Ok(())
     }
 
     fn change(&self, plan: &Plan, added: &[Arc<Region>], done: &mut Vec<Step>) -> Result<(), Error> {
         if !plan.remove.is_empty() {
             let removed: Vec<Span<Gpa>> = plan.remove.iter().map(|region| region.gpa()).collect();
-            self.engine.remove_memory(Arc::new(plan.table(&[])?), &removed)?;
+            self.remove_from_workers(Arc::new(plan.table(&[])?), &removed)?;
         }
         for region in &plan.remove {
             self.unmap(region)?;
@@ -179,14 +219,14 @@ impl<'d> GuestMemory<'d> {
             return Ok(());
         }
         let removed: Vec<Span<Gpa>> = table.regions().iter().map(|region| region.gpa()).collect();
-        let drained = self.engine.remove_memory(Arc::default(), &removed);
+        let drained = self.remove_from_workers(Arc::default(), &removed);
         for region in table.regions() {
             match self.unmap(region) {
                 Ok(()) => self.log.info(|| format!("region {} unmapped; {} KiB in all", region.gpa(), self.kib())),
                 Err(error) => self.log.error(|| format!("region {} stays mapped: {error}", region.gpa())),
             }
         }
-        Ok(drained?)
+        drained
     }
 }
 

@@ -87,6 +87,9 @@ impl Owner for Session<'_, '_> {
     type Session = (Description, Outgoing);
 
     fn drain(&mut self) -> Result<(), String> {
+        if self.control.next.is_some() {
+            return Err("a front-end waits to take the place of the one that is served".into());
+        }
         self.function.check()?;
         self.paused_at = monotonic_ns();
         let held = self.control.device.engine.hold(DRAIN_LIMIT).map_err(|error| error.to_string())?;

@@ -24,6 +24,9 @@ mod logs;
 mod server;
 mod session;
 mod stored;
+mod succession;
+#[cfg(test)]
+mod tests;
 mod vring;
 
 use std::sync::Arc;
@@ -34,6 +37,7 @@ pub use error::Error;
 pub use features::{ProtocolFeatures, VirtioFeatures};
 pub use hand_over::{HandOver, Inheritance, MovableFunction, OpenStoreFn, SettleFn, monotonic_ns};
 pub use server::Server;
+pub use succession::Succession;
 
 use crate::addr::IovaSlice;
 use crate::engine::Engine;

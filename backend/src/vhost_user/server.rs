@@ -4,12 +4,14 @@
 //! ```text
 //!             front-end connects         it disconnects, or is disconnected
 //!  Waiting ────────────────────────▶ Serving ────────────────────────▶ Waiting …
-//!     │                                 │   any other front-end is rejected meanwhile
+//!     │                                 │   any other front-end is rejected meanwhile, or waits to take its place (`next.rs`)
 //!     └──────────── stop ───────────────┴──▶ end: vrings drained, memory unmapped
 //! ```
 
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+mod front_ends;
+mod next;
+
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,11 +21,13 @@ use super::config_notifier::ConfigNotifier;
 use super::connection::{Connection, Progress};
 use super::hand_over::{HandOver, Inheritance};
 use super::logs::Logs;
+use super::succession::Succession;
 use super::{Device, Error};
 use crate::board::Board;
 use crate::service_manager::{FdStore, Heartbeat};
-use crate::socket::{Endpoint, Listener, Peer, Socket};
+use crate::socket::{Endpoint, Listener, Socket};
 use crate::sys::Poller;
+use next::{Downtime, Former, Next};
 
 const STOP: u64 = 0;
 const LISTENER: u64 = 1;
@@ -33,9 +37,7 @@ const SHIM: u64 = 4;
 const RELEASED: u64 = 5;
 const SUCCESSOR: u64 = 6;
 const HEARTBEAT: u64 = 7;
-
-/// Pause after a failed `accept`. The listening socket stays readable, and the lack of descriptors or memory may persist.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const NEXT: u64 = 8;
 
 /// Serves one device to one front-end at a time.
 pub struct Server {
@@ -50,6 +52,7 @@ pub struct Server {
     /// The process that has taken the session.
     successor: Option<u32>,
     store: Option<FdStore>,
+    succession: Succession,
 }
 
 /// The sources of events that are ready.
@@ -62,6 +65,7 @@ struct Ready {
     shim: bool,
     released: bool,
     successor: bool,
+    next: bool,
 }
 
 impl Server {
@@ -81,6 +85,7 @@ impl Server {
             hand_over: None,
             successor: None,
             store: None,
+            succession: Succession::default(),
         })
     }
 
@@ -103,6 +108,11 @@ impl Server {
     /// Lets another process take the session. [`Self::successor`] tells whether one has.
     pub fn allow_hand_over(&mut self, hand_over: HandOver) {
         self.hand_over = Some(hand_over);
+    }
+
+    /// Lets a front-end wait while another one is served, as far as `succession` permits.
+    pub fn allow_succession(&mut self, succession: &Succession) {
+        self.succession = succession.clone();
     }
 
     /// The process that has taken the session. Nothing of it may be touched any more: this process must end without dropping the
@@ -142,7 +152,8 @@ impl Server {
         if let Some(hand_over) = &self.hand_over {
             poller.add(hand_over.applicants.event(), SUCCESSOR).map_err(Error::system("epoll_ctl"))?;
         }
-        let Self { endpoint, device, config_change, logs, board, heartbeat, hand_over, successor, store } = self;
+        let Self { endpoint, device, config_change, logs, board, heartbeat, hand_over, successor, store, succession } =
+            self;
         let (connection, pending, hand_over) = (None, false, hand_over.take());
         let mut control = ControlLoop {
             endpoint,
@@ -157,6 +168,10 @@ impl Server {
             hand_over,
             successor,
             store,
+            succession,
+            next: None,
+            downtime: None,
+            former: None,
         };
         let served = control.serve(inheritance);
         // Its socket file is not removed before the server is dropped, which it is not if the session was handed over.
@@ -193,6 +208,12 @@ pub(super) struct ControlLoop<'d> {
     /// See [`Server::successor`].
     successor: &'d mut Option<u32>,
     pub(super) store: &'d mut Option<FdStore>,
+    succession: &'d Succession,
+    /// The front-end that waits.
+    pub(super) next: Option<Next<'d>>,
+    downtime: Option<Downtime>,
+    /// The front-end that has given way to the one that is served.
+    former: Option<Former<'d>>,
 }
 
 impl ControlLoop<'_> {
@@ -252,12 +273,18 @@ impl ControlLoop<'_> {
 
     /// Leaves the session to the next process if the service manager keeps it, else ends it.
     fn stop(&mut self) -> Result<(), Error> {
+        self.send_next_away("stopping")?;
+        self.end_former()?;
         if self.leave_stored()? { Ok(()) } else { self.disconnect("stopping") }
     }
 
     /// Hears successors. True if one has taken the session.
     fn is_handed_over(&mut self, ready: &Ready) -> bool {
         if ready.successor {
+            // The address space moves with guest memory of one front-end.
+            if let Err(error) = self.end_former() {
+                self.logs.connections.error(|| error.to_string());
+            }
             *self.successor = self.hear_successors();
         }
         self.successor.is_some()
@@ -265,7 +292,7 @@ impl ControlLoop<'_> {
 
     fn wait(&mut self) -> Result<Ready, Error> {
         let mut ready = Ready::default();
-        let timeout = if self.pending { Some(Duration::ZERO) } else { self.until_discard_check() };
+        let timeout = if self.is_pending() { Some(Duration::ZERO) } else { self.until_next_check() };
         let mark = |event: crate::sys::Event| match event.token {
             STOP => ready.stop = true,
             LISTENER => ready.listener = true,
@@ -273,6 +300,7 @@ impl ControlLoop<'_> {
             SHIM => ready.shim = true,
             RELEASED => ready.released = true,
             SUCCESSOR => ready.successor = true,
+            NEXT => ready.next = true,
             HEARTBEAT => self.heartbeat.iter().for_each(Heartbeat::beat),
             _ => ready.front_end = true,
         };
@@ -280,8 +308,11 @@ impl ControlLoop<'_> {
         Ok(ready)
     }
 
-    /// Time until the next check for discarded memory; `None` if there is none.
-    fn until_discard_check(&self) -> Option<Duration> {
+    /// Time until the next check for discarded memory, or of the downtime; `None` if there is none.
+    fn until_next_check(&self) -> Option<Duration> {
+        if self.downtime.is_some() {
+            return Some(Downtime::INTERVAL);
+        }
         let next = self.connection.as_ref()?.session().next_discard_check()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
@@ -292,8 +323,12 @@ impl ControlLoop<'_> {
             if let Some(connection) = &self.connection {
                 connection.session().config_changed();
             }
+            if let Some(next) = &self.next {
+                next.config_changed();
+            }
         }
         self.serve_message(ready)?;
+        self.serve_next(ready)?;
         self.update_vmm(ready)
     }
 
@@ -302,6 +337,9 @@ impl ControlLoop<'_> {
         if ready.released {
             self.poller.remove(self.device.engine.released()).map_err(Error::system("epoll_ctl"))?;
             self.device.vmm.release();
+            if self.device.vmm.registers() {
+                self.send_next_away("the host keeps the device")?;
+            }
         }
         let Some(connection) = &self.connection else { return Ok(()) };
         let front_end_exits = ready.shim && connection.hangs_up_soon();
@@ -339,55 +377,5 @@ impl ControlLoop<'_> {
             Err(error) => self.disconnect(&error.to_string())?,
         }
         Ok(())
-    }
-
-    /// Accepts the next front-end, and rejects it if another one is connected.
-    fn accept(&mut self, listener: &Listener) -> Result<(), Error> {
-        let socket = match listener.accept() {
-            Ok(Some(socket)) => socket,
-            Ok(None) => return Ok(()),
-            Err(error) => {
-                self.logs.rejections.error(|| format!("accept: {error}"));
-                std::thread::sleep(ACCEPT_PAUSE);
-                return Ok(());
-            }
-        };
-        let Some(connection) = &self.connection else { return self.adopt(socket) };
-        self.logs.rejections.warn(|| {
-            let peer = Peer::of(&socket).map_or_else(|error| error.to_string(), |peer| peer.to_string());
-            format!("sent {peer} away: this device is being used by {}", connection.session().peer())
-        });
-        Ok(())
-    }
-
-    fn adopt(&mut self, socket: UnixStream) -> Result<(), Error> {
-        let connection =
-            Connection::new(socket, self.device, self.logs).map_err(Error::system("set up a connection"))?;
-        self.logs.connections.info(|| format!("front-end connected: {}", connection.session().peer()));
-        self.board.post_front_end(connection.session().peer());
-        self.poller.add_edge(connection.socket().as_fd(), FRONT_END).map_err(Error::system("epoll_ctl"))?;
-        self.connection = Some(connection);
-        self.pending = true;
-        Ok(())
-    }
-
-    /// Drains the vrings, unmaps guest memory and closes the socket.
-    pub(super) fn disconnect(&mut self, reason: &str) -> Result<(), Error> {
-        let Some(connection) = self.connection.take() else { return Ok(()) };
-        self.pending = false;
-        let start = Instant::now();
-        self.poller.remove(connection.socket().as_fd()).map_err(Error::system("epoll_ctl"))?;
-        let mut session = connection.session();
-        let closed = session.close();
-        let took = start.elapsed().as_millis();
-        self.logs.connections.info(|| {
-            let peer = session.peer();
-            format!("front-end disconnected: {peer}: {reason}; rings stopped, memory unmapped in {took} ms")
-        });
-        self.board.clear_front_end();
-        if let Some(store) = self.store {
-            store.clear();
-        }
-        closed
     }
 }

@@ -9,10 +9,13 @@ mod handed_over;
 mod inflight;
 mod memory;
 mod negotiation;
+mod rings;
+mod succession;
 mod vmm;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
@@ -23,14 +26,13 @@ use vhost::vhost_user::{GpuBackend, VhostUserBackendReqHandlerMut};
 
 use super::backend_channel::BackendChannel;
 use super::dirty_log::LogSetup;
-use super::features::{Names, ProtocolFeatures, VirtioFeatures};
+use super::features::{ProtocolFeatures, VirtioFeatures};
 use super::guest_memory::GuestMemory;
 use super::inflight::InflightRegions;
 use super::logs::Logs;
-use super::vring::{Addresses, Vring, VringContext};
+use super::vring::{Addresses, Vring};
 use super::{Device, Error, config};
 use crate::addr::{Gpa, Qva};
-use crate::engine::Layout;
 use crate::kvm::{DiscardMonitor, ShimLink};
 use crate::memory::MemTable;
 use crate::socket::Peer;
@@ -60,6 +62,10 @@ pub(super) struct Session<'d> {
     /// The engine marks pages.
     is_logging: bool,
     rings: Vec<Vring>,
+    /// No other front-end is served, so rings may run. See `succession.rs`.
+    is_served: bool,
+    /// When the last ring that ran has stopped.
+    stopped_at: Option<Instant>,
     /// The negotiated features have been logged.
     features_logged: bool,
     channel: Option<BackendChannel>,
@@ -87,6 +93,8 @@ impl<'d> Session<'d> {
             log: LogSetup::default(),
             is_logging: false,
             rings: (0..usize::from(device.queues)).map(Vring::new).collect(),
+            is_served: true,
+            stopped_at: None,
             features_logged: false,
             channel: None,
             shim,
@@ -159,9 +167,7 @@ impl<'d> Session<'d> {
         self.features = None;
         self.inflight = None;
         let engine = &self.device.engine;
-        let stopped = self.rings.iter_mut().map(|ring| ring.reset(engine)).fold(Ok(()), Result::and);
-        self.drop_unused_log();
-        stopped
+        self.stopping_rings(|session| session.rings.iter_mut().map(|ring| ring.reset(engine)).fold(Ok(()), Result::and))
     }
 
     /// Logs and counts a refusal. Returns its reason, or [`Error::TooManyRefusals`].
@@ -177,40 +183,6 @@ impl<'d> Session<'d> {
             self.refusal = Some(self.count_refusal(error));
             vhost::vhost_user::Error::ReqHandlerError(std::io::Error::from(std::io::ErrorKind::InvalidInput))
         })
-    }
-
-    fn ring(&mut self, index: u32) -> Result<&mut Vring, Error> {
-        let queues = self.device.queues;
-        let position = usize::try_from(index).ok();
-        position.and_then(|index| self.rings.get_mut(index)).ok_or(Error::NoSuchRing { index, queues })
-    }
-
-    /// Applies a message to a vring, and starts the vring if it can run now.
-    fn set_up_ring(&mut self, index: u32, change: impl FnOnce(&mut Vring) -> Result<(), Error>) -> Result<(), Error> {
-        change(self.ring(index)?)?;
-        let (engine, table, inflight) = (&self.device.engine, self.memory.table(), self.inflight.as_ref());
-        let log = self.log.log.as_deref();
-        let context = VringContext { engine, table, inflight, log, features: self.features };
-        let position = usize::try_from(index).expect("`ring` has checked the index");
-        if self.rings[position].start(context)? && !std::mem::replace(&mut self.features_logged, true) {
-            let (virtio, protocol) = (Names(self.features.unwrap_or_default()), Names(self.protocol));
-            self.logs.connections.info(|| format!("{}: virtio {virtio}; protocol {protocol}", self.peer));
-        }
-        self.tell_of_missing_log(position);
-        Ok(())
-    }
-
-    /// Starts every vring that can run now.
-    fn start_rings(&mut self) {
-        let (engine, table, inflight) = (&self.device.engine, self.memory.table(), self.inflight.as_ref());
-        let log = self.log.log.as_deref();
-        let context = VringContext { engine, table, inflight, log, features: self.features };
-        for ring in &mut self.rings {
-            // Not an error of this message. The next message about the vring reports it.
-            if let Err(error) = ring.start(context) {
-                log::debug!("{error}");
-            }
-        }
     }
 
     fn not_implemented<T>(&mut self, message: &'static str) -> HandlerResult<T> {
@@ -281,11 +253,8 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     }
 
     fn get_vring_base(&mut self, index: u32) -> HandlerResult<VhostUserVringState> {
-        let engine = &self.device.engine;
-        let first = self.layout().unwrap_or(Layout::Split).first_base();
-        let base = self.ring(index).and_then(|ring| ring.stop(engine));
-        self.drop_unused_log();
-        self.answer(base).map(|base| VhostUserVringState::new(index, base.unwrap_or(first)))
+        let base = self.stop_ring(index);
+        self.answer(base).map(|base| VhostUserVringState::new(index, base))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> HandlerResult<()> {
@@ -335,7 +304,7 @@ impl VhostUserBackendReqHandlerMut for Session<'_> {
     }
 
     fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> HandlerResult<()> {
-        let result = config::write(&self.device.engine, offset, bytes);
+        let result = self.require_served("SET_CONFIG").and_then(|()| config::write(&self.device.engine, offset, bytes));
         self.answer(result)
     }
 

@@ -292,6 +292,13 @@ impl Vring {
         Ok(true)
     }
 
+    /// True if the vring is complete, enabled and in `table`, and does not run.
+    pub(super) fn could_start(&self, features: VirtioFeatures, table: &MemTable) -> bool {
+        let State::Complete(complete) = &self.state else { return false };
+        let enabled = self.enabled || !features.contains(VirtioFeatures::PROTOCOL_FEATURES);
+        enabled && complete.areas(self.index, features.layout(), table).is_ok()
+    }
+
     /// Drains and stops the vring if any part of it lies in `removed`. It stays complete, and starts again once its memory
     /// is back.
     pub(super) fn suspend(&mut self, engine: &Engine, removed: &[Span<Gpa>], log: &SharedLog) -> Result<(), Error> {

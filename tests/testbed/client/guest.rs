@@ -3,6 +3,7 @@
 //! tells the new server of those that are in the rings already.
 
 mod log;
+mod next;
 
 use std::fs::File;
 use std::io::Write;
@@ -20,6 +21,7 @@ use super::ram::Ram;
 use super::{ANSWER_LIMIT, Error, Ring, Shape, negotiate, ring};
 
 pub use log::Copy;
+pub use next::{NextFrontEnd, NextMemory};
 
 /// What the virtual machine does about its requests in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,9 +108,14 @@ impl Guest {
             send_base(&socket, index, ring.base())?;
             ring.run(&mut frontend, index)?;
         }
-        // A closed descriptor leaves the set by itself.
-        self.wake.ctl(ControlOperation::Add, socket.as_raw_fd(), EpollEvent::new(EventSet::READ_HANG_UP, 0))?;
+        self.watch(&socket)?;
         self.link = Some((frontend, socket));
+        Ok(())
+    }
+
+    /// Wakes the guest up when the server closes `socket`. A closed descriptor leaves the set by itself.
+    fn watch(&self, socket: &UnixStream) -> Result<(), Error> {
+        self.wake.ctl(ControlOperation::Add, socket.as_raw_fd(), EpollEvent::new(EventSet::READ_HANG_UP, 0))?;
         Ok(())
     }
 
@@ -161,6 +168,15 @@ impl Guest {
         let (frontend, _) = self.link.as_ref().ok_or("not connected")?;
         (0..self.rings.len()).try_for_each(|index| frontend.get_vring_base(index).map(drop))?;
         Ok(())
+    }
+
+    /// Starts the rings again where [`Self::stop`] has stopped them, over the same connection: QEMU's `cont`.
+    ///
+    /// # Errors
+    /// What the server refused, or that there is none.
+    pub fn start_again(&mut self) -> Result<(), Error> {
+        let (frontend, _) = self.link.as_mut().ok_or("not connected")?;
+        self.rings.iter().enumerate().try_for_each(|(index, ring)| ring.run(frontend, index))
     }
 
     /// The guest resets the device over the connection that it has, and starts it again. Its rings are empty and all of its memory

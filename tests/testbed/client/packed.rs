@@ -44,7 +44,7 @@ impl Position {
 }
 
 pub(super) struct Packed {
-    ram: Ram,
+    pub(super) ram: Ram,
     areas: Areas,
     size: u16,
     event_idx: bool,

@@ -13,7 +13,7 @@ const INDEX: usize = 2;
 const ENTRIES: usize = 4;
 
 pub(super) struct Split {
-    ram: Ram,
+    pub(super) ram: Ram,
     areas: Areas,
     size: u16,
     event_idx: bool,

@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -15,10 +16,14 @@ use super::load::Load;
 /// Time without any completion after which a request counts as lost.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// What is done to the guest between two steps of its load.
+pub(super) type Order = Box<dyn FnOnce(&mut Guest) -> Result<(), Error> + Send>;
+
 /// A running load. The disk must have been empty at its start.
 pub struct Background {
     stop: Arc<AtomicBool>,
     completions: Arc<AtomicU64>,
+    orders: Sender<Order>,
     thread: JoinHandle<Result<Duration, Error>>,
 }
 
@@ -35,15 +40,16 @@ impl Background {
         guest.connect(socket)?;
         let (stop, completions) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, counted) = (Arc::clone(&stop), Arc::clone(&completions));
+        let (orders, received): (_, Receiver<Order>) = channel();
         let thread = std::thread::spawn(move || {
             let mut oracle = Oracle::new(BLOCKS, seed);
             let mut load = Load::new(&mut guest, &mut oracle, PATIENCE);
-            load.run_until_stopped(&stopped, &counted)?;
+            load.run_until_stopped(&stopped, &counted, &received)?;
             let gap = load.longest_gap();
             load.finish()?;
             Ok(gap)
         });
-        Ok(Self { stop, completions, thread })
+        Ok(Self { stop, completions, orders, thread })
     }
 
     /// Waits until `count` more requests have completed, or the load has failed.
@@ -53,6 +59,19 @@ impl Background {
         {
             std::thread::sleep(Duration::from_micros(200));
         }
+    }
+
+    /// Does something to the guest while its load runs, and waits for that. False if the load has failed; [`Self::finish`] says why.
+    pub fn act(&self, act: impl FnOnce(&mut Guest) -> Result<(), Error> + Send + 'static) -> bool {
+        let (done, waits) = channel();
+        let order: Order = Box::new(move |guest| {
+            let result = act(guest);
+            drop(done);
+            result
+        });
+        // Neither side answers: the end of the channel is the answer.
+        self.orders.send(order).is_ok_and(|()| waits.recv() == Err::<(), _>(std::sync::mpsc::RecvError))
+            && !self.is_over()
     }
 
     /// True if it has failed; [`Self::finish`] says why.

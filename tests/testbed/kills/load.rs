@@ -1,10 +1,13 @@
 //! The load: keeps all rings full of the oracle's requests, and sleeps on the calls as a guest does.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use crate::client::{Error, Guest, Ring};
 use crate::oracle::{Oracle, Tag, Wrong};
+
+use super::background::Order;
 
 /// Calls that take longer than this to follow their completion are missing.
 const CALL_LIMIT: Duration = Duration::from_secs(2);
@@ -50,8 +53,16 @@ impl<'a> Load<'a> {
     }
 
     /// Runs until `stop` is set. An error if the program dies before.
-    pub(super) fn run_until_stopped(&mut self, stop: &AtomicBool, completions: &AtomicU64) -> Result<(), Error> {
+    pub(super) fn run_until_stopped(
+        &mut self,
+        stop: &AtomicBool,
+        completions: &AtomicU64,
+        orders: &Receiver<Order>,
+    ) -> Result<(), Error> {
         while !stop.load(Relaxed) {
+            if let Ok(order) = orders.try_recv() {
+                order(self.guest)?;
+            }
             if !self.step(true)? {
                 return Err("the server has disconnected".into());
             }

@@ -1,8 +1,8 @@
 //! Compares the split ring with `virtio-queue` on the same memory: both pop random chains, valid and invalid.
 //!
 //! For valid chains both must agree. `virtio-queue` hides errors: a bad link ends a chain early, a loop is cut after as many
-//! descriptors as the ring has, and it accepts INDIRECT with NEXT and buffers in the wrong order. For invalid chains the oracle
-//! is [`expected_chain`], a simple implementation of the specification.
+//! descriptors as the ring has, a chain of 4 GiB ends before its last buffer, and it accepts INDIRECT with NEXT and buffers in the
+//! wrong order. For these the oracle is [`expected_chain`] alone, a simple implementation of the specification.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -178,7 +178,10 @@ proptest! {
                     let device = |desc: &virtio_queue::desc::split::Descriptor| desc.len() != 0;
                     let oracle: Vec<_> =
                         popped.filter(device).map(|d| (d.addr().0, d.len(), d.is_write_only())).collect();
-                    prop_assert_eq!(&oracle, &expected);
+                    let bytes: u64 = expected.iter().map(|&(_, len, _)| u64::from(len)).sum();
+                    if bytes <= u64::from(u32::MAX) {
+                        prop_assert_eq!(&oracle, &expected);
+                    }
                     prop_assert_eq!(buffers(&chain), expected);
                     prop_assert_eq!(chain.fault(), None);
                 }

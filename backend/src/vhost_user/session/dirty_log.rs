@@ -90,6 +90,9 @@ impl Session<'_> {
 
     /// Tells the engine where to mark pages, or to stop that.
     pub(super) fn apply_log(&mut self) {
+        if !self.is_served {
+            return;
+        }
         let logging = self.log.logging().filter(|_| self.logs_pages());
         if logging.is_some() != std::mem::replace(&mut self.is_logging, logging.is_some()) {
             let does = if self.is_logging { "are logged" } else { "are no longer logged" };

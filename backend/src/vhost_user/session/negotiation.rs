@@ -21,7 +21,9 @@ impl Session<'_> {
         }
         self.check_log_all(acked)?;
         (self.features, self.negotiation.1) = (Some(acked), Some(raw));
-        config::apply_features(&self.device.engine, acked);
+        if self.is_served {
+            config::apply_features(&self.device.engine, acked);
+        }
         self.apply_log();
         self.start_rings();
         Ok(())

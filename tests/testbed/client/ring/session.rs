@@ -14,6 +14,15 @@ impl Ring {
         self.run(frontend, index)
     }
 
+    /// Goes on in a copy of its memory.
+    pub(in crate::client) fn move_to(&mut self, ram: &Ram) {
+        self.ram = ram.clone();
+        match &mut self.layout {
+            Layout::Split(split) => split.ram = ram.clone(),
+            Layout::Packed(packed) => packed.ram = ram.clone(),
+        }
+    }
+
     /// Number of descriptors.
     pub(in crate::client) fn size(&self) -> u16 {
         self.size

@@ -1,0 +1,75 @@
+//! What the messages about vrings do.
+
+use std::time::Instant;
+
+use super::Session;
+use crate::engine::Layout;
+use crate::vhost_user::Error;
+use crate::vhost_user::features::Names;
+use crate::vhost_user::vring::{Vring, VringContext};
+
+impl Session<'_> {
+    pub(super) fn ring(&mut self, index: u32) -> Result<&mut Vring, Error> {
+        let queues = self.device.queues;
+        let position = usize::try_from(index).ok();
+        position.and_then(|index| self.rings.get_mut(index)).ok_or(Error::NoSuchRing { index, queues })
+    }
+
+    /// Applies a message to a vring, and starts the vring if it can run now.
+    pub(super) fn set_up_ring(
+        &mut self,
+        index: u32,
+        change: impl FnOnce(&mut Vring) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        change(self.ring(index)?)?;
+        if !self.is_served {
+            return Ok(());
+        }
+        let (engine, table, inflight) = (&self.device.engine, self.memory.table(), self.inflight.as_ref());
+        let log = self.log.log.as_deref();
+        let context = VringContext { engine, table, inflight, log, features: self.features };
+        let position = usize::try_from(index).expect("`ring` has checked the index");
+        if self.rings[position].start(context)? && !std::mem::replace(&mut self.features_logged, true) {
+            let (virtio, protocol) = (Names(self.features.unwrap_or_default()), Names(self.protocol));
+            self.logs.connections.info(|| format!("{}: virtio {virtio}; protocol {protocol}", self.peer));
+        }
+        self.tell_of_missing_log(position);
+        Ok(())
+    }
+
+    /// Starts every vring that can run now.
+    pub(super) fn start_rings(&mut self) {
+        if !self.is_served {
+            return;
+        }
+        let (engine, table, inflight) = (&self.device.engine, self.memory.table(), self.inflight.as_ref());
+        let log = self.log.log.as_deref();
+        let context = VringContext { engine, table, inflight, log, features: self.features };
+        for ring in &mut self.rings {
+            // Not an error of this message. The next message about the vring reports it.
+            if let Err(error) = ring.start(context) {
+                log::debug!("{error}");
+            }
+        }
+    }
+
+    /// GET_VRING_BASE.
+    pub(super) fn stop_ring(&mut self, index: u32) -> Result<u32, Error> {
+        let engine = &self.device.engine;
+        let first = self.layout().unwrap_or(Layout::Split).first_base();
+        let base = self.stopping_rings(|session| session.ring(index).and_then(|ring| ring.stop(engine)));
+        Ok(base?.unwrap_or(first))
+    }
+
+    /// Does `stop`, which stops one or more vrings, and what follows from it.
+    pub(super) fn stopping_rings<T>(&mut self, stop: impl FnOnce(&mut Self) -> T) -> T {
+        let runs = |session: &Self| session.rings.iter().any(Vring::is_running);
+        let ran = runs(self);
+        let result = stop(self);
+        self.drop_unused_log();
+        if ran && !runs(self) {
+            self.stopped_at = Some(Instant::now());
+        }
+        result
+    }
+}

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# minutes: 1.5
+# A guest of stock QEMU moves to another QEMU on the same machine under a load that checks itself, and the backend stays: the second
+# QEMU connects while the first is served. QEMU runs under TCG, directly on this machine, with the emulated drive. CHANGES says how
+# often for each layout of rings.
+# shellcheck disable=SC2317 # functions are called by name, through claim
+set -u
+
+cd "$(dirname "$0")/../.." || exit
+TESTBED_ROOT=$PWD
+TESTBED_DIR=$TESTBED_ROOT/tests/testbed
+# shellcheck source=tests/testbed/lib.sh
+. "$TESTBED_DIR/lib.sh"
+# shellcheck source=tests/testbed/kernel.sh
+. "$TESTBED_DIR/kernel.sh"
+# shellcheck source=tests/testbed/image.sh
+. "$TESTBED_DIR/image.sh"
+# shellcheck source=tests/testbed/claims.sh
+. "$TESTBED_DIR/claims.sh"
+
+CHANGES=${CHANGES:-2}
+WORK=$(mktemp -d)
+MIGRATION=$WORK/migration.sock
+# shellcheck source=tests/testbed/native_load.sh
+. "$TESTBED_DIR/native_load.sh"
+echo guest-0 >"$WORK/name"
+
+# Each claim runs in a shell of its own.
+now() { GUEST=$(<"$WORK/name"); }
+boots() { now && guest_boots_with_load "$1"; }
+
+# changed_to_next LAYOUT: the guest goes on in the next QEMU, which has connected before.
+changed_to_next() {
+    local waits turns next starting
+    now
+    waits=$(grep -c 'front-end waits for its turn' "$WORK/backend.log" || true)
+    turns=$(grep -c 'has its turn' "$WORK/backend.log" || true)
+    next=guest-$((${GUEST#guest-} + 1))
+    (GUEST=$next && start --incoming "unix:$MIGRATION" --blk "packed=$1") &
+    starting=$!
+    within 60 more_than "$waits" 'front-end waits for its turn' || return
+    within 60 test -S "$MIGRATION" || return
+    the_guest qmp migrate-set-parameters '{"max-bandwidth":400000000,"downtime-limit":400}'
+    the_guest qmp migrate "{\"uri\":\"unix:$MIGRATION\"}"
+    within 120 migration_is completed || { the_guest qmp query-migrate; return 1; }
+    the_guest qmp query-migrate | tr ',' '\n' | sed -n 's/.*"\(downtime\|total-time\)": \([0-9]*\).*/# QEMU: \1 \2 ms/p'
+    wait "$starting" || return
+    within 60 more_than "$turns" 'has its turn' || return
+    the_guest qmp quit
+    the_guest wait
+    echo "$next" >"$WORK/name"
+    now
+    progresses
+}
+more_than() { [[ $(grep -c "$2" "$WORK/backend.log") -gt $1 ]]; }
+changed_several_times() {
+    local n
+    for ((n = 0; n < CHANGES; n++)); do changed_to_next "$1" || return; done
+}
+# The second QEMU is killed while the first one still runs, and then the guest moves to a third.
+first_goes_on() {
+    local waits before
+    now
+    waits=$(grep -c 'front-end waits for its turn' "$WORK/backend.log" || true)
+    before=$(grep -c 'it has not had its turn' "$WORK/backend.log" || true)
+    (GUEST=guest-999 && start --incoming "unix:$MIGRATION" --blk "packed=$1") >/dev/null 2>&1 &
+    within 60 more_than "$waits" 'front-end waits for its turn' || return
+    guest --name guest-999 kill
+    within 20 more_than "$before" 'it has not had its turn' || return
+    wait
+    progresses
+}
+right() { now && data_are_right; }
+downtimes() { sed -n 's/.*\(moved to its memory.*\|downtime .*\)/# \1/p' "$WORK/backend.log"; }
+
+prepare_guest
+claim "the backend starts" backend_starts --successor
+for packed in off on; do
+    claim "a guest runs a load, packed=$packed" boots "$packed"
+    claim "a second QEMU that dies while it waits changes nothing" first_goes_on "$packed"
+    claim "it moves to another QEMU $CHANGES times" changed_several_times "$packed"
+    claim "all data that it has read are right" right
+done
+downtimes
+claim "the backend ends without errors" backend_ends
+finished
