@@ -29,52 +29,57 @@ echo guest-0 >"$WORK/name"
 now() { GUEST=$(<"$WORK/name"); }
 boots() { now && guest_boots_with_load "$1"; }
 
+# The log is limited, so its lines cannot be counted.
+status() { "$BACKEND" ctl --socket "$WORK/control" --json status; }
+served() { status | sed -n 's/.*"front_ends_served": *\([0-9]*\).*/\1/p'; }
+more_were_served() { [[ $(served) -gt $1 ]]; }
+somebody_waits() { status | grep -q '"next_front_end": *"'; }
+nobody_waits() { status | grep -q '"next_front_end": *null'; }
+
 # changed_to_next LAYOUT: the guest goes on in the next QEMU, which has connected before.
 changed_to_next() {
-    local waits turns next starting
+    local before next starting
     now
-    waits=$(grep -c 'front-end waits for its turn' "$WORK/backend.log" || true)
-    turns=$(grep -c 'has its turn' "$WORK/backend.log" || true)
+    before=$(served)
     next=guest-$((${GUEST#guest-} + 1))
     (GUEST=$next && start --incoming "unix:$MIGRATION" --blk "packed=$1") &
     starting=$!
-    within 60 more_than "$waits" 'front-end waits for its turn' || return
+    within 60 somebody_waits || return
     within 60 test -S "$MIGRATION" || return
     the_guest qmp migrate-set-parameters '{"max-bandwidth":400000000,"downtime-limit":400}'
     the_guest qmp migrate "{\"uri\":\"unix:$MIGRATION\"}"
     within 120 migration_is completed || { the_guest qmp query-migrate; return 1; }
     the_guest qmp query-migrate | tr ',' '\n' | sed -n 's/.*"\(downtime\|total-time\)": \([0-9]*\).*/# QEMU: \1 \2 ms/p'
     wait "$starting" || return
-    within 60 more_than "$turns" 'has its turn' || return
+    within 60 more_were_served "$before" || return
     the_guest qmp quit
     the_guest wait
     echo "$next" >"$WORK/name"
     now
     progresses
 }
-more_than() { [[ $(grep -c "$2" "$WORK/backend.log") -gt $1 ]]; }
 changed_several_times() {
     local n
     for ((n = 0; n < CHANGES; n++)); do changed_to_next "$1" || return; done
 }
 # The second QEMU is killed while the first one still runs, and then the guest moves to a third.
 first_goes_on() {
-    local waits before
+    local before
     now
-    waits=$(grep -c 'front-end waits for its turn' "$WORK/backend.log" || true)
-    before=$(grep -c 'it has not had its turn' "$WORK/backend.log" || true)
+    before=$(served)
     (GUEST=guest-999 && start --incoming "unix:$MIGRATION" --blk "packed=$1") >/dev/null 2>&1 &
-    within 60 more_than "$waits" 'front-end waits for its turn' || return
+    within 60 somebody_waits || return
     guest --name guest-999 kill
-    within 20 more_than "$before" 'it has not had its turn' || return
+    within 20 nobody_waits || return
     wait
     progresses
+    equal "$before" "$(served)" "front-ends served"
 }
 right() { now && data_are_right; }
 downtimes() { sed -n 's/.*\(moved to its memory.*\|downtime .*\)/# \1/p' "$WORK/backend.log"; }
 
 prepare_guest
-claim "the backend starts" backend_starts --successor
+claim "the backend starts" backend_starts --successor --control "$WORK/control"
 for packed in off on; do
     claim "a guest runs a load, packed=$packed" boots "$packed"
     claim "a second QEMU that dies while it waits changes nothing" first_goes_on "$packed"
