@@ -113,8 +113,9 @@ const FCNTL: &[u64] = &[
 ];
 /// Names of threads, and of anonymous memory (glibc).
 const PRCTL: &[u64] = &[bits(libc::PR_GET_NAME), bits(libc::PR_SET_NAME), 0x5356_4d41];
-/// Their handlers set the default action; `abort` that of SIGABRT.
-const SIGNALS: &[u64] = &[bits(libc::SIGBUS), bits(libc::SIGSYS), bits(libc::SIGABRT), bits(libc::SIGSEGV)];
+/// Their handlers set the default action; `abort` that of SIGABRT. The last one is glibc's own (SIGSETXID), whose handler is set
+/// when the first thread is started: with a whole function that is the first flush of memory.
+const SIGNALS: &[u64] = &[bits(libc::SIGBUS), bits(libc::SIGSYS), bits(libc::SIGABRT), bits(libc::SIGSEGV), 33];
 
 /// `VFIO_DEVICE_SET_IRQS`: unmasks INTx.
 const WORKER_IOCTLS: &[u64] = &[vfio(10)];
