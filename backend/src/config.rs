@@ -67,6 +67,9 @@ pub struct Config {
     /// The namespace to serve [default: the only one]; several, each with a --socket-path, are disks of their own (see below)
     #[arg(long, value_name = "NSID")]
     pub namespace: Vec<u32>,
+    /// Serve no other disk than the one with this serial number, NGUID or EUI64 (see ctl identify)
+    #[arg(long, value_name = "ID", conflicts_with = "vfio_user")]
+    pub expect_disk: Option<String>,
     /// Number of virtqueues of each socket; they are shared among one worker per NVMe queue [default: one per CPU]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub queues: Option<u16>,

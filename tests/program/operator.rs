@@ -12,6 +12,23 @@ use crate::process::{Output, PROGRAM, Process};
 
 const CONTROL: [&str; 2] = ["--control", "DIR/control"];
 
+#[test]
+fn a_disk_that_is_not_the_expected_one_is_refused_by_its_identity() {
+    let mut process =
+        Process::serve_with("size=1M,serial=RIGHT", &["--control", "DIR/control", "--expect-disk", "RIGHT"]);
+    let identity = ctl(&process, &["identify"]).unwrap();
+    let identifier = identity["eui64"].as_str().filter(|id| !id.is_empty()).unwrap_or("RIGHT").to_owned();
+    assert!(process.stop().status.success());
+
+    let device = ["--socket-path", "DIR/socket", "--device", "emulated:size=1M,serial=WRONG"];
+    let refused = Process::run(&[&device[..], &["--expect-disk", "RIGHT"]].concat());
+    let mut again = Process::serve_with("size=1M,serial=RIGHT", &["--expect-disk", &identifier]);
+
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(refused.log.contains("--expect-disk RIGHT, found another disk: serial WRONG"), "{}", refused.log);
+    assert!(again.stop().status.success());
+}
+
 /// Runs `ctl` and returns its result, or its error.
 pub(crate) fn ctl(process: &Process, words: &[&str]) -> Result<Value, String> {
     let socket = process.path("control").display().to_string();

@@ -34,6 +34,7 @@ pub(super) fn problem(config: &Config) -> Option<String> {
         (config.handover_socket.is_some(), "--handover-socket", "one session can be handed over, not several"),
         (config.control.is_some(), "--control", "it shows one disk, not several"),
         (config.metrics.is_some(), "--metrics", "they are of one disk, not several"),
+        (config.expect_disk.is_some(), "--expect-disk", "each has an identity of its own"),
         (config.successor, "--successor", "the page table moves for all of them at once"),
         (config.takeover.is_some(), "--takeover", "one session can be taken over, not several"),
         (config.takeover_fd.is_some(), "--takeover-fd", "one session can be taken over, not several"),

@@ -27,6 +27,16 @@ pub struct Identification {
     pub volatile_cache: bool,
 }
 
+impl Identification {
+    /// True if `id` is the serial number, the NGUID or the EUI64. Hexadecimal digits may have dashes, colons and upper case.
+    #[must_use]
+    pub fn is(&self, id: &str) -> bool {
+        let digits = id.trim_start_matches("0x").replace(['-', ':'], "").to_lowercase();
+        let is_identifier = |known: &str| !known.is_empty() && known == digits;
+        !self.serial.is_empty() && self.serial == id || is_identifier(&self.nguid) || is_identifier(&self.eui64)
+    }
+}
+
 /// SMART / Health Information (NVMe 2.0 §5.16.1.3). Counters of 128 bits that exceed 64 are cut to the highest value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Health {
@@ -60,4 +70,26 @@ pub struct Health {
     pub media_errors: u64,
     /// Number of Error Information Log Entries.
     pub error_log_entries: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_named_by_its_serial_number_or_one_of_its_identifiers() {
+        let text = str::to_owned;
+        let disk = Identification {
+            model: text("M"),
+            serial: text("S1"),
+            nguid: text("00112233445566778899aabbccddeeff"),
+            ..Identification::default()
+        };
+        for id in ["S1", "00112233445566778899aabbccddeeff", "0x00112233-4455-6677-8899-AABBCCDDEEFF"] {
+            assert!(disk.is(id), "{id}");
+        }
+        for id in ["", "s1", "S", "M", "0011", "0x", "--"] {
+            assert!(!disk.is(id), "{id}");
+        }
+    }
 }

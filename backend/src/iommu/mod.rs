@@ -62,7 +62,7 @@ pub struct LiveSpace(Arc<Live>);
 struct Live {
     // Not the page table, which belongs to the device: the device can be released and reacquired.
     iommufd: Arc<Iommufd>,
-    /// The live IOAS. [`SecondSpace`](crate::hardware::SecondSpace) exchanges it.
+    /// The live IOAS. [`SecondSpace`] exchanges it.
     ioas: Mutex<Ioas>,
     attachment: Mutex<Attachment>,
     /// `Some` if the device's DMA may bypass the CPU caches.

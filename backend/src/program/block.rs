@@ -4,15 +4,15 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use vhost_device_vfio::addr::IovaSlice;
 use vhost_device_vfio::board::Board;
 use vhost_device_vfio::coherency::{Facts, decide};
 use vhost_device_vfio::config::Config;
 use vhost_device_vfio::control::{Personality, Subject};
-use vhost_device_vfio::driver::DiskState;
 use vhost_device_vfio::driver::nvme::{Nvme, NvmeOptions, ReacquireFn};
+use vhost_device_vfio::driver::{DiskState, Identification};
 use vhost_device_vfio::engine::{Engine, Handle, Options};
 use vhost_device_vfio::handover::{Applicants, Incoming, Terms};
 use vhost_device_vfio::hardware::{AddressSpace, Function};
@@ -115,6 +115,17 @@ fn subject(
     Arc::new(Subject::new(named, facts, Arc::clone(board), Arc::clone(space), Some(engine), hooks))
 }
 
+/// Fails unless the disk is the one that `--expect-disk` names.
+fn check_identity(name: &str, engine: &Engine, wanted: &str) -> Result<()> {
+    let found = engine.handle().identify()?;
+    let Identification { serial, nguid, eui64, .. } = &found;
+    ensure!(
+        found.is(wanted),
+        "{name}: --expect-disk {wanted}, found another disk: serial {serial}, NGUID {nguid}, EUI64 {eui64}"
+    );
+    Ok(())
+}
+
 impl Drive {
     /// Brings the drive up and starts the engines. Its only disk must be the one that `before` describes.
     ///
@@ -169,6 +180,7 @@ impl Disk {
         let vmm = owned.vmm(config, owned.function.name());
         let Drive { mut engines, space, name, facts } = Drive::bring_up(config, owned, reacquire, before)?;
         let engine = engines.pop().context("the drive has no disk")?;
+        config.expect_disk.as_deref().map_or(Ok(()), |wanted| check_identity(&name, &engine, wanted))?;
         let (queues, kib) = (config.queue_count(), space.statistics().mapped / 1024);
         let board = Arc::<Board>::default();
         report_front_ends(&board, &name, decide(&facts).word());
