@@ -32,9 +32,10 @@ impl Client {
 
     /// Lets the helper do what it is there for.
     pub(super) fn install(self) {
-        let (opener, starter, asker) = (self.clone(), self.clone(), self);
+        let (opener, starter, finder, asker) = (self.clone(), self.clone(), self.clone(), self);
         // The helper knows the address of the only function.
         vfio::open_by(Box::new(move |_, file| opener.open(file)));
+        vfio::find_holder_by(Box::new(move |_| finder.holder()));
         handover::start_by(Box::new(move |socket| starter.start(socket)));
         socket::look_at_maps_by(Box::new(move |pid, file, address| asker.maps(pid, file, address)));
     }
@@ -62,6 +63,14 @@ impl Client {
         match self.ask(What::Maps { pid, file, address: address.map(|address| address.0) }, None)? {
             (Answer::Maps { privately }, _) => Ok(privately),
             other => Err(failed(&other.0)),
+        }
+    }
+
+    /// `None` also if the helper does not answer: this is for a message.
+    pub(super) fn holder(&self) -> Option<u32> {
+        match self.ask(What::Holder, None).ok()?.0 {
+            Answer::Holder { pid } => pid,
+            _ => None,
         }
     }
 

@@ -36,6 +36,8 @@ pub(super) enum What {
     Start,
     /// Whether the process maps the file privately, at an address or everywhere.
     Maps { pid: u32, file: FileId, address: Option<u64> },
+    /// The process that uses the function, other than the one that asks.
+    Holder,
 }
 
 /// The answer. A descriptor comes with the first two.
@@ -48,6 +50,9 @@ pub(super) enum Answer {
     },
     Maps {
         privately: bool,
+    },
+    Holder {
+        pid: Option<u32>,
     },
     /// The errno.
     Failed(i32),

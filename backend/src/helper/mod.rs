@@ -1,13 +1,14 @@
 //! A second process of this program, which does what the first one gives up the right to do (`sandbox/`): it opens the files of the
-//! function again when the drive is back, starts a successor, and looks at how the front-end's process maps a file. Its answers are
-//! descriptors and numbers. It opens nothing but the files of the one function, which it knows from the start, and starts nothing
-//! but the installed program with the arguments of the first process.
+//! function again when the drive is back, starts a successor, and looks at how the front-end's process maps a file and who else uses
+//! the function. Its answers are descriptors and numbers. It opens nothing but the files of the one function, which it knows from the
+//! start, and starts nothing but the installed program with the arguments of the first process.
 //!
 //! ```text
 //! serving process                       helper: forked at the start, without any descriptor of it
 //!   watchdog    ── OPEN cdev ─────────▶ open("/dev/vfio/devices/vfioN")
 //!   control     ── START, socket ─────▶ fork and exec, as by SIGUSR2 without a sandbox
 //!   control     ── MAPS pid, file ────▶ read("/proc/PID/maps")
+//!   control     ── HOLDER ────────────▶ who has a file of the function open, by readlink("/proc/PID/fd/N")
 //!               ◀── the answer ────────
 //! ```
 //!

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use super::message::{Answer, Reply, Request, What, receive, send};
 use crate::addr::Qva;
-use crate::vfio::{DeviceFile, PciAddress};
+use crate::vfio::{self, DeviceFile, PciAddress};
 use crate::{handover, socket};
 
 /// Answers requests about the function at `address`.
@@ -37,6 +37,10 @@ fn answer(what: What, fd: Option<OwnedFd>, address: Option<PciAddress>) -> io::R
         What::Maps { pid, file, address } => {
             let privately = socket::maps_privately(pid, file, address.map(Qva));
             Ok((Answer::Maps { privately }, None))
+        }
+        What::Holder => {
+            let asks = std::os::unix::process::parent_id();
+            Ok((Answer::Holder { pid: address.and_then(|address| vfio::find_holder(address, &[asks])) }, None))
         }
     }
 }

@@ -65,3 +65,12 @@ fn a_helper_that_has_ended_is_named() {
     drop(theirs);
     assert!(client.open(DeviceFile::Cdev).is_err());
 }
+
+#[test]
+fn nobody_holds_a_function_that_does_not_exist() {
+    let (ours, theirs) = pair();
+    let address = "fffffff0:00:00.0".parse().unwrap();
+    let helper = thread::spawn(move || serve::run(&theirs, Some(address)));
+    assert_eq!(Client::new(ours).holder(), None);
+    helper.join().unwrap();
+}

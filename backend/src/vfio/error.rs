@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::address::PciAddress;
+use super::holder::holder;
 use super::name::FunctionName;
 
 /// Why a PCI function cannot be acquired.
@@ -285,41 +286,6 @@ impl VfioError {
             _ => Self::Kernel { name: address.into(), step, source },
         }
     }
-}
-
-/// Another process that has the function's character device, its group or a file from the group open, as far as this user can see
-/// in `/proc`.
-fn holder(address: PciAddress) -> Option<String> {
-    let files: Vec<_> = address.cdev().into_iter().chain(address.group_file()).collect();
-    let own = std::process::id().to_string();
-    for process in std::fs::read_dir("/proc").ok()?.flatten() {
-        let name = process.file_name().into_string().unwrap_or_default();
-        if name == own || !name.bytes().all(|b| b.is_ascii_digit()) {
-            continue;
-        }
-        let Ok(descriptors) = std::fs::read_dir(process.path().join("fd")) else { continue };
-        let is_of_device = |fd: &Path| match std::fs::read_link(fd) {
-            Ok(target) if target == Path::new(DEVICE_OF_GROUP) => is_named(fd, address),
-            Ok(target) => files.contains(&target),
-            Err(_) => false,
-        };
-        if descriptors.flatten().any(|fd| is_of_device(&fd.path())) {
-            let command = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            return Some(format!("process {name} ({})", command.trim()));
-        }
-    }
-    None
-}
-
-/// What the kernel calls every file from `VFIO_GROUP_GET_DEVICE_FD`.
-const DEVICE_OF_GROUP: &str = "anon_inode:[vfio-device]";
-
-/// True if the kernel says that `fd`, in `/proc/PID/fd`, is a file of the device. Older kernels do not name the device.
-fn is_named(fd: &Path, address: PciAddress) -> bool {
-    let process = fd.parent().and_then(Path::parent);
-    let info = process.zip(fd.file_name()).map(|(process, number)| process.join("fdinfo").join(number));
-    let info = info.and_then(|path| std::fs::read_to_string(path).ok()).unwrap_or_default();
-    info.lines().any(|line| line.starts_with("vfio-device-syspath:") && line.ends_with(&address.to_string()))
 }
 
 #[cfg(test)]

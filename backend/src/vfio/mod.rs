@@ -13,6 +13,7 @@ mod device_files;
 mod error;
 mod group;
 mod hand_over;
+mod holder;
 mod interface;
 mod name;
 pub mod no_snoop;
@@ -32,6 +33,7 @@ use vfio_bindings::bindings::vfio::{
 pub use address::{NotAnAddress, PciAddress};
 pub use device_files::{DeviceFile, OpenFn, open_by};
 pub use error::VfioError;
+pub use holder::{FindFn, find_holder, find_holder_by};
 pub use interface::{FoundInterface, InterfaceChoice};
 pub use name::FunctionName;
 pub use passed_in::PassedIn;
