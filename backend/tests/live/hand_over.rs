@@ -96,7 +96,7 @@ fn acquire() -> (Arc<Attached>, LiveSpace, Facts) {
 }
 
 fn served(function: &Arc<Attached>, space: &LiveSpace, facts: &Facts) -> Served {
-    Served::new(device(), function, &KernelSpace::Iommufd(space.clone()), facts)
+    Served::new(device().into(), function, &KernelSpace::Iommufd(space.clone()), facts)
 }
 
 /// The name of a test of this file.
@@ -206,7 +206,7 @@ fn successor() {
     prepare_process();
     let mut socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
     let (description, disk, descriptors, guest) = receive(&mut socket);
-    let Accepted { function, space, facts, take_over } =
+    let Accepted { function, space, facts, take_over, name: _ } =
         accept(&description, descriptors, (Personality::Mediated, policy(), false)).unwrap();
     die_if("accepted");
     let bytes = if case_is("by-address") { GUEST - 100 } else { GUEST };

@@ -215,7 +215,7 @@ fn a_function_in_a_container_is_not_handed_over_and_can_be_used_afterwards() {
     let facts = acquired.evidence().facts(Personality::Mediated, Policy::Suppress, false);
     let (function, space) = acquired.into_address_space(&facts).unwrap();
     let function = Arc::new(function);
-    let served = Served::new(device(), &function, &space, &facts);
+    let served = Served::new(device().into(), &function, &space, &facts);
 
     let error = served.export(true).map(drop).unwrap_err().to_string();
 
