@@ -9,13 +9,12 @@
 # | the emulated drive under qemu-aarch64, the oracle's front-end too | a disk is served | 10 |
 # | the compiled barriers | they are those for a device | 1 |
 # | the emulated host, tests/arm64/smmuv3.sh, with pages of 4 and of 16 KiB | VFIO type1 behind an SMMUv3, a guest | 60 each |
-# | a kernel with iommufd and pages of 64 KiB | built once | five minutes |
+# | a kernel with iommufd and pages of 64 KiB | | once per cache: 811 files |
 # | the emulated host, tests/arm64/iommufd.sh | iommufd behind an SMMUv3 | 40 |
 # | the emulated host, tests/arm64/virtio_iommu.sh | the same behind the paravirtual IOMMU | 30 |
 #
 # "scripts/test" without a name includes the first two and the unit tests of what differs on arm64: about four minutes of a
-# processor from nothing, and 150 MB to fetch, once per cache.
-# The others need 250 MB more. Needs lib.sh, debian_kernel.sh, kernel.sh, and step and judge of scripts/test.
+# processor from nothing, and 150 MB to fetch, once per cache. The others need 250 MB more. Needs lib.sh, debian_kernel.sh, kernel.sh, and step and judge of scripts/test.
 
 # Property tests repeat what the native ones have done with other inputs; a few cases run every line.
 readonly ARM64_CASES=8
