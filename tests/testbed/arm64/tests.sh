@@ -14,7 +14,8 @@
 # | the emulated host, tests/arm64/virtio_iommu.sh | the same behind the paravirtual IOMMU | 30 |
 #
 # "scripts/test" without a name includes the first two and the unit tests of what differs on arm64: about four minutes of a
-# processor from nothing, and 150 MB to fetch, once per cache. The others need 250 MB more. Needs lib.sh, debian_kernel.sh, kernel.sh, and step and judge of scripts/test.
+# processor from nothing, and 150 MB to fetch, once per cache. The others need 250 MB more. Needs
+# lib.sh, debian_kernel.sh, kernel.sh, and step and judge of scripts/test.
 
 # Property tests repeat what the native ones have done with other inputs; a few cases run every line.
 readonly ARM64_CASES=8
