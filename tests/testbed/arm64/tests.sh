@@ -9,12 +9,13 @@
 # | the emulated drive under qemu-aarch64, the oracle's front-end too | a disk is served | 10 |
 # | the compiled barriers | they are those for a device | 1 |
 # | the emulated host, tests/arm64/smmuv3.sh, with pages of 4 and of 16 KiB | VFIO type1 behind an SMMUv3, a guest | 60 each |
-# | a kernel with iommufd and pages of 64 KiB | built once | five minutes |
+# | a kernel with iommufd and pages of 64 KiB | | once per cache: 811 files |
 # | the emulated host, tests/arm64/iommufd.sh | iommufd behind an SMMUv3 | 40 |
 # | the emulated host, tests/arm64/virtio_iommu.sh | the same behind the paravirtual IOMMU | 30 |
 #
-# "scripts/test" without a name includes the first three: about four minutes of a processor, and 150 MB to fetch, once per cache.
-# The others need 250 MB more. Needs lib.sh, debian_kernel.sh, kernel.sh, and step and judge of scripts/test.
+# "scripts/test" without a name includes the first two and the unit tests of what differs on arm64: about four minutes of a
+# processor from nothing, and 150 MB to fetch, once per cache. The others need 250 MB more. Needs
+# lib.sh, debian_kernel.sh, kernel.sh, and step and judge of scripts/test.
 
 # Property tests repeat what the native ones have done with other inputs; a few cases run every line.
 readonly ARM64_CASES=8
@@ -29,13 +30,19 @@ arm64_packages() {
     step "arm64: a linker and a user emulation" eval '(need_arm64_packages)'
 }
 
-# arm64_cargo_tests: what "scripts/test" without a name includes. Without its tools one step has failed.
+# arm64_cargo_tests: what "scripts/test" without a name includes: the unit tests of what differs on arm64.
+readonly ARM64_DIFFERS=(sys:: memory:: iommu:: driver::nvme::rings cache_maintenance)
 arm64_cargo_tests() {
-    step "arm64: rustc and clippy of Debian, with the arm64 library" eval '(need_arm64_rust)'
-    [[ -e $(arm64_rust)/made-of ]] || return 0
-    step "arm64: compiles, and clippy: no warning" arm64_clippy
-    step "arm64: unit and property tests, emulated" arm64_units
+    arm64_compiles || return 0
+    step "arm64: unit tests of memory, caches and the kernel's interfaces, emulated" arm64_units "${ARM64_DIFFERS[@]}"
     step "arm64: cache lines and their granule on a processor with lines of 256 bytes" arm64_long_lines
+}
+
+# arm64_compiles: fails without the toolchain; one step has failed then.
+arm64_compiles() {
+    step "arm64: rustc and clippy of Debian, with the arm64 library" eval '(need_arm64_rust)'
+    [[ -e $(arm64_rust)/made-of ]] || return 1
+    step "arm64: compiles, and clippy: no warning" arm64_clippy
 }
 
 # arm64_cargo [VARIABLE=VALUE]… ARGUMENT…: Cargo compiles for arm64, and runs tests under user emulation. It has a target
@@ -54,8 +61,9 @@ arm64() {
     # shellcheck disable=SC2153 # scripts/test sets it
     local target=$TARGET/arm64/$ARM64_TARGET/debug
     arm64_packages
-    arm64_cargo_tests
-    [[ -e $(arm64_rust)/made-of ]] || return 0
+    arm64_compiles || return 0
+    step "arm64: unit and property tests, emulated" arm64_units
+    step "arm64: cache lines and their granule on a processor with lines of 256 bytes" arm64_long_lines
     step "arm64: the emulated drive serves the oracle's front-end" arm64_drive "$target"
     step "arm64: the programs for the emulated host" arm64_programs "$target"
     step "arm64: the barriers are those that a device needs" arm64_barriers "$target"
@@ -72,15 +80,16 @@ arm64_clippy() {
         check --workspace --all-targets --locked
 }
 
-# Where the emulator is not the kernel: it makes /proc/self/maps a memfd, and "/" the directory of the libraries. The last gives a
-# peer five seconds, which are few under emulation.
+# Where the emulator is not the kernel: it makes /proc/self/maps a memfd, and "/" the directory of the libraries. The last two
+# allow a peer and a controller some seconds, which are few under emulation.
 readonly ARM64_EMULATOR=(each_kind_is_recognized that_is_not_a_file_is_refused whose_file_system_need_not_answer
-    a_monitor_that_floods)
+    a_monitor_that_floods a_controller_that_is_silent_after_it_is_enabled)
 
+# arm64_units [FILTER…]: the backend's, or those whose names contain a filter, and the shim's.
 arm64_units() {
     local name skipped=()
     for name in "${ARM64_SKIPPED[@]}" "${ARM64_EMULATOR[@]}"; do skipped+=(--skip "$name"); done
-    arm64_cargo "PROPTEST_CASES=$ARM64_CASES" test --locked --lib -p vhost-device-vfio -- "${skipped[@]}" &&
+    arm64_cargo "PROPTEST_CASES=$ARM64_CASES" test --locked --lib -p vhost-device-vfio -- "$@" "${skipped[@]}" &&
         arm64_cargo test --locked --lib -p kvm-vfio-shim
 }
 arm64_long_lines() {
