@@ -109,8 +109,8 @@ impl PackedMarks {
         Recorded::new(head, after)
     }
 
-    /// [`Self::note`] for all descriptors of a chain, and [`Self::take`], if the next `N` free entries are neighbours: one check, and
-    /// offsets that are constants. `None` if they are not: then nothing has been written.
+    /// [`Self::note`] for all descriptors of a chain, and [`Self::take`], if the next `N` free entries are neighbours: one check,
+    /// and offsets that are constants. `None` if they are not: then nothing has been written.
     ///
     /// Chains return to the list as they were taken, so neighbours remain neighbours while all chains have one length.
     #[inline(always)]

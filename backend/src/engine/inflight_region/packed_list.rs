@@ -1,5 +1,5 @@
-//! The entries of a packed ring's record as lists: the free entries, and those of each chain. The `next` of the record is repeated
-//! here, so that it is written and never read.
+//! The entries of a packed ring's record as lists: the free entries, and those of each chain. The `next` of the record is
+//! repeated here, so that it is written and never read.
 //!
 //! The order of the list changes rarely. So what a chain writes that starts at an entry is prepared whenever that order changes.
 
@@ -15,8 +15,8 @@ use crate::sys::SharedMemory;
 /// Entries of the longest chain that is prepared.
 const LONGEST: usize = 3;
 
-/// As long as a number of an entry has values, and a chain more, so that an index needs no comparison. Pages beyond the last entry
-/// are never touched.
+/// As long as a number of an entry has values, and a chain more, so that an index needs no comparison. Pages beyond the last
+/// entry are never touched.
 pub(super) type PerEntry<T> = Box<[T; (1 << u16::BITS) + LONGEST]>;
 
 pub(super) fn per_entry<T: FromZeros>() -> PerEntry<T> {
@@ -69,7 +69,8 @@ impl List {
         self.prepared[usize::from(entry)].next
     }
 
-    /// The links of a chain of `N` entries that starts at `head`, and the successor of its last. `None` if they are not neighbours.
+    /// The links of a chain of `N` entries that starts at `head`, and the successor of its last. `None` if they are not
+    /// neighbours.
     #[inline(always)]
     pub(super) fn neighbours<const N: usize>(&self, head: u16) -> Option<(u64, FreeHeads)> {
         const { assert!(N == 1 || N == LONGEST) };
@@ -101,8 +102,8 @@ impl List {
         self.prepared[usize::from(entry)].three = if neighbours { links(second, third, 3) } else { 0 };
     }
 
-    /// Puts chains before `free`, in their order. Chains that are returned in the order in which they were taken follow each other
-    /// already. Returns the first entry.
+    /// Puts chains before `free`, in their order. Chains that are returned in the order in which they were taken follow each
+    /// other already. Returns the first entry.
     #[inline]
     pub(super) fn insert(&mut self, chains: &[Recorded], free: u16) -> u16 {
         let (Some(first), Some(last)) = (chains.first(), chains.last()) else { return free };

@@ -1,8 +1,8 @@
 //! Compares the split ring with `virtio-queue` on the same memory: both pop random chains, valid and invalid.
 //!
 //! For valid chains both must agree. `virtio-queue` hides errors: a bad link ends a chain early, a loop is cut after as many
-//! descriptors as the ring has, a chain of 4 GiB ends before its last buffer, and it accepts INDIRECT with NEXT and buffers in the
-//! wrong order. For these the oracle is [`expected_chain`] alone, a simple implementation of the specification.
+//! descriptors as the ring has, a chain of 4 GiB ends before its last buffer, and it accepts INDIRECT with NEXT and buffers
+//! in the wrong order. For these the oracle is [`expected_chain`] alone, a simple implementation of the specification.
 
 use std::collections::HashSet;
 use std::sync::Arc;

@@ -151,8 +151,8 @@ impl Virtqueue {
         }
     }
 
-    /// Reads the next chain. `None` if it does not have the fast shape. [`Self::available`] must not be 0. The caller passes it to
-    /// [`Self::take_fast`] or to [`Self::leave_fast`] before it calls anything else here: the record may have it as taken.
+    /// Reads the next chain. `None` if it does not have the fast shape. [`Self::available`] must not be 0. The caller passes it
+    /// to [`Self::take_fast`] or to [`Self::leave_fast`] before it calls anything else here: the record may have it as taken.
     #[inline]
     pub fn peek_fast(&mut self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
         either!(self, ring => ring.peek_fast(guest))
