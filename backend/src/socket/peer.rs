@@ -59,7 +59,7 @@ impl Peer {
     }
 }
 
-/// Answers [`Peer::maps_privately`] for the process with a number.
+/// Tells whether the process with a number maps a file privately.
 pub type MapsFn = dyn Fn(u32, FileId, Option<Qva>) -> io::Result<bool> + Send + Sync;
 
 static LOOKER: OnceLock<Box<MapsFn>> = OnceLock::new();

@@ -63,7 +63,7 @@ impl FunctionName {
         self.address().filter(|address| address.sysfs().exists()).map(|address| address.is_virtual_function())
     }
 
-    /// As [`Self::of_description`] reads it.
+    /// As a description has it.
     #[must_use]
     pub fn in_description(&self) -> String {
         match self {
