@@ -50,7 +50,8 @@ nothing_left() {
     within 15 logged 'front-end disconnected'
     equal "$(cat /run/pinned-idle)" "$(pinned)" "kB pinned"
     equal "$(cat /run/descriptors-idle)" "$(descriptors)" "descriptors"
-    equal 1 "$(pidof vhost-device-vfio | wc -w)" "processes"
+    # The program and its helper.
+    equal 2 "$(pidof vhost-device-vfio | wc -w)" "processes"
 }
 
 backend_start --queues 2 || exit
