@@ -10,7 +10,7 @@ use super::{acquire, guest_memory, new_file, pinned_pages, policy, served};
 /// What is wrong in a description, and what the error says. The device is attached and has memory mapped.
 type Lie = (fn(&mut FunctionDescription), &'static str);
 const LIES: [Lie; 9] = [
-    (|d| d.address = "../0000:00:04.0".to_owned(), "is not a PCI address"),
+    (|d| d.address = "../0000:00:04.0".to_owned(), "is not the name of a function"),
     (|d| d.address = "0000:00:00.0".to_owned(), "no character device"),
     (|d| d.space.ioas = d.space.page_table, "look up the address space: No such file"),
     (|d| d.space.device = d.space.ioas, "look up the device: No such file"),

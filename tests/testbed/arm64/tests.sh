@@ -107,7 +107,8 @@ arm64_drive() {
     local target=$1 work server status=0
     arm64_cargo build --locked -p vhost-device-vfio && arm64_cargo build --locked -p testbed --bin front-end || return
     work=$(mktemp -d)
-    qemu-aarch64 -L "$ARM64_LIBC" "$target/vhost-device-vfio" --socket-path "$work/s" --queues 2 \
+    # The emulator has threads of its own, with which the program would not fork its helper.
+    qemu-aarch64 -L "$ARM64_LIBC" "$target/vhost-device-vfio" --sandbox off --socket-path "$work/s" --queues 2 \
         --device emulated:size=64M,queues=2,order=random,latency=300us &
     server=$!
     until [[ -S $work/s ]]; do kill -0 "$server" && sleep 0.2 || return 1; done
