@@ -2,7 +2,6 @@
 # profiles: vtd vtd-snoop amd-iommu debian
 # minutes: 0.6
 # boot: iommu
-# options: --add target/shim:/usr/local/shim
 # The next front-end of a virtual machine waits while the first is served, and takes its place: the kernel replaces the page table of
 # the drive, and nothing is mapped between the stop of the first and the start of the next. Under type1 (debian) it is sent away. The
 # front-ends are a program of the tests, which has the oracle's load; tests/outside/changed.sh has stock QEMU.
@@ -15,7 +14,7 @@ ORDERS=/run/orders ANSWERS=/run/answers-of-front-end
 # front_end_start [OPTION]…: a front-end under load, which is told what to do. tell ORDER ANSWER: tells it, and waits for the answer.
 front_end_start() {
     rm -f "$ORDERS" && mkfifo "$ORDERS" && : >"$ANSWERS"
-    (exec /usr/local/shim/examples/front-end "$SOCKET" "$@") <"$ORDERS" >"$ANSWERS" 2>&1 &
+    (exec front-end "$SOCKET" "$@") <"$ORDERS" >"$ANSWERS" 2>&1 &
     echo $! >/run/front-end.pid
     # It stays open in all that is started from here on.
     exec 7>"$ORDERS"
