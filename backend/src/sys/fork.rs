@@ -89,6 +89,9 @@ mod tests {
         let mut text = [0; 4];
         ours.read_exact(&mut text).unwrap();
         let end = rustix::io::read(reader.as_fd(), &mut [0; 1]);
+        // A child with all descriptors would never see the parent's end.
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
 
         assert_eq!((&text, end), (b"here", Ok(0)), "the pipe has no writer any more; with one it would be EAGAIN");
     }
