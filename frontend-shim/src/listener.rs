@@ -1,4 +1,5 @@
-//! The listening socket. It has mode 0600 from the moment it exists. A socket left by a dead process is replaced.
+//! The listening socket. It has mode 0600 from the moment it exists; 0666 if another user was named to whom it cannot be given,
+//! because the server looks at each peer's credentials anyway. A socket left by a dead process is replaced.
 
 use std::fs::Permissions;
 use std::io;
@@ -18,7 +19,7 @@ fn seqpacket() -> io::Result<OwnedFd> {
     Ok(socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
 }
 
-/// Listens at `path`. If `peer` is not this process's user, it becomes the socket's owner.
+/// Listens at `path`. If `peer` is not this process's user, it becomes the socket's owner, or else all users can connect.
 ///
 /// # Errors
 /// EADDRINUSE if another process listens there or the path is not a socket, ENAMETOOLONG, EACCES, …
@@ -37,10 +38,12 @@ pub(crate) fn listen_at(path: &Path, peer: Option<Uid>) -> io::Result<OwnedFd> {
     let own = rustix::process::geteuid();
     check(path, own)?;
     if let Some(peer) = peer.filter(|&peer| peer != own) {
-        // Without the privilege to change the owner, root is the only other user that can connect.
+        // Root does not help: a program that has given up its capabilities needs the permission like any other.
         match std::os::unix::fs::chown(path, Some(peer.as_raw()), None) {
-            Err(error) if error.kind() != io::ErrorKind::PermissionDenied => return Err(error),
-            _ => {}
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                std::fs::set_permissions(path, Permissions::from_mode(0o666))?;
+            }
+            other => other?,
         }
     }
     listen(&socket, BACKLOG)?;
