@@ -122,6 +122,9 @@ const WORKER_IOCTLS: &[u64] = &[vfio(10)];
 /// Of a worker: nothing but that.
 const WORKER: &[Call] = &[only(libc::SYS_ioctl, OneOf(1, WORKER_IOCTLS))];
 
+/// Of a thread that emulates a drive: the size of the file behind it, which may grow (`File::metadata`).
+const EMULATION: &[Call] = &[any(libc::SYS_statx)];
+
 /// `_IO(';', 100 + number)` (linux/vfio.h).
 const fn vfio(number: u64) -> u64 {
     (b';' as u64) << 8 | (100 + number)
@@ -255,7 +258,7 @@ const CONTROL_X86: &[Call] = &[];
 pub(super) fn of_role(role: Role) -> impl Iterator<Item = Call> {
     let lists: &[&[Call]] = match role {
         Role::Worker => &[WORKER],
-        Role::Emulation => &[],
+        Role::Emulation => &[EMULATION],
         Role::Guard => &[GUARD, GUARD_X86],
         Role::Control => &[GUARD, GUARD_X86, CONTROL, CONTROL_X86],
     };
