@@ -275,6 +275,7 @@ impl Driver for FakeDisk {
         let mut state = self.state();
         assert_eq!(state.live_queues, 0, "all queues have been dropped");
         anyhow::ensure!(!state.recovery_fails, "the controller does not stop");
+        state.held.clear();
         state.quiesced += 1;
         Ok(())
     }
@@ -287,6 +288,7 @@ impl Driver for FakeDisk {
     fn shut_down(&mut self) {
         let mut state = self.state();
         assert_eq!(state.live_queues, 0, "all queues have been dropped");
+        state.held.clear(); // a controller that is disabled executes nothing
         state.shut_down = true;
     }
 }
