@@ -7,11 +7,12 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use vhost_device_vfio::emulated::{Mode, Options};
+use vhost_device_vfio::vhost_user::Succession;
 
 use crate::inflight::inflight;
 use crate::packed;
 use crate::requests::{BLK_IN, BLK_OUT, DATA, STATUS, put, read, wait_for, wait_for_used};
-use crate::rig::{Rig, memory};
+use crate::rig::{Environment, Rig, memory};
 use crate::rings::{RAM, RingEvents, USED, ring_events, running, send_all, setup_messages};
 use crate::wire::{
     BASE_INFLIGHT, FEATURES, INFLIGHT_SHMFD, PROTOCOL, RING_PACKED, SKIP_DRAIN, Wire, request::*, state, words,
@@ -26,7 +27,11 @@ const PACKED: (u64, u64) = (4 * 320, 32);
 
 /// A server whose drive executes a command only after [`LATENCY`].
 fn slow() -> Rig {
-    Rig::with_drive(Options { size: 16 << 20, queues: 2, latency: LATENCY, mode: Mode::Threaded, ..Options::default() })
+    Rig::with_drive(slow_drive())
+}
+
+fn slow_drive() -> Options {
+    Options { size: 16 << 20, queues: 2, latency: LATENCY, mode: Mode::Threaded, ..Options::default() }
 }
 
 /// What a guest has, and what its front-end keeps.
@@ -158,6 +163,27 @@ fn the_same_front_end_goes_on_after_it_has_suspended_a_ring() {
         guest.wait(0);
         assert_eq!(read::<1>(&guest.ram, STATUS), [0]);
         assert!(!guest.is_marked());
+    }
+}
+
+#[test]
+fn a_front_end_that_waits_for_its_turn_has_done_what_the_first_one_left() {
+    for layout in [0, RING_PACKED] {
+        let (succession, guest) = (Succession::default(), Guest::new(layout));
+        succession.allow_once(None);
+        let rig = Rig::with(Environment { drive: slow_drive(), succession, ..Environment::default() });
+        let (after, before) = bases(layout);
+        let first = guest.start(&rig, before);
+        guest.request(BLK_OUT, 0);
+        let next = guest.start(&rig, before);
+
+        assert_eq!(first.suspend_ring(0), after);
+
+        guest.wait(0);
+        assert_eq!(read::<1>(&guest.ram, STATUS), [0]);
+        assert!(!guest.is_marked());
+        drop(first);
+        assert_eq!(next.stop_ring(0), if layout == RING_PACKED { 0x8003_8003 } else { 1 });
     }
 }
 
