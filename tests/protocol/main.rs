@@ -21,6 +21,7 @@ mod requests;
 mod rig;
 mod rings;
 mod shim;
+mod skip_drain;
 mod sockets;
 mod succession;
 mod vmm;

@@ -10,7 +10,7 @@ use crate::rings::{AVAIL, DESC, RAM, RingEvents, USED, addresses, ring_events};
 use crate::wire::{FEATURES, PROTOCOL, RING_PACKED, Wire, request::*, state, words};
 
 /// Not a power of two, and not a multiple of the three descriptors of a request.
-const SIZE: u32 = 7;
+pub(crate) const SIZE: u32 = 7;
 const AVAILABLE: u16 = 0x80;
 const IS_USED: u16 = 0x8000;
 
@@ -45,7 +45,7 @@ fn id(number: u64) -> u16 {
 }
 
 /// Makes one request of 512 bytes at sector 3 available, as the `number`th since the beginning.
-fn put(ram: &File, kind: u32, number: u64) {
+pub(crate) fn put(ram: &File, kind: u32, number: u64) {
     let write = |offset: u64, bytes: &[u8]| ram.write_all_at(bytes, offset).unwrap();
     write(HEADER, &[&kind.to_le_bytes()[..], &[0; 4], &3_u64.to_le_bytes()].concat());
     write(STATUS, &[0xff]);
@@ -61,7 +61,7 @@ fn put(ram: &File, kind: u32, number: u64) {
 }
 
 /// True if request `number` is marked used.
-fn is_used(ram: &File, number: u64) -> bool {
+pub(crate) fn is_used(ram: &File, number: u64) -> bool {
     let (slot, wrap) = place(3 * number);
     let [_, _, _, _, id_low, id_high, low, high] = read::<8>(ram, DESC + slot * 16 + 8);
     assert_eq!(u16::from_le_bytes([id_low, id_high]), id(number));

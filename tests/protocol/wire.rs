@@ -44,6 +44,7 @@ pub(crate) mod request {
     pub(crate) const REM_MEM_REG: u32 = 38;
     pub(crate) const SET_STATUS: u32 = 39;
     pub(crate) const GET_STATUS: u32 = 40;
+    pub(crate) const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
 }
 
 use request::*;
@@ -57,8 +58,12 @@ pub(crate) const BACKEND_REQ: u64 = 1 << 5;
 pub(crate) const GPA_ADDRESSES: u64 = 1 << 21;
 pub(crate) const INFLIGHT_SHMFD: u64 = 1 << 12;
 pub(crate) const LOG_SHMFD: u64 = 1 << 1;
+/// GET_VRING_BASE_INFLIGHT and GET_VRING_BASE_SKIP_DRAIN.
+pub(crate) const BASE_INFLIGHT: u64 = 1 << 20;
+pub(crate) const SKIP_DRAIN: u64 = 1 << 23;
 /// All protocol features that the server offers.
-pub(crate) const OFFERED: u64 = PROTOCOL | BACKEND_REQ | GPA_ADDRESSES | INFLIGHT_SHMFD | LOG_SHMFD;
+pub(crate) const OFFERED: u64 =
+    PROTOCOL | BACKEND_REQ | GPA_ADDRESSES | INFLIGHT_SHMFD | LOG_SHMFD | BASE_INFLIGHT | SKIP_DRAIN;
 pub(crate) const RING_PACKED: u64 = 1 << 34;
 
 /// The server's reaction to a message.
@@ -227,9 +232,18 @@ impl Wire {
 
     /// GET_VRING_BASE.
     pub(crate) fn stop_ring(&self, index: u32) -> u32 {
-        self.send(GET_VRING_BASE, &state(index, 0), &[]);
+        self.base_by(GET_VRING_BASE, index)
+    }
+
+    /// GET_VRING_BASE_SKIP_DRAIN.
+    pub(crate) fn suspend_ring(&self, index: u32) -> u32 {
+        self.base_by(GET_VRING_BASE_SKIP_DRAIN, index)
+    }
+
+    fn base_by(&self, request: u32, index: u32) -> u32 {
+        self.send(request, &state(index, 0), &[]);
         match self.reply() {
-            Reply::Message(GET_VRING_BASE, payload) if payload[..4] == index.to_ne_bytes() => {
+            Reply::Message(code, payload) if code == request && payload[..4] == index.to_ne_bytes() => {
                 u32::from_ne_bytes(payload[4..].try_into().unwrap())
             }
             other => panic!("expected the base of ring {index}, got {other:?}"),

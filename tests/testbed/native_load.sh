@@ -4,8 +4,11 @@
 # shellcheck disable=SC2317 # functions are called by name, through claim
 
 BACKEND=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release/vhost-device-vfio
-SOCKET=$WORK/disk.sock
+SOCKET=$WORK/backend.sock
 GUEST=guest
+# The disks of the guest that are under load, and the requests in flight on each.
+DISKS=vda
+THREADS=32
 PATH=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release:$PATH
 
 # Kills what was started here, by process id.
@@ -21,42 +24,65 @@ trap clean_up EXIT
 . "$TESTBED_DIR/native_guest.sh"
 
 # backend_starts [OPTION]…
-backend_starts() {
+backend_starts() { named_backend_starts backend "$@"; }
+# named_backend_starts NAME [OPTION]…: its socket, log and process are WORK/NAME.sock, .log and .pid.
+named_backend_starts() {
+    local name=$1
+    shift
     (
-        exec "$BACKEND" --socket-path "$SOCKET" --device "emulated:size=64M,latency=200us,order=random" --queues 2 "$@"
-    ) </dev/null >>"$WORK/backend.log" 2>&1 &
-    echo $! >"$WORK/backend.pid"
-    within 20 test -S "$SOCKET"
+        exec "$BACKEND" --socket-path "$WORK/$name.sock" --device "emulated:size=64M,latency=200us,order=random" --queues 2 "$@"
+    ) </dev/null >>"$WORK/$name.log" 2>&1 &
+    echo $! >"$WORK/$name.pid"
+    within 20 test -S "$WORK/$name.sock"
 }
-backend_ends() {
-    kill -TERM "$(<"$WORK/backend.pid")"
-    within 20 test ! -S "$SOCKET"
-    within 20 grep -q 'statistics: ' "$WORK/backend.log"
-    rm "$WORK/backend.pid"
-    contains 'errors=0 ' "$WORK/backend.log"
-    lacks 'ERROR' "$WORK/backend.log"
-    lacks 'refused: ' "$WORK/backend.log"
+backend_ends() { named_backend_ends backend; }
+named_backend_ends() {
+    kill -TERM "$(<"$WORK/$1.pid")"
+    within 20 test ! -S "$WORK/$1.sock"
+    within 20 grep -q 'statistics: ' "$WORK/$1.log"
+    rm "$WORK/$1.pid"
+    contains 'errors=0 ' "$WORK/$1.log"
+    lacks 'ERROR' "$WORK/$1.log"
+    lacks 'refused: ' "$WORK/$1.log"
 }
 
 the_guest() { guest --name "$GUEST" "$@"; }
 # start [OPTION of "guest start"]…
-start() { the_guest start --socket "$SOCKET" --queues 2 --smp 2 --mem 128M --timeout 180 --add stress "$@"; }
+# no_timer_check: the kernel's test of the timer at boot panics if the emulation gets too little processor time.
+start() {
+    the_guest start --socket "$SOCKET" --queues 2 --smp 2 --mem 128M --timeout 180 --append no_timer_check --add stress "$@"
+}
 inside() { the_guest exec --timeout 300 -- "$1"; }
 
 guest_boots_with_load() {
     start --blk "packed=$1"
-    inside '(stress /dev/vda --until /tmp/enough --seconds 3000 --threads 32 >/tmp/stress.log 2>&1; echo $? >/tmp/stressed) \
-        >/dev/null 2>&1 &
-        until grep -qs "^ended=[1-9]" /tmp/stress.log; do [ ! -e /tmp/stressed ] || { cat /tmp/stress.log; exit 1; }; sleep 0.2; done'
+    load_begins
+}
+load_begins() {
+    inside "for disk in $DISKS; do
+            (stress /dev/\$disk --until /tmp/enough --seconds 3000 --threads $THREADS >/tmp/\$disk.log 2>&1
+            echo \$? >/tmp/\$disk.stressed) >/dev/null 2>&1 &
+        done
+        for disk in $DISKS; do
+            until grep -qs '^ended=[1-9]' /tmp/\$disk.log; do
+                [ ! -e /tmp/\$disk.stressed ] || { cat /tmp/\$disk.log; exit 1; }
+                sleep 0.2
+            done
+        done"
 }
 progresses() {
-    inside 'n=$(grep -c ^ended= /tmp/stress.log); then=$(tail -n 1 /tmp/stress.log)
-        until [ "$(grep -c ^ended= /tmp/stress.log)" -gt $((n + 2)) ]; do [ ! -e /tmp/stressed ] || exit 1; sleep 0.2; done
-        [ "$(tail -n 1 /tmp/stress.log | cut -d " " -f 1)" != "${then%% *}" ]'
+    inside "for disk in $DISKS; do"'
+            n=$(grep -c ^ended= /tmp/$disk.log); then=$(tail -n 1 /tmp/$disk.log)
+            until [ "$(grep -c ^ended= /tmp/$disk.log)" -gt $((n + 2)) ]; do [ ! -e /tmp/$disk.stressed ] || exit 1; sleep 0.2; done
+            [ "$(tail -n 1 /tmp/$disk.log | cut -d " " -f 1)" != "${then%% *}" ] || exit 1
+        done'
 }
 migration_is() { the_guest qmp query-migrate | grep -q "\"status\": \"$1\""; }
 data_are_right() {
-    inside ': >/tmp/enough; while [ ! -e /tmp/stressed ]; do sleep 0.5; done
-        tail -n 1 /tmp/stress.log; [ "$(cat /tmp/stressed)" = 0 ] && ! dmesg | grep -iE "i/o error|blk_update_request"'
+    inside ": >/tmp/enough; for disk in $DISKS; do"'
+            while [ ! -e /tmp/$disk.stressed ]; do sleep 0.5; done
+            tail -n 1 /tmp/$disk.log; [ "$(cat /tmp/$disk.stressed)" = 0 ] || exit 1
+        done
+        ! dmesg | grep -iE "i/o error|blk_update_request"'
     the_guest stop
 }

@@ -35,6 +35,7 @@ mod recovery;
 pub mod request;
 mod setup;
 mod statistics;
+mod suspension;
 pub mod virtqueue;
 mod vring;
 mod worker;
@@ -59,6 +60,7 @@ pub use live_geometry::LiveGeometry;
 pub use recovery::{DeviceState, WatchdogOptions};
 pub use setup::{Options, VringSetup};
 pub use statistics::{RingStatistics, Statistics};
+pub use suspension::Stopped;
 pub use virtqueue::Layout;
 
 use crate::addr::{Gpa, Span};

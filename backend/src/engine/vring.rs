@@ -41,6 +41,8 @@ pub(super) struct Vring {
     pub(super) state: State,
     /// Chains taken and not yet returned.
     pub(super) in_flight: u16,
+    /// Chains left to the record of requests in flight, for whoever serves the ring next.
+    pub(super) left: u16,
     /// Chains returned since they were counted last.
     pub(super) completed: u64,
     /// The ring's areas, to find rings in memory that is removed.
@@ -64,6 +66,7 @@ impl Vring {
             queue,
             state: State::Serving,
             in_flight: 0,
+            left: 0,
             completed: 0,
             areas,
             used_log: setup.used_log,
@@ -81,6 +84,12 @@ impl Vring {
     /// True if nothing is in flight, nor waits to be submitted again.
     pub(super) fn is_drained(&self) -> bool {
         self.in_flight == 0 && !self.queue.has_recovered()
+    }
+
+    /// Takes no more requests, and leaves those that wait to be submitted again to the record.
+    pub(super) fn suspend(&mut self) {
+        self.state = State::Draining;
+        self.left += self.queue.forget_recovered();
     }
 
     /// True if the ring has no kick eventfd. The worker must then poll it.

@@ -2,13 +2,13 @@
 //! front-end cannot block the control thread.
 //!
 //! The codec reads with blocking calls. It retries where it should give up (more than 32 descriptors), does not know
-//! `SET_STATUS`, `GET_STATUS` and `SET_LOG_FD`, and would wait for an acknowledgement on the back-end channel. So each message
-//! is examined first:
+//! `SET_STATUS`, `GET_STATUS`, `SET_LOG_FD` and `GET_VRING_BASE_SKIP_DRAIN`, and would wait for an acknowledgement on the
+//! back-end channel. So each message is examined first:
 //!
 //! ```text
 //!            ┌─ incomplete ────────────▶ wait for more
 //!  peek ─────┼─ malformed ─────────────▶ end of the connection
-//!            ├─ SET_STATUS GET_STATUS SET_BACKEND_REQ_FD SET_LOG_FD ─▶ handled here
+//!            ├─ one of these, or SET_BACKEND_REQ_FD ─▶ handled here
 //!            └─ any other ─────────────▶ codec ─▶ Session
 //! ```
 
@@ -46,6 +46,10 @@ const VERSION_1: u32 = 0x1;
 const REPLY: u32 = 0x4;
 const NEED_REPLY: u32 = 0x8;
 
+/// Stops a vring and leaves what is in flight to its record. A message that came after the codec (vhost-user: "Front-end message
+/// types").
+const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
+
 /// The header of a message, in the byte order of the host (vhost-user: "Header").
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
@@ -59,7 +63,11 @@ const HEADER_SIZE: usize = size_of::<Header>();
 
 impl Header {
     fn name(self) -> String {
-        FrontendReq::try_from(self.request).map_or_else(|()| self.request.to_string(), |request| format!("{request:?}"))
+        match FrontendReq::try_from(self.request) {
+            Ok(request) => format!("{request:?}"),
+            Err(()) if self.request == GET_VRING_BASE_SKIP_DRAIN => "GET_VRING_BASE_SKIP_DRAIN".to_owned(),
+            Err(()) => self.request.to_string(),
+        }
     }
 
     fn malformed(self, problem: impl Into<String>) -> Error {
@@ -163,6 +171,7 @@ impl<'d> Connection<'d> {
             Ok(FrontendReq::GET_STATUS) => self.get_status(header)?,
             Ok(FrontendReq::SET_BACKEND_REQ_FD) => self.set_backend_channel(header)?,
             Ok(FrontendReq::SET_LOG_FD) => self.set_log_event(header)?,
+            Err(()) if header.request == GET_VRING_BASE_SKIP_DRAIN => self.suspend_ring(header)?,
             // Belongs to ACCESS_PLATFORM. The codec does not know it.
             Ok(FrontendReq::IOTLB_MSG) => return Err(Error::NotImplemented("IOTLB_MSG")),
             _ => return self.decode(header),
@@ -281,6 +290,17 @@ impl<'d> Connection<'d> {
         let status = u64::from_ne_bytes(self.receive(header, &mut RecvAncillaryBuffer::default())?);
         let result = self.session().set_status(status);
         self.acknowledge(header, result)
+    }
+
+    fn suspend_ring(&mut self, header: Header) -> Result<(), Error> {
+        self.require_feature(header, ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN)?;
+        let [a, b, c, d, _num @ ..]: [u8; 8] = self.receive(header, &mut RecvAncillaryBuffer::default())?;
+        let index = [a, b, c, d];
+        let base = self.session().suspend_ring(u32::from_ne_bytes(index));
+        // There is no reply to a refusal, for which the front-end would wait.
+        let base = base.map_err(|error| self.session().count_refusal(error))?;
+        let [e, f, g, h] = base.to_ne_bytes();
+        self.reply(header, u64::from_ne_bytes([a, b, c, d, e, f, g, h]))
     }
 
     /// Sends the result of a message if the front-end has requested it.

@@ -152,6 +152,14 @@ pub enum Error {
         /// The name of the request.
         request: &'static str,
     },
+    /// A protocol feature was acknowledged without one that it needs.
+    #[error("SET_PROTOCOL_FEATURES: {feature} may be acknowledged only together with {needed}")]
+    FeatureAlone {
+        /// Its name.
+        feature: String,
+        /// The name of the one that is missing.
+        needed: String,
+    },
     /// A ring was enabled before features were negotiated.
     #[error("virtqueue {index} cannot start: SET_FEATURES has not been sent since the device was reset")]
     NotNegotiated {

@@ -30,6 +30,8 @@
 //! | `CONFIGURE_MEM_SLOTS` | memory is added and removed one region at a time |
 //! | `RESET_DEVICE`, `STATUS` | a reset by the guest stops the vrings |
 //! | `BACKEND_REQ` | a new size of the disk is reported while the guest runs |
+//! | `GET_VRING_BASE_INFLIGHT` | requests that a slow drive does not complete are left to their record; they need not fail |
+//! | `GET_VRING_BASE_SKIP_DRAIN` | the same almost at once, if a message asks for it |
 //! | `GPA_ADDRESSES` | the device uses guest-physical addresses; the front-end's own are not needed |
 //!
 //! QEMU would acknowledge bits 14 and 17 (`INBAND_NOTIFICATIONS`, `XEN_MMAP`) if they were offered, and they change the
@@ -109,8 +111,23 @@ bitflags! {
         const CONFIGURE_MEM_SLOTS = 1 << 15;
         /// `SET_STATUS` and `GET_STATUS`.
         const STATUS = 1 << 16;
+        /// A vring may stop with requests in flight, which are recorded. Needs `INFLIGHT_SHMFD`.
+        const GET_VRING_BASE_INFLIGHT = 1 << 20;
         /// Addresses of vrings and regions are guest-physical.
         const GPA_ADDRESSES = 1 << 21;
+        /// `GET_VRING_BASE_SKIP_DRAIN`. Needs `GET_VRING_BASE_INFLIGHT`.
+        const GET_VRING_BASE_SKIP_DRAIN = 1 << 23;
+    }
+}
+
+impl ProtocolFeatures {
+    /// A feature among these that may be acknowledged only with another one, which is missing: both of them.
+    pub(super) fn incomplete(self) -> Option<(Self, Self)> {
+        let needs = [
+            (Self::GET_VRING_BASE_INFLIGHT, Self::INFLIGHT_SHMFD),
+            (Self::GET_VRING_BASE_SKIP_DRAIN, Self::GET_VRING_BASE_INFLIGHT),
+        ];
+        needs.into_iter().find(|(feature, needed)| self.contains(*feature) && !self.contains(*needed))
     }
 }
 
@@ -188,9 +205,24 @@ mod tests {
         // SIZE_MAX SEG_MAX BLK_SIZE FLUSH TOPOLOGY CONFIG_WCE MQ DISCARD WRITE_ZEROES, ZONED, LOG_ALL, INDIRECT EVENT_IDX
         // PROTOCOL_FEATURES, VERSION_1, PACKED.
         assert_eq!(offered.bits(), 0x7e46 | 1 << 17 | 1 << 26 | 7 << 28 | 1 << 32 | 1 << 34);
-        assert_eq!(ProtocolFeatures::all().bits(), 0x21_b22b);
+        assert_eq!(ProtocolFeatures::all().bits(), 0xb1_b22b);
         // The codec once had another feature at this bit (rust-vmm/vhost#367).
         assert_eq!(VhostUserProtocolFeatures::GPA_ADDRESSES.bits(), ProtocolFeatures::GPA_ADDRESSES.bits());
+    }
+
+    #[test]
+    fn requests_can_be_left_only_to_a_record() {
+        let (record, leave, skip) = (
+            ProtocolFeatures::INFLIGHT_SHMFD,
+            ProtocolFeatures::GET_VRING_BASE_INFLIGHT,
+            ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN,
+        );
+        for complete in [ProtocolFeatures::empty(), record, record | leave, record | leave | skip] {
+            assert_eq!(complete.incomplete(), None, "{complete:?}");
+        }
+        assert_eq!(leave.incomplete(), Some((leave, record)));
+        assert_eq!((record | skip).incomplete(), Some((skip, leave)));
+        assert!((leave | skip).incomplete().is_some());
     }
 
     #[test]

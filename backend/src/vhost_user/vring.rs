@@ -20,13 +20,14 @@ mod handed_over;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use super::Error;
 use super::features::VirtioFeatures;
 use super::inflight::InflightRegions;
 use crate::addr::{Address, Gpa, Qva, Span};
 use crate::engine::virtqueue::Area;
-use crate::engine::{Engine, Layout, VringSetup};
+use crate::engine::{Engine, Layout, Stopped, VringSetup};
 use crate::memory::{DirtyLog, MemTable};
 use crate::rate_limited_log::SharedLog;
 
@@ -138,6 +139,17 @@ pub(super) struct VringContext<'a> {
     pub(super) features: Option<VirtioFeatures>,
 }
 
+/// What becomes of requests in flight when a vring stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// They complete. Those that do not in time fail.
+    Drain,
+    /// They complete. Those that do not in time are left to the record of the vring.
+    DrainOrSuspend,
+    /// The same, after `limit`.
+    Suspend { limit: Duration },
+}
+
 /// One virtqueue.
 pub(super) struct Vring {
     index: usize,
@@ -146,6 +158,8 @@ pub(super) struct Vring {
     /// The vring has been drained and its base returned, since it ran last. So the base of the next start is right, also of a
     /// packed ring that the guest has reset, and the record of its requests says nothing more.
     drained: bool,
+    /// The vring has stopped with requests in flight, which its record has.
+    suspended: bool,
     /// What the used ring is logged as (VHOST_VRING_F_LOG).
     used_log: Option<Gpa>,
     call: Option<OwnedFd>,
@@ -154,7 +168,16 @@ pub(super) struct Vring {
 
 impl Vring {
     pub(super) fn new(index: usize) -> Self {
-        Self { index, state: State::default(), enabled: false, drained: false, used_log: None, call: None, err: None }
+        Self {
+            index,
+            state: State::default(),
+            enabled: false,
+            drained: false,
+            suspended: false,
+            used_log: None,
+            call: None,
+            err: None,
+        }
     }
 
     pub(super) fn is_running(&self) -> bool {
@@ -287,7 +310,7 @@ impl Vring {
         context.engine.set_enabled(self.index, true);
         if let State::Complete(complete) = std::mem::take(&mut self.state) {
             self.state = State::Running(Running { complete, areas });
-            self.drained = false;
+            (self.drained, self.suspended) = (false, false);
         }
         Ok(true)
     }
@@ -310,18 +333,24 @@ impl Vring {
         self.pause(engine)
     }
 
-    /// GET_VRING_BASE: drains and stops the vring, and returns its base. `None` if it has never run and no base was set.
-    /// The next SET_VRING_KICK starts it again.
-    pub(super) fn stop(&mut self, engine: &Engine) -> Result<Option<u32>, Error> {
-        let stopped = if self.is_running() { engine.stop_ring(self.index) } else { Ok(None) };
+    /// GET_VRING_BASE: stops the vring, and returns its base. `None` if it has never run and no base was set. The next
+    /// SET_VRING_KICK starts it again.
+    pub(super) fn stop(&mut self, engine: &Engine, stop: Stop) -> Result<Option<u32>, Error> {
+        let drained = |base| Stopped { base, left: 0 };
+        let stopped = match stop {
+            _ if !self.is_running() => Ok(None),
+            Stop::Drain => engine.stop_ring(self.index).map(|base| base.map(drained)),
+            Stop::DrainOrSuspend => engine.stop_or_suspend_ring(self.index),
+            Stop::Suspend { limit } => engine.suspend_ring(self.index, limit),
+        };
         let mut setup = match std::mem::take(&mut self.state) {
             State::Setup(setup) => setup,
             State::Complete(complete) | State::Running(Running { complete, .. }) => complete.into_setup(),
         };
         setup.kick = None;
-        if let Ok(Some(next)) = stopped {
-            setup.base = Some(next);
-            self.drained = true;
+        if let Ok(Some(Stopped { base, left })) = stopped {
+            setup.base = Some(base);
+            (self.drained, self.suspended) = (left == 0, left != 0);
         }
         let base = setup.base;
         self.state = State::Setup(setup);
@@ -329,9 +358,11 @@ impl Vring {
         Ok(base)
     }
 
-    /// Restores the initial state, except for the call and error descriptors.
+    /// Restores the initial state, except for the call and error descriptors. The driver no longer expects the requests with which
+    /// the vring was suspended.
     pub(super) fn reset(&mut self, engine: &Engine) -> Result<(), Error> {
-        let stopped = self.stop(engine);
+        let stopped = self.stop(engine, Stop::Drain);
+        self.drained |= std::mem::take(&mut self.suspended);
         self.state = State::default();
         (self.enabled, self.used_log) = (false, None);
         stopped.map(|_| ())

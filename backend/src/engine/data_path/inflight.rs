@@ -4,6 +4,7 @@
 use crate::addr::{Gpa, Span};
 use crate::driver::Outcome;
 use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::inflight_policy::InflightPolicy;
 use crate::engine::request::pending_used::PendingUsed;
 use crate::engine::request::{Data, Operation};
 
@@ -27,7 +28,7 @@ pub(in crate::engine) struct InflightRequest {
     pub(in crate::engine) fully_submitted: bool,
     /// Commands submitted and not yet completed.
     pub(in crate::engine) outstanding: u32,
-    /// True if it has been submitted again after a reset.
+    /// True if it has been submitted again after a reset that it may have caused.
     pub(in crate::engine) resubmitted: bool,
     /// The worst outcome so far.
     pub(in crate::engine) outcome: Outcome,
@@ -74,11 +75,16 @@ impl InflightRequest {
         self.fully_submitted && self.outstanding == 0
     }
 
-    /// Starts the request over after a device reset. Returns false if that has been done before, if a command has failed, or if
-    /// one may have been executed that must not be executed twice.
-    pub(in crate::engine) fn restart(&mut self) -> bool {
+    /// Starts the request over after a device reset, if `policy` says so. Returns false if not, if a command has failed, or if one
+    /// may have been executed that must not be executed twice.
+    pub(in crate::engine) fn restart(&mut self, policy: InflightPolicy) -> bool {
+        let wanted = match policy {
+            InflightPolicy::Resubmit => !std::mem::replace(&mut self.resubmitted, true),
+            InflightPolicy::Continue => true,
+            InflightPolicy::Fail => false,
+        };
         let harmless = self.operation.is_repeatable() || self.outstanding == 0;
-        if !harmless || self.outcome != Outcome::Success || std::mem::replace(&mut self.resubmitted, true) {
+        if !wanted || !harmless || self.outcome != Outcome::Success {
             return false;
         }
         (self.position, self.fully_submitted, self.outstanding) = (self.restart_at, false, 0);

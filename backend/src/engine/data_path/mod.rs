@@ -35,7 +35,7 @@ use super::vring::{State, Vring};
 use crate::driver::{Command, Completion, Outcome, Queue};
 use crate::rate_limited_log::RateLimitedLog;
 use crate::sys::LostPages;
-use inflight::InflightTable;
+use inflight::{InflightRequest, InflightTable};
 
 /// Set in the tag of a bounced command. The other bits are the bounce slot; without this flag, the index of the request.
 const BOUNCED: u32 = 1 << 31;
@@ -209,7 +209,7 @@ impl DataPath {
             if let Some((inflight_request, _)) = self.inflight.get(index) {
                 let sent = inflight_request.outstanding != 0;
                 inflight_request.unsure |= sent && self.disk.is_in_order(inflight_request.operation);
-                if policy == InflightPolicy::Resubmit && inflight_request.restart() {
+                if inflight_request.restart(policy) {
                     self.resubmit.push(index);
                     self.counters.resubmitted.add(1);
                     continue;
@@ -217,6 +217,23 @@ impl DataPath {
                 inflight_request.outcome = Outcome::Failed;
             }
             self.finish_now(index);
+        }
+    }
+
+    /// Leaves the requests of a ring to its record, without used entries. No device has their commands: it has been reset, and this
+    /// worker has no queue yet.
+    pub(in crate::engine) fn leave_recorded(&mut self, slot: usize) {
+        for index in self.inflight.indices() {
+            let of_ring = |request: &InflightRequest| request.ring == slot;
+            if self.inflight.get(index).is_none_or(|(request, _)| !of_ring(request)) {
+                continue;
+            }
+            let Some((left, _)) = self.inflight.remove(index) else { continue };
+            left.pending_used.leave();
+            if let Some(ring) = &mut self.slots[slot].ring {
+                ring.in_flight -= 1;
+                ring.left += 1;
+            }
         }
     }
 

@@ -204,6 +204,18 @@ impl DeviceSupervisor {
     /// Resets the device for all workers. No request in flight is completed before the reset, because the device may still
     /// write to its buffers. Those of the disk `failing` fail then, all others are submitted again.
     pub(in crate::engine) fn reset(&self, device: &mut SupervisedDevice, failing: Option<usize>) {
+        self.reset_and(device, |disk| match failing {
+            Some(failing) if failing == disk => InflightPolicy::Fail,
+            _ => InflightPolicy::Resubmit,
+        });
+    }
+
+    /// The same, of a device that has done nothing wrong: a ring is to have nothing in flight.
+    pub(in crate::engine) fn reset_without_blame(&self, device: &mut SupervisedDevice) {
+        self.reset_and(device, |_| InflightPolicy::Continue);
+    }
+
+    fn reset_and(&self, device: &mut SupervisedDevice, policy: impl Fn(usize) -> InflightPolicy) {
         if device.state != State::Up {
             return;
         }
@@ -212,10 +224,7 @@ impl DeviceSupervisor {
         match device.driver.recover() {
             Ok(queues) => {
                 self.update_geometries(device);
-                self.adopt_queues(queues, |disk| match failing {
-                    Some(failing) if failing == disk => InflightPolicy::Fail,
-                    _ => InflightPolicy::Resubmit,
-                });
+                self.adopt_queues(queues, policy);
             }
             Err(error) => {
                 LOG.error(|| format!("the device did not come back: {error:#}; requests fail until it does"));

@@ -18,7 +18,7 @@ use crate::sys::SharedMemory;
 
 const SIZE: u16 = 64;
 
-const BOTH: [Layout; 2] = [Layout::Split, Layout::Packed];
+pub(super) const BOTH: [Layout; 2] = [Layout::Split, Layout::Packed];
 
 /// A new inflight region, and its memory.
 pub(super) fn inflight(layout: Layout) -> (InflightRegion, SharedMemory) {
@@ -34,7 +34,7 @@ pub(super) fn copy(from: &SharedMemory, to: &SharedMemory) {
 }
 
 /// A guest with one ring.
-enum Guest {
+pub(super) enum Guest {
     Split(SplitDriver),
     Packed(PackedDriver),
 }
@@ -54,12 +54,12 @@ impl Guest {
         }
     }
 
-    fn layout(&self) -> Layout {
+    pub(super) fn layout(&self) -> Layout {
         if matches!(self, Self::Split(_)) { Layout::Split } else { Layout::Packed }
     }
 
     /// The driver of the split ring, or what both drivers have in common.
-    fn driver(&mut self) -> &mut SplitDriver {
+    pub(super) fn driver(&mut self) -> &mut SplitDriver {
         match self {
             Self::Split(driver) => driver,
             Self::Packed(driver) => &mut driver.guest,
@@ -68,7 +68,7 @@ impl Guest {
 
     /// The parameters for the next process, as QEMU sets them after a disconnect: the base is the used index, or for a packed
     /// ring that of the last start.
-    fn setup(&mut self) -> VringSetup {
+    pub(super) fn setup(&mut self) -> VringSetup {
         let layout = self.layout();
         let used = if layout == Layout::Split { self.driver().used_idx() } else { 0 };
         let setup = self.driver().setup(used);
@@ -76,7 +76,7 @@ impl Guest {
         VringSetup { layout, base, ..setup }
     }
 
-    fn request(&mut self, kind: u32, sector: u64) -> SentRequest {
+    pub(super) fn request(&mut self, kind: u32, sector: u64) -> SentRequest {
         let data = [(DATA + 512 * sector, 512)];
         match self {
             Self::Split(driver) => driver.request(kind, sector, &data),
@@ -84,14 +84,14 @@ impl Guest {
         }
     }
 
-    fn wait(&mut self, count: usize) -> Vec<(u32, u32)> {
+    pub(super) fn wait(&mut self, count: usize) -> Vec<(u32, u32)> {
         match self {
             Self::Split(driver) => driver.wait(count),
             Self::Packed(driver) => driver.wait(count),
         }
     }
 
-    fn used(&mut self) -> Vec<(u32, u32)> {
+    pub(super) fn used(&mut self) -> Vec<(u32, u32)> {
         match self {
             Self::Split(driver) => driver.used(),
             Self::Packed(driver) => driver.used(),
@@ -100,9 +100,9 @@ impl Guest {
 }
 
 /// A process that serves one ring.
-struct Process {
-    rig: Rig,
-    record: SharedMemory,
+pub(super) struct Process {
+    pub(super) rig: Rig,
+    pub(super) record: SharedMemory,
 }
 
 impl Process {
@@ -117,13 +117,13 @@ impl Process {
         (process, guest)
     }
 
-    fn start(&self, setup: VringSetup) {
+    pub(super) fn start(&self, setup: VringSetup) {
         self.rig.engine.start_ring(setup).unwrap();
         self.rig.engine.set_enabled(0, true);
     }
 
     /// The next process, with the guest's memory and the record as they are now. Its device holds commands.
-    fn successor(&self, depth: usize, guest: &mut Guest) -> (Self, VringSetup) {
+    pub(super) fn successor(&self, depth: usize, guest: &mut Guest) -> (Self, VringSetup) {
         let rig = Rig::new(DiskOptions { depth, ..DiskOptions::default() });
         rig.disk.hold();
         copy(self.rig.region.memory(), rig.region.memory());
@@ -138,7 +138,7 @@ impl Process {
     }
 
     /// Waits until the device holds `count` commands. Returns their first blocks.
-    fn held(&self, count: usize) -> Vec<u64> {
+    pub(super) fn held(&self, count: usize) -> Vec<u64> {
         wait_until("commands", || self.rig.disk.held().len() >= count);
         let block = |command: &Command| match command {
             Command::Read { block, .. } | Command::Write { block, .. } => *block,
@@ -150,7 +150,7 @@ impl Process {
 
 /// A process with requests for sectors 0 to 5, of which 3 and 1 have been completed in this order. Also its guest, and the
 /// requests in flight.
-fn with_four_in_flight(layout: Layout) -> (Process, Guest, Vec<SentRequest>) {
+pub(super) fn with_four_in_flight(layout: Layout) -> (Process, Guest, Vec<SentRequest>) {
     let (process, mut guest) = Process::first(layout);
     let sent: Vec<_> = (0..6).map(|sector| guest.request(OUT, sector)).collect();
     guest.driver().kick();

@@ -27,6 +27,7 @@ mod round_trip;
 #[cfg(feature = "shuttle")]
 mod schedules;
 mod several_disks;
+mod suspension;
 mod traits;
 mod zoned;
 mod zoned_recovery;

@@ -84,9 +84,15 @@ impl Virtqueue {
         either!(self, ring => ring.take_recovered(guest, chain))
     }
 
-    /// Leaves them to the process that serves the ring next.
-    pub fn forget_recovered(&mut self) {
-        either!(self, ring => ring.forget_recovered());
+    /// Leaves them to the process that serves the ring next. Returns how many there are.
+    pub fn forget_recovered(&mut self) -> u16 {
+        either!(self, ring => ring.forget_recovered())
+    }
+
+    /// True if the requests in flight are recorded, see [`Self::track`].
+    #[must_use]
+    pub fn is_recorded(&self) -> bool {
+        either!(self, ring => ring.is_recorded())
     }
 
     /// Marks what is written to the ring in `log` from now on, and at once all that may have been written before.

@@ -170,9 +170,15 @@ impl PackedRing {
         true
     }
 
-    /// Leaves them to the process that serves the ring next.
-    pub fn forget_recovered(&mut self) {
-        self.recovered.clear();
+    /// Leaves them to the process that serves the ring next. Returns how many there are.
+    pub fn forget_recovered(&mut self) -> u16 {
+        u16::try_from(self.recovered.drain(..).len()).expect("at most as many as descriptors")
+    }
+
+    /// True if the requests in flight are recorded.
+    #[must_use]
+    pub fn is_recorded(&self) -> bool {
+        self.marks.is_some()
     }
 
     /// Number of descriptors.

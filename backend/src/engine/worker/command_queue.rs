@@ -14,6 +14,7 @@ use crate::engine::dirty_log::DirtyLogging;
 use crate::engine::error::EngineError;
 use crate::engine::inflight_policy::InflightPolicy;
 use crate::engine::setup::VringSetup;
+use crate::engine::suspension::Suspension;
 use crate::eventfd::{drain, signal};
 use crate::memory::MemTable;
 use crate::sync::mpsc::{Receiver, Sender, channel};
@@ -24,6 +25,8 @@ pub(in crate::engine) enum WorkerCommand {
     Start(usize, Box<VringSetup>, Sender<Result<(), EngineError>>),
     /// The reply comes when the last request taken from the ring has a used entry.
     Stop(usize, Sender<Option<u32>>),
+    /// The same, or the last reply comes after a reset of the device, and what was in flight is left to the record.
+    Suspend(usize, Sender<Suspension>),
     Enable(usize, bool, Sender<()>),
     Call(usize, Option<OwnedFd>, Sender<()>),
     Err(usize, Option<OwnedFd>, Sender<()>),

@@ -28,9 +28,12 @@ impl Worker {
     }
 
     /// True if requests may be submitted again after a reset. A hold waits for them however long they take, and a pause ends
-    /// before they are submitted.
+    /// before they are submitted. Those of a ring that is being suspended are no longer there.
     pub(super) fn nobody_waits_for_failure(&self) -> bool {
-        self.pending.iter().all(|pending| matches!(pending, PendingReply::Hold(_) | PendingReply::Pause(_)))
+        let waits = |pending: &PendingReply| {
+            !matches!(pending, PendingReply::Hold(_) | PendingReply::Pause(_) | PendingReply::Suspend(..))
+        };
+        !self.pending.iter().any(waits)
     }
 
     /// True if the device has no command of this worker.

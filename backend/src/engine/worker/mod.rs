@@ -17,6 +17,7 @@ mod hold;
 mod poll_timer;
 mod reply;
 mod reset;
+mod stop;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,6 +30,7 @@ use super::data_path::DataPath;
 use super::error::EngineError;
 use super::recovery::CommandClock;
 use super::setup::VringSetup;
+use super::suspension::{Stopped, Suspension};
 use super::vring::{State, Vring};
 use crate::addr::{Gpa, Span};
 use crate::driver::Queue;
@@ -240,6 +242,7 @@ impl Worker {
         match command {
             WorkerCommand::Start(slot, setup, answer) => reply(&answer, self.start(slot, *setup)),
             WorkerCommand::Stop(slot, answer) => self.stop(slot, answer),
+            WorkerCommand::Suspend(slot, answer) => self.suspend(slot, answer),
             WorkerCommand::Enable(slot, enabled, answer) => {
                 self.path.slots[slot].enabled = enabled;
                 reply(&answer, ());
@@ -323,17 +326,6 @@ impl Worker {
         Ok(())
     }
 
-    fn stop(&mut self, slot: usize, answer: Sender<Option<u32>>) {
-        match &mut self.path.slots[slot].ring {
-            None => reply(&answer, None),
-            Some(ring) => {
-                ring.state = State::Draining;
-                self.pending.push(PendingReply::Stop(slot, answer));
-                self.poll_pending();
-            }
-        }
-    }
-
     fn remove_memory(&mut self, table: Arc<MemTable>, removed: Arc<[Span<Gpa>]>, answer: Sender<()>) {
         for slot in 0..self.path.slots.len() {
             let Some(ring) = &self.path.slots[slot].ring else { continue };
@@ -352,16 +344,14 @@ impl Worker {
         self.path.publish();
         for reply_to in std::mem::take(&mut self.pending) {
             match reply_to {
-                PendingReply::Stop(slot, answer) => {
-                    match self.path.slots[slot].ring.take_if(|ring| ring.is_drained()) {
-                        Some(mut ring) => {
-                            ring.unwatch(&self.poller);
-                            ring.queue.arm(); // the next device on the ring expects kicks
-                            reply(&answer, Some(ring.queue.base()));
-                        }
-                        None => self.pending.push(PendingReply::Stop(slot, answer)),
-                    }
-                }
+                PendingReply::Stop(slot, answer) => match self.end_drained(slot) {
+                    Some(Stopped { base, .. }) => reply(&answer, Some(base)),
+                    None => self.pending.push(PendingReply::Stop(slot, answer)),
+                },
+                PendingReply::Suspend(slot, answer) => match self.end_drained(slot) {
+                    Some(stopped) => reply(&answer, Suspension::Stopped(stopped)),
+                    None => self.pending.push(PendingReply::Suspend(slot, answer)),
+                },
                 PendingReply::Flush(answer) => match self.path.flushed() {
                     Some(done) => reply(&answer, done),
                     None => self.pending.push(PendingReply::Flush(answer)),

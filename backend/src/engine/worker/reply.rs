@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use crate::addr::{Gpa, Span};
+use crate::engine::suspension::Suspension;
 use crate::sync::mpsc::Sender;
 
 /// A reply that is due when some request or command in flight has completed.
 pub(super) enum PendingReply {
     Stop(usize, Sender<Option<u32>>),
+    Suspend(usize, Sender<Suspension>),
     RemoveMemory(Arc<[Span<Gpa>]>, Sender<()>),
     Flush(Sender<bool>),
     Pause(Sender<()>),

@@ -15,6 +15,7 @@ impl Worker {
     }
 
     pub(super) fn adopt_queue(&mut self, queue: Option<Box<dyn Queue>>, policy: InflightPolicy) {
+        self.leave_suspended();
         // A stop or a memory removal is waiting for these requests: fail them instead of submitting them again.
         let wanted = queue.is_some() && self.nobody_waits_for_failure();
         self.path.handle_reset(if wanted { policy } else { InflightPolicy::Fail });

@@ -34,7 +34,11 @@ impl Session<'_> {
         if !unknown.is_empty() {
             return Err(Error::NotOffered { request: "SET_PROTOCOL_FEATURES", names: Names(unknown).to_string() });
         }
-        self.protocol = ProtocolFeatures::from_bits_retain(raw);
+        let acked = ProtocolFeatures::from_bits_retain(raw);
+        if let Some((feature, needed)) = acked.incomplete() {
+            return Err(Error::FeatureAlone { feature: Names(feature).to_string(), needed: Names(needed).to_string() });
+        }
+        self.protocol = acked;
         Ok(())
     }
 
