@@ -70,7 +70,7 @@ make_disk() {
     mkfs.vfat -F 16 --offset $((PARTITION / 512)) -h 2048 -g 255/63 "$image" $((127 * 1024)) >/dev/null
     boot_sector "$1" | dd of="$image" conv=notrunc status=none
     printf '%s\n' 'DEFAULT linux' 'LABEL linux' 'KERNEL /vmlinuz' 'INITRD /initrd' \
-        "APPEND console=ttyS0 quiet panic=-1 booted=$1" >"$WORK/syslinux.cfg"
+        "APPEND console=ttyS0 quiet panic=-1 no_timer_check booted=$1" >"$WORK/syslinux.cfg"
     mmd -i "$partition" ::/EFI ::/EFI/BOOT
     mcopy -i "$partition" "$KERNEL/vmlinuz" "$WORK/initrd" "$WORK/syslinux.cfg" ::/
     mcopy -i "$partition" /usr/lib/SYSLINUX.EFI/efi64/syslinux.efi ::/EFI/BOOT/BOOTX64.EFI

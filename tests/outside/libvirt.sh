@@ -101,7 +101,7 @@ domain() {
     <type arch='x86_64' machine='q35'>hvm</type>
     <kernel>$WORK/bzImage</kernel>
     <initrd>$WORK/guest-guest/initrd</initrd>
-    <cmdline>console=ttyS0 quiet panic=-1 random.trust_cpu=on lapic=notscdeadline loop.max_loop=0</cmdline>
+    <cmdline>console=ttyS0 quiet panic=-1 no_timer_check random.trust_cpu=on lapic=notscdeadline loop.max_loop=0</cmdline>
   </os>
   <features><acpi/></features>
   <cpu mode='maximum'/>

@@ -48,9 +48,8 @@ named_backend_ends() {
 
 the_guest() { guest --name "$GUEST" "$@"; }
 # start [OPTION of "guest start"]…
-# no_timer_check: the kernel's test of the timer at boot panics if the emulation gets too little processor time.
 start() {
-    the_guest start --socket "$SOCKET" --queues 2 --smp 2 --mem 128M --timeout 180 --append no_timer_check --add stress "$@"
+    the_guest start --socket "$SOCKET" --queues 2 --smp 2 --mem 128M --timeout 180 --add stress "$@"
 }
 inside() { the_guest exec --timeout 300 -- "$1"; }
 
