@@ -1,6 +1,6 @@
 //! Cost of a 4 KiB read in one worker, with 1 or 32 requests in flight: from the ring to the device queue and back. The
 //! controller, and the driver that makes the next requests available, are a few lines in the doorbell write. So no pass of the
-//! worker is empty, and the instructions repeat exactly; `scripts/bench instructions` counts them and leaves the doorbell write out.
+//! worker is empty, and the instructions repeat; `scripts/bench instructions` counts them and leaves the doorbell write out.
 //!
 //! `engine --count READS CHAINS DEPTH` serves so many reads and ends; else this is a bench of criterion.
 #![allow(missing_docs, reason = "criterion's macros make public functions")]
