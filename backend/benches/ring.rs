@@ -6,6 +6,8 @@
 #![allow(missing_docs, reason = "criterion's macros make public functions")]
 #![allow(clippy::unwrap_used, reason = "a benchmark may stop")]
 
+mod requests;
+
 use std::fs::File;
 use std::hint::black_box;
 use std::sync::Arc;
@@ -13,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vhost_device_vfio::addr::{Gpa, Qva, Span};
+use vhost_device_vfio::addr::{Gpa, Span};
 use vhost_device_vfio::driver::Geometry;
 use vhost_device_vfio::engine::LiveGeometry;
 use vhost_device_vfio::engine::guest_memory::GuestMemoryView;
@@ -23,77 +25,17 @@ use vhost_device_vfio::engine::request::{Data, Disk, Job, Status, Transfer, pars
 use vhost_device_vfio::engine::virtqueue::Virtqueue;
 use vhost_device_vfio::engine::virtqueue::chain::Chain;
 use vhost_device_vfio::engine::{InflightRegion, Layout, VringSetup};
-use vhost_device_vfio::memory::{MemTable, Region, RegionSpec, map_shared_file};
+use vhost_device_vfio::memory::map_shared_file;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-const SIZE: u16 = 256;
+use requests::{AVAIL, DESC, INDIRECT, Memory, SIZE, TABLES, USED, fill, memory, setup};
+
 const BATCH: u16 = 32;
-const REGION: u64 = 16 << 20;
-const DESC: u64 = 0x1000;
-const AVAIL: u64 = 0x3000;
-const USED: u64 = 0x5000;
-const HEADERS: u64 = 0x1_0000;
-const TABLES: u64 = 0x2_0000;
 /// The packed ring and its indirect tables.
 const PACKED: u64 = 0x8000;
 const PACKED_SIZE: u16 = 255;
 const PACKED_TABLES: u64 = 0x3_0000;
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
-
-/// The same guest memory, mapped once for this crate and once for `virtio-queue`.
-struct Memory {
-    ours: Arc<MemTable>,
-    theirs: GuestMemoryMmap,
-}
-
-fn memory(regions: u64) -> Memory {
-    let mut ours = Vec::new();
-    let mut theirs = Vec::new();
-    for n in 0..regions {
-        // A gap after each region keeps regions from being merged.
-        let start = n * 2 * REGION;
-        let file = Arc::new(File::from(memfd_create("bench", MemfdFlags::CLOEXEC).unwrap()));
-        ftruncate(&*file, REGION).unwrap();
-        let gpa = Span::new(Gpa(start), REGION).unwrap();
-        ours.push(Arc::new(Region::map(RegionSpec { gpa, qva: Qva(start), offset: 0, file: file.clone() }).unwrap()));
-        let len = usize::try_from(REGION).unwrap();
-        theirs.push((GuestAddress(start), len, Some(FileOffset::from_arc(file, 0))));
-    }
-    Memory {
-        ours: Arc::new(MemTable::new(ours).unwrap()),
-        theirs: GuestMemoryMmap::from_ranges_with_files(theirs).unwrap(),
-    }
-}
-
-/// Writes requests into guest memory: 4 KiB reads of three descriptors each, with data in all regions in turn.
-fn fill(memory: &GuestMemoryMmap, regions: u64, indirect: bool) {
-    let put = |at: u64, addr: u64, len: u32, flags: u16, next: u16| {
-        memory.write_obj(addr, GuestAddress(at)).unwrap();
-        memory.write_obj(len, GuestAddress(at + 8)).unwrap();
-        memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
-        memory.write_obj(next, GuestAddress(at + 14)).unwrap();
-    };
-    for n in 0..u64::from(SIZE / 4) {
-        let header = HEADERS + 32 * n;
-        memory.write_obj(0_u64, GuestAddress(header)).unwrap();
-        memory.write_obj(8 * n, GuestAddress(header + 8)).unwrap();
-        let data = (n % regions) * 2 * REGION + 0x10_0000 + 4096 * n;
-        let head = u16::try_from(4 * n).unwrap();
-        let (table, first) = if indirect { (TABLES + 64 * n, 0) } else { (DESC + 64 * n, head) };
-        put(table, header, 16, NEXT, first + 1);
-        put(table + 16, data, 4096, NEXT | WRITE, first + 2);
-        put(table + 32, header + 16, 1, WRITE, 0);
-        if indirect {
-            put(DESC + 64 * n, table, 48, INDIRECT, 0);
-        }
-    }
-    for n in 0..SIZE {
-        memory.write_obj((n * 4) % SIZE, GuestAddress(AVAIL + 4 + 2 * u64::from(n))).unwrap();
-    }
-}
 
 /// The driver side of a packed ring with the requests of [`fill`]. It writes every descriptor again in each round, as every
 /// driver must.
@@ -179,26 +121,6 @@ fn packed(memory: &Memory, regions: u64, indirect: bool, recorded: bool) -> impl
 fn offer(memory: &GuestMemoryMmap, index: &mut u16) {
     *index = index.wrapping_add(BATCH);
     memory.write_obj(*index, GuestAddress(AVAIL + 2)).unwrap();
-}
-
-fn setup() -> VringSetup {
-    let span = |start, len| Span::new(Gpa(start), len).unwrap();
-    VringSetup {
-        index: 0,
-        layout: Layout::Split,
-        size: SIZE,
-        desc: span(DESC, 0x1000),
-        avail: span(AVAIL, 0x1000),
-        used: span(USED, 0x1000),
-        base: 0,
-        event_idx: true,
-        indirect: true,
-        kick: None,
-        call: None,
-        err: None,
-        used_log: None,
-        inflight: None,
-    }
 }
 
 /// Memory for the record of a ring's requests in flight.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use testbed::client::{Client, Error, Request, Ring, Shape};
 
 const USAGE: &str = "usage: load SOCKET [--depth N] [--queues N] [--bytes N] [--seconds S] [--requests N] \
-    [--pid SERVER] [--packed] [--sleep] [--idle]";
+    [--pid SERVER] [--packed] [--no-indirect] [--no-event-idx] [--sleep] [--idle]";
 
 /// The command line.
 struct Options {
@@ -62,6 +62,8 @@ fn parse_options() -> Result<Options, Error> {
             "--requests" => (options.requests, options.time) = (value()?.parse()?, Duration::MAX),
             "--pid" => options.server = Some(value()?.parse()?),
             "--packed" => options.shape.packed = true,
+            "--no-indirect" => options.shape.indirect = false,
+            "--no-event-idx" => options.shape.event_idx = false,
             "--idle" => options.idle = true,
             "--sleep" => options.sleep = true,
             _ => return Err(USAGE.into()),

@@ -43,22 +43,31 @@ pub(crate) fn shared(bytes: usize) -> SharedMemory {
 }
 
 /// A queue of maximum depth and its controller. `caches`, if given, flushes the queue.
+#[allow(dead_code, reason = "one bench has doorbells of its own")]
 pub(crate) fn pair(caches: Option<Arc<dyn CacheFlush>>) -> (IoQueue, Controller) {
     let memory = shared(memory_needed(MAX_DEPTH));
-    let queue = IoQueue::new(QueueSetup {
+    (queue(&memory, Arc::new(IgnoredDoorbells), caches), Controller::new(memory))
+}
+
+/// A queue of maximum depth with these doorbells.
+pub(crate) fn queue(
+    memory: &SharedMemory,
+    registers: Arc<dyn Registers>,
+    caches: Option<Arc<dyn CacheFlush>>,
+) -> IoQueue {
+    IoQueue::new(QueueSetup {
         name: "bench".to_owned(),
         id: 1,
         depth: MAX_DEPTH,
         memory: QueueMemory { memory: memory.clone(), iova: Iova(0x7000_0000), caches },
-        doorbells: Doorbells { registers: Arc::new(IgnoredDoorbells), stride: 4 },
+        doorbells: Doorbells { registers, stride: 4 },
         namespace: 1,
         disk: 0,
         limits: LIMITS,
         sgl: None,
-        interrupt: QueueInterrupt::own(eventfd(0, EventfdFlags::CLOEXEC).unwrap(), None),
+        interrupt: QueueInterrupt::own(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap(), None),
         tags: Tags::Own,
-    });
-    (queue, Controller::new(memory))
+    })
 }
 
 /// The controller's side of the queue pair.

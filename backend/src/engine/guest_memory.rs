@@ -91,12 +91,17 @@ impl GuestMemoryView {
     }
 
     /// Writes a status byte that [`Self::has_status`] has found, possibly in the former table.
-    #[inline]
+    #[inline(always)]
     pub fn write_status(&mut self, address: Gpa, status: u8) {
         match find(&self.windows, address, 1, &mut self.status_hint) {
             Some((shared, offset)) => shared.write_u8(offset, status),
-            None => self.copy_in(Span::new(address, 1).expect("one byte never wraps"), &[status]),
+            None => self.write_former_status(address, status),
         }
+    }
+
+    #[cold]
+    fn write_former_status(&self, address: Gpa, status: u8) {
+        self.copy_in(Span::new(address, 1).expect("one byte never wraps"), &[status]);
     }
 
     /// The memory of an indirect table, or of one entry. `None` unless all of it lies in one region.
@@ -111,11 +116,18 @@ impl GuestMemoryView {
         self.table_memory(span).and_then(|(shared, offset)| shared.array(offset, entries.into()))
     }
 
-    /// Type and sector of the request header at `address`. `None` unless it lies in one region and is aligned to 8 bytes
-    /// (virtio 1.2 §5.2.6).
+    /// Type and sector of the request header at `address` (virtio 1.2 §5.2.6). `None` unless it lies in one region and is
+    /// aligned to 8 bytes, and the byte at `status` is guest memory.
     #[inline]
-    pub fn header(&mut self, address: Gpa) -> Option<(u32, u64)> {
+    pub fn header_and_status(&mut self, address: Gpa, status: Gpa) -> Option<(u32, u64)> {
         let (shared, offset) = find(&self.windows, address, 16, &mut self.header_hint)?;
+        // Drivers keep the two together, so the region of the header is tried first. A difference below zero wraps twice.
+        let difference = usize::try_from(status.raw().wrapping_sub(address.raw())).ok()?;
+        if !shared.contains(offset.wrapping_add(difference), 1)
+            && find(&self.windows, status, 1, &mut self.status_hint).is_none()
+        {
+            return None;
+        }
         let [front, sector] = shared.array::<u64, 2>(offset, 1)?.read(0);
         Some((u32::try_from(front & 0xffff_ffff).expect("masked"), sector))
     }

@@ -65,7 +65,9 @@ impl fmt::Display for Statistics {
 }
 
 /// What one worker has counted of one virtqueue. It is written once for each batch of used entries, and before the worker sleeps.
+/// On cache lines of its own, as [`Counters`].
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub(super) struct RingCounters {
     pub(super) completed: Counter,
     pub(super) in_flight: Counter,

@@ -129,6 +129,8 @@ pub(super) struct SubmissionRing {
     tail: u16,
     /// Value last written to the doorbell. The controller does not know of the entries from here to `tail` yet.
     doorbell_tail: u16,
+    /// Number of entries from `head` to `doorbell_tail`.
+    rung: u16,
     doorbell: Doorbell,
 }
 
@@ -137,7 +139,7 @@ impl SubmissionRing {
         let offset = submission_doorbell(queue, doorbells.stride);
         let doorbell = Doorbell { registers: Arc::clone(&doorbells.registers), offset };
         let entries = memory.entries(size);
-        Self { memory: memory.clone(), entries, size, head: 0, tail: 0, doorbell_tail: 0, doorbell }
+        Self { memory: memory.clone(), entries, size, head: 0, tail: 0, doorbell_tail: 0, rung: 0, doorbell }
     }
 
     #[inline]
@@ -181,18 +183,26 @@ impl SubmissionRing {
         self.flush();
         self.doorbell.write(self.tail);
         self.doorbell_tail = self.tail;
+        self.rung = self.entries_up_to(self.tail);
         true
     }
 
     /// Sets the head that the controller reports; false, without effect, if it lies beyond the last doorbell.
     #[inline]
     pub(super) fn set_head(&mut self, head: u16) -> bool {
-        let distance = |to: u16| if to >= self.head { to - self.head } else { self.size - self.head + to };
-        let plausible = head < self.size && distance(head) <= distance(self.doorbell_tail);
+        let read = self.entries_up_to(head);
+        let plausible = head < self.size && read <= self.rung;
         if plausible {
             self.head = head;
+            self.rung -= read;
         }
         plausible
+    }
+
+    /// Number of entries from `head` to `index`.
+    #[inline]
+    fn entries_up_to(&self, index: u16) -> u16 {
+        if index >= self.head { index - self.head } else { self.size - self.head + index }
     }
 }
 

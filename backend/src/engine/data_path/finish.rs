@@ -3,9 +3,11 @@
 use super::inflight::Finished;
 use super::logging::Dirtied;
 use super::{DataPath, zones};
+use crate::addr::Gpa;
 use crate::driver::Outcome;
 use crate::engine::request::pending_used::PendingUsed;
-use crate::engine::request::{Operation, Status};
+use crate::engine::request::{Disk, Operation, Status};
+use crate::engine::virtqueue::chain::Head;
 
 impl DataPath {
     /// Completes a request that the device has finished. Always inlined, like [`Self::answer`]: as calls they would copy the
@@ -14,27 +16,38 @@ impl DataPath {
     pub(super) fn finish(&mut self, index: u32) {
         let Some((finished, data)) = self.inflight.remove(index) else { return };
         let Finished { pending_used, ring, operation, bytes, outcome, started } = finished;
-        if operation == Operation::Read {
+        // From here on in registers; what has to be dropped would stay in memory.
+        let (status_byte, head) = (pending_used.status(), pending_used.complete());
+        if matches!(operation, Operation::Read) {
             self.caches.buffers(&self.guest, &data.buffers, 0, bytes);
         }
-        let dirtied = Dirtied::by(operation, bytes, index);
+        let dirtied = self.logging.as_ref().and_then(|_| Dirtied::by(operation, bytes, index));
         if let Some(ns) = self.clock.since(started) {
             self.counters.latencies.record(operation, ns);
         }
-        let moved = if outcome == Outcome::Success { bytes } else { 0 };
+        let (status, moved) = match outcome {
+            Outcome::Success => (Status::Ok, bytes),
+            _ => (status_of(outcome, &self.disk), 0),
+        };
+        let counters = &self.counters;
         let written = match operation {
-            Operation::Read => moved,
-            Operation::Write => 0,
-            _ => zones::written(operation, moved, data),
+            Operation::Read => {
+                counters.reads.add(1);
+                counters.bytes_read.add(moved);
+                moved
+            }
+            Operation::Write => {
+                counters.writes.add(1);
+                counters.bytes_written.add(moved);
+                0
+            }
+            _ => {
+                let written = zones::written(operation, moved, data);
+                self.count_other(operation, moved);
+                written
+            }
         };
-        self.count(operation, moved);
-        let status = match outcome {
-            Outcome::Success => Status::Ok,
-            Outcome::Unsupported => Status::Unsupported,
-            Outcome::Failed => Status::IoError,
-            Outcome::Zone(fault) => self.disk.zone_status(fault),
-        };
-        self.answer(pending_used, ring, status, written, dirtied);
+        self.return_chain((head, status_byte), ring, status, written, dirtied);
     }
 
     /// [`Self::finish`] where it is rare.
@@ -54,21 +67,6 @@ impl DataPath {
         dirtied: Option<Dirtied>,
     ) {
         self.answer(pending_used, slot, status, written, dirtied);
-    }
-
-    /// Counts a request that has moved so many bytes.
-    #[inline]
-    fn count(&self, operation: Operation, moved: u64) {
-        let counters = &self.counters;
-        if operation == Operation::Read {
-            counters.reads.add(1);
-            counters.bytes_read.add(moved);
-        } else if operation == Operation::Write {
-            counters.writes.add(1);
-            counters.bytes_written.add(moved);
-        } else {
-            self.count_other(operation, moved);
-        }
     }
 
     #[inline(never)]
@@ -93,10 +91,24 @@ impl DataPath {
         written: u64,
         dirtied: Option<Dirtied>,
     ) {
+        let status_byte = pending_used.status();
+        self.return_chain((pending_used.complete(), status_byte), slot, status, written, dirtied);
+    }
+
+    /// The same, for a chain whose pending used entry this completes.
+    #[inline(always)]
+    fn return_chain(
+        &mut self,
+        (head, status_byte): (Head, Option<Gpa>),
+        slot: usize,
+        status: Status,
+        written: u64,
+        dirtied: Option<Dirtied>,
+    ) {
         if status != Status::Ok {
             self.counters.errors.add(1);
         }
-        let len = match pending_used.status() {
+        let len = match status_byte {
             Some(byte) => {
                 self.guest.write_status(byte, status as u8);
                 u32::try_from(written + 1).unwrap_or(u32::MAX)
@@ -104,13 +116,23 @@ impl DataPath {
             None => 0,
         };
         if self.logging.is_some() {
-            self.mark(&pending_used, dirtied);
+            self.mark(status_byte, dirtied);
         }
-        let head = pending_used.complete();
         if let Some(ring) = &mut self.slots[slot].ring {
             ring.queue.push_used(head, len);
             ring.in_flight -= 1;
             ring.completed += 1;
         }
+    }
+}
+
+/// The status of a request that has failed.
+#[cold]
+fn status_of(outcome: Outcome, disk: &Disk) -> Status {
+    match outcome {
+        Outcome::Success => Status::Ok,
+        Outcome::Unsupported => Status::Unsupported,
+        Outcome::Failed => Status::IoError,
+        Outcome::Zone(fault) => disk.zone_status(fault),
     }
 }

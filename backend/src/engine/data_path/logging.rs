@@ -4,7 +4,7 @@
 use super::DataPath;
 use crate::addr::Gpa;
 use crate::engine::dirty_log::DirtyLogging;
-use crate::engine::request::{Operation, pending_used::PendingUsed};
+use crate::engine::request::Operation;
 
 /// What may have been written to the buffers of the request in this slot of the inflight table.
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +69,7 @@ impl DataPath {
     /// Marks what a request has written, before it gets its used entry.
     #[cold]
     #[inline(never)]
-    pub(super) fn mark(&self, pending_used: &PendingUsed, dirtied: Option<Dirtied>) {
+    pub(super) fn mark(&self, status_byte: Option<Gpa>, dirtied: Option<Dirtied>) {
         let Some(logging) = &self.logging else { return };
         let data = dirtied.map(|Dirtied { index, part }| {
             let data = self.inflight.data(index);
@@ -78,7 +78,7 @@ impl DataPath {
                 Part::AppendSector => (&*data.append_sector, u64::MAX),
             }
         });
-        logging.mark_request(&self.guest, pending_used.status(), data.unwrap_or_default());
+        logging.mark_request(&self.guest, status_byte, data.unwrap_or_default());
     }
 
     /// Marks pages in another log from now on, or no longer.

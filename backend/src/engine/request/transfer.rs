@@ -27,11 +27,8 @@ impl Transfer {
     #[must_use]
     pub fn of(request: &FastRequest, guest: &mut GuestMemoryView, disk: &Disk) -> Option<Self> {
         let buffers = request.buffers();
-        let (kind, sector) = guest.header(buffers.header)?;
+        let (kind, sector) = guest.header_and_status(buffers.header, buffers.status)?;
         let operation = disk.transfer_of(kind, buffers.writable)?;
-        if !guest.has_status(buffers.status) {
-            return None;
-        }
         let data = guest.data(buffers.data)?;
         let block = disk.block(sector, data.len()).ok()?;
         Some(Self { operation, block, data, status: buffers.status })

@@ -126,6 +126,8 @@ pub struct Disk {
     live: Arc<LiveGeometry>,
     block_size: u32,
     block_shift: u32,
+    /// log2 of the sectors of a logical block.
+    sector_shift: u32,
     read_only: bool,
     /// See [`Geometry::boundary`].
     boundary: u32,
@@ -151,6 +153,7 @@ impl Disk {
             live,
             block_size: geometry.block_size,
             block_shift,
+            sector_shift: block_shift - SECTOR_SHIFT,
             read_only: geometry.read_only,
             boundary: geometry.boundary,
             zones: DiskZones::of(geometry, BOUNCE_BYTES),
@@ -242,9 +245,9 @@ impl Disk {
         if (bytes | sector << SECTOR_SHIFT) & u64::from(self.block_size - 1) != 0 {
             return Err(RequestFault::Alignment { sector, bytes, block_size: self.block_size });
         }
-        let sectors = self.live.blocks.load(Ordering::Relaxed) << (self.block_shift - SECTOR_SHIFT);
+        let sectors = self.live.blocks.load(Ordering::Relaxed) << self.sector_shift;
         match sectors.checked_sub(sector) {
-            Some(left) if bytes >> SECTOR_SHIFT <= left => Ok(sector >> (self.block_shift - SECTOR_SHIFT)),
+            Some(left) if bytes >> SECTOR_SHIFT <= left => Ok(sector >> self.sector_shift),
             _ => Err(RequestFault::Range { sector, bytes, sectors }),
         }
     }

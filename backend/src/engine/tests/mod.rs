@@ -2,6 +2,7 @@
 //! controller.
 
 mod bare;
+mod cache_lines;
 mod coherent;
 mod crash;
 mod dirty_log;

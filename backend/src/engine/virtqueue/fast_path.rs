@@ -22,8 +22,13 @@ const TABLE: u32 = 48;
 #[derive(Clone, Copy)]
 pub struct FastDescriptor {
     addr: u64,
-    len: u32,
-    flags: u16,
+    /// The length, and above it the flags that matter: so they are compared at once.
+    shape: u64,
+}
+
+/// Flags in [`FastDescriptor::shape`].
+const fn flags(flags: u16) -> u64 {
+    (flags as u64) << 32
 }
 
 impl FastDescriptor {
@@ -31,23 +36,24 @@ impl FastDescriptor {
     #[inline]
     #[must_use]
     pub fn split([addr, rest]: [u64; 2]) -> (Self, u16) {
-        let (len, [flags, next]) = halves(rest);
-        (Self { addr, len, flags }, next)
+        let [_, next] = halves(rest);
+        (Self { addr, shape: rest & (u64::from(u32::MAX) | flags(NEXT | WRITE | INDIRECT)) }, next)
     }
 
     /// Decodes a descriptor of a packed ring, without the AVAIL and USED flags. Returns it and its buffer ID.
     #[inline]
     #[must_use]
     pub fn packed([addr, rest]: [u64; 2]) -> (Self, u16) {
-        let (len, [id, flags]) = halves(rest);
-        (Self { addr, len, flags: flags & (NEXT | WRITE | INDIRECT) }, id)
+        let [id, _] = halves(rest);
+        let above = rest >> 16 & flags(NEXT | WRITE | INDIRECT);
+        (Self { addr, shape: rest & u64::from(u32::MAX) | above }, id)
     }
 
     /// The indirect table, if this is an indirect descriptor with a table of three entries.
     #[inline]
     #[must_use]
     pub fn table(self) -> Option<Span<Gpa>> {
-        if self.flags != INDIRECT || self.len != TABLE {
+        if self.shape != flags(INDIRECT) | u64::from(TABLE) {
             return None;
         }
         Span::new(Gpa(self.addr), TABLE.into())
@@ -57,18 +63,26 @@ impl FastDescriptor {
     #[inline]
     #[must_use]
     pub fn is_linked(self) -> bool {
-        self.flags & (NEXT | INDIRECT) == NEXT
+        self.shape & flags(NEXT | INDIRECT) == flags(NEXT)
+    }
+
+    /// Its length and flags, without NEXT.
+    #[inline]
+    fn alone(self) -> u64 {
+        self.shape & !flags(NEXT)
+    }
+
+    #[inline]
+    fn len(self) -> u64 {
+        self.shape & u64::from(u32::MAX)
     }
 }
 
-/// Splits a word into its low 32 bits and the two 16-bit halves of the high 32 bits.
+/// The two 16-bit halves of the high 32 bits of a word.
 #[inline]
-fn halves(word: u64) -> (u32, [u16; 2]) {
-    #[derive(zerocopy::FromBytes)]
-    #[repr(C)]
-    struct Halves(u32, [u16; 2]);
-    let Halves(low, high) = zerocopy::transmute!(word);
-    (low, high)
+fn halves(word: u64) -> [u16; 2] {
+    let [_, _, low, high]: [u16; 4] = zerocopy::transmute!(word);
+    [low, high]
 }
 
 /// The three buffers of a fast request, not yet checked against guest memory.
@@ -100,19 +114,15 @@ impl FastRequest {
     /// of them through memory.
     #[inline(always)]
     pub fn new(head: Head, [header, data, status]: [FastDescriptor; 3]) -> Option<Self> {
-        let shape = u64::from(header.len) == HEADER
-            && header.flags & (WRITE | INDIRECT) == 0
-            && data.flags & INDIRECT == 0
-            && status.len == 1
-            && status.flags & (WRITE | INDIRECT) == WRITE;
+        let shape = header.alone() == HEADER && data.shape & flags(INDIRECT) == 0 && status.alone() == flags(WRITE) | 1;
         if !shape {
             return None;
         }
         Some(Self {
             head,
             header: Gpa(header.addr),
-            data: Span::new(Gpa(data.addr), data.len.into())?,
-            writable: data.flags & WRITE != 0,
+            data: Span::new(Gpa(data.addr), data.len())?,
+            writable: data.shape & flags(WRITE) != 0,
             status: Gpa(status.addr),
         })
     }

@@ -237,7 +237,7 @@ impl SplitRing {
     }
 
     /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`].
-    #[inline]
+    #[inline(always)]
     pub fn push_used(&mut self, head: Head, len: u32) {
         self.used_ring.write(self.slot(self.next_used), [u32::from(head.id()), len]);
         self.next_used = self.next_used.wrapping_add(1);

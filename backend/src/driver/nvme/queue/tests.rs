@@ -285,6 +285,25 @@ fn a_head_beyond_the_doorbell_is_ignored() {
 }
 
 #[test]
+fn a_head_beyond_the_doorbell_is_ignored_after_a_possible_one() {
+    let mut harness = QueueHarness::new(8);
+    harness.read(1).unwrap();
+    harness.read(2).unwrap();
+    harness.queue.ring();
+    let cids = [harness.fetch().cid, harness.fetch().cid];
+    for (cid, sq_head) in cids.into_iter().zip([2, 3]) {
+        harness.post(CompletionEntry { cid, sq_head, sq_id: ID, ..CompletionEntry::new_zeroed() });
+    }
+
+    assert_eq!(harness.reap().len(), 2, "the commands themselves have completed");
+
+    for tag in 0..7 {
+        harness.read(tag).unwrap();
+    }
+    assert_eq!(harness.read(9), Err(Full), "all entries but one are in use");
+}
+
+#[test]
 fn reap_is_bounded_even_if_the_controller_never_stops_completing() {
     let mut harness = QueueHarness::new(4);
     harness.read(1).unwrap();
