@@ -1,38 +1,18 @@
 # shellcheck shell=bash
 # A guest of stock QEMU under a load that checks itself, with the backend on this machine. QEMU runs under TCG, the drive is the
-# emulated one. The files of both are in WORK. Needs claims.sh, and what native_guest.sh needs; the guest is named GUEST.
+# emulated one. The files of both are in WORK. Needs tests/outside/lib.sh; the guest is named GUEST.
 # shellcheck disable=SC2317 # functions are called by name, through claim
 
-BACKEND=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release/vhost-device-vfio
-SOCKET=$WORK/disk.sock
+SOCKET=$WORK/backend.sock
 GUEST=guest
-PATH=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release:$PATH
-
-# Kills what was started here, by process id.
-clean_up() {
-    local file
-    for file in "$WORK"/*.pid "$WORK"/guest-*/pid; do
-        [[ ! -s $file ]] || kill -9 "$(<"$file")" 2>/dev/null
-    done
-    rm -rf "$WORK"
-}
 trap clean_up EXIT
 # shellcheck source=tests/testbed/native_guest.sh
 . "$TESTBED_DIR/native_guest.sh"
 
 # backend_starts [OPTION]…
-backend_starts() {
-    (
-        exec "$BACKEND" --socket-path "$SOCKET" --device "emulated:size=64M,latency=200us,order=random" --queues 2 "$@"
-    ) </dev/null >>"$WORK/backend.log" 2>&1 &
-    echo $! >"$WORK/backend.pid"
-    within 20 test -S "$SOCKET"
-}
+backend_starts() { serve backend --device "emulated:size=64M,latency=200us,order=random" --queues 2 "$@"; }
 backend_ends() {
-    kill -TERM "$(<"$WORK/backend.pid")"
-    within 20 test ! -S "$SOCKET"
-    within 20 grep -q 'statistics: ' "$WORK/backend.log"
-    rm "$WORK/backend.pid"
+    stop backend
     contains 'errors=0 ' "$WORK/backend.log"
     lacks 'ERROR' "$WORK/backend.log"
     lacks 'refused: ' "$WORK/backend.log"
