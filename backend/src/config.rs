@@ -21,7 +21,7 @@ use crate::handover::Terms;
 use crate::local_server::LocalAddress;
 use crate::socket::{Access, GroupId, SocketMode, UserId};
 use crate::vfio::{NotAnAddress, PciAddress};
-pub use choices::{Avoided, Bars, Interrupts, Iommu, NoSnoopPolicy, SandboxChoice};
+pub use choices::{Avoided, Bars, Interrupts, Iommu, NoSnoopPolicy, Rings, SandboxChoice};
 pub use command::{Command, CtlCommand};
 
 /// The parsed command line.
@@ -73,6 +73,9 @@ pub struct Config {
     /// Number of virtqueues of each socket; they are shared among one worker per NVMe queue [default: one per CPU]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub queues: Option<u16>,
+    /// Layouts of virtqueues that are offered
+    #[arg(long, value_name = "LAYOUTS", value_enum, default_value_t, conflicts_with = "vfio_user")]
+    pub rings: Rings,
     /// Refuse all writes of the guest
     #[arg(long)]
     pub read_only: bool,
@@ -272,6 +275,7 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vhost_user::VirtioFeatures;
 
     fn parse(words: &[&str]) -> Result<Config, String> {
         let config =
@@ -325,6 +329,14 @@ mod tests {
     fn a_monitor_whose_path_cannot_be_one_is_refused() {
         let error = parse(&["--vfio-user", "--device", "00:04.0", "--qmp-socket", &"x".repeat(109)]).unwrap_err();
         assert!(error.contains("a socket's path has at most 108 bytes"), "{error}");
+    }
+
+    #[test]
+    fn packed_rings_can_be_left_out_of_a_disk() {
+        let withheld = |words: &[&str]| parse(&[&["--device", "00:04.0"], words].concat()).map(|c| c.rings.withheld());
+        assert_eq!(withheld(&["--rings", "split"]), Ok(VirtioFeatures::RING_PACKED));
+        assert_eq!(withheld(&[]), Ok(VirtioFeatures::empty()));
+        assert!(withheld(&["--vfio-user", "--rings", "split"]).unwrap_err().contains("cannot be used with"));
     }
 
     #[test]

@@ -112,6 +112,7 @@ claim "an address without a function: the address" answers '0000:1f:00.0: no suc
 claim "a word that is not an address: an example" answers 'not a PCI address.*0000:00:04.0' serve nvme0
 claim "doctor: nothing is missing, and the verdict" doctor_is_content
 claim "doctor: the kernel, the IOMMU and interrupt remapping of this host are found" doctor ok 'iommu.*groups behind dmar'
+claim "doctor: what the kernel has of the sandbox" doctor ok 'sandbox +complete, so --sandbox strict can be used'
 claim "doctor: no /dev/iommu, so type1 is used" doctor_without /dev/iommu note 'interface.*type1 is used, because /dev/iommu'
 claim "doctor: an address without a function" doctor PROBLEM 'function.*there is no function 0000:1f:00.0' 1f:00.0
 claim "no /dev/iommu: what is missing" no_iommufd

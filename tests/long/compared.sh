@@ -8,20 +8,11 @@
 set -u
 
 cd "$(dirname "$0")/../.." || exit
-TESTBED_ROOT=$PWD
-TESTBED_DIR=$TESTBED_ROOT/tests/testbed
-# shellcheck source=tests/testbed/lib.sh
-. "$TESTBED_DIR/lib.sh"
-# shellcheck source=tests/testbed/kernel.sh
-. "$TESTBED_DIR/kernel.sh"
-# shellcheck source=tests/testbed/image.sh
-. "$TESTBED_DIR/image.sh"
-# shellcheck source=tests/testbed/claims.sh
-. "$TESTBED_DIR/claims.sh"
+# shellcheck source=tests/outside/lib.sh
+. tests/outside/lib.sh
 WORK=$(mktemp -d)
 # shellcheck source=tests/testbed/native_load.sh
 . "$TESTBED_DIR/native_load.sh"
-
 
 MIGRATION=$WORK/migration.sock
 # QEMU counts dirty pages once a second, so a round must take longer.
@@ -35,8 +26,8 @@ storage_daemon() {
 DISK=/dev/shm/compared-$$
 trap 'rm -f "$DISK"; clean_up' EXIT
 
-# serve PROGRAM NAME: its socket is WORK/NAME.sock, its process WORK/NAME.pid.
-serve() {
+# serve_by PROGRAM NAME: its socket is WORK/NAME.sock, its process WORK/NAME.pid.
+serve_by() {
     SOCKET=$WORK/$2.sock
     "$1" </dev/null >>"$WORK/$2.log" 2>&1 &
     echo $! >"$WORK/$2.pid"
@@ -46,7 +37,7 @@ serve() {
 under_load() {
     rm -f "$WORK"/*.sock "$DISK"
     truncate -s 64M "$DISK"
-    serve "$1" backend
+    serve_by "$1" backend
     GUEST=guest
     guest_boots_with_load off
     sleep 5
@@ -80,7 +71,7 @@ save() {
 move() {
     under_load "$1"
     local starting others=(backend)
-    if [[ $1 == storage_daemon ]]; then serve "$1" second && others+=(second); fi
+    if [[ $1 == storage_daemon ]]; then serve_by "$1" second && others+=(second); fi
     (GUEST=next && start --incoming "unix:$MIGRATION" --blk packed=off) >/dev/null 2>&1 &
     starting=$!
     # QEMU listens after it has connected to the disk.

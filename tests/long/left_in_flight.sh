@@ -6,18 +6,10 @@
 set -u
 
 cd "$(dirname "$0")/../.." || exit
-TESTBED_ROOT=$PWD
-TESTBED_DIR=$TESTBED_ROOT/tests/testbed
-# shellcheck source=tests/testbed/lib.sh
-. "$TESTBED_DIR/lib.sh"
-# shellcheck source=tests/testbed/kernel.sh
-. "$TESTBED_DIR/kernel.sh"
-# shellcheck source=tests/testbed/image.sh
-. "$TESTBED_DIR/image.sh"
+# shellcheck source=tests/outside/lib.sh
+. tests/outside/lib.sh
 # shellcheck source=tests/testbed/qemu.sh
 . "$TESTBED_DIR/qemu.sh"
-# shellcheck source=tests/testbed/claims.sh
-. "$TESTBED_DIR/claims.sh"
 cargo build --release --locked --workspace || exit
 : "${TESTBED_QEMU:=$(fetch_qemu trixie-backports)}"
 
@@ -27,11 +19,7 @@ STATE=$WORK/state
 . "$TESTBED_DIR/native_load.sh"
 
 # A stop waits for 5 s.
-slow_backend_starts() {
-    ("$BACKEND" --socket-path "$SOCKET" --device emulated:size=64M,latency=13s --queues 2 </dev/null >>"$WORK/backend.log" 2>&1 &
-        echo $! >"$WORK/backend.pid")
-    within 20 test -S "$SOCKET"
-}
+slow_backend_starts() { serve backend --device emulated:size=64M,latency=13s --queues 2; }
 boots() { start --blk "packed=$1,inflight-migration=on" && inside 'cat /sys/block/vda/size'; }
 logged() { grep -c "$1" "$WORK/backend.log" || true; }
 saved_with_a_write_in_flight() {

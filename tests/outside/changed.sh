@@ -7,16 +7,8 @@
 set -u
 
 cd "$(dirname "$0")/../.." || exit
-TESTBED_ROOT=$PWD
-TESTBED_DIR=$TESTBED_ROOT/tests/testbed
-# shellcheck source=tests/testbed/lib.sh
-. "$TESTBED_DIR/lib.sh"
-# shellcheck source=tests/testbed/kernel.sh
-. "$TESTBED_DIR/kernel.sh"
-# shellcheck source=tests/testbed/image.sh
-. "$TESTBED_DIR/image.sh"
-# shellcheck source=tests/testbed/claims.sh
-. "$TESTBED_DIR/claims.sh"
+# shellcheck source=tests/outside/lib.sh
+. tests/outside/lib.sh
 
 CHANGES=${CHANGES:-2}
 WORK=$(mktemp -d)

@@ -4,8 +4,8 @@
 set -u
 
 cd "$(dirname "$0")/../.." || exit
-# shellcheck source=tests/testbed/claims.sh
-. tests/testbed/claims.sh
+# shellcheck source=tests/outside/lib.sh
+. tests/outside/lib.sh
 
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT

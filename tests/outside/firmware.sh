@@ -6,29 +6,15 @@
 set -u
 
 cd "$(dirname "$0")/../.." || exit
-TESTBED_ROOT=$PWD
-TESTBED_DIR=$TESTBED_ROOT/tests/testbed
-# shellcheck source=tests/testbed/lib.sh
-. "$TESTBED_DIR/lib.sh"
-# shellcheck source=tests/testbed/image.sh
-. "$TESTBED_DIR/image.sh"
+# shellcheck source=tests/outside/lib.sh
+. tests/outside/lib.sh
 # shellcheck source=tests/testbed/debian_kernel.sh
 . "$TESTBED_DIR/debian_kernel.sh"
-# shellcheck source=tests/testbed/claims.sh
-. "$TESTBED_DIR/claims.sh"
 
-BACKEND=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release/vhost-device-vfio
 WORK=$(mktemp -d)
 # Offset of the only partition, in bytes.
 readonly PARTITION=1048576
 
-clean_up() {
-    local file
-    for file in "$WORK"/*.pid; do
-        [[ ! -s $file ]] || kill -9 "$(<"$file")" 2>/dev/null
-    done
-    rm -rf "$WORK"
-}
 trap clean_up EXIT
 
 # The guest says which disk it was booted from, by its kernel's arguments, and which disks it sees.
@@ -77,16 +63,10 @@ make_disk() {
     mcopy -i "$partition" /usr/lib/syslinux/modules/efi64/ldlinux.e64 ::/EFI/BOOT/
 }
 
-serve() {
-    "$BACKEND" --socket-path "$WORK/$1.sock" --device "emulated:file=$WORK/$1.img,serial=$1" --queues 1 \
-        >"$WORK/$1.log" 2>&1 &
-    echo $! >"$WORK/$1.pid"
-}
 two_processes_serve() {
     make_initrd
     for disk in one two; do make_disk "$disk"; done
-    for disk in one two; do serve "$disk"; done
-    for disk in one two; do within 20 test -S "$WORK/$disk.sock"; done
+    for disk in one two; do serve "$disk" --device "emulated:file=$WORK/$disk.img,serial=$disk" --queues 1; done
 }
 
 # boots FIRST SECOND [QEMU OPTION…]: boots FIRST.

@@ -8,16 +8,8 @@
 set -u
 
 cd "$(dirname "$0")/../.." || exit
-TESTBED_ROOT=$PWD
-TESTBED_DIR=$TESTBED_ROOT/tests/testbed
-# shellcheck source=tests/testbed/lib.sh
-. "$TESTBED_DIR/lib.sh"
-# shellcheck source=tests/testbed/kernel.sh
-. "$TESTBED_DIR/kernel.sh"
-# shellcheck source=tests/testbed/image.sh
-. "$TESTBED_DIR/image.sh"
-# shellcheck source=tests/testbed/claims.sh
-. "$TESTBED_DIR/claims.sh"
+# shellcheck source=tests/outside/lib.sh
+. tests/outside/lib.sh
 
 if [[ ${1:-} != inside ]]; then
     ((EUID == 0)) || die "libvirt's daemon in its own namespaces needs root; run: sudo scripts/test outside/libvirt"
@@ -29,10 +21,8 @@ if [[ ${1:-} != inside ]]; then
     exit
 fi
 
-RELEASE=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release
 WORK=$2
 export TMPDIR=$WORK LIBVIRT_DEFAULT_URI=qemu:///system
-PATH=$RELEASE:$PATH
 # shellcheck source=tests/testbed/native_guest.sh
 . "$TESTBED_DIR/native_guest.sh"
 LIBVIRT_LOG=$WORK/libvirtd.log

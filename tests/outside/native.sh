@@ -6,49 +6,18 @@
 set -u
 
 cd "$(dirname "$0")/../.." || exit
-TESTBED_ROOT=$PWD
-TESTBED_DIR=$TESTBED_ROOT/tests/testbed
-# shellcheck source=tests/testbed/lib.sh
-. "$TESTBED_DIR/lib.sh"
-# shellcheck source=tests/testbed/kernel.sh
-. "$TESTBED_DIR/kernel.sh"
-# shellcheck source=tests/testbed/image.sh
-. "$TESTBED_DIR/image.sh"
-# shellcheck source=tests/testbed/claims.sh
-. "$TESTBED_DIR/claims.sh"
+# shellcheck source=tests/outside/lib.sh
+. tests/outside/lib.sh
 
-BACKEND=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release/vhost-device-vfio
 WORK=$(mktemp -d)
-SOCKET=$WORK/disk.sock
+SOCKET=$WORK/backend.sock
 DISK=$WORK/disk.img
-PATH=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release:$PATH
-
-# Kills what was started here, by process id.
-clean_up() {
-    local file
-    for file in "$WORK"/*.pid "$WORK"/guest-*/pid; do
-        [[ ! -s $file ]] || kill -9 "$(<"$file")" 2>/dev/null
-    done
-    rm -rf "$WORK"
-}
 trap clean_up EXIT
 # shellcheck source=tests/testbed/native_guest.sh
 . "$TESTBED_DIR/native_guest.sh"
 
-# backend_start OPTIONS: serves an emulated drive with these options, and waits for its socket.
-backend_start() {
-    (
-        exec "$BACKEND" --socket-path "$SOCKET" --device "emulated:$1" --queues 2
-    ) </dev/null >>"$WORK/backend.log" 2>&1 &
-    echo $! >"$WORK/backend.pid"
-    within 20 test -S "$SOCKET"
-}
-backend_stop() {
-    kill -TERM "$(<"$WORK/backend.pid")"
-    within 20 test ! -S "$SOCKET"
-    within 20 grep -q 'statistics: ' "$WORK/backend.log"
-    rm "$WORK/backend.pid"
-}
+# backend_start OPTIONS: serves an emulated drive with these options.
+backend_start() { serve backend --device "emulated:$1" --queues 2; }
 
 # guest_start [OPTION of "guest start"]…
 guest_start() { guest start --socket "$SOCKET" --queues 2 --mem 256M --timeout 180 "$@"; }
@@ -106,7 +75,7 @@ killed_and_back() {
 }
 ends() {
     guest stop
-    backend_stop
+    stop backend
     contains 'errors=0 ' "$WORK/backend.log"
     lacks 'ERROR' "$WORK/backend.log"
 }
@@ -143,7 +112,7 @@ firmware_boots() {
     echo $! >"$WORK/qemu.pid"
     within 60 grep -q 'the second sector' "$WORK/debug" || { cat "$WORK/qemu.log" "$WORK/backend.log" && return 1; }
     kill "$(<"$WORK/qemu.pid")"
-    backend_stop
+    stop backend
 }
 claim "SeaBIOS boots from the drive" firmware_boots
 
@@ -152,13 +121,9 @@ whole_starts() {
     local qemu
     qemu=$("$TESTBED_ROOT/scripts/testbed" qemu trixie-backports) || return
     rm -f "$DISK"
-    (
-        exec "$BACKEND" --vfio-user --socket-path "$SOCKET" --device "emulated:file=$DISK,create=on,size=64M"
-    ) </dev/null >"$WORK/whole.log" 2>&1 &
-    echo $! >"$WORK/backend.pid"
-    within 20 test -S "$SOCKET"
+    serve whole --vfio-user --device "emulated:file=$DISK,create=on,size=64M"
     PATH=$WORK/bin:$qemu/bin:$PATH guest start --mem 256M --timeout 180 --qemu-arg -device \
-        --qemu-arg "{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"$SOCKET\"}}"
+        --qemu-arg "{\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"$WORK/whole.sock\"}}"
     guest exec -- 'test -b /dev/nvme0n1'
 }
 whole_data_get_out() {
@@ -170,9 +135,7 @@ whole_data_get_out() {
 whole_ends() {
     guest stop
     within 20 grep -q 'it has left' "$WORK/whole.log" || { cat "$WORK/whole.log" && return 1; }
-    kill -TERM "$(<"$WORK/backend.pid")"
-    within 20 test ! -S "$SOCKET"
-    rm "$WORK/backend.pid"
+    stop whole
     lacks 'ERROR' "$WORK/whole.log"
 }
 claim "over vfio-user the guest's own nvme driver finds the whole drive" whole_starts

@@ -5,18 +5,13 @@
 set -u
 
 cd "$(dirname "$0")/../.." || exit
-TESTBED_ROOT=$PWD
-TESTBED_DIR=$TESTBED_ROOT/tests/testbed
-# shellcheck source=tests/testbed/lib.sh
-. "$TESTBED_DIR/lib.sh"
-# shellcheck source=tests/testbed/claims.sh
-. "$TESTBED_DIR/claims.sh"
+# shellcheck source=tests/outside/lib.sh
+. tests/outside/lib.sh
 
 WORK=$(mktemp -d)
 ROOT=$WORK/root
 VERSION=$(sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' Cargo.toml)
 PACKAGE=$WORK/package/vhost-device-vfio_${VERSION}_$(dpkg --print-architecture).deb
-clean_up() { rm -rf --one-file-system "$WORK"; }
 trap clean_up EXIT
 
 inside() { chroot "$ROOT" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive "$@"; }

@@ -6,38 +6,20 @@
 set -u
 
 cd "$(dirname "$0")/../.." || exit
-TESTBED_ROOT=$PWD
-TESTBED_DIR=$TESTBED_ROOT/tests/testbed
-# shellcheck source=tests/testbed/lib.sh
-. "$TESTBED_DIR/lib.sh"
-# shellcheck source=tests/testbed/claims.sh
-. "$TESTBED_DIR/claims.sh"
+# shellcheck source=tests/outside/lib.sh
+. tests/outside/lib.sh
 
-BACKEND=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release/vhost-device-vfio
 WORK=$(mktemp -d)
 SOCKET=$WORK/disk.sock
 PATH=${TESTBED_QEMU:+$TESTBED_QEMU/bin:}$PATH
 IMAGE=driver=virtio-blk-vhost-user,path=$SOCKET,cache.direct=on
 
-clean_up() {
-    local file
-    for file in "$WORK"/*pid; do
-        [[ ! -s $file ]] || kill -9 "$(<"$file")" 2>/dev/null
-    done
-    rm -rf "$WORK"
-}
 trap clean_up EXIT
 
 # True if QEMU has the driver, even if it cannot connect to the socket.
 knows_driver() { ! qemu-img info --image-opts "$IMAGE" 2>&1 | grep -q 'Unknown driver'; }
 
-serves() {
-    (
-        exec "$BACKEND" --socket-path "$SOCKET" --device "emulated:file=$WORK/disk.img,create=on,size=64M" --queues 1
-    ) </dev/null >"$WORK/log" 2>&1 &
-    echo $! >"$WORK/pid"
-    within 20 test -S "$SOCKET"
-}
+serves() { serve disk --device "emulated:file=$WORK/disk.img,create=on,size=64M" --queues 1; }
 # io COMMAND…: runs the commands in one qemu-io.
 io() {
     local command commands=()
@@ -99,12 +81,10 @@ nbdkit_serves() {
     kill "$(<"$WORK/nbdkit.pid")"
 }
 ends() {
-    kill -TERM "$(<"$WORK/pid")"
-    within 20 grep -q 'statistics: ' "$WORK/log"
-    rm "$WORK/pid"
-    contains 'errors=0 ' "$WORK/log"
-    lacks 'discards=0 ' "$WORK/log"
-    lacks 'write_zeroes=0 ' "$WORK/log"
+    stop disk
+    contains 'errors=0 ' "$WORK/disk.log"
+    lacks 'discards=0 ' "$WORK/disk.log"
+    lacks 'write_zeroes=0 ' "$WORK/disk.log"
 }
 
 if ! knows_driver; then

@@ -7,15 +7,9 @@
 set -u
 
 cd "$(dirname "$0")/../.." || exit
-TESTBED_ROOT=$PWD
-TESTBED_DIR=$TESTBED_ROOT/tests/testbed
-# shellcheck source=tests/testbed/lib.sh
-. "$TESTBED_DIR/lib.sh"
-# shellcheck source=tests/testbed/claims.sh
-. "$TESTBED_DIR/claims.sh"
+# shellcheck source=tests/outside/lib.sh
+. tests/outside/lib.sh
 
-TARGET=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}
-PROGRAM=$TARGET/release/vhost-device-vfio
 INSTANCE=0000:00:04.0
 UNIT=vhost-device-vfio@$INSTANCE.service SOCKET_UNIT=vhost-device-vfio@$INSTANCE.socket
 WORK=$(mktemp -d)
@@ -49,6 +43,12 @@ no_fault() {
     inside systemd-analyze verify --man=no /run/units/vhost-device-vfio@.{service,socket} >"$WORK/verified" 2>&1 ||
         cat "$WORK/verified"
     equal '' "$(cat "$WORK/verified")" "remarks of systemd-analyze verify"
+}
+# What systemd-analyze makes of the unit's restrictions: 0 is nothing exposed, 10 everything.
+exposed_little() {
+    cp "scripts/systemd/vhost-device-vfio@.service" "$WORK/$UNIT"
+    systemd-analyze security --offline=yes --threshold=20 --no-pager "$WORK/$UNIT" >"$WORK/exposure" ||
+        { cat "$WORK/exposure" && return 1; }
 }
 
 # connects LAYOUT: a new front-end with an empty disk.
@@ -95,7 +95,7 @@ crashes() {
     is NRestarts $((before + 3))
 }
 updates() {
-    installed "$PROGRAM"
+    installed "$BACKEND"
     changes inside systemctl reload "$UNIT"
     equal "$(inside stat -c %i /usr/local/bin/vhost-device-vfio)" \
         "$(inside stat -L -c %i "/proc/$(property MainPID)/exe")" "inode of the program that runs"
@@ -111,7 +111,7 @@ bad_update() {
     stays inside systemctl reload "$UNIT"
     within 20 contains 'the successor' "$WORK/run/log"
     progresses
-    installed "$PROGRAM"
+    installed "$BACKEND"
 }
 # The operator's view, also after hand-overs: the control socket is the main process's.
 observed() {
@@ -146,12 +146,14 @@ ExecStart=/usr/local/bin/vhost-device-vfio --queues 2 --device $DRIVE --control 
 StandardOutput=append:/run/log
 StandardError=append:/run/log
 END
-unshare --mount sh "$TESTBED_DIR/own_systemd.sh" start "$WORK" "$PROGRAM" scripts/systemd/* \
+unshare --mount sh "$TESTBED_DIR/own_systemd.sh" start "$WORK" "$BACKEND" scripts/systemd/* \
     >"$WORK/start.log" 2>&1 8>&- 9>&- &
 
 claim "systemd starts, and the socket waits for a front-end" systemd_starts
 ((BROKEN == 0)) || { cat "$WORK/start.log" && finished; }
 claim "systemd-analyze finds no fault in the units" no_fault
+claim "systemd-analyze gives the service an exposure level of at most 2.0" exposed_little
+sed -n 's/^.*Overall exposure level.*: \([0-9.]*\).*/# exposure level \1/p' "$WORK/exposure"
 for layout in '' --packed; do
     rings=${layout:+packed rings}
     rings=${rings:-split rings}

@@ -335,6 +335,9 @@ fn doctor_has_a_line_for_each_check_and_a_status_for_scripts() {
         let outcome = check["outcome"].as_str().unwrap();
         assert!(line.to_lowercase().starts_with(outcome) && line.contains(check["check"].as_str().unwrap()), "{line}");
     }
+    for layer in ["landlock", "seccomp", "sandbox"] {
+        assert_eq!(checks.iter().filter(|check| check["check"] == layer).count(), 1, "{layer}: {}", json.stdout);
+    }
     let problem = checks.iter().any(|check| check["outcome"] == "problem");
     assert_eq!((&report["schema"], &report["passed"]), (&json!(1), &json!(!problem)));
     assert_eq!((text.status.success(), json.status.success()), (!problem, !problem));

@@ -4,8 +4,12 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
+use testbed::kept_log::{keep_log, lines_with};
+use testbed::own_process::in_own_process;
+use vhost_device_vfio::vhost_user::VirtioFeatures;
+
 use crate::requests::{BLK_IN, BLK_OUT, DATA, HEADER, NEXT, STATUS, WRITE, read, wait_for};
-use crate::rig::{Rig, memory};
+use crate::rig::{Environment, Rig, memory};
 use crate::rings::{AVAIL, DESC, RAM, RingEvents, USED, addresses, ring_events};
 use crate::wire::{FEATURES, PROTOCOL, RING_PACKED, Wire, request::*, state, words};
 
@@ -104,6 +108,43 @@ fn an_unused_ring_has_both_wrap_counters_set() {
     let (wire, _ram, _events) = prepared(&rig);
     assert_eq!(wire.stop_ring(0), 0x8000_8000);
     assert_eq!(wire.stop_ring(3), 0x8000_8000);
+}
+
+#[test]
+fn a_new_ring_that_starts_at_base_zero_is_warned_of_and_one_that_stopped_there_is_not() {
+    if !in_own_process("packed::a_new_ring_that_starts_at_base_zero_is_warned_of_and_one_that_stopped_there_is_not") {
+        return;
+    }
+    keep_log();
+    let start_at = |wire: &Wire, events: &RingEvents, base| {
+        assert_eq!(wire.call(SET_VRING_BASE, &state(0, base), &[]), 0);
+        assert_eq!(wire.call(SET_VRING_KICK, &words(&[0]), &[events.kick.as_fd()]), 0);
+        assert_eq!(wire.call(SET_VRING_ENABLE, &state(0, 1), &[]), 0);
+    };
+    let (right, wrong) = (Rig::new(), Rig::new());
+
+    let (wire, _ram, events) = prepared(&right);
+    start_at(&wire, &events, 0x8000_8000);
+    assert_eq!(lines_with("SET_VRING_BASE 0"), 0);
+    let (wire, _ram, events) = prepared(&wrong);
+    start_at(&wire, &events, 0);
+    assert_eq!(lines_with("virtqueue 0: SET_VRING_BASE 0 for a packed ring"), 1);
+    assert_eq!(wire.stop_ring(0), 0);
+    start_at(&wire, &events, 0);
+
+    assert_eq!(lines_with("SET_VRING_BASE 0"), 1, "it was stopped there");
+}
+
+#[test]
+fn a_packed_ring_that_is_not_offered_is_refused() {
+    let rig = Rig::with(Environment { withheld: VirtioFeatures::RING_PACKED, ..Environment::default() });
+    let wire = rig.connect();
+    let offered = wire.get(GET_FEATURES);
+
+    assert_eq!(offered & RING_PACKED, 0);
+    assert_eq!(offered & FEATURES, FEATURES);
+    wire.negotiate();
+    assert_ne!(wire.call(SET_FEATURES, &words(&[FEATURES | RING_PACKED]), &[]), 0);
 }
 
 #[test]

@@ -19,7 +19,7 @@ use vhost_device_vfio::hardware::{AddressSpace, DmaBuffer, MapError, SecondSpace
 use vhost_device_vfio::kvm::Vmm;
 use vhost_device_vfio::memory::Region;
 use vhost_device_vfio::socket::{Listen, SocketError};
-use vhost_device_vfio::vhost_user::{ConfigNotifier, Device, Error, Server, Succession};
+use vhost_device_vfio::vhost_user::{ConfigNotifier, Device, Error, Server, Succession, VirtioFeatures};
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::wire::Wire;
@@ -49,6 +49,8 @@ pub(crate) struct Environment {
     pub(crate) drive: Options,
     /// Who may wait while another front-end is served.
     pub(crate) succession: Succession,
+    /// Features that are not offered.
+    pub(crate) withheld: VirtioFeatures,
 }
 
 /// A change of guest memory.
@@ -62,7 +64,8 @@ impl Default for Environment {
     fn default() -> Self {
         let drive = Options { size: 16 << 20, queues: 2, ..Options::default() };
         let (vmm, succession) = (Vmm::without_shim(), Succession::default());
-        Self { vmm, pins: false, on_change: Box::new(|_| ()), drive, succession }
+        let withheld = VirtioFeatures::empty();
+        Self { vmm, pins: false, on_change: Box::new(|_| ()), drive, succession, withheld }
     }
 }
 
@@ -285,7 +288,7 @@ pub(crate) fn open(listen: Listen) -> Result<Server, SocketError> {
 }
 
 fn device(machine: &Machine, plan: Arc<FailurePlan>, environment: Environment) -> Device {
-    let Environment { vmm, pins, on_change, .. } = environment;
+    let Environment { vmm, pins, on_change, withheld, .. } = environment;
     let on_change = Arc::from(on_change);
     let space: Arc<dyn AddressSpace> = Arc::new(FailingSpace { inner: machine.space(), plan, pins, on_change });
     let options = NvmeOptions {
@@ -303,7 +306,7 @@ fn device(machine: &Machine, plan: Arc<FailurePlan>, environment: Environment) -
         watch: engine::WatchdogOptions::default(),
     };
     let engine = Engine::start(Box::new(driver), &space, options).unwrap();
-    Device { engine, space, slice: IovaSlice::WHOLE, queues: QUEUES, vmm }
+    Device { engine, space, slice: IovaSlice::WHOLE, queues: QUEUES, vmm, withheld }
 }
 
 /// A new memory file, as a front-end creates one.

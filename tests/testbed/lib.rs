@@ -4,6 +4,7 @@ pub mod client;
 pub mod dirty_pages;
 pub mod holder;
 pub mod iommu;
+pub mod kept_log;
 pub mod kills;
 pub mod monitor;
 pub mod oracle;

@@ -1,46 +1,28 @@
 # shellcheck shell=bash
 # A guest of stock QEMU under a load that checks itself, with the backend on this machine. QEMU runs under TCG, the drive is the
-# emulated one. The files of both are in WORK. Needs claims.sh, and what native_guest.sh needs; the guest is named GUEST.
+# emulated one. The files of both are in WORK. Needs tests/outside/lib.sh; the guest is named GUEST.
 # shellcheck disable=SC2317 # functions are called by name, through claim
 
-BACKEND=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release/vhost-device-vfio
 SOCKET=$WORK/backend.sock
 GUEST=guest
 # The disks of the guest that are under load, and the requests in flight on each.
 DISKS=vda
 THREADS=32
-PATH=${CARGO_TARGET_DIR:-$TESTBED_ROOT/target}/release:$PATH
-
-# Kills what was started here, by process id.
-clean_up() {
-    local file
-    for file in "$WORK"/*.pid "$WORK"/guest-*/pid; do
-        [[ ! -s $file ]] || kill -9 "$(<"$file")" 2>/dev/null
-    done
-    rm -rf "$WORK"
-}
 trap clean_up EXIT
 # shellcheck source=tests/testbed/native_guest.sh
 . "$TESTBED_DIR/native_guest.sh"
 
 # backend_starts [OPTION]…
 backend_starts() { named_backend_starts backend "$@"; }
-# named_backend_starts NAME [OPTION]…: its socket, log and process are WORK/NAME.sock, .log and .pid.
+# named_backend_starts NAME [OPTION]…: as "serve" does, with an emulated drive.
 named_backend_starts() {
     local name=$1
     shift
-    (
-        exec "$BACKEND" --socket-path "$WORK/$name.sock" --device "emulated:size=64M,latency=200us,order=random" --queues 2 "$@"
-    ) </dev/null >>"$WORK/$name.log" 2>&1 &
-    echo $! >"$WORK/$name.pid"
-    within 20 test -S "$WORK/$name.sock"
+    serve "$name" --device "emulated:size=64M,latency=200us,order=random" --queues 2 "$@"
 }
 backend_ends() { named_backend_ends backend; }
 named_backend_ends() {
-    kill -TERM "$(<"$WORK/$1.pid")"
-    within 20 test ! -S "$WORK/$1.sock"
-    within 20 grep -q 'statistics: ' "$WORK/$1.log"
-    rm "$WORK/$1.pid"
+    stop "$1"
     contains 'errors=0 ' "$WORK/$1.log"
     lacks 'ERROR' "$WORK/$1.log"
     lacks 'refused: ' "$WORK/$1.log"

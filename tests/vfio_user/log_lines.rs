@@ -1,8 +1,8 @@
 //! A front-end cannot fill the log, however often it repeats what it does or connects again.
 
 use std::os::fd::AsFd;
-use std::sync::Mutex;
 
+use testbed::kept_log::{keep_log, lines, lines_with};
 use testbed::own_process::in_own_process;
 use vhost_device_vfio::emulated::Fault;
 
@@ -10,35 +10,6 @@ use crate::client::VERSION;
 use crate::rig::{Rig, memory};
 
 const READ_WRITE: u32 = 3;
-
-static LINES: Mutex<Vec<String>> = Mutex::new(Vec::new());
-
-/// Keeps the lines, from information on.
-struct Lines;
-
-impl log::Log for Lines {
-    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        metadata.level() <= log::Level::Info
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        if self.enabled(record.metadata()) {
-            LINES.lock().unwrap().push(record.args().to_string());
-        }
-    }
-
-    fn flush(&self) {}
-}
-
-/// Keeps the log of this process, in which the test is alone.
-fn keep_log() {
-    log::set_logger(&Lines).unwrap();
-    log::set_max_level(log::LevelFilter::Info);
-}
-
-fn lines_with(part: &str) -> usize {
-    LINES.lock().unwrap().iter().filter(|line| line.contains(part)).count()
-}
 
 #[test]
 fn the_maps_of_a_boot_are_all_shown_and_those_of_a_flood_are_counted() {
@@ -85,7 +56,7 @@ fn a_front_end_that_connects_again_and_again_gets_no_more_lines() {
     assert!(lines_with("refused:") <= 16, "{}", lines_with("refused:"));
     assert!(lines_with("front-end ") <= 32, "{}", lines_with("front-end "));
     drop(rig);
-    let lines = LINES.lock().unwrap();
+    let lines = lines();
     assert!(lines.len() < 150, "{lines:#?}");
 }
 

@@ -14,7 +14,7 @@ use vhost_device_vfio::emulated::{Machine, Medium, Options};
 use vhost_device_vfio::engine::{self, Engine};
 use vhost_device_vfio::kvm::Vmm;
 use vhost_device_vfio::socket::Listen;
-use vhost_device_vfio::vhost_user::{Device, Server};
+use vhost_device_vfio::vhost_user::{Device, Server, VirtioFeatures};
 
 fn device() -> Device {
     let options = Options { size: 1 << 20, medium: Medium::Null, ..Options::default() };
@@ -35,7 +35,8 @@ fn device() -> Device {
         watch: engine::WatchdogOptions::default(),
     };
     let engine = Engine::start(Box::new(nvme), &space, options).unwrap();
-    Device { engine, space, slice: IovaSlice::WHOLE, queues: 2, vmm: Vmm::without_shim() }
+    let withheld = VirtioFeatures::empty();
+    Device { engine, space, slice: IovaSlice::WHOLE, queues: 2, vmm: Vmm::without_shim(), withheld }
 }
 
 fuzz_target!(|input: &[u8]| {

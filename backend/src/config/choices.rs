@@ -7,6 +7,7 @@ use crate::driver::nvme::{Avoid, InterruptPolicy};
 use crate::hardware::InterruptKind;
 use crate::passthrough::BarAccess;
 use crate::vfio::InterfaceChoice;
+use crate::vhost_user::VirtioFeatures;
 
 /// `--bars`: how the guest accesses the registers of a whole function.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -85,6 +86,27 @@ impl From<Interrupts> for InterruptPolicy {
             Interrupts::Msi => Self::Only(InterruptKind::Msi),
             Interrupts::Intx => Self::Only(InterruptKind::Intx),
             Interrupts::Poll => Self::Poll,
+        }
+    }
+}
+
+/// `--rings`: the layouts of virtqueues that are offered (virtio 1.2 §2.6).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Rings {
+    /// Split and packed; the front-end chooses
+    #[default]
+    Any,
+    /// Split only, for a front-end that starts packed rings wrongly
+    Split,
+}
+
+impl Rings {
+    /// The features that are not offered.
+    #[must_use]
+    pub fn withheld(self) -> VirtioFeatures {
+        match self {
+            Self::Any => VirtioFeatures::empty(),
+            Self::Split => VirtioFeatures::RING_PACKED,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! `doctor`: goes through what a first run needs, and says of each thing whether it is there, and if not, how to get it. Nothing
-//! stays changed: a function bound to vfio-pci is acquired and released, as by `inspect`; everything else is only read.
+//! stays changed: a function bound to vfio-pci is acquired and released, as by `inspect`, and landlock is tried on a thread that
+//! ends. Everything else is only read.
 //!
 //! `doctor --json` prints one object: `schema` (1), `passed` (boolean), and `checks`, a list of objects with `check`, `outcome`
 //! (`ok`, `note`, `problem`), `found` and `fix` (text or null). It changes as that of `inspect` does.
@@ -8,6 +9,7 @@ mod finding;
 mod function;
 mod host;
 mod qemu;
+mod sandbox;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -33,6 +35,7 @@ impl Diagnosis {
     pub fn new(address: Option<PciAddress>) -> Self {
         let host = Host { root: PathBuf::from("/") };
         let mut checks = host::check(&host);
+        checks.extend(sandbox::check());
         checks.extend(match address {
             Some(address) => function::check(&host, address),
             None => vec![function::candidates()],

@@ -4,6 +4,8 @@ use vmm_sys_util::tempdir::TempDir;
 
 use std::fs;
 
+use landlock::{ABI, LandlockStatus};
+
 use super::*;
 
 /// A host with these files. A name that ends with / is a directory.
@@ -70,6 +72,36 @@ fn memory_that_cannot_be_locked_is_a_problem_unless_a_capability_lifts_the_limit
     assert_eq!(found("8388608", "CapEff:\t0\n").0, Outcome::Note);
     let (outcome, text) = found("65536", "CapEff:\tffffffffffffbfff\n");
     assert!(outcome == Outcome::Problem && text.contains("ulimit -l unlimited"), "{text}");
+}
+
+#[test]
+fn a_layer_that_the_sandbox_lacks_is_noted_with_its_fix() {
+    let of = |finding: Finding| (finding.outcome, finding.to_string());
+    let enabled = LandlockStatus::Available { effective_abi: ABI::V6, kernel_abi: None };
+    let newer = LandlockStatus::Available { effective_abi: ABI::V6, kernel_abi: Some(17) };
+    assert_eq!(of(sandbox::landlock(Some(enabled))), (Outcome::Ok, "ok       landlock             ABI 6".to_owned()));
+    assert!(of(sandbox::landlock(Some(newer))).1.ends_with("ABI 17"), "the kernel's number");
+    for (status, fix) in [
+        (Some(LandlockStatus::NotEnabled), "lsm=landlock"),
+        (Some(LandlockStatus::NotImplemented), "CONFIG_SECURITY_LANDLOCK=y"),
+        (None, "seccomp profile"),
+    ] {
+        let (outcome, text) = of(sandbox::landlock(status));
+        assert!(outcome == Outcome::Note && text.contains(fix), "{text}");
+    }
+    assert_eq!(of(sandbox::seccomp(true)).0, Outcome::Ok);
+    let (outcome, text) = of(sandbox::seccomp(false));
+    assert!(outcome == Outcome::Note && text.contains("CONFIG_SECCOMP_FILTER=y"), "{text}");
+    assert_eq!((of(sandbox::strict(true)).0, of(sandbox::strict(false)).0), (Outcome::Ok, Outcome::Note));
+}
+
+#[test]
+fn asking_for_landlock_restricts_no_other_thread() {
+    let file = vmm_sys_util::tempfile::TempFile::new().unwrap();
+
+    sandbox::check();
+
+    assert!(std::fs::read(file.as_path()).is_ok());
 }
 
 #[test]

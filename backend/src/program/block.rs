@@ -192,7 +192,9 @@ impl Disk {
         if config.latency {
             subject.measure(true).map_err(anyhow::Error::msg)?;
         }
-        let mut server = Server::new(endpoint, Device { engine, space, slice: IovaSlice::WHOLE, queues, vmm })?;
+        let withheld = config.rings.withheld();
+        let device = Device { engine, space, slice: IovaSlice::WHOLE, queues, vmm, withheld };
+        let mut server = Server::new(endpoint, device)?;
         server.post_on(&board);
         server.allow_succession(&succession);
         let heartbeat = Heartbeat::wanted(before.is_some()).context("watchdog of the service manager")?;

@@ -48,7 +48,8 @@ pub(crate) fn serve(
             slice.start(),
             Bytes(slice.size()),
         );
-        let device = Device { engine, space: space.clone(), slice, queues, vmm: Vmm::without_shim() };
+        let (vmm, withheld) = (Vmm::without_shim(), config.rings.withheld());
+        let device = Device { engine, space: space.clone(), slice, queues, vmm, withheld };
         let server = Server::new(endpoint, device)?;
         server.notify_config_changes();
         servers.push((disk, *id, server));

@@ -30,7 +30,7 @@ use std::cell::Cell;
 use std::io;
 use std::sync::OnceLock;
 
-use landlock::RulesetCreated;
+use landlock::{LandlockStatus, RulesetCreated};
 use seccompiler::BpfProgram;
 
 use crate::sys::{has_seccomp_trap, report_violations, settle_allocator};
@@ -153,6 +153,11 @@ pub fn prepare(mode: Mode, paths: &Paths, locks: bool) -> Result<(), SandboxErro
     // A second call would be one of a test.
     let _ = PLAN.set(Plan { mode, kept, named, nothing, filters });
     Ok(())
+}
+
+/// What the kernel has of landlock, as a thread finds it that restricts itself and then ends. `None` if it cannot.
+pub fn landlock_status() -> Option<LandlockStatus> {
+    paths::status()
 }
 
 fn filters() -> Result<Filters, seccompiler::BackendError> {

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, NetPort, PathBeneath, PathFd,
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus, NetPort, PathBeneath, PathFd,
     RestrictionStatus, Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus,
 };
 
@@ -78,6 +78,12 @@ pub(super) fn available() -> bool {
     let first =
         Ruleset::default().set_compatibility(CompatLevel::HardRequirement).handle_access(AccessFs::from_all(ABI::V1));
     first.and_then(Ruleset::create).is_ok()
+}
+
+/// What a thread finds that restricts itself, and then ends. `None` if it cannot.
+pub(super) fn status() -> Option<LandlockStatus> {
+    let restrict = || empty(false).and_then(RulesetCreated::restrict_self).map(|status| status.landlock);
+    std::thread::spawn(restrict).join().ok()?.ok()
 }
 
 #[cfg(test)]

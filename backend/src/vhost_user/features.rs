@@ -15,7 +15,7 @@
 //! | ring | offered | because |
 //! |---|---|---|
 //! | `INDIRECT_DESC`, `EVENT_IDX` | always | the engine implements both |
-//! | `RING_PACKED` | always | the engine implements both layouts |
+//! | `RING_PACKED` | unless `--rings split` | the engine implements both layouts; some front-ends start packed rings wrongly |
 //! | `VERSION_1` | always | the device is not a legacy device |
 //! | `ACCESS_PLATFORM` | never | IOTLB messages are not implemented |
 //! | `LOG_ALL` | always | each page that a request writes is marked when the request completes |

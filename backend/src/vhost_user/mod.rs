@@ -56,6 +56,8 @@ pub struct Device {
     pub queues: u16,
     /// The VMM process, in which the device is registered with KVM.
     pub vmm: Vmm,
+    /// Features that are not offered although the disk has them.
+    pub withheld: VirtioFeatures,
 }
 
 /// The output of `--print-capabilities` (QEMU: "Backend program conventions"): one JSON object.

@@ -83,7 +83,7 @@ impl<'d> Session<'d> {
             device,
             logs,
             peer,
-            offered: VirtioFeatures::offered(&device.engine.geometry()),
+            offered: VirtioFeatures::offered(&device.engine.geometry()) - device.withheld,
             features: None,
             negotiation: (false, None),
             protocol: ProtocolFeatures::empty(),

@@ -13,11 +13,12 @@ use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserMemoryRegion, Vh
 
 use super::logs::Logs;
 use super::session::Session;
+use super::vring::{Addresses, Vring};
 use super::{Device, VirtioFeatures};
-use crate::addr::IovaSlice;
+use crate::addr::{IovaSlice, Qva};
 use crate::driver::nvme::{InterruptPolicy, Nvme, NvmeOptions};
 use crate::emulated::{Machine, Options};
-use crate::engine::{self, Engine};
+use crate::engine::{self, Engine, Layout};
 use crate::hardware::{AddressSpace, MapError, SecondSpace};
 use crate::kvm::Vmm;
 use crate::socket::Peer;
@@ -45,7 +46,8 @@ fn device(machine: &Machine) -> Device {
     let (spin, drain_timeout) = (Duration::ZERO, Duration::from_secs(5));
     let options = engine::Options { rings: 1, spin, drain_timeout, watch: engine::WatchdogOptions::default() };
     let engine = Engine::start(Box::new(driver), &space, options).unwrap();
-    Device { engine, space, slice: IovaSlice::WHOLE, queues: 1, vmm: Vmm::without_shim() }
+    let withheld = VirtioFeatures::empty();
+    Device { engine, space, slice: IovaSlice::WHOLE, queues: 1, vmm: Vmm::without_shim(), withheld }
 }
 
 /// Guest memory with one request in its ring: a read of the first sector, which is zero.
@@ -155,6 +157,43 @@ fn with_sessions(
     waits.close().unwrap();
     drop((served, waits, second));
     assert_eq!(machine.iommu().fault_count(), 0);
+    device.engine.shut_down();
+}
+
+#[test]
+fn what_is_withheld_is_neither_offered_nor_accepted() {
+    let machine = Machine::new(Options { size: 1 << 20, ..Options::default() }).unwrap();
+    let device = Device { withheld: VirtioFeatures::RING_PACKED, ..device(&machine) };
+    let (logs, (one, _other)) = (Logs::new(), UnixStream::pair().unwrap());
+    let mut session = Session::new(&device, &logs, Peer::of(&one).unwrap());
+
+    let offered = VirtioFeatures::from_bits_retain(session.get_features().unwrap());
+
+    assert!(offered.contains(VirtioFeatures::VERSION_1) && !offered.contains(VirtioFeatures::RING_PACKED));
+    assert!(session.set_features(features(true) | VirtioFeatures::RING_PACKED.bits()).is_err());
+    session.set_features(features(true)).unwrap();
+    session.close().unwrap();
+    drop(session);
+    device.engine.shut_down();
+}
+
+#[test]
+fn a_packed_ring_at_base_zero_is_doubtful_and_no_other_is() {
+    let machine = Machine::new(Options { size: 1 << 20, ..Options::default() }).unwrap();
+    let device = device(&machine);
+    let mut ring = Vring::new(0);
+    let part = |at| Qva(GPA + at);
+    ring.set_size(8, None).unwrap();
+    ring.set_addresses(Addresses { desc: part(0), avail: part(AVAIL), used: part(USED) }).unwrap();
+    ring.set_base(0, None).unwrap();
+    assert!(!ring.is_doubtful(Some(Layout::Packed)), "it is not complete");
+
+    ring.set_kick(&device.engine, None).unwrap();
+
+    assert!(ring.is_doubtful(Some(Layout::Packed)));
+    assert!(!ring.is_doubtful(Some(Layout::Split)) && !ring.is_doubtful(None));
+    ring.set_base(Layout::Packed.first_base(), None).unwrap();
+    assert!(!ring.is_doubtful(Some(Layout::Packed)));
     device.engine.shut_down();
 }
 

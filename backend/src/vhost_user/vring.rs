@@ -315,6 +315,13 @@ impl Vring {
         Ok(true)
     }
 
+    /// True if the vring is about to start as a packed one with both wrap counters 0, and was not stopped like that. In a new
+    /// ring they are 1 (virtio 1.2 §2.8.1): what the driver makes available in it would not be seen.
+    pub(super) fn is_doubtful(&self, layout: Option<Layout>) -> bool {
+        let State::Complete(complete) = &self.state else { return false };
+        layout == Some(Layout::Packed) && complete.base == Some(0) && !self.drained
+    }
+
     /// True if the vring is complete, enabled and in `table`, and does not run.
     pub(super) fn could_start(&self, features: VirtioFeatures, table: &MemTable) -> bool {
         let State::Complete(complete) = &self.state else { return false };

@@ -34,9 +34,19 @@ impl Session<'_> {
         let log = self.log.log.as_deref();
         let context = VringContext { engine, table, inflight, log, features: self.features };
         let position = usize::try_from(index).expect("`ring` has checked the index");
-        if self.rings[position].start(context)? && !std::mem::replace(&mut self.features_logged, true) {
+        let is_doubtful = self.rings[position].is_doubtful(self.layout());
+        let has_started = self.rings[position].start(context)?;
+        if has_started && !std::mem::replace(&mut self.features_logged, true) {
             let (virtio, protocol) = (Names(self.features.unwrap_or_default()), Names(self.protocol));
             self.logs.connections.info(|| format!("{}: virtio {virtio}; protocol {protocol}", self.peer));
+        }
+        if has_started && is_doubtful {
+            self.logs.connections.warn(|| {
+                format!(
+                    "virtqueue {index}: SET_VRING_BASE 0 for a packed ring, whose wrap counters are 1 at the start (0x80008000); if \
+                     its requests are not answered, the front-end starts packed rings wrongly, and needs --rings split"
+                )
+            });
         }
         self.tell_of_missing_log(position);
         Ok(())
