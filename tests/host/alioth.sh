@@ -32,7 +32,8 @@ echo "guest: wrote $(sha256sum </tmp/data | cut -c 1-64)"
 echo "guest: read $(dd if=/dev/vda bs=256k skip=128 count=32 iflag=direct 2>/dev/null | sha256sum | cut -c 1-64)"
 for cpu in 0 1; do
     taskset $((cpu + 1)) fio --name=verify --filename=/dev/vda --direct=1 --rw=randrw --bsrange=512-256k --blockalign=512 \
-        --offset=$((cpu * 8))M --size=8M --iodepth=16 --ioengine=io_uring --verify=crc32c --verify_fatal=1 --eta=never --output=/tmp/fio.$cpu &&
+        --offset=$((cpu * 8))M --size=8M --iodepth=16 --ioengine=io_uring --verify=crc32c --verify_fatal=1 \
+        --eta=never --output=/tmp/fio.$cpu &&
         echo "guest: processor $cpu verified"
 done
 echo "guest: $(dmesg | grep -ciE 'i/o error') errors in all"
