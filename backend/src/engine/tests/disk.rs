@@ -79,9 +79,7 @@ impl FakeDisk {
     /// Completes the held commands now, and later ones when they are rung.
     pub(super) fn resume(&self) {
         self.state().hold = false;
-        while !self.held().is_empty() {
-            self.complete(0);
-        }
+        (0..self.held().len()).for_each(|_| self.complete(0));
     }
 
     /// The held commands.
@@ -149,7 +147,6 @@ impl FakeDisk {
     fn queues(&self) -> Vec<Box<dyn Queue>> {
         let count = self.options.queues;
         let mut state = self.state();
-        state.held.clear();
         state.done = vec![VecDeque::new(); count];
         state.events = vec![None; count];
         drop(state);
