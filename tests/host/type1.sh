@@ -99,7 +99,9 @@ ordered() {
     kill "$client"
     within 10 logged "region $REGION.* unmapped"
     kill "$(cat "$BACKEND_PID")"
-    within 20 logged 'statistics: '
+    # The next claim needs the function.
+    wait "$(cat "$BACKEND_PID")"
+    logged 'statistics: '
     echo 0 >"$TRACING/events/kprobes/enable"
     sed -nE -e "s/.* number=0x3b71 map=$REGION .*/map/p" -e "s/.* number=0x3b72 .* unmap=$REGION\$/unmap/p" \
         -e "s/.*TRACE.* (flush|flushed) $REGION\+.*/\1/p" -e "s/.*(region) $REGION.* mapped in.*/published/p" \
