@@ -72,3 +72,12 @@ live_tests() {
             env VDV_DEVICE="$FUNCTION" VDV_REGIME="${2:-}" live --exact "$name"
     done </run/names
 }
+
+# unit_tests FILTER: those of the backend.
+unit_tests() {
+    unit-tests "$1" >/run/unit-tests 2>&1 || {
+        cat /run/unit-tests
+        return 1
+    }
+    lacks 'test result: ok. 0 passed' /run/unit-tests
+}

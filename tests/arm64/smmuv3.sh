@@ -52,6 +52,7 @@ verdicts
 claim "split rings: the oracle finds nothing wrong, and nothing is flushed" nothing_flushed "$FUNCTION"
 claim "packed rings under a flushing verdict: the oracle finds nothing wrong, and requests are flushed with DC CIVAC" flushed
 claim "a whole function is refused under a flushing verdict: type1 cannot stage" whole_refused
+claim "what the sandbox forbids ends the process, and what each thread needs is allowed" unit_tests sandbox::
 # KVM runs at the emulated EL2, so the shim meets its device and a vCPU here.
 shim_tests() {
     SHIM_LIBRARY=/usr/local/shim/libkvm_vfio_shim.so "/usr/local/shim/deps/$1" --nocapture --test-threads 1 >/run/said 2>&1 || {

@@ -81,8 +81,9 @@ arm64_clippy() {
 }
 
 # Where the emulator is not the kernel: it makes /proc/self/maps a memfd, and "/" the directory of the libraries. The last two
-# allow a peer and a controller some seconds, which are few under emulation.
-readonly ARM64_EMULATOR=(each_kind_is_recognized that_is_not_a_file_is_refused whose_file_system_need_not_answer
+# allow a peer and a controller some seconds, which are few under emulation. It has neither seccomp nor landlock: the tests of the
+# sandbox run in the emulated host with Debian's kernel.
+readonly ARM64_EMULATOR=(sandbox::tests each_kind_is_recognized that_is_not_a_file_is_refused whose_file_system_need_not_answer
     a_monitor_that_floods a_controller_that_is_silent_after_it_is_enabled)
 
 # arm64_units [FILTER…]: the backend's, or those whose names contain a filter, and the shim's.
@@ -134,13 +135,14 @@ arm64_programs() {
     # The preloaded library has the name of the shim's, so one call for each.
     arm64_cargo build --locked -p vhost-device-vfio -p testbed -p kvm-vfio-shim-preload --lib --bins --examples &&
         {
-            arm64_executables -p vhost-device-vfio --test live && arm64_executables -p kvm-vfio-shim --lib &&
+            arm64_executables -p vhost-device-vfio --lib --test live && arm64_executables -p kvm-vfio-shim --lib &&
                 arm64_executables -p kvm-vfio-shim-preload --test hooks
         } >"$WORK/arm64-programs" || return
     while read -r program; do
         name=${program##*/} name=${name%-*}
         case $name in
         live) cp "$program" "$tree/bin/live" ;;
+        vhost_device_vfio) cp "$program" "$tree/bin/unit-tests" ;;
         hooks | kvm_vfio_shim) cp "$program" "$tree/shim/deps/$name" ;;
         esac
     done <"$WORK/arm64-programs"
