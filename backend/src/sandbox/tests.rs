@@ -50,7 +50,7 @@ impl Attempt {
     /// `event` is an open eventfd.
     fn run(self, event: &OwnedFd) -> io::Result<()> {
         match self {
-            Self::Open => File::open("/etc/hostname").map(drop),
+            Self::Open => File::open("/bin/sh").map(drop),
             Self::Connect => UnixStream::connect("/nonexistent").map(drop),
             Self::Listen => TcpListener::bind("127.0.0.1:0").map(drop),
             Self::Execute => {
