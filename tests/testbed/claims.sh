@@ -32,6 +32,7 @@ claim() {
 
 # finished: prints the plan at the end. A file without a plan has died. A file without a claim has failed.
 finished() {
+    cat "${REMARKS:-/dev/null}" 2>/dev/null
     echo "1..$CLAIMS"
     [ "$CLAIMS" -gt 0 ] && [ "$BROKEN" -eq 0 ]
     exit
