@@ -26,8 +26,9 @@ migrated() {
         guest qmp query-migrate
         return 1
     }
-    guest qmp query-migrate |
-        sed "s/.*\"downtime\": \([0-9]*\).*\"dirty-sync-count\": \([0-9]*\).*/# $1: downtime \1 ms, \2 rounds/" >>/run/downtimes
+    figures=$(guest qmp query-migrate |
+        sed 's/.*"downtime": \([0-9]*\).*"dirty-sync-count": \([0-9]*\).*/downtime \1 ms, \2 rounds/')
+    echo "# $1: $figures" >>"$REMARKS"
     equal $((before + 1)) "$(times_logged 'dirty pages are logged')" "times that pages were logged"
 }
 ends() {
@@ -57,7 +58,7 @@ moved() {
     stress_progresses
     equal 1 "$(hits_since_mark iommufd_device_replace)" "page tables replaced"
     equal 0 "$(hits_since_mark iommufd_device_detach)" "detaches"
-    sed -n 's/.*\(has its turn.*\|downtime .*\)/# \1/p' "$BACKEND_LOG" >>/run/downtimes
+    sed -n 's/.*\(has its turn.*\|downtime .*\)/# \1/p' "$BACKEND_LOG" >>"$REMARKS"
 }
 right() {
     stress_stop
@@ -79,7 +80,6 @@ pinned >/run/pinned-before
 claim "a guest runs a load on a VFIO function" boots
 claim "it is saved to a file, and the next QEMU goes on" saved_and_back
 claim "it moves to another QEMU, and the kernel replaces the page table once" moved
-cat /run/downtimes
 claim "all data that it has read are right" right
 claim "nothing is left pinned, and the backend ends without errors" ends_well
 finished
