@@ -56,8 +56,8 @@ guest_start() {
     guest kill
     guest start --socket "$SOCKET" --timeout 300 "$@"
 }
-# spins: on nested KVM of this emulation a guest's kernel sometimes hangs at boot. One that waits for its disk halts its processors,
-# and firmware that does has other addresses.
+# spins: a processor is busy in the guest's kernel. A kernel that waits for its disk halts its processors, and firmware that does has
+# other addresses: neither is the emulation's fault, so neither is started again.
 spins() {
     for n in 1 2 3; do
         guest qmp human-monitor-command '{"command-line":"info registers -a"}' | grep -q 'RIP=ffffffff[^R]*RFL=.*HLT=0' || return 125

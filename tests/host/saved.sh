@@ -2,8 +2,8 @@
 # profiles: vtd
 # minutes: 0.8
 # A guest of stock QEMU on a VFIO function is saved to a file under a load that checks itself, goes on in another QEMU, and moves to
-# a third one while the backend stays. tests/outside/saved.sh and changed.sh do it more often, with the emulated drive. The guest has one
-# processor: KVM on this emulation gives up some restored guests that have two (internal error, suberror 3).
+# a third one while the backend stays. tests/outside/saved.sh and changed.sh do it more often, with the emulated drive. The
+# guest has one processor: KVM on this emulation gives up some restored guests that have two (internal error, suberror 3).
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
