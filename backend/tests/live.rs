@@ -5,6 +5,8 @@
 
 #[path = "live/hand_over.rs"]
 mod hand_over;
+#[path = "live/second.rs"]
+mod second;
 #[path = "live/type1.rs"]
 mod type1;
 

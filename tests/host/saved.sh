@@ -1,21 +1,22 @@
 #!/bin/sh
 # profiles: vtd
 # minutes: 0.8
-# A guest of stock QEMU on a VFIO function is saved to a file under a load that checks itself, goes on in another QEMU, and moves to
-# a third one while the backend stays. tests/outside/saved.sh and changed.sh do it more often, with the emulated drive. The
-# guest has one processor: KVM on this emulation gives up some restored guests that have two (internal error, suberror 3).
+# A guest of stock QEMU on a VFIO function is under a load that checks itself, and the backend stays: the guest is given to another QEMU
+# by cpr-transfer, saved to a file and restored, and migrated. tests/outside/saved.sh and changed.sh do it more often, with the
+# emulated drive. The guest has one processor: KVM on this emulation gives up some restored guests that have two (internal error,
+# suberror 3).
 
 # shellcheck source=tests/host/lib.sh
 . /testbed/tests/lib.sh
 
-STATE=/run/state MIGRATION=/run/migration.sock
+STATE=/run/state MIGRATION=/run/migration.sock CPR=/run/cpr.sock
 echo guest >/run/guest-name
 
 # The guest has another name after it has moved. Each claim runs in a shell of its own.
 guest() { command guest --name "$(cat /run/guest-name)" "$@"; }
 start() { guest_start --queues 2 --mem 128M --add stress "$@"; }
 
-boots() { start && stress_start 3000 --threads 16; }
+boots() { start --cpr "$CPR" && stress_start 3000 --threads 16; }
 migration_is() { guest qmp query-migrate | grep -q "\"status\": \"$1\""; }
 # migrated URI: slowly enough that the load dirties pages again that are saved already.
 migrated() {
@@ -42,23 +43,51 @@ saved_and_back() {
     start --incoming "file:$STATE"
     stress_progresses
 }
+# start_next NAME [OPTION]…: its QEMU waits for the guest. goes_on_in NAME: it has it.
+start_next() {
+    name=$1
+    shift
+    turns=$(times_logged 'has its turn' || true)
+    (command guest --name "$name" start --socket "$SOCKET" --queues 2 --mem 128M --timeout 300 \
+        --incoming "unix:$MIGRATION" "$@") &
+    starting=$!
+}
+goes_on_in() {
+    wait "$starting"
+    within 60 logged_more_than "$turns" 'has its turn'
+    ends
+    echo "$1" >/run/guest-name
+    stress_progresses
+    grep -oE 'has its turn.*|downtime [0-9].*' "$BACKEND_LOG" | tail -n 2 | sed 's/^/# /' >>"$REMARKS"
+}
+# The next QEMU has the memory of the first: what is pinned and mapped stays as it is. Only the driver's buffers are copied to the
+# second address space, before it is known that it is not needed.
+preserved() {
+    pinned >/run/pinned-with-guest
+    mark
+    start_next second --cpr "$CPR"
+    within 60 listens "$CPR"
+    guest cpr "$MIGRATION" "$CPR"
+    within 60 migration_is completed
+    goes_on_in second
+    for entry in iommufd_device_replace iommufd_device_detach iommufd_ioas_map_file iommufd_ioas_map; do
+        equal 0 "$(hits_since_mark "$entry")" "$entry"
+    done
+    hits_since_mark iommufd_ioas_copy >/run/buffers-copied
+    within 20 pinned_as_before
+}
+pinned_as_before() { equal "$(cat /run/pinned-with-guest)" "$(pinned)" "kB pinned"; }
 # The next QEMU shares its memory when the first has stopped: that is mapped for the second page table, which then replaces the first.
 moved() {
     mark
-    (command guest --name next start --socket "$SOCKET" --queues 2 --mem 128M --timeout 300 \
-        --incoming "unix:$MIGRATION") &
-    starting=$!
-    within 60 logged 'front-end waits for its turn'
-    within 60 test -S "$MIGRATION"
+    start_next third
+    within 60 logged_more_than "$turns" 'front-end waits for its turn'
+    within 60 listens "$MIGRATION"
     migrated "unix:$MIGRATION"
-    wait "$starting"
-    within 60 logged 'has its turn: moved to its memory'
-    ends
-    echo next >/run/guest-name
-    stress_progresses
+    goes_on_in third
     equal 1 "$(hits_since_mark iommufd_device_replace)" "page tables replaced"
     equal 0 "$(hits_since_mark iommufd_device_detach)" "detaches"
-    sed -n 's/.*\(has its turn.*\|downtime .*\)/# \1/p' "$BACKEND_LOG" >>"$REMARKS"
+    equal "$(cat /run/buffers-copied)" "$(hits_since_mark iommufd_ioas_copy)" "mappings copied, which were all buffers before, too"
 }
 right() {
     stress_stop
@@ -74,10 +103,11 @@ ends_well() {
 }
 nothing_pinned_for_guests() { equal "$(cat /run/pinned-before)" "$(pinned)" "kB pinned"; }
 
-probe iommufd_device_replace iommufd_device_detach
+probe iommufd_device_replace iommufd_device_detach iommufd_ioas_map_file iommufd_ioas_map iommufd_ioas_copy
 backend_start --queues 2 --successor || exit
 pinned >/run/pinned-before
 claim "a guest runs a load on a VFIO function" boots
+claim "it is given to another QEMU by cpr-transfer, and nothing is mapped or unmapped for it" preserved
 claim "it is saved to a file, and the next QEMU goes on" saved_and_back
 claim "it moves to another QEMU, and the kernel replaces the page table once" moved
 claim "all data that it has read are right" right

@@ -75,7 +75,7 @@ move() {
     (GUEST=next && start --incoming "unix:$MIGRATION" --blk packed=off) >/dev/null 2>&1 &
     starting=$!
     # QEMU listens after it has connected to the disk.
-    within 60 test -S "$MIGRATION"
+    within 60 listens "$MIGRATION"
     migrated move "$1" "unix:$MIGRATION" "$SLOW"
     wait "$starting"
     the_guest qmp quit >/dev/null

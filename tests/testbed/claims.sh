@@ -63,6 +63,9 @@ lacks() {
     }
 }
 
+# listens SOCKET: somebody accepts connections there. Its file can exist before that, and afterwards. 00010000 is __SO_ACCEPTCON.
+listens() { grep -q " 00010000 .* $1\$" /proc/net/unix; }
+
 # within SECONDS COMMAND…: repeats COMMAND until it succeeds.
 within() {
     limit=$1

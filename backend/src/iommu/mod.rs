@@ -15,6 +15,7 @@
 //! `sequence.rs` defines map and unmap, with and without flushing. `mapped_memory.rs` walks the pieces and keeps the ledger.
 //! A region is mapped in pieces because the kernel cannot split a mapping. A piece has at most 1 GiB, the largest IOMMU page.
 
+mod borrowed;
 mod buffer;
 mod flusher;
 mod hand_over;
@@ -32,6 +33,7 @@ mod type1;
 
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::process::{Resource, getrlimit};
@@ -72,6 +74,8 @@ struct Live {
     released_ranges: Mutex<Option<Vec<Span<Iova>>>>,
     hand_over: HandOver,
     twin: Twin,
+    /// Some memory was mapped by this process's address, because the kernel does not map its file.
+    maps_by_address: AtomicBool,
 }
 
 /// The device, and the page table that it is attached to. Both are gone while it is released.
@@ -143,6 +147,7 @@ impl Steps for Live {
             }
         }
         let Piece { span, shared, offset, writable, .. } = piece;
+        self.maps_by_address.store(true, Relaxed);
         self.iommufd.map_memory(&self.ioas(space), (shared, offset), span, writable)
     }
 
@@ -181,7 +186,8 @@ impl Live {
     ) -> Self {
         let (iommufd, ioas) = (Arc::clone(table.iommufd()), Mutex::new(table.ioas()));
         let (attachment, released_ranges) = (Mutex::new(attachment), Mutex::default());
-        Self { iommufd, ioas, attachment, staging, mapped, released_ranges, hand_over, twin }
+        let maps_by_address = AtomicBool::new(false);
+        Self { iommufd, ioas, attachment, staging, mapped, released_ranges, hand_over, twin, maps_by_address }
     }
 
     fn ioas(&self, space: Space) -> Ioas {
@@ -226,9 +232,10 @@ impl Live {
         region: &Region,
         unmap: impl FnOnce(&Self, Piece<'_>) -> Result<(), MapError>,
     ) -> Result<(), MapError> {
-        if self.keeps_mapped(region) {
+        if self.keeps_mapped(region) || self.give_back(region) {
             return Ok(());
         }
+        self.lend_no_more(region);
         let whole = whole(region);
         self.remove_mapping(whole, || unmap(self, whole))?;
         self.hand_over.unmapped(whole.span);
@@ -278,7 +285,7 @@ impl AddressSpace for LiveSpace {
         }
         let whole = whole(region);
         check_free(&live.mapped, &live.allowed(whole.span)?, whole.span)?;
-        if !live.copy_from_first(region)? {
+        if !live.borrow_region(region) {
             live.add_mapping(whole)?;
         }
         live.hand_over.mapped(region);

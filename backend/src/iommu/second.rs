@@ -2,10 +2,12 @@
 //!
 //! ```text
 //! start     allocate IOAS, page table, staging space ── copy the driver's buffers: their pins are shared
-//! add       as in the first space, while the device is attached to that; memory that is mapped there already is copied
+//! add       as in the first space, while the device is attached to that; memory that is mapped there already is borrowed
 //! exchange  (the device is idle) VFIO_DEVICE_ATTACH_IOMMUFD_PT replaces the page table ── both sides exchange what they own
 //! remove    what the device used before ── destroy page table, IOAS
 //! ```
+//!
+//! Without a second mapping there is nothing to replace: `borrowed.rs`.
 //!
 //! An attach of an attached device replaces its page table: until it returns without an error, the former one counts
 //! (`include/uapi/linux/vfio.h`). Some IOMMU drivers block all DMA in between, which an idle device does not notice.
@@ -15,16 +17,15 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use super::borrowed::Borrowed;
 use super::hand_over_state::HandOver;
 use super::mapped_memory::{CHUNK, MappedMemory};
 use super::page_table::PageTable;
 use super::sequence::{Piece, Space};
-use super::space_description::MappedRegion;
 use super::staging::Staging;
 use super::{Attachment, Live, LiveSpace};
 use crate::addr::{Iova, Span};
 use crate::hardware::{AddressSpace, MapError, SecondSpace};
-use crate::memory::Region;
 use crate::sys::{DeviceId, Owner};
 
 /// How two spaces of one device know each other.
@@ -36,6 +37,8 @@ pub(super) struct Twin {
     first: Option<Arc<Live>>,
     /// In the second space: its page table. `None` while the device is released, because it would keep memory pinned.
     table: Mutex<Option<Arc<PageTable>>>,
+    /// In the second space: what it borrows from the first.
+    borrowed: Mutex<Borrowed>,
 }
 
 /// The second space, which neither comes nor goes as long as this exists.
@@ -52,6 +55,10 @@ impl Twin {
     pub(super) fn second(&self) -> SecondGuard<'_> {
         let slot = self.second.lock().unwrap_or_else(PoisonError::into_inner);
         SecondGuard { live: slot.upgrade(), _slot: slot }
+    }
+
+    pub(super) fn borrowed(&self) -> MutexGuard<'_, Borrowed> {
+        self.borrowed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn table(&self) -> MutexGuard<'_, Option<Arc<PageTable>>> {
@@ -71,7 +78,7 @@ impl SecondGuard<'_> {
     pub(super) fn share_buffer(&self, first: &Live, buffer: Piece<'_>) -> Result<(), MapError> {
         let Some(second) = self.get() else { return Ok(()) };
         let span = buffer.span;
-        first.copy_to(second, span, true).map_err(|source| {
+        first.copy_and_enter(second, span).map_err(|source| {
             if let Err(error) = first.remove_mapping(buffer, || first.mapped.remove(first, buffer)) {
                 log::error!("{error}");
             }
@@ -93,45 +100,32 @@ impl SecondGuard<'_> {
 }
 
 /// The step that fails if a mapping cannot be copied.
-const COPY: &str = "map in the second address space (IOMMU_IOAS_COPY)";
+pub(super) const COPY: &str = "map in the second address space (IOMMU_IOAS_COPY)";
 
 /// Why there is no second space, or none any more.
-fn none(why: impl Into<String>) -> MapError {
+pub(super) fn none(why: impl Into<String>) -> MapError {
     MapError::NoSecondSpace { why: why.into() }
 }
 
 impl Live {
     /// Maps in `second` what is mapped here at `span`. Both share the pin.
-    fn copy_to(&self, second: &Self, span: Span<Iova>, writable: bool) -> io::Result<()> {
+    pub(super) fn copy_to(&self, second: &Self, span: Span<Iova>, writable: bool) -> io::Result<()> {
         let (from, to) = (self.ioas(Space::Live), second.ioas(Space::Live));
         for piece in span.chunks(CHUNK) {
             if let Err(error) = self.iommufd.copy(&from, &to, piece, writable) {
-                let copied = span.chunks(CHUNK).take_while(|copied| *copied != piece);
-                for copied in copied.filter(|copied| second.mapped.ledger().remove(*copied)) {
-                    self.iommufd.unmap(&to, copied)?;
-                }
+                let mut copied = span.chunks(CHUNK).take_while(|copied| *copied != piece);
+                copied.try_for_each(|copied| self.iommufd.unmap(&to, copied))?;
                 return Err(error);
             }
-            second.mapped.inherit(piece);
         }
         Ok(())
     }
 
-    /// In the second space: maps `region` by a copy, if the first space maps the same pages at the same address. They are pinned,
-    /// and were flushed when they were. False if they must be mapped.
-    pub(super) fn copy_from_first(&self, region: &Region) -> Result<bool, MapError> {
-        let Some(first) = self.twin.first() else { return Ok(false) };
-        let (span, wanted) = (region.iova(), MappedRegion::of(region));
-        if first.hand_over.state().regions.get(&span.start()) != Some(&wanted) {
-            return Ok(false);
-        }
-        let copied = first.copy_to(self, span, region.writable());
-        copied.map_err(|source| MapError::Kernel { step: COPY, span, source })?;
-        if let Some(staging) = &self.staging {
-            staging.flushable().insert(span.start(), (span, region.memory().clone()));
-        }
-        log::info!("region {span} is mapped already, for the front-end before");
-        Ok(true)
+    /// Maps a buffer of this space in `second`, too.
+    fn copy_and_enter(&self, second: &Self, buffer: Span<Iova>) -> io::Result<()> {
+        self.copy_to(second, buffer, true)?;
+        buffer.chunks(CHUNK).for_each(|piece| second.mapped.inherit(piece));
+        Ok(())
     }
 
     /// The device is released: nothing may stay pinned.
@@ -164,10 +158,7 @@ impl Live {
         *self.ioas.lock().unwrap_or_else(PoisonError::into_inner) = others;
         *other.ioas.lock().unwrap_or_else(PoisonError::into_inner) = mine;
         self.mapped.exchange(&other.mapped);
-        if let (Some(mine), Some(others)) = (&self.staging, &other.staging) {
-            std::mem::swap(&mut *mine.flushable(), &mut *others.flushable());
-        }
-        std::mem::swap(&mut self.hand_over.state().regions, &mut other.hand_over.state().regions);
+        self.exchange_regions(other);
     }
 }
 
@@ -188,7 +179,7 @@ impl LiveSpace {
         };
         let second = Live::second_of(first, &table).map_err(|error| none(error.to_string()))?;
         for span in buffers {
-            let copied = first.copy_to(&second, span, true);
+            let copied = first.copy_and_enter(&second, span);
             copied.map_err(|source| MapError::Kernel { step: COPY, span, source })?;
         }
         *slot = Arc::downgrade(&second);
@@ -230,6 +221,12 @@ impl SecondSpace for Second {
         let (first, second) = (&*self.first.0, &*self.live);
         // No buffer comes or goes.
         let _guard = first.twin.second();
+        if second.borrows_all(first) {
+            first.exchange_regions(second);
+            log::debug!("the device keeps its page table: the next front-end has the same memory");
+            return Ok(());
+        }
+        second.copy_all_borrowed(first)?;
         let Attachment { file, table } = first.attachment().clone();
         // Without a device the mappings alone change places: its next page table is one of the IOAS that is here then.
         if let Some((file, table)) = file.upgrade().zip(table.upgrade()) {
