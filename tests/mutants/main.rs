@@ -99,7 +99,14 @@ fn run(words: &[String]) -> Result<usize, Error> {
         return Err(format!("{test} does not exist, or does not pass without a mutant").into());
     }
 
-    let outcomes = in_parallel(mutants.len(), |n| outcome(&program, &mutants[n].test, n + 1));
+    let start = Instant::now();
+    let (outcomes, took): (Vec<_>, Vec<_>) = in_parallel(mutants.len(), |n| {
+        let start = Instant::now();
+        (outcome(&program, &mutants[n].test, n + 1), start.elapsed())
+    })
+    .into_iter()
+    .unzip();
+    report_slowest(&mutants, &took, start.elapsed());
     for (Mutant { name, test, .. }, outcome) in mutants.iter().zip(&outcomes) {
         match outcome {
             Outcome::Failed => println!("ok - {name}: {test} fails"),
@@ -109,6 +116,16 @@ fn run(words: &[String]) -> Result<usize, Error> {
     }
     println!("1..{}", mutants.len());
     Ok(outcomes.iter().filter(|outcome| **outcome != Outcome::Failed).count())
+}
+
+/// Prints which mutants took longest: their tests may do more than they need to.
+fn report_slowest(mutants: &[Mutant], took: &[Duration], whole: Duration) {
+    let mut by_time: Vec<_> = took.iter().zip(mutants).collect();
+    by_time.sort_by_key(|(took, _)| std::cmp::Reverse(**took));
+    println!("# {} mutants in {} s; the slowest:", mutants.len(), whole.as_secs());
+    for (took, mutant) in by_time.iter().take(10) {
+        println!("# {} ms: {}", took.as_millis(), mutant.name);
+    }
 }
 
 /// All mutants in `directory`.
@@ -142,15 +159,26 @@ fn build(copy: &Path, target: &Path) -> Result<PathBuf, Error> {
         .output()?;
     let messages = String::from_utf8(output.stdout)?;
     if !output.status.success() {
-        let rendered = messages.lines().filter(|line| line.contains(r#""level":"error""#));
-        return Err(format!("the mutants do not compile:\n{}", rendered.collect::<Vec<_>>().join("\n")).into());
+        return Err(format!("the mutants do not compile:\n{}", compiler_errors(&messages)).into());
     }
     let mut backend = messages.lines().filter(|line| line.contains(r#""name":"vhost_device_vfio""#));
     let path = backend.find_map(|line| line.split_once(r#""executable":""#)?.1.split('"').next());
     Ok(path.ok_or("cargo names no test program")?.into())
 }
 
-/// Calls `work` with 0, 1, … `count` − 1 on all processors. Returns the results in order.
+/// The compiler's errors in Cargo's messages, as it prints them itself. Those of the library come again with its tests.
+fn compiler_errors(messages: &str) -> String {
+    let parsed = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let errors = parsed.filter(|message| message["message"]["level"] == "error");
+    let texts: BTreeSet<String> =
+        errors.filter_map(|error| Some(error["message"]["rendered"].as_str()?.into())).collect();
+    texts.into_iter().collect()
+}
+
+/// Tests that run at a time on a processor. With a mutant, many wait for what never comes.
+const TESTS_PER_PROCESSOR: usize = 4;
+
+/// Calls `work` with 0, 1, … `count` − 1 in several threads. Returns the results in order.
 fn in_parallel<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
     let next = AtomicUsize::new(0);
     let worker = || {
@@ -159,7 +187,7 @@ fn in_parallel<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T
     };
     let mut results: Vec<(usize, T)> = std::thread::scope(|scope| {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+        let threads: Vec<_> = (0..threads * TESTS_PER_PROCESSOR).map(|_| scope.spawn(worker)).collect();
         threads.into_iter().flat_map(|thread| thread.join().expect("a worker does not panic")).collect()
     });
     results.sort_by_key(|(n, _)| *n);

@@ -32,7 +32,9 @@ pub(super) type Borrowed = BTreeSet<Iova>;
 
 /// True if the regions `wanted` are those of the `first` space, and all of them are `borrowed`.
 fn is_all(borrowed: &Borrowed, first: &BTreeMap<Iova, MappedRegion>, wanted: &BTreeMap<Iova, MappedRegion>) -> bool {
-    first == wanted && wanted.keys().eq(borrowed)
+    let first_has_no_other = first == wanted;
+    let none_is_mapped_twice = wanted.keys().eq(borrowed);
+    first_has_no_other && none_is_mapped_twice
 }
 
 impl Live {
