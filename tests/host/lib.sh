@@ -60,9 +60,13 @@ statistic() { sed -n "s/.*statistics: .*\\b$1=\\([0-9]*\\).*/\\1/p" "$BACKEND_LO
 guest_start() {
     guest start --socket "$SOCKET" --timeout 300 "$@" && return
     show_backend
-    spins || return
+    again=0
+    spins || again=$?
+    # Its kernel panics for that.
+    guest stacks || true
+    [ "$again" -eq 0 ] || return "$again"
     echo "# a guest did not come up, and a processor was busy in its kernel; it was started once more: $*" >>"$REMARKS"
-    guest kill
+    guest kill || true
     guest start --socket "$SOCKET" --timeout 300 "$@"
 }
 # spins: a processor is busy in the guest's kernel. A kernel that waits for its disk halts its processors, and firmware that does has
