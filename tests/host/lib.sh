@@ -27,15 +27,23 @@ backend_start() {
     ) </dev/null >>"$BACKEND_LOG" 2>&1 &
     # This includes a controller reset, on emulated processors.
     within 20 logged 'serving ' || {
-        cat "$BACKEND_LOG"
+        show_backend
         return 1
     }
+}
+# show_backend: its log, and where each of its threads waits.
+show_backend() {
+    cat "$BACKEND_LOG"
+    waits "$(cat "$BACKEND_PID")"
 }
 
 # backend_stop: ends the backend and returns its exit status.
 backend_stop() {
     kill -TERM "$(cat "$BACKEND_PID")"
-    within 20 test -s "$BACKEND_STATUS"
+    within 20 test -s "$BACKEND_STATUS" || {
+        show_backend
+        return 1
+    }
     return "$(cat "$BACKEND_STATUS")"
 }
 
@@ -51,9 +59,14 @@ statistic() { sed -n "s/.*statistics: .*\\b$1=\\([0-9]*\\).*/\\1/p" "$BACKEND_LO
 # processors are emulated and the real machine may be busy. A guest whose kernel spins is started once more, and that is reported.
 guest_start() {
     guest start --socket "$SOCKET" --timeout 300 "$@" && return
-    spins || return
+    show_backend
+    again=0
+    spins || again=$?
+    # Its kernel panics for that.
+    guest stacks || true
+    [ "$again" -eq 0 ] || return "$again"
     echo "# a guest did not come up, and a processor was busy in its kernel; it was started once more: $*" >>"$REMARKS"
-    guest kill
+    guest kill || true
     guest start --socket "$SOCKET" --timeout 300 "$@"
 }
 # spins: a processor is busy in the guest's kernel. A kernel that waits for its disk halts its processors, and firmware that does has
@@ -250,7 +263,7 @@ serve_whole() {
         echo $status >"$BACKEND_STATUS"
     ) </dev/null >>"$BACKEND_LOG" 2>&1 &
     within 20 logged 'serving ' || {
-        cat "$BACKEND_LOG"
+        show_backend
         return 1
     }
 }
@@ -301,7 +314,9 @@ hand_over() {
     before=$(pages_pinned) released=$(pages_released)
     successor_start "$@"
     within 30 grep -q 'taken over; requests waited' "/run/$1.log" || {
-        cat "/run/$1.log" "$BACKEND_LOG"
+        cat "/run/$1.log"
+        waits "$(cat "/run/$1.pid")"
+        show_backend
         return 1
     }
     within 20 test -s "$BACKEND_STATUS"

@@ -88,6 +88,8 @@ scripts/testbed run --drive "$WORK/drive.img" --no-bind --mem 2G --smp 1 --timeo
     printf "written inside" | dd of=/dev/nvme0n1 bs=512 seek=8 conv=sync 2>/dev/null
     cat /plain >/out/plain; octal --version >/out/version
     nproc >/out/processors; grep MemTotal /proc/meminfo >/out/memory
+    seq 1000 | while read -r n; do echo "line $n"; done >>/out/lines &
+    while kill -0 $!; do grep -q "no such line" /out/lines; done 2>/dev/null
     exit 7' - 'a "word"' >"$WORK/stdout" 2>"$WORK/stderr"
 STATUS=$?
 
@@ -97,6 +99,7 @@ output_apart() {
     equal "to stderr" "$(cat "$WORK/stderr")" stderr
 }
 out_comes_back() { equal 'a plain file' "$(cat "$WORK/out/plain")" /out/plain; }
+appended() { equal "$(seq 1000 | sed 's/^/line /' | sha256sum)" "$(sha256sum <"$WORK/out/lines")" "checksum of the lines"; }
 drive_in() { equal 'written outside' "$(cat "$WORK/out/from-drive")" "start of the drive"; }
 drive_out() { equal 'written inside' "$(dd if="$WORK/drive.img" bs=1 skip=4096 count=14 status=none)" "the image"; }
 added_program() { contains 'GNU coreutils' "$WORK/out/version"; }
@@ -109,6 +112,7 @@ sized() {
 claim "a command's exit status is returned" status_passes
 claim "stdout, stderr and the console are separate, and arguments are preserved" output_apart
 claim "what a command leaves in /out is copied to --out" out_comes_back
+claim "nothing is lost of a file in /out that one process appends to while others read it" appended
 claim "the host reads what the drive image holds" drive_in
 claim "what the host writes is in the drive image" drive_out
 claim "a program is added with its libraries" added_program

@@ -10,7 +10,7 @@ prepare_guest() {
     cpio --extract --quiet --to-stdout testbed/guest.cpio <"$(host_image)" >"$GUEST_PARTS/guest.cpio"
     ln -s "$(kernel_image)" "$GUEST_PARTS/bzImage"
     ln -s "$TESTBED_DIR/guest/init" "$GUEST_PARTS/guest-init"
-    ln -s "$TESTBED_DIR/host/bin/guest" "$WORK/bin/guest"
+    ln -s "$TESTBED_DIR/host/bin"/{guest,waits} "$WORK/bin"
     for applet in usleep awk; do ln -s "$(command -v busybox)" "$WORK/bin/$applet"; done
     # Not earlier: the images are built with this machine's QEMU.
     PATH=$WORK/bin:${TESTBED_QEMU:+$TESTBED_QEMU/bin:}$PATH
