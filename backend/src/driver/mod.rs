@@ -268,6 +268,10 @@ pub trait Queue: Send {
     fn ring(&mut self);
     /// Removes the finished commands from the queue and passes each to `done`.
     fn reap(&mut self, done: &mut dyn FnMut(Completion));
+    /// As [`Self::reap`], but appends them to `batch`: one call for all of them.
+    fn reap_batch(&mut self, batch: &mut Vec<Completion>) {
+        self.reap(&mut |completion| batch.push(completion));
+    }
     /// Advances the clock of the command time-outs; called at equal intervals. A command expires `limit` ticks after it
     /// was submitted, and is stuck another `limit / 4` ticks later.
     fn tick(&mut self, limit: u32) -> OverdueCommands;

@@ -224,7 +224,7 @@ impl IoQueue {
     }
 
     /// Checks a completion and frees its slot; `None` if it matches no command in flight.
-    #[inline]
+    #[inline(always)]
     fn complete(&mut self, entry: &CompletionEntry) -> Option<Completion> {
         if entry.sq_id != self.id {
             self.warn(|| format!("dropped a completion for submission queue {}", entry.sq_id));
@@ -251,6 +251,25 @@ impl IoQueue {
         }
         let result = u64::from(entry.dw1) << 32 | u64::from(entry.result);
         Some(Completion { tag, outcome, result })
+    }
+
+    /// Removes the finished commands and passes each to `done`.
+    #[inline(always)]
+    fn reap_each(&mut self, mut done: impl FnMut(Completion)) {
+        let mut taken = 0;
+        // Bounded: a controller that posts completions as fast as they are reaped must not keep the worker here.
+        while taken < self.completions.size() {
+            let Some(entry) = self.completions.pop() else {
+                break;
+            };
+            taken += 1;
+            if let Some(completion) = self.complete(&entry) {
+                done(completion);
+            }
+        }
+        if taken != 0 {
+            self.completions.update_head();
+        }
     }
 }
 
@@ -336,20 +355,11 @@ impl Queue for IoQueue {
     }
 
     fn reap(&mut self, done: &mut dyn FnMut(Completion)) {
-        let mut taken = 0;
-        // Bounded: a controller that posts completions as fast as they are reaped must not keep the worker here.
-        while taken < self.completions.size() {
-            let Some(entry) = self.completions.pop() else {
-                break;
-            };
-            taken += 1;
-            if let Some(completion) = self.complete(&entry) {
-                done(completion);
-            }
-        }
-        if taken != 0 {
-            self.completions.update_head();
-        }
+        self.reap_each(done);
+    }
+
+    fn reap_batch(&mut self, batch: &mut Vec<Completion>) {
+        self.reap_each(|completion| batch.push(completion));
     }
 
     fn tick(&mut self, limit: u32) -> OverdueCommands {

@@ -1,8 +1,8 @@
 //! Requests in flight. The table grows with the rings and never shrinks. A slot keeps its buffer list when it is reused, so
 //! the data path does not allocate.
 
-use crate::addr::{Gpa, Span};
-use crate::driver::Outcome;
+use crate::addr::{Gpa, Iova, Span};
+use crate::driver::{Direction, Outcome};
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::inflight_policy::InflightPolicy;
 use crate::engine::request::pending_used::PendingUsed;
@@ -60,13 +60,6 @@ impl InflightRequest {
             outstanding: 0,
             outcome: Outcome::Success,
         }
-    }
-
-    /// The same, after one command for all of it has been submitted.
-    #[inline]
-    pub(in crate::engine) fn submitted_if(self, submitted: bool) -> Self {
-        let position = if submitted { self.bytes } else { 0 };
-        Self { position, fully_submitted: submitted, outstanding: submitted.into(), ..self }
     }
 
     /// True if every command has been submitted and has completed.
@@ -135,6 +128,36 @@ impl InflightRequest {
     }
 }
 
+/// A read or write of one buffer whose only command is in flight and covers all of it: what most requests are until they complete.
+/// If anything else happens to it, it becomes an [`InflightRequest`].
+pub(in crate::engine) struct ShortRequest {
+    pub(in crate::engine) pending_used: PendingUsed,
+    /// See [`InflightRequest::ring`].
+    pub(in crate::engine) ring: usize,
+    pub(in crate::engine) direction: Direction,
+    /// First logical block.
+    pub(in crate::engine) block: u64,
+    pub(in crate::engine) data: Span<Iova>,
+    /// See [`InflightRequest::started`].
+    pub(in crate::engine) started: u64,
+}
+
+impl ShortRequest {
+    /// The same as an [`InflightRequest`], whose buffers are put into `buffers`.
+    fn expand(self, buffers: &mut Data) -> InflightRequest {
+        let Self { pending_used, ring, direction, block, data, started } = self;
+        let operation = match direction {
+            Direction::Read => Operation::Read,
+            Direction::Write => Operation::Write,
+        };
+        buffers.clear();
+        buffers.buffers.push(data);
+        let mut request = InflightRequest::new(pending_used, ring, (operation, block, data.len()), started);
+        request.add_command(data.len());
+        request
+    }
+}
+
 /// What remains of a request when the device has finished it; see [`InflightRequest`].
 pub(in crate::engine) struct Finished {
     pub(in crate::engine) pending_used: PendingUsed,
@@ -149,8 +172,50 @@ pub(in crate::engine) struct Finished {
 #[derive(Default)]
 pub(in crate::engine) struct InflightSlot {
     pub(in crate::engine) data: Data,
-    /// `None` while the slot is free.
-    pub(in crate::engine) inflight_request: Option<InflightRequest>,
+    occupant: Occupant,
+}
+
+/// What is in a slot.
+#[derive(Default)]
+enum Occupant {
+    #[default]
+    None,
+    Short(ShortRequest),
+    Any(InflightRequest),
+}
+
+impl InflightSlot {
+    /// The request, expanded if it is a short one.
+    #[inline]
+    fn request(&mut self) -> Option<(&mut InflightRequest, &Data)> {
+        if matches!(self.occupant, Occupant::Short(_)) {
+            self.expand();
+        }
+        match &mut self.occupant {
+            Occupant::Any(request) => Some((request, &self.data)),
+            _ => None,
+        }
+    }
+
+    #[cold]
+    fn expand(&mut self) {
+        if let Occupant::Short(short) = std::mem::take(&mut self.occupant) {
+            self.occupant = Occupant::Any(short.expand(&mut self.data));
+        }
+    }
+
+    /// True if the request accesses memory in `spans` of `guest`.
+    fn uses(&self, guest: &GuestMemoryView, spans: &[Span<Gpa>]) -> bool {
+        let (pending_used, buffers) = match &self.occupant {
+            Occupant::None => return false,
+            Occupant::Short(short) => (&short.pending_used, std::slice::from_ref(&short.data).iter().chain(&[])),
+            Occupant::Any(request) => (&request.pending_used, self.data.buffers.iter().chain(&self.data.append_sector)),
+        };
+        let status = pending_used.status();
+        let mut data = buffers.map(|buffer| guest.gpa(*buffer));
+        spans.iter().any(|span| status.is_some_and(|byte| span.contains(byte)))
+            || data.any(|buffer| spans.iter().any(|span| buffer.overlaps(span)))
+    }
 }
 
 /// A free slot, which stays free until [`Self::occupy`].
@@ -176,8 +241,22 @@ impl Vacancy<'_> {
     /// Puts a request into the slot. Always inlined, so that the request is built in its place.
     #[inline(always)]
     pub(in crate::engine) fn occupy(self, inflight_request: InflightRequest) {
+        self.put(Occupant::Any(inflight_request));
+    }
+
+    /// The same for a short one.
+    #[inline(always)]
+    pub(in crate::engine) fn occupy_short(self, short: ShortRequest) {
+        self.put(Occupant::Short(short));
+    }
+
+    #[inline(always)]
+    fn put(self, occupant: Occupant) {
         self.free.pop();
-        self.slot.inflight_request = Some(inflight_request);
+        let before = std::mem::replace(&mut self.slot.occupant, occupant);
+        debug_assert!(matches!(before, Occupant::None), "a free slot");
+        // There is nothing to drop, which the compiler cannot know.
+        std::mem::forget(before);
     }
 }
 
@@ -210,18 +289,30 @@ impl InflightTable {
     /// The request and its data.
     #[inline]
     pub(in crate::engine) fn get(&mut self, index: u32) -> Option<(&mut InflightRequest, &Data)> {
-        let slot = self.slots.get_mut(index as usize)?;
-        Some((slot.inflight_request.as_mut()?, &slot.data))
+        self.slots.get_mut(index as usize)?.request()
     }
 
     /// Removes a request. Its data stay until the slot is reused. Always inlined: the request would be copied otherwise.
     #[inline(always)]
     pub(in crate::engine) fn remove(&mut self, index: u32) -> Option<(Finished, &Data)> {
         let slot = self.slots.get_mut(index as usize)?;
-        let InflightRequest { pending_used, ring, operation, bytes, outcome, started, .. } =
-            slot.inflight_request.take()?;
+        slot.request()?;
+        let Occupant::Any(request) = std::mem::take(&mut slot.occupant) else { return None };
+        let InflightRequest { pending_used, ring, operation, bytes, outcome, started, .. } = request;
         self.free.push(index);
         Some((Finished { pending_used, ring, operation, bytes, outcome, started }, &slot.data))
+    }
+
+    /// Removes a request if it is a short one.
+    #[inline(always)]
+    pub(in crate::engine) fn remove_short(&mut self, index: u32) -> Option<ShortRequest> {
+        let occupant = &mut self.slots.get_mut(index as usize)?.occupant;
+        if !matches!(occupant, Occupant::Short(_)) {
+            return None;
+        }
+        let Occupant::Short(short) = std::mem::take(occupant) else { return None };
+        self.free.push(index);
+        Some(short)
     }
 
     /// The data in a slot, also of a request that has been removed and not followed by another.
@@ -231,19 +322,12 @@ impl InflightTable {
 
     /// True if a request in flight accesses memory in `spans` of `guest`.
     pub(in crate::engine) fn uses(&self, guest: &GuestMemoryView, spans: &[Span<Gpa>]) -> bool {
-        let in_use = |slot: &InflightSlot| {
-            let Some(inflight_request) = &slot.inflight_request else { return false };
-            let status = inflight_request.pending_used.status();
-            let buffers = || slot.data.buffers.iter().chain(&slot.data.append_sector);
-            let data = |span: &Span<Gpa>| buffers().any(|buffer| guest.gpa(*buffer).overlaps(span));
-            spans.iter().any(|span| status.is_some_and(|byte| span.contains(byte)) || data(span))
-        };
-        self.slots.iter().any(in_use)
+        self.slots.iter().any(|slot| slot.uses(guest, spans))
     }
 
     /// The indices of all requests in flight.
     pub(in crate::engine) fn indices(&self) -> Vec<u32> {
-        let occupied = self.slots.iter().zip(0..).filter(|(slot, _)| slot.inflight_request.is_some());
+        let occupied = self.slots.iter().zip(0..).filter(|(slot, _)| !matches!(slot.occupant, Occupant::None));
         occupied.map(|(_, index)| index).collect()
     }
 }

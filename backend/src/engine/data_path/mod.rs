@@ -73,6 +73,8 @@ pub(in crate::engine) struct DataPath {
     partial: Option<u32>,
     /// Requests to submit again after a reset, and those whose next command has waited for the one before.
     resubmit: Vec<u32>,
+    /// Empty between two calls of [`Self::reap`].
+    completions: Vec<Completion>,
     /// Where the next pass starts, so that a full device does not favour one ring.
     next_slot: usize,
     /// Virtqueue = slot × workers + worker.
@@ -112,6 +114,7 @@ impl DataPath {
             internal_flush: None,
             partial: None,
             resubmit: Vec::new(),
+            completions: Vec::new(),
             next_slot: 0,
             worker: layout.worker,
             workers: layout.workers,
@@ -127,11 +130,17 @@ impl DataPath {
     /// Handles all completions. Returns true if there were any.
     #[inline]
     pub(in crate::engine) fn reap(&mut self, queue: &mut dyn Queue) -> bool {
-        let mut any = false;
-        queue.reap(&mut |completion| {
-            any = true;
-            self.complete(completion);
-        });
+        let mut batch = std::mem::take(&mut self.completions);
+        queue.reap_batch(&mut batch);
+        let any = !batch.is_empty();
+        let plain = self.is_plain();
+        for completion in &batch {
+            if !(plain && self.finish_short(completion)) {
+                self.complete(*completion);
+            }
+        }
+        batch.clear();
+        self.completions = batch;
         any
     }
 
@@ -238,7 +247,7 @@ impl DataPath {
     }
 
     /// Handles a completion, and the end of its request.
-    #[inline]
+    #[inline(never)]
     fn complete(&mut self, completion: Completion) {
         let Completion { tag, outcome, .. } = completion;
         if tag == INTERNAL_FLUSH {

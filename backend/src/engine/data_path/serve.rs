@@ -1,6 +1,6 @@
 //! Takes requests from a ring. Each is completed at once or submitted, until the device queue is full.
 
-use super::inflight::InflightRequest;
+use super::inflight::{InflightRequest, ShortRequest};
 use super::logging::Dirtied;
 use super::{Capacity, DataPath, VringSlot};
 use crate::driver::Queue;
@@ -90,17 +90,21 @@ impl DataPath {
         let head = ring.queue.take_fast(fast);
         ring.in_flight += 1;
         let mut vacancy = self.inflight.vacant();
-        let (index, data) = (vacancy.index(), vacancy.data());
-        data.ranges.clear();
-        data.buffers.clear();
-        data.buffers.push(transfer.data);
+        let index = vacancy.index();
+        let Transfer { operation, block, data, .. } = transfer;
+        let (pending_used, started) = (transfer.pending_used(head), self.clock.now);
+        let direction = transfer.direction();
         let submitted = self.caches.are_coherent()
             && !transfer.crosses_boundary(&self.disk)
-            && queue.submit_short(transfer.direction(), transfer.block, transfer.data, index);
-        let command = (transfer.operation, transfer.block, transfer.data.len());
-        let inflight_request = InflightRequest::new(transfer.pending_used(head), slot, command, self.clock.now);
-        vacancy.occupy(inflight_request.submitted_if(submitted));
-        Some(if submitted { Capacity::Available } else { self.advance(queue, index) })
+            && queue.submit_short(direction, block, data, index);
+        if submitted {
+            vacancy.occupy_short(ShortRequest { pending_used, ring: slot, direction, block, data, started });
+            return Some(Capacity::Available);
+        }
+        vacancy.data().clear();
+        vacancy.data().buffers.push(data);
+        vacancy.occupy(InflightRequest::new(pending_used, slot, (operation, block, data.len()), started));
+        Some(self.advance(queue, index))
     }
 
     /// Starts the request in `self.chain`, which the process before may have executed if it is `recovered`.

@@ -39,9 +39,7 @@ struct Header {
 /// Parses a chain. `data` receives the request's buffers and ranges.
 #[inline]
 pub fn parse(chain: &Chain, guest: &mut GuestMemoryView, disk: &Disk, data: &mut Data) -> (PendingUsed, Job) {
-    data.buffers.clear();
-    data.ranges.clear();
-    data.append_sector.clear();
+    data.clear();
     let status = chain.last_writable().filter(|&byte| guest.has_status(byte));
     let pending_used = PendingUsed::new(chain.head(), status);
     if let Some(fault) = chain.fault() {

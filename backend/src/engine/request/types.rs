@@ -309,6 +309,16 @@ pub struct Data {
     pub append_sector: Vec<Span<Iova>>,
 }
 
+impl Data {
+    /// Empties all of it.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.buffers.clear();
+        self.ranges.clear();
+        self.append_sector.clear();
+    }
+}
+
 /// How a request is executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Job {
