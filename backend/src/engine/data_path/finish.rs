@@ -1,6 +1,6 @@
 //! The end of a request: counters, status, used entry.
 
-use super::inflight::{Finished, ShortRequest};
+use super::inflight::{Finished, FinishedShort};
 use super::logging::Dirtied;
 use super::{DataPath, zones};
 use crate::addr::Gpa;
@@ -64,21 +64,22 @@ impl DataPath {
             return false;
         }
         let Some(short) = self.inflight.remove_short(completion.tag) else { return false };
-        let ShortRequest { pending_used, ring, direction, data, .. } = short;
-        let (status_byte, head) = (pending_used.status(), pending_used.complete());
+        let FinishedShort { head, status, ring, direction, bytes } = short;
+        self.guest.write_status(status, Status::Ok as u8);
+        let counters = &self.counters;
         let written = match direction {
             Direction::Read => {
-                self.counters.reads.add(1);
-                self.counters.bytes_read.add(data.len());
-                data.len()
+                counters.reads.add(1);
+                counters.bytes_read.add(bytes);
+                bytes
             }
             Direction::Write => {
-                self.counters.writes.add(1);
-                self.counters.bytes_written.add(data.len());
+                counters.writes.add(1);
+                counters.bytes_written.add(bytes);
                 0
             }
         };
-        self.return_chain((head, status_byte), ring, Status::Ok, written, None);
+        self.push_used(ring, head, u32::try_from(written + 1).unwrap_or(u32::MAX));
         true
     }
 
@@ -150,6 +151,12 @@ impl DataPath {
         if self.logging.is_some() {
             self.mark(status_byte, dirtied);
         }
+        self.push_used(slot, head, len);
+    }
+
+    /// Pushes a used entry to the ring in `slot`, for a chain with `len` bytes written to it.
+    #[inline(always)]
+    fn push_used(&mut self, slot: usize, head: Head, len: u32) {
         if let Some(ring) = &mut self.slots[slot].ring {
             ring.queue.push_used(head, len);
             ring.in_flight -= 1;

@@ -7,6 +7,7 @@ use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::inflight_policy::InflightPolicy;
 use crate::engine::request::pending_used::PendingUsed;
 use crate::engine::request::{Data, Operation};
+use crate::engine::virtqueue::chain::Head;
 
 /// A request in flight.
 pub(in crate::engine) struct InflightRequest {
@@ -137,6 +138,7 @@ pub(in crate::engine) struct ShortRequest {
     pub(in crate::engine) direction: Direction,
     /// First logical block.
     pub(in crate::engine) block: u64,
+    /// Where the device has the data.
     pub(in crate::engine) data: Span<Iova>,
     /// See [`InflightRequest::started`].
     pub(in crate::engine) started: u64,
@@ -158,6 +160,16 @@ impl ShortRequest {
     }
 }
 
+/// What remains of a [`ShortRequest`] when the device has finished it.
+#[derive(Clone, Copy)]
+pub(in crate::engine) struct FinishedShort {
+    pub(in crate::engine) head: Head,
+    pub(in crate::engine) status: Gpa,
+    pub(in crate::engine) ring: usize,
+    pub(in crate::engine) direction: Direction,
+    pub(in crate::engine) bytes: u64,
+}
+
 /// What remains of a request when the device has finished it; see [`InflightRequest`].
 pub(in crate::engine) struct Finished {
     pub(in crate::engine) pending_used: PendingUsed,
@@ -169,20 +181,29 @@ pub(in crate::engine) struct Finished {
 }
 
 /// A slot for a request.
-#[derive(Default)]
 pub(in crate::engine) struct InflightSlot {
     pub(in crate::engine) data: Data,
     occupant: Occupant,
 }
 
 /// What is in a slot.
-#[derive(Default)]
 enum Occupant {
-    #[default]
-    None,
+    /// Nothing. The free slots are a list.
+    Free {
+        /// The next one. [`NO_SLOT`] in the last one.
+        next: u32,
+    },
     Short(ShortRequest),
     Any(InflightRequest),
 }
+
+impl Occupant {
+    /// What is left when a request is taken out, until [`InflightTable::remove`] or [`InflightSlot::expand`] is done.
+    const NOTHING: Self = Self::Free { next: NO_SLOT };
+}
+
+/// No table has as many slots.
+const NO_SLOT: u32 = u32::MAX;
 
 impl InflightSlot {
     /// The request, expanded if it is a short one.
@@ -199,7 +220,7 @@ impl InflightSlot {
 
     #[cold]
     fn expand(&mut self) {
-        if let Occupant::Short(short) = std::mem::take(&mut self.occupant) {
+        if let Occupant::Short(short) = std::mem::replace(&mut self.occupant, Occupant::NOTHING) {
             self.occupant = Occupant::Any(short.expand(&mut self.data));
         }
     }
@@ -207,7 +228,7 @@ impl InflightSlot {
     /// True if the request accesses memory in `spans` of `guest`.
     fn uses(&self, guest: &GuestMemoryView, spans: &[Span<Gpa>]) -> bool {
         let (pending_used, buffers) = match &self.occupant {
-            Occupant::None => return false,
+            Occupant::Free { .. } => return false,
             Occupant::Short(short) => (&short.pending_used, std::slice::from_ref(&short.data).iter().chain(&[])),
             Occupant::Any(request) => (&request.pending_used, self.data.buffers.iter().chain(&self.data.append_sector)),
         };
@@ -222,7 +243,7 @@ impl InflightSlot {
 pub(in crate::engine) struct Vacancy<'t> {
     index: u32,
     slot: &'t mut InflightSlot,
-    free: &'t mut Vec<u32>,
+    first_free: &'t mut u32,
 }
 
 impl Vacancy<'_> {
@@ -252,38 +273,46 @@ impl Vacancy<'_> {
 
     #[inline(always)]
     fn put(self, occupant: Occupant) {
-        self.free.pop();
         let before = std::mem::replace(&mut self.slot.occupant, occupant);
-        debug_assert!(matches!(before, Occupant::None), "a free slot");
-        // There is nothing to drop, which the compiler cannot know.
+        if let Occupant::Free { next } = before {
+            *self.first_free = next;
+        }
+        // A free slot has nothing to drop, which the compiler does not know.
         std::mem::forget(before);
     }
 }
 
 /// A worker's requests in flight.
-#[derive(Default)]
 pub(in crate::engine) struct InflightTable {
     slots: Vec<InflightSlot>,
-    free: Vec<u32>,
+    /// The slot that was freed last. [`NO_SLOT`] if none is free.
+    first_free: u32,
+}
+
+impl Default for InflightTable {
+    fn default() -> Self {
+        Self { slots: Vec::new(), first_free: NO_SLOT }
+    }
 }
 
 impl InflightTable {
     /// Adds `count` slots, so that the data path need not allocate.
     pub(in crate::engine) fn reserve(&mut self, count: u16) {
         for _ in 0..count {
-            self.free.push(u32::try_from(self.slots.len()).expect("rings are few and short"));
-            self.slots.push(InflightSlot::default());
+            let next = self.first_free;
+            self.first_free = u32::try_from(self.slots.len()).expect("rings are few and short");
+            self.slots.push(InflightSlot { data: Data::default(), occupant: Occupant::Free { next } });
         }
     }
 
     /// A free slot.
     #[inline]
     pub(in crate::engine) fn vacant(&mut self) -> Vacancy<'_> {
-        if self.free.is_empty() {
+        if self.first_free == NO_SLOT {
             self.reserve(1);
         }
-        let index = *self.free.last().expect("reserved above");
-        Vacancy { index, slot: &mut self.slots[index as usize], free: &mut self.free }
+        let Self { slots, first_free } = self;
+        Vacancy { index: *first_free, slot: &mut slots[*first_free as usize], first_free }
     }
 
     /// The request and its data.
@@ -297,22 +326,23 @@ impl InflightTable {
     pub(in crate::engine) fn remove(&mut self, index: u32) -> Option<(Finished, &Data)> {
         let slot = self.slots.get_mut(index as usize)?;
         slot.request()?;
-        let Occupant::Any(request) = std::mem::take(&mut slot.occupant) else { return None };
+        let Occupant::Any(request) = std::mem::replace(&mut slot.occupant, Occupant::NOTHING) else { return None };
+        slot.occupant = Occupant::Free { next: std::mem::replace(&mut self.first_free, index) };
         let InflightRequest { pending_used, ring, operation, bytes, outcome, started, .. } = request;
-        self.free.push(index);
         Some((Finished { pending_used, ring, operation, bytes, outcome, started }, &slot.data))
     }
 
-    /// Removes a request if it is a short one.
+    /// Removes a request if it is a short one. The caller must push a used entry for it.
     #[inline(always)]
-    pub(in crate::engine) fn remove_short(&mut self, index: u32) -> Option<ShortRequest> {
+    pub(in crate::engine) fn remove_short(&mut self, index: u32) -> Option<FinishedShort> {
         let occupant = &mut self.slots.get_mut(index as usize)?.occupant;
-        if !matches!(occupant, Occupant::Short(_)) {
-            return None;
-        }
-        let Occupant::Short(short) = std::mem::take(occupant) else { return None };
-        self.free.push(index);
-        Some(short)
+        let Occupant::Short(ShortRequest { pending_used, ring, direction, data, .. }) = &*occupant else { return None };
+        let (head, status) = (pending_used.head(), pending_used.status()?);
+        let finished = FinishedShort { head, status, ring: *ring, direction: *direction, bytes: data.len() };
+        let free = Occupant::Free { next: std::mem::replace(&mut self.first_free, index) };
+        // Nothing is moved out of its place to be dropped.
+        std::mem::forget(std::mem::replace(occupant, free));
+        Some(finished)
     }
 
     /// The data in a slot, also of a request that has been removed and not followed by another.
@@ -327,7 +357,7 @@ impl InflightTable {
 
     /// The indices of all requests in flight.
     pub(in crate::engine) fn indices(&self) -> Vec<u32> {
-        let occupied = self.slots.iter().zip(0..).filter(|(slot, _)| !matches!(slot.occupant, Occupant::None));
+        let occupied = self.slots.iter().zip(0..).filter(|(slot, _)| !matches!(slot.occupant, Occupant::Free { .. }));
         occupied.map(|(_, index)| index).collect()
     }
 }
