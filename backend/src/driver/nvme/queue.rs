@@ -39,18 +39,32 @@ pub use setup::QueueSetup;
 pub const MAX_DEPTH: u16 = 256;
 /// Low bits of a command identifier that are the slot index; the others count generations.
 pub(super) const SLOT_BITS: u32 = 8;
-const SLOT_MASK: u16 = MAX_DEPTH - 1;
-const _: () = assert!(MAX_DEPTH == 1 << SLOT_BITS);
+const _: () = assert!(MAX_DEPTH == 1 << SLOT_BITS && SLOT_BITS == u8::BITS);
+
+/// In [`Slot::command`].
+const BUSY: u32 = 1 << 16;
 
 #[derive(Clone, Copy)]
 struct Slot {
-    /// Identifier of the slot's command if busy, else of its next one.
-    cid: u16,
-    busy: bool,
+    /// Identifier of the slot's command if busy, else of its next one. Above it [`BUSY`], so that one comparison tells whether a
+    /// completion is for this command.
+    command: u32,
     tag: u32,
     /// Tick in which the command, or its Abort, was submitted.
     since_tick: u32,
     aborted: bool,
+}
+
+impl Slot {
+    fn is_busy(&self) -> bool {
+        self.command & BUSY != 0
+    }
+
+    /// The identifier in [`Self::command`].
+    #[inline]
+    fn cid(&self) -> u16 {
+        u16::try_from(self.command & 0xffff).expect("masked")
+    }
 }
 
 /// An I/O queue pair. On cache lines of its own, with all that one command writes: two, because x86 fetches lines in pairs.
@@ -105,9 +119,9 @@ impl IoQueue {
             ),
             slots: std::array::from_fn(|slot| {
                 let slot = u16::try_from(slot).expect("at most MAX_DEPTH");
-                Slot { cid: first_cid + slot, busy: false, tag: 0, since_tick: 0, aborted: false }
+                Slot { command: u32::from(first_cid + slot), tag: 0, since_tick: 0, aborted: false }
             }),
-            free: FreeSlots::new(slots),
+            free: FreeSlots::new(u8::try_from(slots).expect("below MAX_DEPTH")),
             most: slots.into(),
             lists: memory.slice(lists_at(depth), usize::from(slots) * PAGE_LEN),
             name,
@@ -164,7 +178,7 @@ impl IoQueue {
 
     /// Offset and device address of the list page of `slot`.
     #[inline]
-    fn list(&self, slot: u16) -> (usize, Iova) {
+    fn list(&self, slot: u8) -> (usize, Iova) {
         let offset = usize::from(slot) * PAGE_LEN;
         (offset, Iova(self.lists.iova.0 + offset as u64))
     }
@@ -174,7 +188,7 @@ impl IoQueue {
     fn set_data_pointer(
         &self,
         entry: &mut SubmissionEntry,
-        index: u16,
+        index: u8,
         buffers: &[Span<Iova>],
         position: u64,
         bytes: u32,
@@ -205,51 +219,51 @@ impl IoQueue {
 
     /// The slot for the next command.
     #[inline]
-    fn free_slot(&self) -> Result<u16, Full> {
+    fn free_slot(&self) -> Result<u8, Full> {
         self.free.top().filter(|_| !self.submissions.is_full()).ok_or(Full)
     }
 
     /// Writes `entry` to the ring as the command of slot `index`, which [`Self::free_slot`] returned.
     #[inline]
-    fn enqueue(&mut self, index: u16, mut entry: SubmissionEntry, tag: u32) {
+    fn enqueue(&mut self, index: u8, mut entry: SubmissionEntry, tag: u32) {
         self.free.pop();
         let slot = &mut self.slots[usize::from(index)];
-        slot.busy = true;
+        entry.cid = slot.cid();
+        slot.command |= BUSY;
         slot.tag = tag;
         slot.since_tick = self.ticks;
         slot.aborted = false;
-        entry.cid = slot.cid;
         entry.nsid = self.namespace;
         self.submissions.push(&entry);
     }
 
     /// Checks a completion and frees its slot; `None` if it matches no command in flight.
     #[inline(always)]
-    fn complete(&mut self, entry: &CompletionEntry) -> Option<Completion> {
-        if entry.sq_id != self.id {
-            self.warn(|| format!("dropped a completion for submission queue {}", entry.sq_id));
+    fn complete(&mut self, entry: CompletionEntry) -> Option<Completion> {
+        let CompletionEntry { result, dw1, sq_head, sq_id, cid, status } = entry;
+        if sq_id != self.id {
+            self.warn(move || format!("dropped a completion for submission queue {sq_id}"));
             return None;
         }
-        if !self.submissions.set_head(entry.sq_head) {
-            self.warn(|| format!("submission queue head {} is out of range", entry.sq_head));
+        if !self.submissions.set_head(sq_head) {
+            self.warn(move || format!("submission queue head {sq_head} is out of range"));
         }
-        let index = entry.cid.wrapping_sub(self.first_cid) & SLOT_MASK;
-        let Some(slot) = self.slots.get_mut(usize::from(index)).filter(|slot| slot.busy && slot.cid == entry.cid)
-        else {
-            self.warn(|| format!("dropped a completion for command {:#x}, which is not in flight", entry.cid));
+        let [index, _] = cid.wrapping_sub(self.first_cid).to_le_bytes();
+        let slot = &mut self.slots[usize::from(index)];
+        if slot.command != BUSY | u32::from(cid) {
+            self.warn(move || format!("dropped a completion for command {cid:#x}, which is not in flight"));
             return None;
-        };
-        slot.busy = false;
-        slot.cid = slot.cid.wrapping_add(self.generation);
+        }
+        slot.command = u32::from(cid.wrapping_add(self.generation));
         let tag = slot.tag;
         self.free.push(index);
-        let status = Status::from_word(entry.status);
+        let status = Status::from_word(status);
         let mut outcome = Outcome::Success;
         if !status.is_success() {
-            self.warn(|| format!("command {:#x}: {status}", entry.cid));
+            self.warn(move || format!("command {cid:#x}: {status}"));
             outcome = status.outcome();
         }
-        let result = u64::from(entry.dw1) << 32 | u64::from(entry.result);
+        let result = u64::from(dw1) << 32 | u64::from(result);
         Some(Completion { tag, outcome, result })
     }
 
@@ -263,7 +277,7 @@ impl IoQueue {
                 break;
             };
             taken += 1;
-            if let Some(completion) = self.complete(&entry) {
+            if let Some(completion) = self.complete(entry) {
                 done(completion);
             }
         }
@@ -366,7 +380,7 @@ impl Queue for IoQueue {
         self.interrupt.tick();
         self.ticks = self.ticks.wrapping_add(1);
         let mut found = OverdueCommands::default();
-        for slot in self.slots.iter_mut().filter(|slot| slot.busy) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.is_busy()) {
             // The tick interval of the submission was already running, so it does not count.
             let whole_ticks = self.ticks.wrapping_sub(slot.since_tick).saturating_sub(1);
             found.stalled |= whole_ticks >= 1;
@@ -374,7 +388,7 @@ impl Queue for IoQueue {
                 found.stuck |= whole_ticks >= (limit / 4).max(1);
             } else if whole_ticks >= limit {
                 (slot.aborted, slot.since_tick) = (true, self.ticks);
-                found.expired.push(CommandId { queue: self.id, command: slot.cid });
+                found.expired.push(CommandId { queue: self.id, command: slot.cid() });
             }
         }
         found
