@@ -4,6 +4,9 @@
 //! Each kind of look-up on the fast path keeps its own hint, because header, data, status and indirect tables tend to lie in
 //! different regions.
 
+mod batch;
+mod window;
+
 use std::sync::Arc;
 
 use zerocopy::{FromBytes, IntoBytes};
@@ -12,6 +15,8 @@ use crate::addr::{Address, Gpa, Iova, IovaSlice, Span};
 use crate::hardware::CacheFlush;
 use crate::memory::{MemTable, Region};
 use crate::sys::{SharedArray, SharedMemory};
+pub use batch::BatchView;
+use window::{Window, find};
 
 /// One worker's view of guest memory.
 #[derive(Default)]
@@ -114,22 +119,6 @@ impl GuestMemoryView {
     #[inline]
     pub fn descriptors(&mut self, span: Span<Gpa>, entries: u16) -> Option<SharedArray<&SharedMemory, u64, 2>> {
         self.table_memory(span).and_then(|(shared, offset)| shared.array(offset, entries.into()))
-    }
-
-    /// Type and sector of the request header at `address` (virtio 1.2 §5.2.6). `None` unless it lies in one region and is
-    /// aligned to 8 bytes, and the byte at `status` is guest memory.
-    #[inline]
-    pub fn header_and_status(&mut self, address: Gpa, status: Gpa) -> Option<(u32, u64)> {
-        let (shared, offset) = find(&self.windows, address, 16, &mut self.header_hint)?;
-        // Drivers keep the two together, so the region of the header is tried first. A difference below zero wraps twice.
-        let difference = usize::try_from(status.raw().wrapping_sub(address.raw())).ok()?;
-        if !shared.contains(offset.wrapping_add(difference), 1)
-            && find(&self.windows, status, 1, &mut self.status_hint).is_none()
-        {
-            return None;
-        }
-        let [front, sector] = shared.array::<u64, 2>(offset, 1)?.read(0);
-        Some((u32::try_from(front & 0xffff_ffff).expect("masked"), sector))
     }
 
     /// Reads a structure from the start of `spans`, whatever their boundaries.
@@ -254,42 +243,6 @@ impl GuestMemoryView {
         let tables = std::iter::once(&self.table).chain(&self.previous);
         tables.flat_map(|table| table.regions()).find(|region| region.gpa().contains(address)).map(|region| &**region)
     }
-}
-
-/// A region: its start, and exactly its memory. So one check of the bounds covers both sides.
-struct Window {
-    start: Gpa,
-    memory: SharedMemory,
-}
-
-impl Window {
-    fn new(region: &Region) -> Self {
-        let len = usize::try_from(region.gpa().len()).expect("a mapped region fits the address space");
-        let memory = region.memory().slice(0, len).expect("a region is mapped as a whole");
-        Self { start: region.gpa().start(), memory }
-    }
-
-    /// The offset of `len` bytes at `address`, if they are all inside.
-    #[inline]
-    fn offset(&self, address: Gpa, len: usize) -> Option<usize> {
-        // An address before the start wraps to an offset past the end.
-        let offset = usize::try_from(address.raw().wrapping_sub(self.start.raw())).ok()?;
-        self.memory.contains(offset, len).then_some(offset)
-    }
-}
-
-/// The memory of `len` bytes at `address`, and the offset in it. `None` unless one window contains them all. `hint` is the
-/// index of the window used last, and may be stale.
-#[inline]
-fn find<'w>(windows: &'w [Window], address: Gpa, len: usize, hint: &mut usize) -> Option<(&'w SharedMemory, usize)> {
-    if let Some(window) = windows.get(*hint)
-        && let Some(offset) = window.offset(address, len)
-    {
-        return Some((&window.memory, offset));
-    }
-    *hint = windows.partition_point(|window| window.start <= address).checked_sub(1)?;
-    let window = &windows[*hint];
-    window.offset(address, len).map(|offset| (&window.memory, offset))
 }
 
 /// The regions of `table`, sorted, adjacent ones merged: their IOVAs are contiguous, so a buffer may cross the boundary.

@@ -9,6 +9,7 @@
 
 mod bounce;
 mod cache_maintenance;
+mod fast_run;
 mod finish;
 mod inflight;
 mod layout;

@@ -1,10 +1,11 @@
 //! Takes requests from a ring. Each is completed at once or submitted, until the device queue is full.
 
-use super::inflight::{InflightRequest, ShortRequest};
+use super::fast_run::RunEnd;
+use super::inflight::InflightRequest;
 use super::logging::Dirtied;
 use super::{Capacity, DataPath, VringSlot};
 use crate::driver::Queue;
-use crate::engine::request::{Job, RequestFault, Status, Transfer, parse};
+use crate::engine::request::{Job, RequestFault, Status, parse};
 use crate::engine::vring::State;
 
 impl DataPath {
@@ -31,15 +32,21 @@ impl DataPath {
         };
         // Requests in flight never exceed the ring's size, even if the driver offers a chain again before it is returned.
         let count = offered.min(ring.queue.size() - ring.in_flight);
-        for _ in 0..count {
-            if let Some(queue) = &mut queue
-                && let Some(capacity) = self.begin_fast(*queue, slot)
-            {
-                if capacity == Capacity::Exhausted {
-                    return Capacity::Exhausted;
+        let mut left = count;
+        while left != 0 {
+            if let Some(queue) = &mut queue {
+                let run = self.serve_fast(*queue, slot, left);
+                left -= run.taken;
+                match run.end {
+                    RunEnd::Complete => break,
+                    RunEnd::Started(index) if self.advance(*queue, index) == Capacity::Exhausted => {
+                        return Capacity::Exhausted;
+                    }
+                    RunEnd::Started(_) => continue,
+                    RunEnd::Other => {}
                 }
-                continue;
             }
+            left -= 1;
             let Some(ring) = &mut self.slots[slot].ring else { break };
             match ring.queue.take(&mut self.guest, &mut self.chain) {
                 Ok(true) => {}
@@ -76,35 +83,6 @@ impl DataPath {
                 return Capacity::Exhausted;
             }
         }
-    }
-
-    /// Takes and starts the next request of a ring if it has the fast shape.
-    #[inline]
-    fn begin_fast(&mut self, queue: &mut dyn Queue, slot: usize) -> Option<Capacity> {
-        let ring = self.slots[slot].ring.as_mut()?;
-        let fast = ring.queue.peek_fast(&mut self.guest)?;
-        let Some(transfer) = Transfer::of(&fast, &mut self.guest, &self.disk) else {
-            ring.queue.leave_fast(fast);
-            return None;
-        };
-        let head = ring.queue.take_fast(fast);
-        ring.in_flight += 1;
-        let mut vacancy = self.inflight.vacant();
-        let index = vacancy.index();
-        let Transfer { operation, block, data, .. } = transfer;
-        let (pending_used, started) = (transfer.pending_used(head), self.clock.now);
-        let direction = transfer.direction();
-        let submitted = self.caches.are_coherent()
-            && !transfer.crosses_boundary(&self.disk)
-            && queue.submit_short(direction, block, data, index);
-        if submitted {
-            vacancy.occupy_short(ShortRequest { pending_used, ring: slot, direction, block, data, started });
-            return Some(Capacity::Available);
-        }
-        vacancy.data().clear();
-        vacancy.data().buffers.push(data);
-        vacancy.occupy(InflightRequest::new(pending_used, slot, (operation, block, data.len()), started));
-        Some(self.advance(queue, index))
     }
 
     /// Starts the request in `self.chain`, which the process before may have executed if it is `recovered`.

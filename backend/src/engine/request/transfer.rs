@@ -4,7 +4,7 @@ use super::pending_used::PendingUsed;
 use super::types::{Disk, Operation};
 use crate::addr::{Gpa, Iova, Span};
 use crate::driver::Direction;
-use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::guest_memory::{BatchView, GuestMemoryView};
 use crate::engine::virtqueue::FastRequest;
 use crate::engine::virtqueue::chain::Head;
 
@@ -26,10 +26,17 @@ impl Transfer {
     #[inline]
     #[must_use]
     pub fn of(request: &FastRequest, guest: &mut GuestMemoryView, disk: &Disk) -> Option<Self> {
+        Self::in_batch(request, &mut guest.batch()?, disk)
+    }
+
+    /// The same for one of several requests.
+    #[inline(always)]
+    #[must_use]
+    pub fn in_batch(request: &FastRequest, guest: &mut BatchView<'_>, disk: &Disk) -> Option<Self> {
         let buffers = request.buffers();
         let (kind, sector) = guest.header_and_status(buffers.header, buffers.status)?;
         let operation = disk.transfer_of(kind, buffers.writable)?;
-        let data = guest.data(buffers.data)?;
+        let data = guest.data(buffers.data, buffers.len)?;
         let block = disk.block(sector, data.len()).ok()?;
         Some(Self { operation, block, data, status: buffers.status })
     }

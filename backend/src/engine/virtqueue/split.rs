@@ -11,11 +11,11 @@ use std::sync::atomic::{Ordering, fence};
 use super::areas::map_areas;
 use super::chain::{Chain, Head, WalkLimits};
 use super::descriptor::Descriptor;
-use super::fast_path::{FastDescriptor, FastRequest};
+use super::fast_path::{FastDescriptor, FastRequest, FastRing};
 use super::layout::{MAX_SIZE, RingFault};
 use crate::engine::dirty_log::RingLog;
 use crate::engine::error::EngineError;
-use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::guest_memory::{BatchView, GuestMemoryView};
 use crate::engine::inflight_region::split::SplitMarks;
 use crate::engine::inflight_region::split_recovery::SplitState;
 use crate::engine::inflight_region::{Contradiction, InflightRegion, Tracking};
@@ -208,34 +208,6 @@ impl SplitRing {
         }
     }
 
-    /// As [`super::Virtqueue::peek_fast`].
-    #[inline]
-    pub fn peek_fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
-        let [head] = self.avail_ring.read(self.slot(self.next_avail));
-        let entry = |index: u16| (index < self.size).then(|| FastDescriptor::split(self.desc.read(index.into())));
-        let (first, next) = entry(head)?;
-        let head = Head::new(head, 0);
-        if first.is_linked() {
-            let (data, last) = entry(next)?;
-            let (status, _) = entry(last)?;
-            return if data.is_linked() && !status.is_linked() {
-                FastRequest::new(head, [first, data, status])
-            } else {
-                None
-            };
-        }
-        let table = guest.descriptors(first.table().filter(|_| self.indirect)?, 3)?;
-        let [(header, one), (data, two), (status, _)] = [0, 1, 2].map(|n| FastDescriptor::split(table.read(n)));
-        let linked = header.is_linked() && one == 1 && data.is_linked() && two == 2 && !status.is_linked();
-        if linked { FastRequest::new(head, [header, data, status]) } else { None }
-    }
-
-    /// Takes the chain that [`Self::peek_fast`] returned.
-    #[inline]
-    pub fn take_fast(&mut self, head: Head) {
-        self.advance(head.id());
-    }
-
     /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`].
     #[inline(always)]
     pub fn push_used(&mut self, head: Head, len: u32) {
@@ -307,4 +279,32 @@ impl SplitRing {
     fn slot(&self, index: u16) -> usize {
         usize::from(index & (self.size - 1))
     }
+}
+
+impl FastRing for SplitRing {
+    #[inline(always)]
+    fn peek_fast(&mut self, guest: &mut BatchView<'_>) -> Option<FastRequest> {
+        let [id] = self.avail_ring.read(self.slot(self.next_avail));
+        let entry = |index: u16| self.desc.get(index.into()).map(FastDescriptor::split);
+        let (first, next) = entry(id)?;
+        let head = Head::new(id, 0);
+        if first.is_linked() {
+            let (data, last) = entry(next)?;
+            let (status, _) = entry(last)?;
+            let linked = data.is_linked() && !status.is_linked();
+            return if linked { FastRequest::new(head, [first, data, status]) } else { None };
+        }
+        let table = guest.descriptors(first.table().filter(|_| self.indirect)?, 3)?;
+        let [(header, one), (data, two), (status, _)] = [0, 1, 2].map(|n| FastDescriptor::split(table.read(n)));
+        let linked = header.is_linked() && one == 1 && data.is_linked() && two == 2 && !status.is_linked();
+        if linked { FastRequest::new(head, [header, data, status]) } else { None }
+    }
+
+    #[inline(always)]
+    fn take_fast(&mut self, head: Head) {
+        self.advance(head.id());
+    }
+
+    /// It has only been looked at.
+    fn leave_fast(&mut self, _: Head) {}
 }

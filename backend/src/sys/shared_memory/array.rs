@@ -82,6 +82,13 @@ impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
         unsafe { self.base.add(index * N) }
     }
 
+    /// Reads the entry at `index` as [`Self::read`] does. `None` past the end: for indices that the guest has chosen.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, index: usize) -> Option<[W; N]> {
+        if index < self.count { Some(self.read(index)) } else { None }
+    }
+
     /// Reads an entry without ordering, each word once.
     #[inline]
     #[must_use]

@@ -1,0 +1,86 @@
+//! Takes and submits requests of the fast shape from one ring, one after the other. What only other requests need is left out, and
+//! what is the same for all of them is looked up once.
+
+use super::DataPath;
+use super::inflight::{InflightRequest, InflightTable, ShortRequest};
+use crate::driver::Queue;
+use crate::engine::guest_memory::BatchView;
+use crate::engine::request::{Disk, Transfer};
+use crate::engine::virtqueue::{FastRing, Virtqueue};
+
+/// What came of a run.
+pub(super) struct Run {
+    /// Requests taken.
+    pub(super) taken: u16,
+    pub(super) end: RunEnd,
+}
+
+/// Why a run has ended.
+pub(super) enum RunEnd {
+    /// It has as many requests as it was meant to have.
+    Complete,
+    /// The next request is none for the fast path. It has not been taken.
+    Other,
+    /// The last one taken is in this slot of the inflight table, and needs more than one short command, or a free entry.
+    Started(u32),
+}
+
+impl DataPath {
+    /// Takes up to `count` requests of the fast shape from a ring that has as many, and submits them.
+    #[inline]
+    pub(super) fn serve_fast(&mut self, queue: &mut dyn Queue, slot: usize, count: u16) -> Run {
+        let Self { slots, guest, inflight, disk, caches, clock, .. } = self;
+        let (Some(ring), Some(guest)) = (&mut slots[slot].ring, guest.batch()) else {
+            return Run { taken: 0, end: RunEnd::Other };
+        };
+        let mut fast = FastRun { queue, guest, inflight, disk, slot, started: clock.now, coherent: caches.are_coherent() };
+        let run = match &mut ring.queue {
+            Virtqueue::Split(ring) => fast.run(ring, count),
+            Virtqueue::Packed(ring) => fast.run(ring, count),
+        };
+        ring.in_flight += run.taken;
+        run
+    }
+}
+
+struct FastRun<'a> {
+    queue: &'a mut dyn Queue,
+    guest: BatchView<'a>,
+    inflight: &'a mut InflightTable,
+    disk: &'a Disk,
+    /// The slot of the ring.
+    slot: usize,
+    /// By the worker's clock.
+    started: u64,
+    coherent: bool,
+}
+
+impl FastRun<'_> {
+    fn run(&mut self, ring: &mut impl FastRing, count: u16) -> Run {
+        for taken in 0..count {
+            let Some(fast) = ring.peek_fast(&mut self.guest) else { return Run { taken, end: RunEnd::Other } };
+            let head = fast.head();
+            let Some(transfer) = Transfer::in_batch(&fast, &mut self.guest, self.disk) else {
+                ring.leave_fast(head);
+                return Run { taken, end: RunEnd::Other };
+            };
+            ring.take_fast(head);
+            let mut vacancy = self.inflight.vacant();
+            let index = vacancy.index();
+            let Transfer { operation, block, data, .. } = transfer;
+            let (direction, pending_used) = (transfer.direction(), transfer.pending_used(head));
+            let submitted = self.coherent
+                && !transfer.crosses_boundary(self.disk)
+                && self.queue.submit_short(direction, block, data, index);
+            let (ring, started) = (self.slot, self.started);
+            if !submitted {
+                vacancy.data().clear();
+                vacancy.data().buffers.push(data);
+                vacancy.occupy(InflightRequest::new(pending_used, ring, (operation, block, data.len()), started));
+                return Run { taken: taken + 1, end: RunEnd::Started(index) };
+            }
+            vacancy.occupy_short(ShortRequest { pending_used, ring, direction, block, data, started });
+        }
+        Run { taken: count, end: RunEnd::Complete }
+    }
+}

@@ -1,0 +1,52 @@
+//! The regions of guest memory, as they are looked up by address.
+
+use crate::addr::{Address, Gpa};
+use crate::memory::Region;
+use crate::sys::SharedMemory;
+
+/// A region: its start, and exactly its memory. So one check of the bounds covers both sides.
+pub(super) struct Window {
+    start: Gpa,
+    pub(super) memory: SharedMemory,
+}
+
+impl Window {
+    pub(super) fn new(region: &Region) -> Self {
+        let len = usize::try_from(region.gpa().len()).expect("a mapped region fits the address space");
+        let memory = region.memory().slice(0, len).expect("a region is mapped as a whole");
+        Self { start: region.gpa().start(), memory }
+    }
+
+    /// The offset of `len` bytes at `address`, if they are all inside.
+    #[inline]
+    pub(super) fn offset(&self, address: Gpa, len: usize) -> Option<usize> {
+        // An address before the start wraps to an offset past the end.
+        let offset = usize::try_from(address.raw().wrapping_sub(self.start.raw())).ok()?;
+        self.memory.contains(offset, len).then_some(offset)
+    }
+}
+
+/// The memory of `len` bytes at `address`, and the offset in it. `None` unless one window contains them all. `hint` is the
+/// index of the window used last, and may be stale.
+#[inline]
+pub(super) fn find<'w>(
+    windows: &'w [Window],
+    address: Gpa,
+    len: usize,
+    hint: &mut usize,
+) -> Option<(&'w SharedMemory, usize)> {
+    if let Some(window) = windows.get(*hint)
+        && let Some(offset) = window.offset(address, len)
+    {
+        return Some((&window.memory, offset));
+    }
+    let window = search(windows, address, hint)?;
+    window.offset(address, len).map(|offset| (&window.memory, offset))
+}
+
+/// The only window that can contain `address`. Its index is the next hint.
+#[inline]
+pub(super) fn search<'w>(windows: &'w [Window], address: Gpa, hint: &mut usize) -> Option<&'w Window> {
+    *hint = windows.partition_point(|window| window.start <= address).checked_sub(1)?;
+    Some(&windows[*hint])
+}
