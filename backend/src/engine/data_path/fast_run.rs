@@ -2,10 +2,11 @@
 //! what is the same for all of them is looked up once.
 
 use super::DataPath;
-use super::inflight::{InflightRequest, InflightTable, ShortRequest};
+use super::inflight::{InflightTable, ShortRequest};
 use crate::driver::Queue;
 use crate::engine::guest_memory::BatchView;
 use crate::engine::request::{Disk, Transfer};
+use crate::engine::virtqueue::chain::Head;
 use crate::engine::virtqueue::{FastRing, Virtqueue};
 
 /// What came of a run.
@@ -56,6 +57,8 @@ struct FastRun<'a> {
 }
 
 impl FastRun<'_> {
+    /// Not inlined, so that there are registers enough.
+    #[inline(never)]
     fn run(&mut self, ring: &mut impl FastRing, count: u16) -> Run {
         for taken in 0..count {
             let Some(fast) = ring.peek_fast(&mut self.guest) else { return Run { taken, end: RunEnd::Other } };
@@ -65,22 +68,36 @@ impl FastRun<'_> {
                 return Run { taken, end: RunEnd::Other };
             };
             ring.take_fast(head);
-            let mut vacancy = self.inflight.vacant();
-            let index = vacancy.index();
-            let Transfer { operation, block, data, .. } = transfer;
-            let (direction, pending_used) = (transfer.direction(), transfer.pending_used(head));
-            let submitted = self.coherent
-                && !transfer.crosses_boundary(self.disk)
-                && self.queue.submit_short(direction, block, data, index);
-            let (ring, started) = (self.slot, self.started);
-            if !submitted {
-                vacancy.data().clear();
-                vacancy.data().buffers.push(data);
-                vacancy.occupy(InflightRequest::new(pending_used, ring, (operation, block, data.len()), started));
+            if let Err(index) = self.start(head, transfer) {
+                self.inflight.not_submitted(index);
                 return Run { taken: taken + 1, end: RunEnd::Started(index) };
             }
-            vacancy.occupy_short(ShortRequest { pending_used, ring, direction, block, data, started });
         }
         Run { taken: count, end: RunEnd::Complete }
+    }
+
+    /// Puts a request that has been taken into the inflight table and submits its command.
+    ///
+    /// # Errors
+    /// Its index, if the command could not be submitted.
+    #[inline(always)]
+    fn start(&mut self, head: Head, transfer: Transfer) -> Result<(), u32> {
+        let vacancy = self.inflight.vacant();
+        let index = vacancy.index();
+        let Transfer { block, data, .. } = transfer;
+        let direction = transfer.direction();
+        // First, because all of it is in registers now.
+        vacancy.occupy_short(ShortRequest {
+            pending_used: transfer.pending_used(head),
+            ring: self.slot,
+            direction,
+            block,
+            data,
+            started: self.started,
+        });
+        let submitted = self.coherent
+            && !transfer.crosses_boundary(self.disk)
+            && self.queue.submit_short(direction, block, data, index);
+        if submitted { Ok(()) } else { Err(index) }
     }
 }

@@ -145,7 +145,7 @@ pub(in crate::engine) struct ShortRequest {
 }
 
 impl ShortRequest {
-    /// The same as an [`InflightRequest`], whose buffers are put into `buffers`.
+    /// The same as an [`InflightRequest`] without commands. Its buffers are put into `buffers`.
     fn expand(self, buffers: &mut Data) -> InflightRequest {
         let Self { pending_used, ring, direction, block, data, started } = self;
         let operation = match direction {
@@ -154,9 +154,7 @@ impl ShortRequest {
         };
         buffers.clear();
         buffers.buffers.push(data);
-        let mut request = InflightRequest::new(pending_used, ring, (operation, block, data.len()), started);
-        request.add_command(data.len());
-        request
+        InflightRequest::new(pending_used, ring, (operation, block, data.len()), started)
     }
 }
 
@@ -210,7 +208,7 @@ impl InflightSlot {
     #[inline]
     fn request(&mut self) -> Option<(&mut InflightRequest, &Data)> {
         if matches!(self.occupant, Occupant::Short(_)) {
-            self.expand();
+            self.expand(true);
         }
         match &mut self.occupant {
             Occupant::Any(request) => Some((request, &self.data)),
@@ -218,10 +216,15 @@ impl InflightSlot {
         }
     }
 
+    /// Expands a short request, whose command is in flight if it has been `submitted`.
     #[cold]
-    fn expand(&mut self) {
+    fn expand(&mut self, submitted: bool) {
         if let Occupant::Short(short) = std::mem::replace(&mut self.occupant, Occupant::NOTHING) {
-            self.occupant = Occupant::Any(short.expand(&mut self.data));
+            let mut request = short.expand(&mut self.data);
+            if submitted {
+                request.add_command(request.bytes);
+            }
+            self.occupant = Occupant::Any(request);
         }
     }
 
@@ -330,6 +333,12 @@ impl InflightTable {
         slot.occupant = Occupant::Free { next: std::mem::replace(&mut self.first_free, index) };
         let InflightRequest { pending_used, ring, operation, bytes, outcome, started, .. } = request;
         Some((Finished { pending_used, ring, operation, bytes, outcome, started }, &slot.data))
+    }
+
+    /// The command of the short request in a slot could not be submitted.
+    #[cold]
+    pub(in crate::engine) fn not_submitted(&mut self, index: u32) {
+        self.slots[index as usize].expand(false);
     }
 
     /// Removes a request if it is a short one. The caller must push a used entry for it.

@@ -2,7 +2,7 @@
 //! a reference: so a hit costs the comparison alone.
 
 use super::GuestMemoryView;
-use super::window::{Window, find, search};
+use super::window::{Window, window_of};
 use crate::addr::{Gpa, Iova, IovaSlice, Span};
 use crate::sys::{SharedArray, SharedMemory};
 
@@ -45,40 +45,49 @@ impl<'g> BatchView<'g> {
     #[inline(always)]
     pub fn descriptors(&mut self, address: Gpa, entries: u16) -> Option<SharedArray<&'g SharedMemory, u64, 2>> {
         let bytes = usize::from(entries) * 16;
-        let mut offset = self.table.offset(address, bytes);
-        if offset.is_none() {
-            self.table = search(self.windows, address, self.table_hint)?;
-            offset = self.table.offset(address, bytes);
-        }
-        self.table.memory.array(offset?, entries.into())
+        let offset = loop {
+            match self.table.offset(address, bytes) {
+                Some(offset) => break offset,
+                None => self.table = window_of(self.windows, address, bytes, self.table_hint)?,
+            }
+        };
+        self.table.memory.array(offset, entries.into())
     }
 
     /// Type and sector of the request header at `address` (virtio 1.2 §5.2.6). `None` unless it lies in one region and is
     /// aligned to 8 bytes, and the byte at `status` is guest memory.
     #[inline(always)]
     pub fn header_and_status(&mut self, address: Gpa, status: Gpa) -> Option<(u32, u64)> {
-        let mut offset = self.header.offset(address, 16);
-        if offset.is_none() {
-            self.header = search(self.windows, address, self.header_hint)?;
-            offset = self.header.offset(address, 16);
-        }
+        let offset = loop {
+            match self.header.offset(address, 16) {
+                Some(offset) => break offset,
+                None => self.header = window_of(self.windows, address, 16, self.header_hint)?,
+            }
+        };
         // Drivers keep the two together, so the region of the header is tried first.
         if self.header.offset(status, 1).is_none() {
-            find(self.windows, status, 1, self.status_hint)?;
+            window_of(self.windows, status, 1, self.status_hint)?;
         }
-        let [front, sector] = self.header.memory.array::<u64, 2>(offset?, 1)?.read(0);
+        let [front, sector] = self.header.memory.array::<u64, 2>(offset, 1)?.read(0);
         Some((u32::try_from(front & 0xffff_ffff).expect("masked"), sector))
     }
 
     /// The IOVA of a data buffer, if all of it is guest memory and it is not empty.
     #[inline(always)]
     pub fn data(&mut self, start: Gpa, len: u32) -> Option<Span<Iova>> {
-        let mut span = self.data.slice_at(start, len.into());
-        if span.is_none() {
-            *self.data_hint = self.ranges.partition_point(|range| range.start() <= start).checked_sub(1)?;
-            self.data = self.ranges[*self.data_hint];
-            span = self.data.slice_at(start, len.into());
-        }
-        Some(self.slice.iova(span?))
+        let span = loop {
+            match self.data.slice_at(start, len.into()) {
+                Some(span) => break span,
+                None => self.data = self.range_of(start, len)?,
+            }
+        };
+        Some(self.slice.iova(span))
+    }
+
+    /// The range that contains the `len` bytes at `start`.
+    #[cold]
+    fn range_of(&mut self, start: Gpa, len: u32) -> Option<Span<Gpa>> {
+        *self.data_hint = self.ranges.partition_point(|range| range.start() <= start).checked_sub(1)?;
+        Some(self.ranges[*self.data_hint]).filter(|range| range.slice_at(start, len.into()).is_some())
     }
 }

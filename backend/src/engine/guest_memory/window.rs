@@ -46,7 +46,13 @@ pub(super) fn find<'w>(
 
 /// The only window that can contain `address`. Its index is the next hint.
 #[inline]
-pub(super) fn search<'w>(windows: &'w [Window], address: Gpa, hint: &mut usize) -> Option<&'w Window> {
+fn search<'w>(windows: &'w [Window], address: Gpa, hint: &mut usize) -> Option<&'w Window> {
     *hint = windows.partition_point(|window| window.start <= address).checked_sub(1)?;
     Some(&windows[*hint])
+}
+
+/// The window that contains the `len` bytes at `address`. Its index is the next hint.
+#[cold]
+pub(super) fn window_of<'w>(windows: &'w [Window], address: Gpa, len: usize, hint: &mut usize) -> Option<&'w Window> {
+    search(windows, address, hint).filter(|window| window.offset(address, len).is_some())
 }
