@@ -32,6 +32,11 @@ const fn flags(flags: u16) -> u64 {
     (flags as u64) << 32
 }
 
+/// The `next` field of a descriptor of a split ring, in its second word.
+const fn next(next: u16) -> u64 {
+    (next as u64) << 48
+}
+
 impl FastDescriptor {
     /// Decodes a descriptor of a split ring. Returns it and its `next` field.
     #[inline]
@@ -68,11 +73,6 @@ impl FastDescriptor {
     #[inline]
     fn alone(self) -> u64 {
         self.shape & !flags(NEXT)
-    }
-
-    #[inline]
-    fn len(self) -> u32 {
-        u32::try_from(self.shape & u64::from(u32::MAX)).expect("masked")
     }
 
     /// True if this is a data buffer, with the flags that those have.
@@ -121,14 +121,29 @@ impl FastRequest {
         if !shape {
             return None;
         }
-        let buffers = FastBuffers {
-            header: Gpa(header.addr),
-            data: Gpa(data.addr),
-            len: data.len(),
-            writable: data.shape & flags(WRITE) != 0,
-            status: Gpa(status.addr),
-        };
-        Some(Self { head, buffers })
+        Some(Self::of_buffers(head, [header.addr, data.addr, status.addr], data.shape))
+    }
+
+    /// The request of the indirect table of a split ring, whose descriptors follow each other in it.
+    #[inline(always)]
+    pub fn of_split_table(head: Head, [header, data, status]: [[u64; 2]; 3]) -> Option<Self> {
+        // Whole words, and no flags but those that are expected: three comparisons. The last descriptor's `next` has no meaning.
+        let shape = header[1] == HEADER | flags(NEXT) | next(1)
+            && (data[1] & !flags(WRITE)) >> 32 == (flags(NEXT) | next(2)) >> 32
+            && status[1] << 16 == (flags(WRITE) | 1) << 16;
+        if !shape {
+            return None;
+        }
+        Some(Self::of_buffers(head, [header[0], data[0], status[0]], data[1]))
+    }
+
+    /// `shape` is the second word of the data's descriptor.
+    #[inline(always)]
+    fn of_buffers(head: Head, [header, data, status]: [u64; 3], shape: u64) -> Self {
+        let len = u32::try_from(shape & u64::from(u32::MAX)).expect("masked");
+        let writable = shape & flags(WRITE) != 0;
+        let buffers = FastBuffers { header: Gpa(header), data: Gpa(data), len, writable, status: Gpa(status) };
+        Self { head, buffers }
     }
 
     /// The same, of a chain that is recorded in the inflight region.

@@ -295,9 +295,7 @@ impl FastRing for SplitRing {
             return if linked { FastRequest::new(head, [first, data, status]) } else { None };
         }
         let table = guest.descriptors(first.table().filter(|_| self.indirect)?, 3)?;
-        let [(header, one), (data, two), (status, _)] = [0, 1, 2].map(|n| FastDescriptor::split(table.read(n)));
-        let linked = header.is_linked() && one == 1 && data.is_linked() && two == 2 && !status.is_linked();
-        if linked { FastRequest::new(head, [header, data, status]) } else { None }
+        FastRequest::of_split_table(head, [0, 1, 2].map(|n| table.read(n)))
     }
 
     #[inline(always)]
