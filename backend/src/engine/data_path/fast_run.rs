@@ -5,7 +5,7 @@ use super::DataPath;
 use super::inflight::{InflightTable, ShortRequest};
 use crate::driver::Queue;
 use crate::engine::guest_memory::BatchView;
-use crate::engine::request::{Disk, Transfer};
+use crate::engine::request::{Disk, DiskBounds, Transfer};
 use crate::engine::virtqueue::chain::Head;
 use crate::engine::virtqueue::{FastRing, Virtqueue};
 
@@ -34,7 +34,10 @@ impl DataPath {
         let (Some(ring), Some(guest)) = (&mut slots[slot].ring, guest.batch()) else {
             return Run { taken: 0, end: RunEnd::Other };
         };
-        let mut fast = FastRun { queue, guest, inflight, disk, slot, started: clock.now, coherent: caches.are_coherent() };
+        let coherent = caches.are_coherent();
+        let (bounds, any_is_short) = (disk.bounds(), coherent && disk.has_no_boundary());
+        let mut fast =
+            FastRun { queue, guest, inflight, disk, bounds, coherent, any_is_short, slot, started: clock.now };
         let run = match &mut ring.queue {
             Virtqueue::Split(ring) => fast.run(ring, count),
             Virtqueue::Packed(ring) => fast.run(ring, count),
@@ -49,11 +52,15 @@ struct FastRun<'a> {
     guest: BatchView<'a>,
     inflight: &'a mut InflightTable,
     disk: &'a Disk,
+    bounds: DiskBounds,
+    /// True if the device accesses the same memory as the CPUs.
+    coherent: bool,
+    /// True if nothing but the device queue can keep a transfer from being one command.
+    any_is_short: bool,
     /// The slot of the ring.
     slot: usize,
     /// By the worker's clock.
     started: u64,
-    coherent: bool,
 }
 
 impl FastRun<'_> {
@@ -63,7 +70,7 @@ impl FastRun<'_> {
         for taken in 0..count {
             let Some(fast) = ring.peek_fast(&mut self.guest) else { return Run { taken, end: RunEnd::Other } };
             let head = fast.head();
-            let Some(transfer) = Transfer::in_batch(&fast, &mut self.guest, self.disk) else {
+            let Some(transfer) = Transfer::in_batch(&fast, &mut self.guest, self.bounds) else {
                 ring.leave_fast(head);
                 return Run { taken, end: RunEnd::Other };
             };
@@ -95,8 +102,7 @@ impl FastRun<'_> {
             data,
             started: self.started,
         });
-        let submitted = self.coherent
-            && !transfer.crosses_boundary(self.disk)
+        let submitted = (self.any_is_short || self.coherent && !transfer.crosses_boundary(self.disk))
             && self.queue.submit_short(direction, block, data, index);
         if submitted { Ok(()) } else { Err(index) }
     }

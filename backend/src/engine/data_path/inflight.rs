@@ -148,13 +148,9 @@ impl ShortRequest {
     /// The same as an [`InflightRequest`] without commands. Its buffers are put into `buffers`.
     fn expand(self, buffers: &mut Data) -> InflightRequest {
         let Self { pending_used, ring, direction, block, data, started } = self;
-        let operation = match direction {
-            Direction::Read => Operation::Read,
-            Direction::Write => Operation::Write,
-        };
         buffers.clear();
         buffers.buffers.push(data);
-        InflightRequest::new(pending_used, ring, (operation, block, data.len()), started)
+        InflightRequest::new(pending_used, ring, (direction.into(), block, data.len()), started)
     }
 }
 
@@ -311,7 +307,7 @@ impl InflightTable {
     /// A free slot.
     #[inline]
     pub(in crate::engine) fn vacant(&mut self) -> Vacancy<'_> {
-        if self.first_free == NO_SLOT {
+        if self.first_free as usize >= self.slots.len() {
             self.reserve(1);
         }
         let Self { slots, first_free } = self;

@@ -2,7 +2,7 @@
 //! a reference: so a hit costs the comparison alone.
 
 use super::GuestMemoryView;
-use super::window::{Window, window_of};
+use super::window::{Window, window_of, window_of_words};
 use crate::addr::{Gpa, Iova, IovaSlice, Span};
 use crate::sys::{SharedArray, SharedMemory};
 
@@ -44,31 +44,29 @@ impl<'g> BatchView<'g> {
     /// The `entries` descriptors at `address`. `None` unless they lie in one region and are aligned to 8 bytes.
     #[inline(always)]
     pub fn descriptors(&mut self, address: Gpa, entries: u16) -> Option<SharedArray<&'g SharedMemory, u64, 2>> {
-        let bytes = usize::from(entries) * 16;
-        let offset = loop {
-            match self.table.offset(address, bytes) {
-                Some(offset) => break offset,
-                None => self.table = window_of(self.windows, address, bytes, self.table_hint)?,
+        loop {
+            match self.table.words(address, entries.into()) {
+                Some(table) => return Some(table),
+                None => self.table = window_of_words(self.windows, address, entries.into(), self.table_hint)?,
             }
-        };
-        self.table.memory.array(offset, entries.into())
+        }
     }
 
     /// Type and sector of the request header at `address` (virtio 1.2 §5.2.6). `None` unless it lies in one region and is
     /// aligned to 8 bytes, and the byte at `status` is guest memory.
     #[inline(always)]
     pub fn header_and_status(&mut self, address: Gpa, status: Gpa) -> Option<(u32, u64)> {
-        let offset = loop {
-            match self.header.offset(address, 16) {
-                Some(offset) => break offset,
-                None => self.header = window_of(self.windows, address, 16, self.header_hint)?,
+        let header = loop {
+            match self.header.words(address, 1) {
+                Some(header) => break header,
+                None => self.header = window_of_words(self.windows, address, 1, self.header_hint)?,
             }
         };
         // Drivers keep the two together, so the region of the header is tried first.
         if self.header.offset(status, 1).is_none() {
             window_of(self.windows, status, 1, self.status_hint)?;
         }
-        let [front, sector] = self.header.memory.array::<u64, 2>(offset, 1)?.read(0);
+        let [front, sector] = header.read(0);
         Some((u32::try_from(front & 0xffff_ffff).expect("masked"), sector))
     }
 

@@ -2,7 +2,7 @@
 
 use crate::addr::{Address, Gpa};
 use crate::memory::Region;
-use crate::sys::SharedMemory;
+use crate::sys::{SharedArray, SharedMemory};
 
 /// A region: its start, and exactly its memory. So one check of the bounds covers both sides.
 pub(super) struct Window {
@@ -17,11 +17,23 @@ impl Window {
         Self { start: region.gpa().start(), memory }
     }
 
+    /// The `pairs` of 64-bit words at `address`, if they are all inside and aligned.
+    #[inline(always)]
+    pub(super) fn words(&self, address: Gpa, pairs: usize) -> Option<SharedArray<&SharedMemory, u64, 2>> {
+        self.memory.array(self.offset_of(address)?, pairs)
+    }
+
+    /// The offset of `address`: past the end if the address is not inside.
+    #[inline(always)]
+    fn offset_of(&self, address: Gpa) -> Option<usize> {
+        // An address before the start wraps to an offset past the end.
+        usize::try_from(address.raw().wrapping_sub(self.start.raw())).ok()
+    }
+
     /// The offset of `len` bytes at `address`, if they are all inside.
     #[inline]
     pub(super) fn offset(&self, address: Gpa, len: usize) -> Option<usize> {
-        // An address before the start wraps to an offset past the end.
-        let offset = usize::try_from(address.raw().wrapping_sub(self.start.raw())).ok()?;
+        let offset = self.offset_of(address)?;
         self.memory.contains(offset, len).then_some(offset)
     }
 }
@@ -55,4 +67,15 @@ fn search<'w>(windows: &'w [Window], address: Gpa, hint: &mut usize) -> Option<&
 #[cold]
 pub(super) fn window_of<'w>(windows: &'w [Window], address: Gpa, len: usize, hint: &mut usize) -> Option<&'w Window> {
     search(windows, address, hint).filter(|window| window.offset(address, len).is_some())
+}
+
+/// The window with the `entries` descriptors at `address`, see [`Window::words`]. Its index is the next hint.
+#[cold]
+pub(super) fn window_of_words<'w>(
+    windows: &'w [Window],
+    address: Gpa,
+    entries: usize,
+    hint: &mut usize,
+) -> Option<&'w Window> {
+    search(windows, address, hint).filter(|window| window.words(address, entries).is_some())
 }

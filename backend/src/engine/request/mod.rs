@@ -17,7 +17,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 pub use disk_zones::max_append;
 pub use transfer::Transfer;
-pub use types::{BOUNCE_BYTES, Data, Disk, ID_BYTES, Job, Operation, RangeLimits, RequestFault, Status};
+pub use types::{BOUNCE_BYTES, Data, Disk, DiskBounds, ID_BYTES, Job, Operation, RangeLimits, RequestFault, Status};
 
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::virtqueue::chain::Chain;

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::disk_zones::DiskZones;
 use crate::addr::{Gpa, Iova, Span};
-use crate::driver::{Blocks, Command, DiscardLimits, Geometry, ZeroesLimits, ZoneAction};
+use crate::driver::{Blocks, Command, Direction, DiscardLimits, Geometry, ZeroesLimits, ZoneAction};
 use crate::engine::live_geometry::LiveGeometry;
 use crate::engine::virtqueue::chain::ChainFault;
 
@@ -214,6 +214,12 @@ impl Disk {
         }
     }
 
+    /// True if no transfer crosses a boundary of the disk.
+    #[inline]
+    pub(in crate::engine) fn has_no_boundary(&self) -> bool {
+        self.boundary == 0
+    }
+
     /// At most `bytes`, such that a command at offset `position` of a request that starts at `block` crosses no boundary.
     #[inline]
     pub(in crate::engine) fn within_boundary(&self, block: u64, position: u64, bytes: u32) -> u32 {
@@ -227,13 +233,45 @@ impl Disk {
         u32::try_from(blocks << self.block_shift).map_or(bytes, |most| bytes.min(most))
     }
 
-    /// The operation of a request of type `kind` with device-writable or device-readable data. `None` if it is not a read or
+    /// What transfers are checked against, as it is now: the device can change the size.
+    #[inline]
+    #[must_use]
+    pub fn bounds(&self) -> DiskBounds {
+        DiskBounds {
+            sectors: self.live.blocks.load(Ordering::Relaxed) << self.sector_shift,
+            in_block: self.block_size - 1,
+            sector_shift: self.sector_shift,
+            takes_writes: !self.read_only && self.zones.is_none(),
+        }
+    }
+
+    /// [`DiskBounds::block`], as the disk is now.
+    #[inline]
+    pub(in crate::engine) fn block(&self, sector: u64, bytes: u64) -> Result<u64, RequestFault> {
+        self.bounds().block(sector, bytes)
+    }
+}
+
+/// A disk as transfers are checked against it, see [`Disk::bounds`].
+#[derive(Clone, Copy, Debug)]
+pub struct DiskBounds {
+    sectors: u64,
+    /// The bits of a number of bytes that are less than a logical block.
+    in_block: u32,
+    /// log2 of the sectors of a logical block.
+    sector_shift: u32,
+    /// True if a write needs no other checks than a read.
+    takes_writes: bool,
+}
+
+impl DiskBounds {
+    /// The direction of a request of type `kind` with device-writable or device-readable data. `None` if it is not a read or
     /// write, is refused, or is a write to zones, which [`super::parse`] checks.
     #[inline]
-    pub(in crate::engine) fn transfer_of(&self, kind: u32, writable: bool) -> Option<Operation> {
+    pub(in crate::engine) fn direction_of(&self, kind: u32, writable: bool) -> Option<Direction> {
         match (kind, writable) {
-            (T_IN, true) => Some(Operation::Read),
-            (T_OUT, false) if !self.read_only && self.zones.is_none() => Some(Operation::Write),
+            (T_IN, true) => Some(Direction::Read),
+            (T_OUT, false) if self.takes_writes => Some(Direction::Write),
             _ => None,
         }
     }
@@ -241,13 +279,13 @@ impl Disk {
     /// The first block of a transfer. All of it must be on the disk.
     #[inline]
     pub(in crate::engine) fn block(&self, sector: u64, bytes: u64) -> Result<u64, RequestFault> {
+        let Self { sectors, in_block, sector_shift, .. } = *self;
         // The bits that the shift loses are too high to matter for the alignment.
-        if (bytes | sector << SECTOR_SHIFT) & u64::from(self.block_size - 1) != 0 {
-            return Err(RequestFault::Alignment { sector, bytes, block_size: self.block_size });
+        if (bytes | sector << SECTOR_SHIFT) & u64::from(in_block) != 0 {
+            return Err(RequestFault::Alignment { sector, bytes, block_size: in_block + 1 });
         }
-        let sectors = self.live.blocks.load(Ordering::Relaxed) << self.sector_shift;
         match sectors.checked_sub(sector) {
-            Some(left) if bytes >> SECTOR_SHIFT <= left => Ok(sector >> self.sector_shift),
+            Some(left) if bytes >> SECTOR_SHIFT <= left => Ok(sector >> sector_shift),
             _ => Err(RequestFault::Range { sector, bytes, sectors }),
         }
     }
@@ -275,6 +313,16 @@ pub enum Operation {
     ZoneReport,
     /// VIRTIO_BLK_T_ZONE_OPEN and the others that change the state of a zone
     ManageZone(ZoneAction),
+}
+
+impl From<Direction> for Operation {
+    #[inline]
+    fn from(direction: Direction) -> Self {
+        match direction {
+            Direction::Read => Self::Read,
+            Direction::Write => Self::Write,
+        }
+    }
 }
 
 impl Operation {

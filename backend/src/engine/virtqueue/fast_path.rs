@@ -140,7 +140,7 @@ impl FastRequest {
     /// `shape` is the second word of the data's descriptor.
     #[inline(always)]
     fn of_buffers(head: Head, [header, data, status]: [u64; 3], shape: u64) -> Self {
-        let len = u32::try_from(shape & u64::from(u32::MAX)).expect("masked");
+        let [len, _]: [u32; 2] = zerocopy::transmute!(shape);
         let writable = shape & flags(WRITE) != 0;
         let buffers = FastBuffers { header: Gpa(header), data: Gpa(data), len, writable, status: Gpa(status) };
         Self { head, buffers }

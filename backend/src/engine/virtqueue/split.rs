@@ -21,7 +21,7 @@ use crate::engine::inflight_region::split_recovery::SplitState;
 use crate::engine::inflight_region::{Contradiction, InflightRegion, Tracking};
 use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
-use crate::sys::{SharedArray, SharedMemory};
+use crate::sys::{SharedArray, SharedMemory, SharedRing};
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT, virtio 1.2 §2.7.6.
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
@@ -36,9 +36,9 @@ const RING: usize = 4;
 pub struct SplitRing {
     desc: SharedArray<SharedMemory, u64, 2>,
     avail: SharedMemory,
-    avail_ring: SharedArray<SharedMemory, u16, 1>,
+    avail_ring: SharedRing<u16, 1>,
     used: SharedMemory,
-    used_ring: SharedArray<SharedMemory, u32, 2>,
+    used_ring: SharedRing<u32, 2>,
     size: u16,
     event_idx: bool,
     indirect: bool,
@@ -67,9 +67,9 @@ impl SplitRing {
         let aligned = "`map_areas` has checked size and alignment";
         Ok(Self {
             desc: desc.array(0, entries).expect(aligned).into_owned(),
-            avail_ring: avail.array(RING, entries).expect(aligned).into_owned(),
+            avail_ring: avail.array(RING, entries).and_then(SharedArray::into_ring).expect(aligned),
             avail,
-            used_ring: used.array(RING, entries).expect(aligned).into_owned(),
+            used_ring: used.array(RING, entries).and_then(SharedArray::into_ring).expect(aligned),
             used,
             size,
             event_idx: setup.event_idx,
@@ -183,7 +183,7 @@ impl SplitRing {
     /// [`RingFault`]. Nothing has been taken.
     #[inline]
     pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<(), RingFault> {
-        let [head] = self.avail_ring.read(self.slot(self.next_avail));
+        let [head] = self.avail_ring.read(self.next_avail.into());
         if head >= self.size {
             return Err(RingFault::Head { head, size: self.size });
         }
@@ -211,7 +211,7 @@ impl SplitRing {
     /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`].
     #[inline(always)]
     pub fn push_used(&mut self, head: Head, len: u32) {
-        self.used_ring.write(self.slot(self.next_used), [u32::from(head.id()), len]);
+        self.used_ring.write(self.next_used.into(), [u32::from(head.id()), len]);
         self.next_used = self.next_used.wrapping_add(1);
         if let Some(marks) = &mut self.marks {
             marks.push(head.id());
@@ -284,18 +284,18 @@ impl SplitRing {
 impl FastRing for SplitRing {
     #[inline(always)]
     fn peek_fast(&mut self, guest: &mut BatchView<'_>) -> Option<FastRequest> {
-        let [id] = self.avail_ring.read(self.slot(self.next_avail));
+        let [id] = self.avail_ring.read(self.next_avail.into());
         let entry = |index: u16| self.desc.get(index.into()).map(FastDescriptor::split);
         let (first, next) = entry(id)?;
         let head = Head::new(id, 0);
-        if first.is_linked() {
-            let (data, last) = entry(next)?;
-            let (status, _) = entry(last)?;
-            let linked = data.is_linked() && !status.is_linked();
-            return if linked { FastRequest::new(head, [first, data, status]) } else { None };
+        if let Some(table) = first.table() {
+            let table = guest.descriptors(table, 3).filter(|_| self.indirect)?;
+            return FastRequest::of_split_table(head, [0, 1, 2].map(|n| table.read(n)));
         }
-        let table = guest.descriptors(first.table().filter(|_| self.indirect)?, 3)?;
-        FastRequest::of_split_table(head, [0, 1, 2].map(|n| table.read(n)))
+        let (data, last) = entry(next)?;
+        let (status, _) = entry(last)?;
+        let linked = first.is_linked() && data.is_linked() && !status.is_linked();
+        if linked { FastRequest::new(head, [first, data, status]) } else { None }
     }
 
     #[inline(always)]
