@@ -157,7 +157,7 @@ impl IoQueue {
 
     /// A Read or Write command (NVM Command Set 1.0 §3.2.4, §3.2.6), without its data pointer.
     #[inline]
-    fn transfer(&self, direction: Direction, block: u64, count: u32) -> SubmissionEntry {
+    fn transfer(&self, direction: Direction, block: u64, count: u64) -> SubmissionEntry {
         let (opcode, metadata) = match direction {
             Direction::Read => (io_opcode::READ, self.metadata[0]),
             Direction::Write => (io_opcode::WRITE, self.metadata[1]),
@@ -173,7 +173,7 @@ impl IoQueue {
             bytes != 0 && u64::from(bytes) == u64::from(count) * u64::from(self.limits.block),
             "a command of {count} blocks with {bytes} bytes of buffer"
         );
-        self.transfer(direction, block, count)
+        self.transfer(direction, block, count.into())
     }
 
     /// Offset and device address of the list page of `slot`.
@@ -336,9 +336,12 @@ impl Queue for IoQueue {
 
     fn submit_short(&mut self, direction: Direction, block: u64, buffer: Span<Iova>, tag: u32) -> bool {
         let whole_blocks = buffer.len() & u64::from(self.limits.block - 1) == 0;
-        let entries = prp::two_entries(buffer, self.limits.transfer).filter(|_| whole_blocks);
-        let (Some((prp1, prp2)), Ok(index)) = (entries, self.free_slot()) else { return false };
-        let count = u32::try_from(buffer.len() >> self.block_shift).expect("at most the longest transfer");
+        if !whole_blocks {
+            return false;
+        }
+        let Some((prp1, prp2)) = prp::two_entries(buffer, self.limits.transfer) else { return false };
+        let Ok(index) = self.free_slot() else { return false };
+        let count = buffer.len() >> self.block_shift;
         self.enqueue(index, SubmissionEntry { prp1, prp2, ..self.transfer(direction, block, count) }, tag);
         true
     }
@@ -372,8 +375,19 @@ impl Queue for IoQueue {
         self.reap_each(done);
     }
 
-    fn reap_batch(&mut self, batch: &mut Vec<Completion>) {
-        self.reap_each(|completion| batch.push(completion));
+    fn reap_batch(&mut self, batch: &mut Vec<Completion>) -> usize {
+        let most = usize::from(self.completions.size());
+        if batch.len() < most {
+            batch.resize(most, Completion { tag: 0, outcome: Outcome::Failed, result: 0 });
+        }
+        let mut rest = batch.iter_mut();
+        let room = rest.len();
+        self.reap_each(|completion| {
+            if let Some(place) = rest.next() {
+                *place = completion;
+            }
+        });
+        room - rest.len()
     }
 
     fn tick(&mut self, limit: u32) -> OverdueCommands {

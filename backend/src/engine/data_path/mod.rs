@@ -74,7 +74,7 @@ pub(in crate::engine) struct DataPath {
     partial: Option<u32>,
     /// Requests to submit again after a reset, and those whose next command has waited for the one before.
     resubmit: Vec<u32>,
-    /// Empty between two calls of [`Self::reap`].
+    /// Of the last call of [`Self::reap`]: kept for its memory.
     completions: Vec<Completion>,
     /// Where the next pass starts, so that a full device does not favour one ring.
     next_slot: usize,
@@ -132,17 +132,15 @@ impl DataPath {
     #[inline]
     pub(in crate::engine) fn reap(&mut self, queue: &mut dyn Queue) -> bool {
         let mut batch = std::mem::take(&mut self.completions);
-        queue.reap_batch(&mut batch);
-        let any = !batch.is_empty();
+        let count = queue.reap_batch(&mut batch);
         let plain = self.is_plain();
-        for completion in &batch {
+        for completion in &batch[..count] {
             if !(plain && self.finish_short(completion)) {
                 self.complete(*completion);
             }
         }
-        batch.clear();
         self.completions = batch;
-        any
+        count != 0
     }
 
     /// Submits available requests until the device queue is full. Returns true if commands were submitted.
