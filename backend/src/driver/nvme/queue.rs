@@ -14,6 +14,7 @@
 
 mod free_slots;
 mod setup;
+mod slot;
 
 use std::os::fd::BorrowedFd;
 
@@ -34,38 +35,13 @@ use crate::driver::{Blocks, Command, CommandId, Completion, Direction, Extent, F
 use crate::rate_limited_log::RateLimitedLog;
 use free_slots::FreeSlots;
 pub use setup::QueueSetup;
+use slot::Slot;
 
 /// Maximum entries of an I/O queue; fewer if the controller supports fewer.
 pub const MAX_DEPTH: u16 = 256;
 /// Low bits of a command identifier that are the slot index; the others count generations.
 pub(super) const SLOT_BITS: u32 = 8;
 const _: () = assert!(MAX_DEPTH == 1 << SLOT_BITS && SLOT_BITS == u8::BITS);
-
-/// In [`Slot::command`].
-const BUSY: u32 = 1 << 16;
-
-#[derive(Clone, Copy)]
-struct Slot {
-    /// Identifier of the slot's command if busy, else of its next one. Above it [`BUSY`], so that one comparison tells whether a
-    /// completion is for this command.
-    command: u32,
-    tag: u32,
-    /// Tick in which the command, or its Abort, was submitted.
-    since_tick: u32,
-    aborted: bool,
-}
-
-impl Slot {
-    fn is_busy(&self) -> bool {
-        self.command & BUSY != 0
-    }
-
-    /// The identifier in [`Self::command`].
-    #[inline]
-    fn cid(&self) -> u16 {
-        u16::try_from(self.command & 0xffff).expect("masked")
-    }
-}
 
 /// An I/O queue pair. On cache lines of its own, with all that one command writes: two, because x86 fetches lines in pairs.
 #[repr(align(128))]
@@ -119,7 +95,7 @@ impl IoQueue {
             ),
             slots: std::array::from_fn(|slot| {
                 let slot = u16::try_from(slot).expect("at most MAX_DEPTH");
-                Slot { command: u32::from(first_cid + slot), tag: 0, since_tick: 0, aborted: false }
+                Slot::free(first_cid + slot)
             }),
             free: FreeSlots::new(u8::try_from(slots).expect("below MAX_DEPTH")),
             most: slots.into(),
@@ -229,10 +205,7 @@ impl IoQueue {
         self.free.pop();
         let slot = &mut self.slots[usize::from(index)];
         entry.cid = slot.cid();
-        slot.command |= BUSY;
-        slot.tag = tag;
-        slot.since_tick = self.ticks;
-        slot.aborted = false;
+        slot.take(tag, self.ticks);
         entry.nsid = self.namespace;
         self.submissions.push(&entry);
     }
@@ -250,11 +223,11 @@ impl IoQueue {
         }
         let [index, _] = cid.wrapping_sub(self.first_cid).to_le_bytes();
         let slot = &mut self.slots[usize::from(index)];
-        if slot.command != BUSY | u32::from(cid) {
+        if !slot.is_busy_with(cid) {
             self.warn(move || format!("dropped a completion for command {cid:#x}, which is not in flight"));
             return None;
         }
-        slot.command = u32::from(cid.wrapping_add(self.generation));
+        slot.give_back(cid.wrapping_add(self.generation));
         let tag = slot.tag;
         self.free.push(index);
         let status = Status::from_word(status);
@@ -380,14 +353,12 @@ impl Queue for IoQueue {
         if batch.len() < most {
             batch.resize(most, Completion { tag: 0, outcome: Outcome::Failed, result: 0 });
         }
-        let mut rest = batch.iter_mut();
-        let room = rest.len();
+        let (places, mut count) = (batch.as_mut_slice(), 0);
         self.reap_each(|completion| {
-            if let Some(place) = rest.next() {
-                *place = completion;
-            }
+            places[count] = completion;
+            count += 1;
         });
-        room - rest.len()
+        count
     }
 
     fn tick(&mut self, limit: u32) -> OverdueCommands {

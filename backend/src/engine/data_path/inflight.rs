@@ -232,9 +232,8 @@ impl InflightSlot {
             Occupant::Any(request) => (&request.pending_used, self.data.buffers.iter().chain(&self.data.append_sector)),
         };
         let status = pending_used.status();
-        let mut data = buffers.map(|buffer| guest.gpa(*buffer));
-        spans.iter().any(|span| status.is_some_and(|byte| span.contains(byte)))
-            || data.any(|buffer| spans.iter().any(|span| buffer.overlaps(span)))
+        let data = |span: &Span<Gpa>| buffers.clone().any(|buffer| guest.gpa(*buffer).overlaps(span));
+        spans.iter().any(|span| status.is_some_and(|byte| span.contains(byte)) || data(span))
     }
 }
 
@@ -366,3 +365,6 @@ impl InflightTable {
         occupied.map(|(_, index)| index).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -19,20 +19,7 @@ impl DataPath {
                 return Capacity::Exhausted;
             }
         }
-        let VringSlot { enabled: true, ring: Some(ring) } = &mut self.slots[slot] else { return Capacity::Available };
-        if ring.state != State::Serving {
-            return Capacity::Available;
-        }
-        let offered = match ring.queue.available() {
-            Ok(offered) => offered,
-            Err(broken) => {
-                self.fail_ring(slot, &broken);
-                return Capacity::Available;
-            }
-        };
-        // Requests in flight never exceed the ring's size, even if the driver offers a chain again before it is returned.
-        let count = offered.min(ring.queue.size() - ring.in_flight);
-        let mut left = count;
+        let mut left = self.offered(slot);
         while left != 0 {
             if let Some(queue) = &mut queue {
                 let run = self.serve_fast(*queue, slot, left);
@@ -64,6 +51,23 @@ impl DataPath {
             }
         }
         Capacity::Available
+    }
+
+    /// How many requests may be taken from a ring. Those in flight never exceed its size, even if the driver offers a chain again
+    /// before it is returned.
+    #[inline]
+    fn offered(&mut self, slot: usize) -> u16 {
+        let VringSlot { enabled: true, ring: Some(ring) } = &self.slots[slot] else { return 0 };
+        if ring.state != State::Serving {
+            return 0;
+        }
+        match ring.queue.available() {
+            Ok(offered) => offered.min(ring.queue.size() - ring.in_flight),
+            Err(broken) => {
+                self.fail_ring(slot, &broken);
+                0
+            }
+        }
     }
 
     /// Submits requests again that were in flight when the process before ended. A ring that stops waits for them.

@@ -6,6 +6,7 @@
 //! existing blocks only. Each chain comes with a [`PendingUsed`], which must be completed with a used entry.
 
 mod buffers;
+mod disk_bounds;
 mod disk_zones;
 pub mod pending_used;
 mod ranges;
@@ -15,9 +16,10 @@ pub(in crate::engine) mod zones;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+pub use disk_bounds::DiskBounds;
 pub use disk_zones::max_append;
 pub use transfer::Transfer;
-pub use types::{BOUNCE_BYTES, Data, Disk, DiskBounds, ID_BYTES, Job, Operation, RangeLimits, RequestFault, Status};
+pub use types::{BOUNCE_BYTES, Data, Disk, ID_BYTES, Job, Operation, RangeLimits, RequestFault, Status};
 
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::virtqueue::chain::Chain;

@@ -1,7 +1,8 @@
 //! The checked form of a fast request: a transfer of one buffer.
 
+use super::disk_bounds::DiskBounds;
 use super::pending_used::PendingUsed;
-use super::types::{Disk, DiskBounds, Operation};
+use super::types::{Disk, Operation};
 use crate::addr::{Gpa, Iova, Span};
 use crate::driver::Direction;
 use crate::engine::guest_memory::{BatchView, GuestMemoryView};
