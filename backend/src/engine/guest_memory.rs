@@ -23,16 +23,27 @@ use window::{Window, find};
 pub struct GuestMemoryView {
     table: Arc<MemTable>,
     previous: Option<Arc<MemTable>>,
-    /// The table's regions, as the fast path needs them.
-    windows: Vec<Window>,
-    /// The table's regions, adjacent ones merged. Checking a data buffer against them follows no pointer.
-    ranges: Vec<Span<Gpa>>,
+    regions: Regions,
     /// Where the device has the memory. That of the last table with regions: requests in flight may still use it.
     slice: IovaSlice,
-    header_hint: usize,
-    data_hint: usize,
-    status_hint: usize,
-    table_hint: usize,
+    hints: Hints,
+}
+
+/// The table's regions, as the fast path needs them.
+#[derive(Default)]
+struct Regions {
+    windows: Vec<Window>,
+    /// Adjacent ones merged. Checking a data buffer against them follows no pointer.
+    ranges: Vec<Span<Gpa>>,
+}
+
+/// What the last look-up of each kind has found: an index in [`Regions::windows`] or, for data, in [`Regions::ranges`].
+#[derive(Default)]
+struct Hints {
+    header: usize,
+    data: usize,
+    status: usize,
+    table: usize,
 }
 
 impl GuestMemoryView {
@@ -48,7 +59,7 @@ impl GuestMemoryView {
     }
 
     fn check_against(&mut self, table: &MemTable) {
-        self.ranges = ranges(table);
+        self.regions.ranges = ranges(table);
         self.slice = table.slice().unwrap_or(self.slice);
     }
 
@@ -68,7 +79,7 @@ impl GuestMemoryView {
     /// Returns the former table.
     fn set_table(&mut self, table: Arc<MemTable>) -> Arc<MemTable> {
         self.check_against(&table);
-        self.windows = table.regions().iter().map(|region| Window::new(region)).collect();
+        self.regions.windows = table.regions().iter().map(|region| Window::new(region)).collect();
         std::mem::replace(&mut self.table, table)
     }
 
@@ -80,25 +91,25 @@ impl GuestMemoryView {
     /// The IOVA of a data buffer, if all of it is guest memory.
     #[inline]
     pub fn data(&mut self, span: Span<Gpa>) -> Option<Span<Iova>> {
-        if self.ranges.get(self.data_hint).is_some_and(|range| range.covers(&span)) {
+        if self.regions.ranges.get(self.hints.data).is_some_and(|range| range.covers(&span)) {
             return Some(self.slice.iova(span));
         }
-        let after = self.ranges.partition_point(|range| range.start() <= span.start());
+        let after = self.regions.ranges.partition_point(|range| range.start() <= span.start());
         let index = after.checked_sub(1)?;
-        self.data_hint = index;
-        self.ranges[index].covers(&span).then(|| self.slice.iova(span))
+        self.hints.data = index;
+        self.regions.ranges[index].covers(&span).then(|| self.slice.iova(span))
     }
 
     /// True if the byte at `address` is guest memory.
     #[inline]
     pub fn has_status(&mut self, address: Gpa) -> bool {
-        find(&self.windows, address, 1, &mut self.status_hint).is_some()
+        find(&self.regions.windows, address, 1, &mut self.hints.status).is_some()
     }
 
     /// Writes a status byte that [`Self::has_status`] has found, possibly in the former table.
     #[inline(always)]
     pub fn write_status(&mut self, address: Gpa, status: u8) {
-        match find(&self.windows, address, 1, &mut self.status_hint) {
+        match find(&self.regions.windows, address, 1, &mut self.hints.status) {
             Some((shared, offset)) => shared.write_u8(offset, status),
             None => self.write_former_status(address, status),
         }
@@ -112,7 +123,7 @@ impl GuestMemoryView {
     /// The memory of an indirect table, or of one entry. `None` unless all of it lies in one region.
     #[inline]
     pub fn table_memory(&mut self, span: Span<Gpa>) -> Option<(&SharedMemory, usize)> {
-        find(&self.windows, span.start(), usize::try_from(span.len()).ok()?, &mut self.table_hint)
+        find(&self.regions.windows, span.start(), usize::try_from(span.len()).ok()?, &mut self.hints.table)
     }
 
     /// The `entries` descriptors in `span`. `None` unless they lie in one region and are aligned to 8 bytes.
@@ -126,7 +137,9 @@ impl GuestMemoryView {
     pub fn read_header<T: FromBytes + IntoBytes>(&mut self, spans: &[Span<Gpa>]) -> Option<T> {
         let bytes = size_of::<T>();
         let front = spans.first().filter(|span| span.len() >= bytes as u64).map(Span::start);
-        if let Some((shared, offset)) = front.and_then(|at| find(&self.windows, at, bytes, &mut self.header_hint)) {
+        if let Some((shared, offset)) =
+            front.and_then(|at| find(&self.regions.windows, at, bytes, &mut self.hints.header))
+        {
             return Some(shared.read(offset));
         }
         self.gather_header(spans)

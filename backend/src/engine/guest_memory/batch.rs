@@ -1,41 +1,34 @@
 //! Guest memory during a batch of requests of the fast shape. What the last look-up of a kind has found is tried first, and is kept as
 //! a reference: so a hit costs the comparison alone.
 
-use super::GuestMemoryView;
 use super::window::{Window, window_of, window_of_words};
+use super::{GuestMemoryView, Hints, Regions};
 use crate::addr::{Gpa, Iova, IovaSlice, Span};
 use crate::sys::{SharedArray, SharedMemory};
 
 /// See the top of this file.
 pub struct BatchView<'g> {
-    windows: &'g [Window],
-    ranges: &'g [Span<Gpa>],
+    regions: &'g Regions,
+    hints: &'g mut Hints,
     slice: IovaSlice,
     table: &'g Window,
     header: &'g Window,
     data: Span<Gpa>,
-    table_hint: &'g mut usize,
-    header_hint: &'g mut usize,
-    data_hint: &'g mut usize,
-    status_hint: &'g mut usize,
 }
 
 impl GuestMemoryView {
     /// The same memory for a batch of requests. `None` if there is none.
     #[inline]
     pub fn batch(&mut self) -> Option<BatchView<'_>> {
-        let Self { windows, ranges, slice, table_hint, header_hint, data_hint, status_hint, .. } = self;
+        let Self { regions, hints, slice, .. } = self;
+        let Regions { windows, ranges } = &*regions;
         Some(BatchView {
             slice: *slice,
-            table: windows.get(*table_hint).or(windows.first())?,
-            header: windows.get(*header_hint).or(windows.first())?,
-            data: *ranges.get(*data_hint).or(ranges.first())?,
-            windows,
-            ranges,
-            table_hint,
-            header_hint,
-            data_hint,
-            status_hint,
+            table: windows.get(hints.table).or(windows.first())?,
+            header: windows.get(hints.header).or(windows.first())?,
+            data: *ranges.get(hints.data).or(ranges.first())?,
+            regions,
+            hints,
         })
     }
 }
@@ -47,7 +40,9 @@ impl<'g> BatchView<'g> {
         loop {
             match self.table.words(address, entries.into()) {
                 Some(table) => return Some(table),
-                None => self.table = window_of_words(self.windows, address, entries.into(), self.table_hint)?,
+                None => {
+                    self.table = window_of_words(&self.regions.windows, address, entries.into(), &mut self.hints.table)?
+                }
             }
         }
     }
@@ -59,12 +54,12 @@ impl<'g> BatchView<'g> {
         let header = loop {
             match self.header.words(address, 1) {
                 Some(header) => break header,
-                None => self.header = window_of_words(self.windows, address, 1, self.header_hint)?,
+                None => self.header = window_of_words(&self.regions.windows, address, 1, &mut self.hints.header)?,
             }
         };
         // Drivers keep the two together, so the region of the header is tried first.
         if self.header.offset(status, 1).is_none() {
-            window_of(self.windows, status, 1, self.status_hint)?;
+            window_of(&self.regions.windows, status, 1, &mut self.hints.status)?;
         }
         let [front, sector] = header.read(0);
         Some((u32::try_from(front & 0xffff_ffff).expect("masked"), sector))
@@ -85,7 +80,7 @@ impl<'g> BatchView<'g> {
     /// The range that contains the `len` bytes at `start`.
     #[cold]
     fn range_of(&mut self, start: Gpa, len: u32) -> Option<Span<Gpa>> {
-        *self.data_hint = self.ranges.partition_point(|range| range.start() <= start).checked_sub(1)?;
-        Some(self.ranges[*self.data_hint]).filter(|range| range.slice_at(start, len.into()).is_some())
+        self.hints.data = self.regions.ranges.partition_point(|range| range.start() <= start).checked_sub(1)?;
+        Some(self.regions.ranges[self.hints.data]).filter(|range| range.slice_at(start, len.into()).is_some())
     }
 }

@@ -172,9 +172,16 @@ impl SplitRing {
         let offered = self.avail.load_acquire_u16(IDX);
         let count = offered.wrapping_sub(self.next_avail);
         if count > self.size {
-            return Err(RingFault::AvailIndex { taken: self.next_avail, offered, size: self.size });
+            return Err(self.too_many(offered));
         }
         Ok(count)
+    }
+
+    /// Out of line: the fault would be prepared in each call of [`Self::available`] otherwise.
+    #[cold]
+    #[inline(never)]
+    fn too_many(&self, offered: u16) -> RingFault {
+        RingFault::AvailIndex { taken: self.next_avail, offered, size: self.size }
     }
 
     /// Takes the next chain. [`Self::available`] must not be 0.
