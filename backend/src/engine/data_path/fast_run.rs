@@ -1,5 +1,5 @@
-//! Takes and submits requests of the fast shape from one ring, one after the other. What only other requests need is left out, and
-//! what is the same for all of them is looked up once.
+//! Takes and submits requests of the fast shape from one ring, one after the other. What only other requests need is left
+//! out, and what is the same for all of them is looked up once.
 
 use super::DataPath;
 use super::inflight::{InflightTable, ShortRequest};

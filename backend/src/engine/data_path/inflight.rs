@@ -129,8 +129,8 @@ impl InflightRequest {
     }
 }
 
-/// A read or write of one buffer whose only command is in flight and covers all of it: what most requests are until they complete.
-/// If anything else happens to it, it becomes an [`InflightRequest`].
+/// A read or write of one buffer whose only command is in flight and covers all of it: what most requests are until they
+/// complete. If anything else happens to it, it becomes an [`InflightRequest`].
 pub(in crate::engine) struct ShortRequest {
     pub(in crate::engine) pending_used: PendingUsed,
     /// See [`InflightRequest::ring`].

@@ -1,5 +1,6 @@
-//! Guest memory during a batch of requests of the fast shape. What the last look-up of a kind has found is tried first, and is kept as
-//! a reference: so a hit costs the comparison alone.
+//! Guest memory during a batch of requests of the fast shape. What the last look-up of a kind has found is tried first, and
+//! is kept as a reference, so a hit costs the comparison alone. A miss looks for what contains the address, and starts over:
+//! if the two ways joined, the compiler would check the bounds again where they do.
 
 use super::window::{Window, window_of, window_of_words};
 use super::{GuestMemoryView, Hints, Regions};

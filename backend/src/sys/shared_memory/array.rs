@@ -71,8 +71,8 @@ impl<W: Word, const N: usize> SharedArray<&SharedMemory, W, N> {
     }
 }
 
-/// A [`SharedArray`] whose number of entries is a power of two. An index means the entry at its remainder, as a free-running index
-/// of a ring does, so an access needs no comparison.
+/// A [`SharedArray`] whose number of entries is a power of two. An index means the entry at its remainder, as a free-running
+/// index of a ring does, so an access needs no comparison.
 pub struct SharedRing<W, const N: usize> {
     base: NonNull<W>,
     /// One less than the number of entries.
@@ -96,8 +96,8 @@ impl<W: Word, const N: usize> SharedRing<W, N> {
     /// Pointer to the first word of the entry at the free-running `index`.
     #[inline]
     fn entry(&self, index: usize) -> NonNull<W> {
-        // SAFETY: the remainder is below the number of entries, which `into_ring` found to be a power of two; `SharedMemory::array`
-        // checked that all entries are inside, and `_owner` keeps the mapping.
+        // SAFETY: the remainder is below the number of entries, which `into_ring` found to be a power of two;
+        // `SharedMemory::array` checked that all entries are inside, and `_owner` keeps the mapping.
         unsafe { self.base.add((index & self.mask) * N) }
     }
 

@@ -1,5 +1,6 @@
-//! Indices of free slots, as a stack: the list page of the slot used last is most likely in the CPU cache. It is an array inside the
-//! queue pair, so that it lies on the queue pair's cache lines. Every `u8` is an index in it, so none has to be checked.
+//! Indices of free slots, as a stack: the list page of the slot used last is most likely in the CPU cache. It is an array
+//! inside the queue pair, so that it lies on the queue pair's cache lines. Every `u8` is an index in it, so none has to be
+//! checked.
 
 use super::MAX_DEPTH;
 
