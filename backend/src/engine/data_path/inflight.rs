@@ -178,22 +178,17 @@ pub(in crate::engine) struct Finished {
 pub(in crate::engine) struct InflightSlot {
     pub(in crate::engine) data: Data,
     occupant: Occupant,
+    /// While it is free, the next free one. [`NO_SLOT`] in the last one.
+    next_free: u32,
 }
 
 /// What is in a slot.
+#[derive(Default)]
 enum Occupant {
-    /// Nothing. The free slots are a list.
-    Free {
-        /// The next one. [`NO_SLOT`] in the last one.
-        next: u32,
-    },
+    #[default]
+    None,
     Short(ShortRequest),
     Any(InflightRequest),
-}
-
-impl Occupant {
-    /// What is left when a request is taken out, until [`InflightTable::remove`] or [`InflightSlot::expand`] is done.
-    const NOTHING: Self = Self::Free { next: NO_SLOT };
 }
 
 /// No table has as many slots.
@@ -215,7 +210,7 @@ impl InflightSlot {
     /// Expands a short request, whose command is in flight if it has been `submitted`.
     #[cold]
     fn expand(&mut self, submitted: bool) {
-        if let Occupant::Short(short) = std::mem::replace(&mut self.occupant, Occupant::NOTHING) {
+        if let Occupant::Short(short) = std::mem::take(&mut self.occupant) {
             let mut request = short.expand(&mut self.data);
             if submitted {
                 request.add_command(request.bytes);
@@ -227,7 +222,7 @@ impl InflightSlot {
     /// True if the request accesses memory in `spans` of `guest`.
     fn uses(&self, guest: &GuestMemoryView, spans: &[Span<Gpa>]) -> bool {
         let (pending_used, buffers) = match &self.occupant {
-            Occupant::Free { .. } => return false,
+            Occupant::None => return false,
             Occupant::Short(short) => (&short.pending_used, std::slice::from_ref(&short.data).iter().chain(&[])),
             Occupant::Any(request) => (&request.pending_used, self.data.buffers.iter().chain(&self.data.append_sector)),
         };
@@ -272,11 +267,10 @@ impl Vacancy<'_> {
     #[inline(always)]
     fn put(self, occupant: Occupant) {
         let before = std::mem::replace(&mut self.slot.occupant, occupant);
-        if let Occupant::Free { next } = before {
-            *self.first_free = next;
-        }
+        debug_assert!(matches!(before, Occupant::None), "a free slot");
         // A free slot has nothing to drop, which the compiler does not know.
         std::mem::forget(before);
+        *self.first_free = self.slot.next_free;
     }
 }
 
@@ -297,9 +291,9 @@ impl InflightTable {
     /// Adds `count` slots, so that the data path need not allocate.
     pub(in crate::engine) fn reserve(&mut self, count: u16) {
         for _ in 0..count {
-            let next = self.first_free;
+            let next_free = self.first_free;
             self.first_free = u32::try_from(self.slots.len()).expect("rings are few and short");
-            self.slots.push(InflightSlot { data: Data::default(), occupant: Occupant::Free { next } });
+            self.slots.push(InflightSlot { data: Data::default(), occupant: Occupant::None, next_free });
         }
     }
 
@@ -324,8 +318,8 @@ impl InflightTable {
     pub(in crate::engine) fn remove(&mut self, index: u32) -> Option<(Finished, &Data)> {
         let slot = self.slots.get_mut(index as usize)?;
         slot.request()?;
-        let Occupant::Any(request) = std::mem::replace(&mut slot.occupant, Occupant::NOTHING) else { return None };
-        slot.occupant = Occupant::Free { next: std::mem::replace(&mut self.first_free, index) };
+        let Occupant::Any(request) = std::mem::take(&mut slot.occupant) else { return None };
+        slot.next_free = std::mem::replace(&mut self.first_free, index);
         let InflightRequest { pending_used, ring, operation, bytes, outcome, started, .. } = request;
         Some((Finished { pending_used, ring, operation, bytes, outcome, started }, &slot.data))
     }
@@ -339,13 +333,15 @@ impl InflightTable {
     /// Removes a request if it is a short one. The caller must push a used entry for it.
     #[inline(always)]
     pub(in crate::engine) fn remove_short(&mut self, index: u32) -> Option<FinishedShort> {
-        let occupant = &mut self.slots.get_mut(index as usize)?.occupant;
-        let Occupant::Short(ShortRequest { pending_used, ring, direction, data, .. }) = &*occupant else { return None };
+        let slot = self.slots.get_mut(index as usize)?;
+        let Occupant::Short(ShortRequest { pending_used, ring, direction, data, .. }) = &slot.occupant else {
+            return None;
+        };
         let (head, status) = (pending_used.head(), pending_used.status()?);
         let finished = FinishedShort { head, status, ring: *ring, direction: *direction, bytes: data.len() };
-        let free = Occupant::Free { next: std::mem::replace(&mut self.first_free, index) };
+        slot.next_free = std::mem::replace(&mut self.first_free, index);
         // Nothing is moved out of its place to be dropped.
-        std::mem::forget(std::mem::replace(occupant, free));
+        std::mem::forget(std::mem::take(&mut slot.occupant));
         Some(finished)
     }
 
@@ -361,7 +357,7 @@ impl InflightTable {
 
     /// The indices of all requests in flight.
     pub(in crate::engine) fn indices(&self) -> Vec<u32> {
-        let occupied = self.slots.iter().zip(0..).filter(|(slot, _)| !matches!(slot.occupant, Occupant::Free { .. }));
+        let occupied = self.slots.iter().zip(0..).filter(|(slot, _)| !matches!(slot.occupant, Occupant::None));
         occupied.map(|(_, index)| index).collect()
     }
 }
