@@ -21,9 +21,8 @@ use vhost_device_vfio::engine::LiveGeometry;
 use vhost_device_vfio::engine::guest_memory::GuestMemoryView;
 use vhost_device_vfio::engine::inflight_region::Tracking;
 use vhost_device_vfio::engine::request::pending_used::PendingUsed;
-use vhost_device_vfio::engine::request::{Data, Disk, Job, Status, Transfer, parse};
-use vhost_device_vfio::engine::virtqueue::Virtqueue;
-use vhost_device_vfio::engine::virtqueue::chain::Chain;
+use vhost_device_vfio::engine::request::{Disk, Status, Transfer};
+use vhost_device_vfio::engine::virtqueue::{FastRing, Virtqueue};
 use vhost_device_vfio::engine::{InflightRegion, Layout, VringSetup};
 use vhost_device_vfio::memory::map_shared_file;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -144,33 +143,23 @@ fn split(memory: &Memory, recorded: bool) -> impl FnMut() {
     }
 }
 
-/// Takes the next request as a worker does.
+/// Takes a batch of requests of the fast shape as a worker does.
 #[inline]
-fn take(
-    ring: &mut Virtqueue,
-    guest: &mut GuestMemoryView,
-    disk: &Disk,
-    (chain, data): &mut (Chain, Data),
-) -> Option<PendingUsed> {
-    if let Some(fast) = ring.peek_fast(guest) {
-        if let Some(transfer) = Transfer::of(&fast, guest, disk) {
-            let head = ring.take_fast(fast);
-            assert_eq!(transfer.data.len(), 4096);
-            black_box(&transfer.data);
-            return Some(transfer.pending_used(head));
-        }
-        ring.leave_fast(fast);
+fn take_fast(ring: &mut impl FastRing, guest: &mut GuestMemoryView, disk: &Disk, taken: &mut Vec<PendingUsed>) {
+    let (mut guest, bounds) = (guest.batch().unwrap(), disk.bounds());
+    while taken.len() < usize::from(BATCH) {
+        let Some(fast) = ring.peek_fast(&mut guest) else { return };
+        let Some(transfer) = Transfer::in_batch(&fast, &mut guest, bounds) else {
+            return ring.leave_fast(fast.head());
+        };
+        ring.take_fast(fast.head());
+        assert_eq!(transfer.data.len(), 4096);
+        black_box(&transfer.data);
+        taken.push(transfer.pending_used(fast.head()));
     }
-    if !ring.take(guest, chain).unwrap() {
-        return None;
-    }
-    let (pending_used, job) = parse(chain, guest, disk, data);
-    assert!(matches!(job, Job::Device { bytes: 4096, .. }));
-    black_box(&data.buffers);
-    Some(pending_used)
 }
 
-/// Serves all available requests.
+/// Serves all available requests, which are a batch of the fast shape.
 fn serve(memory: &Memory, setup: &VringSetup) -> impl FnMut() + use<> {
     let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 512, ..Geometry::default() };
     let disk = Disk::new(&geometry, Arc::new(LiveGeometry::of(&geometry)));
@@ -180,16 +169,18 @@ fn serve(memory: &Memory, setup: &VringSetup) -> impl FnMut() + use<> {
     }
     let mut guest = GuestMemoryView::default();
     guest.publish(Arc::clone(&memory.ours));
-    let mut buffers = (Chain::default(), Data::default());
+    let mut taken = Vec::with_capacity(BATCH.into());
     move || {
-        let mut served = 0;
-        for _ in 0..ring.available().unwrap() {
-            let Some(pending_used) = take(&mut ring, &mut guest, &disk, &mut buffers) else { break };
+        assert!(ring.available().unwrap() >= BATCH);
+        match &mut ring {
+            Virtqueue::Split(ring) => take_fast(ring, &mut guest, &disk, &mut taken),
+            Virtqueue::Packed(ring) => take_fast(ring, &mut guest, &disk, &mut taken),
+        }
+        assert_eq!(taken.len(), usize::from(BATCH));
+        for pending_used in taken.drain(..) {
             guest.write_status(pending_used.status().unwrap(), Status::Ok as u8);
             ring.push_used(pending_used.complete(), 4097);
-            served += 1;
         }
-        assert_eq!(served, BATCH);
         black_box(ring.publish());
     }
 }

@@ -170,6 +170,14 @@ impl<A: Address> Span<A> {
         inside.then(|| Self { start: A::from_raw(self.start.raw() + offset), len })
     }
 
+    /// `len` bytes from the address `start` on; `None` if that is empty or not wholly inside.
+    #[inline]
+    #[must_use]
+    pub fn slice_at(&self, start: A, len: u64) -> Option<Self> {
+        // An address before the start wraps to an offset past the end.
+        self.slice(start.raw().wrapping_sub(self.start.raw()), len)
+    }
+
     /// The span cut at addresses that are multiples of `size` (a power of two), in order.
     pub fn chunks(self, size: u64) -> impl Iterator<Item = Self> {
         debug_assert!(size.is_power_of_two());

@@ -268,6 +268,13 @@ pub trait Queue: Send {
     fn ring(&mut self);
     /// Removes the finished commands from the queue and passes each to `done`.
     fn reap(&mut self, done: &mut dyn FnMut(Completion));
+    /// As [`Self::reap`], but without a call for each: the first so many of `batch` are the completions. What follows them has no
+    /// meaning, and is left there because to write it again would take time.
+    fn reap_batch(&mut self, batch: &mut Vec<Completion>) -> usize {
+        batch.clear();
+        self.reap(&mut |completion| batch.push(completion));
+        batch.len()
+    }
     /// Advances the clock of the command time-outs; called at equal intervals. A command expires `limit` ticks after it
     /// was submitted, and is stuck another `limit / 4` ticks later.
     fn tick(&mut self, limit: u32) -> OverdueCommands;

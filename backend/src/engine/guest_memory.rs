@@ -4,6 +4,9 @@
 //! Each kind of look-up on the fast path keeps its own hint, because header, data, status and indirect tables tend to lie in
 //! different regions.
 
+mod batch;
+mod window;
+
 use std::sync::Arc;
 
 use zerocopy::{FromBytes, IntoBytes};
@@ -12,22 +15,35 @@ use crate::addr::{Address, Gpa, Iova, IovaSlice, Span};
 use crate::hardware::CacheFlush;
 use crate::memory::{MemTable, Region};
 use crate::sys::{SharedArray, SharedMemory};
+pub use batch::BatchView;
+use window::{Window, find};
 
 /// One worker's view of guest memory.
 #[derive(Default)]
 pub struct GuestMemoryView {
     table: Arc<MemTable>,
     previous: Option<Arc<MemTable>>,
-    /// The table's regions, as the fast path needs them.
-    windows: Vec<Window>,
-    /// The table's regions, adjacent ones merged. Checking a data buffer against them follows no pointer.
-    ranges: Vec<Span<Gpa>>,
+    regions: Regions,
     /// Where the device has the memory. That of the last table with regions: requests in flight may still use it.
     slice: IovaSlice,
-    header_hint: usize,
-    data_hint: usize,
-    status_hint: usize,
-    table_hint: usize,
+    hints: Hints,
+}
+
+/// The table's regions, as the fast path needs them.
+#[derive(Default)]
+struct Regions {
+    windows: Vec<Window>,
+    /// Adjacent ones merged. Checking a data buffer against them follows no pointer.
+    ranges: Vec<Span<Gpa>>,
+}
+
+/// What the last look-up of each kind has found: an index in [`Regions::windows`] or, for data, in [`Regions::ranges`].
+#[derive(Default)]
+struct Hints {
+    header: usize,
+    data: usize,
+    status: usize,
+    table: usize,
 }
 
 impl GuestMemoryView {
@@ -43,7 +59,7 @@ impl GuestMemoryView {
     }
 
     fn check_against(&mut self, table: &MemTable) {
-        self.ranges = ranges(table);
+        self.regions.ranges = ranges(table);
         self.slice = table.slice().unwrap_or(self.slice);
     }
 
@@ -63,7 +79,7 @@ impl GuestMemoryView {
     /// Returns the former table.
     fn set_table(&mut self, table: Arc<MemTable>) -> Arc<MemTable> {
         self.check_against(&table);
-        self.windows = table.regions().iter().map(|region| Window::new(region)).collect();
+        self.regions.windows = table.regions().iter().map(|region| Window::new(region)).collect();
         std::mem::replace(&mut self.table, table)
     }
 
@@ -75,25 +91,25 @@ impl GuestMemoryView {
     /// The IOVA of a data buffer, if all of it is guest memory.
     #[inline]
     pub fn data(&mut self, span: Span<Gpa>) -> Option<Span<Iova>> {
-        if self.ranges.get(self.data_hint).is_some_and(|range| range.covers(&span)) {
+        if self.regions.ranges.get(self.hints.data).is_some_and(|range| range.covers(&span)) {
             return Some(self.slice.iova(span));
         }
-        let after = self.ranges.partition_point(|range| range.start() <= span.start());
+        let after = self.regions.ranges.partition_point(|range| range.start() <= span.start());
         let index = after.checked_sub(1)?;
-        self.data_hint = index;
-        self.ranges[index].covers(&span).then(|| self.slice.iova(span))
+        self.hints.data = index;
+        self.regions.ranges[index].covers(&span).then(|| self.slice.iova(span))
     }
 
     /// True if the byte at `address` is guest memory.
     #[inline]
     pub fn has_status(&mut self, address: Gpa) -> bool {
-        find(&self.windows, address, 1, &mut self.status_hint).is_some()
+        find(&self.regions.windows, address, 1, &mut self.hints.status).is_some()
     }
 
     /// Writes a status byte that [`Self::has_status`] has found, possibly in the former table.
     #[inline(always)]
     pub fn write_status(&mut self, address: Gpa, status: u8) {
-        match find(&self.windows, address, 1, &mut self.status_hint) {
+        match find(&self.regions.windows, address, 1, &mut self.hints.status) {
             Some((shared, offset)) => shared.write_u8(offset, status),
             None => self.write_former_status(address, status),
         }
@@ -107,7 +123,7 @@ impl GuestMemoryView {
     /// The memory of an indirect table, or of one entry. `None` unless all of it lies in one region.
     #[inline]
     pub fn table_memory(&mut self, span: Span<Gpa>) -> Option<(&SharedMemory, usize)> {
-        find(&self.windows, span.start(), usize::try_from(span.len()).ok()?, &mut self.table_hint)
+        find(&self.regions.windows, span.start(), usize::try_from(span.len()).ok()?, &mut self.hints.table)
     }
 
     /// The `entries` descriptors in `span`. `None` unless they lie in one region and are aligned to 8 bytes.
@@ -116,28 +132,14 @@ impl GuestMemoryView {
         self.table_memory(span).and_then(|(shared, offset)| shared.array(offset, entries.into()))
     }
 
-    /// Type and sector of the request header at `address` (virtio 1.2 §5.2.6). `None` unless it lies in one region and is
-    /// aligned to 8 bytes, and the byte at `status` is guest memory.
-    #[inline]
-    pub fn header_and_status(&mut self, address: Gpa, status: Gpa) -> Option<(u32, u64)> {
-        let (shared, offset) = find(&self.windows, address, 16, &mut self.header_hint)?;
-        // Drivers keep the two together, so the region of the header is tried first. A difference below zero wraps twice.
-        let difference = usize::try_from(status.raw().wrapping_sub(address.raw())).ok()?;
-        if !shared.contains(offset.wrapping_add(difference), 1)
-            && find(&self.windows, status, 1, &mut self.status_hint).is_none()
-        {
-            return None;
-        }
-        let [front, sector] = shared.array::<u64, 2>(offset, 1)?.read(0);
-        Some((u32::try_from(front & 0xffff_ffff).expect("masked"), sector))
-    }
-
     /// Reads a structure from the start of `spans`, whatever their boundaries.
     #[inline]
     pub fn read_header<T: FromBytes + IntoBytes>(&mut self, spans: &[Span<Gpa>]) -> Option<T> {
         let bytes = size_of::<T>();
         let front = spans.first().filter(|span| span.len() >= bytes as u64).map(Span::start);
-        if let Some((shared, offset)) = front.and_then(|at| find(&self.windows, at, bytes, &mut self.header_hint)) {
+        if let Some((shared, offset)) =
+            front.and_then(|at| find(&self.regions.windows, at, bytes, &mut self.hints.header))
+        {
             return Some(shared.read(offset));
         }
         self.gather_header(spans)
@@ -254,42 +256,6 @@ impl GuestMemoryView {
         let tables = std::iter::once(&self.table).chain(&self.previous);
         tables.flat_map(|table| table.regions()).find(|region| region.gpa().contains(address)).map(|region| &**region)
     }
-}
-
-/// A region: its start, and exactly its memory. So one check of the bounds covers both sides.
-struct Window {
-    start: Gpa,
-    memory: SharedMemory,
-}
-
-impl Window {
-    fn new(region: &Region) -> Self {
-        let len = usize::try_from(region.gpa().len()).expect("a mapped region fits the address space");
-        let memory = region.memory().slice(0, len).expect("a region is mapped as a whole");
-        Self { start: region.gpa().start(), memory }
-    }
-
-    /// The offset of `len` bytes at `address`, if they are all inside.
-    #[inline]
-    fn offset(&self, address: Gpa, len: usize) -> Option<usize> {
-        // An address before the start wraps to an offset past the end.
-        let offset = usize::try_from(address.raw().wrapping_sub(self.start.raw())).ok()?;
-        self.memory.contains(offset, len).then_some(offset)
-    }
-}
-
-/// The memory of `len` bytes at `address`, and the offset in it. `None` unless one window contains them all. `hint` is the
-/// index of the window used last, and may be stale.
-#[inline]
-fn find<'w>(windows: &'w [Window], address: Gpa, len: usize, hint: &mut usize) -> Option<(&'w SharedMemory, usize)> {
-    if let Some(window) = windows.get(*hint)
-        && let Some(offset) = window.offset(address, len)
-    {
-        return Some((&window.memory, offset));
-    }
-    *hint = windows.partition_point(|window| window.start <= address).checked_sub(1)?;
-    let window = &windows[*hint];
-    window.offset(address, len).map(|offset| (&window.memory, offset))
 }
 
 /// The regions of `table`, sorted, adjacent ones merged: their IOVAs are contiguous, so a buffer may cross the boundary.

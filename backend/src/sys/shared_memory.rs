@@ -21,7 +21,7 @@ mod bits;
 pub(crate) mod kill;
 mod run;
 
-pub use array::{SharedArray, SharedEntry, Word};
+pub use array::{SharedArray, SharedEntry, SharedRing, Word};
 pub use run::SharedRun;
 
 /// A bounds-checked view of shared memory. It keeps the mapping alive and is cheap to clone.

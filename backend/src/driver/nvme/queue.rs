@@ -14,6 +14,7 @@
 
 mod free_slots;
 mod setup;
+mod slot;
 
 use std::os::fd::BorrowedFd;
 
@@ -34,24 +35,13 @@ use crate::driver::{Blocks, Command, CommandId, Completion, Direction, Extent, F
 use crate::rate_limited_log::RateLimitedLog;
 use free_slots::FreeSlots;
 pub use setup::QueueSetup;
+use slot::Slot;
 
 /// Maximum entries of an I/O queue; fewer if the controller supports fewer.
 pub const MAX_DEPTH: u16 = 256;
 /// Low bits of a command identifier that are the slot index; the others count generations.
 pub(super) const SLOT_BITS: u32 = 8;
-const SLOT_MASK: u16 = MAX_DEPTH - 1;
-const _: () = assert!(MAX_DEPTH == 1 << SLOT_BITS);
-
-#[derive(Clone, Copy)]
-struct Slot {
-    /// Identifier of the slot's command if busy, else of its next one.
-    cid: u16,
-    busy: bool,
-    tag: u32,
-    /// Tick in which the command, or its Abort, was submitted.
-    since_tick: u32,
-    aborted: bool,
-}
+const _: () = assert!(MAX_DEPTH == 1 << SLOT_BITS && SLOT_BITS == u8::BITS);
 
 /// An I/O queue pair. On cache lines of its own, with all that one command writes: two, because x86 fetches lines in pairs.
 #[repr(align(128))]
@@ -105,9 +95,9 @@ impl IoQueue {
             ),
             slots: std::array::from_fn(|slot| {
                 let slot = u16::try_from(slot).expect("at most MAX_DEPTH");
-                Slot { cid: first_cid + slot, busy: false, tag: 0, since_tick: 0, aborted: false }
+                Slot::free(first_cid + slot)
             }),
-            free: FreeSlots::new(slots),
+            free: FreeSlots::new(u8::try_from(slots).expect("below MAX_DEPTH")),
             most: slots.into(),
             lists: memory.slice(lists_at(depth), usize::from(slots) * PAGE_LEN),
             name,
@@ -143,7 +133,7 @@ impl IoQueue {
 
     /// A Read or Write command (NVM Command Set 1.0 §3.2.4, §3.2.6), without its data pointer.
     #[inline]
-    fn transfer(&self, direction: Direction, block: u64, count: u32) -> SubmissionEntry {
+    fn transfer(&self, direction: Direction, block: u64, count: u64) -> SubmissionEntry {
         let (opcode, metadata) = match direction {
             Direction::Read => (io_opcode::READ, self.metadata[0]),
             Direction::Write => (io_opcode::WRITE, self.metadata[1]),
@@ -159,12 +149,12 @@ impl IoQueue {
             bytes != 0 && u64::from(bytes) == u64::from(count) * u64::from(self.limits.block),
             "a command of {count} blocks with {bytes} bytes of buffer"
         );
-        self.transfer(direction, block, count)
+        self.transfer(direction, block, count.into())
     }
 
     /// Offset and device address of the list page of `slot`.
     #[inline]
-    fn list(&self, slot: u16) -> (usize, Iova) {
+    fn list(&self, slot: u8) -> (usize, Iova) {
         let offset = usize::from(slot) * PAGE_LEN;
         (offset, Iova(self.lists.iova.0 + offset as u64))
     }
@@ -174,7 +164,7 @@ impl IoQueue {
     fn set_data_pointer(
         &self,
         entry: &mut SubmissionEntry,
-        index: u16,
+        index: u8,
         buffers: &[Span<Iova>],
         position: u64,
         bytes: u32,
@@ -205,52 +195,68 @@ impl IoQueue {
 
     /// The slot for the next command.
     #[inline]
-    fn free_slot(&self) -> Result<u16, Full> {
+    fn free_slot(&self) -> Result<u8, Full> {
         self.free.top().filter(|_| !self.submissions.is_full()).ok_or(Full)
     }
 
     /// Writes `entry` to the ring as the command of slot `index`, which [`Self::free_slot`] returned.
     #[inline]
-    fn enqueue(&mut self, index: u16, mut entry: SubmissionEntry, tag: u32) {
+    fn enqueue(&mut self, index: u8, mut entry: SubmissionEntry, tag: u32) {
         self.free.pop();
         let slot = &mut self.slots[usize::from(index)];
-        slot.busy = true;
-        slot.tag = tag;
-        slot.since_tick = self.ticks;
-        slot.aborted = false;
-        entry.cid = slot.cid;
+        entry.cid = slot.cid();
+        slot.take(tag, self.ticks);
         entry.nsid = self.namespace;
         self.submissions.push(&entry);
     }
 
     /// Checks a completion and frees its slot; `None` if it matches no command in flight.
-    #[inline]
-    fn complete(&mut self, entry: &CompletionEntry) -> Option<Completion> {
-        if entry.sq_id != self.id {
-            self.warn(|| format!("dropped a completion for submission queue {}", entry.sq_id));
+    #[inline(always)]
+    fn complete(&mut self, entry: CompletionEntry) -> Option<Completion> {
+        let CompletionEntry { result, dw1, sq_head, sq_id, cid, status } = entry;
+        if sq_id != self.id {
+            self.warn(move || format!("dropped a completion for submission queue {sq_id}"));
             return None;
         }
-        if !self.submissions.set_head(entry.sq_head) {
-            self.warn(|| format!("submission queue head {} is out of range", entry.sq_head));
+        if !self.submissions.set_head(sq_head) {
+            self.warn(move || format!("submission queue head {sq_head} is out of range"));
         }
-        let index = entry.cid.wrapping_sub(self.first_cid) & SLOT_MASK;
-        let Some(slot) = self.slots.get_mut(usize::from(index)).filter(|slot| slot.busy && slot.cid == entry.cid)
-        else {
-            self.warn(|| format!("dropped a completion for command {:#x}, which is not in flight", entry.cid));
+        let [index, _] = cid.wrapping_sub(self.first_cid).to_le_bytes();
+        let slot = &mut self.slots[usize::from(index)];
+        if !slot.is_busy_with(cid) {
+            self.warn(move || format!("dropped a completion for command {cid:#x}, which is not in flight"));
             return None;
-        };
-        slot.busy = false;
-        slot.cid = slot.cid.wrapping_add(self.generation);
+        }
+        slot.give_back(cid.wrapping_add(self.generation));
         let tag = slot.tag;
         self.free.push(index);
-        let status = Status::from_word(entry.status);
+        let status = Status::from_word(status);
         let mut outcome = Outcome::Success;
         if !status.is_success() {
-            self.warn(|| format!("command {:#x}: {status}", entry.cid));
+            self.warn(move || format!("command {cid:#x}: {status}"));
             outcome = status.outcome();
         }
-        let result = u64::from(entry.dw1) << 32 | u64::from(entry.result);
+        let result = u64::from(dw1) << 32 | u64::from(result);
         Some(Completion { tag, outcome, result })
+    }
+
+    /// Removes the finished commands and passes each to `done`.
+    #[inline(always)]
+    fn reap_each(&mut self, mut done: impl FnMut(Completion)) {
+        let mut taken = 0;
+        // Bounded: a controller that posts completions as fast as they are reaped must not keep the worker here.
+        while taken < self.completions.size() {
+            let Some(entry) = self.completions.pop() else {
+                break;
+            };
+            taken += 1;
+            if let Some(completion) = self.complete(entry) {
+                done(completion);
+            }
+        }
+        if taken != 0 {
+            self.completions.update_head();
+        }
     }
 }
 
@@ -303,9 +309,12 @@ impl Queue for IoQueue {
 
     fn submit_short(&mut self, direction: Direction, block: u64, buffer: Span<Iova>, tag: u32) -> bool {
         let whole_blocks = buffer.len() & u64::from(self.limits.block - 1) == 0;
-        let entries = prp::two_entries(buffer, self.limits.transfer).filter(|_| whole_blocks);
-        let (Some((prp1, prp2)), Ok(index)) = (entries, self.free_slot()) else { return false };
-        let count = u32::try_from(buffer.len() >> self.block_shift).expect("at most the longest transfer");
+        if !whole_blocks {
+            return false;
+        }
+        let Some((prp1, prp2)) = prp::two_entries(buffer, self.limits.transfer) else { return false };
+        let Ok(index) = self.free_slot() else { return false };
+        let count = buffer.len() >> self.block_shift;
         self.enqueue(index, SubmissionEntry { prp1, prp2, ..self.transfer(direction, block, count) }, tag);
         true
     }
@@ -336,27 +345,27 @@ impl Queue for IoQueue {
     }
 
     fn reap(&mut self, done: &mut dyn FnMut(Completion)) {
-        let mut taken = 0;
-        // Bounded: a controller that posts completions as fast as they are reaped must not keep the worker here.
-        while taken < self.completions.size() {
-            let Some(entry) = self.completions.pop() else {
-                break;
-            };
-            taken += 1;
-            if let Some(completion) = self.complete(&entry) {
-                done(completion);
-            }
+        self.reap_each(done);
+    }
+
+    fn reap_batch(&mut self, batch: &mut Vec<Completion>) -> usize {
+        let most = usize::from(self.completions.size());
+        if batch.len() < most {
+            batch.resize(most, Completion { tag: 0, outcome: Outcome::Failed, result: 0 });
         }
-        if taken != 0 {
-            self.completions.update_head();
-        }
+        let (places, mut count) = (batch.as_mut_slice(), 0);
+        self.reap_each(|completion| {
+            places[count] = completion;
+            count += 1;
+        });
+        count
     }
 
     fn tick(&mut self, limit: u32) -> OverdueCommands {
         self.interrupt.tick();
         self.ticks = self.ticks.wrapping_add(1);
         let mut found = OverdueCommands::default();
-        for slot in self.slots.iter_mut().filter(|slot| slot.busy) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.is_busy()) {
             // The tick interval of the submission was already running, so it does not count.
             let whole_ticks = self.ticks.wrapping_sub(slot.since_tick).saturating_sub(1);
             found.stalled |= whole_ticks >= 1;
@@ -364,7 +373,7 @@ impl Queue for IoQueue {
                 found.stuck |= whole_ticks >= (limit / 4).max(1);
             } else if whole_ticks >= limit {
                 (slot.aborted, slot.since_tick) = (true, self.ticks);
-                found.expired.push(CommandId { queue: self.id, command: slot.cid });
+                found.expired.push(CommandId { queue: self.id, command: slot.cid() });
             }
         }
         found

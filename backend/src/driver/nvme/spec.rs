@@ -112,8 +112,8 @@ pub(super) struct SubmissionEntry {
 impl SubmissionEntry {
     /// A command on a block range (the number of blocks is 0's based).
     #[inline]
-    pub(super) fn on_blocks(opcode: u8, block: u64, count: u32) -> Self {
-        let blocks = u16::try_from(count - 1).expect("commands have at most 65536 blocks");
+    pub(super) fn on_blocks(opcode: u8, block: u64, count: impl Into<u64>) -> Self {
+        let blocks = u16::try_from(count.into() - 1).expect("commands have at most 65536 blocks");
         let (low, high) = (block & 0xffff_ffff, block >> 32);
         Self {
             opcode,

@@ -78,7 +78,7 @@ pub(super) fn longest_append(data: &[u8; 4096], max_transfer: u32) -> u32 {
 
 /// A command on the zone at `block`, with command dword 13.
 fn on_zone(opcode: u8, block: u64, cdw13: u32) -> SubmissionEntry {
-    SubmissionEntry { cdw12: 0, cdw13, ..SubmissionEntry::on_blocks(opcode, block, 1) }
+    SubmissionEntry { cdw12: 0, cdw13, ..SubmissionEntry::on_blocks(opcode, block, 1_u32) }
 }
 
 /// Zone Management Send. ZNS Command Set 1.1 §3.4.3

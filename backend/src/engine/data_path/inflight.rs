@@ -1,12 +1,13 @@
 //! Requests in flight. The table grows with the rings and never shrinks. A slot keeps its buffer list when it is reused, so
 //! the data path does not allocate.
 
-use crate::addr::{Gpa, Span};
-use crate::driver::Outcome;
+use crate::addr::{Gpa, Iova, Span};
+use crate::driver::{Direction, Outcome};
 use crate::engine::guest_memory::GuestMemoryView;
 use crate::engine::inflight_policy::InflightPolicy;
 use crate::engine::request::pending_used::PendingUsed;
 use crate::engine::request::{Data, Operation};
+use crate::engine::virtqueue::chain::Head;
 
 /// A request in flight.
 pub(in crate::engine) struct InflightRequest {
@@ -60,13 +61,6 @@ impl InflightRequest {
             outstanding: 0,
             outcome: Outcome::Success,
         }
-    }
-
-    /// The same, after one command for all of it has been submitted.
-    #[inline]
-    pub(in crate::engine) fn submitted_if(self, submitted: bool) -> Self {
-        let position = if submitted { self.bytes } else { 0 };
-        Self { position, fully_submitted: submitted, outstanding: submitted.into(), ..self }
     }
 
     /// True if every command has been submitted and has completed.
@@ -135,6 +129,41 @@ impl InflightRequest {
     }
 }
 
+/// A read or write of one buffer whose only command is in flight and covers all of it: what most requests are until they
+/// complete. If anything else happens to it, it becomes an [`InflightRequest`].
+pub(in crate::engine) struct ShortRequest {
+    pub(in crate::engine) pending_used: PendingUsed,
+    /// See [`InflightRequest::ring`].
+    pub(in crate::engine) ring: usize,
+    pub(in crate::engine) direction: Direction,
+    /// First logical block.
+    pub(in crate::engine) block: u64,
+    /// Where the device has the data.
+    pub(in crate::engine) data: Span<Iova>,
+    /// See [`InflightRequest::started`].
+    pub(in crate::engine) started: u64,
+}
+
+impl ShortRequest {
+    /// The same as an [`InflightRequest`] without commands. Its buffers are put into `buffers`.
+    fn expand(self, buffers: &mut Data) -> InflightRequest {
+        let Self { pending_used, ring, direction, block, data, started } = self;
+        buffers.clear();
+        buffers.buffers.push(data);
+        InflightRequest::new(pending_used, ring, (direction.into(), block, data.len()), started)
+    }
+}
+
+/// What remains of a [`ShortRequest`] when the device has finished it.
+#[derive(Clone, Copy)]
+pub(in crate::engine) struct FinishedShort {
+    pub(in crate::engine) head: Head,
+    pub(in crate::engine) status: Gpa,
+    pub(in crate::engine) ring: usize,
+    pub(in crate::engine) direction: Direction,
+    pub(in crate::engine) bytes: u64,
+}
+
 /// What remains of a request when the device has finished it; see [`InflightRequest`].
 pub(in crate::engine) struct Finished {
     pub(in crate::engine) pending_used: PendingUsed,
@@ -146,18 +175,68 @@ pub(in crate::engine) struct Finished {
 }
 
 /// A slot for a request.
-#[derive(Default)]
 pub(in crate::engine) struct InflightSlot {
     pub(in crate::engine) data: Data,
-    /// `None` while the slot is free.
-    pub(in crate::engine) inflight_request: Option<InflightRequest>,
+    occupant: Occupant,
+    /// While it is free, the next free one. [`NO_SLOT`] in the last one.
+    next_free: u32,
+}
+
+/// What is in a slot.
+#[derive(Default)]
+enum Occupant {
+    #[default]
+    None,
+    Short(ShortRequest),
+    Any(InflightRequest),
+}
+
+/// No table has as many slots.
+const NO_SLOT: u32 = u32::MAX;
+
+impl InflightSlot {
+    /// The request, expanded if it is a short one.
+    #[inline]
+    fn request(&mut self) -> Option<(&mut InflightRequest, &Data)> {
+        if matches!(self.occupant, Occupant::Short(_)) {
+            self.expand(true);
+        }
+        match &mut self.occupant {
+            Occupant::Any(request) => Some((request, &self.data)),
+            _ => None,
+        }
+    }
+
+    /// Expands a short request, whose command is in flight if it has been `submitted`.
+    #[cold]
+    fn expand(&mut self, submitted: bool) {
+        if let Occupant::Short(short) = std::mem::take(&mut self.occupant) {
+            let mut request = short.expand(&mut self.data);
+            if submitted {
+                request.add_command(request.bytes);
+            }
+            self.occupant = Occupant::Any(request);
+        }
+    }
+
+    /// True if the request accesses memory in `spans` of `guest`.
+    fn uses(&self, guest: &GuestMemoryView, spans: &[Span<Gpa>]) -> bool {
+        let (pending_used, buffers) = match &self.occupant {
+            Occupant::None => return false,
+            Occupant::Short(short) => (&short.pending_used, std::slice::from_ref(&short.data).iter().chain(&[])),
+            Occupant::Any(request) => (&request.pending_used, self.data.buffers.iter().chain(&self.data.append_sector)),
+        };
+        let status = pending_used.status();
+        let data = |span: &Span<Gpa>| buffers.clone().any(|buffer| guest.gpa(*buffer).overlaps(span));
+        spans.iter().any(|span| status.is_some_and(|byte| span.contains(byte)) || data(span))
+    }
 }
 
 /// A free slot, which stays free until [`Self::occupy`].
 pub(in crate::engine) struct Vacancy<'t> {
     index: u32,
     slot: &'t mut InflightSlot,
-    free: &'t mut Vec<u32>,
+    first_free: &'t mut u32,
 }
 
 impl Vacancy<'_> {
@@ -176,52 +255,94 @@ impl Vacancy<'_> {
     /// Puts a request into the slot. Always inlined, so that the request is built in its place.
     #[inline(always)]
     pub(in crate::engine) fn occupy(self, inflight_request: InflightRequest) {
-        self.free.pop();
-        self.slot.inflight_request = Some(inflight_request);
+        self.put(Occupant::Any(inflight_request));
+    }
+
+    /// The same for a short one.
+    #[inline(always)]
+    pub(in crate::engine) fn occupy_short(self, short: ShortRequest) {
+        self.put(Occupant::Short(short));
+    }
+
+    #[inline(always)]
+    fn put(self, occupant: Occupant) {
+        let before = std::mem::replace(&mut self.slot.occupant, occupant);
+        debug_assert!(matches!(before, Occupant::None), "a free slot");
+        // A free slot has nothing to drop, which the compiler does not know.
+        std::mem::forget(before);
+        *self.first_free = self.slot.next_free;
     }
 }
 
 /// A worker's requests in flight.
-#[derive(Default)]
 pub(in crate::engine) struct InflightTable {
     slots: Vec<InflightSlot>,
-    free: Vec<u32>,
+    /// The slot that was freed last. [`NO_SLOT`] if none is free.
+    first_free: u32,
+}
+
+impl Default for InflightTable {
+    fn default() -> Self {
+        Self { slots: Vec::new(), first_free: NO_SLOT }
+    }
 }
 
 impl InflightTable {
     /// Adds `count` slots, so that the data path need not allocate.
     pub(in crate::engine) fn reserve(&mut self, count: u16) {
         for _ in 0..count {
-            self.free.push(u32::try_from(self.slots.len()).expect("rings are few and short"));
-            self.slots.push(InflightSlot::default());
+            let next_free = self.first_free;
+            self.first_free = u32::try_from(self.slots.len()).expect("rings are few and short");
+            self.slots.push(InflightSlot { data: Data::default(), occupant: Occupant::None, next_free });
         }
     }
 
     /// A free slot.
     #[inline]
     pub(in crate::engine) fn vacant(&mut self) -> Vacancy<'_> {
-        if self.free.is_empty() {
+        if self.first_free as usize >= self.slots.len() {
             self.reserve(1);
         }
-        let index = *self.free.last().expect("reserved above");
-        Vacancy { index, slot: &mut self.slots[index as usize], free: &mut self.free }
+        let Self { slots, first_free } = self;
+        Vacancy { index: *first_free, slot: &mut slots[*first_free as usize], first_free }
     }
 
     /// The request and its data.
     #[inline]
     pub(in crate::engine) fn get(&mut self, index: u32) -> Option<(&mut InflightRequest, &Data)> {
-        let slot = self.slots.get_mut(index as usize)?;
-        Some((slot.inflight_request.as_mut()?, &slot.data))
+        self.slots.get_mut(index as usize)?.request()
     }
 
     /// Removes a request. Its data stay until the slot is reused. Always inlined: the request would be copied otherwise.
     #[inline(always)]
     pub(in crate::engine) fn remove(&mut self, index: u32) -> Option<(Finished, &Data)> {
         let slot = self.slots.get_mut(index as usize)?;
-        let InflightRequest { pending_used, ring, operation, bytes, outcome, started, .. } =
-            slot.inflight_request.take()?;
-        self.free.push(index);
+        slot.request()?;
+        let Occupant::Any(request) = std::mem::take(&mut slot.occupant) else { return None };
+        slot.next_free = std::mem::replace(&mut self.first_free, index);
+        let InflightRequest { pending_used, ring, operation, bytes, outcome, started, .. } = request;
         Some((Finished { pending_used, ring, operation, bytes, outcome, started }, &slot.data))
+    }
+
+    /// The command of the short request in a slot could not be submitted.
+    #[cold]
+    pub(in crate::engine) fn not_submitted(&mut self, index: u32) {
+        self.slots[index as usize].expand(false);
+    }
+
+    /// Removes a request if it is a short one. The caller must push a used entry for it.
+    #[inline(always)]
+    pub(in crate::engine) fn remove_short(&mut self, index: u32) -> Option<FinishedShort> {
+        let slot = self.slots.get_mut(index as usize)?;
+        let Occupant::Short(ShortRequest { pending_used, ring, direction, data, .. }) = &slot.occupant else {
+            return None;
+        };
+        let (head, status) = (pending_used.head(), pending_used.status()?);
+        let finished = FinishedShort { head, status, ring: *ring, direction: *direction, bytes: data.len() };
+        slot.next_free = std::mem::replace(&mut self.first_free, index);
+        // Nothing is moved out of its place to be dropped.
+        std::mem::forget(std::mem::take(&mut slot.occupant));
+        Some(finished)
     }
 
     /// The data in a slot, also of a request that has been removed and not followed by another.
@@ -231,19 +352,15 @@ impl InflightTable {
 
     /// True if a request in flight accesses memory in `spans` of `guest`.
     pub(in crate::engine) fn uses(&self, guest: &GuestMemoryView, spans: &[Span<Gpa>]) -> bool {
-        let in_use = |slot: &InflightSlot| {
-            let Some(inflight_request) = &slot.inflight_request else { return false };
-            let status = inflight_request.pending_used.status();
-            let buffers = || slot.data.buffers.iter().chain(&slot.data.append_sector);
-            let data = |span: &Span<Gpa>| buffers().any(|buffer| guest.gpa(*buffer).overlaps(span));
-            spans.iter().any(|span| status.is_some_and(|byte| span.contains(byte)) || data(span))
-        };
-        self.slots.iter().any(in_use)
+        self.slots.iter().any(|slot| slot.uses(guest, spans))
     }
 
     /// The indices of all requests in flight.
     pub(in crate::engine) fn indices(&self) -> Vec<u32> {
-        let occupied = self.slots.iter().zip(0..).filter(|(slot, _)| slot.inflight_request.is_some());
+        let occupied = self.slots.iter().zip(0..).filter(|(slot, _)| !matches!(slot.occupant, Occupant::None));
         occupied.map(|(_, index)| index).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,7 @@
 
 mod bounce;
 mod cache_maintenance;
+mod fast_run;
 mod finish;
 mod inflight;
 mod layout;
@@ -73,6 +74,8 @@ pub(in crate::engine) struct DataPath {
     partial: Option<u32>,
     /// Requests to submit again after a reset, and those whose next command has waited for the one before.
     resubmit: Vec<u32>,
+    /// Of the last call of [`Self::reap`]: kept for its memory.
+    completions: Vec<Completion>,
     /// Where the next pass starts, so that a full device does not favour one ring.
     next_slot: usize,
     /// Virtqueue = slot × workers + worker.
@@ -112,6 +115,7 @@ impl DataPath {
             internal_flush: None,
             partial: None,
             resubmit: Vec::new(),
+            completions: Vec::new(),
             next_slot: 0,
             worker: layout.worker,
             workers: layout.workers,
@@ -127,12 +131,16 @@ impl DataPath {
     /// Handles all completions. Returns true if there were any.
     #[inline]
     pub(in crate::engine) fn reap(&mut self, queue: &mut dyn Queue) -> bool {
-        let mut any = false;
-        queue.reap(&mut |completion| {
-            any = true;
-            self.complete(completion);
-        });
-        any
+        let mut batch = std::mem::take(&mut self.completions);
+        let count = queue.reap_batch(&mut batch);
+        let plain = self.is_plain();
+        for completion in &batch[..count] {
+            if !(plain && self.finish_short(completion)) {
+                self.complete(*completion);
+            }
+        }
+        self.completions = batch;
+        count != 0
     }
 
     /// Submits available requests until the device queue is full. Returns true if commands were submitted.
@@ -238,7 +246,7 @@ impl DataPath {
     }
 
     /// Handles a completion, and the end of its request.
-    #[inline]
+    #[inline(never)]
     fn complete(&mut self, completion: Completion) {
         let Completion { tag, outcome, .. } = completion;
         if tag == INTERNAL_FLUSH {

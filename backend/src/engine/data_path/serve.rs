@@ -1,10 +1,11 @@
 //! Takes requests from a ring. Each is completed at once or submitted, until the device queue is full.
 
+use super::fast_run::RunEnd;
 use super::inflight::InflightRequest;
 use super::logging::Dirtied;
 use super::{Capacity, DataPath, VringSlot};
 use crate::driver::Queue;
-use crate::engine::request::{Job, RequestFault, Status, Transfer, parse};
+use crate::engine::request::{Job, RequestFault, Status, parse};
 use crate::engine::vring::State;
 
 impl DataPath {
@@ -18,28 +19,21 @@ impl DataPath {
                 return Capacity::Exhausted;
             }
         }
-        let VringSlot { enabled: true, ring: Some(ring) } = &mut self.slots[slot] else { return Capacity::Available };
-        if ring.state != State::Serving {
-            return Capacity::Available;
-        }
-        let offered = match ring.queue.available() {
-            Ok(offered) => offered,
-            Err(broken) => {
-                self.fail_ring(slot, &broken);
-                return Capacity::Available;
-            }
-        };
-        // Requests in flight never exceed the ring's size, even if the driver offers a chain again before it is returned.
-        let count = offered.min(ring.queue.size() - ring.in_flight);
-        for _ in 0..count {
-            if let Some(queue) = &mut queue
-                && let Some(capacity) = self.begin_fast(*queue, slot)
-            {
-                if capacity == Capacity::Exhausted {
-                    return Capacity::Exhausted;
+        let mut left = self.offered(slot);
+        while left != 0 {
+            if let Some(queue) = &mut queue {
+                let run = self.serve_fast(*queue, slot, left);
+                left -= run.taken;
+                match run.end {
+                    RunEnd::Complete => break,
+                    RunEnd::Started(index) if self.advance(*queue, index) == Capacity::Exhausted => {
+                        return Capacity::Exhausted;
+                    }
+                    RunEnd::Started(_) => continue,
+                    RunEnd::Other => {}
                 }
-                continue;
             }
+            left -= 1;
             let Some(ring) = &mut self.slots[slot].ring else { break };
             match ring.queue.take(&mut self.guest, &mut self.chain) {
                 Ok(true) => {}
@@ -59,6 +53,23 @@ impl DataPath {
         Capacity::Available
     }
 
+    /// How many requests may be taken from a ring. Those in flight never exceed its size, even if the driver offers a chain again
+    /// before it is returned.
+    #[inline]
+    fn offered(&mut self, slot: usize) -> u16 {
+        let VringSlot { enabled: true, ring: Some(ring) } = &self.slots[slot] else { return 0 };
+        if ring.state != State::Serving {
+            return 0;
+        }
+        match ring.queue.available() {
+            Ok(offered) => offered.min(ring.queue.size() - ring.in_flight),
+            Err(broken) => {
+                self.fail_ring(slot, &broken);
+                0
+            }
+        }
+    }
+
     /// Submits requests again that were in flight when the process before ended. A ring that stops waits for them.
     #[cold]
     fn serve_recovered(&mut self, mut queue: Option<&mut dyn Queue>, slot: usize) -> Capacity {
@@ -76,31 +87,6 @@ impl DataPath {
                 return Capacity::Exhausted;
             }
         }
-    }
-
-    /// Takes and starts the next request of a ring if it has the fast shape.
-    #[inline]
-    fn begin_fast(&mut self, queue: &mut dyn Queue, slot: usize) -> Option<Capacity> {
-        let ring = self.slots[slot].ring.as_mut()?;
-        let fast = ring.queue.peek_fast(&mut self.guest)?;
-        let Some(transfer) = Transfer::of(&fast, &mut self.guest, &self.disk) else {
-            ring.queue.leave_fast(fast);
-            return None;
-        };
-        let head = ring.queue.take_fast(fast);
-        ring.in_flight += 1;
-        let mut vacancy = self.inflight.vacant();
-        let (index, data) = (vacancy.index(), vacancy.data());
-        data.ranges.clear();
-        data.buffers.clear();
-        data.buffers.push(transfer.data);
-        let submitted = self.caches.are_coherent()
-            && !transfer.crosses_boundary(&self.disk)
-            && queue.submit_short(transfer.direction(), transfer.block, transfer.data, index);
-        let command = (transfer.operation, transfer.block, transfer.data.len());
-        let inflight_request = InflightRequest::new(transfer.pending_used(head), slot, command, self.clock.now);
-        vacancy.occupy(inflight_request.submitted_if(submitted));
-        Some(if submitted { Capacity::Available } else { self.advance(queue, index) })
     }
 
     /// Starts the request in `self.chain`, which the process before may have executed if it is `recovered`.

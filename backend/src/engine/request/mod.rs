@@ -6,6 +6,7 @@
 //! existing blocks only. Each chain comes with a [`PendingUsed`], which must be completed with a used entry.
 
 mod buffers;
+mod disk_bounds;
 mod disk_zones;
 pub mod pending_used;
 mod ranges;
@@ -15,6 +16,7 @@ pub(in crate::engine) mod zones;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+pub use disk_bounds::DiskBounds;
 pub use disk_zones::max_append;
 pub use transfer::Transfer;
 pub use types::{BOUNCE_BYTES, Data, Disk, ID_BYTES, Job, Operation, RangeLimits, RequestFault, Status};
@@ -39,9 +41,7 @@ struct Header {
 /// Parses a chain. `data` receives the request's buffers and ranges.
 #[inline]
 pub fn parse(chain: &Chain, guest: &mut GuestMemoryView, disk: &Disk, data: &mut Data) -> (PendingUsed, Job) {
-    data.buffers.clear();
-    data.ranges.clear();
-    data.append_sector.clear();
+    data.clear();
     let status = chain.last_writable().filter(|&byte| guest.has_status(byte));
     let pending_used = PendingUsed::new(chain.head(), status);
     if let Some(fault) = chain.fault() {

@@ -24,6 +24,12 @@ impl PendingUsed {
         self.status
     }
 
+    /// The head.
+    #[inline]
+    pub(in crate::engine) fn head(&self) -> Head {
+        self.head
+    }
+
     /// Returns the head. The caller must push a used entry for it, or fail the ring.
     #[inline]
     pub fn complete(self) -> Head {

@@ -4,9 +4,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::disk_bounds::DiskBounds;
 use super::disk_zones::DiskZones;
 use crate::addr::{Gpa, Iova, Span};
-use crate::driver::{Blocks, Command, DiscardLimits, Geometry, ZeroesLimits, ZoneAction};
+use crate::driver::{Blocks, Command, Direction, DiscardLimits, Geometry, ZeroesLimits, ZoneAction};
 use crate::engine::live_geometry::LiveGeometry;
 use crate::engine::virtqueue::chain::ChainFault;
 
@@ -214,6 +215,12 @@ impl Disk {
         }
     }
 
+    /// True if no transfer crosses a boundary of the disk.
+    #[inline]
+    pub(in crate::engine) fn has_no_boundary(&self) -> bool {
+        self.boundary == 0
+    }
+
     /// At most `bytes`, such that a command at offset `position` of a request that starts at `block` crosses no boundary.
     #[inline]
     pub(in crate::engine) fn within_boundary(&self, block: u64, position: u64, bytes: u32) -> u32 {
@@ -227,29 +234,22 @@ impl Disk {
         u32::try_from(blocks << self.block_shift).map_or(bytes, |most| bytes.min(most))
     }
 
-    /// The operation of a request of type `kind` with device-writable or device-readable data. `None` if it is not a read or
-    /// write, is refused, or is a write to zones, which [`super::parse`] checks.
+    /// What transfers are checked against, as it is now: the device can change the size.
     #[inline]
-    pub(in crate::engine) fn transfer_of(&self, kind: u32, writable: bool) -> Option<Operation> {
-        match (kind, writable) {
-            (T_IN, true) => Some(Operation::Read),
-            (T_OUT, false) if !self.read_only && self.zones.is_none() => Some(Operation::Write),
-            _ => None,
+    #[must_use]
+    pub fn bounds(&self) -> DiskBounds {
+        DiskBounds {
+            sectors: self.live.blocks.load(Ordering::Relaxed) << self.sector_shift,
+            in_block: self.block_size - 1,
+            sector_shift: self.sector_shift,
+            takes_writes: !self.read_only && self.zones.is_none(),
         }
     }
 
-    /// The first block of a transfer. All of it must be on the disk.
+    /// [`DiskBounds::block`] of the disk as it is now.
     #[inline]
     pub(in crate::engine) fn block(&self, sector: u64, bytes: u64) -> Result<u64, RequestFault> {
-        // The bits that the shift loses are too high to matter for the alignment.
-        if (bytes | sector << SECTOR_SHIFT) & u64::from(self.block_size - 1) != 0 {
-            return Err(RequestFault::Alignment { sector, bytes, block_size: self.block_size });
-        }
-        let sectors = self.live.blocks.load(Ordering::Relaxed) << self.sector_shift;
-        match sectors.checked_sub(sector) {
-            Some(left) if bytes >> SECTOR_SHIFT <= left => Ok(sector >> self.sector_shift),
-            _ => Err(RequestFault::Range { sector, bytes, sectors }),
-        }
+        self.bounds().block(sector, bytes)
     }
 }
 
@@ -275,6 +275,16 @@ pub enum Operation {
     ZoneReport,
     /// VIRTIO_BLK_T_ZONE_OPEN and the others that change the state of a zone
     ManageZone(ZoneAction),
+}
+
+impl From<Direction> for Operation {
+    #[inline]
+    fn from(direction: Direction) -> Self {
+        match direction {
+            Direction::Read => Self::Read,
+            Direction::Write => Self::Write,
+        }
+    }
 }
 
 impl Operation {
@@ -307,6 +317,16 @@ pub struct Data {
     pub ranges: Vec<Blocks>,
     /// IOVAs of `append_sector` of an append.
     pub append_sector: Vec<Span<Iova>>,
+}
+
+impl Data {
+    /// Empties all of it.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.buffers.clear();
+        self.ranges.clear();
+        self.append_sector.clear();
+    }
 }
 
 /// How a request is executed.

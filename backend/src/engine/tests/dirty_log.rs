@@ -10,6 +10,7 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::disk::DiskOptions;
+use super::nvme::Drive;
 use super::packed_driver::PackedDriver;
 use super::ranges;
 use super::rig::*;
@@ -71,6 +72,18 @@ fn a_read_marks_its_data_and_its_status() {
 
     let data = [0x1000, 0x2000, 0x8000, 0x9000].map(|offset| DATA + offset);
     assert_eq!(log.take(), [&[page(read.status)][..], &data].concat());
+}
+
+#[test]
+fn a_read_of_one_short_command_marks_its_data_and_its_status() {
+    let (drive, log) = (Drive::threaded(1, 512), Log::new());
+    let mut driver = drive.driver(0, RingOptions::default());
+    drive.engine.set_logging(Some(&log.logging));
+
+    let read = driver.send(IN, 0, &[(DATA + 0x1800, 0x1000)]);
+    driver.wait(1);
+
+    assert_eq!(log.take(), [page(read.status), DATA + 0x1000, DATA + 0x2000]);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::disk::DiskOptions;
+use super::nvme::Drive;
 use super::rig::*;
 use crate::engine::{DeviceState, RingStatistics};
 
@@ -54,6 +55,19 @@ fn only_requests_that_begin_and_end_while_that_is_measured_are_timed() {
 
     wait_until("it is timed", || reads() == 1);
     assert!(handle.workers()[0].latencies[0].quantile(500).is_some());
+}
+
+#[test]
+fn a_read_of_one_short_command_is_timed() {
+    let drive = Drive::threaded(1, 512);
+    let mut driver = drive.driver(0, RingOptions::default());
+    let handle = drive.engine.handle();
+    handle.measure(true);
+
+    driver.send(IN, 0, &[(DATA, 512)]);
+    driver.wait(1);
+
+    wait_until("it is timed", || handle.workers()[0].latencies[0].count() == 1);
 }
 
 #[test]

@@ -79,7 +79,7 @@ impl Drive {
         Self { engine, machine, region }
     }
 
-    fn threaded(queues: u16, lba: u32) -> Self {
+    pub(super) fn threaded(queues: u16, lba: u32) -> Self {
         let options = Options { size: 16 << 20, queues, lba, mode: Mode::Threaded, ..Options::default() };
         Self::new(options, Duration::from_micros(20), Duration::from_secs(20))
     }

@@ -9,7 +9,8 @@
 
 use super::chain::Head;
 use super::descriptor::{INDIRECT, NEXT, WRITE};
-use crate::addr::{Gpa, Span};
+use crate::addr::Gpa;
+use crate::engine::guest_memory::BatchView;
 use crate::engine::inflight_region::Recorded;
 
 /// Bytes of a request's header (virtio 1.2 §5.2.6).
@@ -31,13 +32,18 @@ const fn flags(flags: u16) -> u64 {
     (flags as u64) << 32
 }
 
+/// The `next` field of a descriptor of a split ring, in its second word.
+const fn next(next: u16) -> u64 {
+    (next as u64) << 48
+}
+
 impl FastDescriptor {
     /// Decodes a descriptor of a split ring. Returns it and its `next` field.
     #[inline]
     #[must_use]
     pub fn split([addr, rest]: [u64; 2]) -> (Self, u16) {
         let [_, next] = halves(rest);
-        (Self { addr, shape: rest & (u64::from(u32::MAX) | flags(NEXT | WRITE | INDIRECT)) }, next)
+        (Self { addr, shape: rest & (u64::from(u32::MAX) | flags(u16::MAX)) }, next)
     }
 
     /// Decodes a descriptor of a packed ring, without the AVAIL and USED flags. Returns it and its buffer ID.
@@ -49,14 +55,11 @@ impl FastDescriptor {
         (Self { addr, shape: rest & u64::from(u32::MAX) | above }, id)
     }
 
-    /// The indirect table, if this is an indirect descriptor with a table of three entries.
+    /// The address of the indirect table, if this is an indirect descriptor with a table of three entries.
     #[inline]
     #[must_use]
-    pub fn table(self) -> Option<Span<Gpa>> {
-        if self.shape != flags(INDIRECT) | u64::from(TABLE) {
-            return None;
-        }
-        Span::new(Gpa(self.addr), TABLE.into())
+    pub fn table(self) -> Option<Gpa> {
+        (self.shape == flags(INDIRECT) | u64::from(TABLE)).then_some(Gpa(self.addr))
     }
 
     /// True if another descriptor follows and this one is not indirect.
@@ -72,9 +75,10 @@ impl FastDescriptor {
         self.shape & !flags(NEXT)
     }
 
+    /// True if this is a data buffer, with the flags that those have.
     #[inline]
-    fn len(self) -> u64 {
-        self.shape & u64::from(u32::MAX)
+    fn is_data(self) -> bool {
+        self.shape & flags(!(NEXT | WRITE)) == 0
     }
 }
 
@@ -90,8 +94,10 @@ fn halves(word: u64) -> [u16; 2] {
 pub struct FastBuffers {
     /// The device-readable header of 16 bytes.
     pub header: Gpa,
-    /// The data.
-    pub data: Span<Gpa>,
+    /// Where the data start.
+    pub data: Gpa,
+    /// Bytes of data.
+    pub len: u32,
     /// True if the data are device-writable.
     pub writable: bool,
     /// The device-writable status byte.
@@ -103,10 +109,7 @@ pub struct FastBuffers {
 #[must_use = "it is taken or left"]
 pub struct FastRequest {
     head: Head,
-    header: Gpa,
-    data: Span<Gpa>,
-    writable: bool,
-    status: Gpa,
+    buffers: FastBuffers,
 }
 
 impl FastRequest {
@@ -114,17 +117,33 @@ impl FastRequest {
     /// of them through memory.
     #[inline(always)]
     pub fn new(head: Head, [header, data, status]: [FastDescriptor; 3]) -> Option<Self> {
-        let shape = header.alone() == HEADER && data.shape & flags(INDIRECT) == 0 && status.alone() == flags(WRITE) | 1;
+        let shape = header.alone() == HEADER && data.is_data() && status.alone() == flags(WRITE) | 1;
         if !shape {
             return None;
         }
-        Some(Self {
-            head,
-            header: Gpa(header.addr),
-            data: Span::new(Gpa(data.addr), data.len())?,
-            writable: data.shape & flags(WRITE) != 0,
-            status: Gpa(status.addr),
-        })
+        Some(Self::of_buffers(head, [header.addr, data.addr, status.addr], data.shape))
+    }
+
+    /// The request of the indirect table of a split ring, whose descriptors follow each other in it.
+    #[inline(always)]
+    pub fn of_split_table(head: Head, [header, data, status]: [[u64; 2]; 3]) -> Option<Self> {
+        // Whole words, and no flags but those that are expected: three comparisons. The last descriptor's `next` has no meaning.
+        let shape = header[1] == HEADER | flags(NEXT) | next(1)
+            && (data[1] & !flags(WRITE)) >> 32 == (flags(NEXT) | next(2)) >> 32
+            && status[1] << 16 == (flags(WRITE) | 1) << 16;
+        if !shape {
+            return None;
+        }
+        Some(Self::of_buffers(head, [header[0], data[0], status[0]], data[1]))
+    }
+
+    /// `shape` is the second word of the data's descriptor.
+    #[inline(always)]
+    fn of_buffers(head: Head, [header, data, status]: [u64; 3], shape: u64) -> Self {
+        let [len, _]: [u32; 2] = zerocopy::transmute!(shape);
+        let writable = shape & flags(WRITE) != 0;
+        let buffers = FastBuffers { header: Gpa(header), data: Gpa(data), len, writable, status: Gpa(status) };
+        Self { head, buffers }
     }
 
     /// The same, of a chain that is recorded in the inflight region.
@@ -144,7 +163,16 @@ impl FastRequest {
     #[inline]
     #[must_use]
     pub fn buffers(&self) -> FastBuffers {
-        let &Self { header, data, writable, status, .. } = self;
-        FastBuffers { header, data, writable, status }
+        self.buffers
     }
+}
+
+/// What the fast path needs of a ring of either layout.
+pub trait FastRing {
+    /// See [`super::Virtqueue::peek_fast`].
+    fn peek_fast(&mut self, guest: &mut BatchView<'_>) -> Option<FastRequest>;
+    /// Takes the chain that [`Self::peek_fast`] returned.
+    fn take_fast(&mut self, head: Head);
+    /// Leaves the chain that [`Self::peek_fast`] returned in the ring.
+    fn leave_fast(&mut self, head: Head);
 }

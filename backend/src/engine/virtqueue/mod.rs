@@ -12,7 +12,7 @@ pub mod packed;
 pub mod position;
 pub mod split;
 
-pub use fast_path::{FastDescriptor, FastRequest};
+pub use fast_path::{FastDescriptor, FastRequest, FastRing};
 pub use layout::{Area, Layout, MAX_SIZE, RingFault};
 
 use super::dirty_log::RingLog;
@@ -161,7 +161,8 @@ impl Virtqueue {
     /// to [`Self::take_fast`] or to [`Self::leave_fast`] before it calls anything else here: the record may have it as taken.
     #[inline]
     pub fn peek_fast(&mut self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
-        either!(self, ring => ring.peek_fast(guest))
+        let mut guest = guest.batch()?;
+        either!(self, ring => ring.peek_fast(&mut guest))
     }
 
     /// Takes the chain that [`Self::peek_fast`] returned.
@@ -173,9 +174,7 @@ impl Virtqueue {
 
     /// Leaves the chain that [`Self::peek_fast`] returned in the ring.
     pub fn leave_fast(&mut self, fast: FastRequest) {
-        if let Self::Packed(ring) = self {
-            ring.leave_fast(fast.head());
-        }
+        either!(self, ring => ring.leave_fast(fast.head()));
     }
 
     /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`].

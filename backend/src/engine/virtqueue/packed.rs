@@ -17,12 +17,12 @@ use std::sync::atomic::{Ordering, fence};
 use super::areas::map_areas;
 use super::chain::{Chain, Head, WalkLimits};
 use super::descriptor::{PackedDescriptor, PackedWords};
-use super::fast_path::{FastDescriptor, FastRequest};
+use super::fast_path::{FastDescriptor, FastRequest, FastRing};
 use super::layout::{MAX_SIZE, RingFault};
 use super::position::{Position, positions};
 use crate::engine::dirty_log::RingLog;
 use crate::engine::error::EngineError;
-use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::guest_memory::{BatchView, GuestMemoryView};
 use crate::engine::inflight_region::packed::PackedMarks;
 use crate::engine::inflight_region::packed_recovery::{PackedRequest, PackedState};
 use crate::engine::inflight_region::{Claim, Contradiction, InflightRegion, Recorded, Tracking};
@@ -244,34 +244,6 @@ impl PackedRing {
         Ok(true)
     }
 
-    /// As [`super::Virtqueue::peek_fast`].
-    #[inline]
-    pub fn peek_fast(&mut self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
-        let front = self.offered()?;
-        let (first, id) = FastDescriptor::packed(front);
-        if first.is_linked() && self.size - self.taken >= 3 {
-            let second = self.slot_after(self.next_avail.slot);
-            let back = [second, self.slot_after(second)].map(|slot| self.descriptors.read(slot.into()));
-            let [(data, _), (status, id)] = back.map(FastDescriptor::packed);
-            if !data.is_linked() || status.is_linked() {
-                return None;
-            }
-            let request = FastRequest::new(Head::new(id, 3), [first, data, status])?;
-            return Some(request.recorded(self.record([front, back[0], back[1]])?));
-        }
-        let table = first.table().filter(|_| self.indirect)?;
-        // Before the table is read, for there is less to remember.
-        let record = self.record([front])?;
-        let request = guest.descriptors(table, 3).and_then(|table| {
-            let request = [0, 1, 2].map(|n| FastDescriptor::packed(table.read(n)).0);
-            FastRequest::new(Head::new(id, 1), request)
-        });
-        if request.is_none() {
-            self.unrecord(record);
-        }
-        Some(request?.recorded(record))
-    }
-
     #[inline]
     fn slot_after(&self, slot: u16) -> u16 {
         if slot + 1 == self.size { 0 } else { slot + 1 }
@@ -288,18 +260,6 @@ impl PackedRing {
         if let Some(marks) = &mut self.marks {
             marks.untake(record);
         }
-    }
-
-    /// Takes the chain that [`Self::peek_fast`] returned, and has recorded already.
-    #[inline]
-    pub fn take_fast(&mut self, head: Head) {
-        self.advance(head.entries());
-    }
-
-    /// Leaves the chain that [`Self::peek_fast`] returned in the ring.
-    #[cold]
-    pub fn leave_fast(&mut self, head: Head) {
-        self.unrecord(head.record());
     }
 
     #[inline]
@@ -382,6 +342,46 @@ impl PackedRing {
     pub fn disarm(&self) {
         self.device_event.write_u32(0, u32::from(EVENT_FLAGS_DISABLE) << 16);
         self.mark_device_event();
+    }
+}
+
+impl FastRing for PackedRing {
+    #[inline(always)]
+    fn peek_fast(&mut self, guest: &mut BatchView<'_>) -> Option<FastRequest> {
+        let front = self.offered()?;
+        let (first, id) = FastDescriptor::packed(front);
+        if first.is_linked() && self.size - self.taken >= 3 {
+            let second = self.slot_after(self.next_avail.slot);
+            let back = [second, self.slot_after(second)].map(|slot| self.descriptors.read(slot.into()));
+            let [(data, _), (status, id)] = back.map(FastDescriptor::packed);
+            if !data.is_linked() || status.is_linked() {
+                return None;
+            }
+            let request = FastRequest::new(Head::new(id, 3), [first, data, status])?;
+            return Some(request.recorded(self.record([front, back[0], back[1]])?));
+        }
+        let table = first.table().filter(|_| self.indirect)?;
+        // Before the table is read, for there is less to remember.
+        let record = self.record([front])?;
+        let request = guest.descriptors(table, 3).and_then(|table| {
+            let request = [0, 1, 2].map(|n| FastDescriptor::packed(table.read(n)).0);
+            FastRequest::new(Head::new(id, 1), request)
+        });
+        if request.is_none() {
+            self.unrecord(record);
+        }
+        Some(request?.recorded(record))
+    }
+
+    /// [`Self::peek_fast`] has recorded it already.
+    #[inline(always)]
+    fn take_fast(&mut self, head: Head) {
+        self.advance(head.entries());
+    }
+
+    #[cold]
+    fn leave_fast(&mut self, head: Head) {
+        self.unrecord(head.record());
     }
 }
 

@@ -11,17 +11,17 @@ use std::sync::atomic::{Ordering, fence};
 use super::areas::map_areas;
 use super::chain::{Chain, Head, WalkLimits};
 use super::descriptor::Descriptor;
-use super::fast_path::{FastDescriptor, FastRequest};
+use super::fast_path::{FastDescriptor, FastRequest, FastRing};
 use super::layout::{MAX_SIZE, RingFault};
 use crate::engine::dirty_log::RingLog;
 use crate::engine::error::EngineError;
-use crate::engine::guest_memory::GuestMemoryView;
+use crate::engine::guest_memory::{BatchView, GuestMemoryView};
 use crate::engine::inflight_region::split::SplitMarks;
 use crate::engine::inflight_region::split_recovery::SplitState;
 use crate::engine::inflight_region::{Contradiction, InflightRegion, Tracking};
 use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
-use crate::sys::{SharedArray, SharedMemory};
+use crate::sys::{SharedArray, SharedMemory, SharedRing};
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT, virtio 1.2 §2.7.6.
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
@@ -36,9 +36,9 @@ const RING: usize = 4;
 pub struct SplitRing {
     desc: SharedArray<SharedMemory, u64, 2>,
     avail: SharedMemory,
-    avail_ring: SharedArray<SharedMemory, u16, 1>,
+    avail_ring: SharedRing<u16, 1>,
     used: SharedMemory,
-    used_ring: SharedArray<SharedMemory, u32, 2>,
+    used_ring: SharedRing<u32, 2>,
     size: u16,
     event_idx: bool,
     indirect: bool,
@@ -67,9 +67,9 @@ impl SplitRing {
         let aligned = "`map_areas` has checked size and alignment";
         Ok(Self {
             desc: desc.array(0, entries).expect(aligned).into_owned(),
-            avail_ring: avail.array(RING, entries).expect(aligned).into_owned(),
+            avail_ring: avail.array(RING, entries).and_then(SharedArray::into_ring).expect(aligned),
             avail,
-            used_ring: used.array(RING, entries).expect(aligned).into_owned(),
+            used_ring: used.array(RING, entries).and_then(SharedArray::into_ring).expect(aligned),
             used,
             size,
             event_idx: setup.event_idx,
@@ -172,9 +172,16 @@ impl SplitRing {
         let offered = self.avail.load_acquire_u16(IDX);
         let count = offered.wrapping_sub(self.next_avail);
         if count > self.size {
-            return Err(RingFault::AvailIndex { taken: self.next_avail, offered, size: self.size });
+            return Err(self.too_many(offered));
         }
         Ok(count)
+    }
+
+    /// Out of line: the fault would be prepared in each call of [`Self::available`] otherwise.
+    #[cold]
+    #[inline(never)]
+    fn too_many(&self, offered: u16) -> RingFault {
+        RingFault::AvailIndex { taken: self.next_avail, offered, size: self.size }
     }
 
     /// Takes the next chain. [`Self::available`] must not be 0.
@@ -183,7 +190,7 @@ impl SplitRing {
     /// [`RingFault`]. Nothing has been taken.
     #[inline]
     pub fn take(&mut self, guest: &mut GuestMemoryView, chain: &mut Chain) -> Result<(), RingFault> {
-        let [head] = self.avail_ring.read(self.slot(self.next_avail));
+        let [head] = self.avail_ring.read(self.next_avail.into());
         if head >= self.size {
             return Err(RingFault::Head { head, size: self.size });
         }
@@ -208,38 +215,10 @@ impl SplitRing {
         }
     }
 
-    /// As [`super::Virtqueue::peek_fast`].
-    #[inline]
-    pub fn peek_fast(&self, guest: &mut GuestMemoryView) -> Option<FastRequest> {
-        let [head] = self.avail_ring.read(self.slot(self.next_avail));
-        let entry = |index: u16| (index < self.size).then(|| FastDescriptor::split(self.desc.read(index.into())));
-        let (first, next) = entry(head)?;
-        let head = Head::new(head, 0);
-        if first.is_linked() {
-            let (data, last) = entry(next)?;
-            let (status, _) = entry(last)?;
-            return if data.is_linked() && !status.is_linked() {
-                FastRequest::new(head, [first, data, status])
-            } else {
-                None
-            };
-        }
-        let table = guest.descriptors(first.table().filter(|_| self.indirect)?, 3)?;
-        let [(header, one), (data, two), (status, _)] = [0, 1, 2].map(|n| FastDescriptor::split(table.read(n)));
-        let linked = header.is_linked() && one == 1 && data.is_linked() && two == 2 && !status.is_linked();
-        if linked { FastRequest::new(head, [header, data, status]) } else { None }
-    }
-
-    /// Takes the chain that [`Self::peek_fast`] returned.
-    #[inline]
-    pub fn take_fast(&mut self, head: Head) {
-        self.advance(head.id());
-    }
-
     /// Returns a chain with `len` bytes written to it. The driver sees it after [`Self::publish`].
     #[inline(always)]
     pub fn push_used(&mut self, head: Head, len: u32) {
-        self.used_ring.write(self.slot(self.next_used), [u32::from(head.id()), len]);
+        self.used_ring.write(self.next_used.into(), [u32::from(head.id()), len]);
         self.next_used = self.next_used.wrapping_add(1);
         if let Some(marks) = &mut self.marks {
             marks.push(head.id());
@@ -307,4 +286,30 @@ impl SplitRing {
     fn slot(&self, index: u16) -> usize {
         usize::from(index & (self.size - 1))
     }
+}
+
+impl FastRing for SplitRing {
+    #[inline(always)]
+    fn peek_fast(&mut self, guest: &mut BatchView<'_>) -> Option<FastRequest> {
+        let [id] = self.avail_ring.read(self.next_avail.into());
+        let entry = |index: u16| self.desc.get(index.into()).map(FastDescriptor::split);
+        let (first, next) = entry(id)?;
+        let head = Head::new(id, 0);
+        if let Some(table) = first.table() {
+            let table = guest.descriptors(table, 3).filter(|_| self.indirect)?;
+            return FastRequest::of_split_table(head, [0, 1, 2].map(|n| table.read(n)));
+        }
+        let (data, last) = entry(next)?;
+        let (status, _) = entry(last)?;
+        let linked = first.is_linked() && data.is_linked() && !status.is_linked();
+        if linked { FastRequest::new(head, [first, data, status]) } else { None }
+    }
+
+    #[inline(always)]
+    fn take_fast(&mut self, head: Head) {
+        self.advance(head.id());
+    }
+
+    /// It has only been looked at.
+    fn leave_fast(&mut self, _: Head) {}
 }

@@ -71,6 +71,58 @@ impl<W: Word, const N: usize> SharedArray<&SharedMemory, W, N> {
     }
 }
 
+/// A [`SharedArray`] whose number of entries is a power of two. An index means the entry at its remainder, as a free-running
+/// index of a ring does, so an access needs no comparison.
+pub struct SharedRing<W, const N: usize> {
+    base: NonNull<W>,
+    /// One less than the number of entries.
+    mask: usize,
+    _owner: SharedMemory,
+}
+
+// SAFETY: as for `SharedMemory`, of which this is a view.
+unsafe impl<W: Word, const N: usize> Send for SharedRing<W, N> {}
+
+impl<W: Word, const N: usize> SharedArray<&SharedMemory, W, N> {
+    /// The same entries as a ring, which keeps the mapping alive itself. `None` if their number is not a power of two.
+    #[must_use]
+    pub fn into_ring(self) -> Option<SharedRing<W, N>> {
+        let Self { base, count, owner } = self;
+        count.is_power_of_two().then(|| SharedRing { base, mask: count - 1, _owner: owner.clone() })
+    }
+}
+
+impl<W: Word, const N: usize> SharedRing<W, N> {
+    /// Pointer to the first word of the entry at the free-running `index`.
+    #[inline]
+    fn entry(&self, index: usize) -> NonNull<W> {
+        // SAFETY: the remainder is below the number of entries, which `into_ring` found to be a power of two;
+        // `SharedMemory::array` checked that all entries are inside, and `_owner` keeps the mapping.
+        unsafe { self.base.add((index & self.mask) * N) }
+    }
+
+    /// As [`SharedArray::read`].
+    #[inline]
+    #[must_use]
+    pub fn read(&self, index: usize) -> [W; N] {
+        let entry = self.entry(index);
+        // SAFETY: `entry` is inside, and `SharedMemory::array` checked the alignment.
+        std::array::from_fn(|i| unsafe { entry.add(i).read_volatile() }.swap())
+    }
+
+    /// As [`SharedArray::write`].
+    #[inline]
+    pub fn write(&self, index: usize, words: [W; N]) {
+        let entry = self.entry(index);
+        for (i, word) in words.into_iter().enumerate() {
+            #[cfg(test)]
+            super::kill::before_store();
+            // SAFETY: as for `read`.
+            unsafe { entry.add(i).write_volatile(word.swap()) };
+        }
+    }
+}
+
 impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
     /// Pointer to the first word of entry `index`.
     #[inline]
@@ -80,6 +132,13 @@ impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
         }
         // SAFETY: index < count, `SharedMemory::array` checked that all entries are inside, and `owner` keeps the mapping.
         unsafe { self.base.add(index * N) }
+    }
+
+    /// Reads the entry at `index` as [`Self::read`] does. `None` past the end: for indices that the guest has chosen.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, index: usize) -> Option<[W; N]> {
+        if index < self.count { Some(self.read(index)) } else { None }
     }
 
     /// Reads an entry without ordering, each word once.
@@ -248,6 +307,27 @@ mod tests {
         assert_eq!(entries.read(1), [0x0302_0001, 0x0706_0504_0000_0000]);
         assert_eq!(entries.read(3), [0, 8]);
         assert_eq!((entries.read(0), entries.read(2)), ([0; 2], [0; 2]));
+    }
+
+    #[test]
+    fn an_index_of_a_ring_means_the_entry_at_its_remainder() {
+        let shared = shared();
+        let ring = shared.array::<u32, 2>(8, 4).and_then(SharedArray::into_ring).unwrap();
+
+        ring.write(usize::from(u16::MAX), [3, 4]);
+        ring.write(4, [1, 2]);
+
+        let entries = shared.array::<u32, 2>(0, 6).unwrap();
+        assert_eq!([0, 1, 2, 3, 4, 5].map(|n| entries.read(n)), [[0; 2], [1, 2], [0; 2], [0; 2], [3, 4], [0; 2]]);
+        assert_eq!([ring.read(0), ring.read(7)], [[1, 2], [3, 4]]);
+    }
+
+    #[test]
+    fn only_a_power_of_two_of_entries_is_a_ring() {
+        let shared = shared();
+        for count in [0, 3, 6] {
+            assert!(shared.array::<u16, 1>(0, count).unwrap().into_ring().is_none(), "{count} entries");
+        }
     }
 
     #[test]
