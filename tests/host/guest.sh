@@ -10,7 +10,7 @@
 qemu-storage-daemon \
     --blockdev driver=nvme,node-name=drive,device="$FUNCTION",namespace=1 \
     --export "type=vhost-user-blk,id=export,node-name=drive,writable=on,addr.type=unix,addr.path=$SOCKET" &
-within 20 test -S "$SOCKET"
+within 20 listens "$SOCKET"
 
 guest_is_up() { guest_start --append guest_was=here; }
 status_passes() {

@@ -31,7 +31,7 @@ serve_by() {
     SOCKET=$WORK/$2.sock
     "$1" </dev/null >>"$WORK/$2.log" 2>&1 &
     echo $! >"$WORK/$2.pid"
-    within 20 test -S "$SOCKET"
+    within 20 listens "$SOCKET"
 }
 # under_load PROGRAM: it serves a guest that has run the load for 5 s.
 under_load() {

@@ -35,7 +35,7 @@ serve() {
     shift
     "$BACKEND" --socket-path "$WORK/$name.sock" "$@" </dev/null >>"$WORK/$name.log" 2>&1 &
     echo $! >"$WORK/$name.pid"
-    within 20 test -S "$WORK/$name.sock"
+    within 20 listens "$WORK/$name.sock"
 }
 # stop NAME: ends it, and waits until it is gone.
 stop() {

@@ -70,7 +70,7 @@ serve() {
         --device "emulated:file=$WORK/$name.img,create=on,size=64M,serial=$name,latency=200us,order=random" "$@" \
         </dev/null >"$WORK/$name.log" 2>&1 &
     echo $! >"$WORK/$name.pid"
-    within 20 test -S "$WORK/$name.sock"
+    within 20 listens "$WORK/$name.sock"
 }
 
 # element NAME DISK TARGET: an element of the XML in README.md, for that disk.

@@ -70,7 +70,7 @@ prepare_nbdkit() {
 nbdkit_serves() {
     "${NBDKIT[@]}" --foreground --unix "$WORK/nbd" "$PLUGIN" virtio-blk-vhost-user "path=$SOCKET" >"$WORK/nbdkit.log" 2>&1 &
     echo $! >"$WORK/nbdkit.pid"
-    within 20 test -S "$WORK/nbd" || { cat "$WORK/nbdkit.log" && return 1; }
+    within 20 listens "$WORK/nbd" || { cat "$WORK/nbdkit.log" && return 1; }
     IMAGE=driver=nbd,server.type=unix,server.path=$WORK/nbd
     size_is_seen
     # The patterns need a zero there.

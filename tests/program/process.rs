@@ -62,12 +62,14 @@ impl Process {
         Self::serve_with(options, &[])
     }
 
-    /// The same with more arguments.
+    /// The same with more arguments. Returns once the sockets listen that they name, too.
     pub(crate) fn serve_with(options: &str, more: &[&str]) -> Self {
         let device = format!("emulated:{options}");
         let mut process =
             Self::start(&[&["--socket-path", "DIR/socket", "--device", &device, "--queues", "2"], more].concat());
         process.wait_for_socket();
+        // The program opens all sockets before the drive.
+        process.wait_until("it serves", |process| process.log().contains("] serving "));
         process
     }
 

@@ -22,6 +22,9 @@ processors() {
         while IFS=- read -r first last; do seq "$first" "${last:-$first}"; done
 }
 
+# listens SOCKET: as in claims.sh.
+listens() { grep -q " 00010000 .* $1\$" /proc/net/unix; }
+
 # hash_of TEXT: a short hash of TEXT.
 hash_of() { printf '%s' "$1" | sha256sum | cut -c1-16; }
 

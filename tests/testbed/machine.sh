@@ -127,7 +127,7 @@ serve_function() {
     "$program" --vfio-user --socket-path "$socket" --device "emulated:no-snoop=controllable,$OPT_FUNCTION" --no-snoop allow \
         </dev/null >"$1/function.log" 2>&1 &
     SERVER_PID=$!
-    until [[ -S $socket ]]; do
+    until listens "$socket"; do
         kill -0 "$SERVER_PID" 2>/dev/null || die "--function $OPT_FUNCTION: $(tail -n 1 "$1/function.log")"
         sleep 0.1
     done

@@ -10,7 +10,7 @@ first_act() {
     "$program" --socket-path "$work/disk.sock" --device "emulated:file=$work/disk.img,create=on,size=64M" \
         >"$work/backend.log" 2>&1 &
     backend=$!
-    until [[ -S $work/disk.sock ]]; do
+    until listens "$work/disk.sock"; do
         kill -0 "$backend" 2>/dev/null || { cat "$work/backend.log" >&2 && die "the backend has ended"; }
         sleep 0.1
     done
