@@ -30,9 +30,13 @@ pub fn stopping() {
     send(&[NotifyState::Stopping]);
 }
 
-/// Process `pid` serves from now on.
+/// Process `pid` serves from now on. Returns when the manager knows it: a message can be lost if its sender has ended before it is
+/// handled, and then the manager takes the end of this process for that of the service.
 pub fn main_pid(pid: u32) {
     send(&[NotifyState::MainPid(pid)]);
+    if let Err(error) = barrier() {
+        log::warn!("the service manager has not confirmed that process {pid} serves: {error}");
+    }
 }
 
 fn send(state: &[NotifyState<'_>]) {
