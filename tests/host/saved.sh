@@ -70,7 +70,7 @@ preserved() {
     guest cpr "$MIGRATION" "$CPR"
     within 60 migration_is completed
     goes_on_in second
-    for entry in iommufd_device_replace iommufd_device_detach iommufd_ioas_map_file iommufd_ioas_map; do
+    for entry in iommufd_device_replace iommufd_device_detach iommufd_ioas_map_file iommufd_ioas_map iommufd_ioas_unmap; do
         equal 0 "$(hits_since_mark "$entry")" "$entry"
     done
     hits_since_mark iommufd_ioas_copy >/run/buffers-copied
@@ -103,7 +103,7 @@ ends_well() {
 }
 nothing_pinned_for_guests() { equal "$(cat /run/pinned-before)" "$(pinned)" "kB pinned"; }
 
-probe iommufd_device_replace iommufd_device_detach iommufd_ioas_map_file iommufd_ioas_map iommufd_ioas_copy
+probe iommufd_device_replace iommufd_device_detach iommufd_ioas_map_file iommufd_ioas_map iommufd_ioas_copy iommufd_ioas_unmap
 backend_start --queues 2 --successor || exit
 pinned >/run/pinned-before
 claim "a guest runs a load on a VFIO function" boots
