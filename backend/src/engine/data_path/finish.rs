@@ -29,18 +29,9 @@ impl DataPath {
             Outcome::Success => (Status::Ok, bytes),
             _ => (status_of(outcome, &self.disk), 0),
         };
-        let counters = &self.counters;
         let written = match operation {
-            Operation::Read => {
-                counters.reads.add(1);
-                counters.bytes_read.add(moved);
-                moved
-            }
-            Operation::Write => {
-                counters.writes.add(1);
-                counters.bytes_written.add(moved);
-                0
-            }
+            Operation::Read => self.count_transfer(Direction::Read, moved),
+            Operation::Write => self.count_transfer(Direction::Write, moved),
             _ => {
                 let written = zones::written(operation, moved, data);
                 self.count_other(operation, moved);
@@ -66,19 +57,7 @@ impl DataPath {
         let Some(short) = self.inflight.remove_short(completion.tag) else { return false };
         let FinishedShort { head, status, ring, direction, bytes } = short;
         self.guest.write_status(status, Status::Ok as u8);
-        let counters = &self.counters;
-        let written = match direction {
-            Direction::Read => {
-                counters.reads.add(1);
-                counters.bytes_read.add(bytes);
-                bytes
-            }
-            Direction::Write => {
-                counters.writes.add(1);
-                counters.bytes_written.add(bytes);
-                0
-            }
-        };
+        let written = self.count_transfer(direction, bytes);
         self.push_used(ring, head, u32::try_from(written + 1).unwrap_or(u32::MAX));
         true
     }
@@ -100,6 +79,24 @@ impl DataPath {
         dirtied: Option<Dirtied>,
     ) {
         self.answer(pending_used, slot, status, written, dirtied);
+    }
+
+    /// Counts a read or write of `moved` bytes. Returns how many of them were written to guest memory.
+    #[inline(always)]
+    fn count_transfer(&self, direction: Direction, moved: u64) -> u64 {
+        let counters = &self.counters;
+        match direction {
+            Direction::Read => {
+                counters.reads.add(1);
+                counters.bytes_read.add(moved);
+                moved
+            }
+            Direction::Write => {
+                counters.writes.add(1);
+                counters.bytes_written.add(moved);
+                0
+            }
+        }
     }
 
     #[inline(never)]

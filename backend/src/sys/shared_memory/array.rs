@@ -105,21 +105,39 @@ impl<W: Word, const N: usize> SharedRing<W, N> {
     #[inline]
     #[must_use]
     pub fn read(&self, index: usize) -> [W; N] {
-        let entry = self.entry(index);
         // SAFETY: `entry` is inside, and `SharedMemory::array` checked the alignment.
-        std::array::from_fn(|i| unsafe { entry.add(i).read_volatile() }.swap())
+        unsafe { read_entry(self.entry(index)) }
     }
 
     /// As [`SharedArray::write`].
     #[inline]
     pub fn write(&self, index: usize, words: [W; N]) {
-        let entry = self.entry(index);
-        for (i, word) in words.into_iter().enumerate() {
-            #[cfg(test)]
-            super::kill::before_store();
-            // SAFETY: as for `read`.
-            unsafe { entry.add(i).write_volatile(word.swap()) };
-        }
+        // SAFETY: as for `read`.
+        unsafe { write_entry(self.entry(index), words) }
+    }
+}
+
+/// Reads the words of an entry without ordering, each once.
+///
+/// # Safety
+/// `entry` is the first of `N` words of shared memory, and aligned.
+#[inline(always)]
+unsafe fn read_entry<W: Word, const N: usize>(entry: NonNull<W>) -> [W; N] {
+    // SAFETY: the caller's promise.
+    std::array::from_fn(|i| unsafe { entry.add(i).read_volatile() }.swap())
+}
+
+/// Writes the words of an entry without ordering, each once.
+///
+/// # Safety
+/// As for [`read_entry`].
+#[inline(always)]
+unsafe fn write_entry<W: Word, const N: usize>(entry: NonNull<W>, words: [W; N]) {
+    for (i, word) in words.into_iter().enumerate() {
+        #[cfg(test)]
+        super::kill::before_store();
+        // SAFETY: the caller's promise.
+        unsafe { entry.add(i).write_volatile(word.swap()) };
     }
 }
 
@@ -145,21 +163,15 @@ impl<O, W: Word, const N: usize> SharedArray<O, W, N> {
     #[inline]
     #[must_use]
     pub fn read(&self, index: usize) -> [W; N] {
-        let entry = self.entry(index);
         // SAFETY: `entry` checked the bounds, and `SharedMemory::array` the alignment.
-        std::array::from_fn(|i| unsafe { entry.add(i).read_volatile() }.swap())
+        unsafe { read_entry(self.entry(index)) }
     }
 
     /// Writes an entry without ordering, each word once.
     #[inline]
     pub fn write(&self, index: usize, words: [W; N]) {
-        let entry = self.entry(index);
-        for (i, word) in words.into_iter().enumerate() {
-            #[cfg(test)]
-            super::kill::before_store();
-            // SAFETY: as for `read`.
-            unsafe { entry.add(i).write_volatile(word.swap()) };
-        }
+        // SAFETY: as for `read`.
+        unsafe { write_entry(self.entry(index), words) }
     }
 }
 
