@@ -156,7 +156,13 @@ impl Rig {
         let drive = Drive { geometry, queues: vec![Box::new(queue)] };
         let space: Arc<dyn AddressSpace> = Arc::new(NoSpace);
         let watch = WatchdogOptions::default();
-        let options = Options { rings: 1, spin: Duration::ZERO, drain_timeout: Duration::from_secs(10), watch };
+        let options = Options {
+            rings: 1,
+            spin: Duration::ZERO,
+            drain_timeout: Duration::from_secs(10),
+            watch,
+            placement: Default::default(),
+        };
         let engine = Engine::start(Box::new(drive), &space, options).unwrap();
         engine.publish(Arc::clone(&memory.ours));
         let kick = eventfd(0, EventfdFlags::CLOEXEC).unwrap();

@@ -19,6 +19,7 @@ use rustix::net::SocketAddrUnix;
 use crate::engine::WatchdogOptions;
 use crate::handover::Terms;
 use crate::local_server::LocalAddress;
+use crate::placement::CpuList;
 use crate::socket::{Access, GroupId, SocketMode, UserId};
 use crate::vfio::{NotAnAddress, PciAddress};
 pub use choices::{Avoided, Bars, Interrupts, Iommu, NoSnoopPolicy, Rings, SandboxChoice};
@@ -130,6 +131,10 @@ pub struct Config {
     /// How long an idle worker polls before it sleeps, in microseconds
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub poll_us: u32,
+    /// CPUs of the workers, such as 2-5,8: divided among them if there is one for each, else each runs on all [default: those
+    /// of the drive's NUMA node]
+    #[arg(long, value_name = "LIST", conflicts_with = "vfio_user")]
+    pub cpus: Option<CpuList>,
     /// Time-out after which a command is aborted, in milliseconds
     #[arg(long, value_name = "MS", default_value_t = 30_000, value_parser = clap::value_parser!(u32).range(1..))]
     pub timeout_ms: u32,

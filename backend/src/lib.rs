@@ -38,6 +38,7 @@ pub mod local_server;
 pub mod memory;
 pub mod metrics;
 pub mod passthrough;
+pub mod placement;
 pub mod qmp;
 mod rate_limited_log;
 pub mod sandbox;

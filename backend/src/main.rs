@@ -11,7 +11,7 @@ use clap::Parser;
 use program::operator::Doors;
 use program::origin::DeviceSpec;
 use program::vfio_source::PassedFiles;
-use program::{Signals, block, confined, limits, logging, several, takeover, whole};
+use program::{Signals, block, confined, limits, logging, placement, several, takeover, whole};
 use vhost_device_vfio::cdi::Description;
 use vhost_device_vfio::config::{Command, Config, CtlCommand};
 use vhost_device_vfio::control;
@@ -52,6 +52,7 @@ fn run(config: &Config) -> Result<()> {
     let upgrade = signal_fd(&[libc::SIGUSR2]).context("catch SIGUSR2")?;
     let signals = Signals { stop, upgrade };
     limits::raise_open_files();
+    placement::check(config)?;
     confined::prepare(config)?;
     if let Some(link) = takeover::link(config)? {
         return takeover::serve(config, link, signals);

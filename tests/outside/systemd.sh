@@ -119,6 +119,13 @@ observed() {
     inside /usr/local/bin/vhost-device-vfio ctl status >"$WORK/status" || { cat "$WORK/status" && return 1; }
     grep -qE "^pid +$(property MainPID)\$" "$WORK/status" || { cat "$WORK/status" && return 1; }
 }
+# The unit's filter of system calls lets the program place its workers, also after restarts and hand-overs.
+placed() {
+    inside sh -c "cat /proc/$(property MainPID)/task/*/status" | awk '
+        $1 == "Name:" { worker = $2 ~ /^vdv-worker-/ }
+        $1 == "Cpus_allowed_list:" && worker { print $2 }' | sort | uniq -c >"$WORK/placed"
+    equal "2 $CPU" "$(awk '{ print $1, $2 }' "$WORK/placed")" "workers, and their CPU"
+}
 nothing_lost() {
     order end 'nothing lost'
     within 20 is NFileDescriptorStore 1
@@ -138,11 +145,13 @@ mkfifo "$ORDERS" "$ANSWERS"
 # Open at both ends, so that neither side waits for the other.
 exec 8<>"$ORDERS" 9<>"$ANSWERS"
 mkdir "$WORK/run"
+# The first that it may use.
+CPU=$(sed -n 's/^Cpus_allowed_list:[[:space:]]*\([0-9]*\).*/\1/p' /proc/self/status)
 DRIVE=emulated:file=/run/vhost-device-vfio/disk,create=on,size=64M,latency=100us,order=random
 cat >"$WORK/drop-in.conf" <<END
 [Service]
 ExecStart=
-ExecStart=/usr/local/bin/vhost-device-vfio --queues 2 --device $DRIVE --control /run/vhost-device-vfio/control
+ExecStart=/usr/local/bin/vhost-device-vfio --queues 2 --cpus $CPU --device $DRIVE --control /run/vhost-device-vfio/control
 StandardOutput=append:/run/log
 StandardError=append:/run/log
 END
@@ -165,6 +174,7 @@ for layout in '' --packed; do
     claim "$rings: so do crashes and restarts of the successor" updated_process_crashes
     claim "$rings: a successor that fails changes nothing" bad_update
     claim "$rings: its status names the front-end, and ctl reaches the process that serves" observed
+    claim "$rings: its workers run where --cpus says" placed
     claim "$rings: nothing is lost, doubled or reordered, and the front-end leaves nothing in the store" nothing_lost
     inside systemctl stop "$UNIT" 2>"$WORK/stopped"
 done

@@ -22,6 +22,8 @@ fn every_usage_error_has_its_message_and_status_2() {
         (&["--device", "emulated", "--queues", "0"], "0 is not in 1..=64"),
         (&["--device", "emulated", "--no-snoop", "perhaps"], "possible values: suppress, allow, refuse, assume"),
         (&["--device", "emulated", "--poll-us", "long"], "--poll-us"),
+        (&["--device", "emulated", "--cpus", "4-2"], "numbers below 1024 and ranges, such as 2-5,8"),
+        (&["--device", "emulated", "--vfio-user", "--cpus", "1"], "cannot be used with"),
         (&["--device", "emulated", "--timeout-ms", "0"], "0 is not in 1.."),
         (&["--device", "emulated", "--qmp-socket", "/run/qmp"], "--vfio-user"),
         (&["--device", "emulated", "--vfio-user", "--qmp-device", "nic"], "--qmp-socket"),

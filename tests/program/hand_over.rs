@@ -9,8 +9,10 @@ use rustix::process::Signal;
 use testbed::client::{Region, Shape};
 use testbed::dirty_pages;
 use testbed::kills::Background;
+use vhost_device_vfio::placement::CpuList;
 
 use crate::process::{LIMIT, PROGRAM, Process};
+use crate::sandbox::threads;
 use fake_successor::FakeSuccessor;
 
 /// The processes that serve one disk, one after the other.
@@ -158,6 +160,30 @@ fn twenty_hand_overs_in_a_row_leave_nothing_behind() {
         assert!(relay.running.stop().status.success());
         assert!(!relay.directory.join("socket").exists() && !relay.handover().exists(), "the last one removes them");
     }
+}
+
+#[test]
+fn the_workers_of_a_successor_run_where_its_command_line_says() {
+    let mut relay = Relay::start();
+    let load = relay.load(false);
+    load.progresses(100);
+    let last = threads(relay.running.id())[0].1["Cpus_allowed_list"].parse::<CpuList>().unwrap().iter().last();
+    let last = last.unwrap().to_string();
+    let mut words = arguments(&relay.directory, &relay.device, "2");
+    words.extend(["--takeover".to_owned(), relay.handover().display().to_string(), "--cpus".to_owned(), last.clone()]);
+
+    let mut next = start(&words);
+    next.wait_until("it has taken over", |next| next.log().contains("taken over; requests waited"));
+    let _former = std::mem::replace(&mut relay.running, next).wait_for_exit();
+    load.progresses(100);
+
+    let threads = threads(relay.running.id());
+    let workers: Vec<_> = threads.iter().filter(|(name, _)| name.starts_with("vdv-worker-")).collect();
+    assert_eq!(workers.len(), 2);
+    for (name, status) in workers {
+        assert_eq!(status["Cpus_allowed_list"], last, "{name}");
+    }
+    load.finish().unwrap_or_else(|error| panic!("{error}; its log:\n{}", relay.running.log()));
 }
 
 #[test]

@@ -15,6 +15,7 @@ mod kills;
 mod limits;
 mod log_lines;
 mod operator;
+mod placement;
 mod process;
 mod sandbox;
 mod service_manager;

@@ -14,7 +14,7 @@ use testbed::client::{Client, Shape};
 use crate::process::{PROGRAM, Process};
 
 /// All threads of a process: name, and the lines of their `status` (proc_pid_status(5)).
-fn threads(process: u32) -> Vec<(String, BTreeMap<String, String>)> {
+pub(crate) fn threads(process: u32) -> Vec<(String, BTreeMap<String, String>)> {
     let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap().flatten();
     let statuses = tasks.filter_map(|task| fs::read_to_string(task.path().join("status")).ok());
     let lines = |text: String| -> BTreeMap<String, String> {

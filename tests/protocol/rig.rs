@@ -304,6 +304,7 @@ fn device(machine: &Machine, plan: Arc<FailurePlan>, environment: Environment) -
         spin: Duration::from_micros(10),
         drain_timeout: Duration::from_secs(5),
         watch: engine::WatchdogOptions::default(),
+        placement: Default::default(),
     };
     let engine = Engine::start(Box::new(driver), &space, options).unwrap();
     Device { engine, space, slice: IovaSlice::WHOLE, queues: QUEUES, vmm, withheld }

@@ -33,6 +33,7 @@ fn device() -> Device {
         spin: Duration::ZERO,
         drain_timeout: Duration::from_secs(5),
         watch: engine::WatchdogOptions::default(),
+        placement: Default::default(),
     };
     let engine = Engine::start(Box::new(nvme), &space, options).unwrap();
     let withheld = VirtioFeatures::empty();

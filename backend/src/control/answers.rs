@@ -75,6 +75,8 @@ pub(super) struct Stats {
 #[derive(Serialize)]
 pub(super) struct Worker {
     pub(super) worker: usize,
+    /// The CPUs that it runs on, such as `2-5,8`; null if they were not chosen.
+    pub(super) cpus: Option<String>,
     pub(super) counters: Statistics,
     pub(super) virtqueues: Vec<RingStatistics>,
     pub(super) latency: Vec<Latency>,

@@ -199,6 +199,7 @@ impl Subject {
         let snapshot = self.snapshot().ok_or(NO_ENGINE)?;
         let worker = |(worker, report): (usize, &WorkerReport)| answers::Worker {
             worker,
+            cpus: report.cpus.map(|cpus| cpus.to_string()),
             counters: report.statistics,
             virtqueues: report.rings.clone(),
             latency: latencies(&report.latencies),

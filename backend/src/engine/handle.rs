@@ -12,11 +12,13 @@ use super::statistics::{Counters, RingStatistics, Statistics};
 use super::worker::{CommandQueue, WorkerCommand};
 use super::{Engine, EngineError};
 use crate::driver::{Geometry, Health, Identification};
+use crate::placement::CpuList;
 
 /// See the top of this file. It outlives the engine; then it answers with errors.
 #[derive(Clone)]
 pub struct Handle {
     workers: Vec<(Arc<CommandQueue>, Arc<Counters>)>,
+    cpus: Arc<[Option<CpuList>]>,
     supervisor: Arc<DeviceSupervisor>,
     /// The number of the disk.
     disk: usize,
@@ -28,6 +30,8 @@ pub struct Handle {
 pub struct WorkerReport {
     /// Its counters; those of the device are 0.
     pub statistics: Statistics,
+    /// Where it runs, if that was chosen.
+    pub cpus: Option<CpuList>,
     /// Its virtqueues.
     pub rings: Vec<RingStatistics>,
     /// The times of its requests, in the order of [`OPERATIONS`].
@@ -41,7 +45,8 @@ impl Engine {
         let workers =
             self.workers.iter().map(|worker| (Arc::clone(&worker.command_queue), Arc::clone(&worker.counters)));
         let (supervisor, holds) = (Arc::clone(&self.supervisor), self.holds.clone());
-        Handle { workers: workers.collect(), supervisor, disk: self.disk, holds }
+        let cpus = self.workers.iter().map(|worker| worker.cpus).collect();
+        Handle { workers: workers.collect(), cpus, supervisor, disk: self.disk, holds }
     }
 }
 
@@ -70,7 +75,7 @@ impl Handle {
                 completed: ring.completed.get(),
                 in_flight: ring.in_flight.get(),
             });
-            WorkerReport { statistics, rings: rings.collect(), latencies }
+            WorkerReport { statistics, cpus: self.cpus[worker], rings: rings.collect(), latencies }
         };
         self.workers.iter().enumerate().map(report).collect()
     }

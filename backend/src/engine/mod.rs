@@ -67,6 +67,7 @@ use crate::addr::{Gpa, Span};
 use crate::driver::{Driver, Geometry, Queue};
 use crate::hardware::AddressSpace;
 use crate::memory::MemTable;
+use crate::placement::{CpuList, place};
 use crate::sandbox::{Entry, Role};
 use crate::sync::Mutex;
 use crate::sync::mpsc::Sender;
@@ -83,7 +84,12 @@ struct WorkerHandle {
     command_queue: Arc<CommandQueue>,
     counters: Arc<Counters>,
     thread: Option<JoinHandle<Worker>>,
+    /// Where it runs, if that was chosen.
+    cpus: Option<CpuList>,
 }
+
+/// The queue of a worker, and where that is to run.
+type PlacedQueue = (Box<dyn Queue>, Option<CpuList>);
 
 /// What the engines of one device share.
 struct Drive {
@@ -135,14 +141,17 @@ impl Engine {
         space: &Arc<dyn AddressSpace>,
         options: Options,
     ) -> Result<Vec<Self>, EngineError> {
-        let mut queues = driver.take_queues();
+        let queues = driver.take_queues();
+        let workers = queues.len();
+        let placed = |(n, queue)| (queue, options.placement.of_worker(n, workers));
+        let mut queues: Vec<PlacedQueue> = queues.into_iter().enumerate().map(placed).collect();
         let reports = Arc::new(OverdueReports::new().map_err(EngineError::Watchdog)?);
         let released = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| EngineError::Watchdog(error.into()))?;
         let supervisor = Arc::new(DeviceSupervisor::new(driver, Arc::clone(&reports), released));
         let drive = Arc::new(Drive { supervisor, watchdog: OnceLock::new(), idle: Mutex::default() });
         let mut engines = Vec::new();
         for disk in 0..drive.supervisor.disks() {
-            let others = queues.iter().position(|queue| queue.disk() != disk).unwrap_or(queues.len());
+            let others = queues.iter().position(|(queue, _)| queue.disk() != disk).unwrap_or(queues.len());
             let rest = queues.split_off(others);
             engines.push(Self::start_disk(disk, &drive, std::mem::replace(&mut queues, rest), space, options)?);
         }
@@ -155,7 +164,7 @@ impl Engine {
     fn start_disk(
         disk: usize,
         drive: &Arc<Drive>,
-        queues: Vec<Box<dyn Queue>>,
+        queues: Vec<PlacedQueue>,
         space: &Arc<dyn AddressSpace>,
         options: Options,
     ) -> Result<Self, EngineError> {
@@ -186,7 +195,7 @@ impl Engine {
     fn spawn_worker(
         &self,
         layout: WorkerLayout,
-        queue: Box<dyn Queue>,
+        (queue, cpus): PlacedQueue,
         space: &Arc<dyn AddressSpace>,
     ) -> Result<WorkerHandle, EngineError> {
         let number = layout.worker;
@@ -210,11 +219,13 @@ impl Engine {
         let thread = thread::Builder::new()
             .name(name)
             .spawn(move || {
+                // Before its role, which may not change it.
+                cpus.iter().for_each(place);
                 entry.enter();
                 worker.run()
             })
             .map_err(failed)?;
-        Ok(WorkerHandle { command_queue, counters, thread: Some(thread) })
+        Ok(WorkerHandle { command_queue, counters, thread: Some(thread), cpus })
     }
 
     /// The current geometry of the disk.

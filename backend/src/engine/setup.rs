@@ -7,6 +7,7 @@ use super::inflight_region::InflightRegion;
 use super::recovery::WatchdogOptions;
 use super::virtqueue::layout::Layout;
 use crate::addr::{Gpa, Span};
+use crate::placement::Placement;
 
 /// Parameters of a ring (virtio 1.2 §2.7, §2.8).
 pub struct VringSetup {
@@ -53,4 +54,6 @@ pub struct Options {
     pub drain_timeout: Duration,
     /// Command time-out and retry interval.
     pub watch: WatchdogOptions,
+    /// On which CPUs the workers run.
+    pub placement: Placement,
 }

@@ -11,6 +11,7 @@
 //! | `class` | text or null | PCI class code, `0x010802` |
 //! | `driver` | text or null | the driver it is bound to |
 //! | `iommu_group` | number or null | |
+//! | `numa_node` | number or null | null if it has none |
 //! | `virtual_function` | boolean | |
 //! | `cache_line_bytes` | number or null | cache line size of this CPU; null if it has no instruction to flush with |
 //! | `cache_instruction` | `clflushopt`, `clflush`, `dc-civac` or null | |
@@ -41,6 +42,7 @@ struct ReportJson {
     class: Option<String>,
     driver: Option<String>,
     iommu_group: Option<u32>,
+    numa_node: Option<u32>,
     virtual_function: bool,
     cache_line_bytes: Option<usize>,
     cache_instruction: Option<&'static str>,
@@ -112,6 +114,7 @@ impl Report {
             class: known("class"),
             driver: known("driver"),
             iommu_group: known("iommu-group").and_then(|group| group.parse().ok()),
+            numa_node: known("numa-node").and_then(|node| node.split(',').next()?.parse().ok()),
             virtual_function: fact("virtual").as_deref() == Some("yes"),
             cache_line_bytes: lines.map(|lines| lines.line()),
             cache_instruction: lines.map(|lines| match lines.instruction() {
@@ -189,6 +192,7 @@ mod tests {
                 fact("class", "0x010802"),
                 fact("driver", "vfio-pci"),
                 fact("iommu-group", "5"),
+                fact("numa-node", "1, CPUs 2-5,8"),
                 fact("virtual", "no"),
             ],
             evidence: Some(Evidence {
@@ -216,7 +220,7 @@ mod tests {
 
         let expected = concat!(
             r#"{"schema":1,"function":"0000:00:04.0","class":"0x010802","driver":"vfio-pci","iommu_group":5,"#,
-            r#""virtual_function":false,"cache_line_bytes":null,"cache_instruction":null,"interface":"iommufd","#,
+            r#""numa_node":1,"virtual_function":false,"cache_line_bytes":null,"cache_instruction":null,"interface":"iommufd","#,
             r#""snoop_enforced":false,"iommu":"Intel VT-d, ECAP.SC=0","no_snoop":"controllable","kvm":null,"verdicts":{"#,
             r#""vhost_user_blk":{"serves":true,"verdict":"coherent","reason":"coherent: the device never sets No Snoop"},"#,
             r#""direct_rings":{"serves":true,"verdict":"flush","reason":"not coherent: flushed at map, at unmap and around "#,
@@ -230,14 +234,28 @@ mod tests {
 
     #[test]
     fn unknown_values_are_null() {
-        let facts = vec![fact("class", "unknown"), fact("driver", "none"), fact("iommu-group", "none")];
+        let facts = vec![
+            fact("class", "unknown"),
+            fact("driver", "none"),
+            fact("iommu-group", "none"),
+            fact("numa-node", "none"),
+        ];
         let report = Report { facts, evidence: None, verdicts: Vec::new(), advice: Vec::new(), ..report() };
 
         let json = text(&report.to_json(None));
 
-        for name in
-            ["class", "driver", "iommu_group", "interface", "snoop_enforced", "iommu", "no_snoop", "verdicts", "kvm"]
-        {
+        for name in [
+            "numa_node",
+            "class",
+            "driver",
+            "iommu_group",
+            "interface",
+            "snoop_enforced",
+            "iommu",
+            "no_snoop",
+            "verdicts",
+            "kvm",
+        ] {
             assert!(json.contains(&format!("\"{name}\":null")), "{name}: {json}");
         }
     }

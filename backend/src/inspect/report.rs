@@ -11,6 +11,7 @@ use crate::acquire::{AcquiredFunction, Evidence};
 use crate::coherency::{CacheOps, Facts, NoSnoop, Personality, Policy, Verdict, decide};
 use crate::iommu::Interface;
 use crate::kvm;
+use crate::placement::Node;
 use crate::sys::CacheLines;
 use crate::vfio::{InterfaceChoice, PciAddress};
 
@@ -137,12 +138,14 @@ fn sysfs_facts(address: PciAddress) -> Vec<Fact> {
         value: value.unwrap_or_else(|| none.to_owned()),
         source: sysfs.join(file).display().to_string(),
     };
+    let node = Node::of_device(&sysfs);
     let class = fs::read_to_string(sysfs.join("class")).ok().map(|text| text.trim().to_owned());
     let cpu = CacheLines::detect().map(|lines| format!("{:?}, lines of {} bytes", lines.instruction(), lines.line()));
     vec![
         fact("class", class, "unknown", "class"),
         fact("driver", address.driver(), "none", "driver"),
         fact("iommu-group", address.group(), "none", "iommu_group"),
+        fact("numa-node", node.map(|node| format!("{}, CPUs {}", node.number, node.cpus)), "none", "numa_node"),
         fact("virtual", Some(yes_no(address.is_virtual_function()).to_owned()), "", "physfn"),
         Fact { name: "cache-ops", value: cpu.unwrap_or_else(|| "none".to_owned()), source: "this CPU".to_owned() },
     ]

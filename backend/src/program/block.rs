@@ -23,7 +23,7 @@ use vhost_device_vfio::vhost_user::{Device, HandOver, Inheritance, OpenStoreFn, 
 
 use super::operator::{Doors, Operator, hooks, report_front_ends};
 use super::origin::{Acquired, DeviceSource};
-use super::{OwnedFunction, Signals};
+use super::{OwnedFunction, Signals, placement};
 
 /// Time-out for commands in flight when a ring is stopped or memory is removed. The device is reset after it.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -139,6 +139,7 @@ impl Drive {
     ) -> Result<Self> {
         let (space, facts) = (Arc::clone(&owned.space), owned.facts);
         let name = owned.function.name().to_owned();
+        let placed = placement::place(config, &name)?;
         let queues = config.queue_count();
         let disks = u16::try_from(config.namespace.len().max(1)).unwrap_or(u16::MAX);
         let options = NvmeOptions {
@@ -159,6 +160,7 @@ impl Drive {
             spin: config.spin(),
             drain_timeout: DRAIN_TIMEOUT,
             watch: config.watchdog(),
+            placement: placed.placement,
         };
         let engines = Engine::start_all(Box::new(nvme), &space, options)?;
         Ok(Self { engines, space, name, facts })

@@ -9,6 +9,7 @@ pub(crate) mod logging;
 pub(crate) mod movable;
 pub(crate) mod operator;
 pub(crate) mod origin;
+pub(crate) mod placement;
 pub(crate) mod several;
 pub(crate) mod takeover;
 pub(crate) mod vfio_source;

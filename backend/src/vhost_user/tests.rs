@@ -44,7 +44,8 @@ fn device(machine: &Machine) -> Device {
     };
     let driver = Nvme::bring_up(machine.function(), Arc::clone(&space), options).unwrap();
     let (spin, drain_timeout) = (Duration::ZERO, Duration::from_secs(5));
-    let options = engine::Options { rings: 1, spin, drain_timeout, watch: engine::WatchdogOptions::default() };
+    let (watch, placement) = (engine::WatchdogOptions::default(), Default::default());
+    let options = engine::Options { rings: 1, spin, drain_timeout, watch, placement };
     let engine = Engine::start(Box::new(driver), &space, options).unwrap();
     let withheld = VirtioFeatures::empty();
     Device { engine, space, slice: IovaSlice::WHOLE, queues: 1, vmm: Vmm::without_shim(), withheld }

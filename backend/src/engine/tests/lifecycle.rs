@@ -20,6 +20,7 @@ fn rig_with_short_drain_timeout(disk: DiskOptions) -> Rig {
         spin: Duration::ZERO,
         drain_timeout: Duration::from_millis(50),
         watch: crate::engine::WatchdogOptions::default(),
+        placement: Default::default(),
     };
     Rig::with(disk, options)
 }

@@ -207,7 +207,13 @@ fn drive(rings: usize) -> Drive {
     let (spin, drain_timeout) = (Duration::from_micros(20), Duration::from_secs(20));
     Drive::with(
         options,
-        crate::engine::Options { rings, spin, drain_timeout, watch: crate::engine::WatchdogOptions::default() },
+        crate::engine::Options {
+            rings,
+            spin,
+            drain_timeout,
+            watch: crate::engine::WatchdogOptions::default(),
+            placement: Default::default(),
+        },
         STRIDE * rings as u64,
     )
 }

@@ -96,6 +96,7 @@ fn without_event_idx_a_polling_worker_suppresses_kicks() {
             spin: Duration::from_secs(3600),
             drain_timeout: Duration::from_secs(20),
             watch: crate::engine::WatchdogOptions::default(),
+            placement: Default::default(),
         },
     );
     let mut driver = rig.driver(0, RingOptions::default());
@@ -139,6 +140,7 @@ fn no_notification_is_lost_with_a_conforming_driver() {
                 spin,
                 drain_timeout: Duration::from_secs(20),
                 watch: crate::engine::WatchdogOptions::default(),
+                placement: Default::default(),
             };
             let rig = Rig::with(DiskOptions::default(), options);
             let mut driver = rig.driver(0, RingOptions { size: 16, event_idx, base: 0xfff0 });

@@ -31,7 +31,8 @@ impl Drive {
         drain_timeout: Duration,
         watch: crate::engine::WatchdogOptions,
     ) -> Self {
-        Self::with(options, crate::engine::Options { rings: 4, spin, drain_timeout, watch }, LEN)
+        let placement = Default::default();
+        Self::with(options, crate::engine::Options { rings: 4, spin, drain_timeout, watch, placement }, LEN)
     }
 
     pub(super) fn with(options: Options, engine: crate::engine::Options, memory: u64) -> Self {
@@ -48,8 +49,8 @@ impl Drive {
         watch: crate::engine::WatchdogOptions,
         available: &Arc<AtomicBool>,
     ) -> Self {
-        let drain_timeout = Duration::from_secs(20);
-        let engine = crate::engine::Options { rings: 4, spin: Duration::ZERO, drain_timeout, watch };
+        let (spin, drain_timeout, placement) = (Duration::ZERO, Duration::from_secs(20), Default::default());
+        let engine = crate::engine::Options { rings: 4, spin, drain_timeout, watch, placement };
         let available = Arc::clone(available);
         Self::build(options, engine, (LEN, Vec::new()), |nvme, machine| {
             let function = machine.function();

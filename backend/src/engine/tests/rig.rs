@@ -80,15 +80,9 @@ pub(super) struct Rig {
 
 impl Rig {
     pub(super) fn new(options: DiskOptions) -> Self {
-        Self::with(
-            options,
-            Options {
-                rings: 4,
-                spin: Duration::from_micros(50),
-                drain_timeout: Duration::from_secs(20),
-                watch: crate::engine::WatchdogOptions::default(),
-            },
-        )
+        let (spin, drain_timeout) = (Duration::from_micros(50), Duration::from_secs(20));
+        let (watch, placement) = (crate::engine::WatchdogOptions::default(), Default::default());
+        Self::with(options, Options { rings: 4, spin, drain_timeout, watch, placement })
     }
 
     pub(super) fn with(disk: DiskOptions, options: Options) -> Self {

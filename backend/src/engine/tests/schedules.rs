@@ -57,6 +57,7 @@ fn scene() -> Scene {
         spin: Duration::ZERO,
         drain_timeout: Duration::ZERO,
         watch: WatchdogOptions::default(),
+        placement: Default::default(),
     };
     let rig = Arc::new(Rig::with(disk, options));
     rig.disk.hold();

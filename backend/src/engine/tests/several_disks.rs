@@ -11,6 +11,7 @@ use crate::driver::Driver;
 use crate::engine::{Engine, Options, WatchdogOptions};
 use crate::hardware::AddressSpace;
 use crate::memory::{MemTable, Region};
+use crate::placement::Choice;
 
 /// Start of a second region of the second guest.
 const EXTRA: u64 = 0x1000_0000;
@@ -31,7 +32,13 @@ impl Pair {
     fn with(options: DiskOptions, drain_timeout: Duration) -> Self {
         let disk = FakeDisk::new(options);
         let space: Arc<dyn AddressSpace> = Arc::new(disk.clone());
-        let options = Options { rings: 2, spin: Duration::ZERO, drain_timeout, watch: WatchdogOptions::default() };
+        let options = Options {
+            rings: 2,
+            spin: Duration::ZERO,
+            drain_timeout,
+            watch: WatchdogOptions::default(),
+            placement: Default::default(),
+        };
         let engines = Engine::start_all(Box::new(disk.clone()), &space, options).unwrap();
         // Below the buffers of the fake disk.
         let allowed = Span::new(Iova(0), 1 << 40).unwrap();
@@ -269,12 +276,33 @@ fn the_shared_write_cache_is_on_only_while_no_guest_wants_it_off() {
 fn each_disk_needs_a_queue() {
     let disk = FakeDisk::new(DiskOptions { queues: 1, disks: 2, ..DiskOptions::default() });
     let space: Arc<dyn AddressSpace> = Arc::new(disk.clone());
-    let options =
-        Options { rings: 1, spin: Duration::ZERO, drain_timeout: Duration::ZERO, watch: WatchdogOptions::default() };
+    let options = Options {
+        rings: 1,
+        spin: Duration::ZERO,
+        drain_timeout: Duration::ZERO,
+        watch: WatchdogOptions::default(),
+        placement: Default::default(),
+    };
 
     let error = Engine::start_all(Box::new(disk.clone()), &space, options).err().unwrap();
 
     assert!(error.to_string().contains("no queue"), "{error}");
     assert!(disk.is_shut_down());
     assert_eq!(disk.geometries().len(), 2);
+}
+
+/// The CPUs need not exist: then the workers stay where they are, and the log says so.
+#[test]
+fn cpus_are_divided_among_the_workers_of_all_disks() {
+    let disk = FakeDisk::new(DiskOptions { queues: 2, disks: 2, ..DiskOptions::default() });
+    let space: Arc<dyn AddressSpace> = Arc::new(disk.clone());
+    let placement = Choice::List("0-1".parse().unwrap()).placement();
+    let (spin, drain_timeout, watch) = (Duration::ZERO, Duration::ZERO, WatchdogOptions::default());
+    let options = Options { rings: 1, spin, drain_timeout, watch, placement };
+
+    let engines = Engine::start_all(Box::new(disk), &space, options).unwrap();
+
+    let workers = engines.iter().flat_map(|engine| engine.handle().workers());
+    let cpus: Vec<_> = workers.map(|worker| worker.cpus.unwrap().to_string()).collect();
+    assert_eq!(cpus, ["0", "1"]);
 }

@@ -22,6 +22,7 @@ fn avoiding(traits: Traits, options: Options, avoid: Vec<Avoid>) -> Drive {
         spin: Duration::ZERO,
         drain_timeout: Duration::from_secs(20),
         watch: WatchdogOptions::default(),
+        placement: Default::default(),
     };
     Drive::avoiding(options, engine, avoid)
 }
@@ -155,6 +156,7 @@ fn blocks_beyond_2_to_the_32nd_are_not_those_below() {
         spin: Duration::ZERO,
         drain_timeout: Duration::from_secs(20),
         watch: WatchdogOptions::default(),
+        placement: Default::default(),
     };
     let drive = Drive::with(options, engine, LEN);
     let mut driver = drive.driver(0, RingOptions::default());

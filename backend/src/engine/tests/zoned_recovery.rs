@@ -118,6 +118,7 @@ fn a_write_of_the_process_before_goes_on_where_the_zone_was_left() {
             spin: Duration::ZERO,
             drain_timeout: Duration::from_millis(50),
             watch: WatchdogOptions::default(),
+            placement: Default::default(),
         };
         Drive::with(Options { medium: medium.clone(), ..options() }, engine, LEN)
     };
