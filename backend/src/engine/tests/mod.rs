@@ -13,6 +13,7 @@ mod hand_over;
 mod handle;
 mod hold;
 mod hostile;
+mod kicks;
 mod kill;
 mod lifecycle;
 mod matrix;

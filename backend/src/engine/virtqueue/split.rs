@@ -261,9 +261,7 @@ impl SplitRing {
     /// sleeps.
     pub fn arm(&self) {
         if self.event_idx {
-            let avail_event = RING + 8 * usize::from(self.size);
-            self.used.write_u16(avail_event, self.next_avail);
-            self.mark(avail_event, 2);
+            self.ask_for_kick_at(self.next_avail);
         } else {
             self.used.write_u16(0, 0);
             self.mark(0, 2);
@@ -272,13 +270,22 @@ impl SplitRing {
         fence(Ordering::SeqCst);
     }
 
-    /// Suppresses the driver's kicks while the worker polls. With EVENT_IDX there is nothing to write: an old avail_event
-    /// causes no kick until the index wraps around to it.
+    /// Suppresses the driver's kicks while the worker polls. With EVENT_IDX an index that has passed does, until the next one
+    /// wraps around to it: after a completion has ended the sleep, avail_event is still that of the next request.
     pub fn disarm(&self) {
-        if !self.event_idx {
+        if self.event_idx {
+            self.ask_for_kick_at(self.next_avail.wrapping_sub(1));
+        } else {
             self.used.write_u16(0, USED_F_NO_NOTIFY);
             self.mark(0, 2);
         }
+    }
+
+    /// Writes avail_event (virtio 1.2 §2.7.10).
+    fn ask_for_kick_at(&self, index: u16) {
+        let avail_event = RING + 8 * usize::from(self.size);
+        self.used.write_u16(avail_event, index);
+        self.mark(avail_event, 2);
     }
 
     /// Ring slot of a free-running index.

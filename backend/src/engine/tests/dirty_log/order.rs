@@ -87,6 +87,10 @@ fn publish_some(
             ring.queue.arm();
             ring.queue.disarm();
         }
+        // A split ring is left with another avail_event than it had at the start.
+        if layout == Layout::Split {
+            ring.queue.arm();
+        }
     };
     before_each_store(move || each_store(&mut watched.borrow_mut()), process);
     drop((ring, copied));
