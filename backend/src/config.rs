@@ -128,7 +128,7 @@ pub struct Config {
     /// Measure how long requests take; ctl latency does so at run time
     #[arg(long, conflicts_with = "vfio_user")]
     pub latency: bool,
-    /// How long an idle worker polls before it sleeps, in microseconds
+    /// How long an idle worker polls at most before it sleeps, in microseconds; not at all where that is in vain
     #[arg(long, value_name = "US", default_value_t = 50)]
     pub poll_us: u32,
     /// CPUs of the workers, such as 2-5,8: divided among them if there is one for each, else each runs on all [default: those
@@ -257,7 +257,7 @@ impl Config {
         Access { mode: self.socket_mode, user: self.socket_user, group: self.socket_group }
     }
 
-    /// How long an idle worker polls before it sleeps.
+    /// How long an idle worker polls at most before it sleeps.
     #[must_use]
     pub fn spin(&self) -> Duration {
         Duration::from_micros(self.poll_us.into())

@@ -48,7 +48,7 @@ pub struct VringSetup {
 pub struct Options {
     /// Number of virtqueues offered.
     pub rings: usize,
-    /// How long a worker polls without finding work before it sleeps.
+    /// How long a worker polls at most without finding work before it sleeps.
     pub spin: Duration,
     /// Time that commands in flight have to complete when a ring stops or memory is removed. After that the device is reset.
     pub drain_timeout: Duration,

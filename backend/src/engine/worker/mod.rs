@@ -1,5 +1,5 @@
 //! A worker: one thread that owns some vrings and one device queue and shares neither. It polls while there is work and for
-//! a bounded time after. Then it arms every notification, polls once more, and sleeps in one epoll.
+//! a bounded time after (`spin.rs`). Then it arms every notification, polls once more, and sleeps in one epoll (`sleep.rs`).
 //!
 //! ```text
 //!            work               `spin` without work              nothing came in while arming
@@ -17,6 +17,8 @@ mod hold;
 mod poll_timer;
 mod reply;
 mod reset;
+mod sleep;
+mod spin;
 mod stop;
 
 use std::sync::Arc;
@@ -25,6 +27,7 @@ use std::time::{Duration, Instant};
 pub(super) use command_queue::{CommandQueue, WorkerCommand};
 use poll_timer::PollTimer;
 use reply::{PendingReply, reply};
+use spin::Spin;
 
 use super::data_path::DataPath;
 use super::error::EngineError;
@@ -34,11 +37,10 @@ use super::suspension::{Stopped, Suspension};
 use super::vring::{State, Vring};
 use crate::addr::{Gpa, Span};
 use crate::driver::Queue;
-use crate::eventfd::drain;
 use crate::memory::MemTable;
 use crate::rate_limited_log::SharedLog;
 use crate::sync::mpsc::Sender;
-use crate::sync::{spin_loop, thread};
+use crate::sync::spin_loop;
 use crate::sys::Poller;
 
 /// A front-end chooses the eventfds that are watched.
@@ -80,7 +82,7 @@ pub(in crate::engine) struct Worker {
     pending: Vec<PendingReply>,
     /// True from `Pause` to `Resume`: nothing is submitted.
     paused: bool,
-    spin: Duration,
+    spin: Spin,
     clock: CommandClock,
     poll_timer: PollTimer,
     quit: bool,
@@ -98,7 +100,7 @@ impl Worker {
         poller.add(queue.event(), DEVICE)?;
         let device = Device::live(queue);
         let (pending, event_stale, paused, quit) = (Vec::new(), false, false, false);
-        let poll_timer = PollTimer::default();
+        let (spin, poll_timer) = (Spin::new(spin), PollTimer::default());
         Ok(Self { path, device, event_stale, command_queue, poller, pending, paused, spin, clock, poll_timer, quit })
     }
 
@@ -127,10 +129,11 @@ impl Worker {
             }
             let now = Instant::now();
             self.check_clock(now);
-            if now.duration_since(*idle_since.get_or_insert(now)) < self.spin || self.must_poll() {
+            let since = *idle_since.get_or_insert_with(|| self.begin_wait(now));
+            if now.duration_since(since) < self.spin.window() || self.must_poll() {
                 spin_loop();
             } else {
-                self.sleep();
+                self.sleep(since);
                 idle_since = None;
             }
         }
@@ -174,68 +177,6 @@ impl Worker {
     fn check_clock(&mut self, now: Instant) {
         if let Device::Live(queue) = &mut self.device {
             self.clock.check(&mut **queue, now);
-        }
-    }
-
-    /// True if a ring has no kick eventfd, so that nothing would wake the worker.
-    fn must_poll(&self) -> bool {
-        self.path.served().any(Vring::is_polled)
-    }
-
-    /// Arms every notification, polls once more, and waits.
-    fn sleep(&mut self) {
-        if let Device::Live(queue) = &self.device {
-            let completed = std::mem::take(&mut self.event_stale);
-            if completed {
-                drain(queue.event());
-            }
-            self.poll_timer.adjust(completed);
-            queue.set_interrupt_wanted(true);
-        }
-        self.path.served().for_each(|ring| ring.queue.arm());
-        // Chains offered before arming bring no kick. This pass takes them.
-        if !self.pass() {
-            self.wait();
-        }
-        self.path.served().for_each(|ring| ring.queue.disarm());
-        if let Device::Live(queue) = &self.device {
-            queue.set_interrupt_wanted(false);
-        }
-    }
-
-    fn wait(&mut self) {
-        self.path.report_depths();
-        let Self { poller, path, device, event_stale, clock, poll_timer, .. } = self;
-        let longest = match device {
-            Device::Live(queue) => poll_timer.longest_sleep(&**queue, clock.tick()),
-            Device::Resetting | Device::Failed => None,
-        };
-        let mut unreadable = Vec::new();
-        let waited = poller.wait(longest, |event| match event.token {
-            COMMANDS => {} // drained by `CommandQueue::take`
-            DEVICE => {
-                if let Device::Live(queue) = device {
-                    drain(queue.event());
-                    *event_stale = false;
-                }
-            }
-            slot => {
-                path.counters.kicks.add(1);
-                let ring = usize::try_from(slot).ok().and_then(|slot| path.slots.get(slot)?.ring.as_ref());
-                if ring.is_some_and(|ring| !ring.drain_kick()) {
-                    unreadable.push(slot);
-                }
-            }
-        });
-        if let Err(error) = waited {
-            LOG.error(|| format!("wait for notifications: {error}; polling instead"));
-            thread::sleep(Duration::from_millis(1));
-        }
-        for slot in unreadable.into_iter().filter_map(|slot| usize::try_from(slot).ok()) {
-            self.path.fail_ring(slot, &"its kick descriptor cannot be read");
-            if let Some(ring) = &mut self.path.slots[slot].ring {
-                ring.unwatch(&self.poller);
-            }
         }
     }
 
