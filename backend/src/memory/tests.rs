@@ -1,5 +1,5 @@
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -183,8 +183,13 @@ mod a_region {
         }
     }
 
+    /// Pages are replaced one by one up to a number for all mappings together. So the tests that lose many, and those that count
+    /// them, take turns.
+    static LOSSES: Mutex<()> = Mutex::new(());
+
     #[test]
     fn whose_file_is_truncated_reads_as_zero_past_the_new_end() {
+        let _turn = LOSSES.lock();
         let file = memory(4 * PAGE);
         let region = region(&file, 0, 4 * PAGE, 0, 0);
         let page = PAGE as usize;
@@ -201,6 +206,7 @@ mod a_region {
 
     #[test]
     fn of_which_every_other_page_is_lost_does_not_exhaust_the_mappings_of_this_process() {
+        let _turn = LOSSES.lock();
         // Each replaced page alone would be a mapping, and so would each that has not been accessed (vm.max_map_count).
         let pages = 2 * 40_000;
         let file = memory(pages * PAGE);
