@@ -44,9 +44,10 @@ struct Other {
 }
 
 impl Other {
-    fn offer(&mut self) {
-        self.rest = self.rest.saturating_sub(self.depth.into());
-        self.avail = self.avail.wrapping_add(self.depth);
+    /// Makes `count` more requests available.
+    fn offer(&mut self, count: u16) {
+        self.rest = self.rest.saturating_sub(count.into());
+        self.avail = self.avail.wrapping_add(count);
         self.guest.store_release_u16(index(AVAIL), self.avail);
     }
 }
@@ -75,11 +76,13 @@ impl Registers for Doorbells {
             return;
         }
         let mut other = self.0.lock().unwrap();
+        let mut completed = 0;
         while u32::from(other.controller.sq_head) != tail {
             other.controller.complete_one();
+            completed += 1;
         }
         if other.rest != 0 {
-            other.offer();
+            other.offer(completed);
         } else if let Some(thread) = other.waiting.take() {
             thread.unpark();
         }
@@ -171,12 +174,13 @@ impl Rig {
         Self { _engine: engine, other, guest, kick }
     }
 
-    /// Serves this many reads, or a few more: whole batches.
+    /// Serves this many reads, or a few more: as many as are in flight at a time.
     fn serve(&self, reads: u32) {
         {
             let mut other = self.other.lock().unwrap();
             (other.rest, other.waiting) = (reads, Some(thread::current()));
-            other.offer();
+            let depth = other.depth;
+            other.offer(depth);
         }
         rustix::io::write(&self.kick, &1_u64.to_ne_bytes()).unwrap();
         while !self.is_done() {

@@ -40,7 +40,7 @@ pub use poller::{Event, Poller};
 pub use seccomp::{has_seccomp_trap, settle_allocator};
 #[cfg(test)]
 pub(crate) use shared_memory::kill::{before_each_store, killed_after};
-pub use shared_memory::{SharedArray, SharedEntry, SharedMemory, SharedRing, SharedRun, Word};
+pub use shared_memory::{Line, SharedArray, SharedEntry, SharedMemory, SharedRing, SharedRun, Word};
 pub use sigbus::{LossCounter, LostPages, MAX_WATCHED};
 pub use signals::signal_fd;
 pub use type1::{Container, ContainerInfo, Group};

@@ -19,9 +19,11 @@ mod array;
 mod bits;
 #[cfg(test)]
 pub(crate) mod kill;
+mod line;
 mod run;
 
 pub use array::{SharedArray, SharedEntry, SharedRing, Word};
+pub use line::Line;
 pub use run::SharedRun;
 
 /// A bounds-checked view of shared memory. It keeps the mapping alive and is cheap to clone.

@@ -1,10 +1,10 @@
 //! The end of a request: counters, status, used entry.
 
-use super::inflight::{Finished, FinishedShort};
+use super::inflight::Finished;
 use super::logging::Dirtied;
 use super::{DataPath, zones};
 use crate::addr::Gpa;
-use crate::driver::{Completion, Direction, Outcome};
+use crate::driver::{Direction, Outcome};
 use crate::engine::request::pending_used::PendingUsed;
 use crate::engine::request::{Disk, Operation, Status};
 use crate::engine::virtqueue::chain::Head;
@@ -45,21 +45,6 @@ impl DataPath {
     #[inline]
     pub(super) fn is_plain(&self) -> bool {
         self.logging.is_none() && self.clock.now == 0
-    }
-
-    /// Completes the request of `completion` if it is a short one that has succeeded, while [`Self::is_plain`]. Returns false
-    /// without effect if not.
-    #[inline(always)]
-    pub(super) fn finish_short(&mut self, completion: &Completion) -> bool {
-        if completion.outcome != Outcome::Success {
-            return false;
-        }
-        let Some(short) = self.inflight.remove_short(completion.tag) else { return false };
-        let FinishedShort { head, status, ring, direction, bytes } = short;
-        self.guest.write_status(status, Status::Ok as u8);
-        let written = self.count_transfer(direction, bytes);
-        self.push_used(ring, head, u32::try_from(written + 1).unwrap_or(u32::MAX));
-        true
     }
 
     /// [`Self::finish`] where it is rare.

@@ -158,8 +158,6 @@ impl ShortRequest {
 #[derive(Clone, Copy)]
 pub(in crate::engine) struct FinishedShort {
     pub(in crate::engine) head: Head,
-    pub(in crate::engine) status: Gpa,
-    pub(in crate::engine) ring: usize,
     pub(in crate::engine) direction: Direction,
     pub(in crate::engine) bytes: u64,
 }
@@ -330,15 +328,31 @@ impl InflightTable {
         self.slots[index as usize].expand(false);
     }
 
-    /// Removes a request if it is a short one. The caller must push a used entry for it.
+    /// The ring of a request, if it is a short one. See [`InflightRequest::ring`].
+    #[inline]
+    pub(in crate::engine) fn ring_of_short(&self, index: u32) -> Option<usize> {
+        match self.slots.get(index as usize)?.occupant {
+            Occupant::Short(ShortRequest { ring, .. }) => Some(ring),
+            _ => None,
+        }
+    }
+
+    /// Removes a request if it is a short one whose status has been `answered`, which gets its ring and the address of its status
+    /// byte. The caller must push a used entry for it.
     #[inline(always)]
-    pub(in crate::engine) fn remove_short(&mut self, index: u32) -> Option<FinishedShort> {
+    pub(in crate::engine) fn remove_short(
+        &mut self,
+        index: u32,
+        answered: impl FnOnce(usize, Gpa) -> bool,
+    ) -> Option<FinishedShort> {
         let slot = self.slots.get_mut(index as usize)?;
         let Occupant::Short(ShortRequest { pending_used, ring, direction, data, .. }) = &slot.occupant else {
             return None;
         };
-        let (head, status) = (pending_used.head(), pending_used.status()?);
-        let finished = FinishedShort { head, status, ring: *ring, direction: *direction, bytes: data.len() };
+        if !answered(*ring, pending_used.status()?) {
+            return None;
+        }
+        let finished = FinishedShort { head: pending_used.head(), direction: *direction, bytes: data.len() };
         slot.next_free = std::mem::replace(&mut self.first_free, index);
         // Nothing is moved out of its place to be dropped.
         std::mem::forget(std::mem::take(&mut slot.occupant));

@@ -11,6 +11,7 @@ mod bounce;
 mod cache_maintenance;
 mod fast_run;
 mod finish;
+mod finish_run;
 mod inflight;
 mod layout;
 mod logging;
@@ -23,6 +24,8 @@ use std::sync::Arc;
 pub(super) use bounce::Bounce;
 pub(super) use cache_maintenance::CacheMaintenance;
 pub(super) use layout::{VringSlot, WorkerLayout};
+#[cfg(test)]
+pub(super) use serve::BATCH;
 
 use super::dirty_log::DirtyLogging;
 use super::guest_memory::GuestMemoryView;
@@ -134,10 +137,15 @@ impl DataPath {
         let mut batch = std::mem::take(&mut self.completions);
         let count = queue.reap_batch(&mut batch);
         let plain = self.is_plain();
-        for completion in &batch[..count] {
-            if !(plain && self.finish_short(completion)) {
-                self.complete(*completion);
-            }
+        let mut left = &batch[..count];
+        while let [first, others @ ..] = left {
+            left = match if plain { self.finish_run(left) } else { 0 } {
+                0 => {
+                    self.complete(*first);
+                    others
+                }
+                finished => &left[finished..],
+            };
         }
         self.completions = batch;
         count != 0

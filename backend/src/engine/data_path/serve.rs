@@ -8,8 +8,12 @@ use crate::driver::Queue;
 use crate::engine::request::{Job, RequestFault, Status, parse};
 use crate::engine::vring::State;
 
+/// Requests that a pass takes from a ring at most. The driver sees the first used entries while the worker serves the rest. If a
+/// pass took all, all requests would be on one side: the driver would wait for the worker, then the worker for the driver.
+pub(in crate::engine) const BATCH: u16 = 16;
+
 impl DataPath {
-    /// Takes requests from one ring until it is empty or the device queue is full.
+    /// Takes requests from one ring until it is empty, a batch has been taken, or the device queue is full.
     #[inline]
     pub(super) fn serve(&mut self, mut queue: Option<&mut dyn Queue>, slot: usize) -> Capacity {
         if self.slots[slot].ring.as_ref().is_some_and(|ring| ring.queue.has_recovered()) {
@@ -19,7 +23,7 @@ impl DataPath {
                 return Capacity::Exhausted;
             }
         }
-        let mut left = self.offered(slot);
+        let mut left = self.offered(slot).min(BATCH);
         while left != 0 {
             if let Some(queue) = &mut queue {
                 let run = self.serve_fast(*queue, slot, left);

@@ -5,7 +5,7 @@
 use super::window::{Window, window_of, window_of_words};
 use super::{GuestMemoryView, Hints, Regions};
 use crate::addr::{Gpa, Iova, IovaSlice, Span};
-use crate::sys::{SharedArray, SharedMemory};
+use crate::sys::{Line, SharedArray, SharedMemory};
 
 /// See the top of this file.
 pub struct BatchView<'g> {
@@ -14,6 +14,9 @@ pub struct BatchView<'g> {
     slice: IovaSlice,
     table: &'g Window,
     header: &'g Window,
+    status: &'g Window,
+    /// Where the last indirect table was.
+    pub table_line: Line,
     data: Span<Gpa>,
 }
 
@@ -27,6 +30,8 @@ impl GuestMemoryView {
             slice: *slice,
             table: windows.get(hints.table).or(windows.first())?,
             header: windows.get(hints.header).or(windows.first())?,
+            table_line: Line::default(),
+            status: windows.get(hints.status).or(windows.first())?,
             data: *ranges.get(hints.data).or(ranges.first())?,
             regions,
             hints,
@@ -40,7 +45,10 @@ impl<'g> BatchView<'g> {
     pub fn descriptors(&mut self, address: Gpa, entries: u16) -> Option<SharedArray<&'g SharedMemory, u64, 2>> {
         loop {
             match self.table.words(address, entries.into()) {
-                Some(table) => return Some(table),
+                Some(table) => {
+                    self.table_line = table.line(0);
+                    return Some(table);
+                }
                 None => {
                     self.table = window_of_words(&self.regions.windows, address, entries.into(), &mut self.hints.table)?
                 }
@@ -64,6 +72,21 @@ impl<'g> BatchView<'g> {
         }
         let [front, sector] = header.read(0);
         Some((u32::try_from(front & 0xffff_ffff).expect("masked"), sector))
+    }
+
+    /// Writes a status byte. Returns false without effect if it is not guest memory, or that of the former table.
+    #[inline(always)]
+    pub fn write_status(&mut self, address: Gpa, status: u8) -> bool {
+        loop {
+            if let Some(offset) = self.status.offset(address, 1) {
+                self.status.memory.write_u8(offset, status);
+                return true;
+            }
+            match window_of(&self.regions.windows, address, 1, &mut self.hints.status) {
+                Some(window) => self.status = window,
+                None => return false,
+            }
+        }
     }
 
     /// The IOVA of a data buffer, if all of it is guest memory and it is not empty.

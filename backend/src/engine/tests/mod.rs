@@ -2,6 +2,7 @@
 //! controller.
 
 mod bare;
+mod batches;
 mod cache_lines;
 mod coherent;
 mod crash;

@@ -40,13 +40,13 @@ fn wait_for_pass(rig: &Rig) {
 fn a_batch_costs_one_doorbell_one_publication_and_one_call() {
     let rig = Rig::new(DiskOptions::default());
     let (mut driver, setup) = rig.stopped_driver(0, RingOptions::default());
-    for sector in 0..20 {
+    for sector in 0..16 {
         driver.request(IN, sector, &[(DATA, 512)]);
     }
     rig.engine.start_ring(setup).unwrap();
     rig.engine.set_enabled(0, true);
 
-    driver.wait(20);
+    driver.wait(16);
     wait_for_pass(&rig);
 
     let statistics = rig.engine.statistics();

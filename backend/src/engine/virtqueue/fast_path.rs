@@ -12,6 +12,7 @@ use super::descriptor::{INDIRECT, NEXT, WRITE};
 use crate::addr::Gpa;
 use crate::engine::guest_memory::BatchView;
 use crate::engine::inflight_region::Recorded;
+use crate::sys::Line;
 
 /// Bytes of a request's header (virtio 1.2 §5.2.6).
 const HEADER: u64 = 16;
@@ -169,10 +170,18 @@ impl FastRequest {
 
 /// What the fast path needs of a ring of either layout.
 pub trait FastRing {
+    /// Brings in the descriptors of the next `count` chains, and their indirect tables if the ring can guess where they are.
+    #[inline(always)]
+    fn prefetch(&self, _count: u16) {}
+    /// Remembers where the indirect table of the chain at `head` was, for [`Self::prefetch`].
+    #[inline(always)]
+    fn remember(&mut self, _head: Head, _table: Line) {}
     /// See [`super::Virtqueue::peek_fast`].
     fn peek_fast(&mut self, guest: &mut BatchView<'_>) -> Option<FastRequest>;
     /// Takes the chain that [`Self::peek_fast`] returned.
     fn take_fast(&mut self, head: Head);
     /// Leaves the chain that [`Self::peek_fast`] returned in the ring.
     fn leave_fast(&mut self, head: Head);
+    /// See [`super::Virtqueue::push_used`].
+    fn push_used(&mut self, head: Head, len: u32);
 }

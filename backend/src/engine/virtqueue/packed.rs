@@ -347,6 +347,11 @@ impl PackedRing {
 
 impl FastRing for PackedRing {
     #[inline(always)]
+    fn push_used(&mut self, head: Head, len: u32) {
+        Self::push_used(self, head, len);
+    }
+
+    #[inline(always)]
     fn peek_fast(&mut self, guest: &mut BatchView<'_>) -> Option<FastRequest> {
         let front = self.offered()?;
         let (first, id) = FastDescriptor::packed(front);

@@ -21,7 +21,7 @@ use crate::engine::inflight_region::split_recovery::SplitState;
 use crate::engine::inflight_region::{Contradiction, InflightRegion, Tracking};
 use crate::engine::setup::VringSetup;
 use crate::memory::MemTable;
-use crate::sys::{SharedArray, SharedMemory, SharedRing};
+use crate::sys::{Line, SharedArray, SharedMemory, SharedRing};
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT, virtio 1.2 §2.7.6.
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
@@ -51,6 +51,8 @@ pub struct SplitRing {
     log: Option<RingLog>,
     /// The heads of requests to submit again, the first one last.
     recovered: Vec<u16>,
+    /// By head, where the last indirect table there was. A driver that has few requests in flight often puts the next one there.
+    tables: Box<[Line]>,
 }
 
 impl SplitRing {
@@ -81,6 +83,7 @@ impl SplitRing {
             marks: None,
             log: None,
             recovered: Vec::new(),
+            tables: vec![Line::default(); entries].into(),
         })
     }
 
@@ -296,6 +299,29 @@ impl SplitRing {
 }
 
 impl FastRing for SplitRing {
+    #[inline(always)]
+    fn prefetch(&self, count: u16) {
+        for n in 0..count {
+            let [head] = self.avail_ring.read(self.next_avail.wrapping_add(n).into());
+            self.desc.line(head.into()).prefetch();
+            if let Some(table) = self.tables.get(usize::from(head)) {
+                table.prefetch();
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn remember(&mut self, head: Head, table: Line) {
+        if let Some(place) = self.tables.get_mut(usize::from(head.id())) {
+            *place = table;
+        }
+    }
+
+    #[inline(always)]
+    fn push_used(&mut self, head: Head, len: u32) {
+        Self::push_used(self, head, len);
+    }
+
     #[inline(always)]
     fn peek_fast(&mut self, guest: &mut BatchView<'_>) -> Option<FastRequest> {
         let [id] = self.avail_ring.read(self.next_avail.into());

@@ -38,7 +38,7 @@ word!(u8, u16, u32, u64);
 /// An index past the end panics. Callers check indices that the guest or the device has chosen, so a bad one here is a bug in
 /// this program.
 pub struct SharedArray<O, W, const N: usize> {
-    base: NonNull<W>,
+    pub(super) base: NonNull<W>,
     pub(super) count: usize,
     owner: O,
 }

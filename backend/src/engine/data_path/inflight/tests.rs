@@ -19,6 +19,12 @@ fn short(head: u16, direction: Direction) -> ShortRequest {
     }
 }
 
+/// Answers the status of a request of [`RING`].
+fn answered(ring: usize, status: Gpa) -> bool {
+    assert_eq!((ring, status), (RING, STATUS));
+    true
+}
+
 /// A table of two slots, with a short request in the one that is returned.
 fn table(direction: Direction) -> (InflightTable, u32) {
     let mut table = InflightTable::default();
@@ -33,11 +39,23 @@ fn table(direction: Direction) -> (InflightTable, u32) {
 fn a_short_request_is_removed_once() {
     let (mut table, index) = table(Direction::Write);
 
-    let FinishedShort { head, status, ring, direction, bytes } = table.remove_short(index).unwrap();
+    assert_eq!(table.ring_of_short(index), Some(RING));
+    let FinishedShort { head, direction, bytes } = table.remove_short(index, answered).unwrap();
 
-    assert_eq!((head.id(), status, ring, direction, bytes), (5, STATUS, RING, Direction::Write, 0x1000));
-    assert!(table.remove_short(index).is_none() && table.remove(index).is_none(), "it has been removed");
-    assert!(table.remove_short(u32::MAX - 1).is_none(), "there is no such slot");
+    assert_eq!((head.id(), direction, bytes), (5, Direction::Write, 0x1000));
+    assert!(table.remove_short(index, answered).is_none() && table.remove(index).is_none(), "it has been removed");
+    for none in [index, u32::MAX - 1] {
+        assert!(table.remove_short(none, answered).is_none() && table.ring_of_short(none).is_none(), "slot {none}");
+    }
+}
+
+#[test]
+fn a_short_request_whose_status_is_not_answered_stays() {
+    let (mut table, index) = table(Direction::Read);
+
+    assert!(table.remove_short(index, |_, _| false).is_none());
+
+    assert_eq!(table.remove_short(index, answered).unwrap().head.id(), 5);
 }
 
 #[test]
@@ -51,7 +69,8 @@ fn a_short_request_that_is_looked_at_has_one_command_for_all_of_its_data() {
         assert_eq!((request.position, request.outstanding, request.fully_submitted), (0x1000, 1, true));
         assert_eq!((request.ring, request.started), (RING, 11));
         assert_eq!(*data.buffers, [Span::new(Iova(0x8000), 0x1000).unwrap()]);
-        assert!(table.remove_short(index).is_none(), "it is an ordinary one now");
+        assert!(table.ring_of_short(index).is_none(), "it is an ordinary one now");
+        assert!(table.remove_short(index, answered).is_none(), "it is an ordinary one now");
         assert_eq!(table.remove(index).unwrap().0.pending_used.complete().id(), 5);
     }
 }
@@ -78,7 +97,7 @@ fn a_short_request_uses_its_data_and_its_status_and_not_what_its_slot_held_befor
     for (address, expected) in [(0x8fff, true), (0x1010, true), (0x9000, false), (0x2_0000, false)] {
         assert_eq!(used(&table, address), expected, "{address:#x}");
     }
-    table.remove_short(index).unwrap();
+    table.remove_short(index, answered).unwrap();
     assert!(!used(&table, 0x8fff), "it has ended");
 }
 
@@ -92,7 +111,8 @@ fn every_slot_is_free_until_it_is_occupied_and_again_after() {
         }
         let indices = table.indices();
         assert_eq!(indices, [0, 1, 2, 3], "a fourth slot has been added in round {round}");
-        let heads: Vec<_> = indices.into_iter().map(|index| table.remove_short(index).unwrap().head.id()).collect();
+        let heads: Vec<_> =
+            indices.into_iter().map(|index| table.remove_short(index, answered).unwrap().head.id()).collect();
         assert!((0..4).all(|head| heads.contains(&head)), "{heads:?}");
         assert!(table.indices().is_empty());
     }
