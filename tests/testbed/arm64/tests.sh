@@ -80,11 +80,11 @@ arm64_clippy() {
         check --workspace --all-targets --locked
 }
 
-# Where the emulator is not the kernel: it makes /proc/self/maps a memfd, and "/" the directory of the libraries. The last two
-# allow a peer and a controller some seconds, which are few under emulation. It has neither seccomp nor landlock: the tests of the
-# sandbox run in the emulated host with Debian's kernel.
+# Where the emulator is not the kernel: it makes /proc/self/maps a memfd, and "/" the directory of the libraries, and it has no
+# set_mempolicy. The last two allow a peer and a controller some seconds, which are few under emulation. It has neither seccomp nor
+# landlock: the tests of the sandbox run in the emulated host with Debian's kernel.
 readonly ARM64_EMULATOR=(sandbox::tests each_kind_is_recognized that_is_not_a_file_is_refused whose_file_system_need_not_answer
-    a_monitor_that_floods a_controller_that_is_silent_after_it_is_enabled)
+    a_node_is_preferred_until_the_guard_is_dropped a_monitor_that_floods a_controller_that_is_silent_after_it_is_enabled)
 
 # arm64_units [FILTER…]: the backend's, or those whose names contain a filter, and the shim's.
 arm64_units() {
