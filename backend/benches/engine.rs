@@ -2,7 +2,7 @@
 //! controller, and the driver that makes the next requests available, are a few lines in the doorbell write. So no pass of the
 //! worker is empty, and the instructions repeat; `scripts/bench instructions` counts them and leaves the doorbell write out.
 //!
-//! `engine --count READS CHAINS DEPTH` serves so many reads and ends; else this is a bench of criterion.
+//! `engine --count READS CHAINS DEPTH WORKERS` has each worker serve so many reads and ends; else this is a bench of criterion.
 #![allow(missing_docs, reason = "criterion's macros make public functions")]
 #![allow(clippy::unwrap_used, reason = "a bench may fail")]
 
@@ -25,7 +25,7 @@ use vhost_device_vfio::memory::Region;
 use vhost_device_vfio::sys::SharedMemory;
 
 use queue::{Controller, shared};
-use requests::{AVAIL, USED, fill, memory, setup};
+use requests::{AVAIL, STRIDE, USED, fill, memory, setup};
 
 /// Reads of one iteration.
 const READS: u32 = 32_000;
@@ -137,30 +137,38 @@ impl AddressSpace for NoSpace {
     }
 }
 
-/// An engine with one worker and one split ring.
-struct Rig {
-    _engine: Engine,
+/// A split ring of a worker of its own, and what is on its other side.
+struct Side {
     other: Arc<Mutex<Other>>,
     guest: SharedMemory,
     kick: OwnedFd,
 }
 
+/// An engine, and one side for each worker.
+struct Rig {
+    _engine: Engine,
+    sides: Vec<Side>,
+}
+
 impl Rig {
-    fn new(indirect: bool, depth: u16) -> Self {
-        let memory = memory(1);
-        fill(&memory.theirs, 1, indirect);
-        let guest = memory.ours.regions()[0].memory().clone();
-        let pages = shared(memory_needed(MAX_DEPTH));
-        let controller = Controller::new(pages.clone());
-        let other = Other { controller, guest: guest.clone(), depth, avail: 0, rest: 0, waiting: None };
-        let other = Arc::new(Mutex::new(other));
-        let queue = queue::queue(&pages, Arc::new(Doorbells(Arc::clone(&other))), None);
-        let geometry = Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 512, ..Geometry::default() };
-        let drive = Drive { geometry, queues: vec![Box::new(queue)] };
+    fn new(indirect: bool, depth: u16, workers: usize) -> Self {
+        let memory = memory(workers as u64);
+        let regions: Vec<_> = memory.ours.regions().iter().map(|region| region.memory().clone()).collect();
+        let mut drive = Drive { geometry: geometry(), queues: Vec::new() };
+        let mut sides = Vec::new();
+        for (guest, base) in regions.into_iter().zip((0..).step_by(usize::try_from(STRIDE).unwrap())) {
+            fill(&memory.theirs, base, 1, indirect);
+            let pages = shared(memory_needed(MAX_DEPTH));
+            let controller = Controller::new(pages.clone());
+            let other = Other { controller, guest: guest.clone(), depth, avail: 0, rest: 0, waiting: None };
+            let other = Arc::new(Mutex::new(other));
+            drive.queues.push(Box::new(queue::queue(&pages, Arc::new(Doorbells(Arc::clone(&other))), None)));
+            sides.push(Side { other, guest, kick: eventfd(0, EventfdFlags::CLOEXEC).unwrap() });
+        }
         let space: Arc<dyn AddressSpace> = Arc::new(NoSpace);
         let watch = WatchdogOptions::default();
         let options = Options {
-            rings: 1,
+            rings: workers,
             spin: Duration::ZERO,
             drain_timeout: Duration::from_secs(10),
             watch,
@@ -168,14 +176,25 @@ impl Rig {
         };
         let engine = Engine::start(Box::new(drive), &space, options).unwrap();
         engine.publish(Arc::clone(&memory.ours));
-        let kick = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-        engine.start_ring(VringSetup { kick: Some(kick.try_clone().unwrap()), ..setup() }).unwrap();
-        engine.set_enabled(0, true);
-        Self { _engine: engine, other, guest, kick }
+        for (index, side) in sides.iter().enumerate() {
+            let kick = Some(side.kick.try_clone().unwrap());
+            engine.start_ring(VringSetup { index, kick, ..setup(index as u64 * STRIDE) }).unwrap();
+            engine.set_enabled(index, true);
+        }
+        Self { _engine: engine, sides }
     }
 
-    /// Serves this many reads, or a few more: as many as are in flight at a time.
+    /// Each worker serves this many reads, or a few more: as many as are in flight at a time.
     fn serve(&self, reads: u32) {
+        self.sides.iter().for_each(|side| side.start(reads));
+        while !self.sides.iter().all(Side::is_done) {
+            thread::park_timeout(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Side {
+    fn start(&self, reads: u32) {
         {
             let mut other = self.other.lock().unwrap();
             (other.rest, other.waiting) = (reads, Some(thread::current()));
@@ -183,9 +202,6 @@ impl Rig {
             other.offer(depth);
         }
         rustix::io::write(&self.kick, &1_u64.to_ne_bytes()).unwrap();
-        while !self.is_done() {
-            thread::park_timeout(Duration::from_millis(1));
-        }
     }
 
     fn is_done(&self) -> bool {
@@ -194,12 +210,16 @@ impl Rig {
     }
 }
 
+fn geometry() -> Geometry {
+    Geometry { blocks: 1 << 20, block_size: 512, physical_block_size: 512, ..Geometry::default() }
+}
+
 fn reads(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("read");
     group.throughput(Throughput::Elements(READS.into()));
     for (chains, indirect) in [("linked", false), ("indirect", true)] {
         for depth in [1, 32] {
-            let rig = Rig::new(indirect, depth);
+            let rig = Rig::new(indirect, depth, 1);
             group.bench_function(BenchmarkId::new(chains, depth), |bench| {
                 bench.iter_custom(|rounds| {
                     let start = Instant::now();
@@ -214,10 +234,11 @@ fn reads(criterion: &mut Criterion) {
 
 fn main() {
     let words: Vec<_> = std::env::args().skip(1).collect();
-    if let [flag, count, chains, depth, ..] = words.as_slice()
+    if let [flag, count, chains, depth, workers, ..] = words.as_slice()
         && flag == "--count"
     {
-        return Rig::new(chains == "indirect", depth.parse().unwrap()).serve(count.parse().unwrap());
+        let rig = Rig::new(chains == "indirect", depth.parse().unwrap(), workers.parse().unwrap());
+        return rig.serve(count.parse().unwrap());
     }
     let mut criterion = Criterion::default().configure_from_args();
     reads(&mut criterion);

@@ -48,7 +48,7 @@ struct PackedDriver {
 
 impl PackedDriver {
     fn new(memory: &GuestMemoryMmap, regions: u64, indirect: bool) -> Self {
-        fill(memory, regions, indirect);
+        fill(memory, 0, regions, indirect);
         let descriptors = if indirect { 1 } else { 3 };
         let mut ring = Vec::new();
         for n in 0..u64::from(PACKED_SIZE / 3) {
@@ -101,7 +101,7 @@ fn packed(memory: &Memory, regions: u64, indirect: bool, recorded: bool) -> impl
         desc: span(PACKED, 0x4000),
         base: Layout::Packed.first_base(),
         inflight: recorded.then(|| record(Layout::Packed, driver.size())),
-        ..setup()
+        ..setup(0)
     };
     let mut serve = serve(memory, &setup);
     // The driver writes three descriptors per request; that time is not counted.
@@ -135,7 +135,7 @@ fn split(memory: &Memory, recorded: bool) -> impl FnMut() {
         memory.theirs.write_obj(0_u32, GuestAddress(ring)).unwrap();
     }
     let inflight = recorded.then(|| record(Layout::Split, SIZE));
-    let mut serve = serve(memory, &VringSetup { inflight, ..setup() });
+    let mut serve = serve(memory, &VringSetup { inflight, ..setup(0) });
     let (theirs, mut index) = (memory.theirs.clone(), 0);
     move || {
         offer(&theirs, &mut index);
@@ -221,17 +221,17 @@ fn ring_loop(criterion: &mut Criterion) {
     for (chains, indirect) in [("linked", false), ("indirect", true)] {
         for regions in [1, 16] {
             let memory = memory(regions);
-            fill(&memory.theirs, regions, indirect);
+            fill(&memory.theirs, 0, regions, indirect);
             let name = format!("{chains}, {regions} regions");
             for (suffix, recorded) in [("", false), (", recorded", true)] {
                 let id = |layout| BenchmarkId::new(format!("{layout}{suffix}"), &name);
-                fill(&memory.theirs, regions, indirect);
+                fill(&memory.theirs, 0, regions, indirect);
                 group.bench_function(id("split"), |bench| bench.iter(split(&memory, recorded)));
                 group.bench_function(id("packed"), |bench| {
                     bench.iter_custom(packed(&memory, regions, indirect, recorded));
                 });
             }
-            fill(&memory.theirs, regions, indirect);
+            fill(&memory.theirs, 0, regions, indirect);
             group.bench_function(BenchmarkId::new("virtio-queue", &name), |bench| bench.iter(virtio_queue(&memory)));
         }
     }

@@ -11,6 +11,8 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 pub(crate) const SIZE: u16 = 256;
 const REGION: u64 = 16 << 20;
+/// From one region to the next. The gap keeps regions from being merged.
+pub(crate) const STRIDE: u64 = 2 * REGION;
 pub(crate) const DESC: u64 = 0x1000;
 pub(crate) const AVAIL: u64 = 0x3000;
 pub(crate) const USED: u64 = 0x5000;
@@ -31,8 +33,7 @@ pub(crate) fn memory(regions: u64) -> Memory {
     let mut ours = Vec::new();
     let mut theirs = Vec::new();
     for n in 0..regions {
-        // A gap after each region keeps regions from being merged.
-        let start = n * 2 * REGION;
+        let start = n * STRIDE;
         let file = Arc::new(File::from(memfd_create("bench", MemfdFlags::CLOEXEC).unwrap()));
         ftruncate(&*file, REGION).unwrap();
         let gpa = Span::new(Gpa(start), REGION).unwrap();
@@ -46,8 +47,9 @@ pub(crate) fn memory(regions: u64) -> Memory {
     }
 }
 
-/// Writes requests into guest memory: 4 KiB reads of three descriptors each, with data in all regions in turn.
-pub(crate) fn fill(memory: &GuestMemoryMmap, regions: u64, indirect: bool) {
+/// Writes requests into guest memory: 4 KiB reads of three descriptors each, with data in all regions in turn, from the one at `base`
+/// on. The ring is in the first one.
+pub(crate) fn fill(memory: &GuestMemoryMmap, base: u64, regions: u64, indirect: bool) {
     let put = |at: u64, addr: u64, len: u32, flags: u16, next: u16| {
         memory.write_obj(addr, GuestAddress(at)).unwrap();
         memory.write_obj(len, GuestAddress(at + 8)).unwrap();
@@ -55,27 +57,28 @@ pub(crate) fn fill(memory: &GuestMemoryMmap, regions: u64, indirect: bool) {
         memory.write_obj(next, GuestAddress(at + 14)).unwrap();
     };
     for n in 0..u64::from(SIZE / 4) {
-        let header = HEADERS + 32 * n;
+        let header = base + HEADERS + 32 * n;
         memory.write_obj(0_u64, GuestAddress(header)).unwrap();
         memory.write_obj(8 * n, GuestAddress(header + 8)).unwrap();
-        let data = (n % regions) * 2 * REGION + 0x10_0000 + 4096 * n;
+        let data = base + (n % regions) * STRIDE + 0x10_0000 + 4096 * n;
+        let (tables, descriptors) = (base + TABLES, base + DESC);
         let head = u16::try_from(4 * n).unwrap();
-        let (table, first) = if indirect { (TABLES + 64 * n, 0) } else { (DESC + 64 * n, head) };
+        let (table, first) = if indirect { (tables + 64 * n, 0) } else { (descriptors + 64 * n, head) };
         put(table, header, 16, NEXT, first + 1);
         put(table + 16, data, 4096, NEXT | WRITE, first + 2);
         put(table + 32, header + 16, 1, WRITE, 0);
         if indirect {
-            put(DESC + 64 * n, table, 48, INDIRECT, 0);
+            put(descriptors + 64 * n, table, 48, INDIRECT, 0);
         }
     }
     for n in 0..SIZE {
-        memory.write_obj((n * 4) % SIZE, GuestAddress(AVAIL + 4 + 2 * u64::from(n))).unwrap();
+        memory.write_obj((n * 4) % SIZE, GuestAddress(base + AVAIL + 4 + 2 * u64::from(n))).unwrap();
     }
 }
 
-/// A split ring of these requests.
-pub(crate) fn setup() -> VringSetup {
-    let span = |start, len| Span::new(Gpa(start), len).unwrap();
+/// A split ring of these requests, in the region at `base`.
+pub(crate) fn setup(base: u64) -> VringSetup {
+    let span = |start, len| Span::new(Gpa(base + start), len).unwrap();
     VringSetup {
         index: 0,
         layout: Layout::Split,
