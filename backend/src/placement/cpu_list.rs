@@ -111,9 +111,9 @@ impl fmt::Display for CpuList {
         let starts = self.iter().filter(|&cpu| cpu == 0 || !self.contains(cpu - 1));
         for first in starts {
             let last = (first..).find(|&cpu| !self.contains(cpu + 1)).unwrap_or(first);
-            match last {
-                _ if last == first => write!(f, "{separator}{first}")?,
-                last => write!(f, "{separator}{first}-{last}")?,
+            write!(f, "{separator}{first}")?;
+            if last != first {
+                write!(f, "-{last}")?;
             }
             separator = ",";
         }

@@ -1,5 +1,6 @@
 //! The end of a request: counters, status, used entry.
 
+use super::finish_run::Tally;
 use super::inflight::Finished;
 use super::logging::Dirtied;
 use super::{DataPath, zones};
@@ -69,19 +70,10 @@ impl DataPath {
     /// Counts a read or write of `moved` bytes. Returns how many of them were written to guest memory.
     #[inline(always)]
     fn count_transfer(&self, direction: Direction, moved: u64) -> u64 {
-        let counters = &self.counters;
-        match direction {
-            Direction::Read => {
-                counters.reads.add(1);
-                counters.bytes_read.add(moved);
-                moved
-            }
-            Direction::Write => {
-                counters.writes.add(1);
-                counters.bytes_written.add(moved);
-                0
-            }
-        }
+        let mut tally = Tally::default();
+        let written = tally.count(direction, moved);
+        tally.add_to(&self.counters);
+        written
     }
 
     #[inline(never)]

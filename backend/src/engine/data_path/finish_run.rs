@@ -6,6 +6,7 @@ use super::inflight::InflightTable;
 use crate::driver::{Completion, Direction, Outcome};
 use crate::engine::guest_memory::BatchView;
 use crate::engine::request::Status;
+use crate::engine::statistics::Counters;
 use crate::engine::virtqueue::{FastRing, Virtqueue};
 
 /// Requests of one direction that have been completed, and their bytes.
@@ -15,9 +16,9 @@ struct Moved {
     bytes: u64,
 }
 
-/// Of the requests of a run.
+/// Reads and writes that have been completed and are not in the counters yet.
 #[derive(Default)]
-struct Tally {
+pub(super) struct Tally {
     reads: Moved,
     writes: Moved,
 }
@@ -25,7 +26,7 @@ struct Tally {
 impl Tally {
     /// Counts a request for `bytes`. Returns how many of them were written to guest memory.
     #[inline(always)]
-    fn count(&mut self, direction: Direction, bytes: u64) -> u64 {
+    pub(super) fn count(&mut self, direction: Direction, bytes: u64) -> u64 {
         let (of, written) = match direction {
             Direction::Read => (&mut self.reads, bytes),
             Direction::Write => (&mut self.writes, 0),
@@ -33,6 +34,20 @@ impl Tally {
         of.requests += 1;
         of.bytes += bytes;
         written
+    }
+
+    /// Adds them to the counters.
+    #[inline(always)]
+    pub(super) fn add_to(self, counters: &Counters) {
+        let Self { reads, writes } = self;
+        if reads.requests != 0 {
+            counters.reads.add(reads.requests);
+            counters.bytes_read.add(reads.bytes);
+        }
+        if writes.requests != 0 {
+            counters.writes.add(writes.requests);
+            counters.bytes_written.add(writes.bytes);
+        }
     }
 }
 
@@ -51,15 +66,7 @@ impl DataPath {
         };
         ring.in_flight -= finished;
         ring.completed += u64::from(finished);
-        let Tally { reads, writes } = run.tally;
-        if reads.requests != 0 {
-            counters.reads.add(reads.requests);
-            counters.bytes_read.add(reads.bytes);
-        }
-        if writes.requests != 0 {
-            counters.writes.add(writes.requests);
-            counters.bytes_written.add(writes.bytes);
-        }
+        run.tally.add_to(counters);
         finished.into()
     }
 }
